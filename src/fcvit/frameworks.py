@@ -1,0 +1,92 @@
+"""Import PaddlePaddle or PyTorch when a model is needed: quietly, or with the remedy.
+
+Nothing else of the package imports either of them at the top, save the two files that hold the
+networks. Importing Paddle warns about a compiler cache and adds a handler to the root logger;
+neither is the user's business.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+import warnings
+from types import ModuleType
+
+from fcvit.errors import MissingExtra, UsageError
+
+INSTALL = {
+    "paddle": "pip install paddlepaddle (on a GPU: paddlepaddle-gpu from Paddle's own package index)",
+    "torch": "pip install torch",
+}
+
+
+def installed(framework: str) -> bool:
+    """Whether `framework` ("paddle" or "torch") can be found, without importing it."""
+    return importlib.util.find_spec(framework) is not None
+
+
+def import_framework(framework: str) -> ModuleType:
+    """Import "paddle" or "torch".
+
+    Raises:
+        MissingExtra: it is not installed, or does not load on this machine.
+    """
+    # glog reads this once, when the library loads; a user's own setting wins.
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(framework)
+    except ImportError as error:
+        if error.name == framework:
+            reason = f"{framework} is not installed"
+        else:
+            reason = f"{framework} does not load ({error})"
+            if "libgomp" in str(error):
+                reason += "; install the system package libgomp1"
+        raise MissingExtra(f"{reason}; install it with: {INSTALL[framework]}") from error
+    finally:
+        root.handlers[:], root.level = handlers, level
+
+
+def paddle_place(device: str = "auto") -> str:
+    """Resolve `--device` (auto, cpu, gpu, gpu:N) to Paddle's name of the place, and check it.
+
+    `auto` is the first GPU where this build of Paddle has one, else the CPU.
+
+    Raises:
+        UsageError: the name is unknown, or the machine has no such device.
+    """
+    kind, index = _parse(device)
+    paddle = import_framework("paddle")
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    return _place(device, kind, index, gpus, "gpu", "Paddle")
+
+
+def torch_place(device: str = "auto") -> str:
+    """The same for PyTorch, whose name of a GPU is `cuda:N`.
+
+    Raises:
+        UsageError: the name is unknown, or the machine has no such device.
+    """
+    kind, index = _parse(device)
+    torch = import_framework("torch")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return _place(device, kind, index, gpus, "cuda", "PyTorch")
+
+
+def _parse(device: str) -> tuple[str, int]:
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "gpu") or (index and (kind != "gpu" or not index.isdecimal())):
+        raise UsageError(f"--device {device!r}: expected auto, cpu, gpu or gpu:N")
+    return kind, int(index or 0)
+
+
+def _place(device: str, kind: str, index: int, gpus: int, gpu_name: str, framework: str) -> str:
+    if kind == "cpu" or (kind == "auto" and not gpus):
+        return "cpu"
+    if index >= gpus:
+        raise UsageError(f"--device {device}: {framework} sees {gpus} GPU(s) here; use --device cpu")
+    return f"{gpu_name}:{index}"

@@ -1,0 +1,249 @@
+"""The same FCViT in PyTorch, under the authors' parameter names: the reference of every proof.
+
+It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is
+written against the paper and the behaviour of the authors' code, not against `fcvit.model`, and
+must meet the goldens by itself: a twin that merely copied the Paddle network would prove nothing.
+This is the only file that imports PyTorch. Shapes are written as in `fcvit.model`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcvit.errors import UsageError
+from fcvit.variants import IMAGENET_CLASSES, Variant
+
+
+class FCViT(nn.Module):
+    """The classifier: (B, 3, H, W) -> (B, num_classes) logits; 0 classes: pooled embeddings.
+
+    Args:
+        variant: the architecture.
+        num_classes: logits per image, or 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        drop_rate: dropout in the channel mixers.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        num_classes: int = IMAGENET_CLASSES,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.variant = variant
+        self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
+        self.norm = layer_norm(variant.widths[-1])
+        if num_classes < 0:
+            raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
+        self.head = nn.Linear(variant.widths[-1], num_classes) if num_classes else nn.Identity()
+        self.apply(initialise)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Raw outputs of the four stages."""
+        return run_stages(self.patch_embed(x), self.network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.features(x)[-1]).mean((-2, -1)))
+
+
+class FCViTBackbone(nn.Module):
+    """The dense-prediction form: four feature maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`."""
+
+    def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
+        super().__init__()
+        self.variant = variant
+        self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
+        self.norm0, self.norm2, self.norm4, self.norm6 = map(layer_norm, variant.widths)
+        self.apply(initialise)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stage0, stage2, stage4, stage6 = run_stages(self.patch_embed(x), self.network)
+        return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
+
+
+def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:
+    """Stem, and the seven parts of `network`: stages at even, downsampling at odd indices."""
+    rates = torch.linspace(0, drop_path_rate, sum(variant.depths), dtype=torch.float64).tolist()
+    parts: list[nn.Module] = []
+    for stage, depth in enumerate(variant.depths):
+        if stage:
+            parts.append(Downsample(variant.widths[stage - 1], variant.widths[stage], size=3, stride=2))
+        parts.append(nn.Sequential(*[Block(variant, stage, rates.pop(0), drop_rate) for _ in range(depth)]))
+    return Downsample(3, variant.widths[0], size=7, stride=4), nn.ModuleList(parts)
+
+
+def run_stages(x: Tensor, network: nn.ModuleList) -> list[Tensor]:
+    outputs = []
+    for part in network:
+        x = part(x)
+        if isinstance(part, nn.Sequential):
+            outputs.append(x)
+    return outputs
+
+
+def layer_norm(width: int) -> nn.GroupNorm:
+    """The authors' "layer norm": over channels and positions together."""
+    return nn.GroupNorm(1, width)
+
+
+def depthwise(width: int, size: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, size, padding=size // 2, groups=width)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width_in: int, width_out: int, size: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(width_in, width_out, size, stride, size // 2)
+        self.norm = nn.BatchNorm2d(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, variant: Variant, stage: int, drop_path: float, drop_rate: float):
+        super().__init__()
+        width = variant.widths[stage]
+        self.norm1 = layer_norm(width)
+        self.token_mixer = TokenMixer(variant, width)
+        self.norm2 = layer_norm(width)
+        self.channel_mixer = ChannelMixer(variant, width, width * variant.mlp_ratios[stage], drop_rate)
+        self.drop_path = drop_path
+        if variant.layer_scale is None:
+            self.layer_scale_1 = self.layer_scale_2 = None
+        else:
+            self.layer_scale_1 = nn.Parameter(torch.full((width,), variant.layer_scale))
+            self.layer_scale_2 = nn.Parameter(torch.full((width,), variant.layer_scale))
+
+    def branch(self, x: Tensor, scale: nn.Parameter | None) -> Tensor:
+        """Layer scale, then stochastic depth."""
+        if scale is not None:
+            x = x * scale[:, None, None]
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            x = x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep) / keep
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.branch(self.token_mixer(self.norm1(x)), self.layer_scale_1)
+        return x + self.branch(self.channel_mixer(self.norm2(x)), self.layer_scale_2)
+
+
+class TokenMixer(nn.Module):
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+
+        def context() -> nn.Module:
+            return GlobalContext(variant, width) if variant.global_context else NoContext()
+
+        def pointwise() -> nn.Module:
+            inner = variant.token_width(width)
+            if inner is None:
+                return nn.Conv2d(width, width, 1)
+            return nn.Sequential(nn.Conv2d(width, inner, 1), nn.GELU(), nn.Conv2d(inner, width, 1))
+
+        self.gc1, self.dw1, self.fc1 = context(), depthwise(width, variant.kernel_sizes[0]), pointwise()
+        self.second_mix = variant.second_mix
+        if self.second_mix:
+            self.gc2, self.dw2, self.fc2 = context(), depthwise(width, variant.kernel_sizes[1]), pointwise()
+        self.spatial_att = SpatialAttention(variant, width) if variant.spatial_attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(self.dw1(x + self.gc1(x))))
+        if self.second_mix:
+            x = F.gelu(self.fc2(self.dw2(x + self.gc2(x))))
+        return self.spatial_att(x)
+
+
+class NoContext(nn.Module):
+    """The global context switched off: it adds nothing and brings no names."""
+
+    def forward(self, x: Tensor) -> float:
+        return 0.0
+
+
+class GlobalContext(nn.Module):
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+        self.variant = variant
+        inner = width // variant.reduction
+        if variant.weighted_context:
+            self.rescale_weight = nn.Parameter(torch.ones(variant.heads))
+            self.rescale_bias = nn.Parameter(torch.zeros(variant.heads))
+        if variant.competition:
+            self.fc1 = nn.Linear(width, 2 * inner)
+            self.fc2 = nn.Linear(inner, width)
+        else:
+            self.fc = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x.mean((-2, -1))  # (B, C)
+        if self.variant.competition:
+            value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))
+        else:
+            value = self.fc(context)
+        value = value[:, :, None, None]
+        if not self.variant.weighted_context:
+            return value
+        heads = (self.variant.heads, -1)
+        per_head = (x * context[:, :, None, None]).unflatten(1, heads).sum(2)  # (B, h, H, W)
+        similarity = per_head / (x.shape[1] // self.variant.heads) ** 0.5
+        deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=1, keepdim=True)
+        similarity = (similarity - mean) / (deviation + 1e-5)
+        similarity = similarity * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
+        return (similarity[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
+
+
+class ChannelMixer(nn.Module):
+    def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, mlp_width, 1)
+        self.dwconv = depthwise(mlp_width, variant.channel_kernel) if variant.channel_dwconv else nn.Identity()
+        self.fc2 = nn.Conv2d(mlp_width, width, 1)
+        self.drop = nn.Dropout(drop_rate)
+        self.channel_att = ChannelAttention(variant) if variant.channel_attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(F.gelu(self.dwconv(self.fc1(x))))
+        return self.channel_att(self.drop(self.fc2(x)))
+
+
+class SpatialAttention(nn.Module):
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+        inner = width // variant.spatial_attention_reduction
+        self.spatial_att = nn.Sequential(
+            depthwise(width, variant.spatial_attention_kernel),
+            nn.Conv2d(width, inner, 1),
+            nn.GELU(),
+            nn.Conv2d(inner, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.spatial_att(x).sigmoid()
+
+
+class ChannelAttention(nn.Module):
+    def __init__(self, variant: Variant):
+        super().__init__()
+        first, second = variant.channel_attention_kernels
+        self.channelConv1 = nn.Conv1d(1, 1, first, padding=first // 2)
+        self.channelConv2 = nn.Conv1d(1, 1, second, padding=second // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.gelu(x).mean((-2, -1)).unsqueeze(1)  # (B, 1, C)
+        gate = self.channelConv2(F.gelu(self.channelConv1(pooled)))
+        return x + gate.squeeze(1)[:, :, None, None]
+
+
+def initialise(module: nn.Module) -> None:
+    """The authors' initialisation; norms start at 1 and 0 by themselves."""
+    if isinstance(module, nn.Conv2d | nn.Conv1d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

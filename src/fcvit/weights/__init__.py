@@ -1,0 +1,1 @@
+"""Weights as files and as named NumPy tensors; needs neither Paddle nor PyTorch."""
