@@ -1,0 +1,53 @@
+"""Element types of stored tensors, bfloat16 included, and how each file format spells them."""
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = {"float16": np.dtype("<f2"), "bfloat16": BFLOAT16, "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+
+# Storage classes of PyTorch; quantised and complex ones are left out on purpose.
+TORCH_STORAGES = {
+    "DoubleStorage": FLOATS["float64"],
+    "FloatStorage": FLOATS["float32"],
+    "HalfStorage": FLOATS["float16"],
+    "BFloat16Storage": BFLOAT16,
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+# Names under which PyTorch stores a dtype by itself (tensors over untyped storages).
+TORCH_DTYPES = {
+    **FLOATS,
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+    "uint64": np.dtype("<u8"),
+}
+SAFETENSORS = {
+    "F64": FLOATS["float64"],
+    "F32": FLOATS["float32"],
+    "F16": FLOATS["float16"],
+    "BF16": BFLOAT16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether weights may be of this type (`numpy.issubdtype` does not know bfloat16)."""
+    return dtype in FLOATS.values()
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """The plain name, such as "float32" or "bfloat16"."""
+    return dtype.name

@@ -1,0 +1,108 @@
+"""What travels with converted weights: in the header of a safetensors file, or as JSON beside others.
+
+A weights file is enough to rebuild, feed and name the outputs of its network: every field of the
+variant, the preprocessing, the class list, the layout, PyTorch's counters, the source's hash.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from fcvit.classes import Classes, ClassName, check_classes
+from fcvit.errors import FcvitError, UnreadableFile
+from fcvit.variants import Preprocessing, Variant
+from fcvit.weights.names import Form
+
+FORMAT_VERSION = 1
+KEY = "fcvit"  # of the text entry in a safetensors header
+LAYOUTS = ("paddle", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Everything about weights that is not a number in a tensor.
+
+    Attributes:
+        form: variant, class count, classifier or dense backbone.
+        layout: names and Linear layout of the tensors: "paddle" or "torch".
+        preprocessing: what the weights were trained for; None: the variant's.
+        classes: ordered; None: unknown.
+        counters: PyTorch's `num_batches_tracked` by the authors' name.
+        source_sha256: of the file that was converted.
+        weights_sha256: of the weights file, where this stands beside it.
+    """
+
+    form: Form
+    layout: str
+    preprocessing: Preprocessing | None = None
+    classes: Classes | None = None
+    counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    source_sha256: str = ""
+    weights_sha256: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object; the fields of the variant by name."""
+        return json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "variant": dataclasses.asdict(dataclasses.replace(self.form.variant)),
+                "num_classes": self.form.num_classes,
+                "dense": self.form.dense,
+                "layout": self.layout,
+                "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
+                "classes": self.classes and [list(c) for c in self.classes],
+                "counters": dict(self.counters),
+                "source_sha256": self.source_sha256,
+                "weights_sha256": self.weights_sha256,
+            },
+            ensure_ascii=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Header":
+        """The inverse of `to_json`.
+
+        Raises:
+            UnreadableFile: not such a header, or of a newer format.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise UnreadableFile(
+                    f"header of format version {version!r}, this program reads {FORMAT_VERSION}; update fcvit"
+                )
+            variant = dict(fields["variant"])
+            variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
+            form = Form(Variant(**_tuples(variant)), _whole(fields["num_classes"]), fields["dense"] is True)
+            classes = fields["classes"]
+            if classes is not None:
+                classes = check_classes(tuple(ClassName(str(i), str(n)) for i, n in classes), "header")
+                if len(classes) != form.num_classes:
+                    raise UnreadableFile(f"header with {len(classes)} classes for {form.num_classes} outputs")
+            if fields["layout"] not in LAYOUTS:
+                raise UnreadableFile(f"header with the unknown layout {str(fields['layout'])[:40]!r}")
+            return cls(
+                form,
+                fields["layout"],
+                fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"])),
+                classes,
+                {str(name): _whole(value) for name, value in fields["counters"].items()},
+                str(fields["source_sha256"]),
+                str(fields["weights_sha256"]),
+            )
+        except UnreadableFile:
+            raise
+        except (FcvitError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UnreadableFile(f"header is damaged ({type(error).__name__}: {str(error)[:80]})") from error
+
+
+def _tuples(fields: Mapping[str, object]) -> dict:
+    """JSON has lists where the dataclasses have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is not a whole number")
+    return value

@@ -1,0 +1,115 @@
+"""Write weights so that a reader finds either the whole, checked file or none."""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.weights import pdparams, safetensors_file, torch_file
+from fcvit.weights.checkpoint import read_checkpoint, sidecar
+from fcvit.weights.header import KEY, LAYOUTS, Header
+from fcvit.weights.names import is_counter
+from fcvit.weights.reading import Weights, paddle_tensors, read_weights
+
+# File ending -> the layouts it may have, its default first.
+ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
+
+
+def destination_layout(path: Path, layout: str | None = None) -> str:
+    """The layout to write: the one asked for, else the ending's own.
+
+    Raises:
+        UsageError: an unknown ending or layout, or a pair that does not go together.
+    """
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"{path}: the ending tells the format; expected one of {', '.join(ENDINGS)}")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r}: expected {' or '.join(LAYOUTS)}")
+    if layout is not None and layout not in ENDINGS[path.suffix]:
+        raise UsageError(f"{path}: a {path.suffix} file has {ENDINGS[path.suffix][0]} layout; use .safetensors for {layout}")
+    return layout or ENDINGS[path.suffix][0]
+
+
+@contextlib.contextmanager
+def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block ends well and removed if not.
+
+    Raises:
+        UsageError: `path` is there already and `overwrite` is off.
+        UnreadableFile: the folder cannot be written to, or the disk is full.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
+    with folder as name:
+        temporary = Path(name) / path.name
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            if sidecar(temporary).exists():
+                # First the description: should we be stopped between the two, its hash tells.
+                os.replace(sidecar(temporary), sidecar(path))
+            else:
+                sidecar(path).unlink(missing_ok=True)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:
+    """Write weights in the format that the ending of `path` names, and read them back.
+
+    safetensors carry the header; beside the others it stands as `FILE.json`. Not atomic by itself:
+    give it a `staged` path.
+
+    Raises:
+        UsageError: see `destination_layout`.
+        NumbersDisagree: what was read back is not what was written.
+    """
+    layout = destination_layout(path, layout)
+    tensors: Mapping[str, np.ndarray] = paddle_tensors(weights) if layout == "paddle" else weights.tensors
+    header = Header(
+        weights.form,
+        layout,
+        weights.preprocessing or weights.form.variant.preprocessing,
+        weights.classes,
+        {name: int(t) for name, t in weights.tensors.items() if is_counter(name)},
+        weights.source.sha256,
+    )
+    if path.suffix == ".safetensors":
+        framework = {"paddle": "pd", "torch": "pt"}[layout]
+        safetensors_file.write(path, tensors, {"format": framework, KEY: header.to_json()})
+    else:
+        with path.open("wb") as file:
+            if path.suffix == ".pdparams":
+                pdparams.write(file, tensors)
+            else:
+                torch_file.write_zip(file, tensors)
+        header = dataclasses.replace(header, weights_sha256=read_checkpoint(path).sha256)
+        sidecar(path).write_text(header.to_json(), "utf-8")
+    different = differing_tensors(weights, read_weights(path))
+    if different:
+        raise NumbersDisagree(f"{path}: reading back gave other numbers for {different[0]} (of {len(different)}); disk fault?")
+
+
+def differing_tensors(one: Weights, other: Weights) -> list[str]:
+    """Names of the tensors that are not the same bit for bit, missing ones included."""
+    names = dict.fromkeys([*one.tensors, *other.tensors])
+    return [name for name in names if not _same_bits(one.tensors.get(name), other.tensors.get(name))]
+
+
+def _same_bits(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    unsigned = np.dtype(f"u{one.dtype.itemsize}")
+    return bool(np.array_equal(one.view(unsigned) if one.ndim else one, other.view(unsigned) if other.ndim else other))
