@@ -8,12 +8,15 @@ names (`_mean`, `_variance`), Linear weights Paddle's layout ([in, out]).
 Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
 """
 
-import paddle
-import paddle.nn.functional as F
-from paddle import Tensor, nn
-
 from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
 from fcvit.variants import IMAGENET_CLASSES, Variant
+
+import_framework("paddle")  # quietly, or with the remedy where it is missing
+
+import paddle  # noqa: E402
+import paddle.nn.functional as F  # noqa: E402
+from paddle import Tensor, nn  # noqa: E402
 
 SIMILARITY_EPS = 1e-5  # added to the standard deviation, not to the variance
 NORM_EPS = 1e-5

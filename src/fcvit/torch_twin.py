@@ -6,12 +6,20 @@ must meet the goldens by itself: a twin that merely copied the Paddle network wo
 This is the only file that imports PyTorch. Shapes are written as in `fcvit.model`.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Mapping
+
+import numpy as np
 
 from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
 from fcvit.variants import IMAGENET_CLASSES, Variant
+from fcvit.weights.names import Form, is_counter
+
+import_framework("torch")  # or the remedy where it is missing
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 
 class FCViT(nn.Module):
@@ -61,6 +69,21 @@ class FCViTBackbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         stage0, stage2, stage4, stage6 = run_stages(self.patch_embed(x), self.network)
         return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
+
+
+def build_twin(form: Form, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The twin of that form with these weights (authors' names, PyTorch's layout), in evaluation mode.
+
+    Floating-point tensors are cast to `dtype`; names and shapes must match strictly.
+    """
+    twin = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
+    state = {}
+    for name, tensor in tensors.items():
+        # Float64 holds every stored type exactly, bfloat16 (which PyTorch does not take from NumPy) included.
+        exact = np.array(tensor, np.int64 if is_counter(name) else np.float64)
+        state[name] = torch.from_numpy(exact) if is_counter(name) else torch.from_numpy(exact).to(dtype)
+    twin.to(dtype).load_state_dict(state, strict=True)
+    return twin.eval()
 
 
 def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:

@@ -110,6 +110,8 @@ class Variant:
             values = getattr(self, field)
             if len(values) != 4 or not all(isinstance(v, int) and v >= 1 for v in values):
                 raise UsageError(f"variant {self.name!r}: {field} are four whole numbers from 1, not {values}")
+        if max(self.depths) > 1000 or max(self.widths) > 1 << 16 or max(self.mlp_ratios) > 1000:
+            raise UsageError(f"variant {self.name!r}: absurd size {self.depths}, {self.widths}, {self.mlp_ratios}")
         kernels = (
             *self.kernel_sizes,
             self.spatial_attention_kernel,

@@ -45,7 +45,7 @@ class Header:
         return json.dumps(
             {
                 "format_version": FORMAT_VERSION,
-                "variant": dataclasses.asdict(dataclasses.replace(self.form.variant)),
+                "variant": dataclasses.asdict(self.form.variant),
                 "num_classes": self.form.num_classes,
                 "dense": self.form.dense,
                 "layout": self.layout,
@@ -103,6 +103,6 @@ def _tuples(fields: Mapping[str, object]) -> dict:
 
 
 def _whole(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r:.40} is not a whole number")
     return value

@@ -207,6 +207,8 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
         depths.append(blocks)
     block, mixer = "network.{}.0", "network.{}.0.token_mixer"
     widths = [shape(f"{block.format(2 * s)}.norm1.weight", 1)[0] for s in range(4)]
+    if max(widths) > 1 << 16:
+        raise DoesNotFit(f"not an FCViT: widths {widths}")
     hidden = [shape(f"{block.format(2 * s)}.channel_mixer.fc1.weight", 4)[0] for s in range(4)]
     ratios = [max(h // w, 1) for h, w in zip(hidden, widths, strict=True)]
     first = mixer.format(0)

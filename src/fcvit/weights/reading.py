@@ -4,14 +4,13 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 
-import ml_dtypes  # noqa: F401 -- teaches NumPy bfloat16
 import numpy as np
 
 from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.variants import Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
-from fcvit.weights.dtypes import dtype_name, is_float
+from fcvit.weights.dtypes import FLOATS, dtype_name, is_float
 from fcvit.weights.names import PADDLE_STATISTICS, Entry, Form, entries, is_counter, paddle_name, recognise, torch_name
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
@@ -214,8 +213,6 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
         DoesNotFit: a number is too large for the type.
         UsageError: not float16, bfloat16, float32 or float64.
     """
-    from fcvit.weights.dtypes import FLOATS
-
     if dtype is None:
         return weights
     if dtype not in FLOATS:

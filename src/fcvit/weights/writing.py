@@ -54,8 +54,10 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary = Path(name) / path.name
         try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            for part in Path(name).iterdir():
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                part.chmod(0o666 & ~_umask())  # a temporary file is private, the result need not be
             if sidecar(temporary).exists():
                 # First the description: should we be stopped between the two, its hash tells.
                 os.replace(sidecar(temporary), sidecar(path))
@@ -64,6 +66,12 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(temporary, path)
         except OSError as error:
             raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Images from files: preprocessing, folders of labelled images."""

@@ -1,0 +1,105 @@
+"""From an image file to what the network sees, pixel for pixel as in the authors' evaluation.
+
+The authors evaluate with timm's transform over torchvision and Pillow: shorter side to
+`floor(size / crop fraction)` with Pillow's antialiased filter, centre crop, [0, 1], normalise.
+OpenCV's and Paddle's own resizing give other pixels.
+"""
+
+import os
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fcvit.errors import BadImages, UsageError
+from fcvit.variants import RESIZE256_BILINEAR, Preprocessing
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+PROTOCOLS = ("authors", "resize256-bilinear")
+
+
+def protocol(name: str, resolved: Preprocessing) -> Preprocessing:
+    """The preprocessing of a named protocol: `authors` is what was resolved for the weights.
+
+    Raises:
+        UsageError: no such protocol.
+    """
+    if name == "authors":
+        return resolved
+    if name == "resize256-bilinear":
+        return RESIZE256_BILINEAR
+    raise UsageError(f"--protocol {name!r}: expected {' or '.join(PROTOCOLS)}")
+
+
+def decode(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as RGB, as torchvision does: orientation tags are not applied.
+
+    Raises:
+        BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_area(image.width, image.height)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = str(error)[:120]
+        raise BadImages(f"{path}: {reason}") from error
+
+
+def _check_area(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+
+
+def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and centre-crop.
+
+    Args:
+        image: RGB, any size.
+        preprocessing: see `Preprocessing`; S is its input size.
+
+    Returns:
+        uint8 of shape (3, S, S).
+
+    Raises:
+        BadImages: so long and thin that its resized form would be enormous.
+    """
+    shorter, longer = sorted(image.size)
+    target = preprocessing.resize
+    if shorter != target:
+        stretched = int(target * longer / shorter)  # truncated, not rounded
+        size = (target, stretched) if image.width <= image.height else (stretched, target)
+        try:
+            _check_area(*size)
+        except ValueError as error:
+            raise BadImages(f"{image.width} x {image.height} pixels would be resized to {error}") from error
+        image = image.resize(size, _FILTERS[preprocessing.interpolation])
+    side = preprocessing.input_size
+    left, top = (int(round((length - side) / 2.0)) for length in image.size)  # half to even
+    image = image.crop((left, top, left + side, top + side))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def normalise(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """uint8 (B, 3, H, W) in RGB -> float32 of the same shape: to [0, 1], less the mean, over the std."""
+    mean = np.array(preprocessing.mean, np.float32)[:, None, None]
+    std = np.array(preprocessing.std, np.float32)[:, None, None]
+    scaled = images.astype(np.float32)
+    scaled /= np.float32(255)
+    scaled -= mean
+    scaled /= std
+    return scaled
+
+
+def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """An image, or the path of one -> uint8 (3, S, S), ready for an engine or for `normalise`.
+
+    Raises:
+        BadImages: it cannot be read.
+    """
+    return crop(image.convert("RGB") if isinstance(image, Image.Image) else decode(image), preprocessing)
