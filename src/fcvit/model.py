@@ -205,9 +205,7 @@ class GlobalContext(nn.Layer):
         self.competition = variant.competition
         inner = width // variant.reduction
         if self.weighted:
-            self.rescale_weight = self.create_parameter(
-                [self.heads], default_initializer=nn.initializer.Constant(1.0)
-            )
+            self.rescale_weight = self.create_parameter([self.heads], default_initializer=nn.initializer.Constant(1.0))
             self.rescale_bias = self.create_parameter([self.heads], is_bias=True)
         if self.competition:
             self.fc1 = nn.Linear(width, 2 * inner)

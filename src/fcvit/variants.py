@@ -156,7 +156,6 @@ class Published:
 
 
 _DRIVE = "https://drive.google.com/drive/folders/"
-_B = dict(widths=(64, 128, 320, 512), mlp_ratios=(8, 8, 4, 4))
 
 _TABLE: tuple[tuple[Variant, Published | None], ...] = (
     (
@@ -164,15 +163,27 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
         Published(74.9, 74.5, "4.6M", 4_784_752, 0.900, _DRIVE + "1YSa8tkXkUQT94mgo-L7q4pv5KiHRTAaR"),
     ),
     (
-        Variant("fcvit_b12", (2, 2, 6, 2), **_B),
+        Variant("fcvit_b12", (2, 2, 6, 2), (64, 128, 320, 512), (8, 8, 4, 4)),
         Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb"),
     ),
     (
-        Variant("fcvit_b24", (4, 4, 12, 4), **_B, preprocessing=Preprocessing(crop_fraction=0.95)),
+        Variant(
+            "fcvit_b24",
+            (4, 4, 12, 4),
+            (64, 128, 320, 512),
+            (8, 8, 4, 4),
+            preprocessing=Preprocessing(crop_fraction=0.95),
+        ),
         Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t"),
     ),
     (
-        Variant("fcvit_b48", (8, 8, 24, 8), **_B, preprocessing=Preprocessing(crop_fraction=0.95)),
+        Variant(
+            "fcvit_b48",
+            (8, 8, 24, 8),
+            (64, 128, 320, 512),
+            (8, 8, 4, 4),
+            preprocessing=Preprocessing(crop_fraction=0.95),
+        ),
         Published(83.6, 82.6, "49.1M", 51_477_032, 9.877, _DRIVE + "16joP1cQwbx4oICL-WbPC1SqGNoc4-NZm"),
     ),
     # Ours, not the paper's: small enough to ship trained on digits and to test every path with.

@@ -80,7 +80,7 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
             raise BadImages(f"{image.width} x {image.height} pixels would be resized to {error}") from error
         image = image.resize(size, _FILTERS[preprocessing.interpolation])
     side = preprocessing.input_size
-    left, top = (int(round((length - side) / 2.0)) for length in image.size)  # half to even
+    left, top = (round((length - side) / 2.0) for length in image.size)  # half to even
     image = image.crop((left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 

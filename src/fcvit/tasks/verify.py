@@ -93,9 +93,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return (
-            not self.different and self.comparison.passed and (self.lively is None or self.lively.passed)
-        )
+        return not self.different and self.comparison.passed and (self.lively is None or self.lively.passed)
 
     def failure(self) -> str:
         """What is wrong, in one line."""
@@ -155,9 +153,7 @@ def verify_weights(converted: Weights, source: Weights) -> Verification:
     lively = None
     if _dormant(converted):
         rule = lively_tensors(one)
-        lively = compare(
-            dataclasses.replace(converted, tensors=rule), dataclasses.replace(source, tensors=rule)
-        )
+        lively = compare(dataclasses.replace(converted, tensors=rule), dataclasses.replace(source, tensors=rule))
     return Verification(
         str(one),
         len(converted.tensors),
@@ -273,9 +269,7 @@ def _is_part(name: str) -> bool:
 
 def _with_outputs(places: dict[str, np.ndarray], output) -> dict[str, np.ndarray]:  # noqa: ANN001
     outputs = output if isinstance(output, list | tuple) else [output]
-    return places | {
-        f"output{index if len(outputs) > 1 else ''}": value.numpy() for index, value in enumerate(outputs)
-    }
+    return places | {f"output{index if len(outputs) > 1 else ''}": value.numpy() for index, value in enumerate(outputs)}
 
 
 def _drift(found: np.ndarray, reference: np.ndarray) -> float:

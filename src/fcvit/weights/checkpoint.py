@@ -96,7 +96,9 @@ class Checkpoint:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
         chosen = averaged if ema else raw
         if len(chosen) > 1:
-            raise DoesNotFit(f"{self.path} has several sets of weights ({', '.join(chosen)}); save the one you mean alone")
+            raise DoesNotFit(
+                f"{self.path} has several sets of weights ({', '.join(chosen)}); save the one you mean alone"
+            )
         if chosen:
             return chosen[0]
         if averaged:
@@ -116,7 +118,10 @@ class Checkpoint:
                 return value.array(len(self.data))
             case torch_file.Refused():
                 raise UnreadableFile(f"a {value.name} is not read; save it again as a plain dense tensor")
-            case pdparams.ArrayRef(array=np.ndarray() as array) | (str(), pdparams.ArrayRef(array=np.ndarray() as array)):
+            case pdparams.ArrayRef(array=np.ndarray() as array) | (
+                str(),
+                pdparams.ArrayRef(array=np.ndarray() as array),
+            ):
                 return array
             case _:
                 kind = value.name if isinstance(value, Opaque) else type(value).__name__
@@ -192,5 +197,7 @@ def _read_sidecar(checkpoint: Checkpoint) -> Header:
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"{path.name} beside it cannot be read ({error}); mend or remove it") from error
     if header.weights_sha256 != checkpoint.sha256:
-        raise UnreadableFile(f"{path.name} beside it describes other weights (SHA-256 differs); remove it or restore both")
+        raise UnreadableFile(
+            f"{path.name} beside it describes other weights (SHA-256 differs); remove it or restore both"
+        )
     return header

@@ -48,7 +48,11 @@ class Form:
     def __str__(self) -> str:
         if self.dense:
             return f"{self.variant.name} (dense-prediction backbone)"
-        return f"{self.variant.name} ({self.num_classes} classes)" if self.num_classes else f"{self.variant.name} (no head)"
+        return (
+            f"{self.variant.name} ({self.num_classes} classes)"
+            if self.num_classes
+            else f"{self.variant.name} (no head)"
+        )
 
 
 def paddle_name(name: str) -> str:
@@ -181,9 +185,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     # A named variant that gives the very same tensors is what was meant.
     architecture = entries(Form(read, num_classes, dense))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
-        if (known.depths, known.widths) == (read.depths, read.widths):
-            if entries(Form(known, num_classes, dense)) == architecture:
-                return Form(known, num_classes, dense)
+        same_size = (known.depths, known.widths) == (read.depths, read.widths)
+        if same_size and entries(Form(known, num_classes, dense)) == architecture:
+            return Form(known, num_classes, dense)
     return Form(read, num_classes, dense)
 
 

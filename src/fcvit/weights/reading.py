@@ -110,7 +110,9 @@ def read_weights(
     if backbone:
         skipped += [name for name in named if name.startswith(DETECTOR_PARTS)]
         named = {name: t for name, t in named.items() if not name.startswith(DETECTOR_PARTS)}
-    table_shapes = {torch_name(n): t.shape[::-1] if layout == "paddle" and t.ndim == 2 else t.shape for n, t in named.items()}
+    table_shapes = {
+        torch_name(n): t.shape[::-1] if layout == "paddle" and t.ndim == 2 else t.shape for n, t in named.items()
+    }
     expected = get_variant(variant) if variant is not None else header.form.variant if header else None
     form = header.form if header and variant is None else recognise(table_shapes, expected)
     wanted = entries(form)
@@ -145,20 +147,34 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
     for name, entry in wanted.items():
         tensor = found.get(name)
         if tensor is None:
-            problems.append(Problem(name, f"shape {list(entry.shape)}", "nothing", "the file is incomplete or of another variant"))
+            problems.append(
+                Problem(name, f"shape {list(entry.shape)}", "nothing", "the file is incomplete or of another variant")
+            )
         elif tensor.shape != entry.shape:
-            problems.append(Problem(name, f"shape {list(entry.shape)}", f"{list(tensor.shape)}", "is this the right variant?"))
+            problems.append(
+                Problem(name, f"shape {list(entry.shape)}", f"{list(tensor.shape)}", "is this the right variant?")
+            )
         elif is_counter(name):
             if tensor.dtype.kind not in "iu":
                 problems.append(Problem(name, "a whole number", dtype_name(tensor.dtype), "save the checkpoint again"))
         elif not is_float(tensor.dtype):
-            problems.append(Problem(name, "floating-point numbers", dtype_name(tensor.dtype), "quantised weights are not read"))
+            problems.append(
+                Problem(name, "floating-point numbers", dtype_name(tensor.dtype), "quantised weights are not read")
+            )
         elif not np.isfinite(tensor).all():
             bad = int(tensor.size - np.isfinite(tensor).sum())
-            problems.append(Problem(name, "finite numbers", f"{bad} infinite or NaN", "the training diverged, or the file is damaged"))
+            problems.append(
+                Problem(
+                    name, "finite numbers", f"{bad} infinite or NaN", "the training diverged, or the file is damaged"
+                )
+            )
     for name in found:
         if name not in wanted:
-            problems.append(Problem(name[:120], "no such tensor", f"shape {list(found[name].shape)}", "another model, or more than one"))
+            problems.append(
+                Problem(
+                    name[:120], "no such tensor", f"shape {list(found[name].shape)}", "another model, or more than one"
+                )
+            )
     return problems
 
 
@@ -170,7 +186,9 @@ def _strip(checkpoint: Checkpoint, named: Mapping[str, np.ndarray], notes: list[
         while short.startswith(PREFIXES):
             short = short.partition(".")[2]
         if short in stripped:
-            raise DoesNotFit(f"{checkpoint.path}: {stripped[short]!r} and {name!r} are one name once their prefixes are stripped")
+            raise DoesNotFit(
+                f"{checkpoint.path}: {stripped[short]!r} and {name!r} are one name once their prefixes are stripped"
+            )
         stripped[short] = name
     if _PROBE in named or _PROBE not in stripped:
         return dict(named)

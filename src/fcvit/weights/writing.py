@@ -31,7 +31,9 @@ def destination_layout(path: Path, layout: str | None = None) -> str:
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"--layout {layout!r}: expected {' or '.join(LAYOUTS)}")
     if layout is not None and layout not in ENDINGS[path.suffix]:
-        raise UsageError(f"{path}: a {path.suffix} file has {ENDINGS[path.suffix][0]} layout; use .safetensors for {layout}")
+        raise UsageError(
+            f"{path}: a {path.suffix} file has {ENDINGS[path.suffix][0]} layout; use .safetensors for {layout}"
+        )
     return layout or ENDINGS[path.suffix][0]
 
 
@@ -107,7 +109,9 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
         sidecar(path).write_text(header.to_json(), "utf-8")
     different = differing_tensors(weights, read_weights(path))
     if different:
-        raise NumbersDisagree(f"{path}: reading back gave other numbers for {different[0]} (of {len(different)}); disk fault?")
+        raise NumbersDisagree(
+            f"{path}: reading back gave other numbers for {different[0]} (of {len(different)}); disk fault?"
+        )
 
 
 def differing_tensors(one: Weights, other: Weights) -> list[str]:

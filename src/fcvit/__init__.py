@@ -1,0 +1,60 @@
+"""FCViT for PaddlePaddle: use, prove and evaluate FCViT image classifiers.
+
+    import fcvit
+    model = fcvit.create_model("fcvit_b12", weights="fcvit_b12.pth.tar")
+    fcvit.load("fcvit_b12.safetensors").predict(["cat.jpg"])
+
+Names are looked up when first used, so that `import fcvit` loads neither Paddle nor PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fcvit.errors import FcvitError as FcvitError
+    from fcvit.errors import FreshWeights as FreshWeights
+    from fcvit.loading import create_backbone as create_backbone
+    from fcvit.loading import create_model as create_model
+    from fcvit.tasks.convert import convert as convert
+    from fcvit.tasks.evaluate import evaluate as evaluate
+    from fcvit.tasks.inspect import inspect as inspect
+    from fcvit.tasks.predict import Classifier as Classifier
+    from fcvit.tasks.predict import load as load
+    from fcvit.tasks.verify import verify_files as verify  # noqa: F401
+    from fcvit.variants import VARIANTS as VARIANTS
+    from fcvit.variants import Preprocessing as Preprocessing
+    from fcvit.variants import Variant as Variant
+    from fcvit.weights.reading import read_weights as read_weights
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FcvitError": "fcvit.errors",
+    "FreshWeights": "fcvit.errors",
+    "create_backbone": "fcvit.loading",
+    "create_model": "fcvit.loading",
+    "convert": "fcvit.tasks.convert",
+    "evaluate": "fcvit.tasks.evaluate",
+    "inspect": "fcvit.tasks.inspect",
+    "Classifier": "fcvit.tasks.predict",
+    "load": "fcvit.tasks.predict",
+    "verify": "fcvit.tasks.verify",
+    "VARIANTS": "fcvit.variants",
+    "Preprocessing": "fcvit.variants",
+    "Variant": "fcvit.variants",
+    "read_weights": "fcvit.weights.reading",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fcvit' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    value = getattr(module, {"verify": "verify_files"}.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,497 @@
+"""The command line: thin, every task imported when it is called.
+
+Tables and JSON go to the standard output; progress, notes and errors to the standard error. Exit
+codes stand in `fcvit.errors` and docs/cli.md.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from fcvit import __version__
+from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UsageError
+
+if TYPE_CHECKING:
+    from fcvit.tasks.verify import Verification
+    from fcvit.variants import Preprocessing, Variant
+
+app = App(
+    name="fcvit",
+    help="FCViT for PaddlePaddle: convert, verify, evaluate, predict. Add --debug for a traceback.",
+    version=__version__,
+    help_format="plaintext",
+    suppress_keyboard_interrupt=False,
+)
+
+Output = Parameter(name=["--output", "-o"])
+Classes = Annotated[Path | None, Parameter(name="--classes")]
+Json = Annotated[bool, Parameter(name="--json", negative=())]
+Device = Annotated[str, Parameter(name="--device")]
+
+
+@app.command
+def models(*, as_json: Json = False) -> None:
+    """List the variants, their published figures, and where the authors' checkpoints are.
+
+    Args:
+        as_json: Print JSON.
+    """
+    from fcvit.variants import VARIANTS, published
+
+    if as_json:
+        import dataclasses
+
+        _print_json(
+            {
+                name: dataclasses.asdict(variant)
+                | {"published": (row := published(variant)) and dataclasses.asdict(row)}
+                for name, variant in VARIANTS.items()
+            }
+        )
+        return
+    from fcvit.report.tables import table
+    from fcvit.weights.names import Form, parameter_count
+
+    figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
+    listing = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
+    for name, variant in VARIANTS.items():
+        row = published(variant)
+        count = row.parameters if row else parameter_count(Form(variant, 10))
+        listing.add_row(
+            name,
+            f"{count:,}",
+            f"{count / 2**20:.1f}M",
+            f"{row.gmac:.2f}" if row else "",
+            f"{variant.preprocessing.crop_fraction:.2f}",
+            f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32",
+        )
+    _show(listing)
+    print("The authors' checkpoints, to be fetched by hand (Apache-2.0, github.com/ma-xu/FCViT):")
+    for name, variant in VARIANTS.items():
+        if row := published(variant):
+            print(f"  {name:<11} {row.url}")
+
+
+@app.command
+def convert(
+    source: Path,
+    /,
+    *,
+    output: Annotated[Path, Output],
+    layout: Literal["paddle", "torch"] | None = None,
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+    classes: Classes = None,
+    new_head: int | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    verify: bool | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint between PyTorch and Paddle, checked and, with both installed, verified.
+
+    Args:
+        source: PyTorch (.pth, .pth.tar, older format), safetensors or .pdparams; told by content.
+        output: The file to write: .safetensors, .pdparams or .pth.
+        layout: Names and layout of a .safetensors file (default: paddle).
+        dtype: Type to store (default: as in the source).
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        variant: What the file must be (default: recognised from its tensors).
+        classes: Class list: CSV with id and name, or one class per line.
+        new_head: Replace the head by a fresh one for this many classes.
+        input_size: Store another input size in pixels than the variant's.
+        crop_fraction: Store another crop fraction.
+        interpolation: Store another interpolation.
+        verify: Compare the numbers with the source (default: if both frameworks are installed).
+        overwrite: Replace the output if it is there.
+        as_json: Print JSON.
+    """
+    from fcvit.report import tables
+    from fcvit.tasks.convert import convert as run
+
+    done = run(
+        source,
+        output,
+        layout=layout,
+        dtype=dtype,
+        ema=ema,
+        variant=variant,
+        classes=classes,
+        preprocessing=_preprocessing(source, variant, input_size, crop_fraction, interpolation),
+        new_head=new_head,
+        verify=verify,
+        overwrite=overwrite,
+    )
+    if as_json:
+        import dataclasses
+
+        proof = done.verification
+        _print_json(dataclasses.asdict(done) | {"verification": proof and _proof(proof)})
+        return
+    _show(tables.conversion(done))
+    if done.verification:
+        _show(*tables.verification(done.verification))
+
+
+@app.command
+def verify(
+    converted: Path,
+    /,
+    *,
+    against: Path,
+    ema: bool | None = None,
+    variant: str | None = None,
+    blocks: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that two weights files are one network: tensors, gates A and B, drift by stage.
+
+    Args:
+        converted: The file to check.
+        against: The file it was made from.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a source with both.
+        variant: What both must be (default: what the converted file says).
+        blocks: Show the drift after every block, not only by stage.
+        as_json: Print JSON.
+    """
+    from fcvit.report import tables
+    from fcvit.tasks.verify import require, verify_files
+
+    proof = verify_files(converted, against, ema, variant)
+    if as_json:
+        _print_json(_proof(proof))
+    else:
+        _show(*tables.verification(proof, blocks))
+    require(proof)
+
+
+@app.command
+def inspect(
+    file: Path,
+    /,
+    *,
+    ema: bool | None = None,
+    tensors: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> int:
+    """Say what a weights file is; needs neither framework and executes nothing.
+
+    Args:
+        file: Any format; told by content.
+        ema: Describe the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        tensors: List every tensor.
+        as_json: Print JSON.
+    """
+    from fcvit.tasks.inspect import inspect as run
+
+    found = run(file, ema, tensors)
+    code = 4 if found["problems"] else 0
+    if as_json:
+        _print_json(found)
+        return code
+    from fcvit.report.tables import table
+
+    listing = table("", "")
+    listing.show_header = False
+    for name, value in found.items():
+        if value is None or value == [] or name == "entries":
+            continue
+        if isinstance(value, list):
+            shown = [" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in value[:20]]
+            value = ("\n" if name == "problems" else ", ").join(shown) + (
+                f", ... ({len(value)})" if len(value) > 20 else ""
+            )
+        listing.add_row(name.replace("_", " "), str(value))
+    _show(listing)
+    if tensors:
+        entries = table("tensor", "shape", "type")
+        for name, shape, dtype in found["entries"]:  # type: ignore[attr-defined]
+            entries.add_row(name, str(shape), dtype)
+        _show(entries)
+    return code
+
+
+@app.command(name="eval")
+def evaluate(
+    *,
+    weights: Path,
+    data: Path,
+    engine: str = "paddle",
+    protocol: str = "authors",
+    output: Annotated[Path | None, Output] = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    device: Device = "auto",
+    ema: bool | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    as_json: Json = False,
+) -> int:
+    """Measure accuracy on a folder of class folders.
+
+    Args:
+        weights: A checkpoint of any format.
+        data: One folder of images per class.
+        engine: paddle, torch, or paddle,torch to compare both on the same images.
+        protocol: authors, or resize256-bilinear (Resize 256 bilinear, crop 224).
+        output: Folder of the run (default: runs/eval, or the first free one after it).
+        batch_size: Images at a time.
+        workers: Threads that decode images.
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        input_size: Another input size in pixels than the weights'.
+        crop_fraction: Another crop fraction.
+        interpolation: Another interpolation.
+        as_json: Print JSON.
+    """
+    from fcvit import runs
+    from fcvit.report import tables
+    from fcvit.tasks.evaluate import evaluate as run
+
+    found = run(
+        weights,
+        data,
+        engines=engine.split(","),
+        protocol_name=protocol,
+        preprocessing=_preprocessing(weights, None, input_size, crop_fraction, interpolation),
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        ema=ema,
+        folder=output or runs.free_folder("eval"),
+    )
+    if as_json:
+        import dataclasses
+
+        _print_json(dataclasses.asdict(found) | {"folder": str(found.folder)})
+    else:
+        _note(found.rule)
+        _show(*tables.evaluation(found))
+        print(f"written to {found.folder}")
+    if found.unreadable:
+        _show(tables.unreadable(found.unreadable), error=True)
+        return BadImages.exit_code
+    return 0
+
+
+@app.command
+def predict(
+    *images: str,
+    weights: Path,
+    top_k: int = 5,
+    engine: str = "paddle",
+    classes: Classes = None,
+    device: Device = "auto",
+    ema: bool | None = None,
+    as_json: Json = False,
+    csv: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Name what is in images: files, folders or glob patterns.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format.
+        top_k: How many classes to give.
+        engine: paddle or torch.
+        classes: Class list: CSV with id and name, or one class per line (default: the file's own).
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        as_json: Print JSON.
+        csv: Print CSV.
+    """
+    from fcvit.classes import read_classes
+    from fcvit.images.folder import find_images
+    from fcvit.report import tables
+    from fcvit.report.progress import progress
+    from fcvit.tasks.predict import predict_files
+    from fcvit.weights.reading import read_weights
+
+    if not images:
+        raise UsageError("predict: name at least one image, folder or pattern")
+    if as_json and csv:
+        raise UsageError("predict: --json and --csv are two answers; choose one")
+    paths = find_images(images)
+    named = read_classes(classes) if classes else None
+    results = predict_files(
+        read_weights(weights, ema), paths, top_k=top_k, engine_name=engine, classes=named, device=device
+    )
+    good, bad = [], []
+    with progress("predicting", len(paths)) as advance:
+        for path, found in results:
+            if isinstance(found, BadImages):
+                bad.append(found)
+            else:
+                good.append((path, found))
+            advance(1)
+    if as_json:
+        import dataclasses
+
+        _print_json(
+            {
+                "predictions": {str(path): [dataclasses.asdict(row) for row in ranked] for path, ranked in good},
+                "unreadable": [str(error) for error in bad],
+            }
+        )
+    elif csv:
+        import csv as csv_module
+
+        writer = csv_module.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["path", "place", "index", "id", "name", "probability"])
+        for path, ranked in good:
+            for place, row in enumerate(ranked, 1):
+                writer.writerow([path, place, row.index, row.id, row.name, f"{row.probability:.6f}"])
+    elif good:
+        _show(tables.predictions(good))
+    if bad:
+        _show(tables.unreadable(bad), error=True)
+        return BadImages.exit_code
+    return 0
+
+
+@app.command
+def quickstart(*, output: Annotated[Path | None, Output] = None) -> None:
+    """Run the whole path on a small shipped checkpoint and real images; no network needed.
+
+    Args:
+        output: Folder of the run (default: runs/quickstart, or the first free one after it).
+    """
+    from fcvit.report import tables
+    from fcvit.tasks.quickstart import quickstart as run
+
+    done = run(output)
+    _show(tables.conversion(done.conversion))
+    if done.conversion.verification:
+        _show(tables.verification(done.conversion.verification)[0])
+    _show(tables.quickstart(done))
+    print("This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works.")
+    print(f"Picture: {done.sheet}")
+    print(f"All of it: {done.folder}   ({done.seconds:.0f} s)")
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> None:
+    """Print versions, devices, and what is missing with the command that installs it.
+
+    Args:
+        as_json: Print JSON.
+    """
+    from fcvit.tasks.doctor import doctor as run
+
+    found = run()
+    if as_json:
+        _print_json(found)
+        return
+    from fcvit.report.tables import table
+
+    listing = table("", "")
+    listing.show_header = False
+    listing.add_row("machine", str(found["machine"]))
+    for title in ("versions", "devices", "missing"):
+        for name, value in found[title].items():  # type: ignore[attr-defined]
+            shown = ", ".join(value) if isinstance(value, list) else value
+            listing.add_row(f"{name} {'' if title == 'versions' else title}".strip(), shown)
+    _show(listing)
+
+
+def _preprocessing(
+    weights: Path,
+    variant: "str | Variant | None",
+    input_size: int | None,
+    crop_fraction: float | None,
+    interpolation: str | None,
+) -> "Preprocessing | None":
+    """What the weights say, with the fields that were asked for in its place; None: nothing was asked."""
+    wanted = {"input_size": input_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if not wanted:
+        return None
+    import dataclasses
+
+    from fcvit.variants import get_variant, resolve_preprocessing
+    from fcvit.weights.reading import read_weights
+
+    described = read_weights(weights, False if _has_ema(weights) else None, variant)
+    own = resolve_preprocessing(None, described.preprocessing, get_variant(described.form.variant))
+    return dataclasses.replace(own, **wanted)  # type: ignore[arg-type]
+
+
+def _has_ema(weights: Path) -> bool:
+    from fcvit.weights.checkpoint import read_checkpoint
+
+    return read_checkpoint(weights).has_ema
+
+
+def _proof(proof: "Verification") -> dict:
+    import dataclasses
+
+    return dataclasses.asdict(proof) | {"passed": proof.passed, "failure": None if proof.passed else proof.failure()}
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+def _show(*parts: object, error: bool = False) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=error)
+    if not console.is_terminal:
+        console = Console(stderr=error, width=140)  # a pipe has no width; do not fold rows at 80
+    for part in parts:
+        console.print(part)
+
+
+def _note(text: str) -> None:
+    print(f"fcvit: note: {text}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _note(str(message))
+            if not debug:
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("always", FreshWeights)
+            result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        return result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        text = " ".join(str(error).split())
+        print(f"fcvit: {text} (fcvit --help lists the commands, fcvit COMMAND --help its options)", file=sys.stderr)
+        return UsageError.exit_code
+    except FcvitError as error:
+        if debug:
+            raise
+        print(f"fcvit: {error}", file=sys.stderr)
+        problems = getattr(error, "problems", ())
+        if len(problems) > 1:
+            from fcvit.report.tables import problems as listing
+
+            _show(listing(problems), error=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fcvit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has had enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split())[:300]
+        print(
+            f"fcvit: internal error: {type(error).__name__}: {text} (please report it; --debug shows where)",
+            file=sys.stderr,
+        )
+        return FcvitError.exit_code

@@ -1,0 +1,165 @@
+"""What the commands print, as rich tables: one function for one thing to show."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from fcvit.errors import BadImages
+from fcvit.tasks.convert import Conversion
+from fcvit.tasks.evaluate import Evaluation
+from fcvit.tasks.predict import Prediction
+from fcvit.tasks.quickstart import Quickstart
+from fcvit.tasks.verify import GATE_A, GATE_B, Comparison, Place, Verification
+from fcvit.weights.reading import Problem
+
+_SHOWN = 20  # rows of a list that may be long
+
+
+def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
+    """An empty table in the one style; columns named in `right` are aligned there."""
+    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return result
+
+
+def verdict(passed: bool) -> str:
+    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+
+
+def problems(found: Sequence[Problem]) -> Table:
+    """Everything that does not fit, up to a screenful."""
+    result = table("tensor", "expected", "found", "remedy", title=f"{len(found)} problem(s)")
+    for problem in found[:_SHOWN]:
+        result.add_row(problem.name, problem.expected, problem.found, problem.remedy)
+    if len(found) > _SHOWN:
+        result.add_row(f"... and {len(found) - _SHOWN} more", "", "", "fcvit inspect FILE --json lists all")
+    return result
+
+
+def conversion(done: Conversion) -> Table:
+    """What was written, and what was left out."""
+    result = table("", "", title=f"{done.source} -> {done.destination}")
+    result.show_header = False
+    result.add_row("network", done.form)
+    result.add_row("tensors", f"{done.tensors}, {'/'.join(done.dtypes)}, {done.layout} layout, read back bit for bit")
+    if done.skipped:
+        more = f", ... ({len(done.skipped)})" if len(done.skipped) > _SHOWN else ""
+        result.add_row("skipped", ", ".join(done.skipped[:_SHOWN]) + more)
+    for note in done.notes:
+        result.add_row("note", note)
+    return result
+
+
+def verification(proof: Verification, every_place: bool = False) -> list[Table]:
+    """The gates, and the drift by stage (or at every place)."""
+    gates = table("check", "measured", "limit", "", title=f"verification of {proof.form}", right=("measured", "limit"))
+    same = proof.tensors - len(proof.different)
+    gates.add_row(
+        "tensors equal bit for bit", f"{same} of {proof.tensors}", str(proof.tensors), verdict(not proof.different)
+    )
+    _gate_rows(gates, proof.comparison, "")
+    if proof.lively:
+        _gate_rows(gates, proof.lively, " (lively weights by rule: the file's own hide the blocks)")
+    gates.add_row("largest float32 difference", f"{proof.comparison.float32_max:.2e}", "", "")
+    gates.add_row("mean float32 difference", f"{proof.comparison.float32_mean:.2e}", "", "")
+    if proof.rounding_cost:
+        gates.add_row(f"cost of storing as {proof.stored_as}, largest", f"{proof.rounding_cost:.2e}", "", "")
+    comparison = proof.lively or proof.comparison
+    drift = table("place", "drift", "", title="drift by stage (float64, over the standard deviation)", right=("drift",))
+    for place in comparison.drift:
+        if every_place or not _is_block(place):
+            drift.add_row(place.name, f"{place.drift:.1e}", verdict(place.drift <= GATE_A))
+    return [gates, drift]
+
+
+def _gate_rows(gates: Table, comparison: Comparison, note: str) -> None:
+    gates.add_row(
+        f"gate A: float64, largest over std{note}",
+        f"{comparison.gate_a:.1e}",
+        f"{GATE_A:.0e}",
+        verdict(comparison.gate_a <= GATE_A),
+    )
+    gates.add_row(
+        f"gate B: float32 rms error over PyTorch's{note}",
+        f"{comparison.gate_b:.2f}",
+        f"{GATE_B:.0f}",
+        verdict(comparison.gate_b <= GATE_B),
+    )
+
+
+def _is_block(place: Place) -> bool:
+    return place.name.count(".") == 2
+
+
+def evaluation(found: Evaluation) -> list[Table]:
+    """Accuracies, and how far two engines agree."""
+    chosen = found.preprocessing
+    title = f"protocol {found.protocol}: resize {chosen.resize} {chosen.interpolation}, crop {chosen.input_size}"
+    k = f"top-{found.results[0].k}"
+    figures = ("images", "top-1 %", f"{k} %", "loss")
+    result = table("engine", *figures, title=title, right=figures)
+    for row in found.results:
+        result.add_row(
+            f"{row.engine} ({row.device})", str(row.images), f"{row.top1:.2f}", f"{row.top_k:.2f}", f"{row.loss:.4f}"
+        )
+    if found.published_top1 is not None:
+        result.add_row("published, ImageNet-1K", "50000", f"{found.published_top1:.1f}", "", "", style="dim")
+    tables = [result]
+    if found.agreement:
+        both = found.agreement
+        pair = table("agreement", "", right=("",), title=f"{both.engines[0]} and {both.engines[1]}, the same images")
+        pair.show_header = False
+        pair.add_row("same top-1", f"{both.top1_agreement:.2f} %")
+        pair.add_row("largest logit difference", f"{both.max_difference:.2e}")
+        pair.add_row("mean logit difference", f"{both.mean_difference:.2e}")
+        tables.append(pair)
+    return tables
+
+
+def quickstart(done: Quickstart) -> Table:
+    """Paddle beside PyTorch on the same images, and the gates."""
+    ours = done.evaluation.results[0]
+    result = table(
+        "", "PyTorch", "Paddle", "", title=f"the same {ours.images} held-out images", right=("PyTorch", "Paddle")
+    )
+    result.add_row(
+        "top-1 accuracy", f"{done.torch_top1:.2f} %", f"{ours.top1:.2f} %", f"PyTorch's side: {done.torch_side}"
+    )
+    result.add_row("same prediction", "", f"{done.agreement:.2f} %", "")
+    result.add_row("largest logit difference, float32", "", f"{done.max_difference:.2e}", "")
+    result.add_row("mean logit difference, float32", "", f"{done.mean_difference:.2e}", "")
+    result.add_row(
+        "gate A: float64, largest over std",
+        "",
+        f"{done.gate_a:.1e}",
+        f"{verdict(done.gate_a <= GATE_A)} (limit {GATE_A:.0e})",
+    )
+    result.add_row(
+        "gate B: float32 rms error over PyTorch's",
+        "",
+        f"{done.gate_b:.2f}",
+        f"{verdict(done.gate_b <= GATE_B)} (limit {GATE_B:.0f})",
+    )
+    return result
+
+
+def predictions(found: Sequence[tuple[Path, list[Prediction]]]) -> Table:
+    """Top-k of each image."""
+    result = table("image", "%", "class", "id", right=("%",))
+    for path, ranked in found:
+        for place, row in enumerate(ranked):
+            result.add_row("" if place else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
+    return result
+
+
+def unreadable(found: Sequence[str | BadImages]) -> Table:
+    """Images that were left out."""
+    result = table("image and reason", title=f"{len(found)} image(s) cannot be read and were left out")
+    for entry in found[:_SHOWN]:
+        result.add_row(str(entry))
+    if len(found) > _SHOWN:
+        result.add_row(f"... and {len(found) - _SHOWN} more")
+    return result

@@ -1,0 +1,176 @@
+"""The whole path on real input, without a network: convert, verify, evaluate, predict, show.
+
+The checkpoint is small and ours (`scripts/make_digits_checkpoint.py` trained it on scikit-learn's
+handwritten digits), in the format of the authors' training script. PyTorch's side of every
+comparison was recorded when it was made; where PyTorch is installed it is computed live instead.
+"""
+
+import dataclasses
+import importlib.resources
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fcvit import runs
+from fcvit.classes import ClassName
+from fcvit.deploy.engines import PaddleEngine
+from fcvit.errors import NumbersDisagree
+from fcvit.frameworks import import_framework, installed
+from fcvit.images.preprocess import normalise, preprocess
+from fcvit.loading import build_network
+from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.tasks import verify as verification
+from fcvit.tasks.convert import Conversion, convert
+from fcvit.tasks.evaluate import Evaluation, evaluate
+from fcvit.tasks.predict import rank
+from fcvit.weights.reading import Weights, read_weights
+
+CLASSES = tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
+CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
+_SHEET = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """What came out; the figures are over the same held-out images.
+
+    Attributes:
+        conversion: of the shipped checkpoint, with its verification where PyTorch is installed.
+        evaluation: Paddle's.
+        torch_side: "computed now" or "recorded".
+        torch_top1, agreement: per cent.
+        max_difference, mean_difference: absolute, float32 logits.
+        gate_a, gate_b: over the held-out images.
+        sheet: the picture.
+        folder: everything.
+        seconds: all of it.
+    """
+
+    conversion: Conversion
+    evaluation: Evaluation
+    torch_side: str
+    torch_top1: float
+    agreement: float
+    max_difference: float
+    mean_difference: float
+    gate_a: float
+    gate_b: float
+    sheet: Path
+    folder: Path
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gate_a <= verification.GATE_A and self.gate_b <= verification.GATE_B
+
+
+def quickstart(folder: Path | None = None) -> Quickstart:
+    """Run everything; about ten seconds.
+
+    Args:
+        folder: a new folder; None: `runs/quickstart`, or the first free one after it.
+
+    Raises:
+        NumbersDisagree: Paddle does not compute what PyTorch does on this machine.
+        MissingExtra: Paddle is not installed.
+    """
+    began = time.perf_counter()
+    import_framework("paddle")
+    folder = folder or runs.free_folder("quickstart")
+    with runs.run_folder(folder, "quickstart"):
+        source = folder / CHECKPOINT
+        with importlib.resources.as_file(importlib.resources.files("fcvit") / "assets") as assets:
+            shutil.copyfile(assets / CHECKPOINT, source)
+            with np.load(assets / HELD_OUT, allow_pickle=False) as archive:
+                held_out = {name: archive[name] for name in archive.files}
+        paths = write_images(held_out["images"], held_out["labels"], folder / "held-out")
+        converted = folder / "fcvit_digits.safetensors"
+        conversion = convert(source, converted, classes=CLASSES)
+        weights = read_weights(converted)
+        evaluation = evaluate(weights, folder / "held-out", batch_size=60, device="cpu", folder=folder / "eval")
+        batch = np.stack([preprocess(path, weights.form.variant.preprocessing) for path in paths])
+        engine = PaddleEngine(weights, weights.form.variant.preprocessing, "cpu")
+        logits = engine(batch)
+        exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
+        ours_64 = _paddle_float64(weights, batch)
+        difference = np.abs(logits.astype(np.float64) - torch_32)
+        result = Quickstart(
+            conversion,
+            evaluation,
+            side,
+            100 * float((torch_32.argmax(1) == held_out["labels"]).mean()),
+            100 * float((torch_32.argmax(1) == logits.argmax(1)).mean()),
+            float(difference.max()),
+            float(difference.mean()),
+            verification.gate_a(ours_64, exact),
+            verification.gate_b(logits, torch_32, exact),
+            folder / "predictions.png",
+            folder,
+            time.perf_counter() - began,
+        )
+        _draw(paths, held_out["labels"], logits, result.sheet)
+        summary = dataclasses.asdict(result)
+        summary["conversion"] = dataclasses.asdict(conversion) | {"verification": None}
+        runs.write_text(folder / "summary.json", _json(summary))
+        if not result.passed:
+            raise NumbersDisagree(
+                f"Paddle and PyTorch differ on the held-out digits: "
+                f"gate A {result.gate_a:.1e}, gate B {result.gate_b:.2f}"
+            )
+    return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Path]:
+    """(N, 8, 8) grey images as PNG files in class folders; their paths in the same order."""
+    paths = []
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / str(label) / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        paths.append(path)
+    return paths
+
+
+def torch_logits(
+    source: Weights, batch: np.ndarray, record: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """PyTorch's logits for uint8 images in float64 and float32, and whether they were computed now."""
+    if not installed("torch"):
+        return record["logits_float64"], record["logits_float32"], "recorded"
+    torch = import_framework("torch")
+    from fcvit.torch_twin import build_twin
+
+    images = torch.from_numpy(normalise(batch, source.form.variant.preprocessing))
+    with torch.inference_mode():
+        exact, single = (
+            build_twin(source.form, source.tensors, dtype)(images.to(dtype)).numpy()
+            for dtype in (torch.float64, torch.float32)
+        )
+    return exact, single, "computed now"
+
+
+def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
+    paddle = import_framework("paddle")
+    model = build_network(weights, "float64")
+    images = normalise(batch, weights.form.variant.preprocessing).astype(np.float64)
+    with paddle.no_grad():
+        return model(paddle.to_tensor(images)).numpy()
+
+
+def _draw(paths: list[Path], labels: np.ndarray, logits: np.ndarray, sheet: Path) -> None:
+    """The mistakes first, then the first images, up to a sheetful."""
+    best = [ranked[0] for ranked in rank(logits, CLASSES, 1)]
+    order = sorted(range(len(paths)), key=lambda i: (best[i].index == labels[i], i))[:_SHEET]
+    tiles = [Tile(paths[i], best[i].id, best[i].probability, str(labels[i])) for i in order]
+    wrong = sum(p.index != label for p, label in zip(best, labels, strict=True))
+    title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(paths)} wrong (shown first)"
+    contact_sheet(tiles, title).save(sheet)
+
+
+def _json(summary: dict) -> str:
+    import json
+
+    return json.dumps(summary, indent=2, default=str) + "\n"
