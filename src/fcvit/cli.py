@@ -449,6 +449,10 @@ def _show(*parts: object, error: bool = False) -> None:
         console.print(part)
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _note(str(message))
+
+
 def _note(text: str) -> None:
     print(f"fcvit: note: {text}", file=sys.stderr)
 
@@ -460,7 +464,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _note(str(message))
+            warnings.showwarning = _show_warning
             if not debug:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", FreshWeights)

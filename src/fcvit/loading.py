@@ -77,7 +77,7 @@ def build_network(weights: Weights, dtype: str = "float32") -> "paddle.nn.Layer"
     """The network that weights belong to, classifier or dense backbone, computing in `dtype`."""
     form = weights.form
     model = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
-    model.to(dtype=dtype)
+    model.to(dtype=getattr(paddle, dtype))
     fresh = _set_tensors(model, paddle_tensors(weights))
     assert not fresh, fresh
     model.eval()

@@ -266,7 +266,9 @@ def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
+    else:
+        return
+    if module.bias is not None:
         nn.init.zeros_(module.bias)

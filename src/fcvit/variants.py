@@ -1,6 +1,6 @@
 """The variants of FCViT: architecture, preprocessing and published figures, in one frozen table.
 
-Sources: the paper (arXiv 2212.12552, section 4 and table 1) and the authors' `models/fcvit.py`.
+Sources: the paper (arXiv 2212.12552) and the authors' repository (github.com/ma-xu/FCViT).
 Standard library only, so that every other module may know it.
 """
 
@@ -139,7 +139,7 @@ class Published:
     """What the authors report for a variant, beside what was counted from their code.
 
     Attributes:
-        top1: ImageNet-1K top-1 accuracy in per cent (paper, table 1).
+        top1: ImageNet-1K top-1 accuracy in per cent, as the authors report it.
         earlier_port_top1: what an earlier Paddle port measured with Resize(256, bilinear).
         parameters_label: as printed in the paper; its M is 2^20.
         parameters: trainable numbers of the classifier with 1,000 classes, counted.

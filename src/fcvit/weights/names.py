@@ -8,6 +8,7 @@ convolution elsewhere. Tests hold this table against the layers of both networks
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fcvit.errors import DoesNotFit
 from fcvit.variants import VARIANTS, Variant, published
@@ -216,7 +217,7 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
     hidden = [shape(f"{block.format(2 * s)}.channel_mixer.fc1.weight", 4)[0] for s in range(4)]
     ratios = [max(h // w, 1) for h, w in zip(hidden, widths, strict=True)]
     first = mixer.format(0)
-    options: dict = {}
+    options: dict[str, Any] = {}
     options["layer_scale"] = 1e-5 if "network.0.0.layer_scale_1" in shapes else None
     options["global_context"] = any(name.startswith(f"{first}.gc1.") for name in shapes)
     options["second_mix"] = f"{first}.dw2.weight" in shapes
@@ -253,8 +254,9 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
     options["channel_attention"] = f"{attention}1.weight" in shapes
     if options["channel_attention"]:
         options["channel_attention_kernels"] = tuple(shape(f"{attention}{i}.weight", 3)[2] for i in (1, 2))
+    sizes: dict[str, Any] = {"depths": tuple(depths), "widths": tuple(widths), "mlp_ratios": tuple(ratios)}
     try:
-        return Variant("custom", tuple(depths), tuple(widths), tuple(ratios), **options)
+        return Variant("custom", **sizes, **options)
     except ValueError as error:
         raise DoesNotFit(f"not an FCViT: {error}") from None
 

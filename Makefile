@@ -1,0 +1,48 @@
+# Each target makes its own .venv when missing; nothing else is prepared.
+#   make quickstart            the whole path on real input (installs Paddle, not PyTorch)
+#   make test                  all tests (installs PyTorch too)
+#   make test-fast             the tests to run while working
+#   make lint                  style and types
+# Extra options for pip, for example to get PyTorch's CPU build where pip would take the CUDA one:
+#   make test PIP_OPTIONS="--extra-index-url URL"
+PYTHON ?= python3
+PIP_OPTIONS ?=
+PYTEST_OPTIONS ?=
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
+
+.PHONY: quickstart test test-fast lint clean
+
+quickstart: $(VENV)/.cpu
+	$(BIN)/fcvit quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .hypothesis .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is not; choose one with make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of packages: installed again when the project's metadata changes.
+$(VENV)/.cpu: pyproject.toml | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[cpu,dev]' '$(TORCH)'
+	@touch $@ $(VENV)/.cpu

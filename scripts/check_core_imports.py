@@ -1,0 +1,42 @@
+"""Import every module with only the core dependencies installed.
+
+Modules that hold a framework's layers, and those that need them at once, must raise the
+missing-extra error; everything else must import. Run in an environment without Paddle and PyTorch.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import fcvit
+from fcvit.errors import MissingExtra
+from fcvit.frameworks import installed
+
+NEED_A_FRAMEWORK = {"fcvit.model", "fcvit.torch_twin", "fcvit.loading"}
+
+
+def main() -> int:
+    present = [name for name in ("paddle", "torch") if installed(name)]
+    if present:
+        print(f"{', '.join(present)} is installed: this check would prove nothing", file=sys.stderr)
+        return 2
+    names = [module.name for module in pkgutil.walk_packages(fcvit.__path__, "fcvit.")]
+    wrong = []
+    for name in names:
+        if name == "fcvit.__main__":
+            continue  # runs the command line
+        try:
+            importlib.import_module(name)
+            outcome = "imports"
+        except MissingExtra:
+            outcome = "missing extra"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        if outcome != ("missing extra" if name in NEED_A_FRAMEWORK else "imports"):
+            wrong.append(f"{name}: {outcome}")
+    print("\n".join(wrong) or f"{len(names)} modules as they should be")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

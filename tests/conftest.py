@@ -1,0 +1,53 @@
+"""What several test files share: goldens, weights by rule, small files, missing extras."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcvit.frameworks import installed
+from fcvit.variants import VARIANTS
+from fcvit.weights import pdparams, torch_file
+from fcvit.weights.lively import lively_tensors
+from fcvit.weights.names import Form
+
+GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = ("fcvit_tiny", "fcvit_b12", "fcvit_b24", "fcvit_b48")
+DIGITS = Form(VARIANTS["fcvit_digits"], 10)
+
+needs_paddle = pytest.mark.skipif(not installed("paddle"), reason="PaddlePaddle is not installed")
+needs_torch = pytest.mark.skipif(not installed("torch"), reason="PyTorch is not installed")
+
+
+def golden_json(name: str) -> dict:
+    return json.loads((GOLDEN / name).read_text("utf-8"))
+
+
+def golden_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / name, allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture(scope="session")
+def digits_tensors() -> dict[str, np.ndarray]:
+    """Lively weights of the small variant: authors' names, PyTorch's layout."""
+    return lively_tensors(DIGITS)
+
+
+@pytest.fixture
+def digits_pth(tmp_path: Path, digits_tensors) -> Path:
+    """The same as a PyTorch file."""
+    return write_pth(tmp_path / "digits.pth", digits_tensors)
+
+
+def write_pth(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    with path.open("wb") as file:
+        torch_file.write_zip(file, tensors)
+    return path
+
+
+def write_pdparams(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    with path.open("wb") as file:
+        pdparams.write(file, tensors)
+    return path

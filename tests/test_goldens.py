@@ -1,0 +1,82 @@
+"""Both networks against the authors' own code, in numbers: float64 to rounding, float32 to PyTorch's own error."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
+
+from fcvit.tasks.verify import GATE_A, GATE_B, gate_b, trace_paddle, trace_torch
+from fcvit.variants import VARIANTS
+from fcvit.weights.lively import lively_input, lively_tensors
+from fcvit.weights.names import Form, recognise
+from fcvit.weights.reading import Weights
+
+OPTIONS = golden_json("options.json")
+SIDES = [
+    pytest.param(trace_paddle, marks=needs_paddle, id="paddle"),
+    pytest.param(trace_torch, marks=needs_torch, id="twin"),
+]
+
+
+def lively(form: Form, salt: str = "") -> Weights:
+    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+
+
+def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype == np.float64
+    assert np.abs(found - expected).max() <= GATE_A * expected.std()
+
+
+@pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "fcvit_tiny" else pytest.mark.slow) for n in PUBLISHED]
+)
+def test_published_variants_in_float64(name, trace):
+    golden = golden_json(f"{name}.json")
+    places = trace(lively(Form(VARIANTS[name], 1000)), lively_input((2, 3, 224, 224)), "float64")
+    assert_equal(places["output"], golden_arrays(f"{name}.npz")["logits"])
+    stages = ("patch_embed", *(f"network.{i}" for i in range(7)), "norm")
+    for stage in stages:
+        expected, found = golden["stages"][stage], places[stage]
+        assert list(found.shape) == expected["shape"]
+        assert np.abs(found.ravel()[expected["index"]] - expected["value"]).max() <= GATE_A * expected["std"]
+        assert found.mean() == pytest.approx(expected["mean"], abs=GATE_A * expected["std"])
+        assert found.std() == pytest.approx(expected["std"], rel=GATE_A)
+
+
+@needs_paddle
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "fcvit_tiny" else pytest.mark.slow) for n in PUBLISHED]
+)
+def test_published_variants_in_float32(name):
+    golden = golden_arrays(f"{name}.npz")
+    places = trace_paddle(lively(Form(VARIANTS[name], 1000)), lively_input((2, 3, 224, 224)), "float32")
+    assert gate_b(places["output"], golden["float32_logits"], golden["logits"]) <= GATE_B
+
+
+@pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.parametrize("name", OPTIONS["cases"])
+def test_every_option_in_float64(name, trace):
+    shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
+    salt = f"options/{name}/"
+    places = trace(lively(recognise(shapes), salt), lively_input(tuple(OPTIONS["input_shape"]), salt), "float64")
+    assert_equal(places["output"], golden_arrays("options.npz")[name])
+
+
+@pytest.mark.parametrize("trace", SIDES)
+def test_dense_backbone_in_float64(trace):
+    weights = lively(Form(VARIANTS["fcvit_tiny"], dense=True), "features/")
+    places = trace(weights, lively_input((1, 3, 72, 104), "features/"), "float64")
+    for stage, expected in golden_arrays("features.npz").items():
+        assert_equal(places[f"output{stage.removeprefix('stage')}"], expected)
+
+
+@needs_torch
+def test_the_twin_is_not_right_by_accident():
+    """The goldens notice a change of an option that brings no names of its own."""
+    tiny = VARIANTS["fcvit_tiny"]
+    form = Form(dataclasses.replace(tiny, heads=8, weighted_context=False), 1000)
+    places = trace_torch(lively(form), lively_input((2, 3, 224, 224)), "float64")
+    expected = golden_arrays("fcvit_tiny.npz")["logits"]
+    assert np.abs(places["output"] - expected).max() > 1e-3 * expected.std()
