@@ -31,6 +31,8 @@ _OTHERS = (
     (b"\x93NUMPY", "a single NumPy array, not a checkpoint"),
     (b"<", "a web page, probably the download's warning page; fetch the file itself"),
 )
+MAX_NAME = 256  # characters of a tensor's name
+MAX_SIDECAR = 4 << 20  # bytes: the class list of ImageNet takes 0.05 MB
 _STATES = ("state_dict", "model")
 _EMA_STATES = ("state_dict_ema", "model_ema")
 
@@ -67,21 +69,25 @@ class Checkpoint:
         """
         key = self._container(ema)
         state = self.top if key is None else self.top[key]
-        skipped = [] if key is None else [str(name) for name in self.top if name != key]
+        skipped = [] if key is None else [_one_line(name) for name in self.top if name != key]
         tensors: dict[str, np.ndarray] = {}
+        total = 0
         for name, value in state.items():
             if name == pdparams.NAME_TABLE:
                 skipped.append(name)
                 continue
             if not isinstance(name, str):
-                raise UnreadableFile(f"{self.path}: an entry whose name is {name!r:.40}, not text")
+                raise UnreadableFile(f"{self.path}: an entry whose name is not text")
+            if len(name) > MAX_NAME or not name.isprintable():
+                raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {_one_line(name)}")
             try:
                 tensors[name] = self._array(value)
             except UnreadableFile as error:
-                raise UnreadableFile(f"{self.path}: {name[:80]}: {error}") from error
-        # Views of one storage may share numbers, but no honest file repeats itself eight times.
-        if sum(tensor.nbytes for tensor in tensors.values()) > 8 * len(self.data):
-            raise UnreadableFile(f"{self.path}: its tensors are over eight times its size: absurd, refused")
+                raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
+            total += tensors[name].nbytes
+            # Views of one storage may share numbers, but no honest file repeats itself four times.
+            if total > 4 * len(self.data):
+                raise UnreadableFile(f"{self.path}: its tensors are over four times its size: absurd, refused")
         return tensors, skipped
 
     def _container(self, ema: bool | None) -> str | None:
@@ -114,15 +120,12 @@ class Checkpoint:
         match value:
             case np.ndarray():
                 return value
-            case torch_file.TensorRef():
+            case torch_file.TensorRef() | pdparams.ArrayRef():
                 return value.array(len(self.data))
             case torch_file.Refused():
                 raise UnreadableFile(f"a {value.name} is not read; save it again as a plain dense tensor")
-            case pdparams.ArrayRef(array=np.ndarray() as array) | (
-                str(),
-                pdparams.ArrayRef(array=np.ndarray() as array),
-            ):
-                return array
+            case (str(), pdparams.ArrayRef() as reference):
+                return reference.array(len(self.data))
             case _:
                 kind = value.name if isinstance(value, Opaque) else type(value).__name__
                 raise UnreadableFile(f"is a {kind[:60]}, expected a tensor; the file is not a state dict")
@@ -136,6 +139,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
+            raise UnreadableFile(f"{path}: a directory or a device, not a file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
@@ -149,7 +154,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         return _parse(path, data)
     except UnreadableFile as error:
-        raise UnreadableFile(f"{path}: {error}") from error
+        raise UnreadableFile(f"{path}: {_one_line(error)}") from error
+
+
+def _one_line(text: object) -> str:
+    """A file's own words as part of a message: one line, of bearable length, nothing a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
 def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
@@ -178,7 +188,7 @@ def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
             f"holds a {what[:60]}, not a dictionary of weights; in PyTorch: torch.save(model.state_dict(), FILE)"
         )
     checkpoint = Checkpoint(path, kind, top, header, data)
-    if header is None and sidecar(path).is_file():
+    if header is None and os.path.isfile(sidecar(path)):  # noqa: PTH113 -- the path's own method raises if it is too long
         header = _read_sidecar(checkpoint)
     return dataclasses.replace(checkpoint, header=header)
 
@@ -191,8 +201,8 @@ def sidecar(path: Path) -> Path:
 def _read_sidecar(checkpoint: Checkpoint) -> Header:
     path = sidecar(checkpoint.path)
     try:
-        if path.stat().st_size > 16 << 20:
-            raise UnreadableFile(f"{path.name} beside it is over 16 MiB: not a header")
+        if path.stat().st_size > MAX_SIDECAR:
+            raise UnreadableFile(f"{path.name} beside it is over {MAX_SIDECAR >> 20} MiB: not a header")
         header = Header.from_json(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"{path.name} beside it cannot be read ({error}); mend or remove it") from error

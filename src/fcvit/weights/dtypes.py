@@ -1,8 +1,13 @@
-"""Element types of stored tensors, bfloat16 included, and how each file format spells them."""
+"""Element types of stored tensors, bfloat16 included, how each file format spells them, and shapes."""
+
+import math
 
 import ml_dtypes
 import numpy as np
 
+from fcvit.errors import UnreadableFile
+
+MAX_RANK = 8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {"float16": np.dtype("<f2"), "bfloat16": BFLOAT16, "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
@@ -51,3 +56,21 @@ def is_float(dtype: np.dtype) -> bool:
 def dtype_name(dtype: np.dtype) -> str:
     """The plain name, such as "float32" or "bfloat16"."""
     return dtype.name
+
+
+def checked_shape(shape: object, dtype: np.dtype, file_size: int) -> tuple[int, ...]:
+    """The shape that a file gives a tensor, if it can be true.
+
+    Raises:
+        UnreadableFile: not at most 8 whole numbers, or more than a file of that size can hold.
+    """
+    if not isinstance(shape, tuple | list):
+        raise UnreadableFile("a tensor whose shape is not a list of numbers")
+    if len(shape) > MAX_RANK:
+        raise UnreadableFile(f"a tensor with {len(shape)} dimensions; expected at most {MAX_RANK}")
+    if not all(type(side) is int and 0 <= side < 1 << 63 for side in shape):
+        raise UnreadableFile("a tensor with a side that is negative, absurdly large or not a whole number")
+    # NumPy refuses huge sides also beside one of 0, so that the others have to make sense by themselves.
+    if math.prod(side or 1 for side in shape) * dtype.itemsize > file_size:
+        raise UnreadableFile(f"a tensor of shape {list(shape)} in a file of {file_size} bytes: absurd size")
+    return tuple(shape)

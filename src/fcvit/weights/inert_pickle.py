@@ -4,6 +4,9 @@ Python's own unpickler executes whatever the file says, and even with every clas
 can make it allocate without bound or overflow the C stack. This one interprets the opcodes that
 `pickletools` parses and never imports, looks up or calls anything the file names: a class or
 function becomes an `Opaque` with that name, unless the caller's table has a constructor for it.
+
+Every opcode takes a bounded time and memory, or one in proportion to its own bytes: nothing is
+copied, hashed, compared or printed whose size the file can choose by referring to it again.
 """
 
 import pickletools
@@ -12,14 +15,19 @@ from typing import Protocol
 
 from fcvit.errors import UnreadableFile
 
-# A checkpoint of the largest variant with optimiser and EMA needs about a quarter of it.
+# The largest variant with optimiser and EMA takes 280,000, and 3,000 bytes of its file for each.
+# One opcode can take about 100 bytes of memory, so these bound it by a small multiple of the file.
 MAX_OPCODES = 2_000_000
+FREE_OPCODES = 100_000
+BYTES_PER_OPCODE = 32
+MAX_ARGUMENTS = 16
+MAX_NAME = 256  # characters of a module's or class's name
 
 
 class Stream(Protocol):
     """What a pickle is read from; `mmap` has it, and never returns more than the file holds."""
 
-    def read(self, size: int) -> bytes: ...
+    def read(self, size: int, /) -> bytes: ...
     def readline(self) -> bytes: ...
 
 
@@ -40,26 +48,36 @@ class Opaque:
 
 Constructor = Callable[..., object]
 _MARK = object()
-_HASHABLE = (str, bytes, int, float, type(None))  # a nested tuple as key could exhaust the C stack
+
+
+def ordered_dict(*items: object) -> object:
+    """A constructor for `collections.OrderedDict`, which Python 3 fills only after construction.
+
+    Items as arguments stay what they are: their keys are not safe to hash, nor checked for doubles.
+    """
+    return Opaque("collections.OrderedDict", items) if items else {}
 
 
 def load(
     stream: Stream,
     constructors: Mapping[str, Constructor],
+    file_size: int,
     persistent: Callable[[object], object] | None = None,
 ) -> object:
     """Interpret one pickle from the stream's position up to its STOP.
 
     Args:
         stream: positioned at the pickle; left behind its end.
-        constructors: "module.name" -> what to call for it, on arguments of any type and number.
+        constructors: "module.name" -> what to call for it, on arguments of any type. It must not
+            do work in proportion to them: the file can hand over the same large one many times.
+        file_size: how large a file the pickle is part of, which bounds how long it may be.
         persistent: turns a persistent id (how PyTorch refers to storages) into an object.
 
     Raises:
         UnreadableFile: truncated, malformed, too long, or using opcodes that no checkpoint needs.
     """
     try:
-        return _Machine(constructors, persistent).run(stream)
+        return _Machine(constructors, persistent).run(stream, file_size)
     except UnreadableFile:
         raise
     except Exception as error:  # what a malformed file can raise has no useful bound
@@ -73,10 +91,13 @@ class _Machine:
         self.stack: list = []
         self.memo: dict[int, object] = {}
 
-    def run(self, stream: Stream) -> object:
+    def run(self, stream: Stream, file_size: int) -> object:
+        limit = min(FREE_OPCODES + file_size // BYTES_PER_OPCODE, MAX_OPCODES)
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
-            if count >= MAX_OPCODES:
-                raise UnreadableFile(f"pickle of more than {MAX_OPCODES} opcodes: no FCViT checkpoint needs that")
+            if count >= limit:
+                raise UnreadableFile(
+                    f"pickle of over {limit} opcodes in a file of {file_size} bytes: no FCViT checkpoint needs that"
+                )
             name = opcode.name
             if name in _PUSH_ARGUMENT:
                 self.stack.append(argument)
@@ -104,6 +125,8 @@ class _Machine:
         args = args if isinstance(args, tuple) else (args,)
         if type(what) is Opaque and not what.args:
             constructor = self.constructors.get(what.name)
+            if constructor and len(args) > MAX_ARGUMENTS:
+                raise UnreadableFile(f"pickle: {what.name} with {len(args)} arguments")
             return constructor(*args) if constructor else Opaque(what.name, args)
         return Opaque("call", (what, args))
 
@@ -125,6 +148,8 @@ class _Machine:
         self.stack.append(self.stack[-1])
 
     def op_put(self, index: int) -> None:
+        if not 0 <= index < MAX_OPCODES:  # picklers count up; numbers of the file's choice could collide as keys
+            raise UnreadableFile("pickle: a memo index that is negative or absurdly large")
         self.memo[index] = self.stack[-1]
 
     op_binput = op_long_binput = op_put
@@ -193,8 +218,9 @@ class _Machine:
         if not isinstance(target, dict):
             return  # a subclass of dict that is opaque to us
         for key, value in zip(items[::2], items[1::2], strict=True):
-            key = key if isinstance(key, _HASHABLE) else Opaque("key", (key,))
-            if isinstance(key, str) and key in target:
+            # Only text is safe as a key: nested tuples could exhaust the C stack, numbers all have one hash.
+            key = key if isinstance(key, str) else Opaque("key", (key,))
+            if key in target:
                 raise UnreadableFile(f"entry {key[:80]!r} stands twice in one dictionary")
             target[key] = value
 
@@ -205,6 +231,8 @@ class _Machine:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise UnreadableFile("pickle: a global whose name is no text")
+        if len(module) > MAX_NAME or len(name) > MAX_NAME:
+            raise UnreadableFile(f"pickle: a global whose name has {len(module)} + {len(name)} characters")
         self.stack.append(Opaque(f"{module}.{name}"))
 
     def op_inst(self, argument: str) -> None:

@@ -3,6 +3,7 @@
 `paddle.load` executes whatever such a file contains, also with `return_numpy=True`.
 """
 
+import contextlib
 import math
 import mmap
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.weights import inert_pickle
-from fcvit.weights.dtypes import BFLOAT16
+from fcvit.weights.dtypes import BFLOAT16, checked_shape
 from fcvit.weights.inert_pickle import Opaque
 
 _CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
@@ -26,7 +27,7 @@ class DtypeRef(Opaque):
     __slots__ = ("order",)
 
     def __init__(self, code: object, *_: object):
-        super().__init__(str(code))
+        super().__init__(code if isinstance(code, str) else "unknown")
         self.order = "<"
 
     def build(self, state: object) -> None:
@@ -39,53 +40,65 @@ class DtypeRef(Opaque):
         return np.dtype(("<" if self.order == "=" else self.order) + self.name)
 
 
+class Encoded(Opaque):
+    """`_codecs.encode(text, "latin1")`, how pickle protocols before 3 spell bytes; not encoded yet."""
+
+    __slots__ = ()
+
+    def __init__(self, *args: object):
+        super().__init__("_codecs.encode", args)
+
+    def content(self) -> bytes:
+        match self.args:
+            case (str(text), "latin1"):
+                with contextlib.suppress(UnicodeEncodeError):
+                    return text.encode("latin1")
+        raise UnreadableFile("an array with contents in an unknown encoding")
+
+
 class ArrayRef(Opaque):
-    """A NumPy array; `array` is None until the pickle has given its contents."""
+    """A NumPy array as the pickle describes it, not looked at yet."""
 
-    __slots__ = ("array",)
+    __slots__ = ()
 
-    def __init__(self, *_: object):
-        super().__init__("numpy.ndarray")
-        self.array: np.ndarray | None = None
-
-    def build(self, state: object) -> None:
-        match state:
-            case (int(), tuple(shape), DtypeRef() as kind, bool(fortran), bytes() | bytearray() as content):
-                self.array = _array(content, kind, shape, "F" if fortran else "C")
-            case _:
-                raise UnreadableFile("an array without plain contents (of Python objects?): refused")
+    def __init__(self, kind: object, *_: object):
+        super().__init__(kind.name if isinstance(kind, Opaque) else "unknown")
 
     @classmethod
     def from_buffer(cls, content: object, kind: object, shape: object, order: object) -> "ArrayRef":
         """Pickle protocol 5's way to say it."""
-        result = cls()
+        result = cls(Opaque("numpy.ndarray"))
         result.build((1, shape, kind, order == "F", content))
         return result
 
+    def array(self, file_size: int) -> np.ndarray:
+        """The numbers, as a read-only view where possible.
 
-def _array(content: bytes | bytearray, kind: DtypeRef, shape: tuple, order: str) -> np.ndarray:
-    dtype = kind.dtype()
-    if len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
-        raise UnreadableFile("an array whose shape is not at most 8 whole numbers")
-    if math.prod(shape) * dtype.itemsize != len(content):
-        raise UnreadableFile(f"an array of shape {list(shape)} with {len(content)} bytes of contents")
-    array = np.frombuffer(content, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
-    array = array.astype(dtype.newbyteorder("<"), copy=False)
-    # Paddle stores bfloat16 as uint16 with nothing that says so; it has no weights of uint16.
-    return array.view(BFLOAT16) if array.dtype == np.uint16 else array
-
-
-def _encode(text: object, encoding: object = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
-        raise UnreadableFile("an array with contents in an unknown encoding")
-    return text.encode("latin1")
+        Raises:
+            UnreadableFile: not numbers, or not as many as the shape says.
+        """
+        if self.name != "numpy.ndarray":
+            raise UnreadableFile(f"an array of the class {self.name[:60]}: refused")
+        match self.state:
+            case (int(), shape, DtypeRef() as kind, bool(fortran), bytes() | bytearray() | Encoded() as stored):
+                content = stored.content() if isinstance(stored, Encoded) else stored
+            case _:
+                raise UnreadableFile("an array without plain contents (of Python objects?): refused")
+        dtype = kind.dtype()
+        shape = checked_shape(shape, dtype, file_size)
+        if math.prod(shape) * dtype.itemsize != len(content):
+            raise UnreadableFile(f"an array of shape {list(shape)} with {len(content)} bytes of contents")
+        array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+        array = array.astype(dtype.newbyteorder("<"), copy=False)
+        # Paddle stores bfloat16 as uint16 with nothing that says so; it has no weights of uint16.
+        return array.view(BFLOAT16) if array.dtype == np.uint16 else array
 
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": lambda items=(): dict(items),
-    "builtins.tuple": tuple,
-    "__builtin__.tuple": tuple,
-    "_codecs.encode": _encode,
+    "collections.OrderedDict": inert_pickle.ordered_dict,
+    "builtins.tuple": lambda items=(): items,
+    "__builtin__.tuple": lambda items=(): items,
+    "_codecs.encode": Encoded,
     "numpy.dtype": DtypeRef,
 }
 for _core in ("numpy.core", "numpy._core"):
@@ -100,7 +113,7 @@ def read(data: mmap.mmap) -> dict:
         UnreadableFile: damaged, unsafe, or not a dictionary.
     """
     data.seek(0)
-    top = inert_pickle.load(data, CONSTRUCTORS)
+    top = inert_pickle.load(data, CONSTRUCTORS, len(data))
     if not isinstance(top, dict):
         raise UnreadableFile("a pickle, but not of a dictionary: not a checkpoint")
     if "UnpackBigParamInfor@@" in top:

@@ -9,7 +9,9 @@ import numpy as np
 import safetensors
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights.dtypes import SAFETENSORS
+from fcvit.weights.dtypes import SAFETENSORS, checked_shape
+
+MAX_HEADER = 4 << 20  # bytes: the largest variant with optimiser and EMA has 1 MB
 
 
 def looks_like(head: bytes) -> bool:
@@ -23,22 +25,30 @@ def read(path: Path, data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, 
     Raises:
         UnreadableFile: the library refuses the file, or a type is not one of weights.
     """
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise UnreadableFile(f"a safetensors header of {length} bytes: not a checkpoint, or damaged")
     try:
         with safetensors.safe_open(path, "numpy") as checked:
             metadata = checked.metadata() or {}
-    except (safetensors.SafetensorError, ValueError) as error:
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
+    except UnreadableFile:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UnreadableFile(f"a damaged safetensors file ({error}); fetch or copy it again") from error
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in SAFETENSORS:
             raise UnreadableFile(f"{name[:80]} is of type {entry['dtype']}, which is not one of weights")
+        dtype = SAFETENSORS[entry["dtype"]]
+        try:
+            shape = checked_shape(entry["shape"], dtype, len(data))
+        except UnreadableFile as error:
+            raise UnreadableFile(f"{name[:80]}: {error}") from error
         start, end = (8 + length + offset for offset in entry["data_offsets"])
-        flat = np.frombuffer(memoryview(data)[start:end], SAFETENSORS[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
+        tensors[name] = np.frombuffer(memoryview(data)[start:end], dtype).reshape(shape)
     return tensors, metadata
 
 

@@ -11,18 +11,17 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.weights import inert_pickle
-from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES
-from fcvit.weights.inert_pickle import Opaque
+from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape
+from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_DIRECTORY = 32 << 20  # bytes of a zip's directory: one entry of a checkpoint takes about 100
-MAX_RANK = 8
+MAX_DIRECTORY = 4 << 20  # bytes of a zip's directory: the largest variant with optimiser and EMA has 0.6 MB
 _RESAVE = "save it again in PyTorch as plain dense tensors with torch.save(model.state_dict(), FILE)"
 
 
@@ -41,39 +40,31 @@ class TensorRef:
 
     __slots__ = ("dtype", "offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: object, offset: object, shape: object, strides: object, dtype: np.dtype | None = None):
-        numbers = (offset, *_integers(shape), *_integers(strides))
-        if not isinstance(storage, Storage) or len(numbers) % 2 == 0:
-            raise UnreadableFile("a tensor without storage, or whose shape and strides differ in length")
-        if not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
-            raise UnreadableFile("a tensor with an offset, side or stride that is negative or absurdly large")
-        rank = len(numbers) // 2
-        if rank > MAX_RANK:
-            raise UnreadableFile(f"a tensor with {rank} dimensions; expected at most {MAX_RANK}")
-        self.storage, self.offset = storage, numbers[0]
-        self.shape, self.strides = numbers[1 : 1 + rank], numbers[1 + rank :]
-        self.dtype = dtype or storage.dtype
+    def __init__(self, storage: object, offset: Any, shape: object, strides: object, dtype: object = None):
+        self.storage, self.offset, self.shape, self.strides, self.dtype = storage, offset, shape, strides, dtype
 
     def array(self, file_size: int) -> np.ndarray:
         """The numbers, as a read-only view into the file.
 
         Raises:
-            UnreadableFile: the view reaches outside its storage, or is larger than the whole file.
+            UnreadableFile: no such view is possible: outside of its storage, larger than the file, ...
         """
-        items = math.prod(self.shape)
-        if items == 0:
-            return np.empty(self.shape, self.dtype)
-        if items * self.dtype.itemsize > file_size:
-            raise UnreadableFile(f"a tensor of shape {list(self.shape)} in a file of {file_size} bytes: absurd size")
-        assert self.storage.data is not None
-        flat = np.frombuffer(self.storage.data, self.dtype)
-        last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True))
-        if last >= flat.size:
-            raise UnreadableFile(
-                f"a tensor of shape {list(self.shape)} reaches element {last} of a storage of {flat.size}"
-            )
-        strides = [stride * self.dtype.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        if not isinstance(self.storage, Storage) or self.storage.data is None:
+            raise UnreadableFile("a tensor without a storage")
+        dtype = self.storage.dtype if self.dtype is None else _dtype(self.dtype)
+        shape = checked_shape(self.shape, dtype, file_size)
+        if not isinstance(self.strides, tuple | list) or len(self.strides) != len(shape):
+            raise UnreadableFile(f"a tensor whose shape {list(shape)} and strides differ in length")
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in (self.offset, *self.strides)):
+            raise UnreadableFile("a tensor with an offset or stride that is negative or absurdly large")
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        available = self.storage.size * self.storage.dtype.itemsize // dtype.itemsize
+        last = self.offset + sum((side - 1) * stride for side, stride in zip(shape, self.strides, strict=True))
+        if last >= available:
+            raise UnreadableFile(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
+        strides = [stride * dtype.itemsize for stride in self.strides]
+        return np.ndarray(shape, dtype, self.storage.data, self.offset * dtype.itemsize, strides)
 
 
 class Refused(Opaque):
@@ -82,14 +73,10 @@ class Refused(Opaque):
     __slots__ = ()
 
 
-def _integers(value: object) -> tuple:
-    return tuple(value) if isinstance(value, tuple | list) else (None,)
-
-
 def _dtype(value: object) -> np.dtype:
     name = value.name.rpartition(".")[2] if isinstance(value, Opaque) else ""
     if name not in TORCH_DTYPES:
-        raise UnreadableFile(f"a tensor of type {name or value!r:.40}: not a type of weights; {_RESAVE}")
+        raise UnreadableFile(f"a tensor of type {name[:40] or 'unknown'}: not a type of weights; {_RESAVE}")
     return TORCH_DTYPES[name]
 
 
@@ -99,21 +86,22 @@ def _refusal(kind: str) -> Callable[..., Refused]:
 
 def _rebuild_from_type(function: object, _type: object, args: object, *_state: object) -> object:
     """A tensor with attributes of its own: what it was before they were added."""
-    constructor = CONSTRUCTORS.get(function.name) if isinstance(function, Opaque) else None
-    if constructor is None or not isinstance(args, tuple):
+    name = function.name if isinstance(function, Opaque) else ""
+    constructor = CONSTRUCTORS.get(name) if name.startswith("torch._utils._rebuild_") else None
+    if constructor is None or not isinstance(args, tuple) or len(args) > MAX_ARGUMENTS:
         return Refused("tensor subclass")
     return constructor(*args)
 
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": lambda items=(): dict(items),
-    "torch.Size": tuple,
+    "collections.OrderedDict": inert_pickle.ordered_dict,
+    "torch.Size": lambda sides=(): sides,
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: TensorRef(
         storage, offset, shape, strides
     ),
     "torch._utils._rebuild_tensor_v3": lambda storage, offset, shape, strides, _grad, _hooks, dtype, *_: TensorRef(
-        storage, offset, shape, strides, _dtype(dtype)
+        storage, offset, shape, strides, dtype
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
@@ -156,7 +144,9 @@ class _Storages:
             what = "quantised tensors" if kind.startswith("Q") else f"storages of type {name}"
             raise UnreadableFile(f"{what} are not read; {_RESAVE}")
         storage = self.by_key.setdefault(key, Storage(key, dtype, size))
-        if (storage.dtype, storage.size) != (dtype, size) or size < 0:
+        if not 0 <= size < 1 << 48:
+            raise UnreadableFile(f"storage {key[:40]!r} has a size that is negative or absurdly large")
+        if (storage.dtype, storage.size) != (dtype, size):
             raise UnreadableFile(f"storage {key[:40]!r} is described twice, differently")
         return storage
 
@@ -180,7 +170,8 @@ def read_zip(data: mmap.mmap) -> object:
     if f"{root}byteorder" in directory and bytes(_entry(data, directory[f"{root}byteorder"])) != b"little":
         raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
     storages = _Storages()
-    result = inert_pickle.load(io.BytesIO(_entry(data, directory[pickles[0]])), CONSTRUCTORS, storages)
+    pickle = io.BytesIO(_entry(data, directory[pickles[0]]))
+    result = inert_pickle.load(pickle, CONSTRUCTORS, len(data), storages)
     for storage in storages.by_key.values():
         entry = directory.get(f"{root}data/{storage.key}")
         if entry is None:
@@ -192,43 +183,34 @@ def read_zip(data: mmap.mmap) -> object:
 
 
 def _directory(data: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
-    end = data.rfind(b"PK\x05\x06")
-    if end < 0 or len(data) - end < 22:
+    if data.rfind(b"PK\x05\x06") < 0:
         raise UnreadableFile("a zip without its directory: truncated; fetch or copy the file again")
-    if struct.unpack_from("<L", data, end + 12)[0] > MAX_DIRECTORY:
-        raise UnreadableFile("a zip whose directory alone is larger than 32 MiB: not a checkpoint")
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Raw(data))) as archive:
+        with zipfile.ZipFile(_DirectoryReader(data)) as archive:  # type: ignore[arg-type]
             infos = archive.infolist()
+    except UnreadableFile:
+        raise
     except Exception as error:
         raise UnreadableFile(f"a damaged zip ({error}); fetch or copy the file again") from error
     directory = {info.filename: info for info in infos}
     if len(directory) != len(infos):
         raise UnreadableFile("a zip with two entries of one name: refused, it could show different weights to others")
+    # Entries that share their bytes would make a small file take long to check.
+    if sum(info.compress_size for info in infos) > len(data):
+        raise UnreadableFile("a zip whose entries are together larger than the file: damaged or manipulated")
     return directory
 
 
-class _Raw(io.RawIOBase):
-    """A mapped file as a stream, without copying it as a whole."""
+class _DirectoryReader:
+    """A mapped file as `zipfile` reads it, which takes the directory in one piece."""
 
     def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
+        self.seek, self.tell, self._read = data.seek, data.tell, data.read
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = max(0, offset + (0, self.at, len(self.data))[whence])
-        return self.at
-
-    def readinto(self, buffer) -> int:  # noqa: ANN001 -- a writable buffer; typing.Buffer is of Python 3.12
-        chunk = self.data[self.at : self.at + len(buffer)]
-        buffer[: len(chunk)] = chunk
-        self.at += len(chunk)
-        return len(chunk)
+    def read(self, size: int = MAX_DIRECTORY) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise UnreadableFile(f"a zip whose directory alone takes {size} bytes: not a checkpoint")
+        return self._read(size)
 
 
 def _entry(data: mmap.mmap, info: zipfile.ZipInfo) -> memoryview:
@@ -261,20 +243,21 @@ def read_legacy(data: mmap.mmap) -> object:
         UnreadableFile: damaged or unsafe.
     """
     data.seek(0)
-    magic = inert_pickle.load(data, {})
-    version = inert_pickle.load(data, {})
+    magic = inert_pickle.load(data, {}, len(data))
+    version = inert_pickle.load(data, {}, len(data))
     if magic != LEGACY_MAGIC or version != 1001:
         raise UnreadableFile("not a PyTorch checkpoint of a known version")
-    system = inert_pickle.load(data, {})
+    system = inert_pickle.load(data, {}, len(data))
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
     storages = _Storages()
-    result = inert_pickle.load(data, CONSTRUCTORS, storages)
-    keys = inert_pickle.load(data, {})
-    if not isinstance(keys, list) or set(map(str, keys)) != set(storages.by_key) or len(keys) != len(storages.by_key):
+    result = inert_pickle.load(data, CONSTRUCTORS, len(data), storages)
+    keys = inert_pickle.load(data, {}, len(data))
+    names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    if not isinstance(keys, list) or len(names) != len(keys) or sorted(names) != sorted(storages.by_key):
         raise UnreadableFile("the list of storages does not match the tensors; damaged")
     position = data.tell()
-    for key in keys:
+    for key in names:
         storage = storages.by_key[key]
         length = storage.size * storage.dtype.itemsize
         head = data[position : position + 8]

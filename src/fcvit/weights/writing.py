@@ -97,8 +97,8 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
         weights.source.sha256,
     )
     if path.suffix == ".safetensors":
-        framework = {"paddle": "pd", "torch": "pt"}[layout]
-        safetensors_file.write(path, tensors, {"format": framework, KEY: header.to_json()})
+        # One entry: the library writes several in an order that changes from run to run.
+        safetensors_file.write(path, tensors, {KEY: header.to_json()})
     else:
         with path.open("wb") as file:
             if path.suffix == ".pdparams":

@@ -1,0 +1,232 @@
+"""Converted files: what is in them, that both frameworks take them, and that nothing is left half-written."""
+
+import dataclasses
+import errno
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from conftest import DIGITS, needs_paddle, needs_torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcvit.classes import ClassName
+from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.frameworks import import_framework
+from fcvit.tasks.convert import convert
+from fcvit.variants import VARIANTS, Preprocessing
+from fcvit.weights import safetensors_file
+from fcvit.weights.checkpoint import read_checkpoint, sidecar
+from fcvit.weights.header import Header
+from fcvit.weights.names import Form, is_counter
+from fcvit.weights.reading import read_weights
+from fcvit.weights.writing import differing_tensors, staged, write_weights
+
+TEN = tuple(ClassName(f"n{i}", "same name" if i > 7 else f"class {i}") for i in range(10))
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("ending", "layout"), [(".safetensors", None), (".safetensors", "torch"), (".pdparams", None), (".pth", None)]
+)
+def test_round_trip_gives_back_every_bit(tmp_path, digits_pth, digits_tensors, ending, layout, dtype):
+    """There and back again, counters and header included."""
+    there = tmp_path / f"there{ending}"
+    convert(digits_pth, there, layout=layout, dtype=dtype, classes=TEN, verify=False)
+    found = read_weights(there)
+    assert found.layout == (layout or {".pth": "torch"}.get(ending, "paddle"))
+    assert found.classes == TEN
+    assert found.preprocessing == DIGITS.variant.preprocessing
+    assert found.source.header.source_sha256 == read_checkpoint(digits_pth).sha256
+    assert all(found.tensors[n] == t for n, t in digits_tensors.items() if is_counter(n))
+    convert(there, tmp_path / "back.pth", verify=False)
+    back = read_weights(tmp_path / "back.pth")
+    assert not differing_tensors(back, found)
+    if dtype is None:
+        assert not differing_tensors(back, read_weights(digits_pth))
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pdparams", ".pth"])
+def test_writing_is_deterministic(tmp_path, digits_pth, ending):
+    one, two = tmp_path / f"1{ending}", tmp_path / f"2{ending}"
+    for path in (one, two):
+        convert(digits_pth, path, verify=False)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
+    convert(digits_pth, tmp_path / "x.safetensors", verify=False)
+    _, text = safetensors_file.read(tmp_path / "x.safetensors", read_checkpoint(tmp_path / "x.safetensors").data)
+    header = json.loads(text["fcvit"])
+    assert set(header["variant"]) == {field.name for field in dataclasses.fields(DIGITS.variant)}
+    assert header["layout"] == "paddle" and header["format_version"] == 1
+    assert header["preprocessing"]["input_size"] == 32
+
+
+@given(
+    heads=st.sampled_from([1, 2, 4, 8]),
+    competition=st.booleans(),
+    kernels=st.tuples(st.sampled_from([1, 3, 11]), st.sampled_from([3, 5])),
+    layer_scale=st.one_of(st.none(), st.floats(1e-8, 1)),
+    crop=st.floats(0.05, 1),
+    classes=st.lists(st.text(min_size=1), min_size=1, max_size=5, unique=True),
+    counter=st.integers(0, 2**63 - 1),
+)
+@settings(derandomize=True, max_examples=60, deadline=None)
+def test_any_header_survives_json(heads, competition, kernels, layer_scale, crop, classes, counter):
+    variant = dataclasses.replace(
+        VARIANTS["fcvit_digits"],
+        name="a name",
+        heads=heads,
+        competition=competition,
+        kernel_sizes=kernels,
+        layer_scale=layer_scale,
+    )
+    header = Header(
+        Form(variant, len(classes)),
+        "torch",
+        Preprocessing(crop_fraction=crop),
+        tuple(ClassName(name, name) for name in classes),
+        {"network.1.norm.num_batches_tracked": counter},
+        "ab",
+        "cd",
+    )
+    assert Header.from_json(header.to_json()) == header
+
+
+@needs_paddle
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
+    import fcvit
+
+    paddle = import_framework("paddle")
+    convert(digits_pth, tmp_path / "x.pdparams", dtype=dtype, verify=False)
+    model = fcvit.create_model("fcvit_digits", num_classes=10)
+    model.to(dtype=dtype)  # Paddle itself wants the types to be equal
+    assert model.set_state_dict(paddle.load(str(tmp_path / "x.pdparams"))) == ([], [])
+    expected = fcvit.create_model("fcvit_digits", tmp_path / "x.pdparams")
+    for name, tensor in expected.state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name].astype("float32").numpy(), tensor.numpy())
+
+
+@needs_torch
+def test_the_twin_loads_a_pth_strictly(tmp_path, digits_pth):
+    torch = import_framework("torch")
+    from fcvit.torch_twin import FCViT
+
+    convert(digits_pth, tmp_path / "a.safetensors", verify=False)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pth", verify=False)
+    FCViT(DIGITS.variant, 10).load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=True)
+
+
+def test_a_header_beside_other_weights_is_noticed(tmp_path, digits_pth):
+    convert(digits_pth, tmp_path / "a.pdparams", verify=False)
+    convert(digits_pth, tmp_path / "b.pdparams", dtype="float64", verify=False)
+    os.replace(tmp_path / "b.pdparams", tmp_path / "a.pdparams")
+    with pytest.raises(UnreadableFile, match=r"a\.pdparams\.json beside it describes other weights"):
+        read_weights(tmp_path / "a.pdparams")
+
+
+def test_a_stale_header_does_not_outlive_its_weights(tmp_path, digits_pth):
+    target = tmp_path / "x.safetensors"
+    sidecar(target).write_text("{}")
+    convert(digits_pth, target, verify=False, overwrite=True)
+    assert not sidecar(target).exists()
+
+
+def test_class_lists(tmp_path, digits_pth):
+    listed = tmp_path / "classes.csv"
+    listed.write_text("index,id,name\n" + "".join(f"{i},n{i},{'twin' if i < 2 else i}\n" for i in range(10)))
+    convert(digits_pth, tmp_path / "x.safetensors", classes=listed, verify=False)
+    assert read_weights(tmp_path / "x.safetensors").classes[1] == ClassName("n1", "twin")
+    with pytest.raises(DoesNotFit, match="3 classes are listed, but .* has 10 outputs"):
+        convert(digits_pth, tmp_path / "y.safetensors", classes=TEN[:3], verify=False)
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_a_new_head_only_on_request(tmp_path, digits_pth):
+    convert(digits_pth, tmp_path / "kept.safetensors", verify=False)
+    assert read_weights(tmp_path / "kept.safetensors").form.num_classes == 10
+    done = convert(digits_pth, tmp_path / "new.safetensors", new_head=3, verify=False)
+    assert any("the head for 3 classes is fresh" in note for note in done.notes)
+    assert read_weights(tmp_path / "new.safetensors").tensors["head.weight"].shape == (3, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("x.onnx", {}, "expected one of .safetensors, .pdparams, .pth"),
+        ("x.pth", {"layout": "paddle"}, "has torch layout"),
+        ("x.pdparams", {"layout": "torch"}, "has paddle layout"),
+        ("x.safetensors", {"layout": "jax"}, "expected paddle or torch"),
+        ("x.safetensors", {"dtype": "int8"}, "expected one of"),
+        ("x.safetensors", {"new_head": 0}, "at least 1"),
+        ("x.safetensors", {"variant": "fcvit_nope"}, "no variant"),
+    ],
+)
+def test_wrong_requests_leave_nothing(tmp_path, digits_pth, name, options, message):
+    before = files_in(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        convert(digits_pth, tmp_path / name, verify=False, **options)
+    assert files_in(tmp_path) == before
+
+
+def test_an_existing_file_is_kept(tmp_path, digits_pth):
+    target = tmp_path / "x.safetensors"
+    target.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="is there already"):
+        convert(digits_pth, target, verify=False)
+    assert target.read_bytes() == b"precious"
+    convert(digits_pth, target, verify=False, overwrite=True)
+    assert read_weights(target).form == DIGITS
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pdparams"])
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path, digits_pth, ending, monkeypatch):
+    target = tmp_path / f"x{ending}"
+    convert(digits_pth, target, verify=False)
+    before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UnreadableFile, match="No space left on device"):
+        convert(digits_pth, target, verify=False, dtype="float16", overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
+
+
+def test_a_source_that_does_not_fit_leaves_nothing(tmp_path, digits_pth):
+    with pytest.raises(DoesNotFit):
+        convert(digits_pth, tmp_path / "x.safetensors", variant="fcvit_tiny", verify=False)
+    assert files_in(tmp_path) == ["digits.pth"]
+
+
+def test_what_reads_back_differently_is_not_kept(tmp_path, digits_pth, monkeypatch):
+    """A disk that lies: the planted fault is one flipped bit in what was written."""
+    weights = read_weights(digits_pth)
+    write = safetensors_file.write
+
+    def lying_write(path, tensors, metadata):
+        write(path, tensors, metadata)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(safetensors_file, "write", lying_write)
+    with (
+        pytest.raises(NumbersDisagree, match="reading back gave other numbers"),
+        staged(tmp_path / "x.safetensors") as path,
+    ):
+        write_weights(path, weights)
+    assert files_in(tmp_path) == ["digits.pth"]
+
+
+def test_the_result_has_ordinary_permissions(tmp_path, digits_pth):
+    convert(digits_pth, tmp_path / "x.safetensors", verify=False)
+    reference = tmp_path / "plain"
+    reference.touch()
+    mode = stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode)
+    assert mode == stat.S_IMODE(reference.stat().st_mode)
