@@ -1,0 +1,142 @@
+"""Pixels and normalisation, held to the authors' pipeline by hash."""
+
+import hashlib
+import math
+import zlib
+
+import numpy as np
+import pytest
+from conftest import golden_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fcvit.errors import BadImages, UsageError
+from fcvit.images.preprocess import crop, decode, normalise, preprocess, protocol
+from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing
+
+GOLDEN = golden_json("preprocess_synthetic.json")["images"]
+PROTOCOLS = {
+    "0.9 bicubic": VARIANTS["fcvit_tiny"].preprocessing,
+    "0.95 bicubic": VARIANTS["fcvit_b48"].preprocessing,
+    "resize256-bilinear": RESIZE256_BILINEAR,
+}
+
+
+def image_by_rule(width, height):
+    """The rule that preprocess_synthetic.json states."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"image/{width}x{height}".encode())))
+    blocks = generator.integers(0, 256, (math.ceil(height / 8), math.ceil(width / 8), 3), np.uint8)
+    return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)[:height, :width].copy())
+
+
+def sha256(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_pixels_are_those_of_the_authors(size):
+    image = image_by_rule(*map(int, size.split("x")))
+    golden = GOLDEN[size]
+    assert sha256(np.asarray(image)) == golden["decoded_sha256"]
+    for name, preprocessing in PROTOCOLS.items():
+        found = crop(image, preprocessing)
+        assert found.shape == (3, 224, 224) and found.dtype == np.uint8
+        assert sha256(found.transpose(1, 2, 0)) == golden[name], name
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Preprocessing(crop_fraction=0.9, interpolation="bilinear"),
+        Preprocessing(crop_fraction=0.91),
+        Preprocessing(input_size=223, crop_fraction=0.9),
+    ],
+)
+def test_the_hashes_notice_a_wrong_pipeline(fault):
+    found = crop(image_by_rule(500, 375), fault)
+    assert sha256(found.transpose(1, 2, 0)) != GOLDEN["500x375"]["0.9 bicubic"]
+
+
+def test_normalisation():
+    """(x / 255 - mean) / std per channel, RGB, float32: black and white by hand."""
+    pixels = np.zeros((2, 3, 4, 5), np.uint8)
+    pixels[1] = 255
+    found = normalise(pixels, Preprocessing())
+    assert found.dtype == np.float32 and found.shape == (2, 3, 4, 5)
+    np.testing.assert_allclose(found[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
+    np.testing.assert_allclose(found[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6)
+    assert not pixels[0].any()  # the input is left alone
+
+
+def test_protocols():
+    own = VARIANTS["fcvit_b24"].preprocessing
+    assert protocol("authors", own) is own
+    assert protocol("resize256-bilinear", own) == RESIZE256_BILINEAR
+    with pytest.raises(UsageError, match="expected authors or resize256-bilinear"):
+        protocol("official", own)
+
+
+@given(width=st.integers(1, 400), height=st.integers(1, 400), size=st.integers(1, 64), fraction=st.floats(0.2, 1))
+@settings(derandomize=True, max_examples=80, deadline=None)
+def test_any_image_becomes_a_crop_of_its_own_colour(width, height, size, fraction):
+    image = Image.new("RGB", (width, height), (200, 100, 50))
+    found = preprocess(image, Preprocessing(input_size=size, crop_fraction=fraction))
+    assert found.shape == (3, size, size)
+    assert (found == np.array([200, 100, 50])[:, None, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+def test_other_colour_modes_are_converted(tmp_path, mode):
+    ending = "jpg" if mode == "CMYK" else "png"
+    if mode == "I;16":
+        Image.fromarray(np.full((40, 50), 1000, np.uint16)).save(tmp_path / f"x.{ending}")
+    else:
+        Image.new("L", (50, 40), 180).convert(mode).save(tmp_path / f"x.{ending}")
+    assert preprocess(tmp_path / f"x.{ending}", Preprocessing(input_size=32)).shape == (3, 32, 32)
+
+
+def test_orientation_tags_are_not_applied(tmp_path):
+    """As in the authors' pipeline: the top of the stored pixels stays the top."""
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("black", (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "x.png", exif=exif)
+    found = preprocess(tmp_path / "x.png", Preprocessing(input_size=32, crop_fraction=1))
+    assert found[:, :8].max() == 0 and found[:, -8:].min() == 255
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, ""),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path, content, reason):
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadImages, match=f"x.png: .*{reason}"):
+        decode(path)
+
+
+def test_a_truncated_image_is_bad(tmp_path):
+    image_by_rule(200, 150).save(tmp_path / "whole.jpg")
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-400])
+    with pytest.raises(BadImages, match=r"x\.jpg: .*truncated"):
+        decode(tmp_path / "x.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.new("1", (300, 300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80_000)
+    with pytest.raises(BadImages, match="300 x 300 pixels, over the limit"):
+        decode(tmp_path / "x.png")
+    thin = Image.new("RGB", (1, 3000))
+    with pytest.raises(BadImages, match="1 x 3000 pixels would be resized to"):
+        crop(thin, Preprocessing())
