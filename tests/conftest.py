@@ -1,6 +1,8 @@
 """What several test files share: goldens, weights by rule, small files, missing extras."""
 
 import json
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from fcvit.frameworks import installed
 from fcvit.variants import VARIANTS
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form
+from fcvit.weights.names import Form, is_counter
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ("fcvit_tiny", "fcvit_b12", "fcvit_b24", "fcvit_b48")
@@ -50,4 +52,26 @@ def write_pth(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def write_pdparams(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     with path.open("wb") as file:
         pdparams.write(file, tensors)
+    return path
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<L", len(value)) + value.encode()
+
+
+def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """`state_dict` and `state_dict_ema` (every number one higher) in one file, beside epoch and args."""
+    averaged = {name: t if is_counter(name) else t + np.float32(1) for name, t in tensors.items()}
+    args = b"cargparse\nNamespace\n)\x81}" + _text("lr") + b"G" + struct.pack(">d", 1e-3) + b"sb"
+    entries = {
+        "epoch": b"K\x09",
+        "state_dict": torch_file.state_dict_opcodes(tensors),
+        "state_dict_ema": torch_file.state_dict_opcodes(averaged, first=len(tensors)),
+        "args": args,
+    }
+    pickle = b"\x80\x02}(" + b"".join(_text(name) + value for name, value in entries.items()) + b"u."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        for index, tensor in enumerate([*tensors.values(), *averaged.values()]):
+            archive.writestr(f"archive/data/{index}", tensor.tobytes())
     return path

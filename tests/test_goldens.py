@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
 
+from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
 from fcvit.tasks.verify import GATE_A, GATE_B, gate_b, trace_paddle, trace_torch
 from fcvit.variants import VARIANTS
 from fcvit.weights.lively import lively_input, lively_tensors

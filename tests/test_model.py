@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import DIGITS, PUBLISHED, needs_paddle, write_pth
 
+from conftest import DIGITS, PUBLISHED, needs_paddle, write_pth
 from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.variants import VARIANTS
@@ -25,11 +25,6 @@ def fcvit():
     import fcvit
 
     return fcvit
-
-
-@pytest.fixture
-def backbone_names():
-    return {name for name in entries(dataclasses.replace(DIGITS, dense=True))}
 
 
 def images(paddle, *shape):

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from conftest import PUBLISHED, golden_json
 
+from conftest import PUBLISHED, golden_json
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing, get_variant, published
 from fcvit.weights.names import CONV, LINEAR, Form, entries, parameter_count, recognise

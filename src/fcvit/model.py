@@ -73,7 +73,7 @@ class FCViTBackbone(nn.Layer):
     """The dense-prediction form: four feature maps, each with a norm of its own.
 
     `model(x)` gives a list of (B, widths[i], H / s, W / s), s = 4, 8, 16, 32, rounded up.
-    Source: the authors' `models/fcvit.py` as their `detection/` and `segmentation/` use it (`norm0`, `norm2`, `norm4`, `norm6`).
+    Source: the authors' `models/fcvit.py`, as their `detection/` and `segmentation/` use it.
     """
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):

@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import golden_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import golden_json
 from fcvit.errors import BadImages, UsageError
 from fcvit.images.preprocess import crop, decode, normalise, preprocess, protocol
 from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import needs_paddle, needs_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
+from conftest import needs_paddle, needs_torch
 from fcvit.errors import BadImages, DoesNotFit, UnreadableFile, UsageError
 from fcvit.tasks.evaluate import Sums, cross_entropy, evaluate, rank_of_truth, softmax, top_classes
 
@@ -98,7 +98,6 @@ def test_k_is_never_above_the_class_count(folder, tmp_path):
     import dataclasses
 
     from conftest import DIGITS, write_pth
-
     from fcvit.weights.lively import lively_tensors
 
     for label in range(3, 10):
@@ -171,7 +170,6 @@ def test_wrong_options(folder, digits_pth, options):
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
     from conftest import DIGITS, write_pth
-
     from fcvit.weights.lively import lively_tensors
     from fcvit.weights.names import Form
 
@@ -181,5 +179,5 @@ def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_pat
     with pytest.raises(UnreadableFile, match="not a folder"):
         evaluate(digits_pth, tmp_path / "nowhere")
     (folder / "eleven").mkdir()
-    with pytest.raises(DoesNotFit, match="11 class folders .* 10 outputs"):
+    with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
         evaluate(digits_pth, folder)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import DIGITS, needs_paddle, needs_torch
 from PIL import Image
 
+from conftest import DIGITS, needs_paddle, needs_torch
 from fcvit.classes import ClassName
 from fcvit.deploy.engines import create_engine
 from fcvit.errors import BadImages, DoesNotFit, UsageError

@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import DIGITS, needs_paddle, needs_torch, write_pdparams, write_pth
 
+from conftest import DIGITS, needs_paddle, needs_torch, write_pdparams, write_pth
 from fcvit.errors import DoesNotFit, NumbersDisagree
 from fcvit.tasks import verify
 from fcvit.tasks.convert import convert

@@ -9,8 +9,8 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import DIGITS, needs_torch, write_pdparams, write_pth
 
+from conftest import DIGITS, needs_torch, write_pdparams, write_pth
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.variants import VARIANTS
@@ -132,7 +132,7 @@ def test_other_types(tmp_path, digits_tensors, dtype):
 def test_casting_refuses_what_does_not_fit_the_type(digits_pth):
     weights = read_weights(digits_pth)
     big = dataclasses.replace(weights, tensors={**weights.tensors, "head.bias": np.full(10, 1e6, np.float32)})
-    with pytest.raises(DoesNotFit, match="head.bias: expected numbers that float16 can hold"):
+    with pytest.raises(DoesNotFit, match=r"head\.bias: expected numbers that float16 can hold"):
         cast(big, "float16")
     assert cast(big, "bfloat16").tensors["head.bias"].dtype == ml_dtypes.bfloat16
     with pytest.raises(UsageError):

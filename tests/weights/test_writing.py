@@ -8,10 +8,10 @@ import stat
 
 import numpy as np
 import pytest
-from conftest import DIGITS, needs_paddle, needs_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import DIGITS, needs_paddle, needs_torch
 from fcvit.classes import ClassName
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
@@ -145,7 +145,7 @@ def test_class_lists(tmp_path, digits_pth):
     listed.write_text("index,id,name\n" + "".join(f"{i},n{i},{'twin' if i < 2 else i}\n" for i in range(10)))
     convert(digits_pth, tmp_path / "x.safetensors", classes=listed, verify=False)
     assert read_weights(tmp_path / "x.safetensors").classes[1] == ClassName("n1", "twin")
-    with pytest.raises(DoesNotFit, match="3 classes are listed, but .* has 10 outputs"):
+    with pytest.raises(DoesNotFit, match=r"3 classes are listed, but .* has 10 outputs"):
         convert(digits_pth, tmp_path / "y.safetensors", classes=TEN[:3], verify=False)
     assert not (tmp_path / "y.safetensors").exists()
 

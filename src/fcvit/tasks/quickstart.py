@@ -7,6 +7,7 @@ comparison was recorded when it was made; where PyTorch is installed it is compu
 
 import dataclasses
 import importlib.resources
+import json
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +21,6 @@ from fcvit.deploy.engines import PaddleEngine
 from fcvit.errors import NumbersDisagree
 from fcvit.frameworks import import_framework, installed
 from fcvit.images.preprocess import normalise, preprocess
-from fcvit.loading import build_network
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.tasks import verify as verification
 from fcvit.tasks.convert import Conversion, convert
@@ -114,7 +114,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
         _draw(paths, held_out["labels"], logits, result.sheet)
         summary = dataclasses.asdict(result)
         summary["conversion"] = dataclasses.asdict(conversion) | {"verification": None}
-        runs.write_text(folder / "summary.json", _json(summary))
+        runs.write_text(folder / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
@@ -154,6 +154,8 @@ def torch_logits(
 
 def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
     paddle = import_framework("paddle")
+    from fcvit.loading import build_network
+
     model = build_network(weights, "float64")
     images = normalise(batch, weights.form.variant.preprocessing).astype(np.float64)
     with paddle.no_grad():
@@ -168,9 +170,3 @@ def _draw(paths: list[Path], labels: np.ndarray, logits: np.ndarray, sheet: Path
     wrong = sum(p.index != label for p, label in zip(best, labels, strict=True))
     title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(paths)} wrong (shown first)"
     contact_sheet(tiles, title).save(sheet)
-
-
-def _json(summary: dict) -> str:
-    import json
-
-    return json.dumps(summary, indent=2, default=str) + "\n"

@@ -32,7 +32,7 @@ _OTHERS = (
     (b"<", "a web page, probably the download's warning page; fetch the file itself"),
 )
 MAX_NAME = 256  # characters of a tensor's name
-MAX_SIDECAR = 4 << 20  # bytes: the class list of ImageNet takes 0.05 MB
+MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _STATES = ("state_dict", "model")
 _EMA_STATES = ("state_dict_ema", "model_ema")
 

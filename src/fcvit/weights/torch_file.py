@@ -21,7 +21,7 @@ from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape
 from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_DIRECTORY = 4 << 20  # bytes of a zip's directory: the largest variant with optimiser and EMA has 0.6 MB
+MAX_DIRECTORY = 2 << 20  # bytes of a zip's directory: the largest variant with optimiser and EMA has 0.6 MB
 _RESAVE = "save it again in PyTorch as plain dense tensors with torch.save(model.state_dict(), FILE)"
 
 
@@ -64,7 +64,8 @@ class TensorRef:
         if last >= available:
             raise UnreadableFile(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
         strides = [stride * dtype.itemsize for stride in self.strides]
-        return np.ndarray(shape, dtype, self.storage.data, self.offset * dtype.itemsize, strides)
+        numbers = np.frombuffer(self.storage.data, np.uint8)  # keeps the file mapped as long as the view lives
+        return np.ndarray(shape, dtype, numbers, self.offset * dtype.itemsize, strides)
 
 
 class Refused(Opaque):
@@ -272,24 +273,30 @@ def read_legacy(data: mmap.mmap) -> object:
 
 def write_zip(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a bare state dict that PyTorch's safe loader (`weights_only=True`) accepts."""
-    storages = {dtype: name for name, dtype in TORCH_STORAGES.items()}
-    pickle = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, content: bytes | memoryview) -> None:
             # A fixed time keeps the file the same from run to run.
             archive.writestr(zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0)), content)
 
-        for index, (name, tensor) in enumerate(tensors.items()):
-            pickle += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(("
-            pickle += _text("storage") + f"ctorch\n{storages[tensor.dtype]}\n".encode()
-            pickle += _text(str(index)) + _text("cpu") + _integer(tensor.size) + b"tQ"
-            strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
-            pickle += _integer(0) + _tuple(tensor.shape) + _tuple(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
-            add(f"data/{index}", np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-        add("data.pkl", bytes(pickle + b"u."))
+        add("data.pkl", b"\x80\x02" + state_dict_opcodes(tensors) + b".")
         add("byteorder", b"little")
+        for index, tensor in enumerate(tensors.values()):
+            add(f"data/{index}", np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         add("version", b"3\n")
+
+
+def state_dict_opcodes(tensors: Mapping[str, np.ndarray], first: int = 0) -> bytes:
+    """The part of a pickle that builds an ordered dictionary of tensors, over the storages `first`, `first` + 1, ..."""
+    storages = {dtype: name for name, dtype in TORCH_STORAGES.items()}
+    opcodes = bytearray(b"ccollections\nOrderedDict\n)R(")
+    for key, (name, tensor) in enumerate(tensors.items(), first):
+        opcodes += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        opcodes += _text("storage") + f"ctorch\n{storages[tensor.dtype]}\n".encode()
+        opcodes += _text(str(key)) + _text("cpu") + _integer(tensor.size) + b"tQ"
+        strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
+        opcodes += _integer(0) + _tuple(tensor.shape) + _tuple(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
+    return bytes(opcodes + b"u")
 
 
 def _text(value: str) -> bytes:

@@ -1,0 +1,59 @@
+"""How near both networks come to the authors' own numbers (tests/golden), as a table.
+
+Run:  .venv/bin/python benchmarks/accuracy.py [--json FILE]
+For each variant at (2, 3, 224, 224): the largest float64 difference of Paddle and of the twin over the
+standard deviation of the logits, and gate B against the PyTorch float32 run recorded with the goldens.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.tasks.verify import gate_a, gate_b, trace_paddle, trace_torch
+from fcvit.variants import VARIANTS, published
+from fcvit.weights.lively import lively_input, lively_tensors
+from fcvit.weights.names import Form
+from fcvit.weights.reading import Weights
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for name, variant in VARIANTS.items():
+        if published(variant) is None:
+            continue
+        form = Form(variant, 1000)
+        weights = Weights(form, lively_tensors(form), None, "torch", None, None, (), ())
+        images = lively_input((2, 3, 224, 224))
+        with np.load(GOLDEN / f"{name}.npz") as golden:
+            exact, torch_32 = golden["logits"], golden["float32_logits"]
+        paddle_32 = trace_paddle(weights, images, "float32")["output"]
+        rows.append(
+            {
+                "variant": name,
+                "paddle_float64": gate_a(trace_paddle(weights, images, "float64")["output"], exact),
+                "twin_float64": gate_a(trace_torch(weights, images, "float64")["output"], exact),
+                "gate_b": gate_b(paddle_32, torch_32, exact),
+                "float32_max": float(np.abs(paddle_32 - torch_32).max()),
+                "float32_mean": float(np.abs(paddle_32 - torch_32).mean()),
+            }
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    print("| variant | Paddle float64 | twin float64 | largest float32 | mean float32 | gate B |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['variant']} | {row['paddle_float64']:.1e} | {row['twin_float64']:.1e} "
+            f"| {row['float32_max']:.1e} | {row['float32_mean']:.1e} | {row['gate_b']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

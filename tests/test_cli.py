@@ -1,0 +1,283 @@
+"""The command line as a person meets it: output, errors in one line, documented exit codes."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
+from fcvit import frameworks
+from fcvit.cli import main
+from fcvit.errors import FcvitError
+from fcvit.weights.lively import lively_tensors
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder; exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def command(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "fcvit", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_help_lists_the_commands_and_loads_nothing_heavy():
+    code = (
+        "import sys; from fcvit.cli import main; main(['--help']);"
+        "print([m for m in ('numpy', 'paddle', 'torch', 'PIL', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for name in ("convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"])
+def test_every_command_explains_every_option(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line.startswith("│") and "--" in line]
+    assert all(len(line.split()) > 3 for line in lines), lines
+
+
+def test_models(run):
+    code, out, _ = run("models")
+    assert code == 0
+    assert "51,477,032" in out and "49.1M" in out and "83.6" in out and "ours" in out
+    assert "https://drive.google.com/drive/folders/16joP1cQwbx4oICL-WbPC1SqGNoc4-NZm" in out
+    listed = json.loads(run("models", "--json")[1])
+    assert listed["fcvit_b12"]["published"]["top1"] == 80.9 and listed["fcvit_digits"]["published"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["convrt"], 2, 'Did you mean "convert"'),
+        (["convert", "x.pth"], 2, "--output"),
+        (["convert", "x.pth", "-o", "y.pth", "--dtype", "int8"], 2, "int8"),
+        (["convert", "x.pth", "-o", "y.pth", "--emma"], 2, "--ema"),
+        (["convert", "x.pth", "-o", "y.safetensors"], 3, "x.pth: cannot be opened: No such file"),
+        (["inspect", "."], 3, "a directory"),
+        (["predict", "--weights", "x.pth"], 2, "name at least one image"),
+        (["predict", "none.png", "--weights", "x.pth"], 3, "none.png: no such image"),
+        (["eval", "--weights", "x.pth", "--data", "nowhere"], 3, "x.pth"),
+    ],
+)
+def test_errors_are_one_line_with_their_code(run, words, code, message):
+    found, out, err = run(*words)
+    assert (found, out) == (code, "")
+    assert len(err.splitlines()) == 1 and err.startswith("fcvit: ") and message in err
+
+
+def test_every_problem_is_listed_below_the_line(run, tmp_path, digits_tensors):
+    broken = {name: tensor for name, tensor in digits_tensors.items() if not name.startswith("head.")}
+    broken["surprise"] = np.ones(1, np.float32)
+    path = write_pth(tmp_path / "x.pth", broken)
+    code, out, err = run("convert", path, "-o", "y.safetensors", "--variant", "fcvit_tiny")
+    assert code == 4 and not out
+    first, *rest = err.splitlines()
+    assert "does not fit fcvit_tiny" in first
+    assert "remedy" in err and "surprise" not in first and len(rest) > 5
+
+
+def test_converting_inspecting_and_back(run, digits_pth, tmp_path):
+    code, out, err = run("convert", digits_pth, "-o", "out/x.safetensors", "--no-verify")
+    assert code == 0 and not err
+    assert "212, float32, paddle layout" in out and "NOT compared, as asked" in out
+    code, out, _ = run("inspect", "out/x.safetensors")
+    assert code == 0
+    assert "fcvit_digits" in out and "128422" in out
+    found = json.loads(run("inspect", "out/x.safetensors", "--json", "--tensors")[1])
+    assert found["layout"] == "paddle" and found["num_classes"] == 10 and len(found["entries"]) == 208
+    assert found["source_sha256"] == json.loads(run("inspect", digits_pth, "--json")[1])["sha256"]
+    done = json.loads(run("convert", "out/x.safetensors", "-o", "x.pth", "--no-verify", "--json")[1])
+    assert done["layout"] == "torch" and done["verification"] is None
+    assert run("convert", digits_pth, "-o", "out/x.safetensors", "--no-verify")[0] == 2  # it is there already
+
+
+def test_preprocessing_can_be_stored(run, digits_pth):
+    words = ["--input-size", 48, "--crop-fraction", 0.8, "--interpolation", "bilinear"]
+    assert run("convert", digits_pth, "-o", "x.safetensors", "--no-verify", *words)[0] == 0
+    found = json.loads(run("inspect", "x.safetensors", "--json")[1])
+    assert (found["input_size"], found["crop_fraction"], found["interpolation"]) == (48, 0.8, "bilinear")
+    assert run("convert", digits_pth, "-o", "y.safetensors", "--crop-fraction", 2)[0] == 2
+
+
+def test_inspecting_what_does_not_fit(run, tmp_path):
+    path = write_pth(tmp_path / "x.pth", {"conv.weight": np.ones((2, 2), np.float32)})
+    code, out, _ = run("inspect", path)
+    assert code == 4 and "not an FCViT" in out and "pytorch (zip)" in out
+
+
+@needs_paddle
+@needs_torch
+def test_verifying(run, digits_pth, digits_tensors, tmp_path):
+    assert run("convert", digits_pth, "-o", "x.safetensors")[0] == 0
+    code, out, err = run("verify", "x.safetensors", "--against", digits_pth)
+    assert code == 0 and not err
+    assert "gate A" in out and "network.6" in out and "network.6.0" not in out and "FAIL" not in out
+    assert "network.6.0" in run("verify", "x.safetensors", "--against", digits_pth, "--blocks")[1]
+    other = write_pth(tmp_path / "other.pth", {**digits_tensors, "head.bias": digits_tensors["head.bias"] + 1})
+    code, out, err = run("verify", "x.safetensors", "--against", other)
+    assert code == 5 and "FAIL" in out and err == "fcvit: verification failed: 1 tensor(s) differ, first head.bias\n"
+    proof = json.loads(run("verify", "x.safetensors", "--against", other, "--json")[1])
+    assert not proof["passed"] and proof["different"] == ["head.bias"]
+
+
+@needs_paddle
+def test_predicting(run, digits_pth, image, tmp_path):
+    code, out, err = run("predict", image, "--weights", digits_pth, "--top-k", 2)
+    assert code == 0 and not err and "image.png" in out and len(re.findall(r"class \d", out)) == 2
+    found = json.loads(run("predict", image, "--weights", digits_pth, "--json")[1])
+    assert len(found["predictions"][str(image)]) == 5
+    rows = list(csv.DictReader(io.StringIO(run("predict", image, "--weights", digits_pth, "--csv")[1])))
+    assert [row["place"] for row in rows] == ["1", "2", "3", "4", "5"]
+    (tmp_path / "bad.png").write_bytes(b"?")
+    code, out, err = run("predict", image, "bad.png", "--weights", digits_pth)
+    assert code == 6 and "image.png" in out and "bad.png: not an image" in err
+    assert run("predict", image, "--weights", digits_pth, "--json", "--csv")[0] == 2
+
+
+@needs_paddle
+def test_evaluating(run, digits_pth, image):
+    for label in range(10):
+        (image.parent / "data" / str(label)).mkdir(parents=True)
+        (image.parent / "data" / str(label) / "x.png").write_bytes(image.read_bytes())
+    code, out, err = run("eval", "--weights", digits_pth, "--data", "data")
+    assert code == 0 and "10.00" in out and "50.00" in out and "written to runs/eval\n" in out
+    assert "counted in sorted order" in err
+    assert "written to runs/eval-2" in run("eval", "--weights", digits_pth, "--data", "data")[1]
+    code, _, err = run("eval", "--weights", digits_pth, "--data", "data", "-o", "runs/eval")
+    assert code == 2 and "runs/eval is not empty" in err
+    found = json.loads(run("eval", "--weights", digits_pth, "--data", "data", "--json", "--input-size", 64)[1])
+    assert found["preprocessing"]["input_size"] == 64
+    (image.parent / "data" / "4" / "bad.png").touch()
+    assert run("eval", "--weights", digits_pth, "--data", "data")[0] == 6
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor")
+    assert code == 0 and "numpy" in out
+    found = json.loads(run("doctor", "--json")[1])
+    assert set(found["devices"]) | set(found["missing"]) == {"paddle", "torch"}
+
+
+@pytest.mark.parametrize("words", [["predict", "x.png"], ["eval", "--data", "."]])
+def test_a_missing_extra_names_its_command(run, digits_pth, image, monkeypatch, words):
+    import_module = frameworks.importlib.import_module
+
+    def without_paddle(name, *rest):
+        if name == "paddle":
+            raise ModuleNotFoundError("No module named 'paddle'", name="paddle")
+        return import_module(name, *rest)
+
+    monkeypatch.setattr(frameworks.importlib, "import_module", without_paddle)
+    for label in range(10):
+        (image.parent / str(label)).mkdir()
+    image.rename(image.parent / "0" / "x.png")
+    (image.parent / "x.png").write_bytes((image.parent / "0" / "x.png").read_bytes())
+    code, _, err = run(*words, "--weights", digits_pth)
+    assert code == 7 and "paddle is not installed; install it with: pip install paddlepaddle" in err
+
+
+def test_without_pytorch_conversion_says_what_was_not_checked(run, digits_pth, monkeypatch):
+    find = frameworks.importlib.util.find_spec
+    monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    code, out, _ = run("convert", digits_pth, "-o", "x.safetensors")
+    assert code == 0 and "NOT compared: torch is not installed (pip install torch)" in out
+
+
+def test_our_own_fault_and_interruption(run, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a line\nand another")
+
+    monkeypatch.setattr("fcvit.tasks.doctor.doctor", broken)
+    code, _, err = run("doctor")
+    assert code == 1 and err.count("\n") == 1 and "internal error: ZeroDivisionError: a line and another" in err
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor", "--debug"])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcvit.tasks.doctor.doctor", interrupted)
+    assert run("doctor")[0] == 130
+
+
+def test_exit_codes_are_those_of_the_docs():
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
+    rows = [
+        line.split("|")[1:3]
+        for line in text.splitlines()
+        if line.startswith("| ") and line.split("|")[1].strip().isdigit()
+    ]
+    documented = {int(code) for code, _ in rows}
+    own = {kind.exit_code for kind in [FcvitError, *FcvitError.__subclasses__()]}
+    assert documented == own | {0, 8, 130}
+
+
+@needs_paddle
+def test_paddles_noise_stays_away(digits_pth, image):
+    done = command("predict", image, "--weights", digits_pth)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "\x1b" not in done.stdout  # no colours, no bar on a pipe
+
+
+@needs_paddle
+def test_a_closed_pipe_is_no_error(digits_pth, image):
+    script = f"{sys.executable} -m fcvit inspect --tensors {digits_pth} | head -1"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+
+
+def test_ema_is_the_users_choice(run, tmp_path, digits_tensors):
+    path = training_checkpoint(tmp_path / "x.pth.tar", digits_tensors)
+    code, _, err = run("convert", path, "-o", "x.safetensors", "--no-verify")
+    assert code == 2 and "choose with --ema or --no-ema" in err
+    assert run("convert", path, "-o", "x.safetensors", "--no-verify", "--ema")[0] == 0
+    assert run("inspect", path)[0] == 0
+
+
+def test_python_dash_m():
+    assert command("--version").stdout.strip() == __import__("fcvit").__version__
+
+
+def test_a_lively_golden_of_the_command_line(run, tmp_path):
+    """What `fcvit inspect --json` says of a dense backbone."""
+    import dataclasses
+
+    path = write_pth(tmp_path / "d.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
+    found = json.loads(run("inspect", path, "--json")[1])
+    assert found["form"] == "fcvit_digits (dense-prediction backbone)" and found["num_classes"] == 0
