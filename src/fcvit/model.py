@@ -157,10 +157,10 @@ class LayerNorm2D(nn.GroupNorm):
     def __init__(self, width: int):
         super().__init__(1, width, epsilon=NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if paddle.device.get_device() != "cpu":
-            return super().forward(x)
-        x = x - mean(x, (1, 2, 3))
+            return super().forward(input)
+        x = input - mean(input, (1, 2, 3))
         x = x * paddle.rsqrt(mean(x * x, (1, 2, 3)) + self._epsilon)
         return x * self.weight.reshape([1, -1, 1, 1]) + self.bias.reshape([1, -1, 1, 1])
 
