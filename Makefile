@@ -7,7 +7,7 @@
 #   make test PIP_OPTIONS="--extra-index-url URL"
 PYTHON ?= python3
 PIP_OPTIONS ?=
-PYTEST_OPTIONS ?=
+PYTEST_OPTIONS ?= --numprocesses auto
 TORCH ?= torch==2.13.0
 
 VENV := .venv

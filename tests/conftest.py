@@ -1,6 +1,7 @@
 """What several test files share: goldens, weights by rule, small files, missing extras."""
 
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -13,6 +14,9 @@ from fcvit.variants import VARIANTS
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form, is_counter
+
+# The networks here are small and the tests run side by side: threads would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ("fcvit_tiny", "fcvit_b12", "fcvit_b24", "fcvit_b48")

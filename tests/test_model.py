@@ -38,7 +38,14 @@ def all_options():
     )
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS.values(), all_options()], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *(pytest.param(v, marks=[pytest.mark.slow] if max(v.depths) > 6 else []) for v in VARIANTS.values()),
+        all_options(),
+    ],
+    ids=lambda v: v.name,
+)
 def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
     """Every tensor, its shape, and the type of layer that decides its layout."""
     form = Form(variant, 1000)

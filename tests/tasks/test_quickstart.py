@@ -30,6 +30,7 @@ def test_the_shipped_files():
     assert weights.skipped == ("epoch", "arch", "optimizer", "version", "args", "metric")
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_record_is_what_pytorch_computes(held_out):
     weights = read_weights(ASSETS / quickstart.CHECKPOINT)
@@ -42,6 +43,7 @@ def test_the_record_is_what_pytorch_computes(held_out):
     assert len(held_out["labels"]) == 360 and np.bincount(held_out["labels"]).min() > 30
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
 def test_the_whole_path(tmp_path, monkeypatch, live):
@@ -66,6 +68,7 @@ def test_the_whole_path(tmp_path, monkeypatch, live):
         assert sheet.width > 600 and sheet.height > 600
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
     """With PyTorch away, too: the planted fault is a coarse activation."""
