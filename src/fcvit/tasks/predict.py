@@ -15,6 +15,7 @@ from fcvit.frameworks import import_framework, paddle_place
 from fcvit.images.preprocess import preprocess
 from fcvit.tasks.evaluate import softmax, top_classes
 from fcvit.variants import Preprocessing, resolve_preprocessing
+from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, read_weights
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def load(
     from fcvit.loading import build_classifier
 
     weights = read_weights(path, ema)
+    form = _with_classes(weights)
     import_framework("paddle").set_device(paddle_place(device))
-    form = weights.form
     return Classifier(
         build_classifier(weights),
         resolve_preprocessing(None, weights.preprocessing, form.variant),
@@ -112,15 +113,20 @@ def predict_files(
     Raises:
         UsageError, DoesNotFit, MissingExtra: before the first image.
     """
-    form = weights.form
-    if form.dense or not form.num_classes:
-        raise DoesNotFit(f"{weights.source.path} is {form}: it has no classes to predict")
+    form = _with_classes(weights)
     if top_k < 1:
         raise UsageError(f"--top-k {top_k}: expected at least 1")
     chosen = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
     names = resolve_classes(classes, weights.classes, form.num_classes)
     engine: Engine = create_engine(engine_name, weights, chosen, device)
     return _predict(engine, chosen, names, images, top_k)
+
+
+def _with_classes(weights: Weights) -> Form:
+    form = weights.form
+    if form.dense or not form.num_classes:
+        raise DoesNotFit(f"{weights.source.path} is {form}: it has no classes to predict")
+    return form
 
 
 def _predict(
