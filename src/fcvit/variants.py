@@ -110,6 +110,10 @@ class Variant:
             values = getattr(self, field)
             if len(values) != 4 or not all(isinstance(v, int) and v >= 1 for v in values):
                 raise UsageError(f"variant {self.name!r}: {field} are four whole numbers from 1, not {values}")
+        if not self.name.isprintable() or not 0 < len(self.name) <= 100:
+            raise UsageError(f"variant {self.name!r:.120}: a name is one printable line of at most 100 characters")
+        if len(self.kernel_sizes) != 2 or len(self.channel_attention_kernels) != 2:
+            raise UsageError(f"variant {self.name!r}: kernel_sizes and channel_attention_kernels are two numbers each")
         if max(self.depths) > 1000 or max(self.widths) > 1 << 16 or max(self.mlp_ratios) > 1000:
             raise UsageError(f"variant {self.name!r}: absurd size {self.depths}, {self.widths}, {self.mlp_ratios}")
         kernels = (

@@ -41,7 +41,7 @@ from fcvit.weights.names import Form, entries, paddle_name
 from fcvit.weights.reading import read_weights
 
 FORM = Form(VARIANTS["fcvit_digits"], 10)
-PATIENCE = 10  # seconds for any one file
+PATIENCE = 40  # seconds for any one file; the slowest takes 3 on an idle machine
 MIB = 1 << 20
 
 
@@ -807,6 +807,9 @@ ARRAYS: dict[str, tuple[bytes, str]] = {
 
 # Our own header in a safetensors file, with other values in it -> the fault.
 HEADERS: dict[str, tuple[dict[str, object], str]] = {
+    "too few kernels": ({"variant__kernel_sizes": [11]}, "header is damaged .*kernel_sizes and channel_attention_kernels are two"),
+    "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor is a str"),
+    "name of two lines": ({"variant__name": "a\nb"}, "header is damaged .*one printable line"),
     "newer": ({"format_version": 2}, "header of format version 2, this program reads 1"),
     "of a doubtful version": ({"format_version": "1\n\x1b" * 9999}, "header of format version '1"),
     "absurd depth": ({"variant__depths": [1 << 40, 1, 1, 1]}, "header is damaged .UsageError.*absurd size"),
@@ -1069,7 +1072,7 @@ def outcome(path: Path) -> FcvitError | None:
         found = read_weights(path).tensors
     except FcvitError as error:
         assert str(error).isprintable()
-        assert path.name in str(error) or isinstance(error, DoesNotFit)
+        assert path.name in str(error)
         return error
     # What went unnoticed changed numbers at most.
     assert {key: value.shape for key, value in found.items()} == {k: e.shape for k, e in entries(FORM).items()}

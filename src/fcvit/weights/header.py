@@ -10,12 +10,13 @@ from collections.abc import Mapping
 
 from fcvit.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
-from fcvit.variants import Preprocessing, Variant
+from fcvit.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.names import Form
 
 FORMAT_VERSION = 1
 KEY = "fcvit"  # of the text entry in a safetensors header
 LAYOUTS = ("paddle", "torch")
+EXAMPLE = VARIANTS["fcvit_tiny"]  # what kind of value each field has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Header:
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
             form = Form(Variant(**_tuples(variant)), _whole(fields["num_classes"]), fields["dense"] is True)
+            preprocessing = fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"]))
+            _check_kinds("variant", form.variant, EXAMPLE)
+            _check_kinds("preprocessing", preprocessing or EXAMPLE.preprocessing, EXAMPLE.preprocessing)
             classes = fields["classes"]
             if classes is not None:
                 classes = check_classes(tuple(ClassName(str(i), str(n)) for i, n in classes), "header")
@@ -85,7 +89,7 @@ class Header:
             return cls(
                 form,
                 fields["layout"],
-                fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"])),
+                preprocessing,
                 classes,
                 {str(name): _whole(value) for name, value in fields["counters"].items()},
                 str(fields["source_sha256"]),
@@ -100,6 +104,26 @@ class Header:
 def _tuples(fields: Mapping[str, object]) -> dict:
     """JSON has lists where the dataclasses have tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _check_kinds(name: str, found: object, example: object) -> None:
+    """The dataclasses check sizes; what came from a file need not even be numbers."""
+    if dataclasses.is_dataclass(example):
+        for field in dataclasses.fields(example):
+            _check_kinds(field.name, getattr(found, field.name), getattr(example, field.name))
+    elif isinstance(example, tuple) and isinstance(found, tuple):
+        if len(found) != len(example):
+            raise ValueError(f"{name} has {len(found)} values, expected {len(example)}")
+        for one in found:
+            _check_kinds(name, one, example[0])
+    elif isinstance(example, float) and isinstance(found, int | float):
+        if not -1e9 < found < 1e9:
+            raise ValueError(f"{name} is {found!r:.40}")
+    elif isinstance(example, str) and isinstance(found, str):
+        if not found.isprintable() or len(found) > 100:
+            raise ValueError(f"{name} is not a name")
+    elif type(found) is not type(example) and not (name == "layer_scale" and found is None):
+        raise ValueError(f"{name} is a {type(found).__name__}, expected a {type(example).__name__}")
 
 
 def _whole(value: object) -> int:

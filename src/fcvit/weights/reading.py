@@ -114,7 +114,10 @@ def read_weights(
         torch_name(n): t.shape[::-1] if layout == "paddle" and t.ndim == 2 else t.shape for n, t in named.items()
     }
     expected = get_variant(variant) if variant is not None else header.form.variant if header else None
-    form = header.form if header and variant is None else recognise(table_shapes, expected)
+    try:
+        form = header.form if header and variant is None else recognise(table_shapes, expected)
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{checkpoint.path}: {error}") from error
     wanted = entries(form)
     tensors = {torch_name(name): _torch_layout(t, wanted.get(torch_name(name)), layout) for name, t in named.items()}
     if header:
