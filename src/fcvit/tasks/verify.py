@@ -17,6 +17,7 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, NumbersDisagree
 from fcvit.frameworks import import_framework, installed
+from fcvit.report.progress import progress
 from fcvit.variants import Variant
 from fcvit.weights.lively import DORMANT, lively_input, lively_tensors
 from fcvit.weights.names import Form
@@ -178,14 +179,21 @@ def require(verification: Verification) -> None:
 def compare(ours: Weights, reference: Weights) -> Comparison:
     """Run the Paddle network on `ours` and the twin on `reference`, in float64 and float32."""
     images = lively_input(input_shape(ours.form), "verify/")
-    expected = trace_torch(reference, images, "float64")
-    found = trace_paddle(ours, images, "float64")
+    runs = (
+        (trace_torch, reference, "float64"),
+        (trace_paddle, ours, "float64"),
+        (trace_paddle, ours, "float32"),
+        (trace_torch, reference, "float32"),
+    )
+    places = []
+    with progress("verifying", len(runs), "runs") as advance:  # half a minute on the largest variant
+        for trace, weights, dtype in runs:
+            places.append(trace(weights, images, dtype))
+            advance(1)
+    expected, found, *single = places
     drift = tuple(Place(name, _drift(found[name], value)) for name, value in expected.items())
     outputs = [name for name in expected if name.startswith("output")]
-    paddle_32, torch_32 = (
-        np.concatenate([run[name].ravel() for name in outputs])
-        for run in (trace_paddle(ours, images, "float32"), trace_torch(reference, images, "float32"))
-    )
+    paddle_32, torch_32 = (np.concatenate([run[name].ravel() for name in outputs]) for run in single)
     exact = np.concatenate([expected[name].ravel() for name in outputs])
     return Comparison(
         images.shape,
