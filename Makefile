@@ -36,7 +36,7 @@ clean:
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is not; choose one with make PYTHON=python3.12 ..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would pass for a whole one
 
 # A stamp for each set of packages: installed again when the project's metadata changes.
 $(VENV)/.cpu: pyproject.toml | $(VENV)/bin/python

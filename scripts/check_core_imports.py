@@ -1,7 +1,7 @@
 """Import every module with only the core dependencies installed.
 
-Modules that hold a framework's layers, and those that need them at once, must raise the
-missing-extra error; everything else must import. Run in an environment without Paddle and PyTorch.
+The two modules that hold a framework's layers must raise the missing-extra error; everything else
+must import. Run in an environment without Paddle and PyTorch.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import fcvit
 from fcvit.errors import MissingExtra
 from fcvit.frameworks import installed
 
-NEED_A_FRAMEWORK = {"fcvit.model", "fcvit.torch_twin", "fcvit.loading"}
+NEED_A_FRAMEWORK = {"fcvit.model", "fcvit.torch_twin"}
 
 
 def main() -> int:

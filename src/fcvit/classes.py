@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib.resources
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,11 +48,12 @@ def resolve_classes(argument: Classes | None, file: Classes | None, num_classes:
 def read_classes(path: Path) -> Classes:
     """Read a class list: CSV with the columns `id` (or `wnid`) and `name`, else one class per line.
 
-    Blank lines are skipped; a plain line is id and name at once.
+    A column `index`, where there is one, gives the order. Blank lines are skipped; a plain line is id
+    and name at once.
 
     Raises:
         UnreadableFile: no such file, not text, or no class in it.
-        DoesNotFit: an id stands twice.
+        DoesNotFit: an id stands twice, or the indices do not count from 0.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -60,12 +62,30 @@ def read_classes(path: Path) -> Classes:
     return _from_rows(lines, str(path))
 
 
+def as_classes(given: "Sequence[ClassName | tuple[str, str] | str] | os.PathLike[str]") -> Classes:
+    """A class list as people give it: the path of a file, or (id, name) pairs, or plain names.
+
+    Raises:
+        As `read_classes`.
+    """
+    if isinstance(given, str):
+        given = Path(given)
+    if isinstance(given, os.PathLike):
+        return read_classes(Path(given))
+    pairs = (ClassName(c, c) if isinstance(c, str) else ClassName(*c) for c in given)
+    return check_classes(tuple(pairs), "the class list")
+
+
 def _from_rows(lines: Sequence[str], source: str) -> Classes:
     lines = [line.strip() for line in lines if line.strip()]
     columns = next(csv.reader(lines[:1]), [])
     id_column = next((name for name in ("id", "wnid") if name in columns), None)
     if id_column and "name" in columns:
-        rows = csv.DictReader(lines)
+        rows = list(csv.DictReader(lines))
+        if "index" in columns:
+            rows.sort(key=lambda row: int(row["index"]) if (row["index"] or "").isdecimal() else -1)
+            if [row["index"] for row in rows] != [str(index) for index in range(len(rows))]:
+                raise DoesNotFit(f"{source}: the column index must count from 0 to {len(rows) - 1}, each once")
         classes = tuple(ClassName((row[id_column] or "").strip(), (row["name"] or "").strip()) for row in rows)
     else:
         classes = tuple(ClassName(line, line) for line in lines)

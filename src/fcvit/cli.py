@@ -4,8 +4,10 @@ Tables and JSON go to the standard output; progress, notes and errors to the sta
 codes stand in `fcvit.errors` and docs/cli.md.
 """
 
-import json
+import io
+import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,10 +16,11 @@ from cyclopts import App, CycloptsError, Parameter
 
 from fcvit import __version__
 from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UsageError
+from fcvit.variants import IMAGENET_CLASSES
 
 if TYPE_CHECKING:
     from fcvit.tasks.verify import Verification
-    from fcvit.variants import Preprocessing, Variant
+    from fcvit.variants import PreprocessingChange
 
 app = App(
     name="fcvit",
@@ -53,23 +56,9 @@ def models(*, as_json: Json = False) -> None:
             }
         )
         return
-    from fcvit.report.tables import table
-    from fcvit.weights.names import Form, parameter_count
+    from fcvit.report import tables
 
-    figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
-    listing = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
-    for name, variant in VARIANTS.items():
-        row = published(variant)
-        count = row.parameters if row else parameter_count(Form(variant, 10))
-        listing.add_row(
-            name,
-            f"{count:,}",
-            f"{count / 2**20:.1f}M",
-            f"{row.gmac:.2f}" if row else "",
-            f"{variant.preprocessing.crop_fraction:.2f}",
-            f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32",
-        )
-    _show(listing)
+    _show(tables.variants())
     print("The authors' checkpoints, to be fetched by hand (Apache-2.0, github.com/ma-xu/FCViT):")
     for name, variant in VARIANTS.items():
         if row := published(variant):
@@ -124,7 +113,7 @@ def convert(
         ema=ema,
         variant=variant,
         classes=classes,
-        preprocessing=_preprocessing(source, variant, input_size, crop_fraction, interpolation),
+        preprocessing=_changes(input_size, crop_fraction, interpolation),
         new_head=new_head,
         verify=verify,
         overwrite=overwrite,
@@ -196,25 +185,9 @@ def inspect(
     if as_json:
         _print_json(found)
         return code
-    from fcvit.report.tables import table
+    from fcvit.report import tables
 
-    listing = table("", "")
-    listing.show_header = False
-    for name, value in found.items():
-        if value is None or value == [] or name == "entries":
-            continue
-        if isinstance(value, list):
-            shown = [" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in value[:20]]
-            value = ("\n" if name == "problems" else ", ").join(shown) + (
-                f", ... ({len(value)})" if len(value) > 20 else ""
-            )
-        listing.add_row(name.replace("_", " "), str(value))
-    _show(listing)
-    if tensors:
-        entries = table("tensor", "shape", "type")
-        for name, shape, dtype in found["entries"]:  # type: ignore[attr-defined]
-            entries.add_row(name, str(shape), dtype)
-        _show(entries)
+    _show(*tables.inspection(found))
     return code
 
 
@@ -252,7 +225,6 @@ def evaluate(
         interpolation: Another interpolation.
         as_json: Print JSON.
     """
-    from fcvit import runs
     from fcvit.report import tables
     from fcvit.tasks.evaluate import evaluate as run
 
@@ -261,19 +233,20 @@ def evaluate(
         data,
         engines=engine.split(","),
         protocol_name=protocol,
-        preprocessing=_preprocessing(weights, None, input_size, crop_fraction, interpolation),
+        preprocessing=_changes(input_size, crop_fraction, interpolation),
         batch_size=batch_size,
         workers=workers,
         device=device,
         ema=ema,
-        folder=output or runs.free_folder("eval"),
+        folder=output,
+        record=True,
+        announce=_note,
     )
     if as_json:
         import dataclasses
 
-        _print_json(dataclasses.asdict(found) | {"folder": str(found.folder)})
+        _print_json(dataclasses.asdict(found))
     else:
-        _note(found.rule)
         _show(*tables.evaluation(found))
         print(f"written to {found.folder}")
     if found.unreadable:
@@ -320,16 +293,27 @@ def predict(
         raise UsageError("predict: --json and --csv are two answers; choose one")
     paths = find_images(images)
     named = read_classes(classes) if classes else None
-    results = predict_files(
-        read_weights(weights, ema), paths, top_k=top_k, engine_name=engine, classes=named, device=device
-    )
+    read = read_weights(weights, ema)
+    results = predict_files(read, paths, top_k=top_k, engine_name=engine, classes=named, device=device)
+    if named is None and read.classes is None:
+        what = "ImageNet's are assumed" if read.form.num_classes == IMAGENET_CLASSES else "they are counted"
+        _note(f"the weights name no classes: {what}; --classes FILE gives others")
+    writer = None
+    if csv:
+        import csv as csv_module
+
+        writer = csv_module.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["path", "place", "index", "id", "name", "probability"])
     good, bad = [], []
     with progress("predicting", len(paths)) as advance:
         for path, found in results:
             if isinstance(found, BadImages):
                 bad.append(found)
-            else:
+            elif writer is None:
                 good.append((path, found))
+            else:
+                for place, row in enumerate(found, 1):
+                    writer.writerow([path, place, row.index, row.id, row.name, f"{row.probability:.6f}"])
             advance(1)
     if as_json:
         import dataclasses
@@ -340,14 +324,6 @@ def predict(
                 "unreadable": [str(error) for error in bad],
             }
         )
-    elif csv:
-        import csv as csv_module
-
-        writer = csv_module.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", "place", "index", "id", "name", "probability"])
-        for path, ranked in good:
-            for place, row in enumerate(ranked, 1):
-                writer.writerow([path, place, row.index, row.id, row.name, f"{row.probability:.6f}"])
     elif good:
         _show(tables.predictions(good))
     if bad:
@@ -370,7 +346,7 @@ def quickstart(*, output: Annotated[Path | None, Output] = None) -> None:
     _show(tables.conversion(done.conversion))
     if done.conversion.verification:
         _show(tables.verification(done.conversion.verification)[0])
-    _show(tables.quickstart(done))
+    _show(tables.quickstart(done), tables.predictions(done.predictions[:3]))
     print("This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works.")
     print(f"Picture: {done.sheet}")
     print(f"All of it: {done.folder}   ({done.seconds:.0f} s)")
@@ -389,44 +365,23 @@ def doctor(*, as_json: Json = False) -> None:
     if as_json:
         _print_json(found)
         return
-    from fcvit.report.tables import table
+    from fcvit.report import tables
 
-    listing = table("", "")
-    listing.show_header = False
-    listing.add_row("machine", str(found["machine"]))
-    for title in ("versions", "devices", "missing"):
-        for name, value in found[title].items():  # type: ignore[attr-defined]
-            shown = ", ".join(value) if isinstance(value, list) else value
-            listing.add_row(f"{name} {'' if title == 'versions' else title}".strip(), shown)
-    _show(listing)
+    _show(tables.diagnosis(found))
 
 
-def _preprocessing(
-    weights: Path,
-    variant: "str | Variant | None",
-    input_size: int | None,
-    crop_fraction: float | None,
-    interpolation: str | None,
-) -> "Preprocessing | None":
-    """What the weights say, with the fields that were asked for in its place; None: nothing was asked."""
-    wanted = {"input_size": input_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    if not wanted:
-        return None
-    import dataclasses
-
-    from fcvit.variants import get_variant, resolve_preprocessing
-    from fcvit.weights.reading import read_weights
-
-    described = read_weights(weights, False if _has_ema(weights) else None, variant)
-    own = resolve_preprocessing(None, described.preprocessing, get_variant(described.form.variant))
-    return dataclasses.replace(own, **wanted)  # type: ignore[arg-type]
-
-
-def _has_ema(weights: Path) -> bool:
-    from fcvit.weights.checkpoint import read_checkpoint
-
-    return read_checkpoint(weights).has_ema
+def _changes(
+    input_size: int | None, crop_fraction: float | None, interpolation: str | None
+) -> "PreprocessingChange | None":
+    """The fields of the preprocessing that were asked for; None: none."""
+    changes: PreprocessingChange = {}
+    if input_size is not None:
+        changes["input_size"] = input_size
+    if crop_fraction is not None:
+        changes["crop_fraction"] = crop_fraction
+    if interpolation is not None:
+        changes["interpolation"] = interpolation
+    return changes or None
 
 
 def _proof(proof: "Verification") -> dict:
@@ -436,17 +391,20 @@ def _proof(proof: "Verification") -> dict:
 
 
 def _print_json(content: object) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    from fcvit.runs import to_json
+
+    print(to_json(content), end="")
 
 
 def _show(*parts: object, error: bool = False) -> None:
-    from rich.console import Console
+    from fcvit.report.tables import console
 
-    console = Console(stderr=error)
-    if not console.is_terminal:
-        console = Console(stderr=error, width=140)  # a pipe has no width; do not fold rows at 80
-    for part in parts:
-        console.print(part)
+    where = console(error)
+    try:
+        for part in parts:
+            where.print(part)
+    except SystemExit as end:  # what rich makes of a pipe that was closed
+        raise BrokenPipeError from end
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -462,6 +420,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -469,33 +430,32 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", FreshWeights)
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
-        text = " ".join(str(error).split())
-        print(f"fcvit: {text} (fcvit --help lists the commands, fcvit COMMAND --help its options)", file=sys.stderr)
-        return UsageError.exit_code
+        return _fail(f"{error} (fcvit --help lists the commands, fcvit COMMAND --help its options)", UsageError, debug)
     except FcvitError as error:
-        if debug:
-            raise
-        print(f"fcvit: {error}", file=sys.stderr)
+        code = _fail(error, type(error), debug)
         problems = getattr(error, "problems", ())
         if len(problems) > 1:
             from fcvit.report.tables import problems as listing
 
             _show(listing(problems), error=True)
-        return error.exit_code
+        return code
     except KeyboardInterrupt:
         print("fcvit: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has had enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug:
-            raise
-        text = " ".join(str(error).split())[:300]
-        print(
-            f"fcvit: internal error: {type(error).__name__}: {text} (please report it; --debug shows where)",
-            file=sys.stderr,
-        )
-        return FcvitError.exit_code
+        text = f"internal error: {type(error).__name__}: {error}"[:300]
+        return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:
+    """One line for a person, with --debug the traceback before it; the exit code."""
+    if debug:
+        traceback.print_exc()
+    print(f"fcvit: {' '.join(str(message).split())}", file=sys.stderr)
+    return kind.exit_code

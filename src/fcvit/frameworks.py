@@ -5,11 +5,13 @@ networks. Importing Paddle warns about a compiler cache and adds a handler to th
 neither is the user's business.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from fcvit.errors import MissingExtra, UsageError
@@ -63,6 +65,18 @@ def paddle_place(device: str = "auto") -> str:
     paddle = import_framework("paddle")
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     return _place(device, kind, index, gpus, "gpu", "Paddle")
+
+
+@contextlib.contextmanager
+def on_paddle_device(place: str) -> Iterator[None]:
+    """Paddle's device for the time of a block: it is global, and the caller's afterwards."""
+    device = import_framework("paddle").device
+    before = device.get_device()
+    device.set_device(place)
+    try:
+        yield
+    finally:
+        device.set_device(before)
 
 
 def torch_place(device: str = "auto") -> str:

@@ -4,16 +4,20 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fcvit.errors import DoesNotFit, FreshWeights
 from fcvit.frameworks import import_framework
-from fcvit.model import FCViT, FCViTBackbone
 from fcvit.variants import IMAGENET_CLASSES, Variant, get_variant
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
-paddle = import_framework("paddle")
+if TYPE_CHECKING:
+    from paddle import nn
+
+    from fcvit.model import FCViT, FCViTBackbone
+
 DENSE_LAYER_SCALE = 1e-6  # where the authors' dense-prediction backbones start it
 
 
@@ -25,7 +29,7 @@ def create_model(
     drop_rate: float = 0.0,
     *,
     ema: bool | None = None,
-) -> FCViT:
+) -> "FCViT":
     """An FCViT classifier in evaluation mode.
 
     Args:
@@ -40,6 +44,8 @@ def create_model(
         UsageError: unknown variant (the nearest is suggested) or option out of range.
         UnreadableFile, DoesNotFit: the file; see `fcvit.weights.reading.read_weights`.
     """
+    from fcvit.model import FCViT
+
     variant = get_variant(variant)
     if weights is None:
         model = FCViT(variant, IMAGENET_CLASSES if num_classes is None else num_classes, drop_path_rate, drop_rate)
@@ -50,12 +56,14 @@ def create_model(
 
 def build_classifier(
     weights: Weights, num_classes: int | None = None, drop_path_rate: float = 0.0, drop_rate: float = 0.0
-) -> FCViT:
+) -> "FCViT":
     """The classifier that weights in memory belong to; arguments as in `create_model`.
 
     Raises:
         DoesNotFit: they are a dense-prediction backbone's.
     """
+    from fcvit.model import FCViT
+
     form = weights.form
     if form.dense:
         raise DoesNotFit(
@@ -68,16 +76,18 @@ def build_classifier(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     fresh = _set_tensors(model, tensors)
     if fresh:
-        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes})")
+        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes})", stacklevel=4)
     model.eval()
     return model
 
 
-def build_network(weights: Weights, dtype: str = "float32") -> "paddle.nn.Layer":
+def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
     """The network that weights belong to, classifier or dense backbone, computing in `dtype`."""
+    from fcvit.model import FCViT, FCViTBackbone
+
     form = weights.form
     model = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
-    model.to(dtype=getattr(paddle, dtype))
+    model.to(dtype=getattr(import_framework("paddle"), dtype))
     fresh = _set_tensors(model, paddle_tensors(weights))
     assert not fresh, fresh
     model.eval()
@@ -91,7 +101,7 @@ def create_backbone(
     ema: bool | None = None,
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
-) -> FCViTBackbone:
+) -> "FCViTBackbone":
     """The dense-prediction form in evaluation mode: four maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`.
 
     Args:
@@ -103,26 +113,31 @@ def create_backbone(
     Raises:
         As `create_model`.
     """
+    from fcvit.model import FCViTBackbone
+
     form = get_variant(variant)
     loaded = read_weights(weights, ema, form, backbone=True) if weights is not None else None
     if isinstance(variant, str) and form.layer_scale is not None:
         form = dataclasses.replace(form, layer_scale=DENSE_LAYER_SCALE)
     model = FCViTBackbone(form, drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
-        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6)")
+        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6)", stacklevel=3)
     model.eval()
     return model
 
 
-def _warn(weights: Weights, what: str) -> None:
-    warnings.warn(f"{weights.source.path}: {what} start(s) fresh and must be trained", FreshWeights, stacklevel=3)
+def _warn(weights: Weights, what: str, stacklevel: int) -> None:
+    """Point at the caller of `create_model` or `create_backbone`."""
+    message = f"{weights.source.path}: {what} start(s) fresh and must be trained"
+    warnings.warn(message, FreshWeights, stacklevel=stacklevel)
 
 
-def _set_tensors(model: "paddle.nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _set_tensors(model: "nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Copy tensors (Paddle's names and layout) into a model; the names that the model has besides.
 
     `set_state_dict` only warns where a tensor is missing or ill-shaped, so all is checked first.
     """
+    paddle = import_framework("paddle")
     state = model.state_dict()
     assert not set(tensors) - set(state), sorted(set(tensors) - set(state))
     for name, tensor in tensors.items():

@@ -8,6 +8,9 @@ names (`_mean`, `_variance`), Linear weights Paddle's layout ([in, out]).
 Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
 """
 
+import operator
+from typing import SupportsIndex
+
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
 from fcvit.variants import IMAGENET_CLASSES, Variant
@@ -62,11 +65,11 @@ class FCViT(nn.Layer):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one of `num_classes` outputs; 0 removes it."""
-        _check_classes(num_classes)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.variant.widths[-1], num_classes) if num_classes else None
+        self.num_classes = _class_count(num_classes)
+        self.head = nn.Linear(self.variant.widths[-1], self.num_classes) if self.num_classes else None
         if self.head is not None:
             _initialise(self.head)
+            self.head.to(dtype=self.norm.weight.dtype)
 
 
 class FCViTBackbone(nn.Layer):
@@ -74,6 +77,12 @@ class FCViTBackbone(nn.Layer):
 
     `model(x)` gives a list of (B, widths[i], H / s, W / s), s = 4, 8, 16, 32, rounded up.
     Source: the authors' `models/fcvit.py`, as their `detection/` and `segmentation/` use it.
+
+    Args:
+        variant, drop_path_rate, drop_rate: as for `FCViT`.
+
+    Raises:
+        UsageError: a rate out of range.
     """
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
@@ -90,9 +99,14 @@ class FCViTBackbone(nn.Layer):
         return [norm(stage) for norm, stage in zip(norms, _stage_outputs(self, x), strict=True)]
 
 
-def _check_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+def _class_count(num_classes: SupportsIndex) -> int:
+    try:
+        count = -1 if isinstance(num_classes, bool) else operator.index(num_classes)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
+    return count
 
 
 def _build_trunk(model: nn.Layer, variant: Variant, drop_path_rate: float, drop_rate: float) -> None:
@@ -252,7 +266,9 @@ class GlobalContext(nn.Layer):
         # Jointly over heads and positions, by the unbiased standard deviation.
         centred = similarity - mean(similarity, (1, 2, 3))
         count = self.heads * height * across
-        variance = mean(centred * centred, (1, 2, 3)) * (count / (count - 1))
+        # One head at one position is its own mean: no deviation, similarity 0.
+        others = count - 1 if self.heads > 1 else max(count - 1, 1)
+        variance = mean(centred * centred, (1, 2, 3)) * (count / others)
         return centred / (variance.sqrt() + SIMILARITY_EPS)
 
     def bottleneck(self, context: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -36,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -46,34 +47,40 @@ def write_text(path: Path, text: str) -> None:
         raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def to_json(content: object) -> str:
+    """Readable JSON; infinite numbers and NaN, which JSON does not have, become null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _finite(content: object) -> object:
+    match content:
+        case float():
+            return content if math.isfinite(content) else None
+        case dict():
+            return {key: _finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_finite(value) for value in content]
+    return content
+
+
 def write_json(path: Path, content: object) -> None:
-    """`write_text` of readable JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def free_folder(name: str) -> Path:
-    """The default place of a run: `runs/NAME`, or the first of `runs/NAME-2`, ... that is not taken."""
-    folder, number = Path("runs") / name, 1
-    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    """`write_text` of `to_json`."""
+    write_text(path, to_json(content))
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, command: str) -> Iterator[Path]:
+def run_folder(folder: Path | None, command: str) -> Iterator[Path]:
     """A new run in `folder`; how it ended is written when the block is left.
+
+    Args:
+        folder: empty or new; None: `runs/COMMAND`, or the first of `runs/COMMAND-2`, ... that is free.
+        command: its name.
 
     Raises:
         UsageError: the folder is not empty.
         UnreadableFile: it cannot be written to.
     """
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{folder} is not empty; a run gets a folder of its own, choose another with -o")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnreadableFile(f"{folder}: cannot be written: {error.strerror or error}") from error
+    folder = _free_folder(command) if folder is None else _claim(folder)
     record: dict[str, object] = {
         "command": command,
         "arguments": sys.argv[1:],
@@ -91,3 +98,26 @@ def run_folder(folder: Path, command: str) -> Iterator[Path]:
             write_json(folder / "run.json", record | {"status": "failed", "reason": str(error)})
         raise
     write_json(folder / "run.json", record | {"status": "finished"})
+
+
+def _claim(folder: Path) -> Path:
+    """Make the folder ours: of two processes that want it, the one that makes `run.json` has it."""
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if not taken:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), (folder / "run.json").open("x"):
+                return folder
+    except OSError as error:
+        raise UnreadableFile(f"{folder}: cannot be written: {error.strerror or error}") from error
+    raise UsageError(f"{folder} is not empty; a run gets a folder of its own, choose another with -o")
+
+
+def _free_folder(name: str) -> Path:
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            return _claim(folder)
+        except UsageError:
+            number += 1

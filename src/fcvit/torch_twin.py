@@ -213,7 +213,9 @@ class GlobalContext(nn.Module):
         heads = (self.variant.heads, -1)
         per_head = (x * context[:, :, None, None]).unflatten(1, heads).sum(2)  # (B, h, H, W)
         similarity = per_head / (x.shape[1] // self.variant.heads) ** 0.5
-        deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=1, keepdim=True)
+        others = max(similarity[0].numel() - 1, 1)  # one head at one position has no deviation
+        correction = similarity[0].numel() - others
+        deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
         similarity = (similarity - mean) / (deviation + 1e-5)
         similarity = similarity * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
         return (similarity[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)

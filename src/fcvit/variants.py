@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypedDict
 
 from fcvit.errors import UsageError
 
@@ -45,6 +46,14 @@ class Preprocessing:
     def resize(self) -> int:
         """Length of the shorter side after resizing, in pixels (authors: `floor(size / crop)`)."""
         return math.floor(self.input_size / self.crop_fraction)
+
+
+class PreprocessingChange(TypedDict, total=False):
+    """Single fields of a `Preprocessing` to be replaced."""
+
+    input_size: int
+    crop_fraction: float
+    interpolation: str
 
 
 RESIZE256_BILINEAR = Preprocessing(crop_fraction=0.875, interpolation="bilinear")
@@ -228,7 +237,12 @@ def published(variant: Variant) -> Published | None:
 
 
 def resolve_preprocessing(
-    argument: Preprocessing | None, file: Preprocessing | None, variant: Variant
+    argument: Preprocessing | PreprocessingChange | None, file: Preprocessing | None, variant: Variant
 ) -> Preprocessing:
-    """The one rule by which preprocessing is chosen: the argument, else the file's, else the variant's."""
-    return argument or file or variant.preprocessing
+    """The one rule by which preprocessing is chosen: the argument, else the file's, else the variant's.
+
+    An argument that is a change replaces single fields of what would be chosen without it.
+    """
+    if isinstance(argument, Preprocessing):
+        return argument
+    return dataclasses.replace(file or variant.preprocessing, **(argument or {}))

@@ -807,7 +807,10 @@ ARRAYS: dict[str, tuple[bytes, str]] = {
 
 # Our own header in a safetensors file, with other values in it -> the fault.
 HEADERS: dict[str, tuple[dict[str, object], str]] = {
-    "too few kernels": ({"variant__kernel_sizes": [11]}, "header is damaged .*kernel_sizes and channel_attention_kernels are two"),
+    "too few kernels": (
+        {"variant__kernel_sizes": [11]},
+        "header is damaged .*kernel_sizes and channel_attention_kernels are two",
+    ),
     "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor is a str"),
     "name of two lines": ({"variant__name": "a\nb"}, "header is damaged .*one printable line"),
     "newer": ({"format_version": 2}, "header of format version 2, this program reads 1"),

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from fcvit.errors import UsageError
-from fcvit.frameworks import import_framework, paddle_place, torch_place
+from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, torch_place
 from fcvit.images.preprocess import normalise
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights
@@ -62,18 +62,17 @@ class PaddleEngine:
     name = "paddle"
 
     def __init__(self, weights: Weights, preprocessing: Preprocessing, device: str = "auto"):
-        self.device = paddle_place(device)
-        self.paddle = import_framework("paddle")
-        self.paddle.set_device(self.device)
         from fcvit.loading import build_classifier
 
-        self.model = build_classifier(weights)
+        self.device = paddle_place(device)
+        self.paddle = import_framework("paddle")
+        with on_paddle_device(self.device):
+            self.model = build_classifier(weights)
         self.preprocessing = preprocessing
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        with self.paddle.no_grad():
-            logits = self.model(self.paddle.to_tensor(as_input(images, self.preprocessing)))
-        return logits.numpy()
+        with on_paddle_device(self.device), self.paddle.no_grad():
+            return self.model(self.paddle.to_tensor(as_input(images, self.preprocessing))).numpy()
 
 
 class TorchEngine:

@@ -1,5 +1,6 @@
 """Folders of images: which files are images, and which class index a class folder means."""
 
+import collections
 import dataclasses
 import glob
 import os
@@ -65,9 +66,23 @@ def read_labelled_folder(root: Path, classes: Classes | None, num_classes: int) 
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Image files in a folder and the folders in it, by their ending, sorted; hidden ones left out."""
-    found = []
-    for directory, inner, files in os.walk(folder, followlinks=True):
+    """Image files in a folder and the folders in it, by their ending, sorted; hidden ones left out.
+
+    Raises:
+        UnreadableFile: a folder in it cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UnreadableFile(f"{error.filename}: {error.strerror}") from error
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()  # links are followed, but a circle of them only once
+    for directory, inner, files in os.walk(folder, onerror=fail, followlinks=True):
+        status = Path(directory).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         found += [
             Path(directory, name)
@@ -87,33 +102,36 @@ def assign_classes(folders: Sequence[str], classes: Classes | None, num_classes:
     Raises:
         DoesNotFit: some folders are known classes and others are not, or the count differs.
     """
-    known = [(classes, "the weights' class {}")] if classes else []
-    if num_classes == IMAGENET_CLASSES and not classes:
-        known.append((imagenet(), "ImageNet's WordNet {}"))
-    for listed, words in known:
-        names = [c.name for c in listed]
-        unique = {name for name in names if names.count(name) == 1} if len(names) <= 5000 else set()
-        tables = (
-            ("ids", {c.id: index for index, c in enumerate(listed)}),
-            ("names", {c.name: index for index, c in enumerate(listed) if c.name in unique}),
-        )
-        for field, table in tables:
-            unknown = [folder for folder in folders if folder not in table]
-            if not unknown:
-                return {folder: table[folder] for folder in folders}, f"folders are {words.format(field)}"
-            if len(unknown) < len(folders):
-                shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-                raise DoesNotFit(
-                    f"{len(unknown)} of {len(folders)} class folders are not among {words.format(field)}: {shown}"
-                )
+    tables: list[tuple[str, dict[str, int]]] = []
+    if classes:
+        names = collections.Counter(c.name for c in classes)
+        tables.append(("the weights' class ids", {c.id: index for index, c in enumerate(classes)}))
+        unique = {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
+        tables.append(("the weights' class names", unique))
+    if num_classes == IMAGENET_CLASSES:
+        tables.append(("ImageNet's WordNet ids", {c.id: index for index, c in enumerate(imagenet())}))
+    for what, table in tables:
+        unknown = [folder for folder in folders if folder not in table]
+        if not unknown:
+            return {folder: table[folder] for folder in folders}, f"folders are {what}"
+        if len(unknown) < len(folders):
+            shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            raise DoesNotFit(f"{len(unknown)} of {len(folders)} class folders are not among {what}: {shown}")
     if len(folders) != num_classes:
+        remedy = (
+            "rename the folders" if classes else "give the weights their class list with fcvit convert --classes FILE"
+        )
         raise DoesNotFit(
             f"{len(folders)} class folders ({folders[0]}, ...) for a model with {num_classes} outputs, and their "
-            "names are not its classes; give the weights their class list with fcvit convert --classes FILE"
+            f"names are not its classes; {remedy}"
         )
-    return {folder: index for index, folder in enumerate(sorted(folders))}, (
-        f"the weights do not name their classes: the {num_classes} folders are counted in sorted order"
+    why = (
+        f"no folder is one of the weights' classes ({classes[0].name}, ...)"
+        if classes
+        else "the weights name no classes"
     )
+    rule = f"{why}: the {num_classes} folders are counted in sorted order"
+    return {folder: index for index, folder in enumerate(sorted(folders))}, rule
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:

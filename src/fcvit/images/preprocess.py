@@ -5,6 +5,7 @@ The authors evaluate with timm's transform over torchvision and Pillow: shorter 
 OpenCV's and Paddle's own resizing give other pixels.
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -14,6 +15,8 @@ from fcvit.errors import BadImages, UsageError
 from fcvit.variants import RESIZE256_BILINEAR, Preprocessing
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PROTOCOLS = ("authors", "resize256-bilinear")
 
 
@@ -26,21 +29,21 @@ def protocol(name: str, resolved: Preprocessing) -> Preprocessing:
     if name == "authors":
         return resolved
     if name == "resize256-bilinear":
-        return RESIZE256_BILINEAR
+        return dataclasses.replace(RESIZE256_BILINEAR, mean=resolved.mean, std=resolved.std)
     raise UsageError(f"--protocol {name!r}: expected {' or '.join(PROTOCOLS)}")
 
 
 def decode(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as RGB, as torchvision does: orientation tags are not applied.
+    """Read an image file of one of `FORMATS` as RGB, as torchvision does: orientation tags are not applied.
 
     Raises:
         BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             _check_area(image.width, image.height)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image"
         elif isinstance(error, OSError) and error.strerror:

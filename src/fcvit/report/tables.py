@@ -1,10 +1,17 @@
-"""What the commands print, as rich tables: one function for one thing to show."""
+"""What the commands print, as rich tables: one function for one thing to show.
 
-from collections.abc import Iterable, Sequence
+Texts from files and paths stand in them as they are: the console that shows them must not read
+markup or emoji codes out of them (see `console`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fcvit.errors import BadImages
 from fcvit.tasks.convert import Conversion
@@ -12,21 +19,33 @@ from fcvit.tasks.evaluate import Evaluation
 from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
 from fcvit.tasks.verify import GATE_A, GATE_B, Comparison, Place, Verification
+from fcvit.variants import VARIANTS, published
+from fcvit.weights.names import Form, parameter_count
 from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long
 
 
+def console(error: bool = False) -> Console:
+    """The console for these tables: plain text stays plain; a pipe, which has no width, gets a wide one."""
+    plain = {"markup": False, "emoji": False, "highlight": False, "stderr": error}
+    terminal = Console(**plain)
+    return terminal if terminal.is_terminal else Console(**plain, width=140)
+
+
 def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
-    """An empty table in the one style; columns named in `right` are aligned there."""
+    """An empty table in the one style; columns named in `right` are aligned there; no columns: pairs."""
     result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column in columns:
+    result.show_header = bool(columns)
+    for column in columns or ("", ""):
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return result
 
 
-def verdict(passed: bool) -> str:
-    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+def verdict(passed: bool, limit: str = "") -> Text:
+    """pass or FAIL, in colour, with the limit behind it."""
+    word = ("pass", "green") if passed else ("FAIL", "bold red")
+    return Text.assemble(word, f" (limit {limit})" if limit else "")
 
 
 def problems(found: Sequence[Problem]) -> Table:
@@ -41,8 +60,7 @@ def problems(found: Sequence[Problem]) -> Table:
 
 def conversion(done: Conversion) -> Table:
     """What was written, and what was left out."""
-    result = table("", "", title=f"{done.source} -> {done.destination}")
-    result.show_header = False
+    result = table(title=f"{done.source} -> {done.destination}")
     result.add_row("network", done.form)
     result.add_row("tensors", f"{done.tensors}, {'/'.join(done.dtypes)}, {done.layout} layout, read back bit for bit")
     if done.skipped:
@@ -98,20 +116,19 @@ def evaluation(found: Evaluation) -> list[Table]:
     """Accuracies, and how far two engines agree."""
     chosen = found.preprocessing
     title = f"protocol {found.protocol}: resize {chosen.resize} {chosen.interpolation}, crop {chosen.input_size}"
-    k = f"top-{found.results[0].k}"
-    figures = ("images", "top-1 %", f"{k} %", "loss")
+    k = found.results[0].k
+    figures = ("images", "top-1 %", *([f"top-{k} %"] if k > 1 else []), "loss")
     result = table("engine", *figures, title=title, right=figures)
     for row in found.results:
-        result.add_row(
-            f"{row.engine} ({row.device})", str(row.images), f"{row.top1:.2f}", f"{row.top_k:.2f}", f"{row.loss:.4f}"
-        )
+        accuracies = (f"{row.top1:.2f}", f"{row.top_k:.2f}")[: len(figures) - 2]
+        result.add_row(f"{row.engine} ({row.device})", str(row.images), *accuracies, f"{row.loss:.4f}")
     if found.published_top1 is not None:
-        result.add_row("published, ImageNet-1K", "50000", f"{found.published_top1:.1f}", "", "", style="dim")
+        whose = "the authors" if found.protocol == "authors" else "the earlier port"
+        result.add_row(f"published by {whose}, all of ImageNet-1K", "50000", f"{found.published_top1:.1f}", style="dim")
     tables = [result]
     if found.agreement:
         both = found.agreement
-        pair = table("agreement", "", right=("",), title=f"{both.engines[0]} and {both.engines[1]}, the same images")
-        pair.show_header = False
+        pair = table(title=f"{both.engines[0]} and {both.engines[1]}, the same images")
         pair.add_row("same top-1", f"{both.top1_agreement:.2f} %")
         pair.add_row("largest logit difference", f"{both.max_difference:.2e}")
         pair.add_row("mean logit difference", f"{both.mean_difference:.2e}")
@@ -135,13 +152,13 @@ def quickstart(done: Quickstart) -> Table:
         "gate A: float64, largest over std",
         "",
         f"{done.gate_a:.1e}",
-        f"{verdict(done.gate_a <= GATE_A)} (limit {GATE_A:.0e})",
+        verdict(done.gate_a <= GATE_A, f"{GATE_A:.0e}"),
     )
     result.add_row(
         "gate B: float32 rms error over PyTorch's",
         "",
         f"{done.gate_b:.2f}",
-        f"{verdict(done.gate_b <= GATE_B)} (limit {GATE_B:.0f})",
+        verdict(done.gate_b <= GATE_B, f"{GATE_B:.0f}"),
     )
     return result
 
@@ -163,3 +180,51 @@ def unreadable(found: Sequence[str | BadImages]) -> Table:
     if len(found) > _SHOWN:
         result.add_row(f"... and {len(found) - _SHOWN} more")
     return result
+
+
+def inspection(found: Mapping[str, Any]) -> list[Table]:
+    """What a weights file is; the list of its tensors where it was asked for."""
+    listing = table()
+    for name, value in found.items():
+        if value is None or value == [] or name == "entries":
+            continue
+        if isinstance(value, list):
+            parts = [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value]
+            more = [f"... ({len(parts)})"] if len(parts) > _SHOWN else []
+            value = ("\n" if name == "problems" else ", ").join(parts[:_SHOWN] + more)
+        listing.add_row(name.replace("_", " "), str(value))
+    if "entries" not in found:
+        return [listing]
+    entries = table("tensor", "shape", "type")
+    for name, shape, dtype in found["entries"]:
+        entries.add_row(name, str(shape), dtype)
+    return [listing, entries]
+
+
+def diagnosis(found: Mapping[str, Any]) -> Table:
+    """Versions, devices, and what is missing."""
+    listing = table()
+    listing.add_row("machine", found["machine"])
+    for title in ("versions", "devices", "missing"):
+        for name, value in found[title].items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            listing.add_row(name if title == "versions" else f"{name} {title}", shown)
+    return listing
+
+
+def variants() -> Table:
+    """The table of variants with the published figures."""
+    figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
+    listing = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
+    for name, variant in VARIANTS.items():
+        row = published(variant)
+        count = row.parameters if row else parameter_count(Form(variant, 10))
+        listing.add_row(
+            name,
+            f"{count:,}",
+            f"{count / 2**20:.1f}M",
+            f"{row.gmac:.2f}" if row else "",
+            f"{variant.preprocessing.crop_fraction:.2f}",
+            f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32",
+        )
+    return listing

@@ -2,15 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fcvit.classes import Classes, read_classes
+from fcvit.classes import ClassName, as_classes
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.tasks import verify as verification
-from fcvit.variants import Preprocessing, Variant
+from fcvit.variants import Preprocessing, PreprocessingChange, Variant, resolve_preprocessing
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
 
@@ -49,8 +50,8 @@ def convert(
     dtype: str | None = None,
     ema: bool | None = None,
     variant: str | Variant | None = None,
-    classes: Classes | str | os.PathLike[str] | None = None,
-    preprocessing: Preprocessing | None = None,
+    classes: Sequence[ClassName | str] | str | os.PathLike[str] | None = None,
+    preprocessing: Preprocessing | PreprocessingChange | None = None,
     new_head: int | None = None,
     verify: bool | None = None,
     overwrite: bool = False,
@@ -65,7 +66,7 @@ def convert(
         ema: choose the averaged (True) or raw (False) weights of a file that has both.
         variant: what the source must be; None: its header's, else recognised from the tensors.
         classes: a class list or the path of one (see `read_classes`); None: the source's own.
-        preprocessing: None: the source's own, else the variant's.
+        preprocessing: to store; a change replaces single fields; None: the source's own, else the variant's.
         new_head: replace the head by a fresh one for that many classes.
         verify: compare the numbers with the source; None: if both frameworks are installed.
         overwrite: allow an existing destination.
@@ -95,20 +96,21 @@ def convert(
     if new_head is not None:
         weights = _with_new_head(weights, new_head)
         notes.append(f"the head for {new_head} classes is fresh and must be trained")
-    if isinstance(classes, str | os.PathLike):
-        classes = read_classes(Path(classes))
     if classes is not None:
-        if len(classes) != weights.form.num_classes:
+        listed = as_classes(classes)
+        if len(listed) != weights.form.num_classes:
             raise DoesNotFit(
-                f"{len(classes)} classes are listed, but {source} has {weights.form.num_classes} outputs; "
+                f"{len(listed)} classes are listed, but {source} has {weights.form.num_classes} outputs; "
                 "give the right list, or ask for a fresh head with --new-head"
             )
-        weights = dataclasses.replace(weights, classes=classes)
-    if preprocessing is not None:
-        weights = dataclasses.replace(weights, preprocessing=preprocessing)
+        weights = dataclasses.replace(weights, classes=listed)
+    if preprocessing:
+        chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.form.variant)
+        weights = dataclasses.replace(weights, preprocessing=chosen)
     proof = None
     with staged(destination, overwrite) as temporary:
-        write_weights(temporary, cast(weights, dtype), layout)
+        stored = cast(weights, dtype)
+        write_weights(temporary, stored, layout)
         written = read_weights(temporary)
         if verify:
             proof = verification.verify_weights(written, weights)
@@ -121,7 +123,7 @@ def convert(
         tuple(written.dtypes),
         len(written.tensors),
         weights.skipped,
-        (*weights.notes, *notes),
+        (*stored.notes, *notes),
         proof,
     )
 
@@ -132,7 +134,8 @@ def _with_new_head(weights: Weights, num_classes: int) -> Weights:
     width = weights.form.variant.widths[-1]
     # The authors' initialisation of Linear layers, repeatable.
     weight = np.random.default_rng(0).normal(0, 0.02, (num_classes, width)).astype(np.float32)
-    head = {"head.weight": weight, "head.bias": np.zeros(num_classes, np.float32)}
+    kind = weights.tensors["norm.weight"].dtype
+    head = {"head.weight": weight.astype(kind), "head.bias": np.zeros(num_classes, kind)}
     return dataclasses.replace(
         weights,
         form=dataclasses.replace(weights.form, num_classes=num_classes),

@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,14 @@ from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.images.folder import LabelledFolder, read_labelled_folder
 from fcvit.images.preprocess import preprocess, protocol
 from fcvit.report.progress import progress
-from fcvit.variants import IMAGENET_CLASSES, Preprocessing, published, resolve_preprocessing
+from fcvit.variants import (
+    IMAGENET_CLASSES,
+    Preprocessing,
+    PreprocessingChange,
+    Published,
+    published,
+    resolve_preprocessing,
+)
 from fcvit.weights.reading import Weights, read_weights
 
 # Each image in flight is held as its crop only; two batches a worker keep the model fed.
@@ -85,9 +92,9 @@ class Evaluation:
         agreement: of the first two engines; None for one.
         unreadable: images that were left out, with the reason.
         rule: how class folders became indices.
-        protocol: the name of the preprocessing.
+        protocol: the name of the preprocessing: "authors", "resize256-bilinear" or "custom".
         preprocessing: what it was.
-        published_top1: for a published variant on ImageNet's 1,000 classes, else None.
+        published_top1: of a published variant under this protocol on all of ImageNet-1K, else None.
         folder: where everything was written, or None.
     """
 
@@ -107,12 +114,14 @@ def evaluate(
     *,
     engines: Sequence[str] = ("paddle",),
     protocol_name: str = "authors",
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | PreprocessingChange | None = None,
     batch_size: int = 32,
     workers: int = 2,
     device: str = "auto",
     ema: bool | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    record: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Evaluate weights on a folder of class folders.
 
@@ -121,11 +130,14 @@ def evaluate(
         data: see `read_labelled_folder`.
         engines: names of `fcvit.deploy.engines.ENGINES`; all see the same batches.
         protocol_name: "authors" or "resize256-bilinear".
-        preprocessing: None: the file's, else the variant's.
+        preprocessing: another one, or single fields of it, which makes the protocol "custom";
+            None: the file's, else the variant's.
         batch_size, workers: at least 1; workers decode while the model computes.
         device: auto, cpu, gpu or gpu:N.
         ema: choose the averaged or raw weights of a file that has both.
-        folder: a new folder for `run.json`, `metrics.json` and `predictions.csv`; None: nothing is written.
+        folder: a new folder for `run.json`, `metrics.json` and `predictions.csv`; None: nothing is
+            written, or, with `record`, the folder is `runs/eval` or the first free one after it.
+        announce: is told before the first batch how class folders became indices.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit, MissingExtra: before the first batch.
@@ -133,6 +145,9 @@ def evaluate(
     """
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: expected at least 1")
+    engines = (engines,) if isinstance(engines, str) else tuple(engines)
+    if preprocessing and protocol_name != "authors":
+        raise UsageError(f"--protocol {protocol_name} is a fixed preprocessing; leave out the one or the other")
     if not engines or len(set(engines)) != len(engines):
         raise UsageError(f"--engine {','.join(engines)!r}: expected different engines, separated by commas")
     if not isinstance(weights, Weights):
@@ -141,7 +156,9 @@ def evaluate(
     if form.dense or not form.num_classes:
         raise DoesNotFit(f"{weights.source.path} is {form}: it has no classes to evaluate")
     chosen = protocol(protocol_name, resolve_preprocessing(preprocessing, weights.preprocessing, form.variant))
+    protocol_name = "custom" if preprocessing else protocol_name
     images = read_labelled_folder(Path(data), weights.classes, form.num_classes)
+    announce(images.rule)
     classes = resolve_classes(None, weights.classes, form.num_classes)
     running = [create_engine(name, weights, chosen, device) for name in engines]
     k = min(5, form.num_classes)
@@ -150,10 +167,10 @@ def evaluate(
     unreadable: list[str] = []
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        record = None
-        if folder is not None:
-            stack.enter_context(runs.run_folder(folder, "eval"))
-            record = stack.enter_context(_prediction_file(folder, k))
+        place = sink = None
+        if folder is not None or record:
+            place = stack.enter_context(runs.run_folder(None if folder is None else Path(folder), "eval"))
+            sink = stack.enter_context(_prediction_file(place, k))
         advance = stack.enter_context(progress("evaluating", len(images.paths)))
         for paths, batch, labels, bad in _batches(images, chosen, batch_size, workers):
             unreadable += bad
@@ -163,8 +180,8 @@ def evaluate(
                     total.add(found, labels, k)
                 if len(logits) > 1:
                     pair.add(logits[0], logits[1])
-                if record is not None:
-                    record.writerows(_rows(paths, labels, logits[0], classes, k))
+                if sink is not None:
+                    sink.writerows(_rows(paths, labels, logits[0], classes, k))
             advance(len(paths) + len(bad))
         if not sums[0].images:
             raise BadImages(f"{data}: none of {len(images.paths)} images can be read, first: {unreadable[0]}")
@@ -177,10 +194,10 @@ def evaluate(
             images.rule,
             protocol_name,
             chosen,
-            figures.top1 if figures and form.num_classes == IMAGENET_CLASSES else None,
-            folder,
+            _published_top1(figures, protocol_name) if figures and form.num_classes == IMAGENET_CLASSES else None,
+            place,
         )
-        if folder is not None:
+        if place is not None:
             about = {
                 "weights": str(weights.source.path),
                 "weights_sha256": weights.source.sha256,
@@ -188,7 +205,7 @@ def evaluate(
                 "classes": images.mapping,
                 "versions": runs.versions(),
             }
-            runs.write_json(folder / "metrics.json", dataclasses.asdict(evaluation) | {"folder": str(folder)} | about)
+            runs.write_json(place / "metrics.json", dataclasses.asdict(evaluation) | about)
     return evaluation
 
 
@@ -292,14 +309,23 @@ def _prediction_file(folder: Path, k: int) -> Iterator["csv.Writer"]:
     """`predictions.csv`, written as the images come and complete once it has its name."""
     path = folder / "predictions.csv"
     temporary = folder / ".predictions.csv.tmp"
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        ranked = [f"{what}_{place}" for place in range(1, k + 1) for what in ("class", "probability")]
-        writer.writerow(["path", "truth", *ranked])
-        yield writer
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        # A path need not be UTF-8; its bytes are kept as they are.
+        with temporary.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            ranked = [f"{what}_{place}" for place in range(1, k + 1) for what in ("class", "probability")]
+            writer.writerow(["path", "truth", *ranked])
+            yield writer
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _published_top1(figures: Published, protocol_name: str) -> float | None:
+    """What was published under this protocol: by the authors, or by the earlier port."""
+    return {"authors": figures.top1, "resize256-bilinear": figures.earlier_port_top1}.get(protocol_name)
 
 
 def _result(engine: Engine, total: Sums, k: int, seconds: float) -> Result:

@@ -3,8 +3,8 @@
 import os
 
 from fcvit.errors import DoesNotFit
+from fcvit.variants import resolve_preprocessing
 from fcvit.weights.checkpoint import read_checkpoint
-from fcvit.weights.dtypes import dtype_name
 from fcvit.weights.names import parameter_count
 from fcvit.weights.reading import WeightsDoNotFit, read_weights
 
@@ -29,7 +29,7 @@ def inspect(path: str | os.PathLike[str], ema: bool | None = None, tensors: bool
         "sha256": checkpoint.sha256,
         "format": checkpoint.format,
         "tensors": len(named),
-        "dtypes": sorted({dtype_name(tensor.dtype) for tensor in named.values()}),
+        "dtypes": sorted({tensor.dtype.name for tensor in named.values()}),
         "has_ema": checkpoint.has_ema,
         "described": "averaged weights" if chosen else "raw weights",
         "skipped": skipped,
@@ -37,7 +37,7 @@ def inspect(path: str | os.PathLike[str], ema: bool | None = None, tensors: bool
         "problems": [],
     }
     if tensors:
-        result["entries"] = [[name, list(t.shape), dtype_name(t.dtype)] for name, t in named.items()]
+        result["entries"] = [[name, list(t.shape), t.dtype.name] for name, t in named.items()]
     try:
         weights = read_weights(path, chosen)
     except WeightsDoNotFit as error:
@@ -47,7 +47,7 @@ def inspect(path: str | os.PathLike[str], ema: bool | None = None, tensors: bool
         result["problems"] = [str(error)]
         return result
     form = weights.form
-    preprocessing = weights.preprocessing or form.variant.preprocessing
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, form.variant)
     header = checkpoint.header
     return result | {
         "variant": form.variant.name,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit.classes import Classes, resolve_classes
-from fcvit.deploy.engines import Engine, as_input, create_engine
+from fcvit.classes import Classes, ClassName, as_classes, resolve_classes
+from fcvit.deploy.engines import Engine, PaddleEngine, create_engine
 from fcvit.errors import BadImages, DoesNotFit, UsageError
-from fcvit.frameworks import import_framework, paddle_place
 from fcvit.images.preprocess import preprocess
 from fcvit.tasks.evaluate import softmax, top_classes
 from fcvit.variants import Preprocessing, resolve_preprocessing
@@ -34,19 +33,24 @@ class Prediction:
     probability: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Classifier:
     """A model with all that it takes to use it: its preprocessing and its class names.
 
     Attributes:
-        model: the Paddle network, in evaluation mode.
+        engine: computes the logits; `model` is the Paddle network in it.
         preprocessing: what images go through.
         classes: one for each output.
     """
 
-    model: "FCViT"
+    engine: PaddleEngine
     preprocessing: Preprocessing
     classes: Classes
+
+    @property
+    def model(self) -> "FCViT":
+        """The Paddle network, in evaluation mode."""
+        return self.engine.model
 
     def predict(
         self, images: "Iterable[str | os.PathLike[str] | Image.Image]", top_k: int = 5
@@ -59,43 +63,40 @@ class Classifier:
 
         Raises:
             BadImages: an image cannot be read.
+            UsageError: a single path instead of several, or `top_k` below 1.
         """
         if isinstance(images, str | os.PathLike):
             raise UsageError("predict takes several images; give a list, also for one")
-        paddle = import_framework("paddle")
+        _check_top_k(top_k)
         results = []
         for image in images:
-            batch = as_input(preprocess(image, self.preprocessing)[None], self.preprocessing)
-            with paddle.no_grad():
-                logits = self.model(paddle.to_tensor(batch)).numpy()
-            results += rank(logits, self.classes, top_k)
+            results += rank(self.engine(preprocess(image, self.preprocessing)[None]), self.classes, top_k)
         return results
 
 
 def load(
-    path: str | os.PathLike[str], *, ema: bool | None = None, classes: Classes | None = None, device: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    ema: bool | None = None,
+    classes: "Sequence[ClassName | str] | str | os.PathLike[str] | None" = None,
+    device: str = "auto",
 ) -> Classifier:
     """Model, preprocessing and class names of a weights file, ready for `predict`.
 
     Args:
         path: a checkpoint of any format.
         ema: choose the averaged or raw weights of a file that has both.
-        classes: other names than the file's.
+        classes: other names than the file's: a list, or the path of one.
         device: auto, cpu, gpu or gpu:N.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
     """
-    from fcvit.loading import build_classifier
-
     weights = read_weights(path, ema)
     form = _with_classes(weights)
-    import_framework("paddle").set_device(paddle_place(device))
-    return Classifier(
-        build_classifier(weights),
-        resolve_preprocessing(None, weights.preprocessing, form.variant),
-        resolve_classes(classes, weights.classes, form.num_classes),
-    )
+    named = resolve_classes(None if classes is None else as_classes(classes), weights.classes, form.num_classes)
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, form.variant)
+    return Classifier(PaddleEngine(weights, preprocessing, device), preprocessing, named)
 
 
 def predict_files(
@@ -114,12 +115,16 @@ def predict_files(
         UsageError, DoesNotFit, MissingExtra: before the first image.
     """
     form = _with_classes(weights)
-    if top_k < 1:
-        raise UsageError(f"--top-k {top_k}: expected at least 1")
+    _check_top_k(top_k)
     chosen = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
     names = resolve_classes(classes, weights.classes, form.num_classes)
     engine: Engine = create_engine(engine_name, weights, chosen, device)
     return _predict(engine, chosen, names, images, top_k)
+
+
+def _check_top_k(top_k: int) -> None:
+    if top_k < 1:
+        raise UsageError(f"--top-k {top_k}: expected at least 1")
 
 
 def _with_classes(weights: Weights) -> Form:

@@ -7,9 +7,9 @@ comparison was recorded when it was made; where PyTorch is installed it is compu
 
 import dataclasses
 import importlib.resources
-import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,14 @@ from fcvit import runs
 from fcvit.classes import ClassName
 from fcvit.deploy.engines import PaddleEngine
 from fcvit.errors import NumbersDisagree
-from fcvit.frameworks import import_framework, installed
+from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.images.preprocess import normalise, preprocess
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.tasks import verify as verification
 from fcvit.tasks.convert import Conversion, convert
 from fcvit.tasks.evaluate import Evaluation, evaluate
-from fcvit.tasks.predict import rank
+from fcvit.tasks.predict import Prediction, rank
+from fcvit.variants import resolve_preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
 CLASSES = tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
@@ -44,6 +45,7 @@ class Quickstart:
         torch_top1, agreement: per cent.
         max_difference, mean_difference: absolute, float32 logits.
         gate_a, gate_b: over the held-out images.
+        predictions: of every held-out image, the three best classes.
         sheet: the picture.
         folder: everything.
         seconds: all of it.
@@ -58,6 +60,7 @@ class Quickstart:
     mean_difference: float
     gate_a: float
     gate_b: float
+    predictions: tuple[tuple[Path, list[Prediction]], ...]
     sheet: Path
     folder: Path
     seconds: float
@@ -79,8 +82,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
     """
     began = time.perf_counter()
     import_framework("paddle")
-    folder = folder or runs.free_folder("quickstart")
-    with runs.run_folder(folder, "quickstart"):
+    with runs.run_folder(folder, "quickstart") as folder:
         source = folder / CHECKPOINT
         with importlib.resources.as_file(importlib.resources.files("fcvit") / "assets") as assets:
             shutil.copyfile(assets / CHECKPOINT, source)
@@ -94,9 +96,10 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             conversion = dataclasses.replace(conversion, notes=(note,))
         weights = read_weights(converted)
         evaluation = evaluate(weights, folder / "held-out", batch_size=60, device="cpu", folder=folder / "eval")
-        batch = np.stack([preprocess(path, weights.form.variant.preprocessing) for path in paths])
-        engine = PaddleEngine(weights, weights.form.variant.preprocessing, "cpu")
-        logits = engine(batch)
+        preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+        batch = np.stack([preprocess(path, preprocessing) for path in paths])
+        logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
+        predictions = tuple(zip(paths, rank(logits, CLASSES, 3), strict=True))
         exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
         ours_64 = _paddle_float64(weights, batch)
         difference = np.abs(logits.astype(np.float64) - torch_32)
@@ -110,14 +113,13 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             float(difference.mean()),
             verification.gate_a(ours_64, exact),
             verification.gate_b(logits, torch_32, exact),
+            predictions,
             folder / "predictions.png",
             folder,
             time.perf_counter() - began,
         )
-        _draw(paths, held_out["labels"], logits, result.sheet)
-        summary = dataclasses.asdict(result)
-        summary["conversion"] = dataclasses.asdict(conversion) | {"verification": None}
-        runs.write_text(folder / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
+        _draw(predictions, held_out["labels"], result.sheet)
+        runs.write_json(folder / "summary.json", dataclasses.asdict(result) | {"predictions": "eval/predictions.csv"})
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
@@ -146,7 +148,8 @@ def torch_logits(
     torch = import_framework("torch")
     from fcvit.torch_twin import build_twin
 
-    images = torch.from_numpy(normalise(batch, source.form.variant.preprocessing))
+    preprocessing = resolve_preprocessing(None, source.preprocessing, source.form.variant)
+    images = torch.from_numpy(normalise(batch, preprocessing))
     with torch.inference_mode():
         exact, single = (
             build_twin(source.form, source.tensors, dtype)(images.to(dtype)).numpy()
@@ -159,17 +162,19 @@ def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
     paddle = import_framework("paddle")
     from fcvit.loading import build_network
 
-    model = build_network(weights, "float64")
-    images = normalise(batch, weights.form.variant.preprocessing).astype(np.float64)
-    with paddle.no_grad():
-        return model(paddle.to_tensor(images)).numpy()
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+    images = normalise(batch, preprocessing).astype(np.float64)
+    with on_paddle_device("cpu"), paddle.no_grad():
+        return build_network(weights, "float64")(paddle.to_tensor(images)).numpy()
 
 
-def _draw(paths: list[Path], labels: np.ndarray, logits: np.ndarray, sheet: Path) -> None:
+def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
     """The mistakes first, then the first images, up to a sheetful."""
-    best = [ranked[0] for ranked in rank(logits, CLASSES, 1)]
-    order = sorted(range(len(paths)), key=lambda i: (best[i].index == labels[i], i))[:_SHEET]
-    tiles = [Tile(paths[i], best[i].id, best[i].probability, str(labels[i])) for i in order]
-    wrong = sum(p.index != label for p, label in zip(best, labels, strict=True))
-    title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(paths)} wrong (shown first)"
+    tiles = [
+        Tile(path, ranked[0].id, ranked[0].probability, str(label))
+        for (path, ranked), label in zip(predictions, labels, strict=True)
+    ]
+    wrong = [tile for tile in tiles if tile.predicted != tile.truth]
+    tiles = [*wrong, *(tile for tile in tiles if tile.predicted == tile.truth)][:_SHEET]
+    title = f"fcvit_digits on held-out handwritten digits: {len(wrong)} of {len(labels)} wrong (shown first)"
     contact_sheet(tiles, title).save(sheet)

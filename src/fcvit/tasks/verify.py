@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fcvit.errors import DoesNotFit, NumbersDisagree
-from fcvit.frameworks import import_framework, installed
+from fcvit.errors import DoesNotFit, NumbersDisagree, UsageError
+from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.report.progress import progress
 from fcvit.variants import Variant
+from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.lively import DORMANT, lively_input, lively_tensors
 from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, cast, read_weights
@@ -123,16 +124,19 @@ def verify_files(
     Args:
         converted: the file to trust or not.
         against: the file it was made from.
-        ema: choose the averaged or raw weights where `against` has both.
+        ema: choose the averaged or raw weights of whichever file has both.
         variant: what both must be; None: what `converted` says.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit: a file cannot be read or the two are not one network.
         MissingExtra: Paddle or PyTorch is not installed.
     """
-    result = read_weights(converted, None, variant)
-    source = read_weights(against, ema, variant or result.form.variant)
-    return verify_weights(result, source)
+    choosable = [read_checkpoint(path).has_ema for path in (converted, against)]
+    if ema and not any(choosable):
+        raise UsageError(f"neither {converted} nor {against} has averaged weights; leave out --ema")
+    ours_ema, source_ema = (ema if both else None for both in choosable)
+    ours = read_weights(converted, ours_ema, variant)
+    return verify_weights(ours, read_weights(against, source_ema, variant or ours.form.variant))
 
 
 def verify_weights(converted: Weights, source: Weights) -> Verification:
@@ -191,7 +195,7 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
             places.append(trace(weights, images, dtype))
             advance(1)
     expected, found, *single = places
-    drift = tuple(Place(name, _drift(found[name], value)) for name, value in expected.items())
+    drift = tuple(Place(name, gate_a(found[name], value)) for name, value in expected.items())
     outputs = [name for name in expected if name.startswith("output")]
     paddle_32, torch_32 = (np.concatenate([run[name].ravel() for name in outputs]) for run in single)
     exact = np.concatenate([expected[name].ravel() for name in outputs])
@@ -207,8 +211,10 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
 
 
 def gate_a(found: np.ndarray, reference: np.ndarray) -> float:
-    """Largest difference over the standard deviation of the reference; both float64."""
-    return _drift(found, reference)
+    """Largest difference over the standard deviation of the reference; both float64. NaN counts as infinite."""
+    scale = float(reference.std()) or 1.0
+    difference = float(np.abs(found - reference).max()) if reference.size else 0.0
+    return difference / scale if math.isfinite(difference) else math.inf
 
 
 def gate_b(paddle_32: np.ndarray, torch_32: np.ndarray, exact: np.ndarray) -> float:
@@ -231,12 +237,12 @@ def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, 
     paddle = import_framework("paddle")
     from fcvit.loading import build_network
 
-    paddle.set_device("cpu")
-    model = build_network(weights, dtype)
     places: dict[str, np.ndarray] = {}
-    with _hooks(dict(model.named_sublayers()), "register_forward_post_hook", places), paddle.no_grad():
-        output = model(paddle.to_tensor(images.astype(dtype)))
-    return _with_outputs(places, output)
+    with on_paddle_device("cpu"):
+        model = build_network(weights, dtype)
+        with _hooks(dict(model.named_sublayers()), "register_forward_post_hook", places), paddle.no_grad():
+            output = model(paddle.to_tensor(images.astype(dtype)))
+        return _with_outputs(places, output)
 
 
 def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
@@ -278,12 +284,6 @@ def _is_part(name: str) -> bool:
 def _with_outputs(places: dict[str, np.ndarray], output) -> dict[str, np.ndarray]:  # noqa: ANN001
     outputs = output if isinstance(output, list | tuple) else [output]
     return places | {f"output{index if len(outputs) > 1 else ''}": value.numpy() for index, value in enumerate(outputs)}
-
-
-def _drift(found: np.ndarray, reference: np.ndarray) -> float:
-    scale = float(reference.std()) or 1.0
-    difference = float(np.abs(found - reference).max()) if reference.size else 0.0
-    return difference / scale if math.isfinite(difference) else math.inf
 
 
 def _dormant(weights: Weights) -> bool:

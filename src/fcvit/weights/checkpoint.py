@@ -34,7 +34,7 @@ _OTHERS = (
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _STATES = ("state_dict", "model")
-_EMA_STATES = ("state_dict_ema", "model_ema")
+_EMA_STATES = ("state_dict_ema", "model_ema", "ema_state_dict")
 
 
 @dataclasses.dataclass(frozen=True)

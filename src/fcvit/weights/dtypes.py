@@ -53,11 +53,6 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype in FLOATS.values()
 
 
-def dtype_name(dtype: np.dtype) -> str:
-    """The plain name, such as "float32" or "bfloat16"."""
-    return dtype.name
-
-
 def checked_shape(shape: object, dtype: np.dtype, file_size: int) -> tuple[int, ...]:
     """The shape that a file gives a tensor, if it can be true.
 

@@ -7,6 +7,7 @@ convolution elsewhere. Tests hold this table against the layers of both networks
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,13 +48,18 @@ class Form:
     dense: bool = False
 
     def __str__(self) -> str:
+        what = f"{self.num_classes} classes" if self.num_classes else "no head"
         if self.dense:
-            return f"{self.variant.name} (dense-prediction backbone)"
-        return (
-            f"{self.variant.name} ({self.num_classes} classes)"
-            if self.num_classes
-            else f"{self.variant.name} (no head)"
-        )
+            what = "dense-prediction backbone"
+        return f"{self.variant.name}{_changes(self.variant)} ({what})"
+
+
+def _changes(variant: Variant) -> str:
+    """What makes a variant another one than the table's of its name."""
+    known = VARIANTS.get(variant.name, variant)
+    fields = (f.name for f in dataclasses.fields(variant) if f.name not in ("preprocessing", "layer_scale"))
+    changed = [f"{name}={getattr(variant, name)}" for name in fields if getattr(variant, name) != getattr(known, name)]
+    return f" with {', '.join(changed)}" if changed else ""
 
 
 def paddle_name(name: str) -> str:
@@ -83,10 +89,7 @@ def parameter_count(form: Form) -> int:
     total = 0
     for name, entry in entries(form).items():
         if not name.endswith((*PADDLE_STATISTICS, COUNTER)):
-            count = 1
-            for side in entry.shape:
-                count *= side
-            total += count
+            total += math.prod(entry.shape)
     return total
 
 

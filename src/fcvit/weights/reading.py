@@ -8,9 +8,9 @@ import numpy as np
 
 from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.variants import Preprocessing, Variant, get_variant
+from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
-from fcvit.weights.dtypes import FLOATS, dtype_name, is_float
+from fcvit.weights.dtypes import FLOATS, is_float
 from fcvit.weights.names import PADDLE_STATISTICS, Entry, Form, entries, is_counter, paddle_name, recognise, torch_name
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
@@ -77,7 +77,7 @@ class Weights:
     @property
     def dtypes(self) -> list[str]:
         """Types of the floating-point tensors, sorted."""
-        return sorted({dtype_name(t.dtype) for name, t in self.tensors.items() if not is_counter(name)})
+        return sorted({t.dtype.name for name, t in self.tensors.items() if not is_counter(name)})
 
 
 def read_weights(
@@ -129,6 +129,12 @@ def read_weights(
     problems = find_problems(wanted, tensors)
     if problems:
         raise WeightsDoNotFit(str(checkpoint.path), form, problems)
+    if header is None and form.variant.name not in VARIANTS:
+        assumed = form.variant.preprocessing
+        notes.append(
+            f"no named variant: preprocessing is assumed (resize {assumed.resize} {assumed.interpolation}, crop "
+            f"{assumed.input_size}); state it with --input-size, --crop-fraction, --interpolation"
+        )
     if backbone and not form.dense:
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
@@ -159,11 +165,13 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
             )
         elif is_counter(name):
             if tensor.dtype.kind not in "iu":
-                problems.append(Problem(name, "a whole number", dtype_name(tensor.dtype), "save the checkpoint again"))
+                problems.append(Problem(name, "a whole number", tensor.dtype.name, "save the checkpoint again"))
         elif not is_float(tensor.dtype):
             problems.append(
-                Problem(name, "floating-point numbers", dtype_name(tensor.dtype), "quantised weights are not read")
+                Problem(name, "floating-point numbers", tensor.dtype.name, "quantised weights are not read")
             )
+        elif name.endswith("running_var") and (tensor < 0).any():
+            problems.append(Problem(name, "variances from 0 up", "negative ones", "the file is damaged"))
         elif not np.isfinite(tensor).all():
             bad = int(tensor.size - np.isfinite(tensor).sum())
             problems.append(
@@ -230,8 +238,10 @@ def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
 def cast(weights: Weights, dtype: str | None) -> Weights:
     """The same weights in another floating-point type; None: as they are.
 
+    Numbers so small that they become 0 in that type are counted in a note.
+
     Raises:
-        DoesNotFit: a number is too large for the type.
+        DoesNotFit: a number is too large for the type, or a variance becomes 0 in it.
         UsageError: not float16, bfloat16, float32 or float64.
     """
     if dtype is None:
@@ -240,11 +250,14 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
         raise UsageError(f"--dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
     with np.errstate(over="ignore"):
         tensors = {n: t if is_counter(n) else t.astype(FLOATS[dtype], copy=False) for n, t in weights.tensors.items()}
-    problems = [
-        Problem(name, f"numbers that {dtype} can hold", "larger ones", "use bfloat16 or float32")
-        for name, tensor in tensors.items()
-        if not np.isfinite(tensor).all()
-    ]
+    problems, vanished = [], 0
+    for name, tensor in tensors.items():
+        lost = int(np.count_nonzero(weights.tensors[name]) - np.count_nonzero(tensor))
+        vanished += lost
+        if not np.isfinite(tensor).all() or (lost and name.endswith("running_var")):
+            found = "variances that become 0" if np.isfinite(tensor).all() else "larger ones"
+            problems.append(Problem(name, f"numbers that {dtype} can hold", found, "use bfloat16 or float32"))
     if problems:
         raise WeightsDoNotFit(str(weights.source.path), weights.form, problems)
-    return dataclasses.replace(weights, tensors=tensors)
+    notes = (f"{vanished} numbers are too small for {dtype} and became 0",) if vanished else ()
+    return dataclasses.replace(weights, tensors=tensors, notes=(*weights.notes, *notes))

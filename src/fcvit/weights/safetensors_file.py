@@ -60,7 +60,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write the tensors and the header's text entries."""
+    """Write the tensors and the header's text entries.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     spelled = {dtype: name for name, dtype in SAFETENSORS.items()}
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     specs = {
@@ -72,7 +76,10 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         )
         for name, array in arrays.items()
     }
-    safetensors.serialize_file(specs, str(path), dict(metadata))
+    try:
+        safetensors.serialize_file(specs, str(path), dict(metadata))
+    except safetensors.SafetensorError as error:  # the library's word for a full disk, too
+        raise OSError(str(error)) from error
 
 
 _LIBRARY_NAMES = {"BOOL": "bool"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.variants import resolve_preprocessing
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
 from fcvit.weights.header import KEY, LAYOUTS, Header
@@ -18,6 +19,9 @@ from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.
 ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
+
+
+SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats that have no header of their own
 
 
 def destination_layout(path: Path, layout: str | None = None) -> str:
@@ -41,12 +45,19 @@ def destination_layout(path: Path, layout: str | None = None) -> str:
 def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block ends well and removed if not.
 
+    A header written beside the temporary file (see `sidecar`) comes along.
+
     Raises:
-        UsageError: `path` is there already and `overwrite` is off.
+        UsageError: `path` or its header is there already and `overwrite` is off, or is no file.
         UnreadableFile: the folder cannot be written to, or the disk is full.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
+    header = sidecar(path)
+    taken = [part for part in (path, *([header] if path.suffix in SIDECAR_ENDINGS else [])) if os.path.lexists(part)]
+    for part in taken:
+        if not part.is_file():
+            raise UsageError(f"{part} is there already and is not a file; choose another name")
+        if not overwrite:
+            raise UsageError(f"{part} is there already; choose another name or allow it with --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
@@ -61,13 +72,26 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
                     os.fsync(file.fileno())
                 part.chmod(0o666 & ~_umask())  # a temporary file is private, the result need not be
             if sidecar(temporary).exists():
-                # First the description: should we be stopped between the two, its hash tells.
-                os.replace(sidecar(temporary), sidecar(path))
+                _replace_both(temporary, path, Path(name) / "replaced")
             else:
-                sidecar(path).unlink(missing_ok=True)
-            os.replace(temporary, path)
+                os.replace(temporary, path)
         except OSError as error:
             raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace_both(temporary: Path, path: Path, replaced: Path) -> None:
+    """First the header: should we be stopped between the two, its hash tells. It is undone if the second fails."""
+    header = sidecar(path)
+    if header.exists():
+        os.replace(header, replaced)
+    os.replace(sidecar(temporary), header)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        header.unlink()
+        if replaced.exists():
+            os.replace(replaced, header)
+        raise
 
 
 def _umask() -> int:
@@ -91,12 +115,12 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
     header = Header(
         weights.form,
         layout,
-        weights.preprocessing or weights.form.variant.preprocessing,
+        resolve_preprocessing(None, weights.preprocessing, weights.form.variant),
         weights.classes,
         {name: int(t) for name, t in weights.tensors.items() if is_counter(name)},
         weights.source.sha256,
     )
-    if path.suffix == ".safetensors":
+    if path.suffix not in SIDECAR_ENDINGS:
         # One entry: the library writes several in an order that changes from run to run.
         safetensors_file.write(path, tensors, {KEY: header.to_json()})
     else:
