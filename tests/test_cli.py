@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
-from fcvit.cli import main
+from fcvit.cli import app, main
 from fcvit.errors import FcvitError
 from fcvit.weights.lively import lively_tensors
 
@@ -63,11 +65,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", ["convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"])
-def test_every_command_explains_every_option(run, name):
-    code, out, _ = run(name, "--help")
-    assert code == 0
-    lines = [line for line in out.splitlines() if line.startswith("│") and "--" in line]
-    assert all(len(line.split()) > 3 for line in lines), lines
+def test_every_command_explains_every_option(name):
+    command = app[name]
+    assert command.help
+    arguments = command.assemble_argument_collection(parse_docstring=True)
+    assert not [argument.name for argument in arguments if not argument.parameter.help]
 
 
 def test_models(run):
@@ -210,6 +212,7 @@ def test_a_missing_extra_names_its_command(run, digits_pth, image, monkeypatch, 
     assert code == 7 and "paddle is not installed; install it with: pip install paddlepaddle" in err
 
 
+@needs_paddle
 def test_without_pytorch_conversion_says_what_was_not_checked(run, digits_pth, monkeypatch):
     find = frameworks.importlib.util.find_spec
     monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
@@ -224,8 +227,9 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     monkeypatch.setattr("fcvit.tasks.doctor.doctor", broken)
     code, _, err = run("doctor")
     assert code == 1 and err.count("\n") == 1 and "internal error: ZeroDivisionError: a line and another" in err
-    with pytest.raises(ZeroDivisionError):
-        main(["doctor", "--debug"])
+    code, _, err = run("doctor", "--debug")
+    assert code == 1 and "Traceback" in err and 'raise ZeroDivisionError("a line' in err
+    assert run("inspect", "nowhere", "--debug")[0] == 3
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -255,11 +259,12 @@ def test_paddles_noise_stays_away(digits_pth, image):
     assert "\x1b" not in done.stdout  # no colours, no bar on a pipe
 
 
-@needs_paddle
-def test_a_closed_pipe_is_no_error(digits_pth, image):
-    script = f"{sys.executable} -m fcvit inspect --tensors {digits_pth} | head -1"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr == ""
+@pytest.mark.parametrize("words", ["models", "inspect --tensors {}", "inspect --tensors --json {}"])
+def test_a_closed_pipe_is_no_error(digits_pth, words):
+    """The reader goes away before the first line is written."""
+    script = f"{sys.executable} -m fcvit {words.format(digits_pth)} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ema_is_the_users_choice(run, tmp_path, digits_tensors):
@@ -281,3 +286,105 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
     path = write_pth(tmp_path / "d.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
     found = json.loads(run("inspect", path, "--json")[1])
     assert found["form"] == "fcvit_digits (dense-prediction backbone)" and found["num_classes"] == 0
+
+
+STRANGE = ("[/b]", "[red]x", "dog:dog:", "a[b]c", "\\[/]")
+
+
+@needs_paddle
+@pytest.mark.parametrize("text", STRANGE)
+def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors, image, text):
+    """Not read as markup or emoji codes: names of classes, of tensors, and paths."""
+    name = text.replace("/", "-")
+    classes = image.parent / "classes.txt"
+    classes.write_text("".join(f"{text} {i}\n" for i in range(10)))
+    assert run("convert", digits_pth, "-o", f"{name}.safetensors", "--classes", classes, "--no-verify")[0] == 0
+    code, out, _ = run("inspect", f"{name}.safetensors")
+    assert code == 0 and f"{name}.safetensors" in out and f"{text} 9" in out
+    strange_image = image.rename(image.parent / f"{name}.png")
+    code, out, _ = run("predict", strange_image, "--weights", f"{name}.safetensors")
+    assert code == 0 and f"{text} " in out
+    write_pth(
+        image.parent / "x.pth", {**digits_tensors, f"extra.{text}": np.ones(1, np.float32), "y": np.ones(1, np.float32)}
+    )
+    code, _, err = run("convert", "x.pth", "-o", "y.safetensors")
+    assert code == 4 and f"extra.{text}" in err and "Traceback" not in err
+    code, out, _ = run("inspect", "x.pth")
+    assert code == 4 and f"extra.{text}" in out
+
+
+@needs_paddle
+@needs_torch
+def test_both_engines_on_the_command_line(run, digits_pth, image):
+    for label in range(10):
+        (image.parent / "data" / str(label)).mkdir(parents=True)
+        (image.parent / "data" / str(label) / "x.png").write_bytes(image.read_bytes())
+    code, out, _ = run("eval", "--weights", digits_pth, "--data", "data", "--engine", "paddle,torch")
+    assert code == 0 and "paddle (cpu)" in out and "torch (cpu)" in out
+    assert "same top-1" in out and "largest logit difference" in out
+
+
+@needs_paddle
+def test_what_cannot_go_together_is_refused(run, digits_pth, image):
+    (image.parent / "data" / "0").mkdir(parents=True)
+    words = ["eval", "--weights", digits_pth, "--data", "data", "--protocol", "resize256-bilinear"]
+    code, _, err = run(*words, "--crop-fraction", 0.5)
+    assert code == 2 and "fixed preprocessing" in err
+
+
+def test_preprocessing_of_averaged_weights_can_be_stored(run, tmp_path, digits_tensors):
+    path = training_checkpoint(tmp_path / "x.pth.tar", digits_tensors)
+    words = ["convert", path, "-o", "x.safetensors", "--no-verify", "--crop-fraction", 0.5]
+    assert run(*words)[0] == 2
+    assert run(*words, "--ema")[0] == 0
+    assert json.loads(run("inspect", "x.safetensors", "--json")[1])["crop_fraction"] == 0.5
+
+
+@needs_paddle
+@needs_torch
+@pytest.mark.slow
+def test_verifying_against_a_file_with_both_sets(run, tmp_path, digits_tensors):
+    path = training_checkpoint(tmp_path / "x.pth.tar", digits_tensors)
+    assert run("convert", path, "-o", "x.safetensors", "--ema")[0] == 0
+    assert run("verify", "x.safetensors", "--against", path)[0] == 2
+    assert run("verify", "x.safetensors", "--against", path, "--ema")[0] == 0
+    assert run("verify", path, "--against", "x.safetensors", "--ema")[0] == 0
+    assert run("verify", "x.safetensors", "--against", path, "--no-ema")[0] == 5
+    assert run("verify", "x.safetensors", "--against", "x.safetensors", "--ema")[0] == 2
+
+
+@needs_paddle
+@pytest.mark.slow
+def test_interrupting_an_evaluation(tmp_path, digits_pth, image):
+    """Ctrl-C: exit code 130, the run says so, nothing half-written."""
+    for label in range(10):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for index in range(60):
+            (tmp_path / "data" / str(label) / f"{index}.png").write_bytes(image.read_bytes())
+    words = ["eval", "--weights", str(digits_pth), "--data", "data", "--batch-size", "1", "--input-size", "224"]
+    child = subprocess.Popen([sys.executable, "-m", "fcvit", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    run_json = tmp_path / "runs" / "eval" / "run.json"
+    deadline = time.monotonic() + 60
+    while not (run_json.exists() and run_json.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and err.endswith("fcvit: interrupted\n")
+    assert json.loads(run_json.read_text())["status"] == "interrupted"
+    assert [path.name for path in run_json.parent.iterdir()] == ["run.json"]
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    """With rate and time left; on a pipe nothing at all."""
+    from rich.console import Console
+
+    from fcvit.report import progress as module
+
+    drawn = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda stderr: Console(file=drawn, force_terminal=True, width=120))
+    with module.progress("evaluating", 3) as advance:
+        advance(2)
+        time.sleep(0.2)
+        advance(1)
+    assert "evaluating" in drawn.getvalue() and "3/3" in drawn.getvalue() and "images/s" in drawn.getvalue()
+    assert "0:00:00" in drawn.getvalue()

@@ -7,9 +7,9 @@ import pytest
 
 from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
 from fcvit.tasks.verify import GATE_A, GATE_B, gate_b, trace_paddle, trace_torch
-from fcvit.variants import VARIANTS
+from fcvit.variants import VARIANTS, Variant
 from fcvit.weights.lively import lively_input, lively_tensors
-from fcvit.weights.names import Form, recognise
+from fcvit.weights.names import Form, entries, recognise
 from fcvit.weights.reading import Weights
 
 OPTIONS = golden_json("options.json")
@@ -73,10 +73,44 @@ def test_dense_backbone_in_float64(trace):
 
 
 @needs_torch
-def test_the_twin_is_not_right_by_accident():
-    """The goldens notice a change of an option that brings no names of its own."""
-    tiny = VARIANTS["fcvit_tiny"]
-    form = Form(dataclasses.replace(tiny, heads=8, weighted_context=False), 1000)
+def test_the_goldens_notice_an_option_that_was_ignored():
+    """The same tensors but for the weighting of the context: other logits."""
+    form = Form(dataclasses.replace(VARIANTS["fcvit_tiny"], weighted_context=False), 1000)
     places = trace_torch(lively(form), lively_input((2, 3, 224, 224)), "float64")
     expected = golden_arrays("fcvit_tiny.npz")["logits"]
     assert np.abs(places["output"] - expected).max() > 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("name", OPTIONS["cases"])
+def test_a_setting_of_the_authors_is_a_field_of_the_variant(name):
+    """The authors' switches, translated one by one, give the very variant that the tensors show."""
+    case = OPTIONS["cases"][name]
+    context, spatial = case["options"]["global_context"], case["options"]["spatial_mixer"]
+    channel, attention = case["options"]["channel_mixer"], case["options"]["spatial_att"]
+    pooled = case["options"]["channel_att"]
+    variant = Variant(
+        "custom",
+        tuple(OPTIONS["depths"]),
+        tuple(OPTIONS["widths"]),
+        tuple(OPTIONS["mlp_ratios"]),
+        global_context=spatial["use_globalcontext"],
+        weighted_context=context["weighted_gc"],
+        competition=context["compete"],
+        heads=context["head"],
+        reduction=context["gc_reduction"],
+        second_mix=spatial["useSecondTokenMix"],
+        kernel_sizes=(spatial["mix_size_1"], spatial["mix_size_2"]),
+        token_factor=spatial["fc_factor"],
+        token_minimum=spatial["fc_min_value"],
+        spatial_attention=spatial["useSpatialAtt"],
+        spatial_attention_kernel=attention["kernel_size"],
+        spatial_attention_reduction=attention["dim_reduction"],
+        channel_dwconv=channel["useDWconv"],
+        channel_kernel=channel["DWconv_size"],
+        channel_attention=channel["useChannelAtt"],
+        channel_attention_kernels=(pooled["size_1"], pooled["size_2"]),
+        layer_scale=1e-5 if case["use_layer_scale"] else None,
+    )
+    form = Form(variant, OPTIONS["num_classes"])
+    assert {key: list(entry.shape) for key, entry in entries(form).items()} == case["state_dict"]
+    assert recognise({key: tuple(shape) for key, shape in case["state_dict"].items()}) == form

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from conftest import DIGITS, needs_paddle, write_pth
+from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.variants import VARIANTS, published
@@ -257,3 +257,35 @@ def test_gradients_reach_every_parameter(fcvit, paddle):
     trained = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
     still = [n for n, p in trained if p.grad is None or not np.abs(p.grad.numpy()).any()]
     assert not still
+
+
+def test_one_head_at_one_position(fcvit, paddle):
+    """The smallest image: nothing deviates from itself, and nothing divides by zero."""
+    variant = dataclasses.replace(VARIANTS["fcvit_digits"], heads=1)
+    model = fcvit.create_model(variant, num_classes=3)
+    assert np.isfinite(model(images(paddle, 1, 3, 32, 32)).numpy()).all()
+
+
+@needs_torch
+def test_one_head_at_one_position_in_both(tmp_path):
+    from fcvit.tasks.convert import convert
+
+    form = Form(dataclasses.replace(VARIANTS["fcvit_digits"], heads=1), 10)
+    done = convert(
+        write_pth(tmp_path / "x.pth", lively_tensors(form)), tmp_path / "x.safetensors", variant=form.variant
+    )
+    assert done.verification.passed
+
+
+def test_a_head_has_the_type_of_its_model(fcvit, paddle):
+    model = fcvit.create_model("fcvit_digits", num_classes=np.int64(5))
+    model.to(dtype="float64")
+    model.reset_classifier(3)
+    assert model(images(paddle, 1, 3, 32, 32).astype("float64")).shape == [1, 3]
+
+
+def test_warnings_point_at_the_caller(fcvit, digits_pth):
+    with pytest.warns(FreshWeights) as caught:
+        fcvit.create_model("fcvit_digits", digits_pth, num_classes=3)
+        fcvit.create_backbone("fcvit_digits", digits_pth)
+    assert [w.filename for w in caught] == [__file__, __file__]

@@ -1,11 +1,12 @@
 """Run folders: one a run, never half-told."""
 
+import concurrent.futures
 import json
 
 import pytest
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.runs import free_folder, run_folder, versions, write_text
+from fcvit.runs import run_folder, to_json, versions, write_text
 
 
 def status(folder):
@@ -40,12 +41,29 @@ def test_a_folder_that_is_taken(tmp_path):
 
 
 def test_default_folders(tmp_path, monkeypatch):
+    """The first that is free, and of two that start at once each gets its own."""
     monkeypatch.chdir(tmp_path)
-    assert str(free_folder("eval")) == "runs/eval"
-    for name in ("eval", "eval-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "run.json").touch()
-    assert str(free_folder("eval")) == "runs/eval-3"
+    with run_folder(None, "eval") as one, run_folder(None, "eval") as two:
+        assert (str(one), str(two)) == ("runs/eval", "runs/eval-2")
+    (tmp_path / "runs" / "eval-3").mkdir()
+    with run_folder(None, "eval") as three:
+        assert str(three) == "runs/eval-3"  # empty: nobody's
+
+
+def test_of_two_that_want_one_folder_one_gets_it(tmp_path):
+    def claim(_):
+        try:
+            with run_folder(tmp_path / "a", "eval"):
+                return 1
+        except UsageError:
+            return 0
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(claim, range(8))) == 1
+
+
+def test_json_has_no_infinity():
+    assert json.loads(to_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})) == {"a": [None, 1.5], "b": [None]}
 
 
 def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):

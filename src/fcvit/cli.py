@@ -295,9 +295,8 @@ def predict(
     named = read_classes(classes) if classes else None
     read = read_weights(weights, ema)
     results = predict_files(read, paths, top_k=top_k, engine_name=engine, classes=named, device=device)
-    if named is None and read.classes is None:
-        what = "ImageNet's are assumed" if read.form.num_classes == IMAGENET_CLASSES else "they are counted"
-        _note(f"the weights name no classes: {what}; --classes FILE gives others")
+    if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:
+        _note("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
     writer = None
     if csv:
         import csv as csv_module

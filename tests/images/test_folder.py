@@ -1,12 +1,13 @@
 """Which files are images, and which class index a folder means."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcvit.classes import ClassName, imagenet, read_classes, resolve_classes
+from fcvit.classes import ClassName, as_classes, imagenet, read_classes, resolve_classes
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.images.folder import assign_classes, find_images, read_labelled_folder
 
@@ -133,3 +134,42 @@ def test_class_lists_that_are_none(tmp_path):
         read_classes(tmp_path / "twice.txt")
     with pytest.raises(UnreadableFile, match="cannot read the class list"):
         read_classes(tmp_path / "missing.txt")
+
+
+def test_wordnet_ids_also_where_the_weights_have_other_names():
+    numbered = tuple(ClassName(str(i), f"class {i}") for i in range(1000))
+    mapping, rule = assign_classes(["n01443537", "n15075141"], numbered, 1000)
+    assert (mapping, rule) == ({"n01443537": 1, "n15075141": 999}, "folders are ImageNet's WordNet ids")
+
+
+def test_counting_against_the_weights_own_classes_says_what_it_does():
+    _, rule = assign_classes(["lion", "ocelot", "puma", "zebra"], PETS, 4)
+    assert rule == "no folder is one of the weights' classes (cat, ...): the 4 folders are counted in sorted order"
+
+
+def test_a_circle_of_links_is_walked_once(tmp_path):
+    make(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    assert read_labelled_folder(tmp_path, None, 2).paths == ("a/1.png", "b/2.png")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_class_folder_that_cannot_be_read_is_an_error(tmp_path):
+    make(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(UnreadableFile, match="Permission denied"):
+        read_labelled_folder(tmp_path, None, 2)
+
+
+def test_the_index_of_a_class_list_gives_the_order(tmp_path):
+    (tmp_path / "c.csv").write_text("index,id,name\n1,b,bee\n0,a,ant\n")
+    assert read_classes(tmp_path / "c.csv") == (ClassName("a", "ant"), ClassName("b", "bee"))
+    (tmp_path / "d.csv").write_text("index,id,name\n1,b,bee\n2,a,ant\n")
+    with pytest.raises(DoesNotFit, match="must count from 0 to 1"):
+        read_classes(tmp_path / "d.csv")
+
+
+def test_class_lists_in_python():
+    assert as_classes(["cat", ("d", "dog")]) == (ClassName("cat", "cat"), ClassName("d", "dog"))
+    with pytest.raises(DoesNotFit, match="'cat' stands twice"):
+        as_classes(["cat", "cat"])

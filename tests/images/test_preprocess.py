@@ -140,3 +140,37 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     thin = Image.new("RGB", (1, 3000))
     with pytest.raises(BadImages, match="1 x 3000 pixels would be resized to"):
         crop(thin, Preprocessing())
+
+
+@pytest.mark.parametrize(
+    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"DDS |\0\0\0", b"\0\0\0 ftypavif"]
+)
+def test_formats_that_could_start_programs_or_fail_oddly_are_no_images(tmp_path, start):
+    (tmp_path / "x.png").write_bytes(start + bytes(200))
+    with pytest.raises(BadImages, match=r"x\.png: not an image"):
+        decode(tmp_path / "x.png")
+
+
+def test_whatever_pillow_raises_is_a_bad_image(tmp_path, monkeypatch):
+    image_by_rule(20, 20).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(RuntimeError("odd")))
+    with pytest.raises(BadImages, match=r"x\.png: odd"):
+        decode(tmp_path / "x.png")
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(derandomize=True, max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what is damaged
+def test_mutated_images_are_read_or_refused(tmp_path_factory, seed):
+    generator = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("mutated")
+    ending = ("jpg", "png", "bmp", "gif", "tif", "webp", "ppm")[seed % 7]
+    image_by_rule(40, 30).save(folder / f"x.{ending}")
+    content = bytearray((folder / f"x.{ending}").read_bytes())
+    for place in generator.integers(0, len(content), 8):
+        content[place] = generator.integers(0, 256)
+    (folder / f"x.{ending}").write_bytes(content[: generator.integers(1, len(content) + 1)])
+    try:
+        assert preprocess(folder / f"x.{ending}", Preprocessing(input_size=16)).shape == (3, 16, 16)
+    except BadImages as error:
+        assert f"x.{ending}" in str(error)

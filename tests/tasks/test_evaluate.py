@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -181,3 +183,34 @@ def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_pat
     (folder / "eleven").mkdir()
     with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
         evaluate(digits_pth, folder)
+
+
+@needs_paddle
+def test_names_that_are_not_text(folder, digits_pth, tmp_path):
+    strange = os.fsencode(folder / "3") + b"/\xff.png"
+    try:
+        shutil.copyfile(folder / "0" / "00 with space.png", strange)
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
+    assert b"3/\xff.png" in (tmp_path / "run" / "predictions.csv").read_bytes()
+
+
+@needs_paddle
+def test_another_preprocessing_is_called_custom(folder, digits_pth):
+    found = evaluate(digits_pth, folder, engines="paddle", preprocessing={"input_size": 48}, device="cpu")
+    assert found.protocol == "custom" and found.preprocessing.input_size == 48
+    assert found.preprocessing.crop_fraction == 1.0  # the rest is the variant's
+
+
+@needs_paddle
+def test_the_callers_device_is_left_alone(folder, digits_pth, monkeypatch):
+    from fcvit.frameworks import import_framework, on_paddle_device
+
+    device = import_framework("paddle").device
+    calls = []
+    monkeypatch.setattr(device, "get_device", lambda: "gpu:7")
+    monkeypatch.setattr(device, "set_device", calls.append)
+    with pytest.raises(ZeroDivisionError), on_paddle_device("cpu"):
+        raise ZeroDivisionError
+    assert calls == ["cpu", "gpu:7"]

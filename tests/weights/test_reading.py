@@ -120,6 +120,23 @@ def test_a_variant_of_ones_own_is_recognised(tmp_path):
     assert dataclasses.replace(found.variant, name="mine", preprocessing=own.preprocessing) == own
 
 
+def test_a_guess_is_said_aloud(tmp_path):
+    """Tensors do not show the preprocessing; an ablation is not called by the plain name."""
+    from fcvit.weights.lively import lively_tensors
+
+    own = dataclasses.replace(VARIANTS["fcvit_digits"], heads=4)
+    form = dataclasses.replace(DIGITS, variant=own)
+    assert str(form) == "fcvit_digits with heads=4 (10 classes)"
+    weights = read_weights(write_pth(tmp_path / "x.pth", lively_tensors(form)))
+    assert weights.notes[0].startswith("no named variant: preprocessing is assumed (resize 248 bicubic, crop 224)")
+
+
+def test_a_negative_variance_is_damage(tmp_path, digits_tensors):
+    broken = {**digits_tensors, "patch_embed.norm.running_var": np.full(16, -1, np.float32)}
+    with pytest.raises(DoesNotFit, match="expected variances from 0 up"):
+        read_weights(write_pth(tmp_path / "x.pth", broken))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_types(tmp_path, digits_tensors, dtype):
     kinds = {"bfloat16": ml_dtypes.bfloat16}

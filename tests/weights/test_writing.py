@@ -5,13 +5,15 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import DIGITS, needs_paddle, needs_torch
+from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.classes import ClassName
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
@@ -133,11 +135,67 @@ def test_a_header_beside_other_weights_is_noticed(tmp_path, digits_pth):
         read_weights(tmp_path / "a.pdparams")
 
 
-def test_a_stale_header_does_not_outlive_its_weights(tmp_path, digits_pth):
-    target = tmp_path / "x.safetensors"
-    sidecar(target).write_text("{}")
-    convert(digits_pth, target, verify=False, overwrite=True)
-    assert not sidecar(target).exists()
+@pytest.mark.parametrize(("ending", "code"), [(".safetensors", 0), (".pth", 2), (".pdparams", 2)])
+def test_a_file_where_the_header_belongs_is_not_touched(tmp_path, digits_pth, ending, code):
+    """A user's own FILE.json: of no concern to safetensors, in the way of the others."""
+    own = sidecar(tmp_path / f"x{ending}")
+    own.write_text("mine")
+    if code:
+        with pytest.raises(UsageError, match=rf"x{ending}\.json is there already"):
+            convert(digits_pth, tmp_path / f"x{ending}", verify=False)
+    else:
+        convert(digits_pth, tmp_path / f"x{ending}", verify=False)
+        assert read_weights(tmp_path / f"x{ending}").form == DIGITS
+    assert own.read_text() == "mine"
+
+
+def test_a_folder_in_the_way_is_no_file_to_overwrite(tmp_path, digits_pth):
+    (tmp_path / "x.pth").mkdir()
+    with pytest.raises(UsageError, match="is not a file"):
+        convert(digits_pth, tmp_path / "x.pth", verify=False, overwrite=True)
+    assert files_in(tmp_path) == ["digits.pth", "x.pth"]
+
+
+def test_if_the_weights_cannot_be_replaced_the_old_header_comes_back(tmp_path, digits_pth, monkeypatch):
+    target = tmp_path / "x.pdparams"
+    convert(digits_pth, target, verify=False)
+    before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
+    replace = os.replace
+
+    def stubborn(source, destination):
+        if destination == target:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", stubborn)
+    with pytest.raises(UnreadableFile, match="Permission denied"):
+        convert(digits_pth, target, verify=False, dtype="float64", overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
+
+
+def test_a_full_disk_while_the_library_writes(tmp_path, digits_pth):
+    """In a child of its own, which may not write files of more than 100 kB."""
+    script = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from fcvit.cli import main
+sys.exit(main(["convert", {str(digits_pth)!r}, "-o", sys.argv[1], "--no-verify"]))
+"""
+    for ending in (".safetensors", ".pdparams", ".pth"):
+        words = [sys.executable, "-c", script, str(tmp_path / f"x{ending}")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 3 and "cannot be written" in done.stderr, done.stderr
+    assert files_in(tmp_path) == ["digits.pth"]
+
+
+def test_numbers_too_small_for_the_type_are_counted(tmp_path, digits_tensors):
+    tiny = {**digits_tensors, "network.0.0.layer_scale_1": np.full(16, 1e-9, np.float32)}
+    done = convert(write_pth(tmp_path / "a.pth", tiny), tmp_path / "a.safetensors", dtype="float16", verify=False)
+    assert "16 numbers are too small for float16 and became 0" in done.notes
+    flat = {**digits_tensors, "patch_embed.norm.running_var": np.full(16, 1e-9, np.float32)}
+    with pytest.raises(DoesNotFit, match=r"running_var: .*variances that become 0"):
+        convert(write_pth(tmp_path / "b.pth", flat), tmp_path / "b.safetensors", dtype="float16", verify=False)
 
 
 def test_class_lists(tmp_path, digits_pth):
