@@ -16,7 +16,6 @@ from cyclopts import App, CycloptsError, Parameter
 
 from fcvit import __version__
 from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UsageError
-from fcvit.variants import IMAGENET_CLASSES
 
 if TYPE_CHECKING:
     from fcvit.tasks.verify import Verification
@@ -285,6 +284,7 @@ def predict(
     from fcvit.report import tables
     from fcvit.report.progress import progress
     from fcvit.tasks.predict import predict_files
+    from fcvit.variants import IMAGENET_CLASSES
     from fcvit.weights.reading import read_weights
 
     if not images:
