@@ -139,7 +139,7 @@ def _stage_outputs(model: nn.Layer, x: Tensor) -> list[Tensor]:
 
 
 class ConvNorm(nn.Layer):
-    """Stem and downsampling: a strided convolution and BatchNorm, no activation."""
+    """Stem and downsampling: a strided convolution and BatchNorm, no activation; H, W over the stride, rounded up."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int):
         super().__init__()
@@ -180,7 +180,7 @@ class LayerNorm2D(nn.GroupNorm):
 
 
 class Block(nn.Layer):
-    """Token mixer, then channel mixer, each a scaled residual branch behind a norm."""
+    """Token mixer, then channel mixer, each a scaled residual branch behind a norm; the shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_path: float, drop_rate: float):
         super().__init__()
@@ -207,7 +207,7 @@ class Block(nn.Layer):
 
 
 class TokenMixer(nn.Layer):
-    """Twice: add the global context, mix positions depthwise, mix channels in a bottleneck."""
+    """Twice: add the global context, mix positions depthwise, mix channels in a bottleneck; (B, C, H, W) stays."""
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -239,7 +239,10 @@ class TokenMixer(nn.Layer):
 
 class GlobalContext(nn.Layer):
     """The mean over positions, sent through a bottleneck and given back to each position by
-    how similar the position is to it (the paper's token-global similarity and competitive bottleneck)."""
+    how similar the position is to it (the paper's token-global similarity and competitive bottleneck).
+
+    (B, C, H, W) -> the same, or (B, C, 1, 1) where the context is not weighted.
+    """
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -291,7 +294,7 @@ class GlobalContext(nn.Layer):
 
 
 class ChannelMixer(nn.Layer):
-    """An MLP over channels with a depthwise convolution inside."""
+    """An MLP over channels, `mlp_width` wide, with a depthwise convolution inside; (B, C, H, W) stays."""
 
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
         super().__init__()

@@ -116,6 +116,8 @@ def depthwise(width: int, size: int) -> nn.Conv2d:
 
 
 class Downsample(nn.Module):
+    """Stem and downsampling, BatchNorm behind: (B, C, H, W) -> (B, C', H / stride, W / stride), rounded up."""
+
     def __init__(self, width_in: int, width_out: int, size: int, stride: int):
         super().__init__()
         self.proj = nn.Conv2d(width_in, width_out, size, stride, size // 2)
@@ -126,6 +128,8 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
+    """Two residual branches: token mixer and channel mixer; (B, C, H, W) stays."""
+
     def __init__(self, variant: Variant, stage: int, drop_path: float, drop_rate: float):
         super().__init__()
         width = variant.widths[stage]
@@ -155,6 +159,8 @@ class Block(nn.Module):
 
 
 class TokenMixer(nn.Module):
+    """Context, depthwise convolution and bottleneck, once or twice; (B, C, H, W) stays."""
+
     def __init__(self, variant: Variant, width: int):
         super().__init__()
 
@@ -188,6 +194,8 @@ class NoContext(nn.Module):
 
 
 class GlobalContext(nn.Module):
+    """What is added at each position: (B, C, H, W) -> the same, or (B, C, 1, 1) without weighting."""
+
     def __init__(self, variant: Variant, width: int):
         super().__init__()
         self.variant = variant
@@ -222,6 +230,8 @@ class GlobalContext(nn.Module):
 
 
 class ChannelMixer(nn.Module):
+    """The MLP over channels with its depthwise convolution; (B, C, H, W) stays."""
+
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
         super().__init__()
         self.fc1 = nn.Conv2d(width, mlp_width, 1)
@@ -236,6 +246,8 @@ class ChannelMixer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
+    """Option: a sigmoid mask over positions and channels; (B, C, H, W) stays."""
+
     def __init__(self, variant: Variant, width: int):
         super().__init__()
         inner = width // variant.spatial_attention_reduction
@@ -251,6 +263,8 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
+    """Option: the pooled channels, convolved along their axis and added; (B, C, H, W) stays."""
+
     def __init__(self, variant: Variant):
         super().__init__()
         first, second = variant.channel_attention_kernels
