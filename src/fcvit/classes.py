@@ -58,7 +58,9 @@ def read_classes(path: Path) -> Classes:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{path}: cannot read the class list ({error})") from error
+        raise UnreadableFile(
+            f"{path}: cannot read the class list: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return _from_rows(lines, str(path))
 
 

@@ -76,7 +76,7 @@ def build_classifier(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     fresh = _set_tensors(model, tensors)
     if fresh:
-        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes})", stacklevel=4)
+        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes}) starts", stacklevel=4)
     model.eval()
     return model
 
@@ -121,14 +121,14 @@ def create_backbone(
         form = dataclasses.replace(form, layer_scale=DENSE_LAYER_SCALE)
     model = FCViTBackbone(form, drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
-        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6)", stacklevel=3)
+        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) start", stacklevel=3)
     model.eval()
     return model
 
 
 def _warn(weights: Weights, what: str, stacklevel: int) -> None:
     """Point at the caller of `create_model` or `create_backbone`."""
-    message = f"{weights.source.path}: {what} start(s) fresh and must be trained"
+    message = f"{weights.source.path}: {what} fresh and must be trained"
     warnings.warn(message, FreshWeights, stacklevel=stacklevel)
 
 

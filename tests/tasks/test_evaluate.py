@@ -119,6 +119,7 @@ def test_two_engines_on_the_same_images(folder, digits_pth):
     assert (ours.engine, theirs.engine) == ("paddle", "torch")
     assert (ours.top1, ours.top_k) == (theirs.top1, theirs.top_k)
     assert found.agreement.top1_agreement == 100
+    assert 0 < ours.seconds + theirs.seconds < found.seconds and ours.seconds != theirs.seconds
     assert 0 < found.agreement.mean_difference < found.agreement.max_difference < 1e-4
 
 

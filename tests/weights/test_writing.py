@@ -149,6 +149,16 @@ def test_a_file_where_the_header_belongs_is_not_touched(tmp_path, digits_pth, en
     assert own.read_text() == "mine"
 
 
+def test_the_source_is_never_overwritten(tmp_path, digits_pth):
+    """A training checkpoint would lose its optimiser."""
+    before = digits_pth.read_bytes()
+    (tmp_path / "link.pth").symlink_to(digits_pth)
+    for target in (digits_pth, tmp_path / "link.pth"):
+        with pytest.raises(UsageError, match="is the source itself"):
+            convert(digits_pth, target, verify=False, overwrite=True)
+    assert digits_pth.read_bytes() == before
+
+
 def test_a_folder_in_the_way_is_no_file_to_overwrite(tmp_path, digits_pth):
     (tmp_path / "x.pth").mkdir()
     with pytest.raises(UsageError, match="is not a file"):

@@ -223,7 +223,7 @@ def variants() -> Table:
             name,
             f"{count:,}",
             f"{count / 2**20:.1f}M",
-            f"{row.gmac:.2f}" if row else "",
+            f"{row.gmac:.3f}" if row else "",
             f"{variant.preprocessing.crop_fraction:.2f}",
             f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32",
         )

@@ -78,6 +78,8 @@ def convert(
     """
     destination = Path(destination)
     layout = destination_layout(destination, layout)
+    if destination.exists() and Path(source).exists() and destination.samefile(source):
+        raise UsageError(f"{destination} is the source itself; choose another name for the output")
     notes: list[str] = []
     if verify:
         import_framework("paddle")

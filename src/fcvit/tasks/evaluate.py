@@ -41,6 +41,7 @@ class Sums:
     correct: int = 0
     correct_in_k: int = 0
     loss: float = 0.0
+    seconds: float = 0.0
 
     def add(self, logits: np.ndarray, labels: np.ndarray, k: int) -> None:
         """Count a batch: logits (B, C), labels (B,)."""
@@ -60,7 +61,7 @@ class Result:
         images: how many were evaluated.
         top1, top_k: per cent; `k` is 5, or the class count where that is smaller.
         loss: cross-entropy, mean over the images.
-        seconds: of the whole run, all engines together.
+        seconds: that this engine computed, decoding aside.
     """
 
     engine: str
@@ -96,6 +97,7 @@ class Evaluation:
         preprocessing: what it was.
         published_top1: of a published variant under this protocol on all of ImageNet-1K, else None.
         folder: where everything was written, or None.
+        seconds: all of it.
     """
 
     results: tuple[Result, ...]
@@ -106,6 +108,7 @@ class Evaluation:
     preprocessing: Preprocessing
     published_top1: float | None
     folder: Path | None
+    seconds: float
 
 
 def evaluate(
@@ -175,9 +178,12 @@ def evaluate(
         for paths, batch, labels, bad in _batches(images, chosen, batch_size, workers):
             unreadable += bad
             if paths:
-                logits = [engine(batch) for engine in running]
-                for total, found in zip(sums, logits, strict=True):
-                    total.add(found, labels, k)
+                logits = []
+                for engine, total in zip(running, sums, strict=True):
+                    started = time.perf_counter()
+                    logits.append(engine(batch))
+                    total.seconds += time.perf_counter() - started
+                    total.add(logits[-1], labels, k)
                 if len(logits) > 1:
                     pair.add(logits[0], logits[1])
                 if sink is not None:
@@ -185,10 +191,9 @@ def evaluate(
             advance(len(paths) + len(bad))
         if not sums[0].images:
             raise BadImages(f"{data}: none of {len(images.paths)} images can be read, first: {unreadable[0]}")
-        seconds = time.perf_counter() - began
         figures = published(form.variant)
         evaluation = Evaluation(
-            tuple(_result(engine, total, k, seconds) for engine, total in zip(running, sums, strict=True)),
+            tuple(_result(engine, total, k) for engine, total in zip(running, sums, strict=True)),
             pair.agreement((running[0].name, running[1].name)) if len(running) > 1 else None,
             tuple(unreadable),
             images.rule,
@@ -196,6 +201,7 @@ def evaluate(
             chosen,
             _published_top1(figures, protocol_name) if figures and form.num_classes == IMAGENET_CLASSES else None,
             place,
+            time.perf_counter() - began,
         )
         if place is not None:
             about = {
@@ -328,7 +334,7 @@ def _published_top1(figures: Published, protocol_name: str) -> float | None:
     return {"authors": figures.top1, "resize256-bilinear": figures.earlier_port_top1}.get(protocol_name)
 
 
-def _result(engine: Engine, total: Sums, k: int, seconds: float) -> Result:
+def _result(engine: Engine, total: Sums, k: int) -> Result:
     share = 100 / total.images
     return Result(
         engine.name,
@@ -338,5 +344,5 @@ def _result(engine: Engine, total: Sums, k: int, seconds: float) -> Result:
         share * total.correct_in_k,
         k,
         total.loss / total.images,
-        seconds,
+        total.seconds,
     )

@@ -31,7 +31,7 @@ def inspect(path: str | os.PathLike[str], ema: bool | None = None, tensors: bool
         "tensors": len(named),
         "dtypes": sorted({tensor.dtype.name for tensor in named.values()}),
         "has_ema": checkpoint.has_ema,
-        "described": "averaged weights" if chosen else "raw weights",
+        "described": _described(checkpoint.has_ema, ema),
         "skipped": skipped,
         "variant": None,
         "problems": [],
@@ -63,3 +63,9 @@ def inspect(path: str | os.PathLike[str], ema: bool | None = None, tensors: bool
         "source_sha256": header.source_sha256 if header else None,
         "notes": list(weights.notes),
     }
+
+
+def _described(has_both: bool, ema: bool | None) -> str:
+    if has_both and ema is None:
+        return "raw weights; the averaged ones with --ema"
+    return "averaged weights" if ema else "raw weights"

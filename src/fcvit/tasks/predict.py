@@ -124,7 +124,7 @@ def predict_files(
 
 def _check_top_k(top_k: int) -> None:
     if top_k < 1:
-        raise UsageError(f"--top-k {top_k}: expected at least 1")
+        raise UsageError(f"top-k is {top_k}: expected at least 1")
 
 
 def _with_classes(weights: Weights) -> Form:

@@ -96,7 +96,8 @@ class Checkpoint:
         averaged = [key for key in _EMA_STATES if isinstance(self.top.get(key), dict)]
         if ema is None and averaged:
             raise UsageError(
-                f"{self.path} has averaged weights ({averaged[0]}) beside the raw ones: choose with --ema or --no-ema"
+                f"{self.path} has averaged weights ({averaged[0]}) beside the raw ones: "
+                "choose with --ema or --no-ema (in Python: ema=True or False)"
             )
         if ema and not averaged:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")

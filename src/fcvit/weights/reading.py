@@ -183,7 +183,12 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
         if name not in wanted:
             problems.append(
                 Problem(
-                    name[:120], "no such tensor", f"shape {list(found[name].shape)}", "another model, or more than one"
+                    name[:120],
+                    "no such tensor",
+                    f"shape {list(found[name].shape)}",
+                    "a detector's: only fcvit.create_backbone skips it"
+                    if name.startswith(DETECTOR_PARTS)
+                    else "another model?",
                 )
             )
     return problems
