@@ -288,6 +288,33 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
     assert found["form"] == "fcvit_digits (dense-prediction backbone)" and found["num_classes"] == 0
 
 
+@needs_paddle
+@pytest.mark.parametrize("command_line", ["eval", "quickstart"])
+def test_a_full_disk_during_a_run(tmp_path, digits_pth, image, command_line):
+    """In a child of its own, which may not write files of more than 2 kB."""
+    for label in range(10):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for index in range(6):
+            (tmp_path / "data" / str(label) / f"{index}.png").write_bytes(image.read_bytes())
+    words = [command_line]
+    if command_line == "eval":
+        words += ["--weights", str(digits_pth), "--data", str(tmp_path / "data")]
+    script = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from fcvit.cli import main
+sys.exit(main({words!r} + ["-o", "run"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3 and "File too large" in done.stderr, done.stderr
+    assert len([line for line in done.stderr.splitlines() if "note:" not in line]) == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert not list((tmp_path / "run").glob("*.csv"))
+
+
 STRANGE = ("[/b]", "[red]x", "dog:dog:", "a[b]c", "\\[/]")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from fcvit import __version__
-from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UsageError
+from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UnreadableFile, UsageError
 
 if TYPE_CHECKING:
     from fcvit.tasks.verify import Verification
@@ -447,6 +447,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that went away
+        return _fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", UnreadableFile, debug)
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
