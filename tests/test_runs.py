@@ -1,7 +1,7 @@
 """Run folders: one a run, never half-told."""
 
-import concurrent.futures
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,16 +50,13 @@ def test_default_folders(tmp_path, monkeypatch):
         assert str(three) == "runs/eval-3"  # empty: nobody's
 
 
-def test_of_two_that_want_one_folder_one_gets_it(tmp_path):
-    def claim(_):
-        try:
-            with run_folder(tmp_path / "a", "eval"):
-                return 1
-        except UsageError:
-            return 0
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(claim, range(8))) == 1
+def test_of_two_that_want_one_folder_one_gets_it(tmp_path, monkeypatch):
+    """Both have seen it empty; the first has begun in between."""
+    with run_folder(tmp_path / "a", "first"):
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+        with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "second"):
+            pass
+    assert status(tmp_path / "a")["command"] == "first"
 
 
 def test_json_has_no_infinity():

@@ -190,7 +190,7 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
         (trace_torch, reference, "float32"),
     )
     places = []
-    with progress("verifying", len(runs), "runs") as advance:  # half a minute on the largest variant
+    with progress("verifying", len(runs), "runs") as advance:  # over half a minute on the largest variant
         for trace, weights, dtype in runs:
             places.append(trace(weights, images, dtype))
             advance(1)
