@@ -448,7 +448,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that went away
-        return _fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", UnreadableFile, debug)
+        return _fail(
+            f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", UnreadableFile, debug
+        )
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
