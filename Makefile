@@ -40,7 +40,7 @@ $(VENV)/bin/python:
 
 # A stamp for each set of packages: installed again when the project's metadata changes.
 $(VENV)/.cpu: pyproject.toml | $(VENV)/bin/python
-	$(PIP_INSTALL) --editable '.[cpu]'
+	$(PIP_INSTALL) --editable '.[cpu,report]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

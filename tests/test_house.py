@@ -11,17 +11,17 @@ SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
     ("errors", "frameworks", "variants"),
-    ("classes", "runs"),
+    ("classes", "runs", "metrics", "journal", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),
     ("deploy",),
-    ("report.progress", "report.contact_sheet"),
+    ("report.progress", "report.contact_sheet", "report.charts", "report.page", "report.results", "report.run_page"),
     ("tasks",),
     ("report.tables",),
     ("cli", "__main__"),
 )
 # Within a floor where one direction is meant.
-ORDER = {"tasks": ("verify", "convert", "inspect", "evaluate", "predict", "quickstart", "doctor")}
+ORDER = {"tasks": ("verify", "convert", "inspect", "plan", "evaluate", "compare", "predict", "quickstart", "doctor")}
 
 
 def floor(module):

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -193,65 +193,129 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     *,
-    weights: Path,
-    data: Path,
-    engine: str = "paddle",
-    protocol: str = "authors",
+    weights: list[Path] | None = None,
+    data: Path | None = None,
+    list_file: Annotated[Path | None, Parameter(name="--list")] = None,
+    protocol: Literal["authors", "resize256-bilinear", "both"] | None = None,
+    engine: str | None = None,
     output: Annotated[Path | None, Output] = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    device: Device = "auto",
+    resume: Path | None = None,
+    batch_size: int | Literal["auto"] | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] | None = None,
     ema: bool | None = None,
     input_size: int | None = None,
     crop_fraction: float | None = None,
     interpolation: Literal["bilinear", "bicubic"] | None = None,
+    classes: Classes = None,
+    subset: int | None = None,
+    seed: int | None = None,
+    real: Path | None = None,
+    class_subset: str | None = None,
+    strict: Annotated[bool | None, Parameter(negative=())] = None,
+    save_logits: Annotated[bool | None, Parameter(negative=())] = None,
     as_json: Json = False,
 ) -> int:
-    """Measure accuracy on a folder of class folders.
+    """Measure accuracy on labelled images.
 
     Args:
-        weights: A checkpoint of any format.
-        data: One folder of images per class.
-        engine: paddle, torch, or paddle,torch to compare both on the same images.
-        protocol: authors, or resize256-bilinear (Resize 256 bilinear, crop 224).
+        weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
+        data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
+        list_file: File with an image's path and class index a line.
+        protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
+        engine: paddle (default), torch, or paddle,torch to compare both on the same images.
         output: Folder of the run (default: runs/eval, or the first free one after it).
-        batch_size: Images at a time.
-        workers: Threads that decode images.
-        device: auto, cpu, gpu or gpu:N.
-        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        resume: Go on with the run in this folder; takes no other option but --workers and --json.
+        batch_size: Images at a time (default: 32); auto tries what fits.
+        workers: Processes that decode images (default: one for each core, at most 8); 0: none.
+        device: auto (default), cpu, gpu or gpu:N.
+        precision: float32 (default), or float16 or bfloat16 where the device has them.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
         input_size: Another input size in pixels than the weights'.
         crop_fraction: Another crop fraction.
         interpolation: Another interpolation.
+        classes: Class list of the model: CSV with id and name, or one class per line (default: the file's own).
+        subset: Only so many images, every class in its share.
+        seed: Draws the subset (default: 0).
+        real: The file real.json of ImageNet-ReaL, for accuracy by its labels too.
+        class_subset: Tell only these classes apart: a class list, or present for those of the data.
+        strict: Stop at the first image that cannot be read.
+        save_logits: Keep logits.npy beside the predictions.
         as_json: Print JSON.
     """
     from fcvit.report import tables
     from fcvit.tasks.evaluate import evaluate as run
+    from fcvit.tasks.evaluate import resume as go_on
 
-    found = run(
-        weights,
-        data,
-        engines=engine.split(","),
-        protocol_name=protocol,
-        preprocessing=_changes(input_size, crop_fraction, interpolation),
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        ema=ema,
-        folder=output,
-        record=True,
-        announce=_note,
-    )
+    options = {
+        "list_file": list_file,
+        "protocol": protocol,
+        "engines": engine.split(",") if engine is not None else None,
+        "folder": output,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "ema": ema,
+        "preprocessing": _changes(input_size, crop_fraction, interpolation),
+        "classes": classes,
+        "subset": subset,
+        "seed": seed,
+        "real": real,
+        "class_subset": class_subset,
+        "strict": strict,
+        "save_logits": save_logits,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if resume is not None:
+        if weights or data is not None or given:
+            raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
+        found = go_on(resume, workers=workers, announce=_note)
+    elif not weights or data is None:
+        raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
+    else:
+        if seed is not None and subset is None:
+            raise UsageError("eval: --seed draws a --subset; there is none")
+        found = run(weights, data, workers=workers, record=True, announce=_note, **given)
+    if found.first:
+        if as_json:
+            import dataclasses
+
+            _print_json(dataclasses.asdict(found))
+        else:
+            _show(*tables.evaluation(found))
+            print(f"written to {found.folder}")
+        if found.unreadable:
+            _show(tables.unreadable(found.unreadable), error=True)
+    return BadImages.exit_code if found.unreadable else 0
+
+
+@app.command
+def compare(
+    first: Path, second: Path, /, *, output: Annotated[Path | None, Output] = None, as_json: Json = False
+) -> None:
+    """Compare two results of eval over the same images: is the difference real, and where does it lie?
+
+    Args:
+        first: Folder of a result, or of a run that has only one.
+        second: The other.
+        output: New folder for comparison.json and differing.csv, the images on which they differ.
+        as_json: Print JSON.
+    """
+    from fcvit.tasks.compare import compare as run
+
+    found = run(first, second, output)
     if as_json:
         import dataclasses
 
         _print_json(dataclasses.asdict(found))
-    else:
-        _show(*tables.evaluation(found))
-        print(f"written to {found.folder}")
-    if found.unreadable:
-        _show(tables.unreadable(found.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+        return
+    from fcvit.report import tables
+
+    _show(*tables.comparison(found))
+    if output is not None:
+        print(f"written to {output}")
 
 
 @app.command

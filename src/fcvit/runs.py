@@ -12,8 +12,9 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
 
@@ -29,16 +30,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
     """Replace a file as a whole: a reader sees the old text or the new.
+
+    Args:
+        text: written as UTF-8.
+        errors: what happens to file names in it that are not UTF-8; "surrogateescape" keeps their bytes.
 
     Raises:
         UnreadableFile: it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same with bytes."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -69,35 +79,74 @@ def write_json(path: Path, content: object) -> None:
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path | None, command: str) -> Iterator[Path]:
+def run_folder(folder: Path | None, command: str, details: Mapping[str, object] | None = None) -> Iterator[Path]:
     """A new run in `folder`; how it ended is written when the block is left.
 
     Args:
         folder: empty or new; None: `runs/COMMAND`, or the first of `runs/COMMAND-2`, ... that is free.
         command: its name.
+        details: what else `run.json` keeps, for one who continues the run.
 
     Raises:
         UsageError: the folder is not empty.
         UnreadableFile: it cannot be written to.
     """
     folder = _free_folder(command) if folder is None else _claim(folder)
-    record: dict[str, object] = {
-        "command": command,
-        "arguments": sys.argv[1:],
-        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
-    write_json(folder / "run.json", record | {"status": "running"})
-    try:
+    record: dict[str, object] = {"command": command, "arguments": sys.argv[1:], "began": _now(), "versions": versions()}
+    with _recorded(folder, record | dict(details or {})):
         yield folder
+
+
+@contextlib.contextmanager
+def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
+    """Go on with a run whose record `read_run` gave; how it ended is written when the block is left.
+
+    Raises:
+        UnreadableFile: the folder cannot be written to.
+    """
+    before = record.get("continued")
+    times = [*(before if isinstance(before, list) else []), _now()]
+    kept = {key: value for key, value in record.items() if key not in ("status", "reason")}
+    with _recorded(folder, kept | {"continued": times}):
+        yield folder
+
+
+def read_run(folder: Path, command: str) -> dict[str, Any]:
+    """The record of a run of this command.
+
+    Raises:
+        UnreadableFile: there is none, or it is damaged.
+        UsageError: it is of another command.
+    """
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFile(f"{path}: {error.strerror}; expected the folder of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"{path}: damaged ({str(error)[:80]})") from error
+    if not isinstance(record, dict) or record.get("command") != command:
+        raise UsageError(f"{folder}: not a run of fcvit {command}")
+    return record
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
+    write_json(folder / "run.json", {**record, "status": "running"})
+    try:
+        yield
     except KeyboardInterrupt:
-        write_json(folder / "run.json", record | {"status": "interrupted"})
+        write_json(folder / "run.json", {**record, "status": "interrupted"})
         raise
     except BaseException as error:
         with contextlib.suppress(UnreadableFile):  # the disk may be what failed
-            write_json(folder / "run.json", record | {"status": "failed", "reason": str(error)})
+            write_json(folder / "run.json", {**record, "status": "failed", "reason": str(error)})
         raise
-    write_json(folder / "run.json", record | {"status": "finished"})
+    write_json(folder / "run.json", {**record, "status": "finished"})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _claim(folder: Path) -> Path:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import golden_json
-from fcvit.errors import BadImages, UsageError
-from fcvit.images.preprocess import crop, decode, normalise, preprocess, protocol
+from fcvit.errors import BadImages
+from fcvit.images.preprocess import crop, decode, normalise, preprocess
 from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing
 
 GOLDEN = golden_json("preprocess_synthetic.json")["images"]
@@ -67,14 +67,6 @@ def test_normalisation():
     np.testing.assert_allclose(found[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
     np.testing.assert_allclose(found[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6)
     assert not pixels[0].any()  # the input is left alone
-
-
-def test_protocols():
-    own = VARIANTS["fcvit_b24"].preprocessing
-    assert protocol("authors", own) is own
-    assert protocol("resize256-bilinear", own) == RESIZE256_BILINEAR
-    with pytest.raises(UsageError, match="expected authors or resize256-bilinear"):
-        protocol("official", own)
 
 
 @given(width=st.integers(1, 400), height=st.integers(1, 400), size=st.integers(1, 64), fraction=st.floats(0.2, 1))

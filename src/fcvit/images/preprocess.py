@@ -5,42 +5,32 @@ The authors evaluate with timm's transform over torchvision and Pillow: shorter 
 OpenCV's and Paddle's own resizing give other pixels.
 """
 
-import dataclasses
 import os
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fcvit.errors import BadImages, UsageError
-from fcvit.variants import RESIZE256_BILINEAR, Preprocessing
+from fcvit.errors import BadImages
+from fcvit.variants import Preprocessing
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-PROTOCOLS = ("authors", "resize256-bilinear")
 
 
-def protocol(name: str, resolved: Preprocessing) -> Preprocessing:
-    """The preprocessing of a named protocol: `authors` is what was resolved for the weights.
+def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read an image of one of `FORMATS` as RGB, as torchvision does: orientation tags are not applied.
 
-    Raises:
-        UsageError: no such protocol.
-    """
-    if name == "authors":
-        return resolved
-    if name == "resize256-bilinear":
-        return dataclasses.replace(RESIZE256_BILINEAR, mean=resolved.mean, std=resolved.std)
-    raise UsageError(f"--protocol {name!r}: expected {' or '.join(PROTOCOLS)}")
-
-
-def decode(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file of one of `FORMATS` as RGB, as torchvision does: orientation tags are not applied.
+    Args:
+        source: its path, or a file that is open.
+        name: what messages call it; None: the source.
 
     Raises:
         BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             _check_area(image.width, image.height)
             return image.convert("RGB")
     except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
@@ -50,7 +40,7 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
             reason = error.strerror
         else:
             reason = str(error)[:120]
-        raise BadImages(f"{path}: {reason}") from error
+        raise BadImages(f"{source if name is None else name}: {reason}") from error
 
 
 def _check_area(width: int, height: int) -> None:

@@ -2,11 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-
-from fcvit.images.preprocess import decode
 
 # Okabe and Ito's blue and vermilion: told apart by the colour-blind too; a mark repeats it in shape.
 RIGHT, WRONG, INK, PAPER = "#0072B2", "#D55E00", "#222222", "#ffffff"
@@ -15,9 +12,9 @@ _TILE, _GAP, _TEXT = 128, 16, 44
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One image: its file, the class it was taken for, how surely, and the truth where it is known."""
+    """One image: RGB, the class it was taken for, how surely, and the truth where it is known."""
 
-    path: Path
+    image: Image.Image
     predicted: str
     probability: float
     truth: str | None = None
@@ -25,7 +22,7 @@ class Tile:
 
 def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     """A grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
-    columns = min(columns, len(tiles))
+    columns = max(1, min(columns, len(tiles)))
     rows = -(-len(tiles) // columns)
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     head = 2 * _GAP + 20
@@ -38,7 +35,7 @@ def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.
     for index, tile in enumerate(tiles):
         x = _GAP + (index % columns) * (_TILE + _GAP)
         y = head + (index // columns) * (_TILE + _TEXT + _GAP)
-        image = decode(tile.path)
+        image = tile.image
         scale = _TILE / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         # Enlarged pixels stay pixels; photographs are shrunk smoothly.

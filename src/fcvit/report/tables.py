@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fcvit.errors import BadImages
+from fcvit.tasks.compare import ResultComparison
 from fcvit.tasks.convert import Conversion
 from fcvit.tasks.evaluate import Evaluation
 from fcvit.tasks.predict import Prediction
@@ -24,6 +25,7 @@ from fcvit.weights.names import Form, parameter_count
 from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long
+_CLASSES = 10
 
 
 def console(error: bool = False) -> Console:
@@ -113,26 +115,81 @@ def _is_block(place: Place) -> bool:
 
 
 def evaluation(found: Evaluation) -> list[Table]:
-    """Accuracies, and how far two engines agree."""
-    chosen = found.preprocessing
-    title = f"protocol {found.protocol}: resize {chosen.resize} {chosen.interpolation}, crop {chosen.input_size}"
-    k = found.results[0].k
-    figures = ("images", "top-1 %", *([f"top-{k} %"] if k > 1 else []), "loss")
-    result = table("engine", *figures, title=title, right=figures)
+    """Accuracies beside the published ones, what the protocols change, and how far engines agree."""
+    first = found.results[0]
+    k = first.k
+    figures = ("images", "top-1 %", "95 % interval", *([f"top-{k} %"] if k > 1 else []), "loss", "ECE")
+    real = ("ReaL %",) if first.real else ()
+    beside = ("published %", "") if any(row.standing for row in found.results) else ()
+    result = table("", *figures, *real, *beside, right=(*figures, *real, "published %"))
     for row in found.results:
-        accuracies = (f"{row.top1:.2f}", f"{row.top_k:.2f}")[: len(figures) - 2]
-        result.add_row(f"{row.engine} ({row.device})", str(row.images), *accuracies, f"{row.loss:.4f}")
-    if found.published_top1 is not None:
-        whose = "the authors" if found.protocol == "authors" else "the earlier port"
-        result.add_row(f"published by {whose}, all of ImageNet-1K", "50000", f"{found.published_top1:.1f}", style="dim")
-    tables = [result]
-    if found.agreement:
-        both = found.agreement
+        cells = [str(row.images), f"{row.top1:.2f}", interval(row.top1_interval)]
+        cells += [f"{row.top_k:.2f}"] if k > 1 else []
+        cells += [f"{row.loss:.4f}", f"{row.calibration.error:.4f}"]
+        cells += [f"{row.real.top1:.2f}"] if row.real else []
+        if beside:
+            cells += [f"{row.standing.published:.1f}", row.standing.verdict] if row.standing else ["", ""]
+        result.add_row(row.name, *cells)
+    about = table()
+    for row in found.results:
+        chosen = row.protocol.preprocessing
+        what = f"resize {chosen.resize} {chosen.interpolation}, crop {chosen.input_size}"
+        changed = "".join(f", {field} {own} for {usual}" for field, (usual, own) in row.protocol.changed.items())
+        computed = f"{row.engine} ({row.device}), {row.precision}"
+        about.add_row(row.name, f"protocol {row.protocol.name}: {what}{changed}; {computed}")
+        if row.standing:
+            about.add_row("", f"{row.standing.whose}: {row.standing.reason}")
+    tables = [result, about]
+    for effect in found.effects:
+        pair = table(title="the protocols, on the same images")
+        pair.add_row(f"{effect.lanes[1]} less {effect.lanes[0]}", f"{effect.difference:+.2f} points")
+        pair.add_row("95 % interval", interval(effect.interval))
+        pair.add_row("exact McNemar test", f"p = {effect.p_value:.2g}")
+        tables.append(pair)
+    for both in found.agreements:
         pair = table(title=f"{both.engines[0]} and {both.engines[1]}, the same images")
         pair.add_row("same top-1", f"{both.top1_agreement:.2f} %")
         pair.add_row("largest logit difference", f"{both.max_difference:.2e}")
         pair.add_row("mean logit difference", f"{both.mean_difference:.2e}")
         tables.append(pair)
+    return tables
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """Two bounds in per cent or points."""
+    return f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+
+
+def comparison(found: ResultComparison) -> list[Table]:
+    """Two results over the same images: the difference, classes that gained and lost, images that differ."""
+    figures = table(title=f"{found.first} and {found.second}, the same {found.images} images")
+    figures.add_row("top-1 of the first", f"{found.top1[0]:.2f} %")
+    figures.add_row("top-1 of the second", f"{found.top1[1]:.2f} %")
+    figures.add_row("difference", f"{found.difference:+.2f} points (95 % interval {interval(found.interval)})")
+    figures.add_row("only the first is right", str(found.only_first))
+    figures.add_row("only the second is right", str(found.only_second))
+    figures.add_row("exact McNemar test", f"p = {found.p_value:.2g}")
+    figures.add_row("another top-1 class", f"{len(found.differing)} images")
+    tables = [figures]
+    moved = [change for change in found.classes if change.gained]
+    for title, rows in (
+        ("classes that gained most", [change for change in moved if change.gained > 0][:_CLASSES]),
+        ("classes that lost most", [change for change in reversed(moved) if change.gained < 0][:_CLASSES]),
+    ):
+        if rows:
+            columns = ("images", "first %", "second %", "images gained")
+            listing = table("class", "name", *columns, title=title, right=columns)
+            for row in rows:
+                shares = (f"{row.first:.1f}", f"{row.second:.1f}")
+                listing.add_row(row.id, row.name, str(row.images), *shares, f"{row.gained:+d}")
+            tables.append(listing)
+    if found.differing:
+        listing = table("image", "truth", "first", "second", title="images on which they differ")
+        for row in found.differing[:_SHOWN]:
+            listing.add_row(row.path, row.truth, row.first, row.second)
+        if len(found.differing) > _SHOWN:
+            listing.add_row(f"... and {len(found.differing) - _SHOWN} more", "", "", "")
+        tables.append(listing)
     return tables
 
 

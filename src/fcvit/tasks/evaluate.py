@@ -1,87 +1,41 @@
-"""Accuracy of weights on labelled images, with one engine or with several on the same images."""
+"""Accuracy of weights on labelled images: several weights, protocols and engines in one pass over them.
 
-import collections
-import concurrent.futures
+The way of the data: images -> batches of crops -> each lane's logits -> a record of every image in the
+journal -> figures from all records at once -> a folder for each lane. Since figures come from the records
+alone, a run that is continued, or shared by several processes, ends as an uninterrupted one does.
+"""
+
 import contextlib
-import csv
 import dataclasses
+import hashlib
+import io
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
-from fcvit import runs
-from fcvit.classes import Classes, resolve_classes
-from fcvit.deploy.engines import Engine, create_engine
-from fcvit.errors import BadImages, DoesNotFit, UsageError
-from fcvit.images.folder import LabelledFolder, read_labelled_folder
-from fcvit.images.preprocess import preprocess, protocol
+from fcvit import metrics, runs
+from fcvit.deploy.batch_size import fitting_batch_size
+from fcvit.deploy.engines import Engine
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.images.loader import DIGEST, Batch, batches
+from fcvit.images.preprocess import decode
+from fcvit.journal import Frame, Journal
+from fcvit.processes import Processes, join
+from fcvit.protocols import AUTHORS, stand
+from fcvit.report import results, run_page
 from fcvit.report.progress import progress
-from fcvit.variants import (
-    IMAGENET_CLASSES,
-    Preprocessing,
-    PreprocessingChange,
-    Published,
-    published,
-    resolve_preprocessing,
-)
+from fcvit.report.results import Agreement, ProtocolEffect, Real, Records, Result
+from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check
+from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
-# Each image in flight is held as its crop only; two batches a worker keep the model fed.
-_BATCHES_AHEAD = 2
-
-
-@dataclasses.dataclass
-class Sums:
-    """What one engine got right: sums over samples, from which the figures follow."""
-
-    images: int = 0
-    correct: int = 0
-    correct_in_k: int = 0
-    loss: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, logits: np.ndarray, labels: np.ndarray, k: int) -> None:
-        """Count a batch: logits (B, C), labels (B,)."""
-        rank = rank_of_truth(logits, labels)
-        self.images += len(labels)
-        self.correct += int((rank == 0).sum())
-        self.correct_in_k += int((rank < k).sum())
-        self.loss += float(cross_entropy(logits, labels).sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Figures of one engine.
-
-    Attributes:
-        engine, device: what computed them.
-        images: how many were evaluated.
-        top1, top_k: per cent; `k` is 5, or the class count where that is smaller.
-        loss: cross-entropy, mean over the images.
-        seconds: that this engine computed, decoding aside.
-    """
-
-    engine: str
-    device: str
-    images: int
-    top1: float
-    top_k: float
-    k: int
-    loss: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Two engines on the same images: share of equal top-1 in per cent, absolute logit differences."""
-
-    engines: tuple[str, str]
-    top1_agreement: float
-    max_difference: float
-    mean_difference: float
+JOURNALS = "journals"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,260 +43,452 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        results: one for each engine.
-        agreement: of the first two engines; None for one.
+        results: one for each pair of weights and protocol, and each engine.
+        agreements: of each further engine with the first.
+        effects: of the protocols, where there are two.
         unreadable: images that were left out, with the reason.
-        rule: how class folders became indices.
-        protocol: the name of the preprocessing: "authors", "resize256-bilinear" or "custom".
-        preprocessing: what it was.
-        published_top1: of a published variant under this protocol on all of ImageNet-1K, else None.
+        rule: how class folders or labels became indices.
         folder: where everything was written, or None.
-        seconds: all of it.
+        first: whether this process speaks for all (see `fcvit.processes`).
+        seconds: since this process began.
     """
 
     results: tuple[Result, ...]
-    agreement: Agreement | None
+    agreements: tuple[Agreement, ...]
+    effects: tuple[ProtocolEffect, ...]
     unreadable: tuple[str, ...]
     rule: str
-    protocol: str
-    preprocessing: Preprocessing
-    published_top1: float | None
     folder: Path | None
+    first: bool
     seconds: float
 
 
 def evaluate(
-    weights: Weights | str | os.PathLike[str],
+    weights: "Weights | str | os.PathLike[str] | Sequence[Weights | str | os.PathLike[str]]",
     data: str | os.PathLike[str],
     *,
-    engines: Sequence[str] = ("paddle",),
-    protocol_name: str = "authors",
+    list_file: str | os.PathLike[str] | None = None,
+    engines: str | Sequence[str] = ("paddle",),
+    protocol: str = AUTHORS,
     preprocessing: Preprocessing | PreprocessingChange | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
+    batch_size: int | Literal["auto"] = 32,
+    workers: int = 0,
     device: str = "auto",
+    precision: str = "float32",
     ema: bool | None = None,
+    classes: str | os.PathLike[str] | None = None,
+    subset: int | None = None,
+    seed: int = 0,
+    real: str | os.PathLike[str] | None = None,
+    class_subset: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+    save_logits: bool = False,
     folder: str | os.PathLike[str] | None = None,
     record: bool = False,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Evaluate weights on a folder of class folders.
+    """Evaluate weights on labelled images.
 
     Args:
-        weights: a file of any format, or weights in memory.
-        data: see `read_labelled_folder`.
+        weights: a file of any format, weights in memory, or several of either that know the same classes.
+        data, list_file: see `fcvit.images.dataset.read_dataset`.
         engines: names of `fcvit.deploy.engines.ENGINES`; all see the same batches.
-        protocol_name: "authors" or "resize256-bilinear".
-        preprocessing: another one, or single fields of it, which makes the protocol "custom";
-            None: the file's, else the variant's.
-        batch_size, workers: at least 1; workers decode while the model computes.
+        protocol: "authors" (the preprocessing that belongs to the weights), "resize256-bilinear", "both".
+        preprocessing: another one, or single fields of it, which makes the protocol "custom".
+        batch_size: at least 1; "auto" tries what fits. Float32 sums depend on it, in the last digits.
+        workers: processes that decode while the model computes; 0: this one decodes. A script that uses
+            processes must begin its work under `if __name__ == "__main__":`.
         device: auto, cpu, gpu or gpu:N.
+        precision: float32, or float16 or bfloat16 where the engine's device has them.
         ema: choose the averaged or raw weights of a file that has both.
-        folder: a new folder for `run.json`, `metrics.json` and `predictions.csv`; None: nothing is
-            written, or, with `record`, the folder is `runs/eval` or the first free one after it.
-        announce: is told before the first batch how class folders became indices.
+        classes: class list of the model, where the weights' own is missing or wrong.
+        subset, seed: only so many images, drawn by the seed, every class in its share.
+        real: `real.json` of ImageNet-ReaL, for a second accuracy by its labels.
+        class_subset: tell only these classes apart: a class list, or "present" for those that the data
+            has (as ImageNet-A and -R are scored).
+        strict: stop at the first image that cannot be read.
+        save_logits: keep `logits.npy`, float32 (images, classes), for each lane; NaN for what was left out.
+        folder: a new folder for the results; None: nothing is written, or, with `record`, the folder is
+            `runs/eval` or the first free one after it.
+        announce: is told what a person should know: how labels became indices, the batch size that was
+            found, how to go on after an interruption.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit, MissingExtra: before the first batch.
-        BadImages: not a single image can be read. Single bad ones are listed in the result.
+        BadImages: not a single image can be read, or with `strict` one cannot. Single bad ones are
+            listed in the result.
+        NumbersDisagree: logits that are no finite numbers.
     """
-    if batch_size < 1 or workers < 1:
-        raise UsageError(f"--batch-size {batch_size}, --workers {workers}: expected at least 1")
-    engines = (engines,) if isinstance(engines, str) else tuple(engines)
-    if preprocessing and protocol_name != "authors":
-        raise UsageError(f"--protocol {protocol_name} is a fixed preprocessing; leave out the one or the other")
-    if not engines or len(set(engines)) != len(engines):
-        raise UsageError(f"--engine {','.join(engines)!r}: expected different engines, separated by commas")
-    if not isinstance(weights, Weights):
-        weights = read_weights(weights, ema)
-    form = weights.form
-    if form.dense or not form.num_classes:
-        raise DoesNotFit(f"{weights.source.path} is {form}: it has no classes to evaluate")
-    chosen = protocol(protocol_name, resolve_preprocessing(preprocessing, weights.preprocessing, form.variant))
-    protocol_name = "custom" if preprocessing else protocol_name
-    images = read_labelled_folder(Path(data), weights.classes, form.num_classes)
-    announce(images.rule)
-    classes = resolve_classes(None, weights.classes, form.num_classes)
-    running = [create_engine(name, weights, chosen, device) for name in engines]
-    k = min(5, form.num_classes)
-    sums = [Sums() for _ in running]
-    pair = _PairSums()
-    unreadable: list[str] = []
-    began = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        place = sink = None
-        if folder is not None or record:
-            place = stack.enter_context(runs.run_folder(None if folder is None else Path(folder), "eval"))
-            sink = stack.enter_context(_prediction_file(place, k))
-        advance = stack.enter_context(progress("evaluating", len(images.paths)))
-        for paths, batch, labels, bad in _batches(images, chosen, batch_size, workers):
-            unreadable += bad
-            if paths:
-                logits = []
-                for engine, total in zip(running, sums, strict=True):
-                    started = time.perf_counter()
-                    logits.append(engine(batch))
-                    total.seconds += time.perf_counter() - started
-                    total.add(logits[-1], labels, k)
-                if len(logits) > 1:
-                    pair.add(logits[0], logits[1])
-                if sink is not None:
-                    sink.writerows(_rows(paths, labels, logits[0], classes, k))
-            advance(len(paths) + len(bad))
-        if not sums[0].images:
-            raise BadImages(f"{data}: none of {len(images.paths)} images can be read, first: {unreadable[0]}")
-        figures = published(form.variant)
-        evaluation = Evaluation(
-            tuple(_result(engine, total, k) for engine, total in zip(running, sums, strict=True)),
-            pair.agreement((running[0].name, running[1].name)) if len(running) > 1 else None,
-            tuple(unreadable),
-            images.rule,
-            protocol_name,
-            chosen,
-            _published_top1(figures, protocol_name) if figures and form.num_classes == IMAGENET_CLASSES else None,
-            place,
-            time.perf_counter() - began,
-        )
-        if place is not None:
-            about = {
-                "weights": str(weights.source.path),
-                "weights_sha256": weights.source.sha256,
-                "data": str(data),
-                "classes": images.mapping,
-                "versions": runs.versions(),
-            }
-            runs.write_json(place / "metrics.json", dataclasses.asdict(evaluation) | about)
-    return evaluation
-
-
-def rank_of_truth(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the true one, (B, C), (B,) -> (B,); of equal logits the lower index is first."""
-    truth = logits[np.arange(len(labels)), labels][:, None]
-    before = np.arange(logits.shape[1])[None] < labels[:, None]
-    return ((logits > truth) | ((logits == truth) & before)).sum(axis=1)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, (B, C) -> (B, C)."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Per sample, in float64: (B, C), (B,) -> (B,)."""
-    logits = logits.astype(np.float64)
-    top = logits.max(axis=1, keepdims=True)
-    log_total = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
-    return log_total - logits[np.arange(len(labels)), labels]
-
-
-def top_classes(logits: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest, best first, (B, C) -> (B, k); of equal logits the lower index is first."""
-    return np.argsort(-logits, axis=1, kind="stable")[:, :k]
-
-
-@dataclasses.dataclass
-class _PairSums:
-    images: int = 0
-    same: int = 0
-    numbers: int = 0
-    largest: float = 0.0
-    total: float = 0.0
-
-    def add(self, one: np.ndarray, other: np.ndarray) -> None:
-        difference = np.abs(one.astype(np.float64) - other)
-        self.images += len(one)
-        self.same += int((one.argmax(1) == other.argmax(1)).sum())
-        self.numbers += difference.size
-        self.largest = max(self.largest, float(difference.max()))
-        self.total += float(difference.sum())
-
-    def agreement(self, engines: tuple[str, str]) -> Agreement:
-        return Agreement(engines, 100 * self.same / self.images, self.largest, self.total / self.numbers)
-
-
-def _batches(
-    images: LabelledFolder, preprocessing: Preprocessing, batch_size: int, workers: int
-) -> Iterator[tuple[list[str], np.ndarray, np.ndarray, list[str]]]:
-    """Paths, uint8 images (B, 3, S, S), labels and unreadable files, batch by batch, in order.
-
-    Threads are enough: Pillow decodes and resizes without holding Python's lock.
-    """
-
-    def load(path: str) -> np.ndarray | BadImages:
-        try:
-            return preprocess(images.root / path, preprocessing)
-        except BadImages as error:
-            return error
-
-    pending: collections.deque = collections.deque()
-    starts = iter(range(0, len(images.paths), batch_size))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-
-        def submit() -> None:
-            for start in starts:
-                paths = images.paths[start : start + batch_size]
-                labels = images.labels[start : start + batch_size]
-                pending.append((paths, labels, [pool.submit(load, path) for path in paths]))
-                return
-
-        for _ in range(_BATCHES_AHEAD * workers):
-            submit()
-        try:
-            while pending:
-                paths, labels, futures = pending.popleft()
-                loaded = [future.result() for future in futures]
-                submit()
-                good = [i for i, image in enumerate(loaded) if isinstance(image, np.ndarray)]
-                bad = [str(image) for image in loaded if isinstance(image, BadImages)]
-                batch = np.stack([loaded[i] for i in good]) if good else np.empty((0, 3, 1, 1), np.uint8)
-                yield [paths[i] for i in good], batch, np.array([labels[i] for i in good], np.int64), bad
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _rows(
-    paths: Sequence[str], labels: np.ndarray, logits: np.ndarray, classes: Classes, k: int
-) -> Iterator[list[object]]:
-    probabilities = softmax(logits)
-    for path, label, best, row in zip(paths, labels, top_classes(logits, k), probabilities, strict=True):
-        ranked = [value for index in best for value in (classes[index].id, f"{row[index]:.6f}")]
-        yield [path, classes[label].id, *ranked]
-
-
-@contextlib.contextmanager
-def _prediction_file(folder: Path, k: int) -> Iterator["csv.Writer"]:
-    """`predictions.csv`, written as the images come and complete once it has its name."""
-    path = folder / "predictions.csv"
-    temporary = folder / ".predictions.csv.tmp"
-    try:
-        # A path need not be UTF-8; its bytes are kept as they are.
-        with temporary.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            ranked = [f"{what}_{place}" for place in range(1, k + 1) for what in ("class", "probability")]
-            writer.writerow(["path", "truth", *ranked])
-            yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _published_top1(figures: Published, protocol_name: str) -> float | None:
-    """What was published under this protocol: by the authors, or by the earlier port."""
-    return {"authors": figures.top1, "resize256-bilinear": figures.earlier_port_top1}.get(protocol_name)
-
-
-def _result(engine: Engine, total: Sums, k: int) -> Result:
-    share = 100 / total.images
-    return Result(
-        engine.name,
-        engine.device,
-        total.images,
-        share * total.correct,
-        share * total.correct_in_k,
-        k,
-        total.loss / total.images,
-        total.seconds,
+    several = (weights,) if isinstance(weights, Weights | str | os.PathLike) else tuple(weights)
+    settings = Settings(
+        tuple(_absolute(w.source.path if isinstance(w, Weights) else w) for w in several),
+        _absolute(data),
+        _absolute(list_file) if list_file else None,
+        (engines,) if isinstance(engines, str) else tuple(engines),
+        protocol,
+        dataclasses.asdict(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing,
+        batch_size,
+        device,
+        precision,
+        ema,
+        _absolute(classes) if classes else None,
+        subset,
+        seed,
+        _absolute(real) if real else None,
+        PRESENT if class_subset == PRESENT else _absolute(class_subset) if class_subset else None,
+        strict,
+        save_logits,
     )
+    check(settings, workers)
+    if save_logits and folder is None and not record:
+        raise UsageError("save_logits needs a folder")
+    began = time.perf_counter()
+    processes, place = join(device)
+    loaded = [w if isinstance(w, Weights) else read_weights(w, ema) for w in several]
+    plan = Plan(settings, loaded, place)
+    if processes.first:
+        announce(plan.images.rule)
+    if batch_size == "auto":
+        found = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
+        size, reason = json.loads(processes.broadcast(json.dumps(found).encode()))
+        settings = plan.settings = dataclasses.replace(settings, batch_size=size)
+        if processes.first:
+            announce(f"batch size: {reason}")
+    with contextlib.ExitStack() as stack:
+        target = None
+        if folder is not None or record:
+            if processes.first:
+                details = {"settings": dataclasses.asdict(settings), "identity": plan.identity()}
+                opened = runs.run_folder(None if folder is None else Path(folder), "eval", details)
+                target = stack.enter_context(opened)
+            target = _shared_folder(target, processes)
+        return _run(plan, processes, target, workers, announce, began)
+
+
+def resume(
+    folder: str | os.PathLike[str], *, workers: int = 0, announce: Callable[[str], None] = lambda _: None
+) -> Evaluation:
+    """Go on with a run that was interrupted; its numbers are those of an uninterrupted one.
+
+    A finished run is only written again, from its records: with charts, if the extra `report` came later.
+
+    Args:
+        folder: of the run.
+        workers, announce: as in `evaluate`.
+
+    Raises:
+        UnreadableFile, UsageError: no such run.
+        DoesNotFit: weights, images or packages are no longer those that the run began with.
+        And what `evaluate` raises.
+    """
+    began = time.perf_counter()
+    folder = Path(folder)
+    known = runs.read_run(folder, "eval")
+    try:
+        kept: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in known["settings"].items()}
+        settings, identity = Settings(**kept), known["identity"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnreadableFile(f"{folder / 'run.json'}: without the settings of the run; start a new one") from error
+    check(settings, workers)
+    processes, place = join(settings.device)
+    plan = Plan(settings, [read_weights(path, settings.ema) for path in settings.weights], place)
+    now = plan.identity()
+    for what in now:
+        if identity.get(what) != now[what]:
+            raise DoesNotFit(
+                f"{folder}: {what.replace('_', ' ')} changed since the run began: it cannot end with the numbers "
+                "that it would have had; start a new one"
+            )
+    with contextlib.ExitStack() as stack:
+        if processes.first:
+            stack.enter_context(runs.continued_run(folder, known))
+        return _run(plan, processes, _shared_folder(folder, processes), workers, announce, began)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return str(Path(path).absolute())
+
+
+def _shared_folder(folder: Path | None, processes: Processes) -> Path:
+    """The run's folder in every process; made where another machine does not share it."""
+    path = Path(os.fsdecode(processes.broadcast(os.fsencode(folder.absolute()) if folder else b"")))
+    path.mkdir(parents=True, exist_ok=True)
+    return folder if folder is not None else path
+
+
+def _run(
+    plan: Plan,
+    processes: Processes,
+    folder: Path | None,
+    workers: int,
+    announce: Callable[[str], None],
+    began: float,
+) -> Evaluation:
+    journal = Journal(plan.dtype, folder and folder / JOURNALS, processes.rank)
+    logits = _LogitFiles(plan, folder) if plan.settings.save_logits and folder else None
+    # By number, not by what is left: what another process has already done must not shift the shares.
+    missing = [
+        number for number in plan.batches if number % processes.count == processes.rank and number not in journal.frames
+    ]
+    try:
+        _compute(plan, processes, missing, journal, logits, workers, announce)
+    except KeyboardInterrupt:
+        if folder is not None and processes.first:
+            announce(f"go on with: fcvit eval --resume {folder}")
+        raise
+    finally:
+        journal.close()
+    for content in processes.gather(journal.encoded())[1:]:
+        journal.merge(content)
+    if not processes.first:
+        journal.merge(processes.broadcast(b""))
+    else:
+        processes.broadcast(journal.encoded())
+    lost = [number for number in plan.batches if number not in journal.frames]
+    assert not lost, f"no process did batches {lost[:5]}"
+    found, records = _figures(plan, journal, folder, processes, began)
+    if processes.first and folder is not None:
+        if logits is not None:
+            logits.finish(journal)
+        _write(plan, found, records, folder, announce)
+    processes.gather(b"")  # the first one keeps the store for the others
+    return found
+
+
+def _compute(
+    plan: Plan,
+    processes: Processes,
+    missing: Sequence[int],
+    journal: Journal,
+    logits: "_LogitFiles | None",
+    workers: int,
+    announce: Callable[[str], None],
+) -> None:
+    """Do the batches that are missing, into the journal."""
+    if not missing:
+        return
+    if journal.frames and processes.first:
+        done = sum(plan.batch_images(number) for number in journal.frames)
+        announce(f"{done} of {len(plan.images)} images are done already")
+    engines = plan.engines
+    what = "evaluating" if processes.count == 1 else f"evaluating (process 1 of {processes.count})"
+    total = sum(plan.batch_images(number) for number in missing)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress(what, total)) if processes.first else lambda _: None
+        loaded = batches(plan.images, missing, int(plan.settings.batch_size), plan.crops, workers)
+        stack.enter_context(contextlib.closing(loaded))
+        for batch in loaded:
+            if batch.bad and plan.settings.strict:
+                raise BadImages(f"{batch.bad[0][1]} (--strict stops at the first image that cannot be read)")
+            journal.append(_frame(plan, engines, batch, logits))
+            advance(len(batch.indices) + len(batch.bad))
+
+
+def _frame(plan: Plan, engines: Sequence[Engine], batch: Batch, logits: "_LogitFiles | None") -> Frame:
+    """A batch through all lanes."""
+    records = np.zeros(len(batch.indices), plan.dtype)
+    records["index"] = batch.indices
+    seconds = [0.0] * len(plan.lanes)
+    made: list[np.ndarray] = []
+    if len(records):
+        records["digest"] = np.frombuffer(b"".join(batch.digests), np.uint8).reshape(-1, DIGEST)
+        labels = plan.labels[batch.indices]
+        for place, (lane, engine) in enumerate(zip(plan.lanes, engines, strict=True)):
+            began = time.perf_counter()
+            out = engine(batch.pixels[lane.crop])
+            seconds[place] = time.perf_counter() - began
+            if not np.isfinite(out).all():  # NaN compares as if the true class were first
+                row = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
+                raise NumbersDisagree(
+                    f"{lane.name}: logits of {plan.images.names[batch.indices[row]]} are not finite; the weights "
+                    f"are damaged, or {engine.precision} is too narrow for them"
+                )
+            if logits is not None:
+                logits.write(place, batch.indices, out)
+            out = out[:, plan.columns]
+            made.append(out)
+            part = records["lanes"][:, place]
+            part["rank"] = metrics.rank_of_truth(out, labels)
+            part["loss"] = metrics.cross_entropy(out, labels)
+            part["top"] = best = metrics.top_classes(out, plan.k)
+            part["probability"] = np.take_along_axis(metrics.softmax(out), best, axis=1)
+            if lane.reference is not None:
+                difference = np.abs(out.astype(np.float64) - made[lane.reference])
+                part["largest"], part["total"] = difference.max(axis=1), difference.sum(axis=1)
+    devices = [engine.device for engine in engines]
+    return Frame(batch.number, records, {"bad": batch.bad, "seconds": seconds, "devices": devices})
+
+
+class _LogitFiles:
+    """`logits.npy` of every lane: float32 (images of the data set, classes), filled as batches come."""
+
+    def __init__(self, plan: Plan, folder: Path):
+        self.shape = (len(plan.images), len(plan.classes))
+        self.paths = [folder / lane.name / "logits.npy" for lane in plan.lanes]
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
+        self.head = head.getvalue()
+        self.row = 4 * self.shape[1]
+        self.files: list[int] = []
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.pwrite(file, self.head, 0)
+            os.ftruncate(file, len(self.head) + self.shape[0] * self.row)
+            self.files.append(file)
+
+    def write(self, lane: int, indices: np.ndarray, logits: np.ndarray) -> None:
+        """Rows of one batch; on the disk before the journal says that they are there."""
+        for index, row in zip(indices, np.ascontiguousarray(logits, "<f4"), strict=True):
+            os.pwrite(self.files[lane], row.tobytes(), len(self.head) + int(index) * self.row)
+        os.fdatasync(self.files[lane])
+
+    def finish(self, journal: Journal) -> None:
+        """Mark what was left out."""
+        for file in self.files:
+            for frame in journal.frames.values():
+                for index, _ in frame.extra["bad"]:
+                    os.pwrite(file, np.full(self.shape[1], np.nan, "<f4").tobytes(), len(self.head) + index * self.row)
+            os.close(file)
+
+
+def _figures(
+    plan: Plan, journal: Journal, folder: Path | None, processes: Processes, began: float
+) -> tuple[Evaluation, list[Records]]:
+    """All figures, from all records in the order of the data set."""
+    ordered = [journal.frames[number] for number in plan.batches]
+    bad = [(index, reason) for frame in ordered for index, reason in frame.extra["bad"]]
+    rows = np.concatenate([frame.records for frame in ordered])
+    if not len(rows):
+        raise BadImages(f"{plan.images.root}: none of {len(plan.images)} images can be read, first: {bad[0][1]}")
+    truth = plan.labels[rows["index"]]
+    names = tuple(plan.images.names[index] for index in rows["index"])
+    digests = tuple(digest.tobytes().hex() for digest in rows["digest"])
+    ids = [plan.lane_classes[label].id for label in truth]
+    fingerprint = hashlib.sha256("\n".join(sorted(map("{} {}".format, digests, ids))).encode()).hexdigest()
+    records, lanes = [], []
+    for place, lane in enumerate(plan.lanes):
+        part = rows["lanes"][:, place]
+        kept = Records(
+            names, digests, truth, part["rank"], part["loss"], part["top"], part["probability"], plan.lane_classes
+        )
+        seconds = sum(frame.extra["seconds"][place] for frame in ordered)
+        device = ", ".join(sorted({frame.extra["devices"][place] for frame in ordered}))
+        records.append(kept)
+        lanes.append(_result(plan, lane, kept, rows["index"], len(bad), fingerprint, device, seconds))
+    agreements, effects = [], []
+    for place, lane in enumerate(plan.lanes):
+        if lane.reference is not None:
+            part, other = rows["lanes"][:, place], plan.lanes[lane.reference]
+            same = (part["top"][:, 0] == rows["lanes"][:, lane.reference]["top"][:, 0]).sum()
+            mean = part["total"].sum() / (len(rows) * len(plan.columns))
+            pair = (other.engine_name, lane.engine_name)
+            agreements.append(
+                Agreement(
+                    (other.name, lane.name),
+                    pair,
+                    metrics.share(int(same), len(rows)),
+                    float(part["largest"].max()),
+                    float(mean),
+                )
+            )
+        for before, earlier in enumerate(plan.lanes[:place]):
+            if earlier.weights is lane.weights and earlier.engine_name == lane.engine_name:
+                one, two = records[before].correct, records[place].correct
+                only = int((one & ~two).sum()), int((two & ~one).sum())
+                difference, *interval = metrics.paired_difference(*only, len(rows))
+                effects.append(
+                    ProtocolEffect(
+                        (earlier.name, lane.name), difference, (interval[0], interval[1]), metrics.mcnemar(*only)
+                    )
+                )
+    evaluation = Evaluation(
+        tuple(lanes),
+        tuple(agreements),
+        tuple(effects),
+        tuple(reason for _, reason in bad),
+        plan.images.rule,
+        folder,
+        processes.first,
+        time.perf_counter() - began,
+    )
+    return evaluation, records
+
+
+def _result(
+    plan: Plan,
+    lane: Lane,
+    records: Records,
+    indices: np.ndarray,
+    bad: int,
+    fingerprint: str,
+    device: str,
+    seconds: float,
+) -> Result:
+    count = len(records.truth)
+    right, in_k = int(records.correct.sum()), int((records.rank < plan.k).sum())
+    real = None
+    if plan.real is not None:
+        best = plan.columns[records.top[:, 0]]
+        answers = [plan.real[index] for index in indices]
+        labelled = [int(one) in answer for one, answer in zip(best, answers, strict=True) if answer]
+        hits = sum(labelled)
+        real = Real(len(labelled), metrics.share(hits, len(labelled)), metrics.wilson(hits, len(labelled)))
+    # Images that were left out make a part of the whole, however few they are.
+    validation = plan.validation if plan.validation == "other" or not bad else "part"
+    interval = metrics.wilson(right, count)
+    top1 = metrics.share(right, count)
+    variant = lane.weights.form.variant
+    return Result(
+        lane.name,
+        str(lane.weights.source.path),
+        lane.weights.source.sha256,
+        str(lane.weights.form),
+        lane.engine_name,
+        device,
+        plan.settings.precision,
+        int(plan.settings.batch_size),
+        lane.protocol,
+        count,
+        bad,
+        len(plan.columns),
+        top1,
+        metrics.share(in_k, count),
+        plan.k,
+        interval,
+        metrics.wilson(in_k, count),
+        float(records.loss.mean()),
+        metrics.calibration(records.probability[:, 0], records.correct),
+        real,
+        stand(variant, len(plan.columns), lane.protocol, validation, top1, interval),
+        results.class_figures(records, plan.k),
+        fingerprint,
+        seconds,
+    )
+
+
+def _write(
+    plan: Plan, found: Evaluation, records: Sequence[Records], folder: Path, announce: Callable[[str], None]
+) -> None:
+    """The folders of the lanes, and the page over them."""
+    places = dict(zip(plan.images.names, plan.images.locations, strict=True))
+
+    def read(name: str) -> Image.Image:
+        return decode(io.BytesIO(places[name].read()), name)
+
+    about = {
+        "data": plan.settings.data,
+        "list": plan.settings.list_file,
+        "rule": plan.images.rule,
+        "mapping": dict(plan.images.mapping),
+        "subset": plan.settings.subset and {"images": plan.settings.subset, "seed": plan.settings.seed},
+        "class_subset": plan.settings.class_subset,
+        "left_out": found.unreadable,
+        "versions": runs.versions(),
+    }
+    for result, kept in zip(found.results, records, strict=True):
+        results.write_lane(folder / result.name, result, kept, about, read)
+    try:
+        run_page.write_page(folder, found.results, records, found.agreements, found.effects, about)
+    except MissingExtra as error:
+        announce(f"no charts and no {results.PAGE}: {error}; then: fcvit eval --resume {folder}")

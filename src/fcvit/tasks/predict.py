@@ -12,7 +12,7 @@ from fcvit.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.deploy.engines import Engine, PaddleEngine, create_engine
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.images.preprocess import preprocess
-from fcvit.tasks.evaluate import softmax, top_classes
+from fcvit.metrics import softmax, top_classes
 from fcvit.variants import Preprocessing, resolve_preprocessing
 from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, read_weights

@@ -20,7 +20,7 @@ from fcvit.classes import ClassName
 from fcvit.deploy.engines import PaddleEngine
 from fcvit.errors import NumbersDisagree
 from fcvit.frameworks import import_framework, installed, on_paddle_device
-from fcvit.images.preprocess import normalise, preprocess
+from fcvit.images.preprocess import decode, normalise, preprocess
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.tasks import verify as verification
 from fcvit.tasks.convert import Conversion, convert
@@ -170,11 +170,12 @@ def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
 
 def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
     """The mistakes first, then the first images, up to a sheetful."""
+    found = list(zip(predictions, map(str, labels), strict=True))
+    wrong = [row for row in found if row[0][1][0].id != row[1]]
+    right = [row for row in found if row[0][1][0].id == row[1]]
     tiles = [
-        Tile(path, ranked[0].id, ranked[0].probability, str(label))
-        for (path, ranked), label in zip(predictions, labels, strict=True)
+        Tile(decode(path), ranked[0].id, ranked[0].probability, truth)
+        for (path, ranked), truth in [*wrong, *right][:_SHEET]
     ]
-    wrong = [tile for tile in tiles if tile.predicted != tile.truth]
-    tiles = [*wrong, *(tile for tile in tiles if tile.predicted == tile.truth)][:_SHEET]
     title = f"fcvit_digits on held-out handwritten digits: {len(wrong)} of {len(labels)} wrong (shown first)"
     contact_sheet(tiles, title).save(sheet)

@@ -1,0 +1,77 @@
+"""The batch size that fits: found by trying."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.deploy.engines import Engine
+
+_FIRST, _LAST = 8, 512
+_GAIN = 1.05  # a doubling that is not at least this much faster is not worth its memory
+_SHARE = 0.5  # of the memory that is free
+
+
+def fitting_batch_size(jobs: Sequence[tuple[Engine, int]]) -> tuple[int, str]:
+    """Double the batch size while it fits and is worth it; the size, and why, in words.
+
+    Args:
+        jobs: what every batch goes through: engines, each with its input size in pixels.
+    """
+    generator = np.random.default_rng(0)
+    best = _FIRST
+    rate = grown = 0.0
+    size = _FIRST
+    reason = f"the largest that is tried is {_LAST}"
+    while size <= _LAST:
+        peak = _peak_memory()
+        try:
+            if size == _FIRST:
+                _run(jobs, size, generator)  # the first call is slower than all others
+            began = time.perf_counter()
+            _run(jobs, size, generator)
+        except (MemoryError, RuntimeError) as error:
+            if size == _FIRST or not (isinstance(error, MemoryError) or "memory" in str(error).lower()):
+                raise
+            reason = f"{size} does not fit in the memory of the device"
+            break
+        speed = size / (time.perf_counter() - began)
+        grown = max(grown, _peak_memory() - peak)
+        if size > _FIRST and speed < _GAIN * rate:
+            reason = f"{size} is no faster ({speed:.1f} images/s against {rate:.1f})"
+            break
+        best, rate = size, speed
+        if 2 * grown > _SHARE * available_memory():
+            reason = f"{2 * size} would take more than half of the free memory"
+            break
+        size *= 2
+    return best, f"{best} images at a time, {rate:.1f} images/s; {reason}"
+
+
+def _run(jobs: Sequence[tuple[Engine, int]], size: int, generator: np.random.Generator) -> None:
+    for engine, pixels in jobs:
+        engine(generator.integers(0, 256, (size, 3, pixels, pixels), np.uint8))
+
+
+def _peak_memory() -> int:
+    """Bytes, of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping: of the machine, or of the container where that is less."""
+    found = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found = int(line.split()[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdecimal():
+            found = min(found, int(limit) - int((group / "memory.current").read_text()))
+    except OSError:
+        pass
+    return found

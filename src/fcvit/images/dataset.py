@@ -1,0 +1,389 @@
+"""Labelled images as people have them: class folders, a list file, a tar that is read in place.
+
+Wherever the images are, each has a name relative to the folder or tar, and names are sorted: the same
+images under the same names are the same data set.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from fcvit.classes import Classes, imagenet
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.images.folder import ENDINGS, images_below
+from fcvit.variants import IMAGENET_CLASSES
+
+_SHOWN = 5
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
+VALIDATION_IMAGES = 50_000
+
+
+class Location(NamedTuple):
+    """Where the bytes of an image are: a file, or a part of one."""
+
+    path: str
+    offset: int = 0
+    size: int = -1  # -1: to the end
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with Path(self.path).open("rb", buffering=0) as file:
+            if self.offset:
+                file.seek(self.offset)
+            parts = []
+            missing = self.size
+            while part := file.read(missing):  # one system call reads at most 2 GiB
+                parts.append(part)
+                missing = -1 if self.size < 0 else missing - len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """Images with their classes, not yet read.
+
+    Attributes:
+        root: the folder or tar, for messages.
+        names: relative to it, with /, sorted, each once.
+        locations: where each is.
+        labels: the class index of each.
+        mapping: class folder, or label of the list -> class index.
+        rule: how the mapping was found, for people.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    locations: tuple[Location, ...]
+    labels: tuple[int, ...]
+    mapping: Mapping[str, int]
+    rule: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def listing(self) -> str:
+        """SHA-256 of names and labels: whether a run goes on over the same list of images."""
+        content = json.dumps([self.names, self.labels])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def validation_numbers(self) -> list[int] | None:
+        """Of each image its number in ImageNet's validation set, 1 to 50,000; None: not such images."""
+        found = [_VALIDATION_NUMBER.search(name) for name in self.names]
+        numbers = [int(match[1]) for match in found if match]
+        if len(numbers) < len(found) or not all(1 <= number <= VALIDATION_IMAGES for number in numbers):
+            return None
+        return numbers
+
+    def subset(self, count: int, seed: int) -> "LabelledImages":
+        """A stratified sample: every class keeps its share, to the nearest whole image.
+
+        Drawn by hashes of seed and name, so that it is the same on every machine and does not depend on
+        the order of the images.
+
+        Raises:
+            UsageError: no such number of images.
+        """
+        if not 1 <= count <= len(self):
+            raise UsageError(f"--subset {count}: expected 1 to {len(self)}, the images that are there")
+        by_class: dict[int, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            by_class.setdefault(label, []).append(index)
+        exact = {label: Fraction(len(members) * count, len(self)) for label, members in by_class.items()}
+        quota = {label: int(part) for label, part in exact.items()}
+        # What is left goes to the largest remainders, ties by hash: else low classes would always have it.
+        by_remainder = sorted(exact, key=lambda label: (quota[label] - exact[label], _draw(seed, str(label))))
+        for label in by_remainder[: count - sum(quota.values())]:
+            quota[label] += 1
+        chosen = []
+        for label, members in by_class.items():
+            chosen += sorted(members, key=lambda i: _draw(seed, self.names[i]))[: quota[label]]
+        chosen.sort()
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[i] for i in chosen),
+            locations=tuple(self.locations[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+        )
+
+
+def _draw(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def read_dataset(data: Path, list_file: Path | None, classes: Classes | None, num_classes: int) -> LabelledImages:
+    """Find the images of a folder or tar, and the class of each, for a model with `num_classes` outputs.
+
+    Args:
+        data: a folder, a tar, or a folder inside a tar (`x.tar/val`). Without a list it holds one folder
+            a class; hidden folders are none, files beside them are ignored.
+        list_file: one image a line: its name, white space, its class index (or class id).
+        classes: what is known of the model's classes, or None.
+
+    Raises:
+        UnreadableFile: nothing there, no images, a list or tar that is none.
+        DoesNotFit: the classes cannot be mapped to the model's, or listed images are not there.
+    """
+    tar, inner = _find(data)
+    if tar is None:
+        names, mapping, rule = (
+            _from_list(list_file, None, data, classes, num_classes)
+            if list_file
+            else _from_folders(_folders_below(data), _names_below(data), data, classes, num_classes)
+        )
+        locations = {name: Location(str(data / name)) for name in names}
+    else:
+        members, folders = _read_tar(tar, inner)
+        names, mapping, rule = (
+            _from_list(list_file, members, data, classes, num_classes)
+            if list_file
+            else _from_folders(folders, members, data, classes, num_classes)
+        )
+        locations = members
+    ordered = sorted(names)
+    places = [(name, names[name]) for name in ordered]
+    return LabelledImages(
+        data,
+        tuple(ordered),
+        tuple(locations[name] for name in ordered),
+        tuple(mapping[label] for _, label in places),
+        mapping,
+        rule,
+    )
+
+
+def _find(data: Path) -> tuple[Path | None, str]:
+    """The tar that a path names or passes through, and the folder in it; None: a folder."""
+    if data.is_dir():
+        return None, ""
+    for tar in (data, *data.parents):
+        if tar.is_file():
+            return tar, "" if tar == data else data.relative_to(tar).as_posix()
+    raise UnreadableFile(f"{data}: no such folder or tar; --data expects class folders, or --list beside it")
+
+
+def _folders_below(root: Path) -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as error:
+        raise UnreadableFile(f"{root}: {error.strerror}") from error
+
+
+def _names_below(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in images_below(root)]
+
+
+def _read_tar(path: Path, inner: str) -> tuple[dict[str, Location], list[str]]:
+    """Name -> place of every image in a tar below `inner`, and the folders at the top."""
+    found: dict[str, Location] = {}
+    folders: dict[str, None] = {}
+    prefix = f"{inner}/" if inner else ""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(6)
+        kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+        if kind:
+            raise UnreadableFile(f"{path}: compressed with {kind}; a tar is read in place, decompress it first")
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name)
+                if not name.startswith(prefix) or any(not part or part[0] == "." for part in name.split("/")):
+                    continue
+                name = name.removeprefix(prefix)
+                if member.isdir():
+                    folders.setdefault(name.split("/")[0])
+                elif member.isreg() and not member.issparse() and posixpath.splitext(name)[1].lower() in ENDINGS:
+                    if member.size < 0 or member.offset_data + member.size > size:
+                        raise UnreadableFile(f"{path}: cut off in the middle of {member.name}")
+                    if "/" in name:
+                        folders.setdefault(name.split("/")[0])
+                    found[name] = Location(str(path), member.offset_data, member.size)  # the last of a name counts
+    except OSError as error:
+        raise UnreadableFile(f"{path}: {error.strerror or error}") from error
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        if isinstance(error, UnreadableFile):
+            raise
+        raise UnreadableFile(f"{path}: not a tar that can be read ({error}); fetch it again?") from error
+    if not found:
+        where = f" below {inner}" if inner else ""
+        raise UnreadableFile(f"{path}: no images in it{where} ({', '.join(sorted(ENDINGS))})")
+    return found, list(folders)
+
+
+def _from_folders(
+    folders: Sequence[str],
+    names: Sequence[str] | Mapping[str, Location],
+    data: Path,
+    classes: Classes | None,
+    num_classes: int,
+) -> tuple[dict[str, str], dict[str, int], str]:
+    """Name -> class folder for every image in one, the mapping, and its rule."""
+    if not folders:
+        raise UnreadableFile(
+            f"{data}: no class folders in it; --data expects one folder of images a class, or --list FILE that "
+            "says the class of each image"
+        )
+    mapping, rule = assign_classes(sorted(folders), classes, num_classes, "class folders")
+    labels = {name: name.split("/")[0] for name in names if "/" in name}
+    if not labels:
+        raise UnreadableFile(f"{data}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
+    return labels, mapping, rule
+
+
+def _from_list(
+    list_file: Path,
+    members: Mapping[str, Location] | None,
+    data: Path,
+    classes: Classes | None,
+    num_classes: int,
+) -> tuple[dict[str, str], dict[str, int], str]:
+    """Name -> label for every line of a list, the mapping, and its rule; `members`: of a tar."""
+    listed = _read_list(list_file)
+
+    def missing(names: Sequence[str]) -> list[str]:
+        if members is not None:
+            return [name for name in names if name not in members]
+        return [name for name in names if not (data / name).is_file()]
+
+    gone = missing(list(listed))
+    remark = ""
+    common = posixpath.commonpath([posixpath.dirname(name) for name in listed])
+    if len(gone) == len(listed) and common:
+        # Lists often name the images from one folder further up (val/ILSVRC2012_val_...).
+        shorter = {name.removeprefix(f"{common}/"): label for name, label in listed.items()}
+        still = missing(list(shorter))
+        if len(still) < len(shorter):
+            listed, gone, remark = shorter, still, f"; the list's folder {common}/ is not in {data.name}, left out"
+    if gone:
+        raise DoesNotFit(f"{len(gone)} of {len(listed)} images of {list_file} are not in {data}: {_some(gone)}")
+    labels = sorted(set(listed.values()))
+    if all(label.isdecimal() and label.isascii() for label in labels):
+        mapping = {label: int(label) for label in labels}
+        outside = sorted({index for index in mapping.values() if index >= num_classes})
+        if outside:
+            raise DoesNotFit(
+                f"{list_file}: class {_some(outside)} for a model with {num_classes} outputs; expected 0 to "
+                f"{num_classes - 1}"
+            )
+        return listed, mapping, f"the numbers in {list_file.name} are class indices{remark}"
+    mapping, rule = assign_classes(labels, classes, num_classes, "labels of the list")
+    return listed, mapping, rule + remark
+
+
+def _read_list(path: Path) -> dict[str, str]:
+    """Name -> label, as written."""
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UnreadableFile(f"{path}: cannot read the list: {error.strerror}") from error
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        parts = line.strip().rsplit(None, 1)
+        if not parts:
+            continue
+        if len(parts) == 1 or "\0" in line:
+            raise UnreadableFile(
+                f"{path}: line {number} is {line.strip()[:60]!r}: expected the path of an image and its class index"
+            )
+        name, label = posixpath.normpath(parts[0].strip()), parts[1]
+        if name.startswith(("/", "..")):
+            raise UnreadableFile(f"{path}: line {number} names {name[:60]!r}: expected a path below --data")
+        if name in found:
+            raise UnreadableFile(f"{path}: line {number}: {name} stands there twice")
+        found[name] = label
+    if not found:
+        raise UnreadableFile(f"{path}: no images in the list; expected a path and a class index a line")
+    return found
+
+
+def assign_classes(
+    labels: Sequence[str], classes: Classes | None, num_classes: int, what: str
+) -> tuple[dict[str, int], str]:
+    """The one rule by which names of classes become indices, and in words which part of it applied.
+
+    1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where
+       those are unique; a subset may be there.
+    2. Else, for 1,000 outputs, ImageNet's WordNet ids; a subset may be there.
+    3. Else, where no classes are known, the sorted names (as torchvision counts them), if there are as
+       many as outputs, and unless they are numbers that sort otherwise as text.
+
+    Args:
+        labels: sorted.
+        what: they are, for messages.
+
+    Raises:
+        DoesNotFit: none of this applies, or some labels are known classes and others are not.
+    """
+    tables: list[tuple[str, dict[str, int]]] = []
+    if classes:
+        names = collections.Counter(c.name for c in classes)
+        tables.append(("the model's class ids", {c.id: index for index, c in enumerate(classes)}))
+        unique = {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
+        tables.append(("the model's class names", unique))
+    if num_classes == IMAGENET_CLASSES:
+        tables.append(("ImageNet's WordNet ids", {c.id: index for index, c in enumerate(imagenet())}))
+    for table_name, table in tables:
+        unknown = [label for label in labels if label not in table]
+        if not unknown:
+            return {label: table[label] for label in labels}, f"{what} are {table_name}"
+        if len(unknown) < len(labels):
+            raise DoesNotFit(f"{len(unknown)} of {len(labels)} {what} are not among {table_name}: {_some(unknown)}")
+    remedy = "name the model's classes, in its order, with --classes FILE"
+    if classes:
+        raise DoesNotFit(
+            f"no {what} ({_some(labels)}) are classes of the model ({_some([c.id for c in classes])}); "
+            f"rename them, or {remedy}"
+        )
+    if len(labels) != num_classes:
+        raise DoesNotFit(f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; {remedy}")
+    if all(label.isdecimal() for label in labels) and list(labels) != sorted(labels, key=int):
+        raise DoesNotFit(
+            f"{what} are numbers, and sorted as text (0, 1, 10, 2) they are other classes than counted; {remedy}"
+        )
+    return (
+        {label: index for index, label in enumerate(labels)},
+        f"the weights name no classes: the {num_classes} {what} are counted in sorted order",
+    )
+
+
+def read_real(path: Path, images: LabelledImages) -> list[frozenset[int]]:
+    """ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the right classes of each image, perhaps none.
+
+    Raises:
+        UnreadableFile: the file is not such a list.
+        DoesNotFit: the images are not ImageNet's validation images, by their names.
+    """
+    numbers = images.validation_numbers()
+    if numbers is None:
+        raise DoesNotFit(f"--real: {images.names[0]}: expected images named ILSVRC2012_val_ and eight digits")
+    try:
+        labels = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFile(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"{path}: not JSON ({str(error)[:80]})") from error
+    if not isinstance(labels, list) or len(labels) != VALIDATION_IMAGES or not all(map(_is_class_list, labels)):
+        raise UnreadableFile(f"{path}: expected a list of {VALIDATION_IMAGES:,} lists of classes from 0 to 999")
+    return [frozenset(labels[number - 1]) for number in numbers]
+
+
+def _is_class_list(value: object) -> bool:
+    return isinstance(value, list) and all(type(c) is int and 0 <= c < IMAGENET_CLASSES for c in value)
+
+
+def _some(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")

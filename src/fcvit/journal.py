@@ -1,0 +1,107 @@
+"""The journal of a run: a record of every image, appended batch by batch.
+
+A frame holds one batch and carries a checksum, so that it is there as a whole or not at all, whatever
+ended the process. A process that goes on writes a journal of its own; what several of them say
+of the same batch is the same. All figures are computed from the journals.
+
+A frame is: magic, number of the batch, length of the records, length of all content; CRC-32 of this and
+of the content; the records (a NumPy structure that the reader must know); JSON for what has no fixed size.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
+_MAGIC = b"FCVJ"
+
+
+class Frame(NamedTuple):
+    """One batch: its number, a record for each image, and what else is to be kept of it."""
+
+    number: int
+    records: np.ndarray
+    extra: Any
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of a frame."""
+    records = frame.records.tobytes()
+    content = records + json.dumps(frame.extra).encode()
+    head = _HEAD.pack(_MAGIC, frame.number, len(records), len(content))
+    return head + _CHECKSUM.pack(zlib.crc32(head + content)) + content
+
+
+def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
+    """The whole frames at the beginning of a journal; what follows a torn one is not believed."""
+    start = 0
+    while (body := start + _HEAD.size + _CHECKSUM.size) <= len(content):
+        head = content[start : start + _HEAD.size]
+        magic, number, records, size = _HEAD.unpack(head)
+        (checksum,) = _CHECKSUM.unpack_from(content, start + _HEAD.size)
+        start = body + size
+        if magic != _MAGIC or zlib.crc32(head + content[body:start]) != checksum or records % dtype.itemsize:
+            return
+        yield Frame(
+            number, np.frombuffer(content[body : body + records], dtype), json.loads(content[body + records : start])
+        )
+
+
+class Journal:
+    """The frames of a run that are known, and the file that new ones go to.
+
+    Args:
+        dtype: of the records.
+        folder: where journals are; those that are there are read. None: frames are only kept here.
+        writer: who writes, part of the file's name: processes that share a folder have different ones.
+    """
+
+    def __init__(self, dtype: np.dtype, folder: Path | None, writer: int = 0):
+        self.dtype = dtype
+        self.frames: dict[int, Frame] = {}
+        self._folder, self._writer = folder, writer
+        self._file: Any = None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            for path in sorted(folder.glob("*.journal")):
+                self.merge(path.read_bytes())
+
+    def merge(self, content: bytes) -> None:
+        """Take the frames of a journal."""
+        for frame in frames(content, self.dtype):
+            self.frames.setdefault(frame.number, frame)
+
+    def append(self, frame: Frame) -> None:
+        """Keep a frame; when this returns, the death of the process cannot take it away any more."""
+        self.frames[frame.number] = frame
+        if self._folder is None:
+            return
+        if self._file is None:
+            self._file = self._create(self._folder)
+        self._file.write(encode(frame))
+
+    def encoded(self) -> bytes:
+        """All frames, as a journal."""
+        return b"".join(encode(self.frames[number]) for number in sorted(self.frames))
+
+    def close(self) -> None:
+        """Flush what was written to the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _create(self, folder: Path) -> Any:
+        """A new file: a frame that was torn off in an old one would hide whatever follows it."""
+        number = 0
+        while True:
+            try:
+                return (folder / f"{self._writer}-{number}.journal").open("xb", buffering=0)
+            except FileExistsError:
+                number += 1

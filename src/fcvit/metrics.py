@@ -1,0 +1,125 @@
+"""From logits and records of single images to figures: pure functions over NumPy arrays.
+
+Figures are computed once, from all records in the order of the images, so that batches, workers,
+interruptions and processes cannot change them.
+"""
+
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+
+CONFIDENCE = 0.95
+BINS = 15  # of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)
+
+
+def rank_of_truth(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the true one, (B, C), (B,) -> (B,); of equal logits the lower index is first."""
+    truth = logits[np.arange(len(labels)), labels][:, None]
+    before = np.arange(logits.shape[1])[None] < labels[:, None]
+    return ((logits > truth) | ((logits == truth) & before)).sum(axis=1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in float64, (B, C) -> (B, C)."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Per sample, in float64: (B, C), (B,) -> (B,)."""
+    logits = logits.astype(np.float64)
+    top = logits.max(axis=1, keepdims=True)
+    log_total = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
+    return log_total - logits[np.arange(len(labels)), labels]
+
+
+def top_classes(logits: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest, best first, (B, C) -> (B, k); of equal logits the lower index is first."""
+    return np.argsort(-logits, axis=1, kind="stable")[:, :k]
+
+
+def share(successes: int, count: int) -> float:
+    """Per cent; NaN of nothing."""
+    return 100 * successes / count if count else math.nan
+
+
+def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, in per cent (Wilson 1927); (0, 100) of nothing."""
+    if not count:
+        return 0.0, 100.0
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == count else centre + half
+    return 100 * low, 100 * high
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy, in `BINS` bins of equal width over [0, 1].
+
+    Attributes:
+        error: the expected calibration error, 0 to 1: the mean of |accuracy - confidence| over images.
+        counts: images in each bin; an edge belongs to the bin below it.
+        confidence, accuracy: means in each bin, 0 to 1; 0 for an empty bin.
+    """
+
+    error: float
+    counts: tuple[int, ...]
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
+    """From the top probability (N,) of each image and whether it was right (N,)."""
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    filled = np.maximum(counts, 1)
+    means = np.bincount(place, confidence, bins) / filled
+    accuracies = np.bincount(place, correct.astype(float), bins) / filled
+    error = float((np.abs(accuracies - means) * counts).sum() / max(1, counts.sum()))
+    return Calibration(error, tuple(map(int, counts)), tuple(map(float, means)), tuple(map(float, accuracies)))
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often class i was taken for class j: (N,), (N,) -> int64 (classes, classes)."""
+    return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of the exact McNemar test: can such a split of the discordant images be chance?
+
+    Computed in whole numbers, so that it is exact for any count.
+
+    Args:
+        only_first, only_second: images that only the one, or only the other, gets right.
+    """
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    tail = term = 1
+    for i in range(fewer):
+        term = term * (count - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / (1 << count))
+
+
+def paired_difference(
+    only_first: int, only_second: int, count: int, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
+    """Second less first accuracy over the same images, with its interval, in points.
+
+    The interval is Wald's with half a pseudo-image in each of the four cells (Agresti and Min 2005),
+    which keeps its level where few images differ.
+
+    Args:
+        only_first, only_second: images that only the one, or only the other, gets right.
+        count: all images, at least 1.
+    """
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    first, second, total = only_first + 0.5, only_second + 0.5, count + 2
+    centre = (second - first) / total
+    half = z * math.sqrt(max(0.0, (first + second) / total - centre * centre) / total)
+    return 100 * (only_second - only_first) / count, 100 * max(-1.0, centre - half), 100 * min(1.0, centre + half)

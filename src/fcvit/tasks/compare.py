@@ -1,0 +1,153 @@
+"""Two evaluations over the same images: is the difference real, and where does it lie?"""
+
+import collections
+import csv
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+from fcvit import metrics, runs
+from fcvit.errors import DoesNotFit, UsageError
+from fcvit.report.results import Saved, read_lane
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassChange:
+    """One class: images, per cent right in the first and the second, and images gained (or lost, below 0)."""
+
+    id: str
+    name: str
+    images: int
+    first: float
+    second: float
+    gained: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """An image that the two take for different classes."""
+
+    path: str
+    truth: str
+    first: str
+    second: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultComparison:
+    """What two results over the same images differ in.
+
+    Attributes:
+        first, second: their names.
+        folders: where they are.
+        images: that both evaluated.
+        top1: per cent, of each.
+        difference, interval: second less first, in points; see `fcvit.metrics.paired_difference`.
+        only_first, only_second: images that only one gets right.
+        p_value: of the exact McNemar test.
+        classes: the most gained first, the most lost last.
+        differing: images with another top-1 class.
+    """
+
+    first: str
+    second: str
+    folders: tuple[Path, Path]
+    images: int
+    top1: tuple[float, float]
+    difference: float
+    interval: tuple[float, float]
+    only_first: int
+    only_second: int
+    p_value: float
+    classes: tuple[ClassChange, ...]
+    differing: tuple[Difference, ...]
+
+
+def compare(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None
+) -> ResultComparison:
+    """Compare two results of `fcvit eval`.
+
+    Images are matched by their content, so that a tar and a folder of the same images can be compared.
+
+    Args:
+        first, second: the folder of a result (weights and protocol), or of a run that has only one.
+        folder: a new folder for `comparison.json` and `differing.csv`; None: nothing is written.
+
+    Raises:
+        UnreadableFile: no finished results there.
+        UsageError: a run with several results, or twice the same.
+        DoesNotFit: they are over different images, or the images have other classes.
+    """
+    one, other = read_lane(Path(first)), read_lane(Path(second))
+    if one.folder.resolve() == other.folder.resolve():
+        raise UsageError(f"{one.folder} twice; expected two results")
+    _check_same_images(one, other)
+    found = _compare(one, other)
+    if folder is not None:
+        with runs.run_folder(Path(folder), "compare") as target:
+            runs.write_json(target / "comparison.json", dataclasses.asdict(found))
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["path", "truth", "first", "second"])
+            writer.writerows(dataclasses.astuple(row) for row in found.differing)
+            runs.write_text(target / "differing.csv", text.getvalue(), "surrogateescape")
+    return found
+
+
+def _check_same_images(one: Saved, other: Saved) -> None:
+    """Refuse other images, or the same ones with other classes."""
+    counts = [collections.Counter(image for image, _ in saved.images) for saved in (one, other)]
+    only = [counts[0] - counts[1], counts[1] - counts[0]]
+    if any(only):
+        side = 0 if only[0] else 1
+        example = next(path for image, path in (one, other)[side].images if image in only[side])
+        raise DoesNotFit(
+            f"{one.folder} and {other.folder} are over different images: {only[0].total()} are only in the first, "
+            f"{only[1].total()} only in the second, such as {example}"
+        )
+    for (_, path), truth, theirs in zip(one.images, one.truth, other.truth, strict=True):
+        if truth != theirs:
+            raise DoesNotFit(f"{path} is {truth} in {one.folder} and {theirs} in {other.folder}: other classes")
+
+
+def _compare(one: Saved, other: Saved) -> ResultComparison:
+    right: collections.Counter[tuple[bool, bool]] = collections.Counter()
+    by_class: dict[str, list[tuple[bool, bool]]] = {}
+    differing = []
+    for (_, path), truth, first, second in zip(one.images, one.truth, one.predicted, other.predicted, strict=True):
+        both = (first == truth, second == truth)
+        right[both] += 1
+        by_class.setdefault(truth, []).append(both)
+        if first != second:
+            differing.append(Difference(path, truth, first, second))
+    images, only_first, only_second = len(one.images), right[True, False], right[False, True]
+    changes = []
+    for name, pairs in by_class.items():
+        hits = [sum(pair[side] for pair in pairs) for side in (0, 1)]
+        shares = [metrics.share(hit, len(pairs)) for hit in hits]
+        changes.append(
+            ClassChange(name, one.names.get(name, name), len(pairs), shares[0], shares[1], hits[1] - hits[0])
+        )
+    difference, low, high = metrics.paired_difference(only_first, only_second, images)
+    labels = [str(saved.metrics["name"]) for saved in (one, other)]
+    if labels[0] == labels[1]:
+        labels = [str(saved.folder) for saved in (one, other)]
+    return ResultComparison(
+        labels[0],
+        labels[1],
+        (one.folder, other.folder),
+        images,
+        (
+            metrics.share(right[True, True] + only_first, images),
+            metrics.share(right[True, True] + only_second, images),
+        ),
+        difference,
+        (low, high),
+        only_first,
+        only_second,
+        metrics.mcnemar(only_first, only_second),
+        tuple(sorted(changes, key=lambda change: (-change.gained, change.id))),
+        tuple(sorted(differing, key=lambda row: row.path)),
+    )

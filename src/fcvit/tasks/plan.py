@@ -1,0 +1,230 @@
+"""What an evaluation will do, settled before the first batch: images, classes, protocols, engines."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fcvit import runs
+from fcvit.classes import Classes, read_classes, resolve_classes
+from fcvit.deploy.engines import Engine, create_engine
+from fcvit.errors import DoesNotFit, UsageError
+from fcvit.images.dataset import VALIDATION_IMAGES, LabelledImages, assign_classes, read_dataset, read_real
+from fcvit.images.loader import DIGEST
+from fcvit.protocols import AUTHORS, Protocol, protocols
+from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
+from fcvit.weights.reading import Weights
+
+PRESENT = "present"  # in place of a class list: the classes that the data has
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the figures of a run. `run.json` keeps it, so that the run can be continued.
+
+    The fields are the arguments of `evaluate`.
+    """
+
+    weights: tuple[str, ...]
+    data: str
+    list_file: str | None
+    engines: tuple[str, ...]
+    protocol: str
+    preprocessing: Mapping[str, Any] | None
+    batch_size: int | Literal["auto"]
+    device: str
+    precision: str
+    ema: bool | None
+    classes: str | None
+    subset: int | None
+    seed: int
+    real: str | None
+    class_subset: str | None
+    strict: bool
+    save_logits: bool
+
+
+def check(settings: Settings, workers: int) -> None:
+    """Refuse what can be told without a file.
+
+    Raises:
+        UsageError: it was one of the arguments.
+    """
+    size, engines = settings.batch_size, settings.engines
+    if size != "auto" and (not isinstance(size, int) or size < 1):
+        raise UsageError(f"--batch-size {size}: expected auto or at least 1")
+    if workers < 0:
+        raise UsageError(f"--workers {workers}: expected at least 0")
+    if not settings.weights:
+        raise UsageError("--weights: expected at least one file")
+    if settings.preprocessing and settings.protocol != AUTHORS:
+        raise UsageError(f"--protocol {settings.protocol} is fixed; leave it or the other preprocessing out")
+    if not engines or len(set(engines)) != len(engines):
+        raise UsageError(f"--engine {','.join(engines)!r}: expected different engines, separated by commas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """One way through which all images go.
+
+    Attributes:
+        name: of its folder.
+        weights, engine_name, protocol: what it is.
+        crop: place of its crops among those that are made of an image.
+        reference: place of the lane that it is compared with as another engine; None: it is no other.
+    """
+
+    name: str
+    weights: Weights
+    engine_name: str
+    protocol: Protocol
+    crop: int
+    reference: int | None
+
+
+class Plan:
+    """Everything that is settled before the first batch."""
+
+    def __init__(self, settings: Settings, loaded: Sequence[Weights], device: str):
+        self.settings, self.device = settings, device
+        given = read_classes(Path(settings.classes)) if settings.classes else None
+        first = loaded[0].form
+        for weights in loaded:
+            if weights.form.dense or not weights.form.num_classes:
+                raise DoesNotFit(f"{weights.source.path} is {weights.form}: it has no classes to evaluate")
+            if weights.form.num_classes != first.num_classes:
+                raise DoesNotFit(
+                    f"{weights.source.path} has {weights.form.num_classes} classes, {loaded[0].source.path} "
+                    f"{first.num_classes}; evaluate them one by one"
+                )
+        count = first.num_classes
+        self.classes = resolve_classes(given, loaded[0].classes, count)
+        known = given or loaded[0].classes
+        list_file = Path(settings.list_file) if settings.list_file else None
+        images = read_dataset(Path(settings.data), list_file, known, count)
+        for weights in loaded[1:]:
+            if resolve_classes(given, weights.classes, count) != self.classes:
+                raise DoesNotFit(
+                    f"{weights.source.path} and {loaded[0].source.path} name other classes; evaluate them one by "
+                    "one, or name the classes with --classes FILE"
+                )
+        self.images = images if settings.subset is None else images.subset(settings.subset, settings.seed)
+        self.validation = _validation(self.images)
+        self.columns = self._columns(settings.class_subset, known, count)
+        position = {int(column): place for place, column in enumerate(self.columns)}
+        self.labels = np.array([position[label] for label in images.labels], np.int64)
+        self.lane_classes: Classes = tuple(self.classes[column] for column in self.columns)
+        self.k = min(5, len(self.columns))
+        self.real = read_real(Path(settings.real), self.images) if settings.real else None
+        if self.real is not None and count != IMAGENET_CLASSES:
+            raise DoesNotFit(f"--real: its labels are ImageNet's 1,000 classes, the model has {count}")
+        self.lanes, self.crops = self._lanes(loaded)
+
+    def _columns(self, class_subset: str | None, known: Classes | None, count: int) -> np.ndarray:
+        """Indices of the classes that are told apart."""
+        present = set(self.images.labels)
+        if class_subset is None:
+            return np.arange(count)
+        if class_subset == PRESENT:
+            chosen = present
+        else:
+            ids = sorted(c.id for c in read_classes(Path(class_subset)))
+            if all(label.isdecimal() for label in ids) and known is None:
+                raise DoesNotFit(f"{class_subset}: numbers name no classes; expected ids, one a line")
+            mapping, _ = assign_classes(ids, self.classes, count, f"classes of {Path(class_subset).name}")
+            chosen = set(mapping.values())
+        outside = present - chosen
+        if outside:
+            raise DoesNotFit(
+                f"{class_subset}: images of {len(outside)} other classes are there, first "
+                f"{self.classes[min(outside)].id}"
+            )
+        if len(chosen) < 2:
+            raise DoesNotFit("--class-subset: a single class is told apart from nothing")
+        return np.array(sorted(chosen))
+
+    def _lanes(self, loaded: Sequence[Weights]) -> tuple[list[Lane], list[Preprocessing]]:
+        settings = self.settings
+        lanes: list[Lane] = []
+        crops: dict[tuple, int] = {}
+        kept: list[Preprocessing] = []
+        for weights in loaded:
+            stem = weights.source.path.name.split(".")[0] or "weights"
+            resolved = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+            resolved = dataclasses.replace(resolved, **(settings.preprocessing or {}))
+            for protocol in protocols(settings.protocol, resolved, weights.form.variant):
+                # Mean and standard deviation are the engine's business: crops are made once for all.
+                pixels = protocol.preprocessing
+                key = (pixels.input_size, pixels.resize, pixels.interpolation)
+                if key not in crops:
+                    crops[key] = len(kept)
+                    kept.append(pixels)
+                reference = None
+                for engine in settings.engines:
+                    name = "-".join([stem, protocol.name, *([engine] if len(settings.engines) > 1 else [])])
+                    taken = {lane.name for lane in lanes}
+                    number = 2
+                    unique = name
+                    while unique in taken:
+                        unique, number = f"{name}-{number}", number + 1
+                    lanes.append(Lane(unique, weights, engine, protocol, crops[key], reference))
+                    reference = len(lanes) - 1 if reference is None else reference
+        return lanes, kept
+
+    @functools.cached_property
+    def engines(self) -> list[Engine]:
+        """One for each lane; protocols of the same weights share theirs."""
+        made: dict[tuple[int, str], Engine] = {}
+        for lane in self.lanes:
+            key = (id(lane.weights), lane.engine_name)
+            if key not in made:
+                pixels = lane.protocol.preprocessing
+                made[key] = create_engine(lane.engine_name, lane.weights, pixels, self.device, self.settings.precision)
+        return [made[id(lane.weights), lane.engine_name] for lane in self.lanes]
+
+    def jobs(self) -> list[tuple[Engine, int]]:
+        """What every batch goes through: engines and input sizes."""
+        sizes = [lane.protocol.preprocessing.input_size for lane in self.lanes]
+        return list(zip(self.engines, sizes, strict=True))
+
+    def identity(self) -> dict[str, object]:
+        """What a run that is continued must find unchanged."""
+        versions = runs.versions()
+        return {
+            "weights": [lane.weights.source.sha256 for lane in self.lanes],
+            "list_of_images": self.images.listing(),
+            "packages": {name: version for name, version in versions.items() if name != "python"},
+        }
+
+    @property
+    def dtype(self) -> np.dtype:
+        """A record of one image: what every lane made of it."""
+        lane = [
+            ("rank", "<i4"),
+            ("loss", "<f8"),
+            ("top", "<i4", (self.k,)),
+            ("probability", "<f8", (self.k,)),
+            ("largest", "<f8"),  # absolute difference from the reference's logits
+            ("total", "<f8"),
+        ]
+        return np.dtype([("index", "<i4"), ("digest", "u1", (DIGEST,)), ("lanes", lane, (len(self.lanes),))])
+
+    @property
+    def batches(self) -> range:
+        return range(-(-len(self.images) // int(self.settings.batch_size)))
+
+    def batch_images(self, number: int) -> int:
+        """How many images a batch has."""
+        size = int(self.settings.batch_size)
+        return min(size, len(self.images) - number * size)
+
+
+def _validation(images: LabelledImages) -> Literal["all", "part", "other"]:
+    """Whether these are ImageNet's validation images, by their names."""
+    numbers = images.validation_numbers()
+    if numbers is None or len(set(numbers)) < len(numbers):
+        return "other"
+    return "all" if len(numbers) == VALIDATION_IMAGES else "part"

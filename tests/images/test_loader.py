@@ -1,0 +1,109 @@
+"""Batches: the right images in the right order, whoever decodes them, and no more than a few ahead."""
+
+import hashlib
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcvit.errors import FcvitError
+from fcvit.images import loader
+from fcvit.images.dataset import read_dataset
+from fcvit.images.loader import batches
+from fcvit.images.preprocess import preprocess
+from fcvit.variants import Preprocessing
+
+CROPS = (Preprocessing(input_size=32, crop_fraction=1.0), Preprocessing(input_size=24, interpolation="bilinear"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """41 images: two that cannot be read, and sizes that divide into nothing."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for index in range(41):
+        path = root / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (40 + index, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    (root / "a" / "04.png").write_bytes(b"")
+    (root / "b" / "33.png").write_bytes((root / "b" / "33.png").read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return read_dataset(folder, None, None, 2)
+
+
+def test_batches_hold_their_images_in_order(images, folder):
+    found = list(batches(images, range(5), 9, CROPS, 0))
+    assert [batch.number for batch in found] == list(range(5))
+    seen = []
+    for batch in found:
+        places = [*batch.indices, *(index for index, _ in batch.bad)]
+        assert sorted(places) == list(range(9 * batch.number, min(9 * batch.number + 9, 41)))
+        assert [stack.shape[0] for stack in batch.pixels] == [len(batch.indices)] * 2
+        for row, index in enumerate(batch.indices):
+            path = folder / images.names[index]
+            assert batch.digests[row] == hashlib.sha256(path.read_bytes()).digest()[:8]
+            for stack, crop in zip(batch.pixels, CROPS, strict=True):
+                assert (stack[row] == preprocess(path, crop)).all()
+        seen += [reason for _, reason in batch.bad]
+    assert [reason.split(":")[0] for reason in seen] == ["a/04.png", "b/33.png"]
+
+
+def bytes_of(found):
+    return [(b.number, b.indices.tolist(), b.digests, [stack.tobytes() for stack in b.pixels], b.bad) for b in found]
+
+
+@pytest.mark.parametrize("size", [9, 40])
+def test_processes_give_what_this_one_gives(images, size):
+    numbers = [0, 1] if size == 40 else [3, 0, 4]
+    alone = bytes_of(batches(images, numbers, size, CROPS, 0))
+    assert bytes_of(batches(images, numbers, size, CROPS, 2)) == alone
+
+
+def test_a_batch_of_bad_images_is_empty(tmp_path):
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (batch,) = batches(read_dataset(tmp_path, None, None, 2), [0], 4, CROPS, 0)
+    assert len(batch.indices) == 0 and batch.pixels[1].shape == (0, 3, 24, 24) and len(batch.bad) == 2
+
+
+def test_an_image_that_went_away_is_a_bad_one(images, monkeypatch):
+    def gone(location):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(loader.Location, "read", gone)
+    (batch,) = batches(images, [0], 1, CROPS, 0)
+    assert batch.bad == ((0, "a/00.png: No such file or directory"),)
+
+
+def test_only_so_many_are_decoded_ahead(images, monkeypatch):
+    """Memory must not grow with the number of images: the consumer sets the pace."""
+    submitted = []
+
+    class Pool:
+        def submit(self, function, jobs, crops):
+            submitted.append(len(jobs))
+            return type("Future", (), {"result": staticmethod(lambda: function(jobs, crops))})
+
+    pieces = [(number, number, number + 1) for number in range(41)]
+    running = loader._run_ahead(Pool(), images, pieces, CROPS, 4)
+    for taken in range(1, 10):
+        next(running)
+        assert len(submitted) == taken + 3
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(images, monkeypatch):
+    running = batches(images, range(41), 1, CROPS, 1)
+    next(running)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(FcvitError, match="ended unexpectedly"):
+        for _ in running:
+            time.sleep(0.01)
