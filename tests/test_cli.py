@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -60,11 +59,13 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in ("convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"):
+    for name in ("compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"):
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"])
+@pytest.mark.parametrize(
+    "name", ["compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"]
+)
 def test_every_command_explains_every_option(name):
     command = app[name]
     assert command.help
@@ -182,7 +183,11 @@ def test_evaluating(run, digits_pth, image):
     code, _, err = run("eval", "--weights", digits_pth, "--data", "data", "-o", "runs/eval")
     assert code == 2 and "runs/eval is not empty" in err
     found = json.loads(run("eval", "--weights", digits_pth, "--data", "data", "--json", "--input-size", 64)[1])
-    assert found["preprocessing"]["input_size"] == 64
+    assert found["results"][0]["protocol"]["changed"] == {"input_size": [32, 64]}
+    assert "digits-authors" in run("eval", "--resume", "runs/eval")[1]
+    code, out, _ = run("compare", "runs/eval", "runs/eval-3", "-o", "compared")
+    assert code == 0 and "p = " in out and "written to compared" in out
+    assert json.loads(run("compare", "runs/eval", "runs/eval-3", "--json")[1])["images"] == 10
     (image.parent / "data" / "4" / "bad.png").touch()
     assert run("eval", "--weights", digits_pth, "--data", "data")[0] == 6
 
@@ -356,7 +361,13 @@ def test_what_cannot_go_together_is_refused(run, digits_pth, image):
     (image.parent / "data" / "0").mkdir(parents=True)
     words = ["eval", "--weights", digits_pth, "--data", "data", "--protocol", "resize256-bilinear"]
     code, _, err = run(*words, "--crop-fraction", 0.5)
-    assert code == 2 and "fixed preprocessing" in err
+    assert code == 2 and "is fixed" in err
+    words = ["eval", "--resume", "runs/eval"]
+    for more in (["--weights", digits_pth], ["--batch-size", 4], ["--strict"], ["--no-ema"], ["--seed", 0]):
+        code, _, err = run(*words, *more)
+        assert code == 2 and "goes on as the run began" in err
+    assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]
+    assert "there is none" in run("eval", "--weights", digits_pth, "--data", "data", "--seed", 1)[2]
 
 
 def test_preprocessing_of_averaged_weights_can_be_stored(run, tmp_path, digits_tensors):
@@ -380,29 +391,8 @@ def test_verifying_against_a_file_with_both_sets(run, tmp_path, digits_tensors):
     assert run("verify", "x.safetensors", "--against", "x.safetensors", "--ema")[0] == 2
 
 
-@needs_paddle
-@pytest.mark.slow
-def test_interrupting_an_evaluation(tmp_path, digits_pth, image):
-    """Ctrl-C: exit code 130, the run says so, nothing half-written."""
-    for label in range(10):
-        (tmp_path / "data" / str(label)).mkdir(parents=True)
-        for index in range(60):
-            (tmp_path / "data" / str(label) / f"{index}.png").write_bytes(image.read_bytes())
-    words = ["eval", "--weights", str(digits_pth), "--data", "data", "--batch-size", "1", "--input-size", "224"]
-    child = subprocess.Popen([sys.executable, "-m", "fcvit", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    run_json = tmp_path / "runs" / "eval" / "run.json"
-    deadline = time.monotonic() + 60
-    while not (run_json.exists() and run_json.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and err.endswith("fcvit: interrupted\n")
-    assert json.loads(run_json.read_text())["status"] == "interrupted"
-    assert [path.name for path in run_json.parent.iterdir()] == ["run.json"]
-
-
 def test_progress_on_a_terminal(monkeypatch):
-    """With rate and time left; on a pipe nothing at all."""
+    """A bar with rate and time left."""
     from rich.console import Console
 
     from fcvit.report import progress as module
@@ -415,3 +405,19 @@ def test_progress_on_a_terminal(monkeypatch):
         advance(1)
     assert "evaluating" in drawn.getvalue() and "3/3" in drawn.getvalue() and "images/s" in drawn.getvalue()
     assert "0:00:00" in drawn.getvalue()
+
+
+def test_progress_in_a_log(capsys):
+    """Lines with rate and time left, and none for short work."""
+    from fcvit.report.progress import progress
+
+    with progress("evaluating", 3, every=0) as advance:
+        advance(1)
+        time.sleep(0.01)
+        advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"evaluating: 1 of 3 images, [0-9.]+ images/s, \d:\d\d:\d\d left", lines[0]), lines
+    assert lines[1].startswith("evaluating: 3 of 3 images") and lines[1].endswith("0:00:00 left")
+    with progress("evaluating", 3) as advance:
+        advance(3)
+    assert capsys.readouterr().err == ""

@@ -6,7 +6,9 @@ codes stand in `fcvit.errors` and docs/cli.md.
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -278,17 +280,19 @@ def evaluate(
         if seed is not None and subset is None:
             raise UsageError("eval: --seed draws a --subset; there is none")
         found = run(weights, data, workers=workers, record=True, announce=_note, **given)
-    if found.first:
-        if as_json:
-            import dataclasses
+    if not found.first:
+        return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
+    if as_json:
+        import dataclasses
 
-            _print_json(dataclasses.asdict(found))
-        else:
-            _show(*tables.evaluation(found))
-            print(f"written to {found.folder}")
-        if found.unreadable:
-            _show(tables.unreadable(found.unreadable), error=True)
-    return BadImages.exit_code if found.unreadable else 0
+        _print_json(dataclasses.asdict(found))
+    else:
+        _show(*tables.evaluation(found))
+        print(f"written to {found.folder}")
+    if found.unreadable:
+        _show(tables.unreadable(found.unreadable), error=True)
+        return BadImages.exit_code
+    return 0
 
 
 @app.command
@@ -486,6 +490,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run ends in order, and says how to go on
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -40,7 +42,10 @@ def import_framework(framework: str) -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module(framework)
+            module = importlib.import_module(framework)
+            if framework == "paddle":
+                _take_back_signals(module)
+            return module
     except ImportError as error:
         if error.name == framework:
             reason = f"{framework} is not installed"
@@ -51,6 +56,14 @@ def import_framework(framework: str) -> ModuleType:
         raise MissingExtra(f"{reason}; install it with: {INSTALL[framework]}") from error
     finally:
         root.handlers[:], root.level = handlers, level
+
+
+def _take_back_signals(paddle: ModuleType) -> None:
+    """Undo Paddle's signal handlers, which print a banner to the standard output and end the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    paddle.disable_signal_handler()  # this leaves the system's default
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def paddle_place(device: str = "auto") -> str:

@@ -1,20 +1,24 @@
-"""Figures over labelled images: right sums, right order, bad images listed."""
+"""Evaluation: figures that hang on nothing but weights, images and protocol, and all that a run leaves."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from conftest import needs_paddle, needs_torch
-from fcvit.errors import BadImages, DoesNotFit, UnreadableFile, UsageError
-from fcvit.tasks.evaluate import Sums, cross_entropy, evaluate, rank_of_truth, softmax, top_classes
+from conftest import DIGITS, needs_paddle, needs_torch, write_pth
+from fcvit import frameworks
+from fcvit.classes import ClassName
+from fcvit.deploy.engines import PaddleEngine
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.report import page
+from fcvit.tasks.evaluate import evaluate, resume
+from fcvit.weights.lively import lively_tensors
+from fcvit.weights.names import Form
 
 
 @pytest.fixture
@@ -28,99 +32,381 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_figures_by_hand():
-    logits = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 5.0, 9.0]], np.float32)
-    labels = np.array([2, 1, 2])
-    assert rank_of_truth(logits, labels).tolist() == [1, 1, 0]  # of equal logits the lower index is first
-    sums = Sums()
-    sums.add(logits, labels, k=2)
-    assert (sums.images, sums.correct, sums.correct_in_k) == (3, 1, 3)
-    p = np.exp([3, 1, 2]) / np.exp([3, 1, 2]).sum()
-    assert cross_entropy(logits, labels)[:2] == pytest.approx([-np.log(p[2]), np.log(3)])
+@pytest.fixture(autouse=True)
+def charts(request, monkeypatch):
+    """Only tests that are marked draw charts: a second for each result."""
+    if request.node.get_closest_marker("charts") is None:
+        monkeypatch.setattr(page, "require_report", no_report)
 
 
-LOGITS = arrays.arrays(
-    np.float32, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.floats(-50, 50, width=32)
-)
+def no_report():
+    raise MissingExtra("matplotlib is not installed; install it with: pip install 'fcvit[report]'")
 
 
-@given(LOGITS, st.data())
-@settings(derandomize=True, max_examples=80, deadline=None)
-def test_figures_agree_with_each_other(logits, data):
-    labels = np.array([data.draw(st.integers(0, logits.shape[1] - 1)) for _ in logits])
-    rank = rank_of_truth(logits, labels)
-    for k in range(1, logits.shape[1] + 1):
-        in_top = (top_classes(logits, k) == labels[:, None]).any(axis=1)
-        assert ((rank < k) == in_top).all()
-    assert softmax(logits).sum(axis=1) == pytest.approx(1)
-    assert np.exp(-cross_entropy(logits, labels)) == pytest.approx(
-        softmax(logits)[np.arange(len(labels)), labels], rel=1e-6
-    )
+def files(run, lane="digits-authors"):
+    """Everything of a result that must not hang on how it was computed."""
+    found = {path.name: path.read_bytes() for path in (run / lane).iterdir()}
+    figures = json.loads(found.pop("metrics.json"))
+    assert figures.pop("seconds") > 0
+    shown = run / "report.html"
+    return found | {"metrics": figures} | ({shown.name: shown.read_bytes()} if shown.exists() else {})
+
+
+def rows(run, lane="digits-authors"):
+    with (run / lane / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The same numbers
+
+
+@pytest.mark.slow
+@needs_paddle
+@pytest.mark.charts
+def test_workers_and_interruptions_change_no_byte(folder, digits_pth, tmp_path, monkeypatch):
+    """One batch size: predictions, pictures, page and figures are the same bytes."""
+    (folder / "5" / "broken.png").touch()
+    options = {"batch_size": 4, "device": "cpu"}
+    evaluate(digits_pth, folder, **options, workers=0, folder=tmp_path / "alone")
+    evaluate(digits_pth, folder, **options, workers=3, folder=tmp_path / "three")
+    whole = files(tmp_path / "alone")
+    assert len(whole) == 7 and files(tmp_path / "three") == whole
+    run = tmp_path / "again"
+    for patience in (2, 1, None):  # interrupted after two batches, after one more, then not
+        with monkeypatch.context() as patch:
+            calls = count_calls(patch, patience)
+            try:
+                resume(run) if run.exists() else evaluate(digits_pth, folder, **options, folder=run)
+                assert patience is None
+            except KeyboardInterrupt:
+                assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert len(calls) == 3  # of six batches, three were done before
+    assert files(run) == whole
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert len(json.loads((run / "run.json").read_text())["continued"]) == 2
+
+
+def count_calls(patch, patience):
+    """Make Paddle's engine interrupt after some batches; the batches that it computed."""
+    calls = []
+    compute = PaddleEngine.__call__
+
+    def watched(self, images):
+        if len(calls) == patience:
+            raise KeyboardInterrupt
+        calls.append(len(images))
+        return compute(self, images)
+
+    patch.setattr(PaddleEngine, "__call__", watched)
+    return calls
 
 
 @needs_paddle
-def test_results_do_not_depend_on_batches_or_workers(folder, digits_pth, tmp_path):
-    """A mean of batch means would: 23 does not divide."""
-    runs = [
-        evaluate(
-            digits_pth, folder, batch_size=size, workers=workers, device="cpu", folder=tmp_path / f"run{size}-{workers}"
-        )
-        for size, workers in ((23, 1), (4, 3), (1, 2), (50, 2))
-    ]
-    first = runs[0].results[0]
-    assert first.images == 23 and first.k == 5
-    for run in runs[1:]:
-        result = run.results[0]
-        assert (result.images, result.top1, result.top_k) == (23, first.top1, first.top_k)
-        assert result.loss == pytest.approx(first.loss, abs=1e-6)
-    same = [(tmp_path / f"run{name}" / "predictions.csv").read_bytes() for name in ("4-3",)]
-    again = evaluate(digits_pth, folder, batch_size=4, workers=1, device="cpu", folder=tmp_path / "again")
-    assert again.results[0].images == 23
-    assert (tmp_path / "again" / "predictions.csv").read_bytes() == same[0]
+def test_other_batch_sizes_give_the_same_figures(folder, digits_pth, tmp_path):
+    """Float32 sums depend on the batch: logits to 1e-5, figures equal."""
+    runs = [tmp_path / f"run{size}" for size in (23, 4, 50)]
+    for run, size in zip(runs, (23, 4, 50), strict=True):
+        evaluate(digits_pth, folder, batch_size=size, device="cpu", folder=run, save_logits=True)
+    logits = [np.load(run / "digits-authors" / "logits.npy") for run in runs]
+    first = json.loads((runs[0] / "digits-authors" / "metrics.json").read_text())
+    assert logits[0].shape == (23, 10) and first["images"] == 23
+    for run, other in zip(runs[1:], logits[1:], strict=True):
+        assert np.abs(other - logits[0]).max() <= 1e-5
+        figures = json.loads((run / "digits-authors" / "metrics.json").read_text())
+        for key in ("images", "top1", "top_k", "per_class", "top1_interval", "fingerprint"):
+            assert figures[key] == first[key]
+        assert figures["loss"] == pytest.approx(first["loss"], abs=1e-6)
 
 
 @needs_paddle
+def test_logits_that_are_kept_are_those_of_the_predictions(folder, digits_pth, tmp_path):
+    (folder / "5" / "broken.png").touch()  # the last but some: a row of its own, not a number
+    evaluate(digits_pth, folder, batch_size=5, device="cpu", folder=tmp_path / "run", save_logits=True)
+    logits = np.load(tmp_path / "run" / "digits-authors" / "logits.npy")
+    left_out = np.isnan(logits).all(axis=1)
+    assert logits.dtype == np.float32 and left_out.sum() == 1 and np.isfinite(logits[~left_out]).all()
+    assert [row["class_1"] for row in rows(tmp_path / "run")] == [str(i) for i in logits[~left_out].argmax(1)]
+
+
+@needs_paddle
+def test_a_finished_run_is_only_written_again(folder, digits_pth, tmp_path, monkeypatch):
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
+    whole = files(tmp_path / "run")
+    for name in ("predictions.csv", "worst.png"):
+        (tmp_path / "run" / "digits-authors" / name).unlink()
+    calls = count_calls(monkeypatch, None)
+    resume(tmp_path / "run")
+    assert not calls and files(tmp_path / "run") == whole
+
+
+@needs_paddle
+def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path, monkeypatch, digits_tensors):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        count_calls(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(digits_pth, folder, batch_size=4, device="cpu", folder=run)
+    shutil.copyfile(folder / "1" / "01 with space.png", folder / "1" / "new.png")
+    with pytest.raises(DoesNotFit, match="list of images changed since the run began"):
+        resume(run)
+    (folder / "1" / "new.png").unlink()
+    write_pth(digits_pth, {name: tensor + 1 for name, tensor in digits_tensors.items()})
+    with pytest.raises(DoesNotFit, match="weights changed since"):
+        resume(run)
+    write_pth(digits_pth, digits_tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr("fcvit.runs.versions", lambda: {"paddlepaddle": "4.0"})
+        with pytest.raises(DoesNotFit, match="packages changed since"):
+            resume(run)
+    assert resume(run).results[0].images == 23
+    with pytest.raises(UnreadableFile, match="expected the folder of a run"):
+        resume(folder)
+    (run / "run.json").write_text('{"command": "eval"}')
+    with pytest.raises(UnreadableFile, match="without the settings"):
+        resume(run)
+    (run / "run.json").write_text('{"command": "quickstart"}')
+    with pytest.raises(UsageError, match="not a run of fcvit eval"):
+        resume(run)
+
+
+# What a run leaves
+
+
+@needs_paddle
+@pytest.mark.charts
 def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     found = evaluate(digits_pth, folder, batch_size=8, device="cpu", folder=tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.json", "predictions.csv", "run.json"]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["results"][0]["top1"] == found.results[0].top1
-    assert metrics["classes"] == {str(i): i for i in range(10)}
-    with (tmp_path / "run" / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["path"] for row in rows] == sorted(row["path"] for row in rows) and len(rows) == 23
-    correct = sum(row["truth"] == row["class_1"].replace("class ", "") for row in rows)
-    assert 100 * correct / 23 == pytest.approx(found.results[0].top1)
-    assert all(float(row["probability_1"]) >= float(row["probability_5"]) for row in rows)
+    run, lane = tmp_path / "run", tmp_path / "run" / "digits-authors"
+    assert sorted(p.name for p in run.iterdir()) == ["digits-authors", "journals", "report.html", "run.json"]
+    assert sorted(p.name for p in lane.iterdir()) == [
+        "confusion.png",
+        "metrics.json",
+        "per_class.csv",
+        "predictions.csv",
+        "reliability.png",
+        "worst.png",
+    ]
+    (result,) = found.results
+    metrics = json.loads((lane / "metrics.json").read_text())
+    assert metrics["top1"] == result.top1 and metrics["mapping"] == {str(i): i for i in range(10)}
+    assert len(metrics["weights_sha256"]) == len(metrics["fingerprint"]) == 64
+    assert {"python", "numpy", "pillow", "paddlepaddle"} <= set(metrics["versions"])
+    assert (metrics["precision"], metrics["batch_size"], metrics["device"]) == ("float32", 8, "cpu")
+    predicted = rows(run)
+    assert [row["path"] for row in predicted] == sorted(row["path"] for row in predicted) and len(predicted) == 23
+    correct = [row["truth"] == row["class_1"] for row in predicted]
+    assert 100 * sum(correct) / 23 == pytest.approx(result.top1) and 0 < sum(correct) < 23
+    assert all(float(row["probability_1"]) >= float(row["probability_5"]) for row in predicted)
+    with (lane / "per_class.csv").open(newline="") as file:
+        classes = {row["class"]: row for row in csv.DictReader(file)}
+    assert sum(int(row["images"]) for row in classes.values()) == 23
+    taken = [row["class_1"] for row in predicted if row["truth"] == "3" and row["class_1"] != "3"]
+    assert classes["3"]["mistaken_for"] in taken
+    assert int(classes["3"]["times"]) == max(taken.count(name) for name in taken)
+    for name in ("worst.png", "confusion.png", "reliability.png"):
+        with Image.open(lane / name) as picture:
+            assert min(picture.size) > 100
+
+
+@pytest.mark.slow
+@needs_paddle
+@pytest.mark.charts
+def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
+    (folder / "0" / "<b>bad.png").touch()
+    evaluate([digits_pth, digits_pth], folder, protocol="both", device="cpu", folder=tmp_path / "run")
+    shown = (tmp_path / "run" / "report.html").read_text("utf-8")
+    for lane in ("digits-authors", "digits-resize256-bilinear", "digits-authors-2", "digits-resize256-bilinear-2"):
+        assert f">{lane}</" in shown
+    assert shown.count("data:image/png;base64") == 12
+    assert "&lt;b&gt;bad.png: not an image" in shown and "McNemar" in shown
 
 
 @needs_paddle
-def test_k_is_never_above_the_class_count(folder, tmp_path):
-    import dataclasses
-
-    from conftest import DIGITS, write_pth
-    from fcvit.weights.lively import lively_tensors
-
-    for label in range(3, 10):
-        for path in (folder / str(label)).iterdir():
-            path.unlink()
-        (folder / str(label)).rmdir()
-    path = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
-    result = evaluate(path, folder, device="cpu").results[0]
-    assert result.k == 3 and result.top_k == 100
+@pytest.mark.charts
+def test_without_the_extra_there_are_figures_but_no_charts(folder, digits_pth, tmp_path, monkeypatch):
+    heard = []
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "require_report", no_report)
+        evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run", announce=heard.append)
+    left = sorted(p.name for p in (tmp_path / "run" / "digits-authors").iterdir())
+    assert left == ["metrics.json", "per_class.csv", "predictions.csv", "worst.png"]
+    assert "no charts" in heard[-1] and f"--resume {tmp_path / 'run'}" in heard[-1]
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
+@needs_paddle
+def test_without_a_folder_nothing_is_written(folder, digits_pth, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert evaluate(digits_pth, folder, device="cpu").results[0].images == 23
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UsageError, match="needs a folder"):
+        evaluate(digits_pth, folder, device="cpu", save_logits=True)
+
+
+# One pass
+
+
+@pytest.mark.slow
 @needs_paddle
 @needs_torch
-def test_two_engines_on_the_same_images(folder, digits_pth):
-    found = evaluate(digits_pth, folder, engines=("paddle", "torch"), batch_size=10, device="cpu")
-    ours, theirs = found.results
-    assert (ours.engine, theirs.engine) == ("paddle", "torch")
-    assert (ours.top1, ours.top_k) == (theirs.top1, theirs.top_k)
-    assert found.agreement.top1_agreement == 100
-    assert 0 < ours.seconds + theirs.seconds < found.seconds and ours.seconds != theirs.seconds
-    assert 0 < found.agreement.mean_difference < found.agreement.max_difference < 1e-4
+def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, tmp_path, digits_tensors):
+    """Each lane is what it is alone; engines are compared with the first, protocols with each other."""
+    other = write_pth(
+        tmp_path / "other.v2.pth", {n: t[::-1].copy() if t.ndim else t for n, t in digits_tensors.items()}
+    )
+    options = {"batch_size": 10, "device": "cpu"}
+    found = evaluate(
+        (digits_pth, other), folder, engines=("paddle", "torch"), protocol="both", **options, folder=tmp_path / "all"
+    )
+    names = [
+        f"{w}-{p}-{e}"
+        for w in ("digits", "other")
+        for p in ("authors", "resize256-bilinear")
+        for e in ("paddle", "torch")
+    ]
+    assert [result.name for result in found.results] == names
+    alone = evaluate(other, folder, protocol="resize256-bilinear", **options).results[0]
+    lane = found.results[6]
+    same = ("top1", "top_k", "loss", "calibration", "per_class", "protocol", "weights_sha256", "fingerprint")
+    assert all(getattr(lane, key) == getattr(alone, key) for key in same)
+    assert lane.protocol.preprocessing.resize == 256 and lane.protocol.preprocessing.input_size == 224
+    assert len(found.agreements) == len(found.effects) == 4
+    for both in found.agreements:
+        assert both.engines == ("paddle", "torch") and both.top1_agreement == 100
+        assert 0 < both.mean_difference < both.max_difference < 1e-4
+    effect = found.effects[0]
+    assert effect.lanes == ("digits-authors-paddle", "digits-resize256-bilinear-paddle")
+    assert effect.difference == pytest.approx(found.results[2].top1 - found.results[0].top1)
+    assert effect.interval[0] <= effect.difference <= effect.interval[1] and 0 < effect.p_value <= 1
+
+
+def test_weights_that_know_other_classes_are_not_mixed(folder, digits_pth, tmp_path):
+    three = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
+    with pytest.raises(DoesNotFit, match=r"has 3 classes, .* 10; evaluate them one by one"):
+        evaluate([digits_pth, three], folder)
+    from fcvit import convert
+
+    named = tmp_path / "named.safetensors"
+    convert(digits_pth, named, classes=tuple(ClassName(str(9 - i), f"n{i}") for i in range(10)), verify=False)
+    with pytest.raises(DoesNotFit, match="name other classes"):
+        evaluate([digits_pth, named], folder)
+
+
+# Classes
+
+
+@needs_paddle
+def test_a_class_list_maps_the_folders(folder, digits_pth, tmp_path):
+    """Reversed, every image has another truth."""
+    plain = evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "plain")
+    (tmp_path / "classes.txt").write_text("\n".join(str(9 - i) for i in range(10)))
+    found = evaluate(digits_pth, folder, classes=tmp_path / "classes.txt", device="cpu", folder=tmp_path / "run")
+    mapping = json.loads((tmp_path / "run" / "digits-authors" / "metrics.json").read_text())["mapping"]
+    assert mapping == {str(i): 9 - i for i in range(10)} and found.rule == "class folders are the model's class ids"
+    before, after = rows(tmp_path / "plain"), rows(tmp_path / "run")
+    assert [int(a["class_1"]) for a in after] == [9 - int(b["class_1"]) for b in before]
+    assert found.results[0].loss != plain.results[0].loss
+
+
+@needs_paddle
+def test_only_the_classes_of_the_data_are_told_apart(folder, digits_pth, tmp_path):
+    for label in (0, 1, 4, 5, 6, 8, 9):
+        shutil.rmtree(folder / str(label))
+    (tmp_path / "classes.txt").write_text("\n".join(str(i) for i in range(10)))
+    options = {"classes": tmp_path / "classes.txt", "device": "cpu"}
+    evaluate(digits_pth, folder, **options, save_logits=True, folder=tmp_path / "all")
+    found = evaluate(digits_pth, folder, **options, class_subset="present", folder=tmp_path / "part").results[0]
+    assert (found.classes, found.k, found.top_k) == (3, 3, 100)
+    logits = np.load(tmp_path / "all" / "digits-authors" / "logits.npy")[:, [2, 3, 7]].astype(np.float64)
+    best = np.array([2, 3, 7])[logits.argmax(1)]
+    assert [int(row["class_1"]) for row in rows(tmp_path / "part")] == best.tolist()
+    truth = np.array([[2, 3, 7].index(int(row["truth"])) for row in rows(tmp_path / "part")])
+    loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(truth)), truth]
+    assert found.loss == pytest.approx(loss.mean(), rel=1e-6)
+    (tmp_path / "subset.txt").write_text("2\n3\n7\n9\n")
+    assert evaluate(digits_pth, folder, **options, class_subset=tmp_path / "subset.txt").results[0].classes == 4
+    (tmp_path / "subset.txt").write_text("2\n3\n")
+    with pytest.raises(DoesNotFit, match="images of 1 other classes are there, first 7"):
+        evaluate(digits_pth, folder, **options, class_subset=tmp_path / "subset.txt")
+
+
+@needs_paddle
+def test_the_first_batch_is_not_computed_for_classes_that_do_not_fit(folder, digits_pth, monkeypatch):
+    calls = count_calls(monkeypatch, None)
+    (folder / "eleven").mkdir()
+    with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
+        evaluate(digits_pth, folder)
+    assert not calls
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """The small network with ImageNet's 1,000 outputs."""
+    form = Form(DIGITS.variant, 1000)
+    return write_pth(tmp_path_factory.mktemp("weights") / "thousand.pth", lively_tensors(form))
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """Twelve images named as ImageNet's validation set names them, and their list."""
+    generator = np.random.default_rng(1)
+    (tmp_path / "val").mkdir()
+    lines = []
+    for number in range(1, 13):
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        Image.fromarray(generator.integers(0, 256, (50, 60, 3), np.uint8)).save(tmp_path / "val" / name)
+        lines.append(f"{name} {37 * number}")
+    (tmp_path / "val_list.txt").write_text("\n".join(lines))
+    return tmp_path / "val"
+
+
+@needs_paddle
+def test_imagenet_real(validation, thousand, tmp_path):
+    """Right are the images whose best class is among their labels; those without labels do not count."""
+    options = {"list_file": tmp_path / "val_list.txt", "device": "cpu"}
+    evaluate(thousand, validation, **options, folder=tmp_path / "run")
+    from fcvit.classes import imagenet
+
+    index = {c.id: i for i, c in enumerate(imagenet())}
+    best = [index[row["class_1"]] for row in rows(tmp_path / "run", "thousand-authors")]
+    labels = [[] for _ in range(50_000)]
+    for number, guess in enumerate(best):
+        labels[number] = [guess, 999] if number < 3 else [(guess + 1) % 1000]
+    labels[5] = []
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    found = evaluate(thousand, validation, **options, real=tmp_path / "real.json").results[0]
+    assert found.real.images == 11 and found.real.top1 == pytest.approx(300 / 11)
+    assert found.real.interval[0] < found.real.top1 < found.real.interval[1]
+
+
+@pytest.mark.slow
+@needs_paddle
+def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monkeypatch):
+    """For a published variant, which the small one is made to be here."""
+    from fcvit import protocols
+    from fcvit.variants import VARIANTS, published
+
+    monkeypatch.setattr(protocols, "published", lambda variant: published(VARIANTS["fcvit_b12"]))
+    options = {"list_file": tmp_path / "val_list.txt", "device": "cpu", "protocol": "both"}
+    ours, port = evaluate(thousand, validation, **options).results
+    assert (ours.standing.whose, ours.standing.published) == ("the authors", 80.9)
+    assert (port.standing.whose, port.standing.published) == ("the earlier port", 80.5)
+    assert ours.standing.verdict == "inconsistent"  # a part: twelve images, none right
+    monkeypatch.setattr("fcvit.tasks.plan.VALIDATION_IMAGES", 12)
+    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "differs"
+    (validation / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")  # one left out: no longer all
+    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "inconsistent"
+    found = evaluate(thousand, validation, **options, subset=11).results[0]
+    assert found.standing.verdict == "inconsistent" and found.images + found.unreadable == 11
+    (validation / "ILSVRC2012_val_00000004.JPEG").rename(validation / "x.JPEG")
+    text = (tmp_path / "val_list.txt").read_text()
+    (tmp_path / "val_list.txt").write_text(text.replace("ILSVRC2012_val_00000004", "x"))
+    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "not comparable"
+
+
+# Images
 
 
 @needs_paddle
@@ -128,11 +414,10 @@ def test_bad_images_are_listed_and_the_run_goes_on(folder, digits_pth):
     (folder / "3" / "broken.png").write_bytes(b"not an image")
     (folder / "0" / "00 empty.png").touch()
     found = evaluate(digits_pth, folder, batch_size=5, device="cpu")
-    assert found.results[0].images == 23
-    assert [reason.split("/data/")[1] for reason in found.unreadable] == [
-        "0/00 empty.png: not an image",
-        "3/broken.png: not an image",
-    ]
+    assert (found.results[0].images, found.results[0].unreadable) == (23, 2)
+    assert found.unreadable == ("0/00 empty.png: not an image", "3/broken.png: not an image")
+    with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
+        evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)
 
 
 @needs_paddle
@@ -146,47 +431,6 @@ def test_only_bad_images_is_an_error(tmp_path, digits_pth):
 
 
 @needs_paddle
-def test_the_alternative_protocol_gives_other_pixels(folder, digits_pth):
-    found = evaluate(digits_pth, folder, protocol_name="resize256-bilinear", device="cpu")
-    assert (found.preprocessing.resize, found.preprocessing.interpolation, found.preprocessing.input_size) == (
-        256,
-        "bilinear",
-        224,
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 0},
-        {"workers": 0},
-        {"engines": ()},
-        {"engines": ("paddle", "paddle")},
-        {"engines": ("onnx",)},
-        {"protocol_name": "x"},
-    ],
-)
-def test_wrong_options(folder, digits_pth, options):
-    with pytest.raises(UsageError):
-        evaluate(digits_pth, folder, **options)
-
-
-def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
-    from conftest import DIGITS, write_pth
-    from fcvit.weights.lively import lively_tensors
-    from fcvit.weights.names import Form
-
-    bare = write_pth(tmp_path / "bare.pth", lively_tensors(Form(DIGITS.variant, 0)))
-    with pytest.raises(DoesNotFit, match="no classes to evaluate"):
-        evaluate(bare, folder)
-    with pytest.raises(UnreadableFile, match="not a folder"):
-        evaluate(digits_pth, tmp_path / "nowhere")
-    (folder / "eleven").mkdir()
-    with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
-        evaluate(digits_pth, folder)
-
-
-@needs_paddle
 def test_names_that_are_not_text(folder, digits_pth, tmp_path):
     strange = os.fsencode(folder / "3") + b"/\xff.png"
     try:
@@ -194,24 +438,103 @@ def test_names_that_are_not_text(folder, digits_pth, tmp_path):
     except OSError:
         pytest.skip("this file system takes only names that are text")
     evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
-    assert b"3/\xff.png" in (tmp_path / "run" / "predictions.csv").read_bytes()
+    assert b"3/\xff.png" in (tmp_path / "run" / "digits-authors" / "predictions.csv").read_bytes()
+
+
+@needs_paddle
+def test_logits_that_are_no_numbers_are_never_counted_as_right(folder, tmp_path, digits_tensors):
+    """NaN is not smaller than anything: the true class would seem to come first."""
+    huge = dict(digits_tensors)  # finite, as every file must be, but not what comes of it
+    huge["head.weight"] = np.full_like(huge["head.weight"], 3e38)
+    path = write_pth(tmp_path / "huge.pth", huge)
+    with pytest.raises(NumbersDisagree, match=r"0/00 with space.png are not finite"):
+        evaluate(path, folder, device="cpu")
+
+
+# Options
 
 
 @needs_paddle
 def test_another_preprocessing_is_called_custom(folder, digits_pth):
-    found = evaluate(digits_pth, folder, engines="paddle", preprocessing={"input_size": 48}, device="cpu")
-    assert found.protocol == "custom" and found.preprocessing.input_size == 48
-    assert found.preprocessing.crop_fraction == 1.0  # the rest is the variant's
+    found = evaluate(digits_pth, folder, engines="paddle", preprocessing={"input_size": 48}, device="cpu").results[0]
+    assert (found.protocol.name, found.protocol.changed) == ("custom", {"input_size": (32, 48)})
+    assert found.name == "digits-custom" and found.protocol.preprocessing.crop_fraction == 1.0
+
+
+@needs_paddle
+def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        evaluate(digits_pth, folder, subset=12, seed=seed, device="cpu", folder=tmp_path / name)
+    one, again, two = ([row["path"] for row in rows(tmp_path / name)] for name in ("one", "again", "two"))
+    assert one == again != two and len(two) == 12
+
+
+@needs_paddle
+def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path):
+    heard = []
+    found = evaluate(
+        digits_pth, folder, batch_size="auto", device="cpu", folder=tmp_path / "run", announce=heard.append
+    )
+    size = found.results[0].batch_size
+    assert size >= 8 and heard[1].startswith(f"batch size: {size} images at a time, ")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert kept["batch_size"] == size  # a run that goes on must not look again
+
+
+@needs_torch
+def test_half_precision_is_computed_and_stated(folder, digits_pth):
+    exact, half = (
+        evaluate(digits_pth, folder, engines="torch", precision=p, device="cpu").results[0]
+        for p in ("float32", "bfloat16")
+    )
+    assert half.precision == "bfloat16" and 1e-5 < abs(half.loss - exact.loss) < 0.2
+
+
+@needs_paddle
+@pytest.mark.parametrize("engine", ["paddle", "torch"])
+def test_a_precision_that_the_device_does_not_have_is_refused(folder, digits_pth, engine):
+    if not frameworks.installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    with pytest.raises(UsageError, match=r"float16: .* does not have it on"):
+        evaluate(digits_pth, folder, engines=engine, precision="float16", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": "many"},
+        {"workers": -1},
+        {"engines": ()},
+        {"engines": ("paddle", "paddle")},
+        {"engines": ("onnx",)},
+        {"protocol": "x"},
+        {"precision": "int8"},
+        {"protocol": "both", "preprocessing": {"input_size": 64}},
+        {"subset": 24},
+    ],
+)
+def test_wrong_options(folder, digits_pth, options):
+    with pytest.raises(UsageError):
+        evaluate(digits_pth, folder, **options)
+    with pytest.raises(UsageError, match="at least one file"):
+        evaluate([], folder)
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
+    bare = write_pth(tmp_path / "bare.pth", lively_tensors(Form(DIGITS.variant, 0)))
+    with pytest.raises(DoesNotFit, match="no classes to evaluate"):
+        evaluate(bare, folder)
+    with pytest.raises(UnreadableFile, match="no such folder or tar"):
+        evaluate(digits_pth, tmp_path / "nowhere")
 
 
 @needs_paddle
 def test_the_callers_device_is_left_alone(folder, digits_pth, monkeypatch):
-    from fcvit.frameworks import import_framework, on_paddle_device
-
-    device = import_framework("paddle").device
+    device = frameworks.import_framework("paddle").device
     calls = []
     monkeypatch.setattr(device, "get_device", lambda: "gpu:7")
     monkeypatch.setattr(device, "set_device", calls.append)
-    with pytest.raises(ZeroDivisionError), on_paddle_device("cpu"):
+    with pytest.raises(ZeroDivisionError), frameworks.on_paddle_device("cpu"):
         raise ZeroDivisionError
     assert calls == ["cpu", "gpu:7"]

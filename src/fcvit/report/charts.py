@@ -144,7 +144,7 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
 
 
 def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
-    mistakes = matrix.copy()
+    mistakes = matrix.astype(np.int64)
     np.fill_diagonal(mistakes, 0)
     order = np.argsort(-mistakes, axis=None, kind="stable")[:WORST_PAIRS]
     pairs = [(i, j) for i, j in zip(*np.unravel_index(order, matrix.shape), strict=True) if mistakes[i, j]]

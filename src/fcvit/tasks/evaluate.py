@@ -144,10 +144,14 @@ def evaluate(
         raise UsageError("save_logits needs a folder")
     began = time.perf_counter()
     processes, place = join(device)
-    loaded = [w if isinstance(w, Weights) else read_weights(w, ema) for w in several]
+    loaded = [
+        w if isinstance(w, Weights) else read_weights(path, ema)
+        for w, path in zip(several, settings.weights, strict=True)
+    ]
     plan = Plan(settings, loaded, place)
     if processes.first:
         announce(plan.images.rule)
+    assert plan.engines  # made now: what they miss is said before a folder is
     if batch_size == "auto":
         found = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
         size, reason = json.loads(processes.broadcast(json.dumps(found).encode()))
