@@ -1,0 +1,201 @@
+"""Evaluation: images per second of decoding alone, of the model alone, and of the whole; peak memory.
+
+Run:  .venv/bin/python benchmarks/evaluate.py [--photos FOLDER] [--variant NAME] [--engine NAME] [--repeat N]
+          [--json FILE]
+
+The photographs are those below FOLDER, copied to 200 files; without one, 200 made-up JPEG files of
+ImageNet's usual sizes. Weights by rule, 224 x 224: of fcvit_tiny, or of fcvit_digits, which is so small that
+decoding weighs. All rates are steady: from the end of the first batch on, since starting processes is paid
+once. Worker processes and model share the same cores, so decoding at rate d and a model at rate m can give
+1 / (1/d + 1/m) at best; the model alone is measured before and after each whole run. Peak memory is that of
+whole runs in processes of their own, decoding processes included. Prints its ratios last.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from convert import processor
+from PIL import Image
+
+from fcvit.deploy.engines import create_engine
+from fcvit.images.dataset import read_dataset
+from fcvit.images.loader import batches
+from fcvit.tasks.evaluate import evaluate
+from fcvit.variants import VARIANTS, Preprocessing
+from fcvit.weights.lively import lively_tensors
+from fcvit.weights.names import Form
+from fcvit.weights.reading import read_weights
+from fcvit.weights.torch_file import write_zip
+
+BATCH = 16
+PIXELS = Preprocessing()  # the authors': 224 x 224
+PEAK = """
+import resource, sys
+from fcvit.tasks.evaluate import evaluate
+evaluate(sys.argv[1], sys.argv[2], engines=sys.argv[3], device="cpu", workers=2, batch_size=16,
+         preprocessing={"input_size": 64}, folder=sys.argv[4])
+own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(own + 2 * child)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--engine", default="torch", choices=("torch", "paddle"))
+    parser.add_argument("--variant", default="fcvit_tiny", choices=("fcvit_tiny", "fcvit_digits"))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        photographs(root / "data", arguments.photos, 200)
+        count = 200 if arguments.variant == "fcvit_digits" else 80
+        photographs(root / "few", arguments.photos, count)
+        photographs(root / "many", arguments.photos, 2000)
+        weights = root / "weights.pth"
+        with weights.open("wb") as file:
+            write_zip(file, lively_tensors(Form(VARIANTS[arguments.variant], 1000)))
+        rates: dict[str, list[float]] = {}
+        for _ in range(arguments.repeat):  # in turn, so that a noisy minute hits all alike
+            for what, measure in (
+                ("plain", lambda: plain(root / "many", cores)),
+                ("decode", lambda: decode(root / "many", cores)),
+                ("before", lambda: model(weights, arguments.engine)),
+                ("whole", lambda: whole(weights, root / "few", arguments.engine, cores)),
+                ("after", lambda: model(weights, arguments.engine)),
+            ):
+                rates.setdefault(what, []).append(measure())
+        peaks = [peak(weights, root / data, arguments.engine, root / f"run-{data}") for data in ("data", "many")]
+    rates["model"] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop("before"), rates.pop("after"), strict=True)]
+    medians = {what: statistics.median(values) for what, values in rates.items()}
+    # Ratios of neighbours in time, then their median.
+    sides = list(zip(*(rates[what] for what in ("plain", "decode", "model", "whole")), strict=True))
+    ratios = {
+        "decode_over_plain": statistics.median(d / p for p, d, _, _ in sides),
+        "whole_over_bound": statistics.median(w * (1 / d + 1 / m) for _, d, m, w in sides),
+        "memory_2000_over_200": peaks[1] / peaks[0],
+    }
+    machine = f"{processor()}, {cores} cores, Python {platform.python_version()}"
+    results = {"machine": machine, "engine": arguments.engine, "variant": arguments.variant}
+    results |= {"images_per_second": rates, "peak_bytes": peaks}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results | {"ratios": ratios}, indent=2) + "\n")
+    print(f"{machine}; {arguments.variant} by {arguments.engine}, batches of {BATCH}; medians of {arguments.repeat}")
+    print("images a second:")
+    print(f"plain Pillow in {cores} processes: {medians['plain']:.0f}")
+    print(f"decode and transform, {cores} workers: {medians['decode']:.0f}")
+    print(f"model alone: {medians['model']:.1f}")
+    print(f"whole: {medians['whole']:.1f}")
+    print(f"peak memory at 200 and 2,000 images: {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
+    for what, ratio in ratios.items():
+        print(f"{what}: {ratio:.3f}")
+
+
+def photographs(folder: Path, source: Path | None, count: int) -> None:
+    """`count` photographs in one class folder of ImageNet."""
+    place = folder / "n01440764"
+    place.mkdir(parents=True)
+    if source:
+        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        for index, path in zip(range(count), itertools.cycle(found), strict=False):
+            shutil.copyfile(path, place / f"{index:04d}.jpg")
+        return
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        size = ((500, 375), (375, 500), (500, 333), (640, 480))[index % 4]
+        coarse = generator.integers(0, 256, (60, 60, 3), np.uint8)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        image.save(place / f"{index:04d}.jpg", quality=90)
+
+
+def straight(paths: list[str]) -> float:
+    """The same steps with nothing around them."""
+    began = time.perf_counter()
+    for path in paths:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        width, height = image.size
+        scale = 248
+        size = (scale, int(scale * height / width)) if width <= height else (int(scale * width / height), scale)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((length - 224) / 2) for length in size)
+        np.asarray(image.crop((left, top, left + 224, top + 224))).transpose(2, 0, 1).copy()
+    return time.perf_counter() - began
+
+
+def plain(folder: Path, cores: int) -> float:
+    paths = sorted(map(str, folder.rglob("*.jpg")))
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        pool.map(straight, [paths[:4]] * cores, 1)  # started and warm
+        began = time.perf_counter()
+        pool.map(straight, [paths[core::cores] for core in range(cores)], 1)
+        return len(paths) / (time.perf_counter() - began)
+
+
+def decode(folder: Path, cores: int) -> float:
+    images = read_dataset(folder, None, None, 1000)
+    count, began = 0, 0.0
+    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [PIXELS], cores):
+        if began:
+            count += len(batch.indices)
+        else:
+            began = time.perf_counter()
+    return count / (time.perf_counter() - began)
+
+
+def model(weights: Path, engine: str) -> float:
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 3, 224, 224), np.uint8)
+    compute = create_engine(engine, read_weights(weights), PIXELS, "cpu")
+    compute(pixels)
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < 6:
+        compute(pixels)
+        rounds += 1
+    return rounds * BATCH / (time.perf_counter() - began)
+
+
+def whole(weights: Path, folder: Path, engine: str, cores: int) -> float:
+    """From the first batch that is done to the last."""
+    times: list[float] = []
+    from fcvit.tasks import evaluate as module
+
+    frame = module._frame
+
+    def timed(*given):
+        made = frame(*given)
+        times.append(time.perf_counter())
+        return made
+
+    module._frame = timed
+    try:
+        found = evaluate(
+            weights, folder, engines=engine, device="cpu", workers=cores, batch_size=BATCH, preprocessing=PIXELS
+        )
+    finally:
+        module._frame = frame
+    return (found.results[0].images - BATCH) / (times[-1] - times[0])
+
+
+def peak(weights: Path, folder: Path, engine: str, run: Path) -> int:
+    """Bytes, of the process and its two workers together."""
+    words = [sys.executable, "-c", PEAK, *map(str, (weights, folder, engine, run))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()
