@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from fcvit.errors import FreshWeights as FreshWeights
     from fcvit.loading import create_backbone as create_backbone
     from fcvit.loading import create_model as create_model
+    from fcvit.tasks.compare import compare as compare
     from fcvit.tasks.convert import convert as convert
     from fcvit.tasks.evaluate import evaluate as evaluate
+    from fcvit.tasks.evaluate import resume as resume
     from fcvit.tasks.inspect import inspect as inspect
     from fcvit.tasks.predict import Classifier as Classifier
     from fcvit.tasks.predict import load as load
@@ -33,8 +35,10 @@ _HOMES = {
     "FreshWeights": "fcvit.errors",
     "create_backbone": "fcvit.loading",
     "create_model": "fcvit.loading",
+    "compare": "fcvit.tasks.compare",
     "convert": "fcvit.tasks.convert",
     "evaluate": "fcvit.tasks.evaluate",
+    "resume": "fcvit.tasks.evaluate",
     "inspect": "fcvit.tasks.inspect",
     "Classifier": "fcvit.tasks.predict",
     "load": "fcvit.tasks.predict",

@@ -196,6 +196,7 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     assert [row["path"] for row in predicted] == sorted(row["path"] for row in predicted) and len(predicted) == 23
     correct = [row["truth"] == row["class_1"] for row in predicted]
     assert 100 * sum(correct) / 23 == pytest.approx(result.top1) and 0 < sum(correct) < 23
+    assert all(row["truth"] == row["path"][0] for row in predicted)
     assert all(float(row["probability_1"]) >= float(row["probability_5"]) for row in predicted)
     with (lane / "per_class.csv").open(newline="") as file:
         classes = {row["class"]: row for row in csv.DictReader(file)}
@@ -467,6 +468,7 @@ def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
         evaluate(digits_pth, folder, subset=12, seed=seed, device="cpu", folder=tmp_path / name)
     one, again, two = ([row["path"] for row in rows(tmp_path / name)] for name in ("one", "again", "two"))
     assert one == again != two and len(two) == 12
+    assert all(row["truth"] == row["path"][0] for row in rows(tmp_path / "two"))  # each with its own class
 
 
 @needs_paddle

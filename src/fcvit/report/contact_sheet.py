@@ -44,16 +44,18 @@ def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.
         right = tile.truth is None or tile.truth == tile.predicted
         colour = RIGHT if right else WRONG
         draw.rectangle((x - 2, y - 2, x + _TILE + 1, y + _TILE + 1), outline=colour, width=2)
-        draw.text((x, y + _TILE + 4), _fit(f"{tile.predicted}  {100 * tile.probability:.0f} %", font), colour, font)
+        sure = f"  {100 * tile.probability:.0f} %"
+        draw.text((x, y + _TILE + 4), _fit(tile.predicted, font, font.getlength(sure)) + sure, colour, font)
         if not right:
             draw.text((x, y + _TILE + 24), _fit(f"wrong: it is {tile.truth}", small), colour, small)
     return sheet
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten to the width of a tile."""
-    if font.getlength(text) <= _TILE:
+def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, beside: float = 0) -> str:
+    """Shorten to the width of a tile, less what stands beside it."""
+    width = _TILE - beside
+    if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > _TILE:
+    while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."

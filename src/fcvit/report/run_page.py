@@ -52,7 +52,8 @@ def write_page(
     assert isinstance(left_out, tuple)
     first = lanes[0]
     lead = (
-        f"{first.images:,} images of {len(first.per_class)} classes"
+        f"{first.images:,} images of {len(first.per_class):,} classes"
+        + (f", drawn by seed {subset['seed']}" if isinstance(subset := about["subset"], dict) else "")
         + (f", {len(left_out)} that cannot be read left out" if left_out else "")
         + f"; {about['rule']}. Data set {first.fingerprint[:16]}."
     )
@@ -96,16 +97,18 @@ def _summary(lanes: Sequence[Result]) -> Listing:
     k = lanes[0].k
     figures = ("top-1 %", "95 % interval", f"top-{k} %", "loss", "ECE")
     real = ("ReaL %",) if lanes[0].real else ()
+    beside = ("published %", "") if any(lane.standing for lane in lanes) else ()
     rows = []
     for lane in lanes:
         row = [lane.name, f"{lane.top1:.2f}", _interval(lane.top1_interval), f"{lane.top_k:.2f}", f"{lane.loss:.4f}"]
         row.append(f"{lane.calibration.error:.4f}")
         row += [f"{lane.real.top1:.2f}"] if lane.real else []
-        standing = lane.standing
-        row += [f"{standing.published:.1f}", standing.verdict] if standing else ["", ""]
+        if beside:
+            standing = lane.standing
+            row += [f"{standing.published:.1f}", standing.verdict] if standing else ["", ""]
         rows.append(tuple(row))
-    columns = ("", *figures, *real, "published %", "")
-    return Listing("Accuracy", columns, tuple(rows), frozenset((*figures, *real, "published %")))
+    columns = ("", *figures, *real, *beside)
+    return Listing("Accuracy", columns, tuple(rows), frozenset((*figures, *real, *beside[:1])))
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:

@@ -115,7 +115,7 @@ class Plan:
         self.validation = _validation(self.images)
         self.columns = self._columns(settings.class_subset, known, count)
         position = {int(column): place for place, column in enumerate(self.columns)}
-        self.labels = np.array([position[label] for label in images.labels], np.int64)
+        self.labels = np.array([position[label] for label in self.images.labels], np.int64)
         self.lane_classes: Classes = tuple(self.classes[column] for column in self.columns)
         self.k = min(5, len(self.columns))
         self.real = read_real(Path(settings.real), self.images) if settings.real else None
