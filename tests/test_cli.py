@@ -296,7 +296,7 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
 @needs_paddle
 @pytest.mark.parametrize("command_line", ["eval", "quickstart"])
 def test_a_full_disk_during_a_run(tmp_path, digits_pth, image, command_line):
-    """In a child of its own, which may not write files of more than 2 kB."""
+    """In a child of its own, which may not write files of more than 4 kB."""
     for label in range(10):
         (tmp_path / "data" / str(label)).mkdir(parents=True)
         for index in range(6):
@@ -307,7 +307,7 @@ def test_a_full_disk_during_a_run(tmp_path, digits_pth, image, command_line):
     script = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 from fcvit.cli import main
 sys.exit(main({words!r} + ["-o", "run"]))
 """
@@ -363,7 +363,7 @@ def test_what_cannot_go_together_is_refused(run, digits_pth, image):
     code, _, err = run(*words, "--crop-fraction", 0.5)
     assert code == 2 and "is fixed" in err
     words = ["eval", "--resume", "runs/eval"]
-    for more in (["--weights", digits_pth], ["--batch-size", 4], ["--strict"], ["--no-ema"], ["--seed", 0]):
+    for more in (["--weights", digits_pth], ["--batch-size", 4], ["--no-ema"], ["--seed", 0]):
         code, _, err = run(*words, *more)
         assert code == 2 and "goes on as the run began" in err
     assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]
@@ -407,7 +407,7 @@ def test_progress_on_a_terminal(monkeypatch):
     assert "0:00:00" in drawn.getvalue()
 
 
-def test_progress_in_a_log(capsys):
+def test_progress_in_a_log(capsys, monkeypatch):
     """Lines with rate and time left, and none for short work."""
     from fcvit.report.progress import progress
 
@@ -418,6 +418,11 @@ def test_progress_in_a_log(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"evaluating: 1 of 3 images, [0-9.]+ images/s, \d:\d\d:\d\d left", lines[0]), lines
     assert lines[1].startswith("evaluating: 3 of 3 images") and lines[1].endswith("0:00:00 left")
+    monkeypatch.setattr("fcvit.report.progress.time.monotonic", iter((0, 100, 101)).__next__)
+    with progress("evaluating", 3000) as advance:
+        advance(1000)
+    assert capsys.readouterr().err == "evaluating: 1000 of 3000 images, 10.0 images/s, 0:03:20 left\n"
+    monkeypatch.undo()
     with progress("evaluating", 3) as advance:
         advance(3)
     assert capsys.readouterr().err == ""

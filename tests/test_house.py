@@ -21,7 +21,20 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # Within a floor where one direction is meant.
-ORDER = {"tasks": ("verify", "convert", "inspect", "plan", "evaluate", "compare", "predict", "quickstart", "doctor")}
+ORDER = {
+    "tasks": (
+        "verify",
+        "convert",
+        "inspect",
+        "plan",
+        "figures",
+        "evaluate",
+        "compare",
+        "predict",
+        "quickstart",
+        "doctor",
+    )
+}
 
 
 def floor(module):

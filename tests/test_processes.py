@@ -63,10 +63,9 @@ def test_values_reach_the_others(monkeypatch, count):
 def test_alone():
     alone = Processes()
     assert alone.first and alone.broadcast(b"x") == b"x" and alone.gather(b"x") == [b"x"]
-    assert join("gpu:1") == (alone, "gpu:1")
+    assert join() == alone and alone.device("gpu:1") == "gpu:1"
 
 
-def test_one_gpu_is_not_shared_by_all(monkeypatch):
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    with pytest.raises(UsageError, match="each takes its own GPU"):
-        join("gpu:1")
+def test_one_gpu_is_not_shared_by_all():
+    with pytest.raises(UsageError, match="its own for each"):
+        Processes(1, 2, Store()).device("gpu:1")

@@ -215,7 +215,7 @@ def evaluate(
     seed: int | None = None,
     real: Path | None = None,
     class_subset: str | None = None,
-    strict: Annotated[bool | None, Parameter(negative=())] = None,
+    strict: Annotated[bool, Parameter(negative=())] = False,
     save_logits: Annotated[bool | None, Parameter(negative=())] = None,
     as_json: Json = False,
 ) -> int:
@@ -228,7 +228,7 @@ def evaluate(
         protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
         engine: paddle (default), torch, or paddle,torch to compare both on the same images.
         output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers and --json.
+        resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
         batch_size: Images at a time (default: 32); auto tries what fits.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         device: auto (default), cpu, gpu or gpu:N.
@@ -265,21 +265,22 @@ def evaluate(
         "seed": seed,
         "real": real,
         "class_subset": class_subset,
-        "strict": strict,
         "save_logits": save_logits,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if workers is None:  # Paddle's launcher says how many processes share this machine
+        sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
+        workers = max(1, min(8, (os.cpu_count() or 1) // sharing))
     if resume is not None:
         if weights or data is not None or given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        found = go_on(resume, workers=workers, announce=_note)
+        found = go_on(resume, workers=workers, strict=strict, announce=_note)
     elif not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
     else:
         if seed is not None and subset is None:
             raise UsageError("eval: --seed draws a --subset; there is none")
-        found = run(weights, data, workers=workers, record=True, announce=_note, **given)
+        found = run(weights, data, workers=workers, strict=strict, record=True, announce=_note, **given)
     if not found.first:
         return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
     if as_json:

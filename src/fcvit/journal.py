@@ -4,6 +4,7 @@ A frame holds one batch and carries a checksum, so that it is there as a whole o
 ended the process. A process that goes on writes a journal of its own; what several of them say
 of the same batch is the same. All figures are computed from the journals.
 
+A file begins with a magic word and the key of the run: records of other settings are refused.
 A frame is: magic, number of the batch, length of the records, length of all content; CRC-32 of this and
 of the content; the records (a NumPy structure that the reader must know); JSON for what has no fixed size.
 """
@@ -18,8 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fcvit.errors import DoesNotFit
+
 _HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
-_MAGIC = b"FCVJ"
+_MAGIC, _FILE = b"FCVJ", b"FCVITJ1\n"
+KEY = 32
+"""Length of a run's key in bytes: a SHA-256 of everything that decides its records."""
 
 
 class Frame(NamedTuple):
@@ -39,7 +44,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
-    """The whole frames at the beginning of a journal; what follows a torn one is not believed."""
+    """The whole frames at the beginning of a journal, its head taken off; what follows a torn one is not believed."""
     start = 0
     while (body := start + _HEAD.size + _CHECKSUM.size) <= len(content):
         head = content[start : start + _HEAD.size]
@@ -58,23 +63,31 @@ class Journal:
 
     Args:
         dtype: of the records.
+        key: of the run.
         folder: where journals are; those that are there are read. None: frames are only kept here.
         writer: who writes, part of the file's name: processes that share a folder have different ones.
+
+    Raises:
+        DoesNotFit: a journal in the folder has another key.
     """
 
-    def __init__(self, dtype: np.dtype, folder: Path | None, writer: int = 0):
-        self.dtype = dtype
+    def __init__(self, dtype: np.dtype, key: bytes, folder: Path | None, writer: int = 0):
+        assert len(key) == KEY
         self.frames: dict[int, Frame] = {}
+        self._dtype, self._head = dtype, _FILE + key
         self._folder, self._writer = folder, writer
         self._file: Any = None
         if folder is not None:
             folder.mkdir(exist_ok=True)
             for path in sorted(folder.glob("*.journal")):
-                self.merge(path.read_bytes())
+                self.merge(path.read_bytes(), str(path))
 
-    def merge(self, content: bytes) -> None:
+    def merge(self, content: bytes, source: str) -> None:
         """Take the frames of a journal."""
-        for frame in frames(content, self.dtype):
+        head = content[: len(self._head)]
+        if not self._head.startswith(head):
+            raise DoesNotFit(f"{source}: records of other weights, images or settings; start a new run")
+        for frame in frames(content[len(head) :], self._dtype):
             self.frames.setdefault(frame.number, frame)
 
     def append(self, frame: Frame) -> None:
@@ -84,11 +97,12 @@ class Journal:
             return
         if self._file is None:
             self._file = self._create(self._folder)
-        self._file.write(encode(frame))
+            self._write(self._head)
+        self._write(encode(frame))
 
     def encoded(self) -> bytes:
         """All frames, as a journal."""
-        return b"".join(encode(self.frames[number]) for number in sorted(self.frames))
+        return self._head + b"".join(encode(self.frames[number]) for number in sorted(self.frames))
 
     def close(self) -> None:
         """Flush what was written to the disk."""
@@ -96,6 +110,11 @@ class Journal:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+    def _write(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:  # a disk that gets full takes a part without an error
+            left = left[self._file.write(left) :]
 
     def _create(self, folder: Path) -> Any:
         """A new file: a frame that was torn off in an old one would hide whatever follows it."""

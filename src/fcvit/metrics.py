@@ -106,6 +106,24 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / (1 << count))
 
 
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two classifiers on the same images: images that only one gets right, and what follows."""
+
+    only_first: int
+    only_second: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+    """From whether each image was right, (N,) and (N,): see `paired_difference` and `mcnemar`."""
+    only = int((first & ~second).sum()), int((second & ~first).sum())
+    difference, low, high = paired_difference(*only, len(first))
+    return Paired(*only, difference, (low, high), mcnemar(*only))
+
+
 def paired_difference(
     only_first: int, only_second: int, count: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float, float]:

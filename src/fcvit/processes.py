@@ -70,27 +70,25 @@ class Processes:
             time.sleep(_POLL)  # the store's own waiting has a time limit; others may take hours
         return b"".join(self._store.get(f"{key}/{number}") for number in range(pieces - 1))
 
+    def device(self, name: str) -> str:
+        """The device of this process: under the launcher `auto` and `gpu` are the GPU that it gave to it.
 
-def join(device: str) -> tuple[Processes, str]:
-    """Meet the other processes of `python -m paddle.distributed.launch`; alone without it.
+        Raises:
+            UsageError: the same GPU is asked for in all processes.
+        """
+        if self.count == 1:
+            return name
+        if name.startswith("gpu:"):
+            raise UsageError(f"--device {name} in {self.count} processes: expected auto, cpu or gpu (its own for each)")
+        if paddle_place(name) == "cpu":
+            return name
+        return f"gpu:{import_framework('paddle').distributed.ParallelEnv().device_id}"
 
-    Args:
-        device: auto, cpu, gpu or gpu:N.
 
-    Returns:
-        The processes, and the device of this one: under the launcher `auto` and `gpu` are the GPU that
-        it gave to this process.
-
-    Raises:
-        UsageError: the same GPU is asked for in all processes.
-    """
+def join() -> Processes:
+    """Meet the other processes of `python -m paddle.distributed.launch`; alone without it."""
     count = int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
     if count == 1:
-        return Processes(), device
-    if device.startswith("gpu:"):
-        raise UsageError(f"--device {device} in {count} processes: expected auto, cpu or gpu; each takes its own GPU")
-    paddle = import_framework("paddle")
-    if paddle_place(device) != "cpu":
-        device = f"gpu:{paddle.distributed.ParallelEnv().device_id}"
-    store = paddle.base.core.create_or_get_global_tcp_store()
-    return Processes(int(os.environ["PADDLE_TRAINER_ID"]), count, store), device
+        return Processes()
+    store = import_framework("paddle").base.core.create_or_get_global_tcp_store()
+    return Processes(int(os.environ["PADDLE_TRAINER_ID"]), count, store)

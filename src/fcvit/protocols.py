@@ -5,11 +5,12 @@ where their crop fraction is 0.90 and 1.0 where it is 0.95, with Resize(256, bil
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 from fcvit.errors import UsageError
-from fcvit.variants import IMAGENET_CLASSES, RESIZE256_BILINEAR, Preprocessing, Variant, published
+from fcvit.variants import IMAGENET_CLASSES, RESIZE256_BILINEAR, VALIDATION_IMAGES, Preprocessing, Variant, published
 
 AUTHORS, RESIZE256, BOTH, CUSTOM = "authors", "resize256-bilinear", "both", "custom"
 PROTOCOLS = (AUTHORS, RESIZE256, BOTH)
@@ -79,15 +80,20 @@ def stand(
     validation: Literal["all", "part", "other"],
     top1: float,
     interval: tuple[float, float],
+    images: int,
+    unreadable: int = 0,
 ) -> Standing | None:
     """Hold a figure against the published one; None: nothing was published under this protocol.
 
-    On all images a difference is never put down to sampling: there is none.
+    On all images a difference is never put down to sampling: there is none. Images that were left out
+    could at most have been all right or all wrong, and widen the bound by that. A part is a sample without
+    replacement: the larger it is, the narrower its interval.
 
     Args:
         num_classes: that were told apart.
         validation: whether the images are all of ImageNet-1K's validation set, a part, or others.
         top1, interval: per cent.
+        images, unreadable: that were evaluated, and left out.
     """
     figures = published(variant)
     if figures is None or protocol.name == CUSTOM or protocol.preprocessing.mean != variant.preprocessing.mean:
@@ -99,13 +105,16 @@ def stand(
         return Standing(whose, figure, "not comparable", f"{num_classes} classes were told apart, not 1,000")
     if validation == "other":
         return Standing(whose, figure, "not comparable", "by their names these are not ImageNet's validation images")
-    difference = top1 - figure
     if validation == "part":
-        within = interval[0] - ROUNDING <= figure <= interval[1] + ROUNDING
+        narrower = math.sqrt((VALIDATION_IMAGES - images) / (VALIDATION_IMAGES - 1))
+        low, high = (top1 + narrower * (bound - top1) for bound in interval)
+        within = low - ROUNDING - DECODER_SLACK <= figure <= high + ROUNDING + DECODER_SLACK
         words = "within" if within else "outside"
-        reason = f"{words} the 95 % interval {interval[0]:.2f} to {interval[1]:.2f} of a part of the images"
+        reason = f"{words} the 95 % interval {low:.2f} to {high:.2f} of a part of the images"
         return Standing(whose, figure, "consistent" if within else "inconsistent", reason)
-    bound = ROUNDING + DECODER_SLACK
-    near = abs(difference) <= bound + 1e-9
-    reason = f"{difference:+.2f} points; {ROUNDING} for rounding and {DECODER_SLACK} for decoders are allowed"
+    bound = ROUNDING + DECODER_SLACK + 100 * unreadable / VALIDATION_IMAGES
+    near = abs(top1 - figure) <= bound + 1e-9
+    reason = f"{top1 - figure:+.2f} points; {ROUNDING} for rounding and {DECODER_SLACK} for decoders are allowed"
+    if unreadable:
+        reason += f", {100 * unreadable / VALIDATION_IMAGES:.3f} for {unreadable} images left out"
     return Standing(whose, figure, "reproduced" if near else "differs", reason)

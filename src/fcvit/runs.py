@@ -18,6 +18,11 @@ from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PACKAGES = ("fcvit", "paddlepaddle", "paddlepaddle-gpu", "torch", "numpy", "pillow", "safetensors")
 
 
@@ -132,17 +137,43 @@ def read_run(folder: Path, command: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
-    write_json(folder / "run.json", {**record, "status": "running"})
-    try:
+    path = folder / "run.json"
+    with _locked(folder):
+        write_json(path, {**record, "status": "running"})
+        try:
+            yield
+        except KeyboardInterrupt:
+            write_json(path, {**record, "status": "interrupted"})
+            raise
+        except BaseException as error:
+            with contextlib.suppress(UnreadableFile):  # the disk may be what failed
+                write_json(path, {**record, "status": "failed", "reason": str(error)})
+            raise
+        write_json(path, {**record, "status": "finished"})
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from continuing the run at the same time; the lock ends with the process."""
+    if fcntl is None:
         yield
-    except KeyboardInterrupt:
-        write_json(folder / "run.json", {**record, "status": "interrupted"})
-        raise
-    except BaseException as error:
-        with contextlib.suppress(UnreadableFile):  # the disk may be what failed
-            write_json(folder / "run.json", {**record, "status": "failed", "reason": str(error)})
-        raise
-    write_json(folder / "run.json", {**record, "status": "finished"})
+        return
+    path = folder / ".lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise UnreadableFile(f"{path}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another process is at work on this run") from error
+        except OSError:
+            pass  # a network disk without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -16,6 +16,7 @@ from fcvit.errors import UsageError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_CLASSES = 1000
+VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Preprocessing:
             raise UsageError(f"crop fraction {self.crop_fraction}: expected more than 0, at most 1")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UsageError(f"interpolation {self.interpolation!r}: expected bilinear or bicubic")
+        for field in ("mean", "std"):  # lists come from JSON, and would not be equal to tuples
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
             raise UsageError("mean and std: expected three numbers each, those of std above 0")
 

@@ -88,23 +88,58 @@ def test_a_tar_is_the_folder_it_was_made_of(tmp_path, prefix, inner):
     assert content(read_dataset(tar / inner, None, None, 2)) == content(folder)
 
 
-def test_only_plain_files_of_a_tar_are_images(tmp_path):
-    """Links could name any file of the machine; the last of two members of one name is the file."""
-    path = make_tar(tmp_path / "x.tar", "a/1.png", "b/2.png", "../evil.png", "/etc/evil.png")
+def add(path, name, kind, linkname=""):
     with tarfile.open(path, "a") as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            member = tarfile.TarInfo(f"a/{ord(kind)}.png")
-            member.type, member.linkname = kind, "/etc/passwd"
-            tar.addfile(member)
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, linkname
+        tar.addfile(member)
+
+
+def test_links_in_a_tar_are_what_they_name(tmp_path):
+    """As in a folder; one that leads out of the tar is an image that cannot be read."""
+    path = make_tar(tmp_path / "x.tar", "a/1.png", "b/2.png")
+    add(path, "a/hard.png", tarfile.LNKTYPE, "b/2.png")
+    add(path, "b/soft.png", tarfile.SYMTYPE, "../a/hard.png")
+    add(path, "b/out.png", tarfile.SYMTYPE, "/etc/passwd")
+    add(path, "b/circle.png", tarfile.SYMTYPE, "circle.png")
+    found = read_dataset(path, None, None, 2)
+    assert found.names == ("a/1.png", "a/hard.png", "b/2.png", "b/circle.png", "b/out.png", "b/soft.png")
+    for name, place in zip(found.names, found.locations, strict=True):
+        if name in ("b/out.png", "b/circle.png"):
+            with pytest.raises(OSError, match="Not a directory"):
+                place.read()
+        else:
+            assert place.read() == (b"a/1.png" if name == "a/1.png" else b"b/2.png")
+
+
+def test_only_files_of_a_tar_are_images(tmp_path):
+    """The last of two members of one name is the file; a folder without images is a class too."""
+    path = make_tar(tmp_path / "x.tar", "a/1.png", "b/2.png", "../evil.png", "/etc/evil.png")
+    for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        add(path, f"a/{ord(kind)}.png", kind)
+    with tarfile.open(path, "a") as tar:
         member = tarfile.TarInfo("b/2.png")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"new"))
-        member = tarfile.TarInfo("empty")
-        member.type = tarfile.DIRTYPE
-        tar.addfile(member)
+    add(path, "empty", tarfile.DIRTYPE)
     found = read_dataset(path, None, None, 3)
     assert found.names == ("a/1.png", "b/2.png") and contents(found) == ["a/1.png", "new"]
-    assert found.mapping == {"a": 0, "b": 1, "empty": 2}  # as a folder without images would count
+    assert found.mapping == {"a": 0, "b": 1, "empty": 2}
+
+
+def test_a_tar_that_is_cut_or_damaged_is_never_taken_for_a_smaller_one(tmp_path):
+    """tarfile itself stops without a word at a cut between members, and at a damaged header."""
+    whole = make_tar(tmp_path / "x.tar", *FILES).read_bytes()
+    path = tmp_path / "cut.tar"
+    end = len(FILES) * 1024
+    for length in range(0, end + 1, 256):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UnreadableFile):
+            read_dataset(path, None, None, 2)
+    for header in range(0, end, 1024):
+        path.write_bytes(whole[:header] + b"\xff" * 30 + whole[header + 30 :])
+        with pytest.raises(UnreadableFile, match=r"damaged or cut off|not a tar"):
+            read_dataset(path, None, None, 2)
 
 
 def test_tars_that_are_none(tmp_path):
@@ -117,9 +152,6 @@ def test_tars_that_are_none(tmp_path):
         read_dataset(tmp_path / "photo.jpg", None, None, 2)
     with pytest.raises(UnreadableFile, match="no images in it below nowhere"):
         read_dataset(plain / "nowhere", None, None, 2)
-    (tmp_path / "cut.tar").write_bytes(plain.read_bytes()[:700])
-    with pytest.raises(UnreadableFile):
-        read_dataset(tmp_path / "cut.tar", None, None, 2)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +177,20 @@ def test_a_damaged_tar_is_read_or_refused(sound_tar, changes, length):
         return
     for location in found.locations:
         assert location.offset + location.size <= path.stat().st_size and len(location.read()) == location.size
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(OSError, match="not a plain file"):
+        Location(str(tmp_path / "x.png")).read()
+
+
+def test_an_enormous_file_is_not_read(tmp_path):
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate((1 << 29) + 1)  # takes no place on the disk
+    with pytest.raises(OSError, match="more than 512 MiB"):
+        Location(str(tmp_path / "x.png")).read()
 
 
 def test_a_part_of_a_file(tmp_path):
@@ -177,6 +223,25 @@ def test_a_list_may_name_classes(tmp_path):
     (tmp_path / "l.txt").write_text("1.png d1\n2.png m2\n")
     found = read_dataset(root, tmp_path / "l.txt", PETS, 4)
     assert found.labels == (1, 3) and found.rule == "labels of the list are the model's class ids"
+
+
+def test_a_list_may_name_any_file(tmp_path):
+    """Also one without an ending, or hidden; in a tar as in a folder."""
+    names = ("x.gif", "noending", ".h/y.png")
+    (tmp_path / "l.txt").write_text("\n".join(f"{name} 0" for name in names))
+    folder = read_dataset(make(tmp_path / "data", *names), tmp_path / "l.txt", None, 2)
+    tar = read_dataset(make_tar(tmp_path / "x.tar", *names), tmp_path / "l.txt", None, 2)
+    assert content(tar) == content(folder) and len(tar) == 3
+
+
+def test_a_number_that_is_an_index_and_an_id_is_not_guessed(tmp_path):
+    root = make(tmp_path / "data", "1.png")
+    (tmp_path / "l.txt").write_text("1.png 1\n")
+    reversed_ids = tuple(ClassName(str(3 - i), f"class {i}") for i in range(4))
+    with pytest.raises(DoesNotFit, match="is 1 the index of a class, or the id of class 2"):
+        read_dataset(root, tmp_path / "l.txt", reversed_ids, 4)
+    same_ids = tuple(ClassName(str(i), f"class {i}") for i in range(4))
+    assert read_dataset(root, tmp_path / "l.txt", same_ids, 4).labels == (1,)
 
 
 def test_the_folder_of_a_list_that_the_data_do_not_have(tmp_path):
@@ -222,7 +287,8 @@ def test_any_bytes_as_a_list(tmp_path, text):
 
 
 def assign(labels, classes, count):
-    return assign_classes(labels, classes, count, "class folders")
+    found = assign_classes(labels, classes, count, "class folders")
+    return found.mapping, found.rule
 
 
 def test_known_ids_or_names_come_first():

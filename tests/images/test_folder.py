@@ -88,3 +88,10 @@ def test_a_circle_of_links_is_walked_once(tmp_path):
     make(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
     assert images_below(tmp_path) == [tmp_path / "a/1.png", tmp_path / "b/2.png"]
+
+
+def test_two_links_to_one_folder_are_two_folders(tmp_path):
+    """Only a link back to where one is would never end."""
+    make(tmp_path, "3/1.png")
+    (tmp_path / "4").symlink_to(tmp_path / "3")
+    assert images_below(tmp_path) == [tmp_path / "3/1.png", tmp_path / "4/1.png"]

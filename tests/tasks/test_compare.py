@@ -13,6 +13,7 @@ from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.metrics import calibration, wilson
 from fcvit.protocols import protocols
 from fcvit.report.results import Records, Result, class_figures, write_lane
+from fcvit.report.tables import comparison
 from fcvit.tasks.compare import compare
 from fcvit.variants import VARIANTS
 
@@ -91,6 +92,33 @@ def test_a_comparison_by_hand(tmp_path):
     assert rows[-1] == {"path": "039.png", "truth": "n3", "first": "n0", "second": "n1"}
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["p_value"] == found.p_value and len(written["differing"]) == 7
+
+
+def test_the_tables_begin_with_what_changed_most(tmp_path):
+    second = [1] * 3 + [0] * 7 + [1] * 10 + [3] + [2] * 9 + [3] * 10
+    tables = comparison(compare(lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", second, TRUTH)))
+    columns = {table.title: list(table.columns[0].cells) for table in tables}
+    assert columns["classes that gained most"] == ["n1", "n3"]
+    assert columns["classes that lost most"] == ["n0", "n2"]
+
+
+def test_other_settings_are_named_and_another_task_is_refused(tmp_path):
+    one, other = lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", SECOND, TRUTH)
+    path = other / "a-authors" / "metrics.json"
+    figures = json.loads(path.read_text())
+    path.write_text(json.dumps(figures | {"batch_size": 7, "protocol": {"name": "custom"}}))
+    assert compare(one, other).settings == {"protocol": ("authors", "custom"), "batch_size": ("1", "7")}
+    path.write_text(json.dumps(figures | {"classes": 3}))
+    with pytest.raises(DoesNotFit, match="tells 4 classes apart and .* 3: not the same task"):
+        compare(one, other)
+
+
+def test_the_same_file_in_two_classes(tmp_path):
+    """Duplicates are told apart by their class, also where a list names them in another order."""
+    digests = ["0" * 16, "0" * 16]
+    one = lane(tmp_path / "a", [0, 0], [0, 3], digests=digests, names=["a.png", "b.png"])
+    other = lane(tmp_path / "b", [0, 0], [3, 0], digests=digests, names=["a.png", "b.png"])
+    assert compare(one, other).differing == ()
 
 
 def test_the_order_of_the_two_only_turns_the_sign(tmp_path):

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +17,9 @@ from fcvit import frameworks
 from fcvit.classes import ClassName
 from fcvit.deploy.engines import PaddleEngine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
-from fcvit.report import page
+from fcvit.metrics import calibration, wilson
+from fcvit.report import page, results
+from fcvit.tasks.compare import compare
 from fcvit.tasks.evaluate import evaluate, resume
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form
@@ -156,11 +160,17 @@ def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path
     write_pth(digits_pth, digits_tensors)
     with monkeypatch.context() as patch:
         patch.setattr("fcvit.runs.versions", lambda: {"paddlepaddle": "4.0"})
-        with pytest.raises(DoesNotFit, match="packages changed since"):
+        with pytest.raises(DoesNotFit, match=r"packages changed \(.*paddlepaddle .* to 4.0.*\) since"):
             resume(run)
     assert resume(run).results[0].images == 23
     with pytest.raises(UnreadableFile, match="expected the folder of a run"):
         resume(folder)
+    record = json.loads((run / "run.json").read_text())
+    for field, value in (("batch_size", 3), ("protocol", "both"), ("weights", "x"), ("seed", None), ("more", 1)):
+        edited = {**record, "settings": {**record["settings"], field: value}}
+        (run / "run.json").write_text(json.dumps(edited))
+        with pytest.raises(UnreadableFile, match=r"not those that the run began with|without the settings"):
+            resume(run)
     (run / "run.json").write_text('{"command": "eval"}')
     with pytest.raises(UnreadableFile, match="without the settings"):
         resume(run)
@@ -209,17 +219,156 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
             assert min(picture.size) > 100
 
 
-@pytest.mark.slow
 @needs_paddle
+def test_every_figure_follows_from_the_logits(folder, digits_pth, tmp_path):
+    """Recomputed in plain NumPy, from logits.npy and the names of the folders alone."""
+    found = evaluate(digits_pth, folder, batch_size=6, device="cpu", folder=tmp_path / "run", save_logits=True).results[
+        0
+    ]
+    logits = np.load(tmp_path / "run" / "digits-authors" / "logits.npy").astype(np.float64)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    truth = np.array([int(name[0]) for name in names])
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    order = np.argsort(-logits, axis=1)
+    place = np.argmax(order == truth[:, None], axis=1)
+    assert place.max() > 5 and (place == 5).any()  # else top-5 would be no test
+    assert found.top1 == pytest.approx(100 * (place == 0).mean())
+    assert found.top_k == pytest.approx(100 * (place < 5).mean())
+    assert found.top1_interval == wilson(int((place == 0).sum()), 23)
+    assert found.top_k_interval == wilson(int((place < 5).sum()), 23)
+    assert found.loss == pytest.approx(-np.log(probabilities[np.arange(23), truth]).mean(), rel=1e-6)
+    expected = calibration(probabilities.max(1), place == 0)
+    assert found.calibration.counts == expected.counts
+    assert found.calibration.error == pytest.approx(expected.error, abs=1e-6)
+    for row, name, best, sure, label in zip(rows(tmp_path / "run"), names, order, probabilities, truth, strict=True):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert (row["path"], row["truth"], row["image"]) == (name, str(label), digest[:16])
+        for k in range(1, 6):
+            assert row[f"class_{k}"] == str(best[k - 1])
+            assert float(row[f"probability_{k}"]) == pytest.approx(sure[best[k - 1]], abs=1e-5)
+    for row in found.per_class:
+        members = truth == int(row.id)
+        assert (row.images, row.top1) == (members.sum(), pytest.approx(100 * (place[members] == 0).mean()))
+        assert row.top_k == pytest.approx(100 * (place[members] < 5).mean())
+
+
+@needs_paddle
+def test_the_fingerprint_is_of_contents_and_classes(folder, digits_pth):
+    def fingerprint():
+        return evaluate(digits_pth, folder, device="cpu").results[0].fingerprint
+
+    before = fingerprint()
+    image = folder / "3" / "03 with space.png"
+    moved = image.rename(folder / "3" / "renamed.png")
+    assert fingerprint() == before
+    moved.rename(folder / "4" / "renamed.png")
+    assert fingerprint() != before
+    (folder / "4" / "renamed.png").rename(image)
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert fingerprint() != before
+
+
+@needs_paddle
+def test_the_sheet_shows_the_surest_mistakes(folder, digits_pth, tmp_path, monkeypatch):
+    sheets = []
+    draw = results.contact_sheet
+    monkeypatch.setattr(
+        results, "contact_sheet", lambda tiles, title: sheets.append((tiles, title)) or draw(tiles, title)
+    )
+    found = evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run").results[0]
+    ((tiles, title),) = sheets
+    wrong = [row for row in rows(tmp_path / "run") if row["truth"] != row["class_1"]]
+    wrong.sort(key=lambda row: -float(row["probability_1"]))
+    assert [(t.truth, t.predicted) for t in tiles] == [(row["truth"], row["class_1"]) for row in wrong]
+    assert all(tile.image.size == (30, 40) for tile in tiles)
+    assert title.startswith(f"{len(wrong)} of {found.images} wrong")
+
+
+@needs_paddle
+def test_an_image_that_goes_away_costs_its_picture_and_nothing_else(folder, digits_pth, tmp_path, monkeypatch):
+    compute = PaddleEngine.__call__
+
+    def last_look(self, images):
+        out = compute(self, images)
+        shutil.rmtree(folder)
+        return out
+
+    monkeypatch.setattr(PaddleEngine, "__call__", last_look)
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 23
+
+
+@needs_paddle
+def test_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
+    names = ["a,b.png", 'quo"te.png', "new\nline.png", "car\rriage.png", "semi;colon.png"]
+    for name in names:
+        shutil.copyfile(folder / "0" / "00 with space.png", folder / "3" / name)
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
+    assert {row["path"] for row in rows(tmp_path / "run")} >= {f"3/{name}" for name in names}
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "again")
+    assert compare(tmp_path / "run", tmp_path / "again").differing == ()
+
+
+@needs_paddle
+def test_folders_that_are_all_that_is_known_name_the_classes(tmp_path, folder):
+    for label, name in enumerate(("cat", "cow", "dog")):
+        (folder / str(label)).rename(folder / name)
+    for label in range(3, 10):
+        shutil.rmtree(folder / str(label))
+    three = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
+    found = evaluate(three, folder, device="cpu", folder=tmp_path / "run").results[0]
+    assert [row.name for row in found.per_class] == ["cat", "cow", "dog"]
+    assert {row["truth"] for row in rows(tmp_path / "run", "three-authors")} == {"cat", "cow", "dog"}
+
+
+@needs_paddle
+def test_a_run_is_not_written_among_its_images(folder, digits_pth):
+    for place in (folder, folder / "run", folder / "3" / "run"):
+        with pytest.raises(UsageError, match="is inside --data"):
+            evaluate(digits_pth, folder, device="cpu", folder=place)
+    assert sorted(path.name for path in folder.iterdir()) == [str(i) for i in range(10)]
+
+
+@needs_paddle
+def test_one_run_is_not_continued_twice_at_once(folder, digits_pth, tmp_path):
+    import fcvit.runs
+
+    if fcvit.runs.fcntl is None:
+        pytest.skip("no file locks here")
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
+    record = fcvit.runs.read_run(tmp_path / "run", "eval")
+    with (
+        fcvit.runs.continued_run(tmp_path / "run", record),
+        pytest.raises(UsageError, match="another process is at work on this run"),
+    ):
+        resume(tmp_path / "run")
+    assert resume(tmp_path / "run").results[0].images == 23
+
+
+@needs_paddle
+@pytest.mark.slow
 @pytest.mark.charts
 def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
     (folder / "0" / "<b>bad.png").touch()
     evaluate([digits_pth, digits_pth], folder, protocol="both", device="cpu", folder=tmp_path / "run")
     shown = (tmp_path / "run" / "report.html").read_text("utf-8")
+    metrics = json.loads((tmp_path / "run" / "digits-authors" / "metrics.json").read_text())
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown)
+    start = cells.index("digits-authors")
+    assert cells[start + 1 : start + 6] == [
+        f"{metrics['top1']:.2f}",
+        f"{metrics['top1_interval'][0]:.2f} to {metrics['top1_interval'][1]:.2f}",
+        f"{metrics['top_k']:.2f}",
+        f"{metrics['loss']:.4f}",
+        f"{metrics['calibration']['error']:.4f}",
+    ]
+    listed = [c["id"] for c in sorted(metrics["per_class"], key=lambda c: (c["top1"], c["id"]))]
+    table = shown[shown.index("Classes, the worst first") :]
+    assert re.findall(r"<t[dh][^>]*>(\d)</t[dh]>\s*<td[^>]*>\1<", table)[:10] == listed
     for lane in ("digits-authors", "digits-resize256-bilinear", "digits-authors-2", "digits-resize256-bilinear-2"):
         assert f">{lane}</" in shown
     assert shown.count("data:image/png;base64") == 12
-    assert "&lt;b&gt;bad.png: not an image" in shown and "McNemar" in shown
+    assert "&lt;b&gt;bad.png" in shown and "not an image" in shown and "McNemar" in shown
 
 
 @needs_paddle
@@ -263,7 +412,7 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
     )
     names = [
         f"{w}-{p}-{e}"
-        for w in ("digits", "other")
+        for w in ("digits", "other.v2")
         for p in ("authors", "resize256-bilinear")
         for e in ("paddle", "torch")
     ]
@@ -274,8 +423,9 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
     assert all(getattr(lane, key) == getattr(alone, key) for key in same)
     assert lane.protocol.preprocessing.resize == 256 and lane.protocol.preprocessing.input_size == 224
     assert len(found.agreements) == len(found.effects) == 4
+    assert found.results[0].seconds != found.results[2].seconds  # each its own
     for both in found.agreements:
-        assert both.engines == ("paddle", "torch") and both.top1_agreement == 100
+        assert both.lanes[0] != both.lanes[1] and both.engines == ("paddle", "torch") and both.top1_agreement == 100
         assert 0 < both.mean_difference < both.max_difference < 1e-4
     effect = found.effects[0]
     assert effect.lanes == ("digits-authors-paddle", "digits-resize256-bilinear-paddle")
@@ -377,9 +527,15 @@ def test_imagenet_real(validation, thousand, tmp_path):
         labels[number] = [guess, 999] if number < 3 else [(guess + 1) % 1000]
     labels[5] = []
     (tmp_path / "real.json").write_text(json.dumps(labels))
-    found = evaluate(thousand, validation, **options, real=tmp_path / "real.json").results[0]
+    options["real"] = tmp_path / "real.json"
+    found = evaluate(thousand, validation, **options).results[0]
     assert found.real.images == 11 and found.real.top1 == pytest.approx(300 / 11)
     assert found.real.interval[0] < found.real.top1 < found.real.interval[1]
+    # With a class subset the best class is another number; its label is not.
+    evaluate(thousand, validation, **options, class_subset="present", folder=tmp_path / "part")
+    guesses = [index[row["class_1"]] for row in rows(tmp_path / "part", "thousand-authors")]
+    (tmp_path / "real.json").write_text(json.dumps([[guess] for guess in guesses] + [[]] * 49_988))
+    assert evaluate(thousand, validation, **options, class_subset="present").results[0].real.top1 == 100
 
 
 @pytest.mark.slow
@@ -395,10 +551,12 @@ def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monk
     assert (ours.standing.whose, ours.standing.published) == ("the authors", 80.9)
     assert (port.standing.whose, port.standing.published) == ("the earlier port", 80.5)
     assert ours.standing.verdict == "inconsistent"  # a part: twelve images, none right
-    monkeypatch.setattr("fcvit.tasks.plan.VALIDATION_IMAGES", 12)
+    for place in ("tasks.plan", "protocols"):
+        monkeypatch.setattr(f"fcvit.{place}.VALIDATION_IMAGES", 12)
     assert evaluate(thousand, validation, **options).results[0].standing.verdict == "differs"
-    (validation / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")  # one left out: no longer all
-    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "inconsistent"
+    (validation / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")  # one left out makes no sample of it
+    found = evaluate(thousand, validation, **options).results[0]
+    assert found.standing.verdict == "differs" and "1 images left out" in found.standing.reason
     found = evaluate(thousand, validation, **options, subset=11).results[0]
     assert found.standing.verdict == "inconsistent" and found.images + found.unreadable == 11
     (validation / "ILSVRC2012_val_00000004.JPEG").rename(validation / "x.JPEG")
@@ -419,6 +577,8 @@ def test_bad_images_are_listed_and_the_run_goes_on(folder, digits_pth):
     assert found.unreadable == ("0/00 empty.png: not an image", "3/broken.png: not an image")
     with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)
+    with pytest.raises(BadImages, match=r"0/00 empty.png"):
+        evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True, workers=1)
 
 
 @needs_paddle

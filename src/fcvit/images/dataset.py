@@ -6,11 +6,13 @@ images under the same names are the same data set.
 
 import collections
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -20,12 +22,13 @@ from typing import NamedTuple
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.images.folder import ENDINGS, images_below
-from fcvit.variants import IMAGENET_CLASSES
+from fcvit.variants import IMAGENET_CLASSES, VALIDATION_IMAGES
 
 _SHOWN = 5
+_LARGEST = 1 << 29  # bytes of an image file
+_BLOCK = 512  # of a tar
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
-VALIDATION_IMAGES = 50_000
 
 
 class Location(NamedTuple):
@@ -41,7 +44,13 @@ class Location(NamedTuple):
         Raises:
             OSError: it cannot be read.
         """
-        with Path(self.path).open("rb", buffering=0) as file:
+        # A pipe would keep us waiting for ever.
+        with open(os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0) as file:  # noqa: PTH123
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a plain file")
+            if max(self.size, status.st_size if self.size < 0 else 0) > _LARGEST:
+                raise OSError(errno.EFBIG, f"more than {_LARGEST >> 20} MiB")
             if self.offset:
                 file.seek(self.offset)
             parts = []
@@ -63,6 +72,7 @@ class LabelledImages:
         labels: the class index of each.
         mapping: class folder, or label of the list -> class index.
         rule: how the mapping was found, for people.
+        counted: whether no classes were known, and the labels are the model's classes in sorted order.
     """
 
     root: Path
@@ -71,6 +81,7 @@ class LabelledImages:
     labels: tuple[int, ...]
     mapping: Mapping[str, int]
     rule: str
+    counted: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -124,6 +135,14 @@ def _draw(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
 
 
+class Assignment(NamedTuple):
+    """Label -> class index; in words, by which rule; whether labels were only counted."""
+
+    mapping: dict[str, int]
+    rule: str
+    counted: bool = False
+
+
 def read_dataset(data: Path, list_file: Path | None, classes: Classes | None, num_classes: int) -> LabelledImages:
     """Find the images of a folder or tar, and the class of each, for a model with `num_classes` outputs.
 
@@ -138,30 +157,23 @@ def read_dataset(data: Path, list_file: Path | None, classes: Classes | None, nu
         DoesNotFit: the classes cannot be mapped to the model's, or listed images are not there.
     """
     tar, inner = _find(data)
-    if tar is None:
-        names, mapping, rule = (
-            _from_list(list_file, None, data, classes, num_classes)
-            if list_file
-            else _from_folders(_folders_below(data), _names_below(data), data, classes, num_classes)
-        )
-        locations = {name: Location(str(data / name)) for name in names}
+    members: dict[str, Location] | None = None
+    folders: list[str] = []
+    if tar is not None:
+        members, folders = _read_tar(tar, inner, list_file is not None)
+    if list_file is not None:
+        labels, assignment = _from_list(list_file, members, data, classes, num_classes)
+    elif members is not None:
+        labels, assignment = _from_folders(folders, members, data, classes, num_classes)
     else:
-        members, folders = _read_tar(tar, inner)
-        names, mapping, rule = (
-            _from_list(list_file, members, data, classes, num_classes)
-            if list_file
-            else _from_folders(folders, members, data, classes, num_classes)
-        )
-        locations = members
-    ordered = sorted(names)
-    places = [(name, names[name]) for name in ordered]
+        labels, assignment = _from_folders(_folders_below(data), _names_below(data), data, classes, num_classes)
+    names = tuple(sorted(labels))
     return LabelledImages(
         data,
-        tuple(ordered),
-        tuple(locations[name] for name in ordered),
-        tuple(mapping[label] for _, label in places),
-        mapping,
-        rule,
+        names,
+        tuple(members[name] if members is not None else Location(str(data / name)) for name in names),
+        tuple(assignment.mapping[labels[name]] for name in names),
+        *assignment,
     )
 
 
@@ -186,42 +198,62 @@ def _names_below(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in images_below(root)]
 
 
-def _read_tar(path: Path, inner: str) -> tuple[dict[str, Location], list[str]]:
-    """Name -> place of every image in a tar below `inner`, and the folders at the top."""
-    found: dict[str, Location] = {}
-    folders: dict[str, None] = {}
-    prefix = f"{inner}/" if inner else ""
+def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Location], list[str]]:
+    """Name -> place of every image (or file) in a tar below `inner`, and the folders at the top."""
+    files: dict[str, Location] = {}
+    links: dict[str, str] = {}
+    directories: list[str] = []
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(6)
-        kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
-        if kind:
-            raise UnreadableFile(f"{path}: compressed with {kind}; a tar is read in place, decompress it first")
-        with tarfile.open(path, "r:") as tar:
+        if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
+            raise tarfile.ReadError(f"compressed with {kind}; it is read in place, decompress it first")
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
-                if not name.startswith(prefix) or any(not part or part[0] == "." for part in name.split("/")):
-                    continue
-                name = name.removeprefix(prefix)
                 if member.isdir():
-                    folders.setdefault(name.split("/")[0])
-                elif member.isreg() and not member.issparse() and posixpath.splitext(name)[1].lower() in ENDINGS:
-                    if member.size < 0 or member.offset_data + member.size > size:
-                        raise UnreadableFile(f"{path}: cut off in the middle of {member.name}")
-                    if "/" in name:
-                        folders.setdefault(name.split("/")[0])
-                    found[name] = Location(str(path), member.offset_data, member.size)  # the last of a name counts
+                    directories.append(name)
+                elif member.isreg() and not member.issparse():
+                    # The last member of a name counts, as it does when the tar is unpacked.
+                    files[name] = Location(str(path), member.offset_data, member.size)
+                elif member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            # tarfile takes a damaged header, and the end of the file, for the end of the tar.
+            stopped = tar.offset
+            file.seek(stopped)
+            ended = file.read(_BLOCK) == bytes(_BLOCK)
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror or error}") from error
     except (tarfile.TarError, ValueError, EOFError) as error:
-        if isinstance(error, UnreadableFile):
-            raise
-        raise UnreadableFile(f"{path}: not a tar that can be read ({error}); fetch it again?") from error
+        raise UnreadableFile(f"{path}: not a tar that can be read: {error}") from error
+    beyond = [name for name, place in files.items() if place.size < 0 or place.offset + place.size > size]
+    if beyond or not ended:
+        raise UnreadableFile(f"{path}: damaged or cut off at byte {stopped} of {size}; fetch it again")
+    for name in links:
+        target, steps = links[name], 0
+        while target in links and steps < len(links):
+            target, steps = links[target], steps + 1
+        # One that leads out of the tar is an image that cannot be read, as it would be in a folder.
+        files.setdefault(name, files.get(target, Location(str(path / name))))
+    prefix = f"{inner}/" if inner else ""
+    found = {name.removeprefix(prefix): place for name, place in files.items() if name.startswith(prefix)}
+    tops = {name.removeprefix(prefix).split("/")[0]: None for name in directories if name.startswith(prefix)}
+    if not all_files:
+        found = {name: place for name, place in found.items() if _is_image(name)}
+    tops |= {name.split("/")[0]: None for name in found if "/" in name}
     if not found:
         where = f" below {inner}" if inner else ""
         raise UnreadableFile(f"{path}: no images in it{where} ({', '.join(sorted(ENDINGS))})")
-    return found, list(folders)
+    return found, [name for name in tops if not name.startswith(".")]
+
+
+def _is_image(name: str) -> bool:
+    """By its ending, and not in anything hidden or outside of the tar."""
+    parts = name.split("/")
+    return posixpath.splitext(name)[1].lower() in ENDINGS and not any(not part or part[0] == "." for part in parts)
 
 
 def _from_folders(
@@ -230,18 +262,18 @@ def _from_folders(
     data: Path,
     classes: Classes | None,
     num_classes: int,
-) -> tuple[dict[str, str], dict[str, int], str]:
-    """Name -> class folder for every image in one, the mapping, and its rule."""
+) -> tuple[dict[str, str], Assignment]:
+    """Name -> class folder for every image in one."""
     if not folders:
         raise UnreadableFile(
             f"{data}: no class folders in it; --data expects one folder of images a class, or --list FILE that "
             "says the class of each image"
         )
-    mapping, rule = assign_classes(sorted(folders), classes, num_classes, "class folders")
+    assignment = assign_classes(sorted(folders), classes, num_classes, "class folders")
     labels = {name: name.split("/")[0] for name in names if "/" in name}
     if not labels:
         raise UnreadableFile(f"{data}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
-    return labels, mapping, rule
+    return labels, assignment
 
 
 def _from_list(
@@ -250,8 +282,8 @@ def _from_list(
     data: Path,
     classes: Classes | None,
     num_classes: int,
-) -> tuple[dict[str, str], dict[str, int], str]:
-    """Name -> label for every line of a list, the mapping, and its rule; `members`: of a tar."""
+) -> tuple[dict[str, str], Assignment]:
+    """Name -> label for every line of a list; `members`: of a tar."""
     listed = _read_list(list_file)
 
     def missing(names: Sequence[str]) -> list[str]:
@@ -279,9 +311,16 @@ def _from_list(
                 f"{list_file}: class {_some(outside)} for a model with {num_classes} outputs; expected 0 to "
                 f"{num_classes - 1}"
             )
-        return listed, mapping, f"the numbers in {list_file.name} are class indices{remark}"
-    mapping, rule = assign_classes(labels, classes, num_classes, "labels of the list")
-    return listed, mapping, rule + remark
+        ids = {c.id: index for index, c in enumerate(classes or ())}
+        open_label = next((label for label in labels if ids.get(label, mapping[label]) != mapping[label]), None)
+        if open_label is not None:
+            raise DoesNotFit(
+                f"{list_file}: is {open_label} the index of a class, or the id of class {ids[open_label]}? give the "
+                "classes ids that are no numbers with --classes FILE"
+            )
+        return listed, Assignment(mapping, f"the numbers in {list_file.name} are class indices{remark}")
+    assignment = assign_classes(labels, classes, num_classes, "labels of the list")
+    return listed, assignment._replace(rule=assignment.rule + remark)
 
 
 def _read_list(path: Path) -> dict[str, str]:
@@ -310,9 +349,7 @@ def _read_list(path: Path) -> dict[str, str]:
     return found
 
 
-def assign_classes(
-    labels: Sequence[str], classes: Classes | None, num_classes: int, what: str
-) -> tuple[dict[str, int], str]:
+def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: int, what: str) -> Assignment:
     """The one rule by which names of classes become indices, and in words which part of it applied.
 
     1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where
@@ -339,7 +376,7 @@ def assign_classes(
     for table_name, table in tables:
         unknown = [label for label in labels if label not in table]
         if not unknown:
-            return {label: table[label] for label in labels}, f"{what} are {table_name}"
+            return Assignment({label: table[label] for label in labels}, f"{what} are {table_name}")
         if len(unknown) < len(labels):
             raise DoesNotFit(f"{len(unknown)} of {len(labels)} {what} are not among {table_name}: {_some(unknown)}")
     remedy = "name the model's classes, in its order, with --classes FILE"
@@ -354,10 +391,9 @@ def assign_classes(
         raise DoesNotFit(
             f"{what} are numbers, and sorted as text (0, 1, 10, 2) they are other classes than counted; {remedy}"
         )
-    return (
-        {label: index for index, label in enumerate(labels)},
-        f"the weights name no classes: the {num_classes} {what} are counted in sorted order",
-    )
+    mapping = {label: index for index, label in enumerate(labels)}
+    rule = f"the weights name no classes: the {num_classes} {what} are counted in sorted order"
+    return Assignment(mapping, rule, counted=True)
 
 
 def read_real(path: Path, images: LabelledImages) -> list[frozenset[int]]:

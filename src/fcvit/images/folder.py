@@ -13,28 +13,32 @@ ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 def images_below(folder: Path) -> list[Path]:
     """Image files in a folder and the folders in it, by their ending, sorted; hidden ones left out.
 
+    Links are followed, but none back to a folder that it is in.
+
     Raises:
         UnreadableFile: a folder in it cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise UnreadableFile(f"{error.filename}: {error.strerror}") from error
-
     found: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # links are followed, but a circle of them only once
-    for directory, inner, files in os.walk(folder, onerror=fail, followlinks=True):
-        status = Path(directory).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            inner.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        found += [
-            Path(directory, name)
-            for name in sorted(files)
-            if Path(name).suffix.lower() in ENDINGS and not name.startswith(".")
-        ]
-    return found
+
+    def walk(directory: Path, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            status = directory.stat()
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UnreadableFile(f"{error.filename}: {error.strerror}") from error
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(directory / entry.name, above | {here})
+            elif Path(entry.name).suffix.lower() in ENDINGS:
+                found.append(directory / entry.name)
+
+    walk(folder, frozenset())
+    return sorted(found)
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
@@ -193,6 +194,7 @@ def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 def _begin_worker() -> None:
     """A worker leaves interruptions to the process it works for, and ends when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, about odd images
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -9,7 +9,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from fcvit.errors import BadImages
 from fcvit.variants import Preprocessing
@@ -17,6 +17,12 @@ from fcvit.variants import Preprocessing
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def decoders() -> dict[str, str]:
+    """Versions of the libraries that decode inside Pillow: other releases give other pixels."""
+    found = {name: features.version(name) for name in ("libjpeg_turbo", "zlib", "webp", "libtiff")}
+    return {name: version for name, version in found.items() if version}
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fcvit import metrics, runs
 from fcvit.classes import Classes
-from fcvit.errors import UnreadableFile, UsageError
+from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.protocols import Protocol, Standing
 from fcvit.report.contact_sheet import Tile, contact_sheet
 
@@ -199,7 +199,7 @@ def write_lane(
     worst = wrong[np.argsort(-records.probability[wrong, 0], kind="stable")][:_WORST]
     tiles = [
         Tile(
-            read(records.names[i]),
+            _readable(read, records.names[i]),
             records.classes[records.top[i, 0]].name,
             float(records.probability[i, 0]),
             records.classes[records.truth[i]].name,
@@ -209,6 +209,14 @@ def write_lane(
     title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} surest of them" if tiles else "")
     runs.write_bytes(folder / "worst.png", _png(contact_sheet(tiles, title)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last: a folder with it is whole
+
+
+def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
+    """The image, or a grey one where it went away after it was evaluated."""
+    try:
+        return read(name)
+    except (OSError, BadImages):
+        return Image.new("RGB", (8, 8), "#cccccc")
 
 
 def _predictions(records: Records) -> str:
@@ -225,7 +233,7 @@ def _predictions(records: Records) -> str:
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
@@ -278,7 +286,7 @@ def read_lane(folder: Path) -> Saved:
             raise ValueError("no fingerprint")
         path = folder / PREDICTIONS
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = sorted(csv.DictReader(file), key=lambda row: (row["image"], row["path"]))
+            rows = sorted(csv.DictReader(file), key=lambda row: (row["image"], row["truth"], row["path"]))
         columns = [tuple(row[key] for row in rows) for key in ("image", "path", "truth", "class_1")]
         if not rows or None in columns[3] or figures["images"] != len(rows):
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fcvit import metrics, runs
 from fcvit.report import charts, page, results
 from fcvit.report.page import Listing, Page, Picture, Section
@@ -49,13 +47,15 @@ def write_page(
         )
         sections.append(Section(result.name, _facts(result), _listings(result, kept), pictures))
     left_out = about["left_out"]
-    assert isinstance(left_out, tuple)
+    assert isinstance(left_out, list)
     first = lanes[0]
+    masked = about["model_classes"] != first.classes
     lead = (
         f"{first.images:,} images of {len(first.per_class):,} classes"
         + (f", drawn by seed {subset['seed']}" if isinstance(subset := about["subset"], dict) else "")
         + (f", {len(left_out)} that cannot be read left out" if left_out else "")
-        + f"; {about['rule']}. Data set {first.fingerprint[:16]}."
+        + (f"; {first.classes:,} of the model's {about['model_classes']:,} classes told apart" if masked else "")
+        + f"; {about['rule']}. Data: {about['data']}, fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(lanes)]
     if effects:
@@ -84,8 +84,8 @@ def write_page(
         )
         summary.append(Listing("The engines on the same images", columns, rows, frozenset(columns[1:])))
     if left_out:
-        rows = tuple((str(reason),) for reason in left_out)
-        summary.append(Listing("Images that were left out", ("image and reason",), rows))
+        rows = tuple((image["path"], image["reason"]) for image in left_out)
+        summary.append(Listing("Images that were left out", ("image", "reason"), rows))
     versions = about["versions"]
     assert isinstance(versions, dict)
     footer = "FCViT for PaddlePaddle; " + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -149,8 +149,8 @@ def _listings(result: Result, records: Records) -> tuple[Listing, ...]:
         (c.id, c.name, str(c.images), f"{c.top1:.1f}", f"{c.top_k:.1f}", names.get(c.mistaken_for, ""), str(c.times))
         for c in worst
     )
-    unfair = int(np.sum([c.top1 < result.top1 / 2 for c in result.per_class]))
-    note = f"{unfair} of {len(rows)} classes have less than half of the overall accuracy." if rows else ""
+    weak = sum(c.top1 < result.top1 / 2 for c in result.per_class)
+    note = f"{weak} of {len(rows)} classes have less than half of the overall accuracy."
     return (Listing("Classes, the worst first", columns, rows, frozenset((*columns[2:5], "times")), note),)
 
 

@@ -137,6 +137,9 @@ def evaluation(found: Evaluation) -> list[Table]:
         changed = "".join(f", {field} {own} for {usual}" for field, (usual, own) in row.protocol.changed.items())
         computed = f"{row.engine} ({row.device}), {row.precision}"
         about.add_row(row.name, f"protocol {row.protocol.name}: {what}{changed}; {computed}")
+        about.add_row("", f"{row.classes} classes told apart, batches of {row.batch_size}")
+        if row.unreadable:
+            about.add_row("", f"{row.unreadable} images that cannot be read are left out")
         if row.standing:
             about.add_row("", f"{row.standing.whose}: {row.standing.reason}")
     tables = [result, about]
@@ -163,6 +166,8 @@ def interval(bounds: tuple[float, float]) -> str:
 def comparison(found: ResultComparison) -> list[Table]:
     """Two results over the same images: the difference, classes that gained and lost, images that differ."""
     figures = table(title=f"{found.first} and {found.second}, the same {found.images} images")
+    for what, (ours, theirs) in found.settings.items():
+        figures.add_row(what.replace("_", " "), f"{ours:.16} and {theirs:.16}")
     figures.add_row("top-1 of the first", f"{found.top1[0]:.2f} %")
     figures.add_row("top-1 of the second", f"{found.top1[1]:.2f} %")
     figures.add_row("difference", f"{found.difference:+.2f} points (95 % interval {interval(found.interval)})")

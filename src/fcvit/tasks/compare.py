@@ -7,6 +7,8 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
+
 from fcvit import metrics, runs
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.report.results import Saved, read_lane
@@ -41,6 +43,7 @@ class ResultComparison:
     Attributes:
         first, second: their names.
         folders: where they are.
+        settings: what they were computed with, where it is not the same: (first's, second's).
         images: that both evaluated.
         top1: per cent, of each.
         difference, interval: second less first, in points; see `fcvit.metrics.paired_difference`.
@@ -53,6 +56,7 @@ class ResultComparison:
     first: str
     second: str
     folders: tuple[Path, Path]
+    settings: dict[str, tuple[str, str]]
     images: int
     top1: tuple[float, float]
     difference: float
@@ -89,7 +93,7 @@ def compare(
         with runs.run_folder(Path(folder), "compare") as target:
             runs.write_json(target / "comparison.json", dataclasses.asdict(found))
             text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
+            writer = csv.writer(text)
             writer.writerow(["path", "truth", "first", "second"])
             writer.writerows(dataclasses.astuple(row) for row in found.differing)
             runs.write_text(target / "differing.csv", text.getvalue(), "surrogateescape")
@@ -97,7 +101,12 @@ def compare(
 
 
 def _check_same_images(one: Saved, other: Saved) -> None:
-    """Refuse other images, or the same ones with other classes."""
+    """Refuse other images, the same ones with other classes, and other sets of classes."""
+    told_apart = [saved.metrics.get("classes") for saved in (one, other)]
+    if told_apart[0] != told_apart[1]:
+        raise DoesNotFit(
+            f"{one.folder} tells {told_apart[0]} classes apart and {other.folder} {told_apart[1]}: not the same task"
+        )
     counts = [collections.Counter(image for image, _ in saved.images) for saved in (one, other)]
     only = [counts[0] - counts[1], counts[1] - counts[0]]
     if any(only):
@@ -113,41 +122,49 @@ def _check_same_images(one: Saved, other: Saved) -> None:
 
 
 def _compare(one: Saved, other: Saved) -> ResultComparison:
-    right: collections.Counter[tuple[bool, bool]] = collections.Counter()
-    by_class: dict[str, list[tuple[bool, bool]]] = {}
-    differing = []
-    for (_, path), truth, first, second in zip(one.images, one.truth, one.predicted, other.predicted, strict=True):
-        both = (first == truth, second == truth)
-        right[both] += 1
-        by_class.setdefault(truth, []).append(both)
-        if first != second:
-            differing.append(Difference(path, truth, first, second))
-    images, only_first, only_second = len(one.images), right[True, False], right[False, True]
+    truth, first, second = (np.array(names) for names in (one.truth, one.predicted, other.predicted))
+    right = first == truth, second == truth
+    paired = metrics.paired(*right)
     changes = []
-    for name, pairs in by_class.items():
-        hits = [sum(pair[side] for pair in pairs) for side in (0, 1)]
-        shares = [metrics.share(hit, len(pairs)) for hit in hits]
+    for name in sorted(set(one.truth)):
+        members = truth == name
+        hits = [int(side[members].sum()) for side in right]
+        shares = [metrics.share(hit, int(members.sum())) for hit in hits]
         changes.append(
-            ClassChange(name, one.names.get(name, name), len(pairs), shares[0], shares[1], hits[1] - hits[0])
+            ClassChange(name, one.names.get(name, name), int(members.sum()), *shares, gained=hits[1] - hits[0])
         )
-    difference, low, high = metrics.paired_difference(only_first, only_second, images)
+    differing = [
+        Difference(path, *three)
+        for (_, path), *three in zip(one.images, one.truth, one.predicted, other.predicted, strict=True)
+        if three[1] != three[2]
+    ]
     labels = [str(saved.metrics["name"]) for saved in (one, other)]
     if labels[0] == labels[1]:
         labels = [str(saved.folder) for saved in (one, other)]
     return ResultComparison(
-        labels[0],
-        labels[1],
-        (one.folder, other.folder),
-        images,
-        (
-            metrics.share(right[True, True] + only_first, images),
-            metrics.share(right[True, True] + only_second, images),
-        ),
-        difference,
-        (low, high),
-        only_first,
-        only_second,
-        metrics.mcnemar(only_first, only_second),
-        tuple(sorted(changes, key=lambda change: (-change.gained, change.id))),
-        tuple(sorted(differing, key=lambda row: row.path)),
+        first=labels[0],
+        second=labels[1],
+        folders=(one.folder, other.folder),
+        settings=_settings(one, other),
+        images=len(truth),
+        top1=(metrics.share(int(right[0].sum()), len(truth)), metrics.share(int(right[1].sum()), len(truth))),
+        difference=paired.difference,
+        interval=paired.interval,
+        only_first=paired.only_first,
+        only_second=paired.only_second,
+        p_value=paired.p_value,
+        classes=tuple(sorted(changes, key=lambda change: (-change.gained, change.id))),
+        differing=tuple(sorted(differing, key=lambda row: row.path)),
     )
+
+
+def _settings(one: Saved, other: Saved) -> dict[str, tuple[str, str]]:
+    """What the two were computed with, where it is not the same."""
+    found = {}
+    for what in ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size"):
+        sides = [saved.metrics.get(what) for saved in (one, other)]
+        if what == "protocol":
+            sides = [side.get("name") if isinstance(side, dict) else side for side in sides]
+        if sides[0] != sides[1]:
+            found[what] = (str(sides[0]), str(sides[1]))
+    return found

@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +25,15 @@ from fcvit.deploy.batch_size import fitting_batch_size
 from fcvit.deploy.engines import Engine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.images.loader import DIGEST, Batch, batches
-from fcvit.images.preprocess import decode
+from fcvit.images.preprocess import decode, decoders
 from fcvit.journal import Frame, Journal
 from fcvit.processes import Processes, join
-from fcvit.protocols import AUTHORS, stand
+from fcvit.protocols import AUTHORS
 from fcvit.report import results, run_page
 from fcvit.report.progress import progress
-from fcvit.report.results import Agreement, ProtocolEffect, Real, Records, Result
-from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check
+from fcvit.report.results import Agreement, ProtocolEffect, Result
+from fcvit.tasks.figures import Figures, figures
+from fcvit.tasks.plan import PRESENT, Plan, Settings, check
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
@@ -136,41 +138,50 @@ def evaluate(
         seed,
         _absolute(real) if real else None,
         PRESENT if class_subset == PRESENT else _absolute(class_subset) if class_subset else None,
-        strict,
         save_logits,
     )
     check(settings, workers)
     if save_logits and folder is None and not record:
         raise UsageError("save_logits needs a folder")
     began = time.perf_counter()
-    processes, place = join(device)
+    processes = join()
     loaded = [
         w if isinstance(w, Weights) else read_weights(path, ema)
         for w, path in zip(several, settings.weights, strict=True)
     ]
-    plan = Plan(settings, loaded, place)
+    plan = Plan(settings, loaded, processes.device(device))
     if processes.first:
-        announce(plan.images.rule)
-    assert plan.engines  # made now: what they miss is said before a folder is
+        announce(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
+    plan.load_engines()  # what they miss is said before a folder is made
     if batch_size == "auto":
         found = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
         size, reason = json.loads(processes.broadcast(json.dumps(found).encode()))
         settings = plan.settings = dataclasses.replace(settings, batch_size=size)
         if processes.first:
             announce(f"batch size: {reason}")
+    identity = _agreed(plan, processes)
     with contextlib.ExitStack() as stack:
         target = None
         if folder is not None or record:
             if processes.first:
-                details = {"settings": dataclasses.asdict(settings), "identity": plan.identity()}
+                _refuse_inside(Path("runs") if folder is None else Path(folder), settings)
+                details = {
+                    "settings": dataclasses.asdict(settings),
+                    "settings_sha256": settings.sha256(),
+                    "identity": identity,
+                }
                 opened = runs.run_folder(None if folder is None else Path(folder), "eval", details)
                 target = stack.enter_context(opened)
             target = _shared_folder(target, processes)
-        return _run(plan, processes, target, workers, announce, began)
+        return _run(plan, identity, processes, target, workers, strict, announce, began)
 
 
 def resume(
-    folder: str | os.PathLike[str], *, workers: int = 0, announce: Callable[[str], None] = lambda _: None
+    folder: str | os.PathLike[str],
+    *,
+    workers: int = 0,
+    strict: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Go on with a run that was interrupted; its numbers are those of an uninterrupted one.
 
@@ -178,7 +189,7 @@ def resume(
 
     Args:
         folder: of the run.
-        workers, announce: as in `evaluate`.
+        workers, strict, announce: as in `evaluate`.
 
     Raises:
         UnreadableFile, UsageError: no such run.
@@ -187,26 +198,73 @@ def resume(
     """
     began = time.perf_counter()
     folder = Path(folder)
-    known = runs.read_run(folder, "eval")
+    processes = join()
+    text = processes.broadcast(json.dumps(runs.read_run(folder, "eval")).encode() if processes.first else b"")
+    known = json.loads(text)
+    path = folder / "run.json"
     try:
         kept: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in known["settings"].items()}
-        settings, identity = Settings(**kept), known["identity"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnreadableFile(f"{folder / 'run.json'}: without the settings of the run; start a new one") from error
+        settings, identity = Settings(**kept), dict(known["identity"])
+        same = settings.sha256() == known["settings_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnreadableFile(f"{path}: without the settings of the run; start a new one") from error
+    if not same:
+        raise UnreadableFile(f"{path}: its settings are not those that the run began with; start a new one")
     check(settings, workers)
-    processes, place = join(settings.device)
-    plan = Plan(settings, [read_weights(path, settings.ema) for path in settings.weights], place)
-    now = plan.identity()
+    loaded = [read_weights(path, settings.ema) for path in settings.weights]
+    plan = Plan(settings, loaded, processes.device(settings.device))
+    now = _agreed(plan, processes)
     for what in now:
         if identity.get(what) != now[what]:
             raise DoesNotFit(
-                f"{folder}: {what.replace('_', ' ')} changed since the run began: it cannot end with the numbers "
-                "that it would have had; start a new one"
+                f"{folder}: {_change(what, identity.get(what), now[what])} since the run began: it cannot end with "
+                "the numbers that it would have had; start a new one"
             )
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, known))
-        return _run(plan, processes, _shared_folder(folder, processes), workers, announce, began)
+        return _run(plan, now, processes, _shared_folder(folder, processes), workers, strict, announce, began)
+
+
+def _change(what: str, before: object, now: object) -> str:
+    """What is no longer as it was; of packages, which."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        listed = ", ".join(f"{name} {before.get(name, 'absent')} to {now.get(name, 'absent')}" for name in names)
+        return f"{what} changed ({listed})"
+    return f"{what.replace('_', ' ')} changed"
+
+
+def _agreed(plan: Plan, processes: Processes) -> dict[str, object]:
+    """What decides the records, after every process has found it the same.
+
+    Raises:
+        DoesNotFit: this process sees something else than the first one.
+    """
+    identity = plan.identity()
+    first = json.loads(processes.broadcast(json.dumps(identity).encode()))
+    for what in identity:
+        if first.get(what) != identity[what]:
+            change = _change(what, first.get(what), identity[what])
+            raise DoesNotFit(f"process {processes.rank} does not see what process 0 sees: {change}")
+    return identity
+
+
+def _refuse_inside(folder: Path, settings: Settings) -> None:
+    """A run's pictures must not become images of the data set.
+
+    Raises:
+        UsageError: they would.
+    """
+    data = Path(settings.data).resolve()
+    if settings.list_file is None and data.is_dir() and data in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(f"{folder} is inside --data {settings.data}: its pictures would be images; choose another -o")
+
+
+def _mapping(mapping: Mapping[str, int]) -> str:
+    """Label -> index, the first and the last where there are many."""
+    pairs = [f"{label} {index}" for label, index in sorted(mapping.items(), key=lambda pair: pair[1])]
+    return ", ".join(pairs if len(pairs) <= 10 else [*pairs[:3], "...", *pairs[-3:]])
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
@@ -222,41 +280,47 @@ def _shared_folder(folder: Path | None, processes: Processes) -> Path:
 
 def _run(
     plan: Plan,
+    identity: Mapping[str, object],
     processes: Processes,
     folder: Path | None,
     workers: int,
+    strict: bool,
     announce: Callable[[str], None],
     began: float,
 ) -> Evaluation:
-    journal = Journal(plan.dtype, folder and folder / JOURNALS, processes.rank)
-    logits = _LogitFiles(plan, folder) if plan.settings.save_logits and folder else None
-    # By number, not by what is left: what another process has already done must not shift the shares.
-    missing = [
-        number for number in plan.batches if number % processes.count == processes.rank and number not in journal.frames
-    ]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
     try:
-        _compute(plan, processes, missing, journal, logits, workers, announce)
+        journal = Journal(plan.dtype, key, folder and folder / JOURNALS, processes.rank)
+        with _logit_files(plan, folder) as logits, contextlib.closing(journal):
+            # By number, not by what is left: what another process has already done must not shift the shares.
+            mine = [number for number in plan.batches if number % processes.count == processes.rank]
+            missing = [number for number in mine if number not in journal.frames]
+            _compute(plan, processes, missing, journal, logits, workers, strict, announce)
+            for rank, content in enumerate(processes.gather(journal.encoded())):
+                journal.merge(content, f"process {rank}")
+            journal.merge(processes.broadcast(journal.encoded()), "process 0")
+            lost = [number for number in plan.batches if number not in journal.frames]
+            assert not lost, f"no process did batches {lost[:5]}"
+            found = figures(plan, journal)
+            if processes.first and folder is not None:
+                if logits is not None:
+                    logits.finish(journal, announce)
+                _write(plan, found, folder, announce)
     except KeyboardInterrupt:
         if folder is not None and processes.first:
-            announce(f"go on with: fcvit eval --resume {folder}")
+            announce(f"go on with: fcvit eval --resume {shlex.quote(str(folder))}")
         raise
-    finally:
-        journal.close()
-    for content in processes.gather(journal.encoded())[1:]:
-        journal.merge(content)
-    if not processes.first:
-        journal.merge(processes.broadcast(b""))
-    else:
-        processes.broadcast(journal.encoded())
-    lost = [number for number in plan.batches if number not in journal.frames]
-    assert not lost, f"no process did batches {lost[:5]}"
-    found, records = _figures(plan, journal, folder, processes, began)
-    if processes.first and folder is not None:
-        if logits is not None:
-            logits.finish(journal)
-        _write(plan, found, records, folder, announce)
     processes.gather(b"")  # the first one keeps the store for the others
-    return found
+    return Evaluation(
+        found.results,
+        found.agreements,
+        found.effects,
+        tuple(f"{name}: {reason}" for name, reason in found.left_out),
+        plan.images.rule,
+        folder,
+        processes.first,
+        time.perf_counter() - began,
+    )
 
 
 def _compute(
@@ -266,6 +330,7 @@ def _compute(
     journal: Journal,
     logits: "_LogitFiles | None",
     workers: int,
+    strict: bool,
     announce: Callable[[str], None],
 ) -> None:
     """Do the batches that are missing, into the journal."""
@@ -282,7 +347,7 @@ def _compute(
         loaded = batches(plan.images, missing, int(plan.settings.batch_size), plan.crops, workers)
         stack.enter_context(contextlib.closing(loaded))
         for batch in loaded:
-            if batch.bad and plan.settings.strict:
+            if batch.bad and strict:
                 raise BadImages(f"{batch.bad[0][1]} (--strict stops at the first image that cannot be read)")
             journal.append(_frame(plan, engines, batch, logits))
             advance(len(batch.indices) + len(batch.bad))
@@ -323,6 +388,19 @@ def _frame(plan: Plan, engines: Sequence[Engine], batch: Batch, logits: "_LogitF
     return Frame(batch.number, records, {"bad": batch.bad, "seconds": seconds, "devices": devices})
 
 
+@contextlib.contextmanager
+def _logit_files(plan: Plan, folder: Path | None) -> Iterator["_LogitFiles | None"]:
+    """The files for the logits, where they are asked for."""
+    if folder is None or not plan.settings.save_logits:
+        yield None
+        return
+    files = _LogitFiles(plan, folder)
+    try:
+        yield files
+    finally:
+        files.close()
+
+
 class _LogitFiles:
     """`logits.npy` of every lane: float32 (images of the data set, classes), filled as batches come."""
 
@@ -337,162 +415,65 @@ class _LogitFiles:
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.files.append(file)
             os.pwrite(file, self.head, 0)
             os.ftruncate(file, len(self.head) + self.shape[0] * self.row)
-            self.files.append(file)
 
     def write(self, lane: int, indices: np.ndarray, logits: np.ndarray) -> None:
         """Rows of one batch; on the disk before the journal says that they are there."""
         for index, row in zip(indices, np.ascontiguousarray(logits, "<f4"), strict=True):
             os.pwrite(self.files[lane], row.tobytes(), len(self.head) + int(index) * self.row)
-        os.fdatasync(self.files[lane])
+        os.fsync(self.files[lane])
 
-    def finish(self, journal: Journal) -> None:
-        """Mark what was left out."""
-        for file in self.files:
+    def finish(self, journal: Journal, announce: Callable[[str], None]) -> None:
+        """Mark what was left out; keep no file that lacks the rows of another machine."""
+        nothing = bytes(self.row)
+        for path, file in zip(self.paths, self.files, strict=True):
+            lost = 0
             for frame in journal.frames.values():
                 for index, _ in frame.extra["bad"]:
                     os.pwrite(file, np.full(self.shape[1], np.nan, "<f4").tobytes(), len(self.head) + index * self.row)
+                for index in frame.records["index"]:
+                    lost += os.pread(file, self.row, len(self.head) + int(index) * self.row) == nothing
+            if lost:
+                path.unlink()
+                announce(f"no {path}: the logits of {lost} images went to a machine that does not share the folder")
+
+    def close(self) -> None:
+        for file in self.files:
             os.close(file)
 
 
-def _figures(
-    plan: Plan, journal: Journal, folder: Path | None, processes: Processes, began: float
-) -> tuple[Evaluation, list[Records]]:
-    """All figures, from all records in the order of the data set."""
-    ordered = [journal.frames[number] for number in plan.batches]
-    bad = [(index, reason) for frame in ordered for index, reason in frame.extra["bad"]]
-    rows = np.concatenate([frame.records for frame in ordered])
-    if not len(rows):
-        raise BadImages(f"{plan.images.root}: none of {len(plan.images)} images can be read, first: {bad[0][1]}")
-    truth = plan.labels[rows["index"]]
-    names = tuple(plan.images.names[index] for index in rows["index"])
-    digests = tuple(digest.tobytes().hex() for digest in rows["digest"])
-    ids = [plan.lane_classes[label].id for label in truth]
-    fingerprint = hashlib.sha256("\n".join(sorted(map("{} {}".format, digests, ids))).encode()).hexdigest()
-    records, lanes = [], []
-    for place, lane in enumerate(plan.lanes):
-        part = rows["lanes"][:, place]
-        kept = Records(
-            names, digests, truth, part["rank"], part["loss"], part["top"], part["probability"], plan.lane_classes
-        )
-        seconds = sum(frame.extra["seconds"][place] for frame in ordered)
-        device = ", ".join(sorted({frame.extra["devices"][place] for frame in ordered}))
-        records.append(kept)
-        lanes.append(_result(plan, lane, kept, rows["index"], len(bad), fingerprint, device, seconds))
-    agreements, effects = [], []
-    for place, lane in enumerate(plan.lanes):
-        if lane.reference is not None:
-            part, other = rows["lanes"][:, place], plan.lanes[lane.reference]
-            same = (part["top"][:, 0] == rows["lanes"][:, lane.reference]["top"][:, 0]).sum()
-            mean = part["total"].sum() / (len(rows) * len(plan.columns))
-            pair = (other.engine_name, lane.engine_name)
-            agreements.append(
-                Agreement(
-                    (other.name, lane.name),
-                    pair,
-                    metrics.share(int(same), len(rows)),
-                    float(part["largest"].max()),
-                    float(mean),
-                )
-            )
-        for before, earlier in enumerate(plan.lanes[:place]):
-            if earlier.weights is lane.weights and earlier.engine_name == lane.engine_name:
-                one, two = records[before].correct, records[place].correct
-                only = int((one & ~two).sum()), int((two & ~one).sum())
-                difference, *interval = metrics.paired_difference(*only, len(rows))
-                effects.append(
-                    ProtocolEffect(
-                        (earlier.name, lane.name), difference, (interval[0], interval[1]), metrics.mcnemar(*only)
-                    )
-                )
-    evaluation = Evaluation(
-        tuple(lanes),
-        tuple(agreements),
-        tuple(effects),
-        tuple(reason for _, reason in bad),
-        plan.images.rule,
-        folder,
-        processes.first,
-        time.perf_counter() - began,
-    )
-    return evaluation, records
-
-
-def _result(
-    plan: Plan,
-    lane: Lane,
-    records: Records,
-    indices: np.ndarray,
-    bad: int,
-    fingerprint: str,
-    device: str,
-    seconds: float,
-) -> Result:
-    count = len(records.truth)
-    right, in_k = int(records.correct.sum()), int((records.rank < plan.k).sum())
-    real = None
-    if plan.real is not None:
-        best = plan.columns[records.top[:, 0]]
-        answers = [plan.real[index] for index in indices]
-        labelled = [int(one) in answer for one, answer in zip(best, answers, strict=True) if answer]
-        hits = sum(labelled)
-        real = Real(len(labelled), metrics.share(hits, len(labelled)), metrics.wilson(hits, len(labelled)))
-    # Images that were left out make a part of the whole, however few they are.
-    validation = plan.validation if plan.validation == "other" or not bad else "part"
-    interval = metrics.wilson(right, count)
-    top1 = metrics.share(right, count)
-    variant = lane.weights.form.variant
-    return Result(
-        lane.name,
-        str(lane.weights.source.path),
-        lane.weights.source.sha256,
-        str(lane.weights.form),
-        lane.engine_name,
-        device,
-        plan.settings.precision,
-        int(plan.settings.batch_size),
-        lane.protocol,
-        count,
-        bad,
-        len(plan.columns),
-        top1,
-        metrics.share(in_k, count),
-        plan.k,
-        interval,
-        metrics.wilson(in_k, count),
-        float(records.loss.mean()),
-        metrics.calibration(records.probability[:, 0], records.correct),
-        real,
-        stand(variant, len(plan.columns), lane.protocol, validation, top1, interval),
-        results.class_figures(records, plan.k),
-        fingerprint,
-        seconds,
-    )
-
-
-def _write(
-    plan: Plan, found: Evaluation, records: Sequence[Records], folder: Path, announce: Callable[[str], None]
-) -> None:
+def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], None]) -> None:
     """The folders of the lanes, and the page over them."""
     places = dict(zip(plan.images.names, plan.images.locations, strict=True))
 
     def read(name: str) -> Image.Image:
         return decode(io.BytesIO(places[name].read()), name)
 
+    settings = plan.settings
     about = {
-        "data": plan.settings.data,
-        "list": plan.settings.list_file,
+        "data": settings.data,
+        "list": _file(settings.list_file),
         "rule": plan.images.rule,
         "mapping": dict(plan.images.mapping),
-        "subset": plan.settings.subset and {"images": plan.settings.subset, "seed": plan.settings.seed},
-        "class_subset": plan.settings.class_subset,
-        "left_out": found.unreadable,
-        "versions": runs.versions(),
+        "subset": settings.subset and {"images": settings.subset, "seed": settings.seed},
+        "model_classes": len(plan.classes),
+        "class_list": _file(settings.classes),
+        "class_subset": PRESENT if settings.class_subset == PRESENT else _file(settings.class_subset),
+        "real_labels": _file(settings.real),
+        "left_out": [{"path": name, "reason": reason} for name, reason in found.left_out],
+        "versions": runs.versions() | decoders(),
     }
-    for result, kept in zip(found.results, records, strict=True):
+    for result, kept in zip(found.results, found.records, strict=True):
         results.write_lane(folder / result.name, result, kept, about, read)
     try:
-        run_page.write_page(folder, found.results, records, found.agreements, found.effects, about)
+        run_page.write_page(folder, found.results, found.records, found.agreements, found.effects, about)
     except MissingExtra as error:
-        announce(f"no charts and no {results.PAGE}: {error}; then: fcvit eval --resume {folder}")
+        again = f"fcvit eval --resume {shlex.quote(str(folder))}"
+        announce(f"no charts and no {results.PAGE}: {error}; then: {again}")
+
+
+def _file(path: str | None) -> dict[str, str] | None:
+    """Which file was used, and that it was this one."""
+    return (path and {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}) or None

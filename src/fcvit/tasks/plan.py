@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from fcvit import runs
-from fcvit.classes import Classes, read_classes, resolve_classes
+from fcvit.classes import Classes, ClassName, read_classes, resolve_classes
 from fcvit.deploy.engines import Engine, create_engine
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.images.dataset import VALIDATION_IMAGES, LabelledImages, assign_classes, read_dataset, read_real
+from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
 from fcvit.images.loader import DIGEST
+from fcvit.images.preprocess import decoders
 from fcvit.protocols import AUTHORS, Protocol, protocols
-from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
+from fcvit.variants import IMAGENET_CLASSES, VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
 
 PRESENT = "present"  # in place of a class list: the classes that the data has
@@ -43,8 +46,11 @@ class Settings:
     seed: int
     real: str | None
     class_subset: str | None
-    strict: bool
     save_logits: bool
+
+    def sha256(self) -> str:
+        """Whether `run.json` still holds what was asked for."""
+        return _sha256(dataclasses.asdict(self))
 
 
 def check(settings: Settings, workers: int) -> None:
@@ -101,19 +107,21 @@ class Plan:
                     f"{first.num_classes}; evaluate them one by one"
                 )
         count = first.num_classes
-        self.classes = resolve_classes(given, loaded[0].classes, count)
         known = given or loaded[0].classes
         list_file = Path(settings.list_file) if settings.list_file else None
         images = read_dataset(Path(settings.data), list_file, known, count)
+        self.classes = named = resolve_classes(given, loaded[0].classes, count)
+        if images.counted:  # the folders are all that is known of the classes
+            self.classes = tuple(ClassName(label, label) for label in images.mapping)
         for weights in loaded[1:]:
-            if resolve_classes(given, weights.classes, count) != self.classes:
+            if resolve_classes(given, weights.classes, count) != named:
                 raise DoesNotFit(
                     f"{weights.source.path} and {loaded[0].source.path} name other classes; evaluate them one by "
                     "one, or name the classes with --classes FILE"
                 )
         self.images = images if settings.subset is None else images.subset(settings.subset, settings.seed)
         self.validation = _validation(self.images)
-        self.columns = self._columns(settings.class_subset, known, count)
+        self.columns = self._columns(set(images.labels), known, count)
         position = {int(column): place for place, column in enumerate(self.columns)}
         self.labels = np.array([position[label] for label in self.images.labels], np.int64)
         self.lane_classes: Classes = tuple(self.classes[column] for column in self.columns)
@@ -123,9 +131,9 @@ class Plan:
             raise DoesNotFit(f"--real: its labels are ImageNet's 1,000 classes, the model has {count}")
         self.lanes, self.crops = self._lanes(loaded)
 
-    def _columns(self, class_subset: str | None, known: Classes | None, count: int) -> np.ndarray:
-        """Indices of the classes that are told apart."""
-        present = set(self.images.labels)
+    def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
+        """Indices of the classes that are told apart; `present`: in the data, also where only a part is drawn."""
+        class_subset = self.settings.class_subset
         if class_subset is None:
             return np.arange(count)
         if class_subset == PRESENT:
@@ -134,8 +142,8 @@ class Plan:
             ids = sorted(c.id for c in read_classes(Path(class_subset)))
             if all(label.isdecimal() for label in ids) and known is None:
                 raise DoesNotFit(f"{class_subset}: numbers name no classes; expected ids, one a line")
-            mapping, _ = assign_classes(ids, self.classes, count, f"classes of {Path(class_subset).name}")
-            chosen = set(mapping.values())
+            what = f"classes of {Path(class_subset).name}"
+            chosen = set(assign_classes(ids, self.classes, count, what).mapping.values())
         outside = present - chosen
         if outside:
             raise DoesNotFit(
@@ -152,7 +160,7 @@ class Plan:
         crops: dict[tuple, int] = {}
         kept: list[Preprocessing] = []
         for weights in loaded:
-            stem = weights.source.path.name.split(".")[0] or "weights"
+            stem = _stem(weights.source.path.name)
             resolved = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
             resolved = dataclasses.replace(resolved, **(settings.preprocessing or {}))
             for protocol in protocols(settings.protocol, resolved, weights.form.variant):
@@ -185,19 +193,38 @@ class Plan:
                 made[key] = create_engine(lane.engine_name, lane.weights, pixels, self.device, self.settings.precision)
         return [made[id(lane.weights), lane.engine_name] for lane in self.lanes]
 
+    def load_engines(self) -> None:
+        """Build the engines now.
+
+        Raises:
+            MissingExtra, UsageError: a framework, device or precision is not there.
+        """
+        _ = self.engines
+
     def jobs(self) -> list[tuple[Engine, int]]:
         """What every batch goes through: engines and input sizes."""
         sizes = [lane.protocol.preprocessing.input_size for lane in self.lanes]
         return list(zip(self.engines, sizes, strict=True))
 
     def identity(self) -> dict[str, object]:
-        """What a run that is continued must find unchanged."""
-        versions = runs.versions()
-        return {
+        """What decides the records of the images: a run that is continued, and every process of it, must agree.
+
+        Paths are not in it: another machine may have the same files elsewhere.
+        """
+        packages = {"paddle": ("paddlepaddle", "paddlepaddle-gpu"), "torch": ("torch",)}
+        kept = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in self.settings.engines))
+        real = self.real and [sorted(classes) for classes in self.real]
+        listed = {
             "weights": [lane.weights.source.sha256 for lane in self.lanes],
+            "ways": [[lane.name, lane.engine_name, dataclasses.asdict(lane.protocol)] for lane in self.lanes],
+            "precision": self.settings.precision,
+            "batch_size": self.settings.batch_size,
             "list_of_images": self.images.listing(),
-            "packages": {name: version for name, version in versions.items() if name != "python"},
+            "classes": _sha256([c.id for c in self.lane_classes]),
+            "real_labels": _sha256(real),
+            "packages": {n: v for n, v in runs.versions().items() if n in kept} | decoders(),
         }
+        return json.loads(json.dumps(listed))
 
     @property
     def dtype(self) -> np.dtype:
@@ -220,6 +247,17 @@ class Plan:
         """How many images a batch has."""
         size = int(self.settings.batch_size)
         return min(size, len(self.images) - number * size)
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stem(name: str) -> str:
+    """The name of a weights file without its ending."""
+    for ending in (".pth.tar", ".pth", ".pt", ".safetensors", ".pdparams"):
+        name = name.removesuffix(ending)
+    return name.strip(".") or "weights"
 
 
 def _validation(images: LabelledImages) -> Literal["all", "part", "other"]:
