@@ -109,7 +109,7 @@ def test_other_settings_are_named_and_another_task_is_refused(tmp_path):
     path.write_text(json.dumps(figures | {"batch_size": 7, "protocol": {"name": "custom"}}))
     assert compare(one, other).settings == {"protocol": ("authors", "custom"), "batch_size": ("1", "7")}
     path.write_text(json.dumps(figures | {"classes": 3}))
-    with pytest.raises(DoesNotFit, match="tells 4 classes apart and .* 3: not the same task"):
+    with pytest.raises(DoesNotFit, match=r"tells 4 classes apart and .* 3: not the same task"):
         compare(one, other)
 
 
