@@ -15,12 +15,12 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit import frameworks
 from fcvit.classes import ClassName
-from fcvit.deploy.engines import PaddleEngine
+from fcvit.deploy.engines import PaddleEngine, TorchEngine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.metrics import calibration, wilson
 from fcvit.report import page, results
 from fcvit.tasks.compare import compare
-from fcvit.tasks.evaluate import evaluate, resume
+from fcvit.tasks.evaluate import _agreed, evaluate, resume
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form
 
@@ -433,6 +433,46 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
     assert effect.interval[0] <= effect.difference <= effect.interval[1] and 0 < effect.p_value <= 1
 
 
+@needs_paddle
+@needs_torch
+def test_engines_that_do_not_agree_are_seen(folder, digits_pth, monkeypatch):
+    """One of them turned upside down: another class on every image, and twice the logits apart."""
+    compute = TorchEngine.__call__
+    logits = []
+
+    def turned(self, images):
+        logits.append(compute(self, images))
+        return -logits[-1]
+
+    monkeypatch.setattr(TorchEngine, "__call__", turned)
+    (both,) = evaluate(digits_pth, folder, engines=("paddle", "torch"), device="cpu").agreements
+    (sure,) = logits
+    assert both.top1_agreement == 0
+    assert both.max_difference == pytest.approx(2 * np.abs(sure).max(), rel=1e-4)
+    assert both.mean_difference == pytest.approx(2 * np.abs(sure).mean(), rel=1e-4)
+
+
+def test_processes_that_see_other_images_do_not_go_on():
+    """Else images would be counted twice, or never."""
+
+    class Seen:
+        def __init__(self, images):
+            self.images = images
+
+        def identity(self):
+            return {"weights": ["a"], "list_of_images": self.images}
+
+    class Second:
+        rank = 1
+
+        def broadcast(self, value):
+            return json.dumps(Seen("x").identity()).encode()
+
+    assert _agreed(Seen("x"), Second())["list_of_images"] == "x"
+    with pytest.raises(DoesNotFit, match="process 1 does not see what process 0 sees: list of images changed"):
+        _agreed(Seen("y"), Second())
+
+
 def test_weights_that_know_other_classes_are_not_mixed(folder, digits_pth, tmp_path):
     three = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
     with pytest.raises(DoesNotFit, match=r"has 3 classes, .* 10; evaluate them one by one"):
@@ -476,6 +516,8 @@ def test_only_the_classes_of_the_data_are_told_apart(folder, digits_pth, tmp_pat
     truth = np.array([[2, 3, 7].index(int(row["truth"])) for row in rows(tmp_path / "part")])
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(truth)), truth]
     assert found.loss == pytest.approx(loss.mean(), rel=1e-6)
+    drawn = evaluate(digits_pth, folder, **options, class_subset="present", subset=2).results[0]
+    assert (drawn.images, drawn.classes) == (2, 3)  # of all the data: a small sample is not an easier task
     (tmp_path / "subset.txt").write_text("2\n3\n7\n9\n")
     assert evaluate(digits_pth, folder, **options, class_subset=tmp_path / "subset.txt").results[0].classes == 4
     (tmp_path / "subset.txt").write_text("2\n3\n")

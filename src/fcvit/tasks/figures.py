@@ -116,9 +116,8 @@ def _real(plan: Plan, rows: np.ndarray, records: Records) -> Real | None:
 
 def _fingerprint(records: Records) -> str:
     """SHA-256 over contents and classes, whatever the names and the order."""
-    pairs = sorted(
-        f"{digest} {records.classes[t].id}" for digest, t in zip(records.digests, records.truth, strict=True)
-    )
+    ids = [records.classes[label].id for label in records.truth]
+    pairs = sorted(f"{digest} {name}" for digest, name in zip(records.digests, ids, strict=True))
     return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
 
 
