@@ -55,7 +55,7 @@ def write_page(
         + (f", drawn by seed {subset['seed']}" if isinstance(subset := about["subset"], dict) else "")
         + (f", {len(left_out)} that cannot be read left out" if left_out else "")
         + (f"; {first.classes:,} of the model's {about['model_classes']:,} classes told apart" if masked else "")
-        + f"; {about['rule']}. Data: {about['data']}, fingerprint {first.fingerprint[:16]}."
+        + f"; {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(lanes)]
     if effects:
