@@ -26,6 +26,18 @@ needs_paddle = pytest.mark.skipif(not installed("paddle"), reason="PaddlePaddle 
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="PyTorch is not installed")
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+    """As if the extra `report` were not installed: charts take a second for each result."""
+    from fcvit.errors import MissingExtra
+    from fcvit.report import page
+
+    def missing():
+        raise MissingExtra("matplotlib is not installed; install it with: pip install 'fcvit[report]'")
+
+    monkeypatch.setattr(page, "require_report", missing)
+
+
 def golden_json(name: str) -> dict:
     return json.loads((GOLDEN / name).read_text("utf-8"))
 

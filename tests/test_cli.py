@@ -172,7 +172,7 @@ def test_predicting(run, digits_pth, image, tmp_path):
 
 
 @needs_paddle
-def test_evaluating(run, digits_pth, image):
+def test_evaluating(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)
         (image.parent / "data" / str(label) / "x.png").write_bytes(image.read_bytes())
@@ -347,7 +347,7 @@ def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors,
 
 @needs_paddle
 @needs_torch
-def test_both_engines_on_the_command_line(run, digits_pth, image):
+def test_both_engines_on_the_command_line(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)
         (image.parent / "data" / str(label) / "x.png").write_bytes(image.read_bytes())

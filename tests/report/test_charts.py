@@ -19,6 +19,7 @@ from fcvit.report.charts import confusion_chart, reliability_chart
 
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
+pytestmark = pytest.mark.slow  # each chart takes half a second
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
 TEN = tuple(ClassName(f"n{i}", name) for i, name in enumerate(NAMES))

@@ -16,9 +16,9 @@ from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit import frameworks
 from fcvit.classes import ClassName
 from fcvit.deploy.engines import PaddleEngine, TorchEngine
-from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.metrics import calibration, wilson
-from fcvit.report import page, results
+from fcvit.report import results
 from fcvit.tasks.compare import compare
 from fcvit.tasks.evaluate import _agreed, evaluate, resume
 from fcvit.weights.lively import lively_tensors
@@ -37,14 +37,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def charts(request, monkeypatch):
-    """Only tests that are marked draw charts: a second for each result."""
+def charts(request):
+    """Only tests that are marked draw charts."""
     if request.node.get_closest_marker("charts") is None:
-        monkeypatch.setattr(page, "require_report", no_report)
-
-
-def no_report():
-    raise MissingExtra("matplotlib is not installed; install it with: pip install 'fcvit[report]'")
+        request.getfixturevalue("no_charts")
 
 
 def files(run, lane="digits-authors"):
@@ -183,6 +179,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path
 
 
 @needs_paddle
+@pytest.mark.slow
 @pytest.mark.charts
 def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     found = evaluate(digits_pth, folder, batch_size=8, device="cpu", folder=tmp_path / "run")
@@ -372,12 +369,12 @@ def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 @pytest.mark.charts
-def test_without_the_extra_there_are_figures_but_no_charts(folder, digits_pth, tmp_path, monkeypatch):
+def test_without_the_extra_there_are_figures_but_no_charts(folder, digits_pth, tmp_path, monkeypatch, no_charts):
     heard = []
-    with monkeypatch.context() as patch:
-        patch.setattr(page, "require_report", no_report)
-        evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run", announce=heard.append)
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run", announce=heard.append)
+    monkeypatch.undo()
     left = sorted(p.name for p in (tmp_path / "run" / "digits-authors").iterdir())
     assert left == ["metrics.json", "per_class.csv", "predictions.csv", "worst.png"]
     assert "no charts" in heard[-1] and f"--resume {tmp_path / 'run'}" in heard[-1]
@@ -433,6 +430,7 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
     assert effect.interval[0] <= effect.difference <= effect.interval[1] and 0 < effect.p_value <= 1
 
 
+@pytest.mark.slow
 @needs_paddle
 @needs_torch
 def test_engines_that_do_not_agree_are_seen(folder, digits_pth, monkeypatch):

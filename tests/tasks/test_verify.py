@@ -210,6 +210,7 @@ def test_dormant_weights_are_not_taken_as_proof(tmp_path, monkeypatch):
     assert not proof.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_narrower_type_is_held_against_the_rounded_source(tmp_path, digits_pth, dtype):
     proof = convert(digits_pth, tmp_path / "x.safetensors", dtype=dtype).verification
