@@ -1,8 +1,10 @@
 """Batches: the right images in the right order, whoever decodes them, and no more than a few ahead."""
 
+import dataclasses
 import hashlib
 import multiprocessing
-import time
+import os
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -88,9 +90,9 @@ def test_only_so_many_are_decoded_ahead(images, monkeypatch):
     submitted = []
 
     class Pool:
-        def submit(self, function, jobs, crops):
+        def submit(self, jobs, crops):
             submitted.append(len(jobs))
-            return type("Future", (), {"result": staticmethod(lambda: function(jobs, crops))})
+            return type("Future", (), {"result": staticmethod(lambda: loader._decode_chunk(jobs, crops))})
 
     pieces = [(number, number, number + 1) for number in range(41)]
     running = loader._run_ahead(Pool(), images, pieces, CROPS, 4)
@@ -99,11 +101,38 @@ def test_only_so_many_are_decoded_ahead(images, monkeypatch):
         assert len(submitted) == taken + 3
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_hang(images, monkeypatch):
+def test_workers_that_die_are_replaced(images):
+    """As when the system is short of memory: no image is lost, none is there twice."""
     running = batches(images, range(41), 1, CROPS, 1)
-    next(running)
+    found = [next(running)]
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(FcvitError, match="ended unexpectedly"):
-        for _ in running:
-            time.sleep(0.01)
+    assert bytes_of([*found, *running]) == bytes_of(batches(images, range(41), 1, CROPS, 0))
+
+
+class Deadly(NamedTuple):
+    """Where an image is that crashes its decoder."""
+
+    def read(self):
+        os._exit(9)
+
+
+def test_an_image_that_ends_its_process_is_a_bad_one(images):
+    deadly = dataclasses.replace(images, locations=(*images.locations[:10], Deadly(), *images.locations[11:]))
+    found = list(batches(deadly, range(3), 16, CROPS, 2))
+    bad = dict(bad for batch in found for bad in batch.bad)
+    assert bad[10] == f"{images.names[10]}: the process that decodes it ends unexpectedly" and len(bad) == 3
+    read = [index for batch in found for index in batch.indices]
+    assert read == [index for index in range(41) if index not in bad]
+    alone = next(iter(batches(images, [0], 16, CROPS, 0)))
+    assert (np.delete(alone.pixels[0], 9, axis=0) == found[0].pixels[0]).all()  # the ninth: one before is bad too
+
+
+def test_where_no_process_lives_it_is_said(images, monkeypatch):
+    monkeypatch.setattr(loader, "_begin_worker", no_worker)
+    with pytest.raises(FcvitError, match="end as soon as they begin"):
+        list(batches(images, [0], 4, CROPS, 1))
+
+
+def no_worker():
+    os._exit(1)

@@ -115,7 +115,7 @@ def batches(
         workers: processes that decode; 0: this one does, between the batches.
 
     Raises:
-        FcvitError: a worker ended unexpectedly.
+        FcvitError: no worker can be started.
     """
     pieces = [
         (number, start, min(start + _CHUNK, (number + 1) * batch_size, len(images)))
@@ -126,7 +126,7 @@ def batches(
         chunks = (_decode_chunk(_jobs(images, *piece[1:]), preprocessings) for piece in pieces)
         yield from _assemble(pieces, chunks)
         return
-    with _pool(workers) as pool:
+    with contextlib.closing(_Workers(workers)) as pool:
         # The batch that is being put together, and enough behind it that no worker waits.
         ahead = -(-batch_size // _CHUNK) + 2 * workers
         yield from _assemble(pieces, _run_ahead(pool, images, pieces, preprocessings, ahead))
@@ -137,26 +137,47 @@ def _jobs(images: LabelledImages, start: int, end: int) -> list[Job]:
 
 
 def _run_ahead(
-    pool: concurrent.futures.ProcessPoolExecutor,
+    pool: "_Workers",
     images: LabelledImages,
     pieces: Sequence[tuple[int, int, int]],
     preprocessings: Sequence[Preprocessing],
     ahead: int,
 ) -> Iterator[_Chunk]:
-    pending: collections.deque = collections.deque()
+    pending: collections.deque[tuple[list[Job], concurrent.futures.Future[_Chunk]]] = collections.deque()
     waiting = iter(pieces)
-    try:
-        while True:
-            while len(pending) < ahead and (piece := next(waiting, None)):
-                pending.append(pool.submit(_decode_chunk, _jobs(images, *piece[1:]), preprocessings))
-            if not pending:
-                return
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise FcvitError(
-            "a process that decodes images ended unexpectedly: short of memory, or a script that calls fcvit "
-            'without `if __name__ == "__main__":`; --workers 0 decodes without processes'
-        ) from error
+    while True:
+        while len(pending) < ahead and (piece := next(waiting, None)):
+            jobs = _jobs(images, *piece[1:])
+            pending.append((jobs, pool.submit(jobs, preprocessings)))
+        if not pending:
+            return
+        jobs, future = pending.popleft()
+        try:
+            yield future.result()
+        except BrokenProcessPool:
+            pool.restart()
+            yield _one_by_one(pool, jobs, preprocessings)
+            pending = collections.deque((jobs, pool.submit(jobs, preprocessings)) for jobs, _ in pending)
+
+
+def _one_by_one(pool: "_Workers", jobs: Sequence[Job], preprocessings: Sequence[Preprocessing]) -> _Chunk:
+    """Find the image that ends whatever process decodes it: a bad one, like any other."""
+    parts = []
+    for job in jobs:
+        for _ in range(2):  # a process may die for another reason; the same image twice is no chance
+            try:
+                parts.append(pool.submit([job], preprocessings).result())
+                break
+            except BrokenProcessPool:
+                pool.restart()
+        else:
+            nothing = [np.empty((0, 3, p.input_size, p.input_size), np.uint8) for p in preprocessings]
+            parts.append(_Chunk([None], [f"{job[0]}: the process that decodes it ends unexpectedly"], nothing))
+    return _Chunk(
+        [digest for part in parts for digest in part.digests],
+        [reason for part in parts for reason in part.reasons],
+        [np.concatenate(stacks) for stacks in zip(*(part.pixels for part in parts), strict=True)],
+    )
 
 
 def _assemble(pieces: Sequence[tuple[int, int, int]], chunks: Iterator[_Chunk]) -> Iterator[Batch]:
@@ -180,15 +201,45 @@ def _assemble(pieces: Sequence[tuple[int, int, int]], chunks: Iterator[_Chunk]) 
             indices, digests, parts, bad = [], [], [], []
 
 
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    # Spawned: a fork of a process in which Paddle's threads run may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+class _Workers:
+    """Worker processes; others in their place where one dies.
+
+    Raises:
+        FcvitError: on `restart`, where not even a process without work lives.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._start()
+
+    def _start(self) -> None:
+        # Spawned: a fork of a process in which Paddle's threads run may hang.
+        context = multiprocessing.get_context("spawn")
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin_worker)
+
+    def submit(
+        self, jobs: Sequence[Job], preprocessings: Sequence[Preprocessing]
+    ) -> "concurrent.futures.Future[_Chunk]":
+        try:
+            return self.pool.submit(_decode_chunk, jobs, preprocessings)
+        except BrokenProcessPool as error:  # noticed before the result was asked for
+            failed: concurrent.futures.Future[_Chunk] = concurrent.futures.Future()
+            failed.set_exception(error)
+            return failed
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+        try:
+            self.pool.submit(int).result()
+        except BrokenProcessPool as error:
+            raise FcvitError(
+                "processes that decode images end as soon as they begin: a script that calls fcvit needs "
+                '`if __name__ == "__main__":`; --workers 0 decodes without processes'
+            ) from error
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
