@@ -7,7 +7,8 @@ The photographs are those below FOLDER, copied to 200 files; without one, 200 ma
 ImageNet's usual sizes. Weights by rule, 224 x 224: of fcvit_tiny, or of fcvit_digits, which is so small that
 decoding weighs. All rates are steady: from the end of the first batch on, since starting processes is paid
 once. Worker processes and model share the same cores, so decoding at rate d and a model at rate m can give
-1 / (1/d + 1/m) at best; the model alone is measured before and after each whole run. Peak memory is that of
+1 / (1/d + 1/m) at best; the model alone is measured before and after each
+whole run, plain Pillow before and after the decoding. Peak memory is that of
 whole runs in processes of their own, decoding processes included. Prints its ratios last.
 """
 
@@ -72,15 +73,17 @@ def main() -> None:
         rates: dict[str, list[float]] = {}
         for _ in range(arguments.repeat):  # in turn, so that a noisy minute hits all alike
             for what, measure in (
-                ("plain", lambda: plain(root / "many", cores)),
+                ("plain before", lambda: plain(root / "many", cores)),
                 ("decode", lambda: decode(root / "many", cores)),
+                ("plain after", lambda: plain(root / "many", cores)),
                 ("before", lambda: model(weights, arguments.engine)),
                 ("whole", lambda: whole(weights, root / "few", arguments.engine, cores)),
                 ("after", lambda: model(weights, arguments.engine)),
             ):
                 rates.setdefault(what, []).append(measure())
         peaks = [peak(weights, root / data, arguments.engine, root / f"run-{data}") for data in ("data", "many")]
-    rates["model"] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop("before"), rates.pop("after"), strict=True)]
+    for what, before, after in (("model", "before", "after"), ("plain", "plain before", "plain after")):
+        rates[what] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop(before), rates.pop(after), strict=True)]
     medians = {what: statistics.median(values) for what, values in rates.items()}
     # Ratios of neighbours in time, then their median.
     sides = list(zip(*(rates[what] for what in ("plain", "decode", "model", "whole")), strict=True))
