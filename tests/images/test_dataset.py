@@ -127,6 +127,16 @@ def test_only_files_of_a_tar_are_images(tmp_path):
     assert found.mapping == {"a": 0, "b": 1, "empty": 2}
 
 
+def test_a_sparse_file_of_a_tar_is_listed_as_unreadable(tmp_path):
+    """Not dropped without a word: the data set would be smaller."""
+    path = make_tar(tmp_path / "x.tar", "a/1.png", "b/2.png")
+    add(path, "b/holes.png", tarfile.GNUTYPE_SPARSE)
+    found = read_dataset(path, None, None, 2)
+    assert found.names == ("a/1.png", "b/2.png", "b/holes.png")
+    with pytest.raises(OSError, match="Not a directory"):
+        found.locations[2].read()
+
+
 def test_a_tar_that_is_cut_or_damaged_is_never_taken_for_a_smaller_one(tmp_path):
     """tarfile itself stops without a word at a cut between members, and at a damaged header."""
     whole = make_tar(tmp_path / "x.tar", *FILES).read_bytes()

@@ -571,6 +571,10 @@ def test_imagenet_real(validation, thousand, tmp_path):
     found = evaluate(thousand, validation, **options).results[0]
     assert found.real.images == 11 and found.real.top1 == pytest.approx(300 / 11)
     assert found.real.interval[0] < found.real.top1 < found.real.interval[1]
+    shuffled = "\n".join(c.id for c in reversed(imagenet()))
+    (tmp_path / "shuffled.txt").write_text(shuffled)
+    with pytest.raises(DoesNotFit, match="in their usual order, which the model's are not"):
+        evaluate(thousand, validation, **options, classes=tmp_path / "shuffled.txt")
     # With a class subset the best class is another number; its label is not.
     evaluate(thousand, validation, **options, class_subset="present", folder=tmp_path / "part")
     guesses = [index[row["class_1"]] for row in rows(tmp_path / "part", "thousand-authors")]

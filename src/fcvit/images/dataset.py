@@ -214,7 +214,9 @@ def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Locati
                 name = posixpath.normpath(member.name)
                 if member.isdir():
                     directories.append(name)
-                elif member.isreg() and not member.issparse():
+                elif member.issparse():  # its bytes do not stand in the tar as they are: listed as unreadable
+                    files[name] = Location(str(path / name))
+                elif member.isreg():
                     # The last member of a name counts, as it does when the tar is unpacked.
                     files[name] = Location(str(path), member.offset_data, member.size)
                 elif member.islnk():

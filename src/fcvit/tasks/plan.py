@@ -11,14 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from fcvit import runs
-from fcvit.classes import Classes, ClassName, read_classes, resolve_classes
+from fcvit.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.deploy.engines import Engine, create_engine
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
 from fcvit.images.loader import DIGEST
 from fcvit.images.preprocess import decoders
 from fcvit.protocols import AUTHORS, Protocol, protocols
-from fcvit.variants import IMAGENET_CLASSES, VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
+from fcvit.variants import VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
 
 PRESENT = "present"  # in place of a class list: the classes that the data has
@@ -127,8 +127,11 @@ class Plan:
         self.lane_classes: Classes = tuple(self.classes[column] for column in self.columns)
         self.k = min(5, len(self.columns))
         self.real = read_real(Path(settings.real), self.images) if settings.real else None
-        if self.real is not None and count != IMAGENET_CLASSES:
-            raise DoesNotFit(f"--real: its labels are ImageNet's 1,000 classes, the model has {count}")
+        if self.real is not None and [c.id for c in self.classes] != [c.id for c in imagenet()]:
+            raise DoesNotFit(
+                "--real: its labels are ImageNet's 1,000 classes in their usual order, which the model's are not, by "
+                "their ids; --classes FILE gives it others"
+            )
         self.lanes, self.crops = self._lanes(loaded)
 
     def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
