@@ -33,6 +33,7 @@ from PIL import Image
 from fcvit.deploy.engines import create_engine
 from fcvit.images.dataset import read_dataset
 from fcvit.images.loader import batches
+from fcvit.images.preprocess import Centre
 from fcvit.tasks.evaluate import evaluate
 from fcvit.variants import VARIANTS, Preprocessing
 from fcvit.weights.lively import lively_tensors
@@ -152,7 +153,7 @@ def plain(folder: Path, cores: int) -> float:
 def decode(folder: Path, cores: int) -> float:
     images = read_dataset(folder, None, None, 1000)
     count, began = 0, 0.0
-    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [PIXELS], cores):
+    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [Centre(PIXELS)], cores):
         if began:
             count += len(batch.indices)
         else:

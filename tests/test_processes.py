@@ -39,7 +39,7 @@ def together(count, work):
         thread.start()
     for thread in threads:
         thread.join(30)
-    return [found[rank] for rank in range(count)]
+    return [found[rank] for rank in range(count)], store
 
 
 LARGE = bytes(range(256)) * 10_000  # three pieces
@@ -54,9 +54,10 @@ def test_values_reach_the_others(monkeypatch, count):
         heard = [some.broadcast(value if some.first else b"mine") for value in values]
         return heard == values, some.gather(bytes([some.rank]) * (1 + some.rank * 700_000)), some.gather(b"")
 
-    found = together(count, work)
+    found, store = together(count, work)
     assert all(heard for heard, _, _ in found)
     assert found[0][1] == [bytes([rank]) * (1 + rank * 700_000) for rank in range(count)]
+    assert sum(map(len, store.values.values())) == 0, "the store keeps what all have read"
     assert found[0][2] == [b""] * count and all(rest[1:] == ([], []) for rest in found[1:])
 
 

@@ -9,6 +9,7 @@ Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
 """
 
 import operator
+import warnings
 from typing import SupportsIndex
 
 from fcvit.errors import UsageError
@@ -144,10 +145,38 @@ class ConvNorm(nn.Layer):
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int):
         super().__init__()
         self.proj = nn.Conv2D(width_in, width_out, kernel, stride, padding=kernel // 2)
-        self.norm = nn.BatchNorm2D(width_out, epsilon=NORM_EPS)  # momentum 0.9 is PyTorch's 0.1
+        self.norm = BatchNorm(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))
+
+
+class BatchNorm(nn.BatchNorm2D):
+    """BatchNorm whose running variance is updated with the unbiased variance of the batch, as PyTorch's is.
+
+    Paddle's own layer takes the biased one. Whoever continues a run that began in PyTorch, or evaluates
+    there what was trained here, has one meaning of the numbers in the file; normalisation within a
+    batch is by the biased variance in both.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, epsilon=NORM_EPS)  # momentum 0.9 is PyTorch's 0.1
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        count = input.shape[0] * input.shape[2] * input.shape[3]
+        if count < 2:
+            raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
+        before = self._variance.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says in each step that it takes the batch's statistics
+            x = super().forward(input)
+        with paddle.no_grad():
+            # What this batch added, count / (count - 1) times.
+            added = self._variance - self._momentum * before
+            self._variance.set_value(self._variance + added / (count - 1))
+        return x
 
 
 def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:

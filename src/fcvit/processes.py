@@ -6,6 +6,7 @@ the evaluation needs no more than a word at the beginning and the records at the
 """
 
 import dataclasses
+import functools
 import os
 import time
 from typing import Any
@@ -29,6 +30,7 @@ class Processes:
     count: int = 1
     _store: Any = None
     _calls: int = 0
+    _said: list[str] = dataclasses.field(default_factory=list)  # pieces that others may not have read yet
 
     @property
     def first(self) -> bool:
@@ -41,9 +43,9 @@ class Processes:
             return value
         key = self._key()
         if self.first:
-            self._put(key, value)
+            self._said += self._put(key, value)
             return value
-        return self._take(key)
+        return self._take(key)[0]
 
     def gather(self, value: bytes) -> list[bytes]:
         """In the first process, what each one passed, in their order; in the others, nothing."""
@@ -53,22 +55,35 @@ class Processes:
         if not self.first:
             self._put(f"{key}/{self.rank}", value)
             return []
-        return [value, *(self._take(f"{key}/{rank}") for rank in range(1, self.count))]
+        found = [value]
+        for rank in range(1, self.count):
+            taken, pieces = self._take(f"{key}/{rank}")
+            found.append(taken)
+            self._said += pieces
+        # Whoever calls this has read everything before: a long training would fill the store.
+        for piece in self._said:
+            self._store.set(piece, b"")
+        self._said.clear()
+        return found
 
     def _key(self) -> str:
         self._calls += 1
         return f"fcvit/{self._calls}"
 
-    def _put(self, key: str, value: bytes) -> None:
-        pieces = [value[start : start + _PIECE] for start in range(0, len(value), _PIECE)]
+    def _put(self, key: str, value: bytes) -> list[str]:
+        """Under which keys it was put."""
+        pieces = [f"{key}/{number}" for number in range(-(-len(value) // _PIECE))]
         for number, piece in enumerate(pieces):
-            self._store.set(f"{key}/{number}", piece)
+            self._store.set(piece, value[number * _PIECE : (number + 1) * _PIECE])
         self._store.add(f"{key}/pieces", len(pieces) + 1)
+        return pieces
 
-    def _take(self, key: str) -> bytes:
-        while not (pieces := self._store.add(f"{key}/pieces", 0)):
+    def _take(self, key: str) -> tuple[bytes, list[str]]:
+        """What was put, and under which keys."""
+        while not (count := self._store.add(f"{key}/pieces", 0)):
             time.sleep(_POLL)  # the store's own waiting has a time limit; others may take hours
-        return b"".join(self._store.get(f"{key}/{number}") for number in range(pieces - 1))
+        pieces = [f"{key}/{number}" for number in range(count - 1)]
+        return b"".join(self._store.get(piece) for piece in pieces), pieces
 
     def device(self, name: str) -> str:
         """The device of this process: under the launcher `auto` and `gpu` are the GPU that it gave to it.
@@ -85,8 +100,12 @@ class Processes:
         return f"gpu:{import_framework('paddle').distributed.ParallelEnv().device_id}"
 
 
+@functools.cache
 def join() -> Processes:
-    """Meet the other processes of `python -m paddle.distributed.launch`; alone without it."""
+    """Meet the other processes of `python -m paddle.distributed.launch`; alone without it.
+
+    Once and for all: a training that evaluates goes on counting its calls where it was.
+    """
     count = int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
     if count == 1:
         return Processes()

@@ -14,10 +14,13 @@ from fcvit.errors import FcvitError
 from fcvit.images import loader
 from fcvit.images.dataset import read_dataset
 from fcvit.images.loader import batches
-from fcvit.images.preprocess import preprocess
+from fcvit.images.preprocess import Centre, preprocess
 from fcvit.variants import Preprocessing
 
-CROPS = (Preprocessing(input_size=32, crop_fraction=1.0), Preprocessing(input_size=24, interpolation="bilinear"))
+CROPS = (
+    Centre(Preprocessing(input_size=32, crop_fraction=1.0)),
+    Centre(Preprocessing(input_size=24, interpolation="bilinear")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_batches_hold_their_images_in_order(images, folder):
             path = folder / images.names[index]
             assert batch.digests[row] == hashlib.sha256(path.read_bytes()).digest()[:8]
             for stack, crop in zip(batch.pixels, CROPS, strict=True):
-                assert (stack[row] == preprocess(path, crop)).all()
+                assert (stack[row] == preprocess(path, crop.preprocessing)).all()
         seen += [reason for _, reason in batch.bad]
     assert [reason.split(":")[0] for reason in seen] == ["a/04.png", "b/33.png"]
 

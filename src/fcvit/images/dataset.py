@@ -99,6 +99,15 @@ class LabelledImages:
             return None
         return numbers
 
+    def take(self, order: Sequence[int]) -> "LabelledImages":
+        """Those at these positions, in this order."""
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[i] for i in order),
+            locations=tuple(self.locations[i] for i in order),
+            labels=tuple(self.labels[i] for i in order),
+        )
+
     def subset(self, count: int, seed: int) -> "LabelledImages":
         """A stratified sample: every class keeps its share, to the nearest whole image.
 
@@ -122,13 +131,7 @@ class LabelledImages:
         chosen = []
         for label, members in by_class.items():
             chosen += sorted(members, key=lambda i: _draw(seed, self.names[i]))[: quota[label]]
-        chosen.sort()
-        return dataclasses.replace(
-            self,
-            names=tuple(self.names[i] for i in chosen),
-            locations=tuple(self.locations[i] for i in chosen),
-            labels=tuple(self.labels[i] for i in chosen),
-        )
+        return self.take(sorted(chosen))
 
 
 def _draw(seed: int, name: str) -> bytes:
@@ -175,6 +178,16 @@ def read_dataset(data: Path, list_file: Path | None, classes: Classes | None, nu
         tuple(assignment.mapping[labels[name]] for name in names),
         *assignment,
     )
+
+
+def class_folders(data: Path) -> list[str]:
+    """Names of the folders at the top of a folder or tar, sorted; hidden ones left out.
+
+    Raises:
+        UnreadableFile: there is no such folder or tar, or no images in it.
+    """
+    tar, inner = _find(data)
+    return sorted(_folders_below(data) if tar is None else _read_tar(tar, inner, False)[1])
 
 
 def _find(data: Path) -> tuple[Path | None, str]:

@@ -16,18 +16,32 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from fcvit.errors import BadImages, FcvitError
 from fcvit.images.dataset import LabelledImages, Location
-from fcvit.images.preprocess import crop, decode
-from fcvit.variants import Preprocessing
+from fcvit.images.preprocess import decode
 
 DIGEST = 8  # bytes kept of the SHA-256 of an image file
 _CHUNK = 16  # images a task: enough that handing it over costs nothing beside decoding
 
-Job = tuple[str, Location]
+Job = tuple[int, str, Location]
+
+
+class View(Protocol):
+    """What is made of a decoded image; workers get a copy of it.
+
+    Called with the image and its position in the data set, it gives uint8 (3, size, size). It must depend
+    on nothing else, so that the number of workers does not matter.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Batch:
         number: of the batch.
         indices: positions in the data set of those that could be read, (B,).
         digests: the first 8 bytes of the SHA-256 of each file.
-        pixels: for each preprocessing, uint8 (B, 3, S, S).
+        pixels: for each view, uint8 (B, 3, S, S).
         bad: positions of the others, with the reason.
     """
 
@@ -58,8 +72,8 @@ class _Chunk:
     pixels: list[np.ndarray]
 
 
-def decode_file(name: str, location: Location, preprocessings: Sequence[Preprocessing]) -> tuple[bytes, list]:
-    """Read an image once and crop it for each preprocessing: its digest, and uint8 (3, S, S) arrays.
+def decode_file(index: int, name: str, location: Location, views: Sequence[View]) -> tuple[bytes, list]:
+    """Read an image once and make each view of it: its digest, and uint8 (3, S, S) arrays.
 
     Raises:
         BadImages: it cannot be read.
@@ -70,33 +84,33 @@ def decode_file(name: str, location: Location, preprocessings: Sequence[Preproce
         raise BadImages(f"{name}: {error.strerror or error}") from error
     image = decode(io.BytesIO(content), name)
     try:
-        crops = [crop(image, preprocessing) for preprocessing in preprocessings]
+        made = [view(image, index) for view in views]
     except BadImages as error:
         raise BadImages(f"{name}: {error}") from error
-    return hashlib.sha256(content).digest()[:DIGEST], crops
+    return hashlib.sha256(content).digest()[:DIGEST], made
 
 
-def _decode_chunk(jobs: Sequence[Job], preprocessings: Sequence[Preprocessing]) -> _Chunk:
+def _decode_chunk(jobs: Sequence[Job], views: Sequence[View]) -> _Chunk:
     digests: list[bytes | None] = []
     reasons: list[str | None] = []
-    pixels: list[list[np.ndarray]] = [[] for _ in preprocessings]
-    for name, location in jobs:
+    pixels: list[list[np.ndarray]] = [[] for _ in views]
+    for job in jobs:
         try:
-            digest, crops = decode_file(name, location, preprocessings)
+            digest, made = decode_file(*job, views)
         except BadImages as error:
             digests.append(None)
             reasons.append(str(error))
             continue
         digests.append(digest)
         reasons.append(None)
-        for stack, image in zip(pixels, crops, strict=True):
+        for stack, image in zip(pixels, made, strict=True):
             stack.append(image)
     return _Chunk(
         digests,
         reasons,
         [
-            np.stack(stack) if stack else np.empty((0, 3, p.input_size, p.input_size), np.uint8)
-            for stack, p in zip(pixels, preprocessings, strict=True)
+            np.stack(stack) if stack else np.empty((0, 3, view.size, view.size), np.uint8)
+            for stack, view in zip(pixels, views, strict=True)
         ],
     )
 
@@ -105,14 +119,15 @@ def batches(
     images: LabelledImages,
     numbers: Sequence[int],
     batch_size: int,
-    preprocessings: Sequence[Preprocessing],
-    workers: int,
+    views: Sequence[View],
+    workers: "int | Workers",
 ) -> Generator[Batch]:
     """The batches of these numbers, in this order.
 
     Args:
         images: the data set; batch n holds the images from n * batch_size.
         workers: processes that decode; 0: this one does, between the batches.
+            `Workers` that are there already are used and left.
 
     Raises:
         FcvitError: no worker can be started.
@@ -122,25 +137,26 @@ def batches(
         for number in numbers
         for start in range(number * batch_size, min((number + 1) * batch_size, len(images)), _CHUNK)
     ]
-    if not workers:
-        chunks = (_decode_chunk(_jobs(images, *piece[1:]), preprocessings) for piece in pieces)
+    if workers == 0:
+        chunks = (_decode_chunk(_jobs(images, *piece[1:]), views) for piece in pieces)
         yield from _assemble(pieces, chunks)
         return
-    with contextlib.closing(_Workers(workers)) as pool:
+    with contextlib.ExitStack() as stack:
+        pool = workers if isinstance(workers, Workers) else stack.enter_context(contextlib.closing(Workers(workers)))
         # The batch that is being put together, and enough behind it that no worker waits.
-        ahead = -(-batch_size // _CHUNK) + 2 * workers
-        yield from _assemble(pieces, _run_ahead(pool, images, pieces, preprocessings, ahead))
+        ahead = -(-batch_size // _CHUNK) + 2 * pool.count
+        yield from _assemble(pieces, _run_ahead(pool, images, pieces, views, ahead))
 
 
 def _jobs(images: LabelledImages, start: int, end: int) -> list[Job]:
-    return list(zip(images.names[start:end], images.locations[start:end], strict=True))
+    return list(zip(range(start, end), images.names[start:end], images.locations[start:end], strict=True))
 
 
 def _run_ahead(
-    pool: "_Workers",
+    pool: "Workers",
     images: LabelledImages,
     pieces: Sequence[tuple[int, int, int]],
-    preprocessings: Sequence[Preprocessing],
+    views: Sequence[View],
     ahead: int,
 ) -> Iterator[_Chunk]:
     pending: collections.deque[tuple[list[Job], concurrent.futures.Future[_Chunk]]] = collections.deque()
@@ -148,7 +164,7 @@ def _run_ahead(
     while True:
         while len(pending) < ahead and (piece := next(waiting, None)):
             jobs = _jobs(images, *piece[1:])
-            pending.append((jobs, pool.submit(jobs, preprocessings)))
+            pending.append((jobs, pool.submit(jobs, views)))
         if not pending:
             return
         jobs, future = pending.popleft()
@@ -156,23 +172,23 @@ def _run_ahead(
             yield future.result()
         except BrokenProcessPool:
             pool.restart()
-            yield _one_by_one(pool, jobs, preprocessings)
-            pending = collections.deque((jobs, pool.submit(jobs, preprocessings)) for jobs, _ in pending)
+            yield _one_by_one(pool, jobs, views)
+            pending = collections.deque((jobs, pool.submit(jobs, views)) for jobs, _ in pending)
 
 
-def _one_by_one(pool: "_Workers", jobs: Sequence[Job], preprocessings: Sequence[Preprocessing]) -> _Chunk:
+def _one_by_one(pool: "Workers", jobs: Sequence[Job], views: Sequence[View]) -> _Chunk:
     """Find the image that ends whatever process decodes it: a bad one, like any other."""
     parts = []
     for job in jobs:
         for _ in range(2):  # a process may die for another reason; the same image twice is no chance
             try:
-                parts.append(pool.submit([job], preprocessings).result())
+                parts.append(pool.submit([job], views).result())
                 break
             except BrokenProcessPool:
                 pool.restart()
         else:
-            nothing = [np.empty((0, 3, p.input_size, p.input_size), np.uint8) for p in preprocessings]
-            parts.append(_Chunk([None], [f"{job[0]}: the process that decodes it ends unexpectedly"], nothing))
+            nothing = [np.empty((0, 3, view.size, view.size), np.uint8) for view in views]
+            parts.append(_Chunk([None], [f"{job[1]}: the process that decodes it ends unexpectedly"], nothing))
     return _Chunk(
         [digest for part in parts for digest in part.digests],
         [reason for part in parts for reason in part.reasons],
@@ -201,7 +217,7 @@ def _assemble(pieces: Sequence[tuple[int, int, int]], chunks: Iterator[_Chunk]) 
             indices, digests, parts, bad = [], [], [], []
 
 
-class _Workers:
+class Workers:
     """Worker processes; others in their place where one dies.
 
     Raises:
@@ -217,11 +233,9 @@ class _Workers:
         context = multiprocessing.get_context("spawn")
         self.pool = concurrent.futures.ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin_worker)
 
-    def submit(
-        self, jobs: Sequence[Job], preprocessings: Sequence[Preprocessing]
-    ) -> "concurrent.futures.Future[_Chunk]":
+    def submit(self, jobs: Sequence[Job], views: Sequence[View]) -> "concurrent.futures.Future[_Chunk]":
         try:
-            return self.pool.submit(_decode_chunk, jobs, preprocessings)
+            return self.pool.submit(_decode_chunk, jobs, views)
         except BrokenProcessPool as error:  # noticed before the result was asked for
             failed: concurrent.futures.Future[_Chunk] = concurrent.futures.Future()
             failed.set_exception(error)

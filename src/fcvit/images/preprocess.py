@@ -5,6 +5,7 @@ The authors evaluate with timm's transform over torchvision and Pillow: shorter 
 OpenCV's and Paddle's own resizing give other pixels.
 """
 
+import dataclasses
 import os
 from typing import BinaryIO
 
@@ -82,6 +83,20 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     left, top = (round((length - side) / 2.0) for length in image.size)  # half to even
     image = image.crop((left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Centre:
+    """The evaluation's view of an image (see `fcvit.images.loader.View`)."""
+
+    preprocessing: Preprocessing
+
+    @property
+    def size(self) -> int:
+        return self.preprocessing.input_size
+
+    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray:
+        return crop(image, self.preprocessing)
 
 
 def normalise(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -24,8 +24,9 @@ from fcvit import metrics, runs
 from fcvit.deploy.batch_size import fitting_batch_size
 from fcvit.deploy.engines import Engine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
-from fcvit.images.loader import DIGEST, Batch, batches
-from fcvit.images.preprocess import decode, decoders
+from fcvit.images.dataset import LabelledImages
+from fcvit.images.loader import DIGEST, Batch, Workers, batches
+from fcvit.images.preprocess import Centre, decode, decoders
 from fcvit.journal import Frame, Journal
 from fcvit.processes import Processes, join
 from fcvit.protocols import AUTHORS
@@ -67,14 +68,14 @@ class Evaluation:
 
 def evaluate(
     weights: "Weights | str | os.PathLike[str] | Sequence[Weights | str | os.PathLike[str]]",
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | LabelledImages,
     *,
     list_file: str | os.PathLike[str] | None = None,
     engines: str | Sequence[str] = ("paddle",),
     protocol: str = AUTHORS,
     preprocessing: Preprocessing | PreprocessingChange | None = None,
     batch_size: int | Literal["auto"] = 32,
-    workers: int = 0,
+    workers: int | Workers = 0,
     device: str = "auto",
     precision: str = "float32",
     ema: bool | None = None,
@@ -93,12 +94,13 @@ def evaluate(
 
     Args:
         weights: a file of any format, weights in memory, or several of either that know the same classes.
-        data, list_file: see `fcvit.images.dataset.read_dataset`.
+        data, list_file: see `fcvit.images.dataset.read_dataset`; or images that are found already, for
+            figures without a folder.
         engines: names of `fcvit.deploy.engines.ENGINES`; all see the same batches.
         protocol: "authors" (the preprocessing that belongs to the weights), "resize256-bilinear", "both".
         preprocessing: another one, or single fields of it, which makes the protocol "custom".
         batch_size: at least 1; "auto" tries what fits. Float32 sums depend on it, in the last digits.
-        workers: processes that decode while the model computes; 0: this one decodes. A script that uses
+        workers: processes that decode while the model computes; 0: this one decodes. A script that starts
             processes must begin its work under `if __name__ == "__main__":`.
         device: auto, cpu, gpu or gpu:N.
         precision: float32, or float16 or bfloat16 where the engine's device has them.
@@ -124,7 +126,7 @@ def evaluate(
     several = (weights,) if isinstance(weights, Weights | str | os.PathLike) else tuple(weights)
     settings = Settings(
         tuple(_absolute(w.source.path if isinstance(w, Weights) else w) for w in several),
-        _absolute(data),
+        _absolute(data.root if isinstance(data, LabelledImages) else data),
         _absolute(list_file) if list_file else None,
         (engines,) if isinstance(engines, str) else tuple(engines),
         protocol,
@@ -143,13 +145,15 @@ def evaluate(
     check(settings, workers)
     if save_logits and folder is None and not record:
         raise UsageError("save_logits needs a folder")
+    if isinstance(data, LabelledImages) and (folder is not None or record):
+        raise UsageError("a run in a folder needs the path of the data, to be continued")
     began = time.perf_counter()
     processes = join()
     loaded = [
         w if isinstance(w, Weights) else read_weights(path, ema)
         for w, path in zip(several, settings.weights, strict=True)
     ]
-    plan = Plan(settings, loaded, processes.device(device))
+    plan = Plan(settings, loaded, processes.device(device), data if isinstance(data, LabelledImages) else None)
     if processes.first:
         announce(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
     plan.load_engines()  # what they miss is said before a folder is made
@@ -283,7 +287,7 @@ def _run(
     identity: Mapping[str, object],
     processes: Processes,
     folder: Path | None,
-    workers: int,
+    workers: int | Workers,
     strict: bool,
     announce: Callable[[str], None],
     began: float,
@@ -329,7 +333,7 @@ def _compute(
     missing: Sequence[int],
     journal: Journal,
     logits: "_LogitFiles | None",
-    workers: int,
+    workers: int | Workers,
     strict: bool,
     announce: Callable[[str], None],
 ) -> None:
@@ -344,7 +348,7 @@ def _compute(
     total = sum(plan.batch_images(number) for number in missing)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(progress(what, total)) if processes.first else lambda _: None
-        loaded = batches(plan.images, missing, int(plan.settings.batch_size), plan.crops, workers)
+        loaded = batches(plan.images, missing, int(plan.settings.batch_size), [Centre(c) for c in plan.crops], workers)
         stack.enter_context(contextlib.closing(loaded))
         for batch in loaded:
             if batch.bad and strict:

@@ -15,7 +15,7 @@ from fcvit.classes import Classes, ClassName, imagenet, read_classes, resolve_cl
 from fcvit.deploy.engines import Engine, create_engine
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
-from fcvit.images.loader import DIGEST
+from fcvit.images.loader import DIGEST, Workers
 from fcvit.images.preprocess import decoders
 from fcvit.protocols import AUTHORS, Protocol, protocols
 from fcvit.variants import VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
@@ -53,7 +53,7 @@ class Settings:
         return _sha256(dataclasses.asdict(self))
 
 
-def check(settings: Settings, workers: int) -> None:
+def check(settings: Settings, workers: int | Workers) -> None:
     """Refuse what can be told without a file.
 
     Raises:
@@ -62,7 +62,7 @@ def check(settings: Settings, workers: int) -> None:
     size, engines = settings.batch_size, settings.engines
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise UsageError(f"--batch-size {size}: expected auto or at least 1")
-    if workers < 0:
+    if isinstance(workers, int) and workers < 0:
         raise UsageError(f"--workers {workers}: expected at least 0")
     if not settings.weights:
         raise UsageError("--weights: expected at least one file")
@@ -94,7 +94,9 @@ class Lane:
 class Plan:
     """Everything that is settled before the first batch."""
 
-    def __init__(self, settings: Settings, loaded: Sequence[Weights], device: str):
+    def __init__(
+        self, settings: Settings, loaded: Sequence[Weights], device: str, images: LabelledImages | None = None
+    ):
         self.settings, self.device = settings, device
         given = read_classes(Path(settings.classes)) if settings.classes else None
         first = loaded[0].form
@@ -109,7 +111,8 @@ class Plan:
         count = first.num_classes
         known = given or loaded[0].classes
         list_file = Path(settings.list_file) if settings.list_file else None
-        images = read_dataset(Path(settings.data), list_file, known, count)
+        if images is None:
+            images = read_dataset(Path(settings.data), list_file, known, count)
         self.classes = named = resolve_classes(given, loaded[0].classes, count)
         if images.counted:  # the folders are all that is known of the classes
             self.classes = tuple(ClassName(label, label) for label in images.mapping)

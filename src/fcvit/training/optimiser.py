@@ -1,0 +1,129 @@
+"""AdamW as the recipe asks for it, and the averaged weights."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fcvit.errors import UnreadableFile
+from fcvit.frameworks import import_framework
+from fcvit.model import FCViT
+from fcvit.training.recipe import Recipe
+
+import_framework("paddle")
+
+import paddle  # noqa: E402
+from paddle import Tensor, nn  # noqa: E402
+
+
+def freeze_backbone(model: FCViT) -> None:
+    """Only the head is trained from now on."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("head."):
+            parameter.stop_gradient = True
+
+
+def trained_parameters(model: nn.Layer) -> dict[str, Tensor]:
+    """Name -> parameter; running statistics are none of them."""
+    return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+
+
+def depth_of(name: str, model: FCViT) -> int:
+    """How far up a parameter is: 0 for the stem, then by block, the downsampling with the block after it.
+
+    The final norm and the head are one above the last block.
+    """
+    depths = model.variant.depths
+    part, _, rest = name.partition(".")
+    if part == "patch_embed":
+        return 0
+    if part != "network":
+        return sum(depths) + 1
+    index, block = rest.split(".")[:2]
+    stage, downsampling = (int(index) + 1) // 2, int(index) % 2
+    return sum(depths[:stage]) + 1 + (0 if downsampling else int(block))
+
+
+def create_optimiser(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
+    """AdamW over what is trained; no decay on parameters of fewer than two dimensions (authors: timm's rule).
+
+    With `layer_decay` d, a parameter at depth i (see `depth_of`) of L learns at d ** (L - i) times the rate.
+    """
+    parameters = trained_parameters(model)
+    decayed = {p.name for p in parameters.values() if p.ndim >= 2}
+    top = depth_of("head", model)
+    for name, parameter in parameters.items():
+        parameter.optimize_attr["learning_rate"] = recipe.layer_decay ** (top - depth_of(name, model))
+    return paddle.optimizer.AdamW(
+        learning_rate=recipe.peak_lr,
+        beta1=recipe.beta1,
+        beta2=recipe.beta2,
+        epsilon=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        parameters=list(parameters.values()),
+        # Paddle passes its own name of a parameter.
+        apply_decay_param_fun=lambda name: name in decayed,
+        grad_clip=None if recipe.clip_norm is None else nn.ClipGradByGlobalNorm(recipe.clip_norm),
+    )
+
+
+# What AdamW keeps of each parameter, by the ends that Paddle gives to the names.
+_KEPT = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+
+
+def optimiser_tensors(optimiser: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
+    """Its state under the model's names: `moment1/NAME` and so on."""
+    state = optimiser.state_dict()
+    return {
+        f"{kind}/{name}": state[f"{p.name}_{kind}_0"].numpy()
+        for name, p in trained_parameters(model).items()
+        for kind in _KEPT
+    }
+
+
+def restore_optimiser(
+    optimiser: paddle.optimizer.Optimizer, model: nn.Layer, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """The inverse of `optimiser_tensors`.
+
+    Raises:
+        UnreadableFile: one is missing or of another shape.
+    """
+    state = {}
+    for name, p in trained_parameters(model).items():
+        for kind in _KEPT:
+            shape = [1] if kind.endswith("pow_acc") else p.shape
+            found = tensors.get(f"{kind}/{name}")
+            if found is None or list(found.shape) != shape:
+                raise UnreadableFile(f"the state of the optimiser does not fit the network at {name} ({kind})")
+            state[f"{p.name}_{kind}_0"] = paddle.to_tensor(np.array(found))
+    optimiser.set_state_dict(state)
+
+
+class Average:
+    """Averaged weights (EMA): after each step `average = d * average + (1 - d) * weights`.
+
+    d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialisation is soon
+    forgotten. BatchNorm's running statistics are averages already and follow after each epoch, at the
+    same pace: within an epoch they differ between processes.
+    """
+
+    def __init__(self, model: nn.Layer, decay: float):
+        self.decay = decay
+        self.kept = 1.0  # what is left of the statistics of before, since they were last taken
+        self.tensors = {name: tensor.clone().detach() for name, tensor in model.state_dict().items()}
+
+    def update(self, model: nn.Layer, step: int) -> None:
+        """After optimiser step number `step`, from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        self.kept *= decay
+        with paddle.no_grad():
+            for name, parameter in trained_parameters(model).items():
+                self.tensors[name].lerp_(parameter, 1 - decay)
+
+    def end_epoch(self, model: nn.Layer) -> None:
+        """Take up the running statistics, after processes and parts have agreed on them."""
+        with paddle.no_grad():
+            for name, tensor in model.state_dict().items():
+                if name.endswith(("._mean", "._variance")):
+                    self.tensors[name].lerp_(tensor, 1 - self.kept)
+        self.kept = 1.0
