@@ -20,12 +20,14 @@ from fcvit import __version__
 from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UnreadableFile, UsageError
 
 if TYPE_CHECKING:
+    from fcvit.tasks.train import Training
     from fcvit.tasks.verify import Verification
+    from fcvit.training.recipe import Recipe
     from fcvit.variants import PreprocessingChange
 
 app = App(
     name="fcvit",
-    help="FCViT for PaddlePaddle: convert, verify, evaluate, predict. Add --debug for a traceback.",
+    help="FCViT for PaddlePaddle: convert, verify, evaluate, predict, train. Add --debug for a traceback.",
     version=__version__,
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
@@ -292,6 +294,132 @@ def evaluate(
         print(f"written to {found.folder}")
     if found.unreadable:
         _show(tables.unreadable(found.unreadable), error=True)
+        return BadImages.exit_code
+    return 0
+
+
+@app.command
+def train(
+    recipe: str | None = None,
+    /,
+    *,
+    output: Annotated[Path | None, Output] = None,
+    resume: Path | None = None,
+    extend: Path | None = None,
+    preview: Path | None = None,
+    device: Device = "auto",
+    workers: int | None = None,
+    as_json: Json = False,
+    **overrides: str,
+) -> int:
+    """Train a network by a recipe; every field of the recipe is an option too, as in --lr 5e-4.
+
+    Args:
+        recipe: A TOML file, or the name of a recipe that comes with the package: digits, fcvit_tiny, ...
+        output: Folder of the run (default: runs/train, or the first free one after it).
+        resume: Go on with the run in this folder after its last epoch; takes no recipe.
+        extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
+        preview: Draw what the network would see of some training images into this .png, and do not train.
+        device: auto, cpu, gpu or gpu:N.
+        workers: Processes that decode and augment (default: on a GPU one for each core, at most 8; else none).
+        as_json: Print JSON.
+        overrides: Fields of the recipe (docs/training.md lists them), such as --data FOLDER, --epochs 10.
+    """
+    from fcvit.tasks import train as task
+
+    processes = _train_workers(workers, device)
+    if sum(given is not None for given in (recipe, resume, extend)) != 1:
+        raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
+    if resume is not None:
+        if output or overrides or preview:
+            raise UsageError("train: --resume goes on as the run began; leave out what else decides it")
+        return _trained(task.resume(resume, workers=processes, announce=_note), as_json)
+    if extend is not None:
+        if set(overrides) != {"epochs"} or not overrides["epochs"].isdecimal() or preview:
+            raise UsageError("train: --extend RUN takes --epochs N, of the longer schedule, and no other field")
+        epochs = int(overrides["epochs"])
+        return _trained(task.extend(extend, epochs, folder=output, workers=processes, announce=_note), as_json)
+    from fcvit.training.recipe import read_recipe
+
+    assert recipe is not None
+    resolved = read_recipe(recipe, overrides)
+    if preview is not None:
+        return _previewed(resolved, preview)
+    done = task.train(resolved, folder=output, device=device, workers=processes, announce=_note)
+    return _trained(done, as_json)
+
+
+@app.command
+def finetune(
+    *,
+    weights: Path,
+    data: Path,
+    output: Annotated[Path | None, Output] = None,
+    preview: Path | None = None,
+    device: Device = "auto",
+    workers: int | None = None,
+    as_json: Json = False,
+    **overrides: str,
+) -> int:
+    """Train weights on one's own folder of images: a new head, and the rest gently.
+
+    Args:
+        weights: A checkpoint of any format.
+        data: One folder of images a class, or folders train and val with such folders in them; also a tar.
+        output: Folder of the run (default: runs/train, or the first free one after it).
+        preview: Draw what the network would see of some training images into this .png, and do not train.
+        device: auto, cpu, gpu or gpu:N.
+        workers: Processes that decode and augment (default: on a GPU one for each core, at most 8; else none).
+        as_json: Print JSON.
+        overrides: Fields of the recipe (docs/training.md lists them), such as --epochs 10, --freeze true.
+    """
+    from fcvit.tasks import finetune as task
+    from fcvit.tasks.train import train as run
+
+    resolved, notes = task.finetune_recipe(weights, data, overrides)
+    for note in notes:
+        _note(note)
+    if preview is not None:
+        return _previewed(resolved, preview)
+    done = run(resolved, folder=output, device=device, workers=_train_workers(workers, device), announce=_note)
+    return _trained(done, as_json)
+
+
+def _train_workers(workers: int | None, device: str) -> int:
+    """On a CPU the network needs the cores, and decoding takes a few per cent of the time."""
+    if workers is not None:
+        return workers
+    from fcvit.frameworks import paddle_place
+
+    if paddle_place(device.partition(":")[0]) == "cpu":
+        return 0
+    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
+    return max(1, min(8, (os.cpu_count() or 1) // sharing))
+
+
+def _previewed(recipe: "Recipe", path: Path) -> int:
+    from fcvit.tasks.preview import preview
+
+    print(f"written to {preview(recipe, path)}")
+    return 0
+
+
+def _trained(done: "Training", as_json: bool) -> int:
+    if not done.first:
+        return 0
+    if as_json:
+        import dataclasses
+
+        _print_json(dataclasses.asdict(done) | {"weights": str(done.weights)})
+    else:
+        from fcvit.report import tables
+
+        _show(tables.training(done))
+        print(f"weights: {done.weights}")
+    if done.unreadable:
+        from fcvit.report import tables
+
+        _show(tables.unreadable(done.unreadable), error=True)
         return BadImages.exit_code
     return 0
 

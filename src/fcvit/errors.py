@@ -46,6 +46,12 @@ class MissingExtra(FcvitError, ImportError):
     exit_code = 7
 
 
+class TrainingStopped(FcvitError, ArithmeticError):
+    """A training cannot go on; its last good checkpoint is there."""
+
+    exit_code = 8
+
+
 class FreshWeights(UserWarning):
     """Some weights were not in the file and start from their initialisation."""
 

@@ -4,17 +4,21 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, FreshWeights
 from fcvit.frameworks import import_framework
-from fcvit.variants import IMAGENET_CLASSES, Variant, get_variant
+from fcvit.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
+from fcvit.weights.checkpoint import MEMORY, Checkpoint
+from fcvit.weights.names import Form, entries, is_counter, paddle_name
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 if TYPE_CHECKING:
-    from paddle import nn
+    from paddle import Tensor, nn
 
     from fcvit.model import FCViT, FCViTBackbone
 
@@ -79,6 +83,36 @@ def build_classifier(
         _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes}) starts", stacklevel=4)
     model.eval()
     return model
+
+
+def weights_of(
+    model: "FCViT",
+    *,
+    name: str = "model",
+    preprocessing: Preprocessing | None = None,
+    classes: Classes | None = None,
+    tensors: "Mapping[str, Tensor] | None" = None,
+    updates: int = 0,
+) -> Weights:
+    """The weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
+
+    Args:
+        name: what messages and results call them.
+        preprocessing, classes: what a file of them shall say.
+        tensors: other numbers under the names of its `state_dict`, such as averaged ones.
+        updates: how often BatchNorm's statistics were updated, PyTorch's `num_batches_tracked`.
+    """
+    form = Form(model.variant, model.num_classes)
+    state = tensors or model.state_dict()
+    found: dict[str, np.ndarray] = {}
+    for key, entry in entries(form).items():
+        if is_counter(key):
+            found[key] = np.array(updates, np.int64)
+        else:
+            array = state[paddle_name(key)].numpy()
+            found[key] = array.T if entry.transposed_in_paddle else array
+    source = Checkpoint(Path(name), MEMORY, {}, None, b"")
+    return Weights(form, found, source, "paddle", preprocessing, classes, (), ())
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":

@@ -9,7 +9,6 @@ Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
 """
 
 import operator
-import warnings
 from typing import SupportsIndex
 
 from fcvit.errors import UsageError
@@ -168,14 +167,15 @@ class BatchNorm(nn.BatchNorm2D):
         count = input.shape[0] * input.shape[2] * input.shape[3]
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
-        before = self._variance.clone()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says in each step that it takes the batch's statistics
-            x = super().forward(input)
+        # With a momentum of 0 the kernel leaves the batch's own statistics in these two.
+        mean, variance = paddle.zeros_like(self._mean), paddle.zeros_like(self._variance)
+        x = F.batch_norm(
+            input, mean, variance, self.weight, self.bias, training=True, momentum=0.0, epsilon=self._epsilon
+        )
         with paddle.no_grad():
-            # What this batch added, count / (count - 1) times.
-            added = self._variance - self._momentum * before
-            self._variance.set_value(self._variance + added / (count - 1))
+            kept = self._momentum
+            self._mean.set_value(kept * self._mean + (1 - kept) * mean)
+            self._variance.set_value(kept * self._variance + (1 - kept) * count / (count - 1) * variance)
         return x
 
 

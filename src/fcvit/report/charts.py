@@ -1,4 +1,4 @@
-"""Charts of an evaluation as PNG files: which classes are taken for which, and how far confidence is to be trusted.
+"""Charts as PNG files: which classes are taken for which, how far confidence is to be trusted, how a training went.
 
 Matplotlib is imported when a chart is drawn, and its pyplot never. A user's own matplotlib settings
 do not reach the charts: they are put aside while one is drawn, and stand as they were afterwards.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import io
 import unicodedata
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +90,62 @@ def reliability_chart(calibration: Calibration, title: str) -> bytes:
     """
     with _drawing():
         return _png(_reliability(calibration, title))
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """Loss, top-1 and learning rate over the epochs of a training, one below the other.
+
+    Args:
+        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
+            (per cent) and the same of averaged weights, `ema_val_loss`, `ema_top1`.
+        title: one line; cut where it is too long.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    with _drawing():
+        return _png(_curves(rows, title))
+
+
+_CURVES = (  # of each panel: its name, and the columns with their names
+    ("loss", (("loss", "training"), ("val_loss", "validation"), ("ema_val_loss", "validation, averaged weights"))),
+    ("top-1 accuracy, %", (("top1", "validation"), ("ema_top1", "validation, averaged weights"))),
+    ("learning rate", (("lr", "at the end of the epoch"),)),
+)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [panel for panel in _CURVES if any(key in row for row in rows for key, _ in panel[1])]
+    panel_height, gap = 1.9, 0.45
+    height = 1.15 + len(panels) * (panel_height + gap)
+    subtitle = _plural(len(rows), "epoch")
+    scored = [row for row in rows if "top1" in row]
+    if scored:
+        best = max(scored, key=lambda row: row["top1"])
+        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
+    figure = _canvas(_WIDTH, height, title, subtitle)
+    colours = {"training": INK, "validation": RIGHT, "validation, averaged weights": WRONG}
+    for place, (name, lines) in enumerate(reversed(panels)):
+        axes = _axes(figure, 0.85, 0.55 + place * (panel_height + gap), _WIDTH - 0.85 - _MARGIN, panel_height)
+        drawn = 0
+        for key, label in lines:
+            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colours.get(label, INK), marker=".", label=label)
+                drawn += 1
+        axes.set_title(name, loc="left", fontsize=_TEXT)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=_FAINT, linewidth=0.5)
+        if drawn > 1:
+            axes.legend(frameon=False, fontsize=_SMALL)
+        if not place:
+            axes.set_xlabel("epoch")
+    return figure
 
 
 def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":

@@ -19,6 +19,7 @@ from fcvit.tasks.convert import Conversion
 from fcvit.tasks.evaluate import Evaluation
 from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
+from fcvit.tasks.train import Training
 from fcvit.tasks.verify import GATE_A, GATE_B, Comparison, Place, Verification
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, parameter_count
@@ -196,6 +197,31 @@ def comparison(found: ResultComparison) -> list[Table]:
             listing.add_row(f"... and {len(found.differing) - _SHOWN} more", "", "", "")
         tables.append(listing)
     return tables
+
+
+def training(done: Training) -> Table:
+    """The first, best and last epochs of a training."""
+    rows = list(done.rows)
+    best = done.best.get("epoch")
+    shown = [row for row in rows if row["epoch"] in (1, best) or row["epoch"] > len(rows) - 3]
+    keys = [key for key in _TRAINING if any(key in row for row in rows)]
+    ended = "; stopped early, it no longer got better" if done.stopped_early else ""
+    title = f"{len(rows)} epochs in {done.folder}{ended}"
+    grid = table("epoch", *(_TRAINING[key][0] for key in keys), "", title=title, right=("epoch",))
+    for row in shown:
+        cells = [_TRAINING[key][1].format(row[key]) if key in row else "" for key in keys]
+        which = ", of the averaged weights" if done.best.get("best_weights") == "ema" else ""
+        grid.add_row(str(row["epoch"]), *cells, f"best{which}" if row["epoch"] == best else "")
+    return grid
+
+
+_TRAINING = {
+    "loss": ("loss", "{:.4f}"),
+    "val_loss": ("validation loss", "{:.4f}"),
+    "top1": ("top-1", "{:.2f} %"),
+    "ema_top1": ("averaged: top-1", "{:.2f} %"),
+    "images_per_second": ("images/s", "{:.1f}"),
+}
 
 
 def quickstart(done: Quickstart) -> Table:

@@ -132,7 +132,11 @@ class Recipe:
         for name, value in _fields(self):
             object.__setattr__(self, name, _typed(name, value))
         limits: tuple[tuple[str, bool, str], ...] = (
+            ("batch_size", self.batch_size >= 2, "at least 2"),
             ("held_out", 0 <= self.held_out < 1, "from 0 to below 1"),
+            ("mixup", 0 <= self.mixup <= 1000, "from 0 (off) to 1000"),
+            ("cutmix", 0 <= self.cutmix <= 1000, "from 0 (off) to 1000"),
+            ("mix_switch", 0 <= self.mix_switch <= 1, "from 0 to 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"from 0 to epochs ({self.epochs})"),
@@ -141,8 +145,7 @@ class Recipe:
             ("lr_batch", self.lr_batch is None or self.lr_batch >= 1, "at least 1"),
             ("min_lr", 0 <= self.min_lr <= self.peak_lr, f"from 0 to the highest rate ({self.peak_lr:g})"),
             ("warmup_lr", 0 <= self.warmup_lr <= self.peak_lr, f"from 0 to the highest rate ({self.peak_lr:g})"),
-            ("batch_size", self.batch_size >= 2, "at least 2"),
-            ("accumulate", 1 <= self.accumulate, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
             ("beta1", 0 <= self.beta1 < 1, "from 0 to below 1"),
             ("beta2", 0 <= self.beta2 < 1, "from 0 to below 1"),
             ("eps", self.eps > 0, "more than 0"),
@@ -150,7 +153,7 @@ class Recipe:
             ("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1"),
-            ("seed", 0 <= self.seed < 1 << 63, "from 0"),
+            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
             ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("save_every", self.save_every is None or self.save_every >= 1, "at least 1"),
             ("new_head", not self.new_head or self.weights is not None, "weights to take the rest from"),
@@ -163,6 +166,7 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)!r}: expected from 0 to below 1")
         self.network()
+        self.preprocessing()
         self.augmentation(32)
 
     @property
@@ -185,7 +189,9 @@ class Recipe:
         for name in self.options:
             if name not in known:
                 raise UsageError(f"recipe: options.{name} is no option of the architecture{_suggestion(name, known)}")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
+        if values.get("layer_scale") == "none":  # TOML has no word for nothing
+            values["layer_scale"] = None
         try:
             return dataclasses.replace(variant, **values)
         except TypeError as error:
@@ -237,7 +243,7 @@ def read_recipe(source: str, overrides: Mapping[str, object] | None = None) -> R
     """
     path = Path(source)
     try:
-        if not path.exists() and source.removesuffix(".toml") in shipped():
+        if not path.is_file() and source.removesuffix(".toml") in shipped():
             text = (importlib.resources.files("fcvit") / "recipes" / f"{path.stem}.toml").read_text("utf-8")
         else:
             text = path.read_text("utf-8")

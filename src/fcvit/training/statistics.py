@@ -15,8 +15,8 @@ from paddle import Tensor, nn  # noqa: E402
 
 
 def running_statistics(model: nn.Layer) -> list[Tensor]:
-    """Means and variances of all BatchNorm layers, in the model's order."""
-    return [t for name, t in model.named_buffers() if name.endswith(("._mean", "._variance"))]
+    """Means and variances of all BatchNorm layers, in the model's order; Paddle keeps them as parameters."""
+    return [t for name, t in model.named_parameters() if name.endswith(("._mean", "._variance"))]
 
 
 class Statistics:
@@ -36,20 +36,20 @@ class Statistics:
         if part == self.current:
             return
         for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.set_value(tensor)
+            kept.copy_(tensor, True)
         for kept, tensor in zip(self.parts[part], self.live, strict=True):
-            tensor.set_value(kept)
+            tensor.copy_(kept, True)
         self.current = part
 
     def agree(self) -> None:
         """All parts, in all processes, get the mean of all."""
         for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.set_value(tensor)
+            kept.copy_(tensor, True)
         count = len(self.parts) * self.processes
         for place, tensor in enumerate(self.live):
             total = paddle.add_n([part[place] for part in self.parts]) if len(self.parts) > 1 else tensor.clone()
             if self.processes > 1:
                 paddle.distributed.all_reduce(total)
-            tensor.set_value(total / count)
+            tensor.copy_(total / count, True)
             for part in self.parts:
-                part[place].set_value(tensor)
+                part[place].copy_(tensor, True)

@@ -19,6 +19,7 @@ from fcvit.weights.header import KEY, Header
 from fcvit.weights.inert_pickle import Opaque
 
 ZIP, LEGACY, SAFETENSORS, PDPARAMS = "pytorch (zip)", "pytorch (older)", "safetensors", "pdparams"
+MEMORY = "memory"  # no file at all: a model's
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of PyTorch's older format
 # What people put where a checkpoint should be, by its first bytes.
 _OTHERS = (
@@ -45,11 +46,13 @@ class Checkpoint:
     format: str
     top: dict
     header: Header | None
-    data: mmap.mmap
+    data: mmap.mmap | bytes
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the whole file, in hexadecimal."""
+        """Of the whole file, in hexadecimal; of weights that were never in one, nothing."""
+        if not self.data:
+            return ""
         return hashlib.sha256(self.data).hexdigest()
 
     @property

@@ -1,0 +1,35 @@
+"""Write the handwritten digits of the package as class folders, `train` and `val`, to train on.
+
+The images are scikit-learn's (UCI, CC BY 4.0), 8 x 8 grey; the 360 held-out ones are those that `fcvit
+quickstart` evaluates.
+
+Run: .venv/bin/python scripts/write_digits.py FOLDER [--even-odd]
+"""
+
+import argparse
+import importlib.resources
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.tasks.quickstart import write_images
+
+SPLITS = {"train": "digits_train.npz", "val": "digits_held_out.npz"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--even-odd", action="store_true", help="two classes, even and odd, instead of ten")
+    args = parser.parse_args()
+    for split, name in SPLITS.items():
+        stored = importlib.resources.files("fcvit") / "assets" / name
+        with stored.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+        named = np.array(["even", "odd"])[labels % 2] if args.even_odd else labels
+        write_images(images, named, args.folder / split)
+        print(f"{len(images)} images in {args.folder / split}")
+
+
+if __name__ == "__main__":
+    main()

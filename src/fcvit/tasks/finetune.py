@@ -1,0 +1,113 @@
+"""Fine-tune weights on one's own folder of images: a recipe that need not be written."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+
+from fcvit.classes import Classes
+from fcvit.tasks.train import Training, train
+from fcvit.training.data import find_splits
+from fcvit.training.recipe import Recipe, build_recipe
+from fcvit.variants import VARIANTS, Variant
+from fcvit.weights.reading import read_weights
+
+# Gentler than training from scratch: the lower a block, the less it moves; crops that keep the object in
+# the picture; and no mixing of images, which takes longer to pay than a small folder lasts.
+DEFAULTS: Mapping[str, object] = {
+    "epochs": 20,
+    "warmup_epochs": 1,
+    "cooldown_epochs": 0,
+    "lr": 1e-3,
+    "lr_batch": 64,
+    "lr_update": "step",
+    "batch_size": 64,
+    "layer_decay": 0.75,
+    "weight_decay": 0.05,
+    "drop_path_rate": 0.1,
+    "crop_scale": [0.35, 1.0],
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "held_out": 0.2,
+    "patience": 5,
+    "class_weights": "balanced",
+}
+
+
+def finetune_recipe(
+    weights: str | os.PathLike[str], data: str | os.PathLike[str], overrides: Mapping[str, object] | None = None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe of a fine-tuning, and what a person should know of the choices in it.
+
+    The head is new unless the folders are the classes that the weights name. A batch is at most a quarter of
+    the training images, so that an epoch has some steps.
+
+    Args:
+        weights: a checkpoint of any format.
+        data: class folders, or `train` and `val` with class folders in them; also a tar.
+        overrides: fields of the recipe, as in `fcvit.training.recipe.read_recipe`.
+
+    Raises:
+        As `read_recipe`, `read_weights` and `find_splits`.
+    """
+    given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
+    loaded = read_weights(weights, _truth(given.get("ema")))
+    variant, options = _expressed(loaded.form.variant)
+    start = {**DEFAULTS, "variant": variant, "options": options, "weights": str(weights), "data": str(data)}
+    source = "fcvit finetune"
+    recipe = build_recipe({**start, "new_head": True}, given, source)
+    splits = find_splits(recipe, loaded)
+    notes = []
+    if "new_head" not in given:
+        keep = _ids(loaded.classes) == _ids(splits.classes)
+        if keep:
+            notes.append(
+                "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"
+            )
+        start["new_head"] = not keep
+        recipe = build_recipe(start, given, source)
+    if "batch_size" not in given:
+        size = max(2, min(recipe.batch_size, len(splits.train) // 4))
+        if size != recipe.batch_size:
+            recipe = dataclasses.replace(recipe, batch_size=size)
+            notes.append(f"batch_size {size}: a quarter of the training images")
+    return recipe, tuple(notes)
+
+
+def finetune(
+    weights: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Training:
+    """Train weights on one's own images; see `finetune_recipe` for the choices, `train` for the rest.
+
+    Raises:
+        As both of them.
+    """
+    recipe, notes = finetune_recipe(weights, data, overrides)
+    for note in notes:
+        announce(note)
+    return train(recipe, folder=folder, device=device, workers=workers, announce=announce)
+
+
+def _ids(classes: Classes | None) -> list[str] | None:
+    return [c.id for c in classes] if classes else None
+
+
+def _truth(value: object) -> bool | None:
+    return {"true": True, "false": False}.get(value) if isinstance(value, str) else value  # pyrefly: ignore
+
+
+def _expressed(variant: Variant) -> tuple[str, dict[str, object]]:
+    """A named variant, and the options that make this one of it."""
+    base = VARIANTS.get(variant.name, VARIANTS["fcvit_tiny"])
+    options: dict[str, object] = {}
+    for field in dataclasses.fields(Variant):
+        value = getattr(variant, field.name)
+        if field.name not in ("name", "preprocessing") and value != getattr(base, field.name):
+            options[field.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
+    return base.name, options

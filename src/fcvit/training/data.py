@@ -1,0 +1,222 @@
+"""What a run trains on: two splits with the same classes, and the order and view of every image."""
+
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fcvit.classes import Classes, ClassName, imagenet, read_classes
+from fcvit.errors import DoesNotFit, UsageError
+from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
+from fcvit.images.dataset import LabelledImages, class_folders, read_dataset
+from fcvit.images.loader import Batch, Workers, batches
+from fcvit.images.mixing import mix
+from fcvit.images.preprocess import normalise
+from fcvit.training.recipe import Recipe
+from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
+from fcvit.weights.reading import Weights
+
+TRAIN, VAL = "train", "val"  # folders that make a folder two splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The images of a run.
+
+    Attributes:
+        train, val: with the same class indices; val None: no validation.
+        classes: in the order of the indices, one for each output.
+        notes: how they were found, for people.
+    """
+
+    train: LabelledImages
+    val: LabelledImages | None
+    classes: Classes
+    notes: tuple[str, ...]
+
+    def counts(self) -> np.ndarray:
+        """Training images of each class."""
+        return np.bincount(self.train.labels, minlength=len(self.classes))
+
+
+def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
+    """Find the images of a recipe, and their classes: those of the recipe's list, else of the weights whose
+    head is kept, else the sorted folders.
+
+    Raises:
+        UsageError: the recipe names no data.
+        UnreadableFile: nothing there.
+        DoesNotFit: the classes of the splits, the list and the weights do not go together.
+    """
+    if not recipe.data:
+        raise UsageError("no data: expected the folder or tar of the training images in the recipe, or --data FOLDER")
+    root = Path(recipe.data)
+    folders = class_folders(root)
+    notes = []
+    train_root, val_root = root, Path(recipe.val) if recipe.val else None
+    if TRAIN in folders and (VAL in folders or set(folders) == {TRAIN}):
+        train_root = root / TRAIN
+        if val_root is None and VAL in folders:
+            val_root = root / VAL
+            notes.append(f"{root} has the folders {TRAIN} and {VAL}: these are the splits")
+        folders = class_folders(train_root)
+    given = read_classes(Path(recipe.classes)) if recipe.classes else None
+    known, count = given, len(given or ())
+    if weights is not None and not recipe.new_head:
+        known, count = given or weights.classes, weights.form.num_classes
+        if given is not None and len(given) != count:
+            raise DoesNotFit(
+                f"{recipe.classes} lists {len(given)} classes, the weights have {count}; or new_head = true"
+            )
+    elif given is None:
+        known = _named(folders)
+        count = len(known)
+    try:
+        train = read_dataset(train_root, None, known, count)
+    except DoesNotFit as error:
+        if weights is None or recipe.new_head:
+            raise
+        raise DoesNotFit(f"{error}; fcvit finetune (or new_head = true) gives the weights a new head") from error
+    if count < 2:
+        raise DoesNotFit(f"{train_root}: one class, {known[0].id if known else '?'}; nothing is told apart by one")
+    classes = known or tuple(ClassName(label, label) for label in train.mapping)
+    val = None
+    if val_root is not None:
+        val = read_dataset(val_root, None, classes, count)
+    elif recipe.held_out:
+        kept = round(recipe.held_out * len(train))
+        if not 1 <= kept < len(train):
+            raise UsageError(f"held_out = {recipe.held_out} of {len(train)} images: too few for both splits")
+        val = train.subset(kept, recipe.seed)
+        apart = set(val.names)
+        train = train.take([place for place, name in enumerate(train.names) if name not in apart])
+        notes.append(f"{kept} of {kept + len(train)} images are held out for validation (seed {recipe.seed})")
+    else:
+        notes.append("no validation images: neither val nor held_out is given")
+    missing = [classes[index].id for index in sorted(set(range(count)) - set(train.labels))]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        notes.append(f"{len(missing)} of {count} classes have no training images: {some}")
+    held = f", {len(val)} validation images" if val is not None else ""
+    return Splits(train, val, classes, (*notes, f"{len(train)} training images{held}, {count} classes"))
+
+
+def input_preprocessing(recipe: Recipe, weights: Weights | None) -> Preprocessing:
+    """What the network is trained for: the recipe's wish, else the weights' own, else the variant's."""
+    known = weights.preprocessing if weights is not None else None
+    return resolve_preprocessing(recipe.preprocessing(), known, recipe.network())
+
+
+def _named(folders: list[str]) -> Classes:
+    """Class folders as classes; WordNet ids get ImageNet's names."""
+    names = {c.id: c.name for c in imagenet()}
+    if len(folders) == IMAGENET_CLASSES and set(folders) == set(names):
+        return imagenet()
+    return tuple(ClassName(folder, names.get(folder, folder)) for folder in folders)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """The view of a training image (see `fcvit.images.loader.View`): decided by seed, epoch and place in it."""
+
+    augmentation: Augmentation
+    seed: int
+    epoch: int
+
+    @property
+    def size(self) -> int:
+        return self.augmentation.size
+
+    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray:
+        return augment(image, self.augmentation, pixel_generator(self.seed, self.epoch, index, "augment"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a step is divided: each of `processes` takes `parts` of its images, one after the other.
+
+    What is computed depends on the number of parts of a step alone, not on who does them.
+    """
+
+    batch_size: int
+    processes: int = 1
+    rank: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.slots:
+            raise UsageError(
+                f"batch_size {self.batch_size} is not divisible by {self.slots}, the parts of a step "
+                f"({self.processes} processes times accumulate {self.parts})"
+            )
+        if self.images < 2:
+            raise UsageError(
+                f"batch_size {self.batch_size} in {self.slots} parts leaves {self.images} image a part; "
+                "BatchNorm needs at least two"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Parts of a step, over all processes."""
+        return self.processes * self.parts
+
+    @property
+    def images(self) -> int:
+        """Images of a part."""
+        return self.batch_size // self.slots
+
+    def numbers(self, steps: int) -> list[int]:
+        """The parts of this process, in order; part `step * slots + slot` of the epoch."""
+        mine = range(self.rank * self.parts, (self.rank + 1) * self.parts)
+        return [step * self.slots + slot for step in range(steps) for slot in mine]
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Steps of an epoch; images that fill no batch are left out of it (others in each, as the authors do).
+
+    Raises:
+        UsageError: there are fewer images than a batch.
+    """
+    if images < batch_size:
+        raise UsageError(f"batch_size {batch_size}: there are only {images} training images; choose a smaller one")
+    return images // batch_size
+
+
+def epoch_parts(
+    images: LabelledImages, recipe: Recipe, size: int, epoch: int, division: Division, workers: int | Workers
+) -> Generator[tuple[Batch, np.ndarray]]:
+    """The parts of this process in an epoch, with their labels.
+
+    The order is a permutation drawn from seed and epoch; the view of an image is drawn from its place in it.
+    """
+    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(images))
+    steps = steps_per_epoch(len(images), division.batch_size)
+    shuffled = images.take(order[: steps * division.batch_size].tolist())
+    labels = np.array(shuffled.labels, np.int64)
+    view = Augmented(recipe.augmentation(size), recipe.seed, epoch)
+    for batch in batches(shuffled, division.numbers(steps), division.images, [view], workers):
+        yield batch, labels[batch.indices]
+
+
+def network_input(
+    batch: Batch, labels: np.ndarray, recipe: Recipe, preprocessing: Preprocessing, epoch: int, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mix, normalise, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
+    generator = pixel_generator(recipe.seed, epoch, batch.number, "mix")
+    pixels, targets = mix(
+        batch.pixels[0],
+        labels,
+        num_classes,
+        generator,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        switch=recipe.mix_switch,
+        smoothing=recipe.label_smoothing,
+    )
+    images = normalise(pixels, preprocessing)
+    if recipe.erasing:
+        generators = [pixel_generator(recipe.seed, epoch, int(index), "erase") for index in batch.indices]
+        erase(images, recipe.erasing, generators)
+    return images, targets

@@ -1,0 +1,29 @@
+"""The learning rate against the authors' own schedule, epoch by epoch."""
+
+import pytest
+
+from conftest import golden_json
+from fcvit.training.recipe import Recipe
+from fcvit.training.schedule import learning_rate
+
+AUTHORS = Recipe(variant="fcvit_tiny")
+
+
+def test_every_epoch_of_the_authors_recipe():
+    expected = golden_json("schedule.json")["lr_by_epoch"]
+    assert AUTHORS.total_epochs == len(expected) == 310
+    assert [learning_rate(AUTHORS, epoch + 0.5) for epoch in range(310)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_rate_is_in_proportion_to_the_batch():
+    half = Recipe(variant="fcvit_tiny", batch_size=512)
+    assert half.peak_lr == 5e-4 and learning_rate(half, 150) == pytest.approx((5e-4 + 1e-6) / 2)
+    assert Recipe(variant="fcvit_tiny", batch_size=512, lr_batch=None).peak_lr == 1e-3
+
+
+def test_by_step_it_moves_within_an_epoch():
+    steps = Recipe(variant="fcvit_tiny", lr_update="step", epochs=10, warmup_epochs=2, cooldown_epochs=1)
+    rates = [learning_rate(steps, place / 10) for place in range(110)]
+    assert rates[0] == 1e-6 and rates[10] == pytest.approx((1e-3 + 1e-6) / 2)
+    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert len(set(rates[20:100])) == 80 and set(rates[100:]) == {1e-6}

@@ -1,0 +1,89 @@
+"""A training step against the authors' own code: loss, gradients, running statistics, three AdamW steps."""
+
+import numpy as np
+import pytest
+
+from conftest import golden_json, needs_paddle
+from fcvit.frameworks import import_framework
+from fcvit.variants import VARIANTS
+from fcvit.weights.lively import lively_input, lively_tensors
+from fcvit.weights.names import Form, entries, is_counter, paddle_name
+from fcvit.weights.reading import Weights
+
+pytestmark = needs_paddle
+GOLDEN = golden_json("train_step.json")
+
+
+def assert_close(found, expected, what):
+    """1e-9 relative, or 1e-12 absolute: four biases before a BatchNorm have gradients that are rounding noise."""
+    difference = np.abs(np.asarray(found) - np.asarray(expected))
+    assert (difference <= np.maximum(1e-9 * np.abs(expected), 1e-12)).all(), (what, found, expected)
+
+
+def ends(array):
+    return {"first": array.ravel()[0], "last": array.ravel()[-1]}
+
+
+@pytest.mark.slow
+def test_three_steps_of_the_authors_code():
+    paddle = import_framework("paddle")
+    from fcvit.loading import build_network
+    from fcvit.training.optimiser import create_optimiser
+    from fcvit.training.recipe import Recipe
+    from fcvit.training.step import soft_cross_entropy
+
+    form = Form(VARIANTS[GOLDEN["variant"]], GOLDEN["num_classes"])
+    salt = GOLDEN["weight_salt"]
+    model = build_network(Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ()), "float64")
+    model.train()
+    recipe = Recipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=None, weight_decay=0.05)
+    optimiser = create_optimiser(model, recipe)
+    images = paddle.to_tensor(lively_input(tuple(GOLDEN["input_shape"]), salt).astype(np.float64))
+    targets = paddle.to_tensor(np.eye(form.num_classes)[GOLDEN["labels"]])
+    named = dict(model.named_parameters())
+    table = entries(form)
+    for number, step in enumerate(GOLDEN["steps"]):
+        logits = model(images)
+        loss = soft_cross_entropy(logits, targets)
+        assert_close(logits.numpy(), np.array(step["logits"]), f"logits of step {number}")
+        assert_close(loss.item(), step["loss"], f"loss of step {number}")
+        loss.backward()
+        if number == 0:
+            trained = [n for n in table if not is_counter(n) and not n.endswith(("running_mean", "running_var"))]
+            assert sorted(step["gradients"]) == sorted(trained)
+            for name, expected in step["gradients"].items():
+                gradient = named[paddle_name(name)].grad.numpy()
+                gradient = gradient.T if table[name].transposed_in_paddle else gradient
+                found = {"norm": np.linalg.norm(gradient), **ends(gradient)}
+                assert_close([found[key] for key in expected], list(expected.values()), name)
+            for name, expected in step["running"].items():
+                statistics = named[paddle_name(name)].numpy()
+                found = {"sum": statistics.sum(), **ends(statistics)}
+                assert_close([found[key] for key in expected], list(expected.values()), name)
+        optimiser.step()
+        optimiser.clear_grad()
+
+
+def test_the_running_variance_is_the_unbiased_one():
+    """As PyTorch keeps it; what it normalises by within a batch is the biased one."""
+    paddle = import_framework("paddle")
+    from fcvit.model import BatchNorm
+
+    x = np.random.default_rng(0).standard_normal((3, 2, 2, 1))
+    norm = BatchNorm(2)
+    norm.to(dtype=paddle.float64)
+    norm.train()
+    out = norm(paddle.to_tensor(x)).numpy()
+    biased = x.var(axis=(0, 2, 3))
+    assert norm._variance.numpy() == pytest.approx(0.9 + 0.1 * biased * 6 / 5, rel=1e-12)
+    expected = (x - x.mean(axis=(0, 2, 3), keepdims=True)) / np.sqrt(biased + 1e-5)[:, None, None]
+    assert np.abs(out - expected).max() < 1e-12
+
+
+def test_batchnorm_says_that_one_position_is_too_little():
+    paddle = import_framework("paddle")
+    from fcvit.errors import UsageError
+    from fcvit.model import BatchNorm
+
+    with pytest.raises(UsageError, match="at least two images"):
+        BatchNorm(2)(paddle.ones([1, 2, 1, 1]))
