@@ -1,13 +1,17 @@
 """What several test files share: goldens, weights by rule, small files, missing extras."""
 
+import hashlib
 import json
+import math
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcvit.frameworks import installed
 from fcvit.variants import VARIANTS
@@ -45,6 +49,17 @@ def golden_json(name: str) -> dict:
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / name, allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
+
+
+def image_by_rule(width: int, height: int) -> Image.Image:
+    """The rule that preprocess_synthetic.json states."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"image/{width}x{height}".encode())))
+    blocks = generator.integers(0, 256, (math.ceil(height / 8), math.ceil(width / 8), 3), np.uint8)
+    return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)[:height, :width].copy())
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,12 @@
 """Pixels and normalisation, held to the authors' pipeline by hash."""
 
-import hashlib
-import math
-import zlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import golden_json
+from conftest import golden_json, image_by_rule, sha256
 from fcvit.errors import BadImages
 from fcvit.images.preprocess import crop, decode, normalise, preprocess
 from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing
@@ -21,17 +17,6 @@ PROTOCOLS = {
     "0.95 bicubic": VARIANTS["fcvit_b48"].preprocessing,
     "resize256-bilinear": RESIZE256_BILINEAR,
 }
-
-
-def image_by_rule(width, height):
-    """The rule that preprocess_synthetic.json states."""
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"image/{width}x{height}".encode())))
-    blocks = generator.integers(0, 256, (math.ceil(height / 8), math.ceil(width / 8), 3), np.uint8)
-    return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)[:height, :width].copy())
-
-
-def sha256(array):
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("size", GOLDEN)

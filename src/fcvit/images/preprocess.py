@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError, features
 from fcvit.errors import BadImages
 from fcvit.variants import Preprocessing
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -56,6 +56,33 @@ def _check_area(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
 
 
+def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image.Image:
+    """Resize so that the shorter side has `target` pixels, the longer one in proportion, truncated.
+
+    Args:
+        image: RGB, any size; handed back itself if the size is already right.
+        interpolation: a key of `FILTERS`.
+
+    Raises:
+        BadImages: so long and thin that its resized form would be enormous.
+    """
+    shorter, longer = sorted(image.size)
+    if shorter == target:
+        return image
+    stretched = int(target * longer / shorter)  # truncated, not rounded
+    size = (target, stretched) if image.width <= image.height else (stretched, target)
+    try:
+        _check_area(*size)
+    except ValueError as error:
+        raise BadImages(f"{image.width} x {image.height} pixels would be resized to {error}") from error
+    return image.resize(size, FILTERS[interpolation])
+
+
+def planes(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 (3, H, W)."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
 def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and centre-crop.
 
@@ -69,20 +96,14 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     Raises:
         BadImages: so long and thin that its resized form would be enormous.
     """
-    shorter, longer = sorted(image.size)
-    target = preprocessing.resize
-    if shorter != target:
-        stretched = int(target * longer / shorter)  # truncated, not rounded
-        size = (target, stretched) if image.width <= image.height else (stretched, target)
-        try:
-            _check_area(*size)
-        except ValueError as error:
-            raise BadImages(f"{image.width} x {image.height} pixels would be resized to {error}") from error
-        image = image.resize(size, _FILTERS[preprocessing.interpolation])
-    side = preprocessing.input_size
+    image = resize_shorter(image, preprocessing.resize, preprocessing.interpolation)
+    return planes(centre_crop(image, preprocessing.input_size))
+
+
+def centre_crop(image: Image.Image, side: int) -> Image.Image:
+    """Cut `side` x `side` pixels out of the centre."""
     left, top = (round((length - side) / 2.0) for length in image.size)  # half to even
-    image = image.crop((left, top, left + side, top + side))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return image.crop((left, top, left + side, top + side))
 
 
 @dataclasses.dataclass(frozen=True)
