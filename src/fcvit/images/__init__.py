@@ -1,1 +1,1 @@
-"""Images from files: preprocessing, folders of labelled images."""
+"""Images from files: preprocessing, labelled images, batches of them, and augmentation for training."""
