@@ -1,0 +1,109 @@
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, with label smoothing.
+
+As timm's `FastCollateMixup` in its mode "batch", which the authors' recipe uses: on uint8, before images are
+normalised; one lambda and one rectangle for the whole batch; each image with the one at the same place in
+the reversed batch.
+"""
+
+import math
+
+import numpy as np
+
+from fcvit.errors import UsageError
+
+
+def mix(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    generator: np.random.Generator,
+    *,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    switch: float = 0.5,
+    smoothing: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mix a batch with itself reversed; in an odd batch the image in the middle stays as it is.
+
+    Drawn, in this order: whether it is CutMix, if both are on; lambda; for CutMix the rectangle's
+    centre, row before column.
+
+    Args:
+        pixels: uint8 (B, 3, H, W), B at least 1; left alone.
+        labels: integers (B,), 0 to `num_classes` - 1.
+        mixup: alpha of lambda's distribution Beta(alpha, alpha) in mixup; 0: no mixup.
+        cutmix: the same in CutMix; 0: no CutMix.
+        switch: probability of CutMix where both are on.
+        smoothing: what label smoothing spreads evenly over all classes, 0 to below 1.
+
+    Returns:
+        uint8 of the shape of `pixels` (that array itself where both are off), and float32 targets
+        (B, num_classes), each row of sum 1.
+
+    Raises:
+        UsageError: an argument of another form or out of its range.
+    """
+    _check_batch(pixels, labels, num_classes)
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0 <= value <= 1000:
+            raise UsageError(f"{name} {value!r}: expected a number from 0 (off) to 1000")
+    if not 0 <= switch <= 1:
+        raise UsageError(f"switch {switch!r}: expected a number from 0 to 1")
+    if not 0 <= smoothing < 1:
+        raise UsageError(f"smoothing {smoothing!r}: expected a number from 0 to below 1")
+
+    targets = smoothed(labels, num_classes, smoothing)
+    if not mixup and not cutmix:
+        return pixels, targets
+    cut = generator.random() < switch if mixup and cutmix else bool(cutmix)
+    alpha = cutmix if cut else mixup
+    kept = float(generator.beta(alpha, alpha))  # lambda: how much of each image stays its own
+    if cut:
+        height, width = pixels.shape[2:]
+        top, bottom, left, right = draw_rectangle(height, width, kept, generator)
+        mixed = pixels.copy()
+        mixed[:, :, top:bottom, left:right] = pixels[::-1, :, top:bottom, left:right]
+        kept = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        mixed = np.empty_like(pixels)
+        for place, (one, other) in enumerate(zip(pixels, pixels[::-1], strict=True)):  # one by one: floats are large
+            mixed[place] = np.rint(one.astype(np.float32) * kept + other.astype(np.float32) * (1 - kept))
+    return mixed, targets * np.float32(kept) + targets[::-1] * np.float32(1 - kept)
+
+
+def smoothed(labels: np.ndarray, num_classes: int, smoothing: float) -> np.ndarray:
+    """Targets for labels (B,): float32 (B, num_classes), smoothing / num_classes, and the rest at the label."""
+    off = smoothing / num_classes
+    targets = np.full((len(labels), num_classes), off, np.float32)
+    targets[np.arange(len(labels)), labels] = 1 - smoothing + off
+    return targets
+
+
+def draw_rectangle(height: int, width: int, kept: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """CutMix's rectangle: the image's form, sides sqrt(1 - kept) of its own, cut off at the border.
+
+    The centre is uniform over all pixels, row drawn before column. Sides are even numbers, as in timm.
+
+    Returns:
+        (top, bottom, left, right), the ends excluded; possibly empty.
+    """
+    share = math.sqrt(1 - kept)
+    ends = []
+    for length in (height, width):
+        half = int(length * share) // 2
+        centre = int(generator.integers(length))
+        ends += [max(centre - half, 0), min(centre + half, length)]
+    top, bottom, left, right = ends
+    return top, bottom, left, right
+
+
+def _check_batch(pixels: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.size:
+        raise UsageError(f"pixels {pixels.dtype} {pixels.shape}: expected uint8 of shape (B, 3, H, W), none of them 0")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != pixels.shape[:1]:
+        raise UsageError(f"labels {labels.dtype} {labels.shape}: expected integers of shape ({len(pixels)},)")
+    if num_classes < 1 or labels.min() < 0 or labels.max() >= num_classes:
+        raise UsageError(
+            f"labels {labels.min()} to {labels.max()}, num_classes {num_classes}: expected labels from 0 to "
+            "num_classes - 1"
+        )
