@@ -264,18 +264,19 @@ def test_the_result_depends_on_the_generator_alone():
 
 
 def test_the_numbers_of_an_image_are_its_own():
-    keys = [(seed, epoch, index) for seed in (0, 1, 2**32 - 1) for epoch in (0, 1) for index in (0, 1, 2)]
+    keys = [(seed, epoch, index) for seed in (0, 1, 1 << 32, 1 + (1 << 32)) for epoch in (0, 1) for index in (0, 1, 2)]
     first = {
         pixel_generator(*key, purpose).integers(1 << 62) for key in keys for purpose in ("augment", "erase", "mix")
     }
     assert len(first) == 3 * len(keys)
-    assert pixel_generator(3, 4, 5, "erase").random() == np.random.default_rng([3, 4, 5, 1]).random()
+    assert pixel_generator(3 + (9 << 32), 4, 5, "erase").random() == np.random.default_rng([9, 3, 4, 5, 1]).random()
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((-1, 0, 0, "mix"), "seed -1: expected a whole number from 0"),
+        ((-1, 0, 0, "mix"), "seed -1: expected a whole number from 0 to 9223372036854775807"),
+        ((1 << 63, 0, 0, "mix"), "seed 9223372036854775808: expected"),
         ((0, 2**32, 0, "mix"), "epoch 4294967296: expected"),
         ((0, 0, 0.5, "mix"), r"index 0\.5: expected"),
         ((0, 0, 0, "flip"), "purpose 'flip': expected one of augment, erase, mix"),

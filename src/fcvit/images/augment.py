@@ -108,21 +108,21 @@ def pixel_generator(seed: int, epoch: int, index: int, purpose: Purpose) -> np.r
     """The random numbers of one image (or, to mix, of one batch) in one epoch.
 
     Args:
-        seed: of the training run, from 0; below 2^32, like the others.
-        epoch: from 0.
-        index: of the image in the data set; to mix, of the batch in the epoch.
+        seed: of the training run, from 0 to below 2^63.
+        epoch: from 0 to below 2^32.
+        index: of the image in the data set, or to mix, of the batch in the epoch; below 2^32.
         purpose: "augment", "erase" or "mix"; each has numbers of its own.
 
     Raises:
         UsageError: a number out of its range, or an unknown purpose.
     """
-    for name, value in (("seed", seed), ("epoch", epoch), ("index", index)):
-        # A longer number would take two places in the seed, and two different seeds could be the same.
-        if not isinstance(value, numbers.Integral) or not 0 <= value < 1 << 32:
-            raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
+    for name, value, bits in (("seed", seed, 63), ("epoch", epoch, 32), ("index", index, 32)):
+        if not isinstance(value, numbers.Integral) or not 0 <= value < 1 << bits:
+            raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {(1 << bits) - 1}")
     if purpose not in _PURPOSES:
         raise UsageError(f"purpose {purpose!r}: expected one of {', '.join(_PURPOSES)}")
-    return np.random.default_rng([int(seed), int(epoch), int(index), _PURPOSES.index(purpose)])
+    # NumPy cuts each number into words of 32 bits. With always two for the seed, no two keys are the same words.
+    return np.random.default_rng([*divmod(int(seed), 1 << 32), int(epoch), int(index), _PURPOSES.index(purpose)])
 
 
 def augment(image: Image.Image, augmentation: Augmentation, generator: np.random.Generator) -> np.ndarray:
