@@ -1,0 +1,162 @@
+"""Training: milliseconds of a step (forward, backward, AdamW) on this CPU, Paddle against PyTorch.
+
+Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N] [--batch N] [--rounds N]
+          [--classes N] [--json FILE]
+
+Paddle plain (`fcvit.model`), the same with the allocator keeping its memory, native (`accelerate`), and
+PyTorch's twin in its default format and in channels_last, each in a process of its own that waits while
+another computes: they share no allocator and no pool of threads. They step in turn, so that a noisy
+minute hits all alike. Times are medians; ratios those of neighbours in time, then their median.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from convert import processor
+
+from fcvit.variants import VARIANTS
+
+CONTENDERS = ("paddle", "paddle + allocator", "native", "torch", "torch channels_last")
+STEPS = 2  # in a row: the first finds caches cold and threads asleep, the second is timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=["fcvit_tiny", "fcvit_b12"], choices=list(VARIANTS))
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for variant in arguments.variants:
+        setting = (variant, arguments.size, arguments.batch, arguments.classes)
+        results[variant] = measure(arguments.contenders, setting, arguments.rounds)
+    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    ratios = {variant: compare(times) for variant, times in results.items()}
+    if arguments.json:
+        setting = {"size": arguments.size, "batch": arguments.batch, "classes": arguments.classes}
+        found = {"machine": machine, **setting, "seconds": results, "ratios": ratios}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{machine}; {arguments.size} x {arguments.size}, batch {arguments.batch}; medians of {arguments.rounds}")
+    print("| variant | computed by | ms a step | forward | backward | optimiser | images/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for variant, times in results.items():
+        for contender, steps in times.items():
+            parts = [1e3 * statistics.median(part) for part in zip(*steps, strict=True)]
+            whole = statistics.median(map(sum, steps))
+            columns = (f"{number:.1f}" for number in (1e3 * whole, *parts, arguments.batch / whole))
+            print(f"| {variant} | {contender} | {' | '.join(columns)} |")
+    for variant, found in ratios.items():
+        for what, ratio in found.items():
+            print(f"{variant}: {what}: {ratio:.2f}")
+
+
+def measure(contenders: list[str], setting: tuple, rounds: int) -> dict[str, list[list[float]]]:
+    """For each contender the seconds of forward, backward and optimiser, once a round."""
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for contender in contenders:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(contender, setting, theirs), daemon=True)
+        process.start()
+        workers[contender] = (process, ours)
+        ours.recv()  # ready, and warm
+    times: dict[str, list[list[float]]] = {contender: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender, (_, pipe) in workers.items():
+            pipe.send(True)
+            times[contender].append(pipe.recv())
+            time.sleep(0.25)  # until the threads of a library have stopped spinning
+    for process, pipe in workers.values():
+        pipe.send(False)
+        process.join()
+    return times
+
+
+def work(contender: str, setting: tuple, pipe) -> None:
+    step = torch_step(contender, *setting) if contender.startswith("torch") else paddle_step(contender, *setting)
+    step()
+    pipe.send(None)
+    while pipe.recv():
+        for _ in range(STEPS):
+            marks = step()
+        pipe.send([later - earlier for earlier, later in zip(marks, marks[1:], strict=False)])
+
+
+def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(batch, 3, size, size)).astype(np.float32), generator.integers(0, classes, batch)
+
+
+def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
+    from fcvit.model import FCViT, paddle
+    from fcvit.native.allocator import keep_memory
+    from fcvit.native.network import accelerate
+
+    if contender == "paddle + allocator":
+        keep_memory()
+    model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1)
+    if contender == "native":
+        accelerate(model)
+    model.train()
+    images, labels = map(paddle.to_tensor, data(size, batch, classes))
+    optimiser = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
+
+    def step() -> list[float]:
+        marks = [time.perf_counter()]
+        loss = paddle.nn.functional.cross_entropy(model(images), labels)
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimiser.step()
+        optimiser.clear_grad()
+        return [*marks, time.perf_counter()]
+
+    return step
+
+
+def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
+    from fcvit.torch_twin import FCViT, torch
+
+    memory_format = torch.channels_last if "channels_last" in contender else torch.contiguous_format
+    model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1).to(memory_format=memory_format).train()
+    images, labels = map(torch.from_numpy, data(size, batch, classes))
+    images = images.to(memory_format=memory_format)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+
+    def step() -> list[float]:
+        marks = [time.perf_counter()]
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimiser.step()
+        optimiser.zero_grad()
+        return [*marks, time.perf_counter()]
+
+    return step
+
+
+def compare(times: dict[str, list[list[float]]]) -> dict[str, float]:
+    """Speed of each way with Paddle over that of PyTorch in each format."""
+    whole = {contender: [sum(step) for step in steps] for contender, steps in times.items()}
+    return {
+        f"{one} over {other}": statistics.median(b / a for a, b in zip(whole[one], whole[other], strict=True))
+        for one in whole
+        for other in whole
+        if other.startswith("torch") and not one.startswith("torch")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+// The product of two matrices of any layout. Paddle's own comes from a library that takes a slow path on
+// processors of other makers, and brings a second pool of threads that spin against these.
+//
+// Every number of the result is summed in the same order whatever the number of threads.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+// Memory for the time of a block, not initialised.
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {
+        if (!data) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+// Element (i, j) is at data[i * row + j * column]; one of the two steps is 1.
+template <class T>
+struct Matrix {
+    const T* data;
+    int64_t row, column;
+};
+
+// What one run of the innermost loop computes, in registers: 6 rows of two vectors fill 12 of 16.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12;
+#else
+constexpr int TILE_ROWS = 6;
+#endif
+template <class T>
+constexpr int64_t TILE_COLUMNS = 2 * LANES<T>;
+constexpr int64_t DEPTH = 256;  // summed at a time: a panel of b, DEPTH x TILE_COLUMNS, stays in the first cache
+
+// c += a b for one tile, of which `rows` x `columns` are inside. `b` is a packed panel; `first`: c = bias + a b.
+template <class T>
+inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, int64_t rows, int64_t columns, bool first,
+                 const T* bias) {
+    constexpr int64_t L = LANES<T>;
+    const T* from[TILE_ROWS];
+    Vector<T> sum[TILE_ROWS][2] = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; r++) from[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
+    for (int64_t k = 0; k < depth; k++, b += 2 * L) {
+        const Vector<T> left = load(b), right = load(b + L);
+#pragma GCC unroll 16
+        for (int r = 0; r < TILE_ROWS; r++) {
+            const T factor = from[r][k * a.column];
+            sum[r][0] += factor * left;
+            sum[r][1] += factor * right;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; r++) {
+        if (r >= rows) return;
+        T* to = c + r * stride;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int64_t count = columns - half * L;
+            if (count <= 0) break;
+            Vector<T> start = {};
+            if (!first) start = load_some(to + half * L, count);
+            if (first && bias) start = load_some(bias + half * L, count);
+            store_some(to + half * L, start + sum[r][half], count);
+        }
+    }
+}
+
+// c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null).
+// `finish(row, column, count)` is called for every finished piece of a row while it is in the cache.
+template <class T, class Finish>
+void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias, Finish finish) {
+    constexpr int64_t N = TILE_COLUMNS<T>;
+    const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    // Tasks: some strips of rows times some panels of columns, a few for each thread.
+    const int64_t threads = omp_get_max_threads(), wanted = 4 * threads;
+    const int64_t strips_each = std::clamp<int64_t>(strips * std::min(panels, wanted) / wanted, 1, 16);
+    const int64_t row_tasks = (strips + strips_each - 1) / strips_each;
+    const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
+    const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
+    const bool gather = a.row == 1 && a.column != 1;  // a transposed: the rows of a strip are copied together
+    Buffer<T> packed(panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
+#pragma omp parallel if (rows * columns * depth > 30000)
+    {
+        // b, panel after panel, each depth x N and filled up with zeros. A piece of DEPTH rows at a time.
+        const int64_t pieces = (depth + DEPTH - 1) / DEPTH;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t j0 = panel * N, count = std::min(N, columns - j0);
+                const int64_t k0 = piece * DEPTH, k1 = std::min(depth, k0 + DEPTH);
+                T* to = packed.data + panel * N * depth;
+                if (b.column == 1) {
+                    for (int64_t k = k0; k < k1; k++) {
+                        for (int64_t half = 0; half < N; half += LANES<T>) {
+                            Vector<T> v = {};
+                            if (count > half) v = load_some(b.data + k * b.row + j0 + half, count - half);
+                            store(to + k * N + half, v);
+                        }
+                    }
+                } else {
+                    for (int64_t j = 0; j < N; j++) {
+                        const T* from = b.data + (j0 + std::min(j, count - 1)) * b.column;
+                        for (int64_t k = k0; k < k1; k++) to[k * N + j] = from[k * b.row];
+                    }
+                }
+            }
+        }
+        T* strip = strips_packed.data + omp_get_thread_num() * strips_each * TILE_ROWS * DEPTH;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t row_task = 0; row_task < row_tasks; row_task++) {
+            for (int64_t column_task = 0; column_task < column_tasks; column_task++) {
+                const int64_t i0 = row_task * strips_each * TILE_ROWS;
+                const int64_t i1 = std::min(rows, i0 + strips_each * TILE_ROWS);
+                const int64_t first = column_task * panels_each, last = std::min(panels, first + panels_each);
+                for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
+                    const int64_t length = std::min(DEPTH, depth - k0);
+                    if (gather) {
+                        for (int64_t i = i0; i < i1; i += TILE_ROWS) {
+                            const int64_t height = std::min<int64_t>(TILE_ROWS, i1 - i);
+                            T* to = strip + (i - i0) * DEPTH;
+                            for (int64_t k = 0; k < length; k++) {
+                                const T* from = a.data + i + (k0 + k) * a.column;
+                                for (int64_t r = 0; r < height; r++) to[k * TILE_ROWS + r] = from[r];
+                            }
+                        }
+                    }
+                    for (int64_t panel = first; panel < last; panel++) {
+                        const int64_t j = panel * N;
+                        const T* right = packed.data + panel * N * depth + k0 * N;
+                        for (int64_t i = i0; i < i1; i += TILE_ROWS) {
+                            Matrix<T> part = {a.data + i * a.row + k0 * a.column, a.row, a.column};
+                            if (gather) part = {strip + (i - i0) * DEPTH, 1, TILE_ROWS};
+                            tile(length, part, right, c + i * columns + j, columns, std::min<int64_t>(TILE_ROWS, i1 - i),
+                                 columns - j, k0 == 0, bias ? bias + j : nullptr);
+                        }
+                    }
+                }
+                const int64_t left = first * N, right = std::min(columns, last * N);
+                for (int64_t i = i0; i < i1; i++) finish(i, left, right - left);
+            }
+        }
+    }
+}
+
+template <class T>
+void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr) {
+    matmul(rows, columns, depth, a, b, c, bias, [](int64_t, int64_t, int64_t) {});
+}

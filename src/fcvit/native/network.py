@@ -1,0 +1,166 @@
+"""Run an existing FCViT by the native operators, channels last, with its own parameters.
+
+`fcvit.model` is what is computed, and what computes it wherever the operators cannot: on other devices, in
+other precisions, while a graph is traced.
+"""
+
+from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
+from fcvit.model import (
+    NORM_EPS,
+    SIMILARITY_EPS,
+    Block,
+    ChannelMixer,
+    ConvNorm,
+    DropPath,
+    FCViT,
+    FCViTBackbone,
+    GlobalContext,
+    LayerNorm2D,
+    TokenMixer,
+)
+from fcvit.native import build
+from fcvit.native.allocator import keep_memory
+from fcvit.native.operators import (
+    SUFFIXES,
+    channels_first,
+    channels_last,
+    context,
+    depthwise,
+    layer_norm,
+    linear,
+    pool,
+    residual,
+    strided,
+)
+
+import_framework("paddle")
+
+import paddle  # noqa: E402
+from paddle import Tensor, nn  # noqa: E402
+
+
+def accelerate(model: FCViT | FCViTBackbone) -> None:
+    """From now on `model` computes by the native operators on a CPU, in training and evaluation, to rounding the same.
+
+    Parameters, their names and the random numbers of drop path stay as they are. Memory that is freed is from
+    now on kept by this process (`keep_memory`).
+
+    Raises:
+        MissingExtra: the operators cannot be compiled here.
+        UsageError: it is some other model.
+    """
+    accelerated = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
+    if accelerated is None:
+        if isinstance(model, NativeFCViT | NativeFCViTBackbone):
+            return
+        raise UsageError(f"only FCViT and FCViTBackbone can be accelerated, not {type(model).__name__}")
+    build.operators()
+    keep_memory()
+    model.__class__ = accelerated
+
+
+class NativeFCViT(FCViT):
+    """An accelerated `FCViT`."""
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        return [channels_first(stage) for stage in _stages(self, x)] if _applies(self, x) else super().features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _applies(self, x):
+            return super().forward(x)
+        x = pool(_norm(self.norm, _stages(self, x)[-1]))
+        return x if self.head is None else linear(x, self.head.weight, self.head.bias, transposed=True)
+
+
+class NativeFCViTBackbone(FCViTBackbone):
+    """An accelerated `FCViTBackbone`."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if not _applies(self, x):
+            return super().forward(x)
+        norms = (self.norm0, self.norm2, self.norm4, self.norm6)
+        return [channels_first(_norm(norm, stage)) for norm, stage in zip(norms, _stages(self, x), strict=True)]
+
+
+def _applies(model: nn.Layer, x: Tensor) -> bool:
+    """Whether the operators can compute it; where not, the plain network does or says why it cannot."""
+    return (
+        paddle.in_dynamic_mode()
+        and x.place.is_cpu_place()
+        and x.dtype in SUFFIXES
+        and x.dtype == model.patch_embed.proj.weight.dtype
+        and x.ndim == 4
+        and x.shape[1] == 3
+        and x.size > 0
+    )
+
+
+def _stages(model: nn.Layer, x: Tensor) -> list[Tensor]:
+    """The outputs of the four stages, (B, H, W, C)."""
+    x = _conv_norm(model.patch_embed, x, channels_first=True)
+    outputs = []
+    for index, part in enumerate(model.network):
+        if index % 2:
+            x = _conv_norm(part, x)
+            continue
+        for block in part:
+            x = _block(block, x)
+        outputs.append(x)
+    return outputs
+
+
+def _conv_norm(part: ConvNorm, x: Tensor, **layout: bool) -> Tensor:
+    x = strided(x, part.proj.weight, part.proj.bias, part.proj._stride[0], **layout)
+    return channels_last(part.norm(channels_first(x)))  # the layer itself: it also keeps the running statistics
+
+
+def _norm(norm: LayerNorm2D, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, NORM_EPS)
+
+
+def _block(block: Block, x: Tensor) -> Tensor:
+    tokens = _token_mixer(block.token_mixer, _norm(block.norm1, x))
+    x = residual(x, tokens, block.layer_scale_1 if block.has_scale else None, _factor(block.drop_path, x))
+    channels = _channel_mixer(block.channel_mixer, _norm(block.norm2, x))
+    return residual(x, channels, block.layer_scale_2 if block.has_scale else None, _factor(block.drop_path, x))
+
+
+def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
+    """What the layer itself does to 1, for each image: (B,), or None where it does nothing."""
+    if not drop_path.training or drop_path.rate == 0:
+        return None
+    return drop_path(paddle.ones([x.shape[0], 1, 1, 1], x.dtype)).flatten()
+
+
+def _token_mixer(mixer: TokenMixer, x: Tensor) -> Tensor:
+    for mix in mixer.mixes:
+        if mixer.has_context:
+            x = _context(getattr(mixer, f"gc{mix}"), x)
+        dw, fc = getattr(mixer, f"dw{mix}"), getattr(mixer, f"fc{mix}")
+        x = depthwise(x, dw.weight, dw.bias)
+        for conv in (fc[0], fc[2]) if isinstance(fc, nn.Sequential) else (fc,):
+            x = linear(x, conv.weight, conv.bias, gelu=True)
+    return _plain(mixer.spatial_att, x) if mixer.has_attention else x
+
+
+def _context(layer: GlobalContext, x: Tensor) -> Tensor:
+    if not layer.weighted or not layer.competition:
+        first = channels_first(x)
+        return channels_last(first + layer(first))
+    fc1, fc2 = (layer.fc1.weight, layer.fc1.bias), (layer.fc2.weight, layer.fc2.bias)
+    return context(x, fc1, fc2, (layer.rescale_weight, layer.rescale_bias), SIMILARITY_EPS)
+
+
+def _channel_mixer(mixer: ChannelMixer, x: Tensor) -> Tensor:
+    x = linear(x, mixer.fc1.weight, mixer.fc1.bias, gelu=not mixer.has_dwconv)
+    if mixer.has_dwconv:
+        x = depthwise(x, mixer.dwconv.weight, mixer.dwconv.bias, gelu=True)
+    x = linear(mixer.drop(x), mixer.fc2.weight, mixer.fc2.bias)
+    x = mixer.drop(x)
+    return _plain(mixer.channel_att, x) if mixer.has_attention else x
+
+
+def _plain(layer: nn.Layer, x: Tensor) -> Tensor:
+    """A layer off the published path, as it stands."""
+    return channels_last(layer(channels_first(x)))

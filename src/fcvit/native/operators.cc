@@ -1,0 +1,642 @@
+// The operators of FCViT's blocks on a CPU, each with its gradient, for float and double.
+//
+// Activations are channels last, (B, P, C) for B images of P = H x W positions: a 1x1 convolution is then one
+// matrix product, and everything else runs along the channels in full registers, on maps of 1x1 as on 56x56.
+// Results do not depend on timing: what threads share out is never summed across them but in a fixed order.
+//
+// Each function takes its tensors, inputs first, and its sizes; `operators.py` says which.
+
+#include <vector>
+
+#include "matmul.h"
+
+// out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, these in double.
+template <class T, class Term>
+void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
+    constexpr int64_t RUN = 64;
+    const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 64);  // whatever the threads
+    std::vector<double> totals(parts * columns, 0.0);
+    const int threads = omp_get_max_threads();
+    std::vector<T> sums(threads * columns);
+#pragma omp parallel for schedule(static) if (rows * columns > 8192)
+    for (int64_t part = 0; part < parts; part++) {
+        T* sum = sums.data() + omp_get_thread_num() * columns;
+        double* total = totals.data() + part * columns;
+        for (int64_t run = runs * part / parts; run < runs * (part + 1) / parts; run++) {
+            std::fill(sum, sum + columns, T(0));
+            for (int64_t r = run * RUN; r < std::min(rows, (run + 1) * RUN); r++) {
+#pragma omp simd
+                for (int64_t c = 0; c < columns; c++) sum[c] += term(r, c);
+            }
+            for (int64_t c = 0; c < columns; c++) total[c] += sum[c];
+        }
+    }
+    for (int64_t part = 1; part < parts; part++) {
+        for (int64_t c = 0; c < columns; c++) totals[c] += totals[part * columns + c];
+    }
+    for (int64_t c = 0; c < columns; c++) out[c] = T(totals[c]);
+}
+
+// The sum over positions and channels of one image: along the channels in T, then in double.
+template <class Term>
+double sum_all(int64_t positions, int64_t channels, Term term) {
+    double total = 0;
+    for (int64_t p = 0; p < positions; p++) {
+        decltype(term(0, 0)) sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < channels; c++) sum += term(p, c);
+        total += sum;
+    }
+    return total;
+}
+
+// x (B, P, C), weight (C), bias (C) -> y (B, P, C), statistics (B, 2): mean and 1 / standard deviation.
+template <class T>
+void layer_norm(T** t, const int64_t* n, double eps) {
+    const T *x = t[0], *weight = t[1], *bias = t[2];
+    T *y = t[3], *statistics = t[4];
+    const int64_t B = n[0], P = n[1], C = n[2];
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        const T* from = x + b * P * C;
+        T* to = y + b * P * C;
+        const T mean = T(sum_all(P, C, [=](int64_t p, int64_t c) { return from[p * C + c]; }) / (P * C));
+        const double square = sum_all(P, C, [=](int64_t p, int64_t c) {
+            const T centred = from[p * C + c] - mean;
+            return centred * centred;
+        });
+        const T inverse = T(1 / std::sqrt(square / (P * C) + eps));
+        statistics[2 * b] = mean;
+        statistics[2 * b + 1] = inverse;
+        for (int64_t p = 0; p < P; p++) {
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) to[p * C + c] = (from[p * C + c] - mean) * inverse * weight[c] + bias[c];
+        }
+    }
+}
+
+// x, weight, statistics, dy -> dx, dweight, dbias
+template <class T>
+void layer_norm_backward(T** t, const int64_t* n, double) {
+    const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6];
+    const int64_t B = n[0], P = n[1], C = n[2];
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        const T *from = x + b * P * C, *g = dy + b * P * C, mean = statistics[2 * b], inverse = statistics[2 * b + 1];
+        const T along = T(sum_all(P, C, [=](int64_t p, int64_t c) { return g[p * C + c] * weight[c]; }) / (P * C));
+        const T across = T(sum_all(P, C, [=](int64_t p, int64_t c) {
+            return g[p * C + c] * weight[c] * ((from[p * C + c] - mean) * inverse);
+        }) / (P * C));
+        T* to = dx + b * P * C;
+        for (int64_t p = 0; p < P; p++) {
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) {
+                const T normal = (from[p * C + c] - mean) * inverse;
+                to[p * C + c] = inverse * (g[p * C + c] * weight[c] - along - normal * across);
+            }
+        }
+    }
+    column_sums(B * P, C, dbias, [=](int64_t r, int64_t c) { return dy[r * C + c]; });
+    column_sums(B * P, C, dweight, [=](int64_t r, int64_t c) {
+        const int64_t b = r / P;
+        return dy[r * C + c] * ((x[r * C + c] - statistics[2 * b]) * statistics[2 * b + 1]);
+    });
+}
+
+// A weight (outputs, inputs) as a convolution has it or (inputs, outputs) as Paddle's Linear has it: inputs x outputs.
+template <class T>
+Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool linear) {
+    return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
+}
+
+// x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias, y (R, N) = gelu(z) or null
+template <class T>
+void linear(T** t, const int64_t* n, double) {
+    const T *x = t[0], *weight = t[1], *bias = t[2];
+    T *z = t[3], *y = t[4];
+    const int64_t R = n[0], K = n[1], N = n[2];
+    matmul<T>(R, N, K, {x, K, 1}, weight_matrix(weight, K, N, n[3]), z, bias, [=](int64_t r, int64_t c, int64_t count) {
+        if (y) gelu_row(z + r * N + c, y + r * N + c, count);
+    });
+}
+
+// x, weight, z or null, dy -> dx, dweight, dbias, each or null; dz (R, N) is scratch, needed with z
+template <class T>
+void linear_backward(T** t, const int64_t* n, double) {
+    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6], *dz = t[7];
+    const int64_t R = n[0], K = n[1], N = n[2];
+    if (z) {
+#pragma omp parallel for schedule(static) if (R * N > 1024)
+        for (int64_t r = 0; r < R; r++) gelu_row_backward(z + r * N, dy + r * N, dz + r * N, N);
+    }
+    const T* g = z ? dz : dy;
+    const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
+    if (dx) matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx);
+    if (dweight && n[3]) matmul<T>(K, N, R, {x, 1, K}, {g, N, 1}, dweight);
+    if (dweight && !n[3]) matmul<T>(N, K, R, {g, 1, N}, {x, K, 1}, dweight);
+    if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
+}
+
+// A depthwise convolution is done for a group of channels at a time, two registers wide: weights of a group,
+// (kernel x kernel, GROUP), are copied together, `flip`ped for the gradient of the input.
+template <class T>
+constexpr int64_t GROUP = 2 * LANES<T>;
+
+// `T` outputs of one row beside each other: those taps that are inside for all share their weights, those at
+// the ends are left out one by one.
+template <class T, int WIDE>
+inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, int64_t h, int64_t w, int64_t H, int64_t W,
+                              int64_t C, int64_t K, int64_t count) {
+    constexpr int64_t L = LANES<T>;
+    const int64_t R = K / 2, second = count - L;  // channels in the second register
+    Vector<T> sum[WIDE][2];
+#pragma GCC unroll 8
+    for (int o = 0; o < WIDE; o++) {
+        sum[o][0] = bias ? load_some(bias, count) : Vector<T>{};
+        sum[o][1] = bias && second > 0 ? load_some(bias + L, second) : Vector<T>{};
+    }
+    auto add = [&](int o, const T* row, const T* tap, int64_t j) {
+        const T* from = row + (w + o + j - R) * C;
+        if (second >= L) {
+            sum[o][0] += load(from) * load(tap);
+            sum[o][1] += load(from + L) * load(tap + L);
+        } else {
+            sum[o][0] += load_some(from, count) * load(tap);
+            if (second > 0) sum[o][1] += load_some(from + L, second) * load(tap + L);
+        }
+    };
+    for (int64_t i = std::max<int64_t>(0, R - h); i < std::min(K, H + R - h); i++) {
+        const T* row = x + (h + i - R) * W * C;
+        const T* taps = weight + i * K * GROUP<T>;
+        const int64_t from = std::max<int64_t>(0, R - w), to = std::max(from, std::min(K, W + R - w - (WIDE - 1)));
+        if (WIDE > 1) {
+#pragma GCC unroll 8
+            for (int o = 0; o < WIDE; o++) {
+                for (int64_t j = std::max<int64_t>(0, R - w - o); j < from; j++) add(o, row, taps + j * GROUP<T>, j);
+                for (int64_t j = to; j < std::min(K, W + R - w - o); j++) add(o, row, taps + j * GROUP<T>, j);
+            }
+        }
+        if (second >= L) {
+            for (int64_t j = from; j < to; j++) {
+                const T *tap = taps + j * GROUP<T>, *at = row + (w + j - R) * C;
+                const Vector<T> left = load(tap), right = load(tap + L);
+#pragma GCC unroll 8
+                for (int o = 0; o < WIDE; o++) {
+                    sum[o][0] += load(at + o * C) * left;
+                    sum[o][1] += load(at + o * C + L) * right;
+                }
+            }
+        } else {
+            for (int64_t j = from; j < to; j++) {
+#pragma GCC unroll 8
+                for (int o = 0; o < WIDE; o++) add(o, row, taps + j * GROUP<T>, j);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < WIDE; o++) {
+        T* to = y + (h * W + w + o) * C;
+        store_some(to, sum[o][0], count);
+        if (second > 0) store_some(to + L, sum[o][1], second);
+    }
+}
+
+// y = x convolved with weight (C, K, K), plus bias or null; activated = gelu(y) or null. All (B, H, W, C).
+template <class T>
+void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
+                        int64_t C, int64_t K, bool flip) {
+    const int64_t groups = (C + GROUP<T> - 1) / GROUP<T>, area = K * K;
+    Buffer<T> packed(groups * area * GROUP<T>);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; group++) {
+            for (int64_t tap = 0; tap < area; tap++) {
+                T* to = packed.data + (group * area + tap) * GROUP<T>;
+                for (int64_t lane = 0; lane < GROUP<T>; lane++) {
+                    const int64_t c = group * GROUP<T> + lane;
+                    to[lane] = c < C ? weight[c * area + (flip ? area - 1 - tap : tap)] : T(0);
+                }
+            }
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < B; b++) {
+            for (int64_t group = 0; group < groups; group++) {
+                const int64_t c = group * GROUP<T>, count = std::min(GROUP<T>, C - c);
+                const T *from = x + b * H * W * C + c, *taps = packed.data + group * area * GROUP<T>;
+                const T* start = bias ? bias + c : nullptr;
+                T* to = y + b * H * W * C + c;
+                for (int64_t h = 0; h < H; h++) {
+                    int64_t w = 0;
+                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
+                }
+                if (!activated) continue;
+                for (int64_t p = 0; p < H * W; p++) gelu_row(to + p * C, activated + b * H * W * C + c + p * C, count);
+            }
+        }
+    }
+}
+
+// x (B, H, W, C), weight (C, 1, K, K), bias (C) -> z (B, H, W, C), y = gelu(z) or null
+template <class T>
+void depthwise(T** t, const int64_t* n, double) {
+    convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
+}
+
+// The gradient of row i of the kernels of one register of channels: sums over images and positions.
+template <class T, int FIXED>
+void depthwise_weight_row(const T* x, const T* dz, T* dweight, int64_t i, int64_t c, int64_t B, int64_t H, int64_t W, int64_t C,
+                          int64_t K) {
+    constexpr int64_t L = LANES<T>;
+    const int64_t R = K / 2, count = std::min(L, C - c);
+    std::vector<double> total(K * L, 0.0);
+    std::vector<Vector<T>> edge(K);
+    for (int64_t b = 0; b < B; b++) {
+        Vector<T> sum[FIXED ? FIXED : 1] = {};
+        std::fill(edge.begin(), edge.end(), Vector<T>{});
+        for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
+            const T* row = x + ((b * H + h + i - R) * W) * C + c;
+            const T* g = dz + ((b * H + h) * W) * C + c;
+            const int64_t from = FIXED ? std::min(R, W) : W, to = FIXED ? std::max(from, W - R) : W;
+            for (int64_t j = 0; j < K; j++) {  // where some taps are outside
+                const int64_t low = std::max<int64_t>(0, R - j), high = std::min(W, W + R - j);
+                for (int64_t w = low; w < std::min(high, from); w++) {
+                    edge[j] += load_some(g + w * C, count) * load_some(row + (w + j - R) * C, count);
+                }
+                for (int64_t w = std::max(low, to); w < high; w++) {
+                    edge[j] += load_some(g + w * C, count) * load_some(row + (w + j - R) * C, count);
+                }
+            }
+            for (int64_t w = from; FIXED && w < to; w++) {
+                const Vector<T> v = load_some(g + w * C, count);
+#pragma GCC unroll 16
+                for (int j = 0; j < FIXED; j++) sum[j] += v * load_some(row + (w + j - R) * C, count);
+            }
+        }
+        for (int64_t j = 0; j < K; j++) {
+            const Vector<T> image = edge[j] + (FIXED ? sum[FIXED ? j : 0] : Vector<T>{});
+            for (int64_t lane = 0; lane < count; lane++) total[j * L + lane] += image[lane];
+        }
+    }
+    for (int64_t j = 0; j < K; j++) {
+        for (int64_t lane = 0; lane < count; lane++) dweight[((c + lane) * K + i) * K + j] = T(total[j * L + lane]);
+    }
+}
+
+// x, weight, z or null, dy -> dx or null, dweight, dbias; dz (B, H, W, C) is scratch, needed with z
+template <class T>
+void depthwise_backward(T** t, const int64_t* n, double) {
+    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6], *dz = t[7];
+    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
+    if (z) {
+#pragma omp parallel for schedule(static)
+        for (int64_t r = 0; r < B * H * W; r++) gelu_row_backward(z + r * C, dy + r * C, dz + r * C, C);
+    }
+    const T* g = z ? dz : dy;
+    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
+    if (dweight) {
+#pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int64_t c = 0; c < C; c += LANES<T>) {
+            for (int64_t i = 0; i < K; i++) {
+                if (K == 11) {
+                    depthwise_weight_row<T, 11>(x, g, dweight, i, c, B, H, W, C, K);
+                } else if (K == 3) {
+                    depthwise_weight_row<T, 3>(x, g, dweight, i, c, B, H, W, C, K);
+                } else {
+                    depthwise_weight_row<T, 0>(x, g, dweight, i, c, B, H, W, C, K);
+                }
+            }
+        }
+    }
+    if (dbias) column_sums(B * H * W, C, dbias, [=](int64_t r, int64_t c) { return g[r * C + c]; });
+}
+
+// The mean over positions: x (P, C) -> (C).
+template <class T>
+void mean_positions(const T* x, T* mean, double* total, int64_t P, int64_t C) {
+    std::fill(total, total + C, 0.0);
+    for (int64_t p = 0; p < P; p++) {
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) total[c] += x[p * C + c];
+    }
+    for (int64_t c = 0; c < C; c++) mean[c] = T(total[c] / P);
+}
+
+// x (B, P, C) -> mean (B, C)
+template <class T>
+void pool(T** t, const int64_t* n, double) {
+    const int64_t B = n[0], P = n[1], C = n[2];
+    Buffer<double> totals(B * C);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) mean_positions(t[0] + b * P * C, t[1] + b * C, totals.data + b * C, P, C);
+}
+
+// dmean (B, C) -> dx (B, P, C)
+template <class T>
+void pool_backward(T** t, const int64_t* n, double) {
+    const T* dmean = t[0];
+    T* dx = t[1];
+    const int64_t B = n[0], P = n[1], C = n[2];
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < B * P; r++) {
+        for (int64_t c = 0; c < C; c++) dx[r * C + c] = dmean[r / P * C + c] / P;
+    }
+}
+
+// The global context, weighted and with competition, and its residual; h heads of C / h channels, inner width I.
+// x (B, P, C), fc1 (C, 2I), its bias, fc2 (I, C), its bias, rescale weight and bias (h)
+//   -> y (B, P, C), context (B, C), halves (B, 2I), winner (B, I), value (B, C),
+//      centred similarity (B, P, h), deviation (B): standard deviation
+template <class T>
+void context(T** t, const int64_t* n, double eps) {
+    const T *x = t[0], *fc1 = t[1], *bias1 = t[2], *fc2 = t[3], *bias2 = t[4], *weight = t[5], *bias = t[6];
+    T *y = t[7], *context = t[8], *halves = t[9], *winner = t[10], *value = t[11], *centred = t[12], *deviation = t[13];
+    const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
+    Buffer<double> totals(B * C);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) mean_positions(x + b * P * C, context + b * C, totals.data + b * C, P, C);
+    matmul<T>(B, 2 * I, C, {context, C, 1}, {fc1, 2 * I, 1}, halves, bias1);
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t i = 0; i < I; i++) {
+            const T first = halves[b * 2 * I + i], second = halves[b * 2 * I + I + i];
+            winner[b * I + i] = second > first || second != second ? second : first;  // not a number wins
+        }
+    }
+    matmul<T>(B, C, I, {winner, I, 1}, {fc2, C, 1}, value, bias2);
+    const T scale = T(1 / std::sqrt(double(d)));
+    const double count = double(h * P), others = std::max(count - 1, 1.0);  // one alone has no deviation
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
+        T *to = y + b * P * C, *s = centred + b * P * h;
+        for (int64_t p = 0; p < P; p++) {
+            for (int64_t k = 0; k < h; k++) {
+                T sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t c = k * d; c < (k + 1) * d; c++) sum += from[p * C + c] * mean[c];
+                s[p * h + k] = sum * scale;
+            }
+        }
+        const T middle = T(sum_all(P, h, [=](int64_t p, int64_t k) { return s[p * h + k]; }) / count);
+#pragma omp simd
+        for (int64_t i = 0; i < P * h; i++) s[i] -= middle;
+        const double square = sum_all(P, h, [=](int64_t p, int64_t k) { return s[p * h + k] * s[p * h + k]; });
+        deviation[b] = T(std::sqrt(square / others));
+        const T inverse = T(1 / (std::sqrt(square / others) + eps));
+        for (int64_t p = 0; p < P; p++) {
+            for (int64_t k = 0; k < h; k++) {
+                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
+#pragma omp simd
+                for (int64_t c = k * d; c < (k + 1) * d; c++) to[p * C + c] = from[p * C + c] + gate * v[c];
+            }
+        }
+    }
+}
+
+// x, fc1, fc2, rescale weight and bias, context, halves, winner, value, centred, deviation, dy
+//   -> dx, dfc1, dbias1, dfc2, dbias2, dweight, dbias
+template <class T>
+void context_backward(T** t, const int64_t* n, double eps) {
+    const T *x = t[0], *fc1 = t[1], *fc2 = t[2], *weight = t[3], *bias = t[4], *context = t[5], *halves = t[6];
+    const T *winner = t[7], *value = t[8], *centred = t[9], *deviation = t[10], *dy = t[11];
+    T *dx = t[12], *dfc1 = t[13], *dbias1 = t[14], *dfc2 = t[15], *dbias2 = t[16], *dweight = t[17], *dbias = t[18];
+    const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
+    const T scale = T(1 / std::sqrt(double(d)));
+    const double count = double(h * P), others = std::max(count - 1, 1.0);
+    Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
+    Buffer<double> totals(B * 2 * C);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centred + b * P * h;
+        T *dgate = gates.data + b * P * h, *slope = slopes.data + b * P * h, *to = dx + b * P * C;
+        double *to_value = totals.data + b * 2 * C, *to_context = to_value + C;
+        std::fill(to_value, to_value + 2 * C, 0.0);
+        const T inverse = T(1 / (deviation[b] + eps));
+        for (int64_t p = 0; p < P; p++) {
+            for (int64_t k = 0; k < h; k++) {
+                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
+                T sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t c = k * d; c < (k + 1) * d; c++) {
+                    sum += g[p * C + c] * v[c];
+                    to_value[c] += g[p * C + c] * gate;
+                }
+                dgate[p * h + k] = sum;
+                slope[p * h + k] = sum * weight[k];
+            }
+        }
+        // Through the standardisation: of the mean, and of the deviation (which has none where all are alike).
+        const double mean = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k]; }) / count;
+        const double along = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k] * s[p * h + k]; });
+        const double by_deviation = deviation[b] > 0 ? along * inverse / (others * deviation[b]) : along * 0;
+        for (int64_t p = 0; p < P; p++) {
+            for (int64_t k = 0; k < h; k++) {
+                const T ds = T((slope[p * h + k] - mean - s[p * h + k] * by_deviation) * inverse) * scale;
+#pragma omp simd
+                for (int64_t c = k * d; c < (k + 1) * d; c++) {
+                    to[p * C + c] = g[p * C + c] + ds * context[b * C + c];
+                    to_context[c] += ds * from[p * C + c];
+                }
+            }
+        }
+        for (int64_t c = 0; c < C; c++) {
+            dvalue.data[b * C + c] = T(to_value[c]);
+        }
+    }
+    // The bottleneck, backwards; where both halves are equal the second has won, as in Paddle.
+    matmul<T>(B, I, C, {dvalue.data, C, 1}, {fc2, 1, C}, dwinner.data);
+    matmul<T>(I, C, B, {winner, 1, I}, {dvalue.data, C, 1}, dfc2);
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t i = 0; i < I; i++) {
+            const T first = halves[b * 2 * I + i], second = halves[b * 2 * I + I + i], g = dwinner.data[b * I + i];
+            dhalves.data[b * 2 * I + i] = first > second ? g : T(0);
+            dhalves.data[b * 2 * I + I + i] = first > second ? T(0) : g;
+        }
+    }
+    matmul<T>(B, C, 2 * I, {dhalves.data, 2 * I, 1}, {fc1, 1, 2 * I}, dcontext.data);
+    matmul<T>(C, 2 * I, B, {context, 1, C}, {dhalves.data, 2 * I, 1}, dfc1);
+    const T *to_halves = dhalves.data, *to_value = dvalue.data, *dgate = gates.data;
+    column_sums(B, 2 * I, dbias1, [=](int64_t b, int64_t i) { return to_halves[b * 2 * I + i]; });
+    column_sums(B, C, dbias2, [=](int64_t b, int64_t c) { return to_value[b * C + c]; });
+    column_sums(B * P, h, dbias, [=](int64_t r, int64_t k) { return dgate[r * h + k]; });
+    column_sums(B * P, h, dweight, [=](int64_t r, int64_t k) {
+        return dgate[r * h + k] * (centred[r * h + k] * T(1 / (deviation[r / P] + eps)));
+    });
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        T* mean = dcontext.data + b * C;
+        for (int64_t c = 0; c < C; c++) mean[c] = T((mean[c] + totals.data[b * 2 * C + C + c]) / P);
+        for (int64_t p = 0; p < P; p++) {
+            for (int64_t c = 0; c < C; c++) dx[(b * P + p) * C + c] += mean[c];
+        }
+    }
+}
+
+// x (B, P, C), branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
+template <class T>
+void residual(T** t, const int64_t* n, double) {
+    const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
+    T* y = t[4];
+    const int64_t B = n[0], P = n[1], C = n[2];
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < B * P; r++) {
+        const T times = factor ? factor[r / P] : T(1);
+        for (int64_t c = 0; c < C; c++) {
+            y[r * C + c] = x[r * C + c] + branch[r * C + c] * (scale ? scale[c] * times : times);
+        }
+    }
+}
+
+// branch, scale or null, factor or null, dy -> dbranch, dscale or null
+template <class T>
+void residual_backward(T** t, const int64_t* n, double) {
+    const T *branch = t[0], *scale = t[1], *factor = t[2], *dy = t[3];
+    T *dbranch = t[4], *dscale = t[5];
+    const int64_t B = n[0], P = n[1], C = n[2];
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < B * P; r++) {
+        const T times = factor ? factor[r / P] : T(1);
+        for (int64_t c = 0; c < C; c++) dbranch[r * C + c] = dy[r * C + c] * (scale ? scale[c] * times : times);
+    }
+    if (!dscale) return;
+    column_sums(B * P, C, dscale, [=](int64_t r, int64_t c) {
+        return dy[r * C + c] * branch[r * C + c] * (factor ? factor[r / P] : T(1));
+    });
+}
+
+// A strided convolution, padded by half its kernel, as one matrix product. Image (b, y, x, c) is at
+// b n[7] + y n[8] + x n[9] + c n[10], so that the stem reads channels first, the others channels last.
+struct Strided {
+    int64_t B, H, W, C, N, K, stride, high, wide, image, row, column, channel;
+    explicit Strided(const int64_t* n)
+        : B(n[0]), H(n[1]), W(n[2]), C(n[3]), N(n[4]), K(n[5]), stride(n[6]), high((H - 1) / stride + 1),
+          wide((W - 1) / stride + 1), image(n[7]), row(n[8]), column(n[9]), channel(n[10]) {}
+};
+
+// x -> patches (B x high x wide, C x K x K), zeros outside
+template <class T>
+void patches(const T* x, T* out, const Strided& s) {
+    const int64_t R = s.K / 2, area = s.K * s.K;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < s.B * s.high * s.wide; r++) {
+        const int64_t b = r / (s.high * s.wide), h = r / s.wide % s.high * s.stride - R, w = r % s.wide * s.stride - R;
+        T* to = out + r * s.C * area;
+        for (int64_t i = 0; i < s.K; i++) {
+            for (int64_t j = 0; j < s.K; j++) {
+                const bool inside = h + i >= 0 && h + i < s.H && w + j >= 0 && w + j < s.W;
+                const T* from = x + b * s.image + (h + i) * s.row + (w + j) * s.column;
+                for (int64_t c = 0; c < s.C; c++) to[c * area + i * s.K + j] = inside ? from[c * s.channel] : T(0);
+            }
+        }
+    }
+}
+
+// x, weight (N, C, K, K), bias (N) -> y (B, high, wide, N), patches
+template <class T>
+void strided(T** t, const int64_t* n, double) {
+    const Strided s(n);
+    const int64_t depth = s.C * s.K * s.K;
+    patches<T>(t[0], t[4], s);
+    matmul<T>(s.B * s.high * s.wide, s.N, depth, {t[4], depth, 1}, {t[1], 1, depth}, t[3], t[2]);
+}
+
+// patches, weight, dy -> dx or null, dweight, dbias; dpatches is scratch, needed with dx
+template <class T>
+void strided_backward(T** t, const int64_t* n, double) {
+    const T *from = t[0], *weight = t[1], *dy = t[2];
+    T *dx = t[3], *dweight = t[4], *dbias = t[5], *dpatches = t[6];
+    const Strided s(n);
+    const int64_t rows = s.B * s.high * s.wide, area = s.K * s.K, depth = s.C * area, R = s.K / 2;
+    if (dweight) matmul<T>(s.N, depth, rows, {dy, 1, s.N}, {from, depth, 1}, dweight);
+    if (dbias) column_sums(rows, s.N, dbias, [=](int64_t r, int64_t c) { return dy[r * s.N + c]; });
+    if (!dx) return;
+    matmul<T>(rows, depth, s.N, {dy, s.N, 1}, {weight, depth, 1}, dpatches);
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < s.B * s.H * s.W; r++) {  // what each number of the input was used for
+        const int64_t b = r / (s.H * s.W), h = r / s.W % s.H, w = r % s.W;
+        T* to = dx + b * s.image + h * s.row + w * s.column;
+        for (int64_t c = 0; c < s.C; c++) to[c * s.channel] = T(0);
+        for (int64_t i = (h + R) % s.stride; i < s.K; i += s.stride) {
+            const int64_t y = (h + R - i) / s.stride;
+            if (h + R < i || y >= s.high) continue;
+            for (int64_t j = (w + R) % s.stride; j < s.K; j += s.stride) {
+                const int64_t x = (w + R - j) / s.stride;
+                if (w + R < j || x >= s.wide) continue;
+                const T* g = dpatches + ((b * s.high + y) * s.wide + x) * depth + i * s.K + j;
+                for (int64_t c = 0; c < s.C; c++) to[c * s.channel] += g[c * area];
+            }
+        }
+    }
+}
+
+// x (B, R, S) -> (B, S, R): between channels first and channels last
+template <class T>
+void swap(T** t, const int64_t* n, double) {
+    const T* x = t[0];
+    T* y = t[1];
+    const int64_t B = n[0], R = n[1], S = n[2], SIDE = 16;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t s0 = 0; s0 < S; s0 += SIDE) {
+            for (int64_t r0 = 0; r0 < R; r0 += SIDE) {
+                for (int64_t s = s0; s < std::min(S, s0 + SIDE); s++) {
+                    for (int64_t r = r0; r < std::min(R, r0 + SIDE); r++) y[(b * S + s) * R + r] = x[(b * R + r) * S + s];
+                }
+            }
+        }
+    }
+}
+
+// x -> gelu(x), of n[0] numbers
+template <class T>
+void gelu(T** t, const int64_t* n, double) {
+    constexpr int64_t PIECE = 1024;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row(t[0] + i, t[1] + i, std::min(PIECE, n[0] - i));
+}
+
+// x, dy -> dx
+template <class T>
+void gelu_backward(T** t, const int64_t* n, double) {
+    constexpr int64_t PIECE = 1024;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row_backward(t[0] + i, t[1] + i, t[2] + i, std::min(PIECE, n[0] - i));
+}
+
+// What Python calls: 0, or 1 where memory ran out.
+template <class T>
+int guarded(void (*operation)(T**, const int64_t*, double), T** tensors, const int64_t* sizes, double eps) {
+    try {
+        operation(tensors, sizes, eps);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+#define EXPORT(name)                                                                                          \
+    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, double eps) { return guarded(name<float>, t, n, eps); } \
+    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, double eps) { return guarded(name<double>, t, n, eps); }
+
+EXPORT(layer_norm)
+EXPORT(layer_norm_backward)
+EXPORT(linear)
+EXPORT(linear_backward)
+EXPORT(depthwise)
+EXPORT(depthwise_backward)
+EXPORT(pool)
+EXPORT(pool_backward)
+EXPORT(context)
+EXPORT(context_backward)
+EXPORT(residual)
+EXPORT(residual_backward)
+EXPORT(strided)
+EXPORT(strided_backward)
+EXPORT(swap)
+EXPORT(gelu)
+EXPORT(gelu_backward)

@@ -1,0 +1,297 @@
+"""The native operators as Paddle functions with gradients; `operators.cc` computes them.
+
+All take float32 or float64 tensors on the CPU, activations as (B, H, W, C), and give new ones. First
+derivatives only.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from fcvit.frameworks import import_framework
+from fcvit.native import build
+
+import_framework("paddle")  # quietly, or with the remedy where it is missing
+
+import paddle  # noqa: E402
+from paddle import Tensor  # noqa: E402
+from paddle.autograd import PyLayer  # noqa: E402
+
+SUFFIXES = {paddle.float32: "float32", paddle.float64: "float64"}
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Over positions and channels together; `weight`, `bias` (C,)."""
+    return LayerNorm.apply(x, weight, bias, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, transposed: bool = False) -> Tensor:
+    """(..., K) -> (..., N), then GELU if asked.
+
+    `weight` has the N x K numbers of a 1x1 convolution, or, `transposed`, the (K, N) of Paddle's Linear.
+    """
+    return Linear.apply(x, weight, bias, gelu, transposed)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """Convolution of each channel, padded by half the kernel, then GELU if asked; `weight` (C, 1, K, K), K odd."""
+    return Depthwise.apply(x, weight, bias, gelu)
+
+
+def strided(x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool = False) -> Tensor:
+    """Convolution padded by half its kernel: (B, H, W, C), or `channels_first` (B, C, H, W) -> (B, H', W', N)."""
+    return Strided.apply(x, weight, bias, stride, channels_first)
+
+
+def context(
+    x: Tensor,
+    fc1: Sequence[Tensor],
+    fc2: Sequence[Tensor],
+    rescale: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    """x plus its weighted global context with competition (`fcvit.model.GlobalContext`); weights and biases in pairs."""
+    return Context.apply(x, *fc1, *fc2, *rescale, eps)
+
+
+def pool(x: Tensor) -> Tensor:
+    """The mean over positions: (B, H, W, C) -> (B, C)."""
+    return Pool.apply(x)
+
+
+def residual(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    """x + branch * scale * factor: `scale` (C,) per channel, `factor` (B,), a constant, per image."""
+    return Residual.apply(x, branch, scale, factor)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact one; any shape."""
+    return Gelu.apply(x)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W)."""
+    b, h, w, c = x.shape
+    return Swap.apply(x.reshape([b, h * w, c])).reshape([b, c, h, w])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C)."""
+    b, c, h, w = x.shape
+    return Swap.apply(x.reshape([b, c, h * w])).reshape([b, h, w, c])
+
+
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], eps: float = 0.0) -> None:
+    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+    if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+        raise TypeError(f"{name}: tensors of different types")
+    function = build.operators()[f"fcvit_{name}_{SUFFIXES[dtype]}"]
+    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    if function(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps)):
+        raise MemoryError(f"{name}: out of memory")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return paddle.empty(tensor.shape, tensor.dtype)
+
+
+def _gradients(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Memory for the gradient of each tensor that wants one."""
+    return [None if tensor is None or tensor.stop_gradient else _like(tensor) for tensor in tensors]
+
+
+def _positions(x: Tensor) -> tuple[int, int, int]:
+    b, h, w, c = x.shape
+    return b, h * w, c
+
+
+class LayerNorm(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x = _dense(x)
+        y, statistics = _like(x), paddle.empty([x.shape[0], 2], x.dtype)
+        _run("layer_norm", (x, weight, bias, y, statistics), _positions(x), eps)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias, statistics = ctx.saved_tensor()
+        gradients = _like(x), _like(weight), _like(bias)
+        _run("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
+        return gradients
+
+
+class Linear(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, transposed: bool) -> Tensor:
+        x = _dense(x)
+        *rows, inputs = x.shape
+        outputs = weight.shape[1 if transposed else 0]
+        ctx.sizes = (x.size // inputs, inputs, outputs, int(transposed))
+        z = paddle.empty([*rows, outputs], x.dtype)
+        y = _like(z) if gelu else None
+        _run("linear", (x, weight, bias, z, y), ctx.sizes)
+        ctx.save_for_backward(x, weight, bias, z if gelu else None)
+        return z if y is None else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, z = ctx.saved_tensor()
+        gradients = _gradients(x, weight, bias)
+        _run("linear_backward", (x, weight, z, _dense(dy), *gradients, None if z is None else _like(z)), ctx.sizes)
+        return tuple(gradients if bias is not None else gradients[:2])
+
+
+class Depthwise(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        x = _dense(x)
+        z = _like(x)
+        y = _like(x) if gelu else None
+        _run("depthwise", (x, weight, bias, z, y), (*x.shape, weight.shape[-1]))
+        ctx.save_for_backward(x, weight, bias, z if gelu else None)
+        return z if y is None else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, z = ctx.saved_tensor()
+        gradients = _gradients(x, weight, bias)
+        tensors = (x, weight, z, _dense(dy), *gradients, None if z is None else _like(z))
+        _run("depthwise_backward", tensors, (*x.shape, weight.shape[-1]))
+        return tuple(gradients if bias is not None else gradients[:2])
+
+
+class Strided(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool) -> Tensor:
+        x = _dense(x)
+        outputs, _, kernel, _ = weight.shape
+        if channels_first:
+            b, c, h, w = x.shape
+            steps = (c * h * w, w, 1, h * w)
+        else:
+            b, h, w, c = x.shape
+            steps = (h * w * c, w * c, c, 1)
+        high, wide = -(-h // stride), -(-w // stride)
+        y = paddle.empty([b, high, wide, outputs], x.dtype)
+        patches = paddle.empty([b * high * wide, c * kernel * kernel], x.dtype)
+        ctx.sizes = (b, h, w, c, outputs, kernel, stride, *steps)
+        _run("strided", (x, weight, bias, y, patches), ctx.sizes)
+        ctx.save_for_backward(x, weight, bias, patches)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, patches = ctx.saved_tensor()
+        gradients = _gradients(x, weight, bias)
+        scratch = None if gradients[0] is None else _like(patches)
+        _run("strided_backward", (patches, weight, _dense(dy), *gradients, scratch), ctx.sizes)
+        return tuple(gradients)
+
+
+class Context(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        *parameters, eps = given
+        x = _dense(x)
+        b, positions, width = _positions(x)
+        fc1, _, _, _, weight, _ = parameters
+        heads, inner = weight.shape[0], fc1.shape[1] // 2
+        # Context, halves, winner, value, centred similarity, deviation: see operators.cc.
+        shapes = ([b, width], [b, 2 * inner], [b, inner], [b, width], [b, positions, heads], [b])
+        kept = [paddle.empty(shape, x.dtype) for shape in shapes]
+        y = _like(x)
+        ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps
+        _run("context", (x, *parameters, y, *kept), ctx.sizes, eps)
+        ctx.save_for_backward(x, *parameters, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, *saved = ctx.saved_tensor()
+        parameters, kept = saved[:6], saved[6:]
+        fc1, _, fc2, _, weight, bias = parameters
+        gradients = [_like(x), *map(_like, parameters)]
+        _run("context_backward", (x, fc1, fc2, weight, bias, *kept, _dense(dy), *gradients), ctx.sizes, ctx.eps)
+        return tuple(gradients)
+
+
+class Pool(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = _dense(x)
+        ctx.shape = x.shape
+        y = paddle.empty([x.shape[0], x.shape[-1]], x.dtype)
+        _run("pool", (x, y), _positions(x))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dx = paddle.empty(ctx.shape, dy.dtype)
+        _run("pool_backward", (_dense(dy), dx), _positions(dx))
+        return dx
+
+
+class Residual(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+        x, branch = _dense(x), _dense(branch)
+        y = _like(x)
+        _run("residual", (x, branch, scale, factor, y), _positions(x))
+        ctx.save_for_backward(branch, scale, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        branch, scale, factor = ctx.saved_tensor()
+        dy = _dense(dy)
+        dbranch, (dscale,) = _like(branch), _gradients(scale)
+        _run("residual_backward", (branch, scale, factor, dy, dbranch, dscale), _positions(dy))
+        gradients: list[Tensor | None] = [dy, dbranch]
+        if scale is not None:
+            gradients.append(dscale)
+        if factor is not None:
+            gradients.append(None)
+        return tuple(gradients)
+
+
+class Gelu(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = _dense(x)
+        y = _like(x)
+        _run("gelu", (x, y), (x.size,))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensor()
+        dx = _like(x)
+        _run("gelu_backward", (x, _dense(dy), dx), (x.size,))
+        return dx
+
+
+class Swap(PyLayer):
+    """(B, R, S) -> (B, S, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _swapped(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _swapped(dy)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    x = _dense(x)
+    b, r, s = x.shape
+    y = paddle.empty([b, s, r], x.dtype)
+    _run("swap", (x, y), (b, r, s))
+    return y
