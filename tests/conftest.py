@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fcvit.frameworks import installed
+from fcvit.training.recipe import Recipe
 from fcvit.variants import VARIANTS
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.lively import lively_tensors
@@ -106,3 +107,48 @@ def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
         for index, tensor in enumerate([*tensors.values(), *averaged.values()]):
             archive.writestr(f"archive/data/{index}", tensor.tobytes())
     return path
+
+
+# A network and a recipe that train in a second.
+SMALL = {
+    "variant": "fcvit_digits",
+    "options": {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "mlp_ratios": [1, 1, 1, 1]},
+    "epochs": 3,
+    "warmup_epochs": 1,
+    "cooldown_epochs": 0,
+    "lr": 5e-3,
+    "lr_batch": None,
+    "batch_size": 8,
+    "operators": "plain",
+    "lr_update": "step",
+}
+
+
+def write_squares(folder: Path, classes: dict[str, int], size: int = 36) -> Path:
+    """Noise with a bright square, its place told by the class; as many images of each class as stated."""
+    generator = np.random.default_rng(len(classes))
+    for place, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 90, (size, size, 3), np.uint8)
+            pixels[place * 8 : place * 8 + 10, place * 8 : place * 8 + 10] += 160
+            Image.fromarray(pixels).save(folder / name / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """20 training and 6 validation images of two classes."""
+    write_squares(tmp_path / "images" / "train", {"left": 11, "right": 9})
+    write_squares(tmp_path / "images" / "val", {"left": 3, "right": 3})
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def small(squares):
+    """A recipe that trains in a second."""
+
+    def build(**fields) -> Recipe:
+        return Recipe(**{**SMALL, "data": str(squares), **fields})
+
+    return build

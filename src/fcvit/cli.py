@@ -228,7 +228,7 @@ def evaluate(
         data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
         list_file: File with an image's path and class index a line.
         protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
-        engine: paddle (default), torch, or paddle,torch to compare both on the same images.
+        engine: paddle (default), native (our operators for the CPU), torch, or paddle,torch to compare both on the same images.
         output: Folder of the run (default: runs/eval, or the first free one after it).
         resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
         batch_size: Images at a time (default: 32); auto tries what fits.
@@ -469,7 +469,7 @@ def predict(
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format.
         top_k: How many classes to give.
-        engine: paddle or torch.
+        engine: paddle, native (our operators for the CPU) or torch.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.

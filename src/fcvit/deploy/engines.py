@@ -13,7 +13,7 @@ from fcvit.images.preprocess import normalise
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
-ENGINES = ("paddle", "torch")
+ENGINES = ("paddle", "native", "torch")
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -42,6 +42,8 @@ def create_engine(
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
     if name == "paddle":
         return PaddleEngine(weights, preprocessing, device, precision)
+    if name == "native":
+        return NativeEngine(weights, preprocessing, device, precision)
     if name == "torch":
         return TorchEngine(weights, preprocessing, device, precision)
     raise UsageError(f"--engine {name!r}: expected {', '.join(ENGINES)}")
@@ -90,6 +92,22 @@ class PaddleEngine:
         with on_paddle_device(self.device), self.paddle.no_grad(), cast:
             logits = self.model(self.paddle.to_tensor(as_input(images, self.preprocessing)))
             return logits.astype("float32").numpy()
+
+
+class NativeEngine(PaddleEngine):
+    """The Paddle network by our own operators, on a CPU; float32 as it trains there."""
+
+    name = "native"
+
+    def __init__(
+        self, weights: Weights, preprocessing: Preprocessing, device: str = "auto", precision: str = "float32"
+    ):
+        super().__init__(weights, preprocessing, "cpu" if device == "auto" else device, precision)
+        if self.device != "cpu":
+            raise UsageError(f"--device {device}: the native operators are for the CPU; use --engine paddle")
+        from fcvit.native.network import accelerate
+
+        accelerate(self.model)
 
 
 class TorchEngine:

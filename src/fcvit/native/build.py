@@ -43,7 +43,9 @@ def operators() -> ctypes.CDLL:
             library = _kept(folder) or _compile(compiler, folder)
             return ctypes.CDLL(str(library))
     except OSError as error:
-        raise _missing(f"{error} ({folder})", "see that the folder can be written, or name another by XDG_CACHE_HOME") from error
+        raise _missing(
+            f"{error} ({folder})", "see that the folder can be written, or name another by XDG_CACHE_HOME"
+        ) from error
 
 
 def _missing(reason: str, remedy: str = REMEDY) -> MissingExtra:

@@ -7,30 +7,11 @@ from collections.abc import Callable, Mapping
 from fcvit.classes import Classes
 from fcvit.tasks.train import Training, train
 from fcvit.training.data import find_splits
-from fcvit.training.recipe import Recipe, build_recipe
+from fcvit.training.recipe import Recipe, build_recipe, shipped_fields
 from fcvit.variants import VARIANTS, Variant
 from fcvit.weights.reading import read_weights
 
-# Gentler than training from scratch: the lower a block, the less it moves; crops that keep the object in
-# the picture; and no mixing of images, which takes longer to pay than a small folder lasts.
-DEFAULTS: Mapping[str, object] = {
-    "epochs": 20,
-    "warmup_epochs": 1,
-    "cooldown_epochs": 0,
-    "lr": 1e-3,
-    "lr_batch": 64,
-    "lr_update": "step",
-    "batch_size": 64,
-    "layer_decay": 0.75,
-    "weight_decay": 0.05,
-    "drop_path_rate": 0.1,
-    "crop_scale": [0.35, 1.0],
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "held_out": 0.2,
-    "patience": 5,
-    "class_weights": "balanced",
-}
+RECIPE = "finetune"  # the shipped recipe with the defaults
 
 
 def finetune_recipe(
@@ -52,7 +33,8 @@ def finetune_recipe(
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, _truth(given.get("ema")))
     variant, options = _expressed(loaded.form.variant)
-    start = {**DEFAULTS, "variant": variant, "options": options, "weights": str(weights), "data": str(data)}
+    start = {**shipped_fields(RECIPE), "variant": variant, "options": options}
+    start |= {"weights": str(weights), "data": str(data)}
     source = "fcvit finetune"
     recipe = build_recipe({**start, "new_head": True}, given, source)
     splits = find_splits(recipe, loaded)

@@ -217,7 +217,8 @@ class Plan:
 
         Paths are not in it: another machine may have the same files elsewhere.
         """
-        packages = {"paddle": ("paddlepaddle", "paddlepaddle-gpu"), "torch": ("torch",)}
+        paddle = ("paddlepaddle", "paddlepaddle-gpu")
+        packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)}
         kept = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in self.settings.engines))
         real = self.real and [sorted(classes) for classes in self.real]
         listed = {

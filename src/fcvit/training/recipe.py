@@ -153,7 +153,7 @@ class Recipe:
             ("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1"),
-            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
+            ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
             ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("save_every", self.save_every is None or self.save_every >= 1, "at least 1"),
             ("new_head", not self.new_head or self.weights is not None, "weights to take the rest from"),
@@ -241,13 +241,12 @@ def read_recipe(source: str, overrides: Mapping[str, object] | None = None) -> R
         UnreadableFile: no such file, or not TOML.
         UsageError: an unknown field (the nearest is suggested), a value of the wrong kind or out of range.
     """
-    path = Path(source)
+    path, name = Path(source), source.removesuffix(".toml")
     try:
-        if not path.is_file() and source.removesuffix(".toml") in shipped():
-            text = (importlib.resources.files("fcvit") / "recipes" / f"{path.stem}.toml").read_text("utf-8")
+        if path.is_file() or name not in shipped():
+            fields = tomllib.loads(path.read_text("utf-8"))
         else:
-            text = path.read_text("utf-8")
-        fields = tomllib.loads(text)
+            fields = shipped_fields(name)
     except OSError as error:
         known = ", ".join(shipped())
         raise UnreadableFile(f"{source}: {error.strerror}; expected a TOML file, or one of {known}") from error
@@ -283,6 +282,11 @@ def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = importlib.resources.files("fcvit") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def shipped_fields(name: str) -> dict[str, Any]:
+    """The fields of one of them, as its file says."""
+    return tomllib.loads((importlib.resources.files("fcvit") / "recipes" / f"{name}.toml").read_text("utf-8"))
 
 
 def _suggestion(name: str, known: list[str]) -> str:

@@ -1,0 +1,154 @@
+"""Splits, classes, order and view of training images."""
+
+import dataclasses
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from conftest import DIGITS
+from fcvit.classes import ClassName
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.images.loader import Batch
+from fcvit.training.data import Division, epoch_parts, find_splits, network_input, steps_per_epoch
+from fcvit.variants import Preprocessing
+from fcvit.weights.reading import Weights
+
+LEFT_RIGHT = (ClassName("left", "left"), ClassName("right", "right"))
+
+
+def weights(classes=None, count=2):
+    form = dataclasses.replace(DIGITS, num_classes=count)
+    return Weights(form, {}, None, "torch", None, classes, (), ())
+
+
+def test_train_and_val_beside_each_other_are_the_splits(small, squares):
+    splits = find_splits(small(), None)
+    assert (len(splits.train), len(splits.val), splits.classes) == (20, 6, LEFT_RIGHT)
+    assert "these are the splits" in splits.notes[0] and splits.counts().tolist() == [11, 9]
+    other = shutil.copytree(squares / "val", squares.parent / "other")
+    assert find_splits(small(val=str(other)), None).val.root == other
+    with tarfile.open(squares.parent / "images.tar", "w") as tar:
+        tar.add(squares, ".")
+    tarred = find_splits(small(data=str(squares.parent / "images.tar")), None)
+    assert tarred.train.listing() == splits.train.listing() and tarred.val.listing() == splits.val.listing()
+
+
+def test_some_images_are_held_out(small, squares):
+    splits = find_splits(small(data=str(squares / "train"), held_out=0.25), None)
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert not set(splits.train.names) & set(splits.val.names)
+    assert sorted(splits.val.labels) == [0, 0, 0, 1, 1]
+    again = find_splits(small(data=str(squares / "train"), held_out=0.25, seed=1), None)
+    assert again.val.names != splits.val.names
+    none = find_splits(small(data=str(squares / "train")), None)
+    assert none.val is None and "no validation" in none.notes[0]
+
+
+def test_classes_are_those_of_the_weights_unless_the_head_is_new(small, squares):
+    named = (ClassName("right", "r"), ClassName("left", "l"))
+    kept = find_splits(small(weights="w"), weights(named))
+    assert kept.classes == named and kept.train.labels[:2] == (1, 1)
+    assert find_splits(small(weights="w", new_head=True), weights(named)).classes == LEFT_RIGHT
+    assert find_splits(small(weights="w"), weights()).classes == LEFT_RIGHT, "counted in sorted order"
+    listed = squares.parent / "classes.csv"
+    listed.write_text("id,name\nright,R\nleft,L\nup,U\n")
+    given = find_splits(small(classes=str(listed)), None)
+    assert [c.name for c in given.classes] == ["R", "L", "U"] and given.counts().tolist() == [9, 11, 0]
+    assert any("1 of 3 classes have no training images: up" in note for note in given.notes)
+    with pytest.raises(DoesNotFit, match="3 classes, the weights have 2"):
+        find_splits(small(classes=str(listed), weights="w"), weights())
+
+
+def test_wordnet_folders_get_imagenets_names(small, squares):
+    (squares / "train" / "left").rename(squares / "train" / "n01440764")
+    (squares / "val" / "left").rename(squares / "val" / "n01440764")
+    assert find_splits(small(), None).classes[0] == ("n01440764", "tench")
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights_of", "error", "message"),
+    [
+        ({"data": ""}, None, UsageError, "no data"),
+        ({"data": "nowhere"}, None, UnreadableFile, "nowhere: no such folder or tar"),
+        ({"weights": "w"}, weights(count=3), DoesNotFit, "2 class folders .* 3 outputs.*finetune"),
+        ({"weights": "w"}, weights((ClassName("a", "a"), ClassName("b", "b"))), DoesNotFit, "finetune.* a new head"),
+    ],
+)
+def test_what_does_not_go_together_is_said(small, fields, weights_of, error, message):
+    with pytest.raises(error, match=message):
+        find_splits(small(**fields), weights_of)
+
+
+def test_classes_of_the_splits_must_be_the_same(small, squares):
+    (squares / "val" / "left").rename(squares / "val" / "lfet")
+    with pytest.raises(DoesNotFit, match="lfet"):
+        find_splits(small(), None)
+
+
+def test_one_class_is_none(small, squares):
+    shutil.rmtree(squares / "train" / "right")
+    shutil.rmtree(squares / "val" / "right")
+    with pytest.raises(DoesNotFit, match="one class"):
+        find_splits(small(), None)
+
+
+def test_a_step_must_divide_evenly():
+    assert Division(12, 2, 1, 3).images == 2 and Division(12, 2, 1, 3).numbers(2) == [3, 4, 5, 9, 10, 11]
+    with pytest.raises(UsageError, match="not divisible by 3"):
+        Division(8, 3)
+    with pytest.raises(UsageError, match="leaves 1 image"):
+        Division(8, 2, 0, 4)
+    assert steps_per_epoch(20, 8) == 2
+    with pytest.raises(UsageError, match="only 7 training images"):
+        steps_per_epoch(7, 8)
+
+
+def epoch(recipe, number, division=None, workers=0):
+    images = find_splits(recipe, None).train
+    parts = epoch_parts(images, recipe, 32, number, division or Division(8), workers)
+    return [(batch.number, batch.pixels[0], labels) for batch, labels in parts]
+
+
+def same(one, other):
+    return all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in zip(one, other, strict=True))
+
+
+def test_order_and_views_follow_from_seed_and_epoch_alone(small):
+    first = epoch(small(), 0)
+    assert [(number, pixels.shape, len(labels)) for number, pixels, labels in first] == [
+        (0, (8, 3, 32, 32), 8),
+        (1, (8, 3, 32, 32), 8),
+    ]
+    assert same(epoch(small(), 0), first)
+    assert not same(epoch(small(), 1), first) and not same(epoch(small(seed=1), 0), first)
+
+
+@pytest.mark.slow
+def test_workers_do_not_matter(small):
+    assert same(epoch(small(), 3, workers=2), epoch(small(), 3))
+
+
+def test_who_does_a_part_does_not_matter(small):
+    """Four parts of a step in one process, or in two: the same images with the same augmentation."""
+    alone = epoch(small(), 0, Division(8, parts=4))
+    shared = [part for rank in range(2) for part in epoch(small(), 0, Division(8, 2, rank, 2))]
+    assert same(alone, sorted(shared, key=lambda part: part[0]))
+    assert (
+        np.concatenate([labels for _, _, labels in alone]) == np.concatenate([p[2] for p in epoch(small(), 0)])
+    ).all()
+
+
+def test_the_networks_input_is_mixed_normalised_and_erased(small):
+    pixels = np.full((4, 3, 32, 32), 51, np.uint8)
+    batch = Batch(0, np.arange(4), (), (pixels,), ())
+    plain = Preprocessing(input_size=32, mean=(0.2, 0.2, 0.1), std=(1.0, 1.0, 0.5))
+    off = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.0}
+    images, targets = network_input(batch, np.array([0, 1, 1, 0]), small(**off), plain, 0, 2)
+    assert images == pytest.approx(np.broadcast_to(np.array([0, 0, 0.2])[:, None, None], images.shape), abs=1e-7)
+    assert targets.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
+    erased, _ = network_input(batch, np.zeros(4, int), small(**{**off, "erasing": 1.0}), plain, 0, 2)
+    assert all((image != clean).any() for image, clean in zip(erased, images, strict=True))
+    _, mixed = network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, 0, 2)
+    assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1

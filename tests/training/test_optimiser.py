@@ -1,0 +1,193 @@
+"""AdamW's groups, the averaged weights, and running statistics of several parts."""
+
+import numpy as np
+import pytest
+
+from conftest import needs_paddle
+from fcvit.errors import UnreadableFile
+from fcvit.frameworks import import_framework
+
+pytestmark = needs_paddle
+
+
+@pytest.fixture
+def model(small):
+    from fcvit.loading import create_model
+
+    return create_model(small().network(), None, 2)
+
+
+def step(model, optimiser, gradient=1.0):
+    """One step in which every gradient is the same number; how far each parameter moved."""
+    paddle = import_framework("paddle")
+    from fcvit.training.optimiser import trained_parameters
+
+    before = {name: p.numpy().copy() for name, p in trained_parameters(model).items()}
+    total = paddle.add_n([p.sum() for p in trained_parameters(model).values()])
+    (gradient * total).backward()
+    optimiser.step()
+    optimiser.clear_grad()
+    return {name: p.numpy() - before[name] for name, p in trained_parameters(model).items()}, before
+
+
+def test_only_matrices_and_kernels_decay(model, small):
+    """The step of AdamW on a gradient of 1 is -lr; what decays also loses lr * weight_decay of itself."""
+    from fcvit.training.optimiser import create_optimiser
+
+    moved, before = step(model, create_optimiser(model, small(lr=0.01, weight_decay=0.5, eps=1e-12)))
+    assert len(moved) == len([n for n in model.state_dict() if not n.endswith(("_mean", "_variance"))])
+    for name, change in moved.items():
+        decay = 0.5 if before[name].ndim >= 2 else 0.0
+        assert change == pytest.approx(-0.01 - 0.01 * decay * before[name], abs=2e-7), name
+    assert {name for name in moved if before[name].ndim >= 2} >= {"head.weight", "patch_embed.proj.weight"}
+    assert all(moved[name] == pytest.approx(-0.01, abs=2e-7) for name in moved if name.endswith("layer_scale_1"))
+
+
+def test_lower_blocks_learn_more_slowly(model, small):
+    from fcvit.training.optimiser import create_optimiser, depth_of
+
+    depths = {name: depth_of(name, model) for name in model.state_dict()}
+    assert {depths["patch_embed.proj.weight"], depths["head.bias"], depths["norm.weight"]} == {0, 5}
+    assert depths["network.0.0.norm1.weight"] == 1
+    assert depths["network.1.proj.weight"] == depths["network.2.0.norm1.weight"] == 2
+    assert depths["network.6.0.token_mixer.dw1.weight"] == 4 and set(depths.values()) == set(range(6))
+    moved, _ = step(model, create_optimiser(model, small(lr=0.01, weight_decay=0.0, layer_decay=0.5, eps=1e-12)))
+    for name, change in moved.items():
+        assert change == pytest.approx(-0.01 * 0.5 ** (5 - depths[name]), rel=2e-3), name
+
+
+def test_deep_stages_are_counted_block_by_block():
+    from fcvit.model import FCViT
+    from fcvit.training.optimiser import depth_of
+    from fcvit.variants import VARIANTS
+
+    model = FCViT(VARIANTS["fcvit_tiny"], 2)  # depths 3, 3, 5, 2
+    names = ["patch_embed.norm.bias", "network.0.2.norm1.bias", "network.3.proj.bias", "network.4.0.norm1.bias"]
+    names += ["network.4.4.norm1.bias", "network.6.1.norm2.bias", "head.weight"]
+    assert [depth_of(name, model) for name in names] == [0, 3, 7, 7, 11, 13, 14]
+
+
+def test_a_frozen_backbone_keeps_weights_and_statistics(small):
+    paddle = import_framework("paddle")
+    from fcvit.loading import create_model
+    from fcvit.training.data import Division
+    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.step import Trainer
+
+    recipe = small(weights="some", freeze=True, drop_path_rate=0.5)
+    model = create_model(recipe.network(), None, 2, recipe.drop_path_rate)
+    freeze_backbone(model)
+    before = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(model, recipe, Division(8), "cpu")
+    trainer.train_mode()
+    images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2], "no drop path in what is frozen: the loss falls evenly"
+    changed = {name for name, tensor in model.state_dict().items() if (tensor.numpy() != before[name]).any()}
+    assert changed == {"head.weight", "head.bias"}
+    assert paddle.is_grad_enabled()
+
+
+def test_the_gradient_is_clipped(model, small):
+    from fcvit.training.optimiser import create_optimiser
+
+    clipped = create_optimiser(model, small(lr=1.0, weight_decay=0.0, clip_norm=1e-3, eps=1.0))
+    moved, _ = step(model, clipped)
+    # With eps 1 the step is about the gradient itself, over its own size plus 1.
+    norm = np.sqrt(sum((change**2).sum() for change in moved.values()))
+    assert norm == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_average_follows_the_weights(model):
+    from fcvit.training.optimiser import Average
+
+    paddle = import_framework("paddle")
+    average = Average(model, 0.9)
+    head, start = model.head.bias, model.head.bias.numpy().copy()
+    statistics = model.patch_embed.norm._mean
+    expected, kept = start.astype(np.float64), 1.0
+    for number in range(100):
+        head.set_value(paddle.to_tensor(start + number))
+        statistics.set_value(statistics + 1)
+        average.update(model, number)
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * (start + number)
+        kept *= decay
+    assert average.tensors["head.bias"].numpy() == pytest.approx(expected, rel=1e-5)
+    assert (average.tensors["patch_embed.norm._mean"].numpy() == 0).all(), "statistics wait for the end of the epoch"
+    average.end_epoch(model)
+    assert average.tensors["patch_embed.norm._mean"].numpy() == pytest.approx(100 * (1 - kept), rel=1e-5)
+    assert average.kept == 1.0
+
+
+def test_the_optimiser_goes_on_as_it_was(small):
+    """Three steps in a row, or two, then a new optimiser with the state of the old one, and one more."""
+    from fcvit.loading import create_model
+    from fcvit.training.optimiser import create_optimiser, optimiser_tensors, restore_optimiser
+
+    paddle = import_framework("paddle")
+
+    def start():
+        paddle.seed(0)
+        model = create_model(small().network(), None, 2)
+        return model, create_optimiser(model, small())
+
+    whole, optimiser = start()
+    for number in range(3):
+        step(whole, optimiser, number + 1.0)
+    model, optimiser = start()
+    for number in range(2):
+        step(model, optimiser, number + 1.0)
+    kept = {name: array.copy() for name, array in optimiser_tensors(optimiser, model).items()}
+    numbers = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    model, optimiser = start()
+    for name, tensor in model.state_dict().items():
+        tensor.set_value(numbers[name])
+    restore_optimiser(optimiser, model, kept)
+    step(model, optimiser, 3.0)
+    for name, tensor in whole.state_dict().items():
+        assert (tensor.numpy() == model.state_dict()[name].numpy()).all(), name
+    with pytest.raises(UnreadableFile, match=r"head.bias \(moment2\)"):
+        restore_optimiser(optimiser, model, {k: v for k, v in kept.items() if k != "moment2/head.bias"})
+
+
+def test_every_part_has_statistics_of_its_own(model):
+    """Two parts that see other numbers; after an epoch both have the mean of both."""
+    from fcvit.training.statistics import Statistics, running_statistics
+
+    live = running_statistics(model)
+    assert len(live) == 8, "four BatchNorm layers"
+    start = [tensor.numpy().copy() for tensor in live]
+    statistics = Statistics(model, 2, 1)
+    for _ in range(3):
+        for part, added in ((0, 1.0), (1, 5.0)):
+            statistics.use(part)
+            for tensor in live:
+                tensor.set_value(tensor + added)
+    statistics.agree()
+    for tensor, begun in zip(live, start, strict=True):
+        assert tensor.numpy() == pytest.approx(begun + 9)
+    statistics.use(0)
+    assert live[0].numpy() == pytest.approx(start[0] + 9)
+
+
+def test_balanced_classes_weigh_alike():
+    from fcvit.training.step import balanced
+
+    counts = np.array([30, 10, 0, 60])
+    weights = balanced(counts)
+    assert (weights * counts)[[0, 1, 3]] == pytest.approx(100 / 3) and weights[2] == 0
+
+
+def test_the_loss_is_that_of_soft_targets():
+    paddle = import_framework("paddle")
+    from fcvit.training.step import soft_cross_entropy
+
+    logits, targets = np.array([[1.0, 2, 3], [0, 0, 9]]), np.array([[0.2, 0.3, 0.5], [1, 0, 0]])
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    found = soft_cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(targets))
+    assert found.item() == pytest.approx(-(targets * logs).sum(1).mean(), rel=1e-12)
+    weighted = soft_cross_entropy(
+        paddle.to_tensor(logits), paddle.to_tensor(targets), paddle.to_tensor(np.array([2.0, 1, 0.5]))
+    )
+    assert weighted.item() == pytest.approx(-(targets * [2, 1, 0.5] * logs).sum(1).mean(), rel=1e-12)
