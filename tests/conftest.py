@@ -117,9 +117,8 @@ SMALL = {
     "warmup_epochs": 1,
     "cooldown_epochs": 0,
     "lr": 5e-3,
-    "lr_batch": None,
+    "lr_batch": 0,
     "batch_size": 8,
-    "operators": "plain",
     "lr_update": "step",
 }
 
@@ -145,8 +144,15 @@ def squares(tmp_path):
 
 
 @pytest.fixture
-def small(squares):
+def curves():
+    """Draw curves, which takes longer than the small network trains."""
+
+
+@pytest.fixture
+def small(squares, request, monkeypatch):
     """A recipe that trains in a second."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
 
     def build(**fields) -> Recipe:
         return Recipe(**{**SMALL, "data": str(squares), **fields})

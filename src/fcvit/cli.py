@@ -228,7 +228,7 @@ def evaluate(
         data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
         list_file: File with an image's path and class index a line.
         protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
-        engine: paddle (default), native (our operators for the CPU), torch, or paddle,torch to compare both on the same images.
+        engine: paddle (default), native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
         output: Folder of the run (default: runs/eval, or the first free one after it).
         resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
         batch_size: Images at a time (default: 32); auto tries what fits.

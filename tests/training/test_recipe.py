@@ -1,6 +1,7 @@
 """Recipes: every field has a kind and a range, an unknown one is an error, what is stored is read back."""
 
 import dataclasses
+import typing
 
 import pytest
 from hypothesis import given
@@ -90,6 +91,12 @@ def test_files_that_are_none(tmp_path):
         read_recipe(toml(tmp_path, "variant fcvit"))
     with pytest.raises(UsageError, match="no variant"):
         read_recipe(toml(tmp_path, "epochs = 3"))
+
+
+def test_only_fields_that_are_nothing_by_default_may_be_nothing():
+    """TOML has no word for nothing: such a field is left out, and must then be nothing."""
+    for field in dataclasses.fields(Recipe):
+        assert (type(None) in typing.get_args(field.type)) == (field.default is None), field.name
 
 
 @given(

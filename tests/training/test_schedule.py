@@ -18,7 +18,7 @@ def test_every_epoch_of_the_authors_recipe():
 def test_the_rate_is_in_proportion_to_the_batch():
     half = Recipe(variant="fcvit_tiny", batch_size=512)
     assert half.peak_lr == 5e-4 and learning_rate(half, 150) == pytest.approx((5e-4 + 1e-6) / 2)
-    assert Recipe(variant="fcvit_tiny", batch_size=512, lr_batch=None).peak_lr == 1e-3
+    assert Recipe(variant="fcvit_tiny", batch_size=512, lr_batch=0).peak_lr == 1e-3
 
 
 def test_by_step_it_moves_within_an_epoch():

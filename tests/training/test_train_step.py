@@ -36,7 +36,7 @@ def test_three_steps_of_the_authors_code():
     salt = GOLDEN["weight_salt"]
     model = build_network(Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ()), "float64")
     model.train()
-    recipe = Recipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=None, weight_decay=0.05)
+    recipe = Recipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=0, weight_decay=0.05)
     optimiser = create_optimiser(model, recipe)
     images = paddle.to_tensor(lively_input(tuple(GOLDEN["input_shape"]), salt).astype(np.float64))
     targets = paddle.to_tensor(np.eye(form.num_classes)[GOLDEN["labels"]])

@@ -14,21 +14,21 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcvit import runs
-from fcvit.errors import DoesNotFit, MissingExtra, TrainingStopped, UnreadableFile, UsageError
+from fcvit.errors import DoesNotFit, MissingExtra, NumbersDisagree, TrainingStopped, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.loader import Workers
 from fcvit.images.preprocess import decoders
 from fcvit.loading import build_classifier, create_model, weights_of
 from fcvit.processes import Processes, join
 from fcvit.report.progress import progress
-from fcvit.tasks.evaluate import evaluate
+from fcvit.tasks.evaluate import Evaluation, evaluate
 from fcvit.training.data import (
     Division,
     Splits,
@@ -214,6 +214,7 @@ class _Run:
         class_weights = balanced(self.splits.counts()) if recipe.class_weights == "balanced" else None
         self.trainer = Trainer(model, recipe, self.division, place, class_weights)
         self.progress = Progress()
+        self.kept = 0  # epochs in the state that is on the disk
         self.first_updates = _updates(weights)
         self.unreadable: dict[str, None] = {}
         self.identity = self._identity(weights, place)
@@ -323,6 +324,7 @@ class _Run:
             UnreadableFile: it is damaged, or of another network.
         """
         self.progress, tensors = read_state(folder)
+        self.kept = self.progress.epoch
         try:
             self.trainer.restore(tensors, self.progress.step, self.progress.loss_scale)
         except UnreadableFile as error:
@@ -372,9 +374,8 @@ class _Run:
 
     def _what_stands(self) -> str:
         again = f"go on with: fcvit train --resume {shlex.quote(str(self.folder))}"
-        if not self.progress.epoch:
-            return f"no epoch was finished. {again}"
-        return f"{self.folder / LAST} has the weights of epoch {self.progress.epoch}. {again}"
+        stands = f"epoch {self.kept} stands in {self.folder}" if self.kept else "no epoch was finished"
+        return f"{stands}; {again}"
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """One epoch, to the state that says it is done; its row of the log."""
@@ -440,14 +441,10 @@ class _Run:
         if self.splits.val is None:
             return {}
         kinds = [False] + [True] * (self.trainer.average is not None)
-        found = evaluate(
-            [self._weights(averaged) for averaged in kinds],
-            self.splits.val,
-            engines="native" if self.operators == "native" else "paddle",
-            batch_size=min(64, max(1, self.division.images)),
-            device=self.device,
-            workers=self.workers,
-        )
+        try:
+            found = self._evaluated(kinds)
+        except NumbersDisagree as error:
+            raise TrainingStopped(f"the network does not compute finite numbers any more ({error})") from error
         row = {}
         for averaged, result in zip(kinds, found.results, strict=True):
             prefix = "ema_" if averaged else ""
@@ -455,6 +452,17 @@ class _Run:
             if result.k < result.classes:  # else it is 100 %
                 row[f"{prefix}top{result.k}"] = result.top_k
         return row
+
+    def _evaluated(self, kinds: Sequence[bool]) -> Evaluation:
+        assert self.splits.val is not None
+        return evaluate(
+            [self._weights(averaged) for averaged in kinds],
+            self.splits.val,
+            engines="native" if self.operators == "native" else "paddle",
+            batch_size=min(64, max(1, self.division.images)),
+            device=self.device,
+            workers=self.workers,
+        )
 
     def _note_best(self, row: Mapping[str, Any]) -> str | None:
         """Which weights of this epoch are the best so far: "raw", "ema" or none."""
@@ -481,6 +489,7 @@ class _Run:
 
     def _write_state(self) -> None:
         write_state(self.folder, self.progress, self.trainer.tensors())
+        self.kept = self.progress.epoch
 
 
 def _replace(path: Path, weights: Weights) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit.classes import Classes, ClassName, imagenet, read_classes
-from fcvit.errors import DoesNotFit, UsageError
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.images.dataset import LabelledImages, class_folders, read_dataset
 from fcvit.images.loader import Batch, Workers, batches
@@ -62,6 +62,8 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
             val_root = root / VAL
             notes.append(f"{root} has the folders {TRAIN} and {VAL}: these are the splits")
         folders = class_folders(train_root)
+    elif folders == [VAL]:
+        raise UnreadableFile(f"{root} has a folder {VAL}, but none {TRAIN}: where are the training images?")
     given = read_classes(Path(recipe.classes)) if recipe.classes else None
     known, count = given, len(given or ())
     if weights is not None and not recipe.new_head:

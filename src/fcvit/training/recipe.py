@@ -48,7 +48,7 @@ class Recipe:
 
     Schedule: a cosine over `epochs` from `lr` to `min_lr`, the first `warmup_epochs` replaced by a line
     from `warmup_lr`, then `cooldown_epochs` at `min_lr`.
-        lr: for `lr_batch` images a step, and in proportion for others; lr_batch None: as it stands.
+        lr: for `lr_batch` images a step, and in proportion for others; lr_batch 0: as it stands.
         lr_update: the rate is set once an "epoch" (the authors) or every "step".
 
     Optimiser: AdamW, no decay on parameters of fewer than two dimensions.
@@ -106,7 +106,7 @@ class Recipe:
     warmup_epochs: int = 5
     cooldown_epochs: int = 10
     lr: float = 1e-3
-    lr_batch: int | None = 1024
+    lr_batch: int = 1024
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
     lr_update: Literal["epoch", "step"] = "epoch"
@@ -142,7 +142,7 @@ class Recipe:
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"from 0 to epochs ({self.epochs})"),
             ("cooldown_epochs", self.cooldown_epochs >= 0, "at least 0"),
             ("lr", 0 < self.lr < 1e3, "more than 0"),
-            ("lr_batch", self.lr_batch is None or self.lr_batch >= 1, "at least 1"),
+            ("lr_batch", self.lr_batch >= 0, "at least 1, or 0"),
             ("min_lr", 0 <= self.min_lr <= self.peak_lr, f"from 0 to the highest rate ({self.peak_lr:g})"),
             ("warmup_lr", 0 <= self.warmup_lr <= self.peak_lr, f"from 0 to the highest rate ({self.peak_lr:g})"),
             ("accumulate", self.accumulate >= 1, "at least 1"),

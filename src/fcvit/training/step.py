@@ -157,10 +157,15 @@ class Trainer:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What `restore` takes: network, optimiser, averages."""
-        found = {f"model/{name}": tensor.numpy() for name, tensor in self.model.state_dict().items()}
-        if self.average is not None:
-            found |= {f"ema/{name}": tensor.numpy() for name, tensor in self.average.tensors.items()}
+        found = {name: tensor.numpy() for name, tensor in self._networks().items()}
         return found | optimiser_tensors(self.optimiser, self.model)
+
+    def _networks(self) -> dict[str, Tensor]:
+        """The weights, and the averaged ones, under the names of the state."""
+        found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            found |= {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()}
+        return found
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int, loss_scale: float) -> None:
         """Go on where `tensors()` was taken, at the end of an epoch, after that many steps.
@@ -168,17 +173,14 @@ class Trainer:
         Raises:
             UnreadableFile: a tensor is missing, too many, or of another shape.
         """
-        wanted = self.tensors()
-        names = set(wanted) | set(tensors)
-        for name in sorted(names):
-            if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape:
+        wanted = self._networks()
+        found = {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "ema/"))}
+        for name in sorted({*wanted, *found}):
+            if name not in wanted or name not in found or list(found[name].shape) != wanted[name].shape:
                 raise UnreadableFile(f"the state does not fit the network at {name[:120]}")
-        for name, tensor in self.model.state_dict().items():
-            tensor.set_value(tensors[f"model/{name}"])
-        if self.average is not None:
-            for name, tensor in self.average.tensors.items():
-                tensor.set_value(tensors[f"ema/{name}"])
         restore_optimiser(self.optimiser, self.model, tensors)
+        for name, tensor in wanted.items():
+            tensor.set_value(found[name])
         self.statistics = Statistics(self.model, self.division.parts, self.division.processes)
         self.step = step
         if self.scaler.is_enable() and loss_scale:

@@ -1,0 +1,351 @@
+"""A training run: what it leaves, how it goes on, and what happens where it cannot."""
+
+import csv
+import dataclasses
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import needs_paddle, write_squares
+from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.tasks.evaluate import evaluate
+from fcvit.tasks.finetune import finetune, finetune_recipe
+from fcvit.tasks.train import extend, resume, train
+from fcvit.training.state import read_state
+from fcvit.weights.reading import read_weights
+
+pytestmark = needs_paddle
+
+
+def state_of(folder):
+    """Every number that a run would go on from."""
+    progress, tensors = read_state(folder)
+    rows = [{key: row[key] for key in ("epoch", "step", "lr", "loss", "top1") if key in row} for row in progress.rows]
+    return rows, {name: array.tobytes() for name, array in tensors.items()}
+
+
+def stop_after(monkeypatch, steps, error):
+    """Let the trainer fail in the middle of the run."""
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def failing(self, parts, rate):
+        if self.step == steps:
+            raise error
+        return run(self, parts, rate)
+
+    monkeypatch.setattr(Trainer, "run", failing)
+
+
+def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares):
+    recipe = small(ema_decay=0.5, save_every=2)
+    said = []
+    done = train(recipe, folder=tmp_path / "run", device="cpu", announce=said.append)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
+    assert names == weights | {"state.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml", "run.json"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines == list(done.rows) and [row["epoch"] for row in lines] == [1, 2, 3]
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in lines]
+    with Image.open(tmp_path / "run" / "curves.png") as picture:
+        assert picture.width > 500
+    parts = ("data", "forward", "backward", "optimiser")
+    assert all(0 < sum(row[part] for part in parts) <= row["seconds"] for row in lines)
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["status"] == "finished" and stored["recipe"]["epochs"] == 3
+    # The files are what was validated, with their classes and preprocessing.
+    for name, key in (("last", "top1"), ("last-ema", "ema_top1")):
+        found = evaluate(tmp_path / "run" / f"{name}.safetensors", squares / "val", device="cpu").results[0]
+        assert found.top1 == lines[-1][key]
+    kept = read_weights(tmp_path / "run" / "last.safetensors")
+    assert [c.id for c in kept.classes] == ["left", "right"] and kept.form.variant == recipe.network()
+    assert int(kept.tensors["patch_embed.norm.num_batches_tracked"]) == 6 == lines[-1]["step"]
+    assert any("epoch 3 of 3: loss" in text for text in said)
+    assert done.weights.name == "best.safetensors" and done.best["best_top1"] == max(
+        max(row["top1"], row["ema_top1"]) for row in lines
+    )
+
+
+def test_it_learns(small, tmp_path):
+    """Which corner is bright: a network that did not learn would know half of them."""
+    done = train(
+        small(epochs=12, flip=0.0, rand_augment=0, crop="centre", mixup=0.0, cutmix=0.0), folder=tmp_path / "r"
+    )
+    assert done.best["top1"] == 100 and done.rows[-1]["loss"] < done.rows[0]["loss"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step):
+    """Interrupted in the first epoch, between two, and in the last; drop path, dropout, mixing and averages on."""
+    recipe = small(ema_decay=0.9, drop_rate=0.1, drop_path_rate=0.3, accumulate=2)
+    train(recipe, folder=tmp_path / "whole", device="cpu")
+    said = []
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder=tmp_path / "cut", device="cpu", announce=said.append)
+    assert said[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
+    resume(tmp_path / "cut")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+    for name in ("last", "last-ema", "best"):
+        whole, cut = (read_weights(tmp_path / run / f"{name}.safetensors").tensors for run in ("whole", "cut"))
+        assert all((whole[key] == cut[key]).all() for key in whole), name
+
+
+def test_a_finished_run_stays_as_it_is(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    before = (tmp_path / "run" / "state.safetensors").read_bytes()
+    again = resume(tmp_path / "run")
+    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
+
+
+def test_training_longer_is_an_act_of_its_own(small, tmp_path):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    longer = extend(tmp_path / "run", 5, folder=tmp_path / "longer")
+    assert [row["epoch"] for row in longer.rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in longer.rows[:3]] == [row["loss"] for row in read_state(tmp_path / "run")[0].rows]
+    from fcvit.training.schedule import learning_rate
+
+    assert longer.rows[3]["lr"] == learning_rate(small(epochs=5), 3.5)
+    assert json.loads((tmp_path / "longer" / "run.json").read_text())["extends"] == str(tmp_path / "run")
+    with pytest.raises(UsageError, match="no more than the 3 that are done"):
+        extend(tmp_path / "run", 3)
+
+
+def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    extend(tmp_path / "run", 5, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            extend(tmp_path / "run", 5, folder=tmp_path / "cut")
+    resume(tmp_path / "cut")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+
+
+def test_it_stops_early(small, tmp_path, monkeypatch):
+    """No epoch is better than the first one: after two more it stops, and the best is kept."""
+    from fcvit.tasks import train as module
+
+    results = [
+        dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])(1.0, top1, 2, 2) for top1 in (90, 50, 90)
+    ]
+    found = iter([[result] for result in results])
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": next(found)}))
+    done = train(small(epochs=9, patience=2), folder=tmp_path / "run", device="cpu")
+    assert done.stopped_early and len(done.rows) == 3 and done.best["epoch"] == 1
+    best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last"))
+    assert (best["head.bias"] != last["head.bias"]).any()
+
+
+def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
+    from fcvit.training import step as module
+
+    loss = module.soft_cross_entropy
+    monkeypatch.setattr(
+        module, "soft_cross_entropy", lambda *given: loss(*given) * (float("nan") if next(calls) == 3 else 1)
+    )
+    calls = iter(range(100))
+    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 4; epoch 1 stands in .*/run; go on with"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert TrainingStopped.exit_code == 8
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    train(small(), folder=tmp_path / "whole", device="cpu")
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+
+
+def test_real_weights_that_diverge_are_noticed(small, tmp_path):
+    """Not a planted NaN: a rate that throws the weights out of all bounds."""
+    with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|does not compute finite numbers"):
+        train(small(lr=900.0, epochs=60, warmup_epochs=0), folder=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("target", ["last.safetensors", "state.safetensors"])
+def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, target):
+    """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
+    from fcvit.weights import safetensors_file
+
+    write = safetensors_file.write
+    written = []
+
+    def full(path, tensors, metadata):
+        if path.name == target:
+            written.append(path)
+            if len(written) == 2:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_file, "write", full)
+        with pytest.raises(UnreadableFile, match=rf"{target}: cannot be written: No space left .*epoch 1 stands"):
+            train(small(), folder=tmp_path / "run", device="cpu")
+    assert read_state(tmp_path / "run")[0].epoch == 1 and read_weights(tmp_path / "run" / "last.safetensors")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    resume(tmp_path / "run")
+    train(small(), folder=tmp_path / "whole", device="cpu")
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+
+
+def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def vanish(self, parts, rate):
+        if self.step == 2:
+            shutil.rmtree(squares / "train")
+        return run(self, parts, rate)
+
+    monkeypatch.setattr(Trainer, "run", vanish)
+    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*is .*train still there.*epoch 1 stands"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    with pytest.raises(UnreadableFile, match="where are the training images"):
+        resume(tmp_path / "run")
+
+
+def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares):
+    (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
+    said = []
+    done = train(small(epochs=6), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert done.unreadable == ("left/00.png: not an image",)
+    assert said.count("left out: left/00.png: not an image") == 1
+
+
+def test_what_changed_is_said_when_a_run_goes_on(small, tmp_path, squares):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    (squares / "train" / "left" / "00.png").unlink()
+    with pytest.raises(DoesNotFit, match="training images changed since the run began"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+def test_a_damaged_state_is_not_taken(small, tmp_path, damage):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(UnreadableFile, match=r"state\.safetensors"):
+        resume(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"command": "train", "recipe": {}}')
+    with pytest.raises(UnreadableFile, match="without the recipe"):
+        resume(tmp_path / "run")
+
+
+def test_the_state_of_another_network_is_not_taken(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    train(small(epochs=1, ema_decay=0.9), folder=tmp_path / "other", device="cpu")
+    shutil.copy(tmp_path / "other" / "state.safetensors", tmp_path / "run" / "state.safetensors")
+    with pytest.raises(UnreadableFile, match="does not fit the network at ema/"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "bfloat16"}, "does not have it on the CPU; use float32"),
+        ({"batchnorm": "sync"}, "does not have it on the CPU; use average"),
+        ({"batch_size": 21}, "only 20 training images"),
+        ({"accumulate": 3}, "not divisible by 3"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_not_ignored(small, tmp_path, fields, message):
+    with pytest.raises(UsageError, match=message):
+        train(small(**fields), folder=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_may_not_lie_among_its_images(small, squares):
+    with pytest.raises(UsageError, match="would be images"):
+        train(small(), folder=squares / "train" / "run", device="cpu")
+
+
+def test_a_batch_of_odd_size(small, tmp_path):
+    assert train(small(epochs=1, batch_size=7), folder=tmp_path / "run", device="cpu").rows[0]["step"] == 2
+
+
+def test_parts_of_a_step_add_up(small, tmp_path):
+    """The gradient of four parts is that of the whole batch, where no BatchNorm tells them apart."""
+    from fcvit.loading import create_model
+    from fcvit.training.data import Division
+    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.step import Trainer
+
+    images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    targets = np.eye(2, dtype=np.float32)[[0, 1, 1, 1] * 2]
+    recipe = small(weights="some", freeze=True)
+    from fcvit.frameworks import import_framework
+
+    heads = []
+    for parts in (1, 4):
+        import_framework("paddle").seed(0)
+        model = create_model(recipe.network(), None, 2)
+        freeze_backbone(model)
+        trainer = Trainer(model, recipe, Division(8, parts=parts), "cpu")
+        trainer.train_mode()
+        loss = trainer.run(iter(zip(np.split(images, parts), np.split(targets, parts), strict=True)), 0.1)
+        heads.append((loss, model.head.weight.numpy()))
+    assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
+    assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
+
+
+@pytest.fixture
+def trained(small, tmp_path):
+    """Weights of two classes, `left` and `right`."""
+    return train(small(), folder=tmp_path / "first", device="cpu").folder / "last.safetensors"
+
+
+def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
+    data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
+    said = []
+    words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
+    done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("a new head for 3 classes" in text for text in said)
+    assert any("4 of 20 images are held out" in text for text in said)
+    assert any("batch_size 4: a quarter" in text for text in said)
+    kept = read_weights(done.weights)
+    assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.form.variant == read_weights(trained).form.variant
+    recipe, _ = finetune_recipe(trained, data, words)
+    assert (recipe.layer_decay, recipe.class_weights, recipe.patience) == (0.5, "balanced", 5)
+    before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
+    moved = {name: np.abs(after[name] - before[name]).mean() for name in before if name.endswith("norm1.weight")}
+    assert 0 < moved["network.0.0.norm1.weight"] < moved["network.6.0.norm1.weight"]
+
+
+def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares):
+    said = []
+    words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("the head goes on from theirs" in text for text in said)
+    before, after = (read_weights(path).tensors["head.weight"] for path in (trained, done.folder / "last.safetensors"))
+    assert np.abs(before - after).max() < 1e-6
+    anew = finetune(trained, squares, {**words, "new-head": "true"}, folder=tmp_path / "anew", device="cpu")
+    assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
+
+
+def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
+    words = {"epochs": "1", "operators": "plain", "freeze": "true", "new_head": "true"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
+    changed = {name for name in before if (before[name] != after[name]).any() and not name.endswith("tracked")}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_training_goes_on_from_weights_of_another_count_of_classes_only_with_a_new_head(trained, small, tmp_path):
+    data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4})
+    with pytest.raises(DoesNotFit, match="fcvit finetune"):
+        train(small(data=str(data), weights=str(trained)), folder=tmp_path / "run", device="cpu")
+
+
+def test_weights_of_another_network_are_refused(trained, small, tmp_path):
+    recipe = dataclasses.replace(small(weights=str(trained)), options={})
+    with pytest.raises(DoesNotFit):
+        train(recipe, folder=tmp_path / "run", device="cpu")
