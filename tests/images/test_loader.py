@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -93,12 +94,12 @@ def test_only_so_many_are_decoded_ahead(images, monkeypatch):
     submitted = []
 
     class Pool:
-        def submit(self, jobs, crops):
+        def submit(self, jobs, work):
             submitted.append(len(jobs))
-            return type("Future", (), {"result": staticmethod(lambda: loader._decode_chunk(jobs, crops))})
+            return type("Future", (), {"result": staticmethod(lambda: loader._work(jobs, work))})
 
-    pieces = [(number, number, number + 1) for number in range(41)]
-    running = loader._run_ahead(Pool(), images, pieces, CROPS, 4)
+    jobs = ([job] for job in zip(range(41), images.names, images.locations, strict=True))
+    running = loader._run_ahead(Pool(), jobs, partial(loader.decode_file, views=CROPS), 4)
     for taken in range(1, 10):
         next(running)
         assert len(submitted) == taken + 3

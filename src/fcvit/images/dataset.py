@@ -16,12 +16,12 @@ import stat
 import tarfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
-from fcvit.images.folder import ENDINGS, images_below
+from fcvit.images.folder import ENDINGS, contents, images_below
 from fcvit.variants import IMAGENET_CLASSES, VALIDATION_IMAGES
 
 _SHOWN = 5
@@ -190,6 +190,57 @@ def class_folders(data: Path) -> list[str]:
     return sorted(_folders_below(data) if tar is None else _read_tar(tar, inner, False)[1])
 
 
+class Tree(NamedTuple):
+    """What is in a folder or tar; hidden things are left out.
+
+    Attributes:
+        folders: at any depth, relative to it, with /, sorted.
+        files: likewise, of any kind, and where each is.
+    """
+
+    folders: tuple[str, ...]
+    files: dict[str, Location]
+
+    def tops(self) -> tuple[str, ...]:
+        """The folders at the top: the classes, or the splits."""
+        return tuple(name for name in self.folders if "/" not in name)
+
+    def below(self, folder: str) -> "Tree":
+        """What is in one of the folders."""
+        prefix = f"{folder}/"
+        return Tree(
+            tuple(name.removeprefix(prefix) for name in self.folders if name.startswith(prefix)),
+            {name.removeprefix(prefix): place for name, place in self.files.items() if name.startswith(prefix)},
+        )
+
+
+def read_tree(data: Path) -> Tree:
+    """Every folder and file of a folder, a tar, or a folder inside a tar (`x.tar/val`), read once.
+
+    Raises:
+        UnreadableFile: nothing there, or a tar that is none.
+    """
+    tar, inner = _find(data)
+    if tar is None:
+        folders, files = contents(data)
+        names = [path.relative_to(data).as_posix() for path in files]
+        places = [Location(str(path)) for path in files]
+        return Tree(
+            tuple(sorted(path.relative_to(data).as_posix() for path in folders)),
+            dict(sorted(zip(names, places, strict=True))),
+        )
+    members, directories = _index(tar)
+    files_in = {name: members[name] for name in sorted(members) if not _hidden(name)}
+    # A tar need not have a member for each folder.
+    above = {str(parent) for name in files_in for parent in PurePosixPath(name).parents}
+    found = Tree(tuple(sorted(name for name in {*directories, *above} if not _hidden(name))), files_in)
+    if not inner:
+        return found
+    if inner not in found.folders:
+        raise UnreadableFile(f"{tar}: no folder {inner} in it")
+    return found.below(inner)
+
+
 def _find(data: Path) -> tuple[Path | None, str]:
     """The tar that a path names or passes through, and the folder in it; None: a folder."""
     if data.is_dir():
@@ -211,8 +262,8 @@ def _names_below(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in images_below(root)]
 
 
-def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Location], list[str]]:
-    """Name -> place of every image (or file) in a tar below `inner`, and the folders at the top."""
+def _index(path: Path) -> tuple[dict[str, Location], list[str]]:
+    """Name -> place of every file in a tar, and the folders that are members of it."""
     files: dict[str, Location] = {}
     links: dict[str, str] = {}
     directories: list[str] = []
@@ -252,11 +303,17 @@ def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Locati
             target, steps = links[target], steps + 1
         # One that leads out of the tar is an image that cannot be read, as it would be in a folder.
         files.setdefault(name, files.get(target, Location(str(path / name))))
+    return files, directories
+
+
+def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Location], list[str]]:
+    """Name -> place of every image (or file) in a tar below `inner`, and the folders at the top."""
+    files, directories = _index(path)
     prefix = f"{inner}/" if inner else ""
     found = {name.removeprefix(prefix): place for name, place in files.items() if name.startswith(prefix)}
     tops = {name.removeprefix(prefix).split("/")[0]: None for name in directories if name.startswith(prefix)}
     if not all_files:
-        found = {name: place for name, place in found.items() if _is_image(name)}
+        found = {name: place for name, place in found.items() if is_image(name) and not _hidden(name)}
     tops |= {name.split("/")[0]: None for name in found if "/" in name}
     if not found:
         where = f" below {inner}" if inner else ""
@@ -264,10 +321,14 @@ def _read_tar(path: Path, inner: str, all_files: bool) -> tuple[dict[str, Locati
     return found, [name for name in tops if not name.startswith(".")]
 
 
-def _is_image(name: str) -> bool:
-    """By its ending, and not in anything hidden or outside of the tar."""
-    parts = name.split("/")
-    return posixpath.splitext(name)[1].lower() in ENDINGS and not any(not part or part[0] == "." for part in parts)
+def is_image(name: str) -> bool:
+    """By its ending."""
+    return posixpath.splitext(name)[1].lower() in ENDINGS
+
+
+def _hidden(name: str) -> bool:
+    """In anything hidden, or outside of the tar."""
+    return any(not part or part[0] == "." for part in name.split("/"))
 
 
 def _from_folders(

@@ -10,15 +10,16 @@ from fcvit.errors import UnreadableFile
 ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Image files in a folder and the folders in it, by their ending, sorted; hidden ones left out.
+def contents(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders below a folder, and the files; both sorted, hidden ones left out.
 
     Links are followed, but none back to a folder that it is in.
 
     Raises:
         UnreadableFile: a folder in it cannot be read.
     """
-    found: list[Path] = []
+    folders: list[Path] = []
+    files: list[Path] = []
 
     def walk(directory: Path, above: frozenset[tuple[int, int]]) -> None:
         try:
@@ -33,12 +34,22 @@ def images_below(folder: Path) -> list[Path]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
+                folders.append(directory / entry.name)
                 walk(directory / entry.name, above | {here})
-            elif Path(entry.name).suffix.lower() in ENDINGS:
-                found.append(directory / entry.name)
+            else:
+                files.append(directory / entry.name)
 
     walk(folder, frozenset())
-    return sorted(found)
+    return sorted(folders), sorted(files)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Image files in a folder and the folders in it, by their ending, sorted; as `contents` finds them.
+
+    Raises:
+        UnreadableFile: a folder in it cannot be read.
+    """
+    return [path for path in contents(folder)[1] if path.suffix.lower() in ENDINGS]
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Batches of decoded images, in order, from worker processes that run ahead by a bounded number.
+"""Images decoded by worker processes that run ahead by a bounded number: batches, or what a function finds.
 
 Processes rather than threads: decoding then never waits for the interpreter that feeds the model.
 """
@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import multiprocessing
@@ -14,9 +15,9 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,8 @@ DIGEST = 8  # bytes kept of the SHA-256 of an image file
 _CHUNK = 16  # images a task: enough that handing it over costs nothing beside decoding
 
 Job = tuple[int, str, Location]
+Result = TypeVar("Result")
+Work = Callable[[int, str, Location], Result]
 
 
 class View(Protocol):
@@ -63,13 +66,16 @@ class Batch:
     bad: tuple[tuple[int, str], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """What a worker hands back: for every image its digest, or the reason why it has none."""
+def read_file(name: str, location: Location) -> bytes:
+    """The bytes of an image file.
 
-    digests: list[bytes | None]
-    reasons: list[str | None]
-    pixels: list[np.ndarray]
+    Raises:
+        BadImages: it cannot be read.
+    """
+    try:
+        return location.read()
+    except OSError as error:
+        raise BadImages(f"{name}: {error.strerror or error}") from error
 
 
 def decode_file(index: int, name: str, location: Location, views: Sequence[View]) -> tuple[bytes, list]:
@@ -78,41 +84,13 @@ def decode_file(index: int, name: str, location: Location, views: Sequence[View]
     Raises:
         BadImages: it cannot be read.
     """
-    try:
-        content = location.read()
-    except OSError as error:
-        raise BadImages(f"{name}: {error.strerror or error}") from error
+    content = read_file(name, location)
     image = decode(io.BytesIO(content), name)
     try:
         made = [view(image, index) for view in views]
     except BadImages as error:
         raise BadImages(f"{name}: {error}") from error
     return hashlib.sha256(content).digest()[:DIGEST], made
-
-
-def _decode_chunk(jobs: Sequence[Job], views: Sequence[View]) -> _Chunk:
-    digests: list[bytes | None] = []
-    reasons: list[str | None] = []
-    pixels: list[list[np.ndarray]] = [[] for _ in views]
-    for job in jobs:
-        try:
-            digest, made = decode_file(*job, views)
-        except BadImages as error:
-            digests.append(None)
-            reasons.append(str(error))
-            continue
-        digests.append(digest)
-        reasons.append(None)
-        for stack, image in zip(pixels, made, strict=True):
-            stack.append(image)
-    return _Chunk(
-        digests,
-        reasons,
-        [
-            np.stack(stack) if stack else np.empty((0, 3, view.size, view.size), np.uint8)
-            for stack, view in zip(pixels, views, strict=True)
-        ],
-    )
 
 
 def batches(
@@ -137,34 +115,63 @@ def batches(
         for number in numbers
         for start in range(number * batch_size, min((number + 1) * batch_size, len(images)), _CHUNK)
     ]
+    chunks = (
+        list(zip(range(start, end), images.names[start:end], images.locations[start:end], strict=True))
+        for _, start, end in pieces
+    )
+    # The batch that is being put together; what is behind it keeps the workers busy.
+    work = functools.partial(decode_file, views=views)
+    with contextlib.closing(_chunk_by_chunk(chunks, work, workers, -(-batch_size // _CHUNK))) as done:
+        yield from _assemble(pieces, done, views)
+
+
+def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
+    """What a function makes of every image, in their order; of an image that cannot be read, why.
+
+    Args:
+        jobs: position, name and place of each image.
+        work: is called with these three, perhaps in another process: a function at the top of a module.
+        workers: as in `batches`.
+
+    Raises:
+        FcvitError: no worker can be started.
+    """
+    chunks = (jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK))
+    with contextlib.closing(_chunk_by_chunk(chunks, work, workers)) as done:
+        for results in done:
+            yield from results
+
+
+def _chunk_by_chunk(
+    chunks: Iterator[Sequence[Job]], work: Work[Result], workers: "int | Workers", needed: int = 1
+) -> Generator[list[Result | BadImages]]:
+    """`needed`: chunks that whoever asks takes at a time."""
     if workers == 0:
-        chunks = (_decode_chunk(_jobs(images, *piece[1:]), views) for piece in pieces)
-        yield from _assemble(pieces, chunks)
+        yield from (_work(jobs, work) for jobs in chunks)
         return
     with contextlib.ExitStack() as stack:
         pool = workers if isinstance(workers, Workers) else stack.enter_context(contextlib.closing(Workers(workers)))
-        # The batch that is being put together, and enough behind it that no worker waits.
-        ahead = -(-batch_size // _CHUNK) + 2 * pool.count
-        yield from _assemble(pieces, _run_ahead(pool, images, pieces, views, ahead))
+        yield from _run_ahead(pool, chunks, work, needed + 2 * pool.count)
 
 
-def _jobs(images: LabelledImages, start: int, end: int) -> list[Job]:
-    return list(zip(range(start, end), images.names[start:end], images.locations[start:end], strict=True))
+def _work(jobs: Sequence[Job], work: Work[Result]) -> list[Result | BadImages]:
+    results: list[Result | BadImages] = []
+    for job in jobs:
+        try:
+            results.append(work(*job))
+        except BadImages as error:
+            results.append(error)
+    return results
 
 
 def _run_ahead(
-    pool: "Workers",
-    images: LabelledImages,
-    pieces: Sequence[tuple[int, int, int]],
-    views: Sequence[View],
-    ahead: int,
-) -> Iterator[_Chunk]:
-    pending: collections.deque[tuple[list[Job], concurrent.futures.Future[_Chunk]]] = collections.deque()
-    waiting = iter(pieces)
+    pool: "Workers", chunks: Iterator[Sequence[Job]], work: Work[Result], ahead: int
+) -> Iterator[list[Result | BadImages]]:
+    pending: collections.deque[tuple[Sequence[Job], concurrent.futures.Future[list[Result | BadImages]]]]
+    pending = collections.deque()
     while True:
-        while len(pending) < ahead and (piece := next(waiting, None)):
-            jobs = _jobs(images, *piece[1:])
-            pending.append((jobs, pool.submit(jobs, views)))
+        while len(pending) < ahead and (jobs := next(chunks, None)):
+            pending.append((jobs, pool.submit(jobs, work)))
         if not pending:
             return
         jobs, future = pending.popleft()
@@ -172,49 +179,52 @@ def _run_ahead(
             yield future.result()
         except BrokenProcessPool:
             pool.restart()
-            yield _one_by_one(pool, jobs, views)
-            pending = collections.deque((jobs, pool.submit(jobs, views)) for jobs, _ in pending)
+            yield _one_by_one(pool, jobs, work)
+            pending = collections.deque((jobs, pool.submit(jobs, work)) for jobs, _ in pending)
 
 
-def _one_by_one(pool: "Workers", jobs: Sequence[Job], views: Sequence[View]) -> _Chunk:
+def _one_by_one(pool: "Workers", jobs: Sequence[Job], work: Work[Result]) -> list[Result | BadImages]:
     """Find the image that ends whatever process decodes it: a bad one, like any other."""
-    parts = []
+    results: list[Result | BadImages] = []
     for job in jobs:
         for _ in range(2):  # a process may die for another reason; the same image twice is no chance
             try:
-                parts.append(pool.submit([job], views).result())
+                results += pool.submit([job], work).result()
                 break
             except BrokenProcessPool:
                 pool.restart()
         else:
-            nothing = [np.empty((0, 3, view.size, view.size), np.uint8) for view in views]
-            parts.append(_Chunk([None], [f"{job[1]}: the process that decodes it ends unexpectedly"], nothing))
-    return _Chunk(
-        [digest for part in parts for digest in part.digests],
-        [reason for part in parts for reason in part.reasons],
-        [np.concatenate(stacks) for stacks in zip(*(part.pixels for part in parts), strict=True)],
-    )
+            results.append(BadImages(f"{job[1]}: the process that decodes it ends unexpectedly"))
+    return results
 
 
-def _assemble(pieces: Sequence[tuple[int, int, int]], chunks: Iterator[_Chunk]) -> Iterator[Batch]:
+def _assemble(
+    pieces: Sequence[tuple[int, int, int]],
+    chunks: Iterator[list[tuple[bytes, list[np.ndarray]] | BadImages]],
+    views: Sequence[View],
+) -> Iterator[Batch]:
     """Put the chunks of each batch together."""
     indices: list[int] = []
     digests: list[bytes] = []
-    parts: list[list[np.ndarray]] = []
+    pixels: list[list[np.ndarray]] = [[] for _ in views]
     bad: list[tuple[int, str]] = []
     for place, (number, start, _) in enumerate(pieces):
-        chunk = next(chunks)
-        for index, (digest, reason) in enumerate(zip(chunk.digests, chunk.reasons, strict=True), start):
-            if digest is None:
-                bad.append((index, str(reason)))
-            else:
-                indices.append(index)
-                digests.append(digest)
-        parts.append(chunk.pixels)
+        for index, result in enumerate(next(chunks), start):
+            if isinstance(result, BadImages):
+                bad.append((index, str(result)))
+                continue
+            digest, made = result
+            indices.append(index)
+            digests.append(digest)
+            for stack, image in zip(pixels, made, strict=True):
+                stack.append(image)
         if place + 1 == len(pieces) or pieces[place + 1][0] != number:
-            pixels = tuple(stack[0] if len(stack) == 1 else np.concatenate(stack) for stack in zip(*parts, strict=True))
-            yield Batch(number, np.array(indices, np.int64), tuple(digests), pixels, tuple(bad))
-            indices, digests, parts, bad = [], [], [], []
+            stacks = tuple(
+                np.stack(stack) if stack else np.empty((0, 3, view.size, view.size), np.uint8)
+                for stack, view in zip(pixels, views, strict=True)
+            )
+            yield Batch(number, np.array(indices, np.int64), tuple(digests), stacks, tuple(bad))
+            indices, digests, pixels, bad = [], [], [[] for _ in views], []
 
 
 class Workers:
@@ -233,11 +243,11 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.pool = concurrent.futures.ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin_worker)
 
-    def submit(self, jobs: Sequence[Job], views: Sequence[View]) -> "concurrent.futures.Future[_Chunk]":
+    def submit(self, jobs: Sequence[Job], work: Work[Result]) -> "concurrent.futures.Future[list[Result | BadImages]]":
         try:
-            return self.pool.submit(_decode_chunk, jobs, views)
+            return self.pool.submit(_work, jobs, work)
         except BrokenProcessPool as error:  # noticed before the result was asked for
-            failed: concurrent.futures.Future[_Chunk] = concurrent.futures.Future()
+            failed: concurrent.futures.Future[list[Result | BadImages]] = concurrent.futures.Future()
             failed.set_exception(error)
             return failed
 

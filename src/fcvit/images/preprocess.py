@@ -5,8 +5,10 @@ The authors evaluate with timm's transform over torchvision and Pillow: shorter 
 OpenCV's and Paddle's own resizing give other pixels.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -36,10 +38,21 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
     Raises:
         BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
     """
+    with opened(source, name) as image:
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
+    """The same image as the file has it, not yet decoded; what fails while it is open, fails as there.
+
+    Raises:
+        BadImages: as `decode`.
+    """
     try:
         with Image.open(source, formats=FORMATS) as image:
             _check_area(image.width, image.height)
-            return image.convert("RGB")
+            yield image
     except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image"
