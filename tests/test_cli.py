@@ -59,12 +59,24 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in ("compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"):
+    for name in (
+        "check-data",
+        "compare",
+        "convert",
+        "doctor",
+        "eval",
+        "inspect",
+        "models",
+        "predict",
+        "quickstart",
+        "verify",
+    ):
         assert f" {name} " in done.stdout
 
 
 @pytest.mark.parametrize(
-    "name", ["compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"]
+    "name",
+    ["check-data", "compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"],
 )
 def test_every_command_explains_every_option(name):
     command = app[name]

@@ -41,6 +41,7 @@ ORDER = {
         "predict",
         "quickstart",
         "doctor",
+        "check_data",
     )
 }
 

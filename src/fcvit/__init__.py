@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fcvit.errors import FreshWeights as FreshWeights
     from fcvit.loading import create_backbone as create_backbone
     from fcvit.loading import create_model as create_model
+    from fcvit.tasks.check_data import check_data as check_data
     from fcvit.tasks.compare import compare as compare
     from fcvit.tasks.convert import convert as convert
     from fcvit.tasks.evaluate import evaluate as evaluate
@@ -35,6 +36,7 @@ _HOMES = {
     "FreshWeights": "fcvit.errors",
     "create_backbone": "fcvit.loading",
     "create_model": "fcvit.loading",
+    "check_data": "fcvit.tasks.check_data",
     "compare": "fcvit.tasks.compare",
     "convert": "fcvit.tasks.convert",
     "evaluate": "fcvit.tasks.evaluate",

@@ -194,6 +194,47 @@ def inspect(
     return code
 
 
+@app.command(name="check-data")
+def check_data(
+    data: Path | None = None,
+    /,
+    *,
+    split: list[str] | None = None,
+    few: int = 10,
+    near: float = 0.45,
+    workers: int | None = None,
+    as_json: Json = False,
+) -> int:
+    """Look over class folders before training: what cannot be read, what is there twice, odd images.
+
+    Args:
+        data: Class folders, or the folders train and val (and test) of them; also a tar, or a folder in one.
+        split: A split that lies elsewhere, as NAME=PATH; may be given several times.
+        few: List classes with fewer images than this.
+        near: How much near duplicates may differ, 0 to 1; 0 looks for none.
+        workers: Processes that decode images (default: one for each core, at most 8); 0: none.
+        as_json: Print JSON, with all that the tables shorten.
+    """
+    from fcvit.tasks.check_data import check_data as run
+
+    splits: dict[str, Path] = {}
+    for text in split or ():
+        name, _, path = text.partition("=")
+        if not name or not path or "/" in name or name in splits:
+            raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
+        splits[name] = Path(path)
+    found = run(data, splits, few=few, near=near, workers=_workers() if workers is None else workers, announce=_note)
+    if as_json:
+        import dataclasses
+
+        _print_json(dataclasses.asdict(found))
+    else:
+        from fcvit.report import tables
+
+        _show(*tables.data_check(found))
+    return BadImages.exit_code if found.unreadable else 0
+
+
 @app.command(name="eval")
 def evaluate(
     *,
@@ -270,9 +311,7 @@ def evaluate(
         "save_logits": save_logits,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if workers is None:  # Paddle's launcher says how many processes share this machine
-        sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
-        workers = max(1, min(8, (os.cpu_count() or 1) // sharing))
+    workers = _workers() if workers is None else workers
     if resume is not None:
         if weights or data is not None or given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
@@ -564,6 +603,12 @@ def doctor(*, as_json: Json = False) -> None:
     from fcvit.report import tables
 
     _show(tables.diagnosis(found))
+
+
+def _workers() -> int:
+    """How many processes decode images where nobody said so."""
+    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # Paddle's launcher says how many share this machine
+    return max(1, min(8, (os.cpu_count() or 1) // sharing))
 
 
 def _changes(
