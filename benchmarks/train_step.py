@@ -10,6 +10,7 @@ minute hits all alike. Times are medians; ratios those of neighbours in time, th
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -90,7 +91,7 @@ def work(contender: str, setting: tuple, pipe) -> None:
     while pipe.recv():
         for _ in range(STEPS):
             marks = step()
-        pipe.send([later - earlier for earlier, later in zip(marks, marks[1:], strict=False)])
+        pipe.send([later - earlier for earlier, later in itertools.pairwise(marks)])
 
 
 def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ FLOORS = (
     ("classes", "runs", "metrics", "journal", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),
+    ("native",),
     ("deploy",),
     (
         "report.progress",
@@ -24,6 +25,7 @@ FLOORS = (
         "report.results",
         "report.run_page",
     ),
+    ("training",),
     ("tasks",),
     ("report.tables",),
     ("cli", "__main__"),
@@ -42,7 +44,11 @@ ORDER = {
         "quickstart",
         "doctor",
         "check_data",
-    )
+        "train",
+        "finetune",
+        "preview",
+    ),
+    "training": ("recipe", "schedule", "data", "optimiser", "statistics", "step", "state", "log"),
 }
 
 
@@ -101,6 +107,9 @@ def test_imports_point_one_way(module, text):
         ("model", "def f():\n    from fcvit.deploy.engines import Engine"),
         ("tasks.verify", "from fcvit.tasks.convert import convert"),
         ("runs", "import fcvit.cli"),
+        ("model", "from fcvit.native.network import accelerate"),
+        ("tasks.evaluate", "from fcvit.tasks.train import train"),
+        ("training.recipe", "from fcvit.training.data import Splits"),
         ("torch_twin", "from fcvit.model import mean"),
         ("model", "from fcvit.torch_twin import layer_norm"),
     ],

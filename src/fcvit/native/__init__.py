@@ -1,1 +1,1 @@
-"""The network on a CPU by operators of our own, compiled on the user's machine: for training, where Paddle's are slow."""
+"""The network on a CPU by operators of our own, compiled on the user's machine: for training."""

@@ -130,7 +130,11 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                             T* to = strip + (i - i0) * DEPTH;
                             for (int64_t k = 0; k < length; k++) {
                                 const T* from = a.data + i + (k0 + k) * a.column;
-                                for (int64_t r = 0; r < height; r++) to[k * TILE_ROWS + r] = from[r];
+                                if (height == TILE_ROWS) {  // the usual case, its size known to the compiler
+                                    std::memcpy(to + k * TILE_ROWS, from, TILE_ROWS * sizeof(T));
+                                } else {
+                                    std::memcpy(to + k * TILE_ROWS, from, height * sizeof(T));
+                                }
                             }
                         }
                     }

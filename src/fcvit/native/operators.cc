@@ -121,17 +121,29 @@ void linear(T** t, const int64_t* n, double) {
     });
 }
 
-// x, weight, z or null, dy -> dx, dweight, dbias, each or null; dz (R, N) is scratch, needed with z
+// The gradient before the activation: dy gelu'(z), or dy itself where there is none (z is null).
+template <class T>
+struct Activation {
+    Buffer<T> made;
+    const T* gradient;
+    Activation(const T* z, const T* dy, int64_t rows, int64_t columns) : made(z ? rows * columns : 0), gradient(dy) {
+        if (!z) return;
+        gradient = made.data;
+#pragma omp parallel for schedule(static) if (rows * columns > 1024)
+        for (int64_t r = 0; r < rows; r++) {
+            gelu_row_backward(z + r * columns, dy + r * columns, made.data + r * columns, columns);
+        }
+    }
+};
+
+// x, weight, z or null, dy -> dx, dweight, dbias, each or null
 template <class T>
 void linear_backward(T** t, const int64_t* n, double) {
     const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
-    T *dx = t[4], *dweight = t[5], *dbias = t[6], *dz = t[7];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
-    if (z) {
-#pragma omp parallel for schedule(static) if (R * N > 1024)
-        for (int64_t r = 0; r < R; r++) gelu_row_backward(z + r * N, dy + r * N, dz + r * N, N);
-    }
-    const T* g = z ? dz : dy;
+    const Activation<T> activation(z, dy, R, N);
+    const T* g = activation.gradient;
     const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
     if (dx) matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx);
     if (dweight && n[3]) matmul<T>(K, N, R, {x, 1, K}, {g, N, 1}, dweight);
@@ -139,180 +151,195 @@ void linear_backward(T** t, const int64_t* n, double) {
     if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
 }
 
-// A depthwise convolution is done for a group of channels at a time, two registers wide: weights of a group,
-// (kernel x kernel, GROUP), are copied together, `flip`ped for the gradient of the input.
+// A depthwise convolution is done for one image and a group of channels, two registers wide, at a time. They are
+// copied together, (H, W + 2R, GROUP) with R = K / 2 zeros at either end of a row: no tap is then outside but those
+// above and below, which are left out, as are those that meet only zeros (kernels may be larger than the map).
 template <class T>
 constexpr int64_t GROUP = 2 * LANES<T>;
 
-// `T` outputs of one row beside each other: those taps that are inside for all share their weights, those at
-// the ends are left out one by one.
+template <class T>
+void copy_group(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
+    for (int64_t h = 0; h < H; h++) {
+        std::fill(to, to + R * GROUP<T>, T(0));
+        to += R * GROUP<T>;
+        for (int64_t w = 0; w < W; w++, x += C, to += GROUP<T>) {
+            if (count == GROUP<T>) {
+                std::memcpy(to, x, GROUP<T> * sizeof(T));
+            } else {
+                std::memcpy(to, x, count * sizeof(T));
+                std::fill(to + count, to + GROUP<T>, T(0));
+            }
+        }
+        std::fill(to, to + R * GROUP<T>, T(0));
+        to += R * GROUP<T>;
+    }
+}
+
+// WIDE outputs beside each other, which share the weights they load. `weight` (K, K, GROUP), `bias` (GROUP).
 template <class T, int WIDE>
-inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, int64_t h, int64_t w, int64_t H, int64_t W,
-                              int64_t C, int64_t K, int64_t count) {
-    constexpr int64_t L = LANES<T>;
-    const int64_t R = K / 2, second = count - L;  // channels in the second register
+inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t h, int64_t w, int64_t H,
+                              int64_t W, int64_t C, int64_t K, int64_t count) {
+    constexpr int64_t L = LANES<T>, G = GROUP<T>;
+    const int64_t R = K / 2;
+    const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
+    const int64_t left = std::max<int64_t>(0, R - w - (WIDE - 1)), right = std::min(K, W + R - w);
     Vector<T> sum[WIDE][2];
 #pragma GCC unroll 8
     for (int o = 0; o < WIDE; o++) {
-        sum[o][0] = bias ? load_some(bias, count) : Vector<T>{};
-        sum[o][1] = bias && second > 0 ? load_some(bias + L, second) : Vector<T>{};
+        sum[o][0] = load(bias);
+        sum[o][1] = load(bias + L);
     }
-    auto add = [&](int o, const T* row, const T* tap, int64_t j) {
-        const T* from = row + (w + o + j - R) * C;
-        if (second >= L) {
-            sum[o][0] += load(from) * load(tap);
-            sum[o][1] += load(from + L) * load(tap + L);
-        } else {
-            sum[o][0] += load_some(from, count) * load(tap);
-            if (second > 0) sum[o][1] += load_some(from + L, second) * load(tap + L);
-        }
-    };
-    for (int64_t i = std::max<int64_t>(0, R - h); i < std::min(K, H + R - h); i++) {
-        const T* row = x + (h + i - R) * W * C;
-        const T* taps = weight + i * K * GROUP<T>;
-        const int64_t from = std::max<int64_t>(0, R - w), to = std::max(from, std::min(K, W + R - w - (WIDE - 1)));
-        if (WIDE > 1) {
+    for (int64_t i = top; i < bottom; i++) {
+        const T *at = x + ((h + i - R) * (W + 2 * R) + w + left) * G, *tap = weight + (i * K + left) * G;
+        for (int64_t j = left; j < right; j++, at += G, tap += G) {
+            const Vector<T> first = load(tap), second = load(tap + L);
 #pragma GCC unroll 8
             for (int o = 0; o < WIDE; o++) {
-                for (int64_t j = std::max<int64_t>(0, R - w - o); j < from; j++) add(o, row, taps + j * GROUP<T>, j);
-                for (int64_t j = to; j < std::min(K, W + R - w - o); j++) add(o, row, taps + j * GROUP<T>, j);
-            }
-        }
-        if (second >= L) {
-            for (int64_t j = from; j < to; j++) {
-                const T *tap = taps + j * GROUP<T>, *at = row + (w + j - R) * C;
-                const Vector<T> left = load(tap), right = load(tap + L);
-#pragma GCC unroll 8
-                for (int o = 0; o < WIDE; o++) {
-                    sum[o][0] += load(at + o * C) * left;
-                    sum[o][1] += load(at + o * C + L) * right;
-                }
-            }
-        } else {
-            for (int64_t j = from; j < to; j++) {
-#pragma GCC unroll 8
-                for (int o = 0; o < WIDE; o++) add(o, row, taps + j * GROUP<T>, j);
+                sum[o][0] += load(at + o * G) * first;
+                sum[o][1] += load(at + o * G + L) * second;
             }
         }
     }
 #pragma GCC unroll 8
     for (int o = 0; o < WIDE; o++) {
-        T* to = y + (h * W + w + o) * C;
-        store_some(to, sum[o][0], count);
-        if (second > 0) store_some(to + L, sum[o][1], second);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int64_t some = count - half * L, to = (h * W + w + o) * C + half * L;
+            if (some <= 0) break;
+            store_some(y + to, sum[o][half], some);
+            if (activated) store_some(activated + to, sum[o][half] * normal(sum[o][half]).distribution, some);
+        }
     }
 }
 
 // y = x convolved with weight (C, K, K), plus bias or null; activated = gelu(y) or null. All (B, H, W, C).
+// `flip`: with the kernels turned round, which is the gradient of the input.
 template <class T>
 void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
                         int64_t C, int64_t K, bool flip) {
-    const int64_t groups = (C + GROUP<T> - 1) / GROUP<T>, area = K * K;
-    Buffer<T> packed(groups * area * GROUP<T>);
-#pragma omp parallel
+    constexpr int64_t G = GROUP<T>;
+    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
+    Buffer<T> weights(groups * area * G), biases(groups * G), slabs(omp_get_max_threads() * slab);
+#pragma omp parallel if (B * H * W * C > 4096)
     {
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
-            for (int64_t tap = 0; tap < area; tap++) {
-                T* to = packed.data + (group * area + tap) * GROUP<T>;
-                for (int64_t lane = 0; lane < GROUP<T>; lane++) {
-                    const int64_t c = group * GROUP<T> + lane;
-                    to[lane] = c < C ? weight[c * area + (flip ? area - 1 - tap : tap)] : T(0);
+            for (int64_t lane = 0; lane < G; lane++) {
+                const int64_t c = group * G + lane;
+                biases.data[c] = bias && c < C ? bias[c] : T(0);
+                T* to = weights.data + group * area * G + lane;
+                for (int64_t tap = 0; tap < area; tap++) {
+                    to[tap * G] = c < C ? weight[c * area + (flip ? area - 1 - tap : tap)] : T(0);
                 }
             }
         }
+        T* from = slabs.data + omp_get_thread_num() * slab;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < B; b++) {
             for (int64_t group = 0; group < groups; group++) {
-                const int64_t c = group * GROUP<T>, count = std::min(GROUP<T>, C - c);
-                const T *from = x + b * H * W * C + c, *taps = packed.data + group * area * GROUP<T>;
-                const T* start = bias ? bias + c : nullptr;
-                T* to = y + b * H * W * C + c;
+                const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
+                copy_group(x + here, from, H, W, C, K / 2, count);
+                const T *taps = weights.data + group * area * G, *start = biases.data + c;
+                T *to = y + here, *also = activated ? activated + here : nullptr;
                 for (int64_t h = 0; h < H; h++) {
                     int64_t w = 0;
-                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, also, h, w, H, W, C, K, count);
+                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, also, h, w, H, W, C, K, count);
+                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, also, h, w, H, W, C, K, count);
                 }
-                if (!activated) continue;
-                for (int64_t p = 0; p < H * W; p++) gelu_row(to + p * C, activated + b * H * W * C + c + p * C, count);
             }
         }
     }
 }
 
-// x (B, H, W, C), weight (C, 1, K, K), bias (C) -> z (B, H, W, C), y = gelu(z) or null
+// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C), y = gelu(z) or null
 template <class T>
 void depthwise(T** t, const int64_t* n, double) {
     convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
 }
 
-// The gradient of row i of the kernels of one register of channels: sums over images and positions.
+// total (K, K, GROUP) += the gradient of a group's kernels in one image, from copies of x and dz with the same R.
+// FIXED is K, known to the compiler so that the sums of a row of a kernel stay in registers, or 0.
 template <class T, int FIXED>
-void depthwise_weight_row(const T* x, const T* dz, T* dweight, int64_t i, int64_t c, int64_t B, int64_t H, int64_t W, int64_t C,
-                          int64_t K) {
-    constexpr int64_t L = LANES<T>;
-    const int64_t R = K / 2, count = std::min(L, C - c);
-    std::vector<double> total(K * L, 0.0);
-    std::vector<Vector<T>> edge(K);
-    for (int64_t b = 0; b < B; b++) {
-        Vector<T> sum[FIXED ? FIXED : 1] = {};
-        std::fill(edge.begin(), edge.end(), Vector<T>{});
-        for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
-            const T* row = x + ((b * H + h + i - R) * W) * C + c;
-            const T* g = dz + ((b * H + h) * W) * C + c;
-            const int64_t from = FIXED ? std::min(R, W) : W, to = FIXED ? std::max(from, W - R) : W;
-            for (int64_t j = 0; j < K; j++) {  // where some taps are outside
-                const int64_t low = std::max<int64_t>(0, R - j), high = std::min(W, W + R - j);
-                for (int64_t w = low; w < std::min(high, from); w++) {
-                    edge[j] += load_some(g + w * C, count) * load_some(row + (w + j - R) * C, count);
-                }
-                for (int64_t w = std::max(low, to); w < high; w++) {
-                    edge[j] += load_some(g + w * C, count) * load_some(row + (w + j - R) * C, count);
-                }
-            }
-            for (int64_t w = from; FIXED && w < to; w++) {
-                const Vector<T> v = load_some(g + w * C, count);
+void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H, int64_t W, int64_t K) {
+    constexpr int64_t L = LANES<T>, G = GROUP<T>;
+    constexpr int TAPS = FIXED ? FIXED : 1;  // at a time
+    const int64_t R = K / 2, row = (W + 2 * R) * G;
+    for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
+        for (int64_t j = FIXED ? 0 : std::max<int64_t>(0, R - W + 1); j < (FIXED ? 1 : std::min(K, W + R)); j++) {
+            for (int64_t half = 0; half < G; half += L) {
+                Vector<T> sum[TAPS] = {};
+                for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
+                    const T *at = x + (h + i - R) * row + j * G + half, *g = dz + h * row + R * G + half;
+                    for (int64_t w = 0; w < W; w++, at += G, g += G) {
+                        const Vector<T> v = load(g);
 #pragma GCC unroll 16
-                for (int j = 0; j < FIXED; j++) sum[j] += v * load_some(row + (w + j - R) * C, count);
+                        for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * G);
+                    }
+                }
+                double* to = total + (i * K + j) * G + half;
+#pragma GCC unroll 16
+                for (int tap = 0; tap < TAPS; tap++) {
+                    for (int64_t lane = 0; lane < L; lane++) to[tap * G + lane] += sum[tap][lane];
+                }
             }
         }
-        for (int64_t j = 0; j < K; j++) {
-            const Vector<T> image = edge[j] + (FIXED ? sum[FIXED ? j : 0] : Vector<T>{});
-            for (int64_t lane = 0; lane < count; lane++) total[j * L + lane] += image[lane];
-        }
-    }
-    for (int64_t j = 0; j < K; j++) {
-        for (int64_t lane = 0; lane < count; lane++) dweight[((c + lane) * K + i) * K + j] = T(total[j * L + lane]);
     }
 }
 
-// x, weight, z or null, dy -> dx or null, dweight, dbias; dz (B, H, W, C) is scratch, needed with z
+// dweight (C, K, K): images are shared out in parts, as many whatever the threads, which are then added in order.
 template <class T>
-void depthwise_backward(T** t, const int64_t* n, double) {
-    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
-    T *dx = t[4], *dweight = t[5], *dbias = t[6], *dz = t[7];
-    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
-    if (z) {
-#pragma omp parallel for schedule(static)
-        for (int64_t r = 0; r < B * H * W; r++) gelu_row_backward(z + r * C, dy + r * C, dz + r * C, C);
-    }
-    const T* g = z ? dz : dy;
-    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
-    if (dweight) {
-#pragma omp parallel for collapse(2) schedule(dynamic)
-        for (int64_t c = 0; c < C; c += LANES<T>) {
-            for (int64_t i = 0; i < K; i++) {
-                if (K == 11) {
-                    depthwise_weight_row<T, 11>(x, g, dweight, i, c, B, H, W, C, K);
-                } else if (K == 3) {
-                    depthwise_weight_row<T, 3>(x, g, dweight, i, c, B, H, W, C, K);
-                } else {
-                    depthwise_weight_row<T, 0>(x, g, dweight, i, c, B, H, W, C, K);
+void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
+    constexpr int64_t G = GROUP<T>;
+    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
+    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(B, 1));
+    Buffer<double> totals(groups * parts * area * G);
+    Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
+#pragma omp parallel if (B * H * W * C > 4096)
+    {
+        T *from = slabs.data + omp_get_thread_num() * 2 * slab, *g = from + slab;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t group = 0; group < groups; group++) {
+            for (int64_t part = 0; part < parts; part++) {
+                double* total = totals.data + (group * parts + part) * area * G;
+                std::fill(total, total + area * G, 0.0);
+                for (int64_t b = B * part / parts; b < B * (part + 1) / parts; b++) {
+                    const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
+                    copy_group(x + here, from, H, W, C, K / 2, count);
+                    copy_group(dz + here, g, H, W, C, K / 2, count);
+                    if (K == 11 && W > 2) {
+                        depthwise_weight_gradient<T, 11>(from, g, total, H, W, K);
+                    } else if (K == 3) {
+                        depthwise_weight_gradient<T, 3>(from, g, total, H, W, K);
+                    } else {
+                        depthwise_weight_gradient<T, 0>(from, g, total, H, W, K);
+                    }
                 }
             }
         }
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; group++) {
+            double* total = totals.data + group * parts * area * G;
+            for (int64_t part = 1; part < parts; part++) {
+                for (int64_t at = 0; at < area * G; at++) total[at] += total[part * area * G + at];
+            }
+            for (int64_t c = group * G; c < std::min(C, group * G + G); c++) {
+                for (int64_t tap = 0; tap < area; tap++) dweight[c * area + tap] = T(total[tap * G + c - group * G]);
+            }
+        }
     }
+}
+
+// x, weight, z or null, dy -> dx, dweight, dbias, each or null
+template <class T>
+void depthwise_backward(T** t, const int64_t* n, double) {
+    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6];
+    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
+    const Activation<T> activation(z, dy, B * H * W, C);
+    const T* g = activation.gradient;
+    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
+    if (dweight) depthwise_weights(x, g, dweight, B, H, W, C, K);
     if (dbias) column_sums(B * H * W, C, dbias, [=](int64_t r, int64_t c) { return g[r * C + c]; });
 }
 
@@ -350,13 +377,24 @@ void pool_backward(T** t, const int64_t* n, double) {
 
 // The global context, weighted and with competition, and its residual; h heads of C / h channels, inner width I.
 // x (B, P, C), fc1 (C, 2I), its bias, fc2 (I, C), its bias, rescale weight and bias (h)
-//   -> y (B, P, C), context (B, C), halves (B, 2I), winner (B, I), value (B, C),
-//      centred similarity (B, P, h), deviation (B): standard deviation
+//   -> y (B, P, C), and what the gradient needs again
+template <class T>
+struct Kept {
+    T *context, *halves, *winner, *value;  // (B, C), (B, 2I), (B, I), (B, C)
+    T *centred, *deviation;                // of the similarity: (B, P, h), and its standard deviation (B)
+    Kept(T* memory, int64_t B, int64_t P, int64_t C, int64_t h, int64_t I)
+        : context(memory), halves(context + B * C), winner(halves + B * 2 * I), value(winner + B * I),
+          centred(value + B * C), deviation(centred + B * P * h) {}
+};
+
 template <class T>
 void context(T** t, const int64_t* n, double eps) {
     const T *x = t[0], *fc1 = t[1], *bias1 = t[2], *fc2 = t[3], *bias2 = t[4], *weight = t[5], *bias = t[6];
-    T *y = t[7], *context = t[8], *halves = t[9], *winner = t[10], *value = t[11], *centred = t[12], *deviation = t[13];
+    T* y = t[7];
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
+    const Kept<T> kept(t[8], B, P, C, h, I);
+    T *context = kept.context, *halves = kept.halves, *winner = kept.winner, *value = kept.value;
+    T *centred = kept.centred, *deviation = kept.deviation;
     Buffer<double> totals(B * C);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < B; b++) mean_positions(x + b * P * C, context + b * C, totals.data + b * C, P, C);
@@ -398,14 +436,16 @@ void context(T** t, const int64_t* n, double eps) {
     }
 }
 
-// x, fc1, fc2, rescale weight and bias, context, halves, winner, value, centred, deviation, dy
+// x, fc1, fc2, rescale weight and bias, kept, dy
 //   -> dx, dfc1, dbias1, dfc2, dbias2, dweight, dbias
 template <class T>
 void context_backward(T** t, const int64_t* n, double eps) {
-    const T *x = t[0], *fc1 = t[1], *fc2 = t[2], *weight = t[3], *bias = t[4], *context = t[5], *halves = t[6];
-    const T *winner = t[7], *value = t[8], *centred = t[9], *deviation = t[10], *dy = t[11];
-    T *dx = t[12], *dfc1 = t[13], *dbias1 = t[14], *dfc2 = t[15], *dbias2 = t[16], *dweight = t[17], *dbias = t[18];
+    const T *x = t[0], *fc1 = t[1], *fc2 = t[2], *weight = t[3], *bias = t[4], *dy = t[6];
+    T *dx = t[7], *dfc1 = t[8], *dbias1 = t[9], *dfc2 = t[10], *dbias2 = t[11], *dweight = t[12], *dbias = t[13];
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
+    const Kept<T> kept(t[5], B, P, C, h, I);
+    const T *context = kept.context, *halves = kept.halves, *winner = kept.winner, *value = kept.value;
+    const T *centred = kept.centred, *deviation = kept.deviation;
     const T scale = T(1 / std::sqrt(double(d)));
     const double count = double(h * P), others = std::max(count - 1, 1.0);
     Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
@@ -545,17 +585,18 @@ void strided(T** t, const int64_t* n, double) {
     matmul<T>(s.B * s.high * s.wide, s.N, depth, {t[4], depth, 1}, {t[1], 1, depth}, t[3], t[2]);
 }
 
-// patches, weight, dy -> dx or null, dweight, dbias; dpatches is scratch, needed with dx
+// patches, weight, dy -> dx, dweight, dbias, each or null
 template <class T>
 void strided_backward(T** t, const int64_t* n, double) {
     const T *from = t[0], *weight = t[1], *dy = t[2];
-    T *dx = t[3], *dweight = t[4], *dbias = t[5], *dpatches = t[6];
+    T *dx = t[3], *dweight = t[4], *dbias = t[5];
     const Strided s(n);
     const int64_t rows = s.B * s.high * s.wide, area = s.K * s.K, depth = s.C * area, R = s.K / 2;
     if (dweight) matmul<T>(s.N, depth, rows, {dy, 1, s.N}, {from, depth, 1}, dweight);
     if (dbias) column_sums(rows, s.N, dbias, [=](int64_t r, int64_t c) { return dy[r * s.N + c]; });
     if (!dx) return;
-    matmul<T>(rows, depth, s.N, {dy, s.N, 1}, {weight, depth, 1}, dpatches);
+    Buffer<T> dpatches(rows * depth);
+    matmul<T>(rows, depth, s.N, {dy, s.N, 1}, {weight, depth, 1}, dpatches.data);
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < s.B * s.H * s.W; r++) {  // what each number of the input was used for
         const int64_t b = r / (s.H * s.W), h = r / s.W % s.H, w = r % s.W;
@@ -567,7 +608,7 @@ void strided_backward(T** t, const int64_t* n, double) {
             for (int64_t j = (w + R) % s.stride; j < s.K; j += s.stride) {
                 const int64_t x = (w + R - j) / s.stride;
                 if (w + R < j || x >= s.wide) continue;
-                const T* g = dpatches + ((b * s.high + y) * s.wide + x) * depth + i * s.K + j;
+                const T* g = dpatches.data + ((b * s.high + y) * s.wide + x) * depth + i * s.K + j;
                 for (int64_t c = 0; c < s.C; c++) to[c * s.channel] += g[c * area];
             }
         }

@@ -5,6 +5,8 @@ derivatives only.
 """
 
 import ctypes
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +16,12 @@ from fcvit.native import build
 import_framework("paddle")  # quietly, or with the remedy where it is missing
 
 import paddle  # noqa: E402
-from paddle import Tensor  # noqa: E402
+from paddle import Tensor, _C_ops  # noqa: E402
 from paddle.autograd import PyLayer  # noqa: E402
 
 SUFFIXES = {paddle.float32: "float32", paddle.float64: "float64"}
+CPU = paddle.CPUPlace()
+Pair = tuple[Tensor, Tensor]  # weight and bias
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -43,14 +47,8 @@ def strided(x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first
     return Strided.apply(x, weight, bias, stride, channels_first)
 
 
-def context(
-    x: Tensor,
-    fc1: Sequence[Tensor],
-    fc2: Sequence[Tensor],
-    rescale: Sequence[Tensor],
-    eps: float,
-) -> Tensor:
-    """x plus its weighted global context with competition (`fcvit.model.GlobalContext`); weights and biases in pairs."""
+def context(x: Tensor, fc1: Pair, fc2: Pair, rescale: Pair, eps: float) -> Tensor:
+    """x plus its global context, weighted and with competition, as `fcvit.model.GlobalContext` has it."""
     return Context.apply(x, *fc1, *fc2, *rescale, eps)
 
 
@@ -71,24 +69,26 @@ def gelu(x: Tensor) -> Tensor:
 
 def channels_first(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W)."""
-    b, h, w, c = x.shape
-    return Swap.apply(x.reshape([b, h * w, c])).reshape([b, c, h, w])
+    return Swap.apply(x, True)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W, C)."""
-    b, c, h, w = x.shape
-    return Swap.apply(x.reshape([b, c, h * w])).reshape([b, h, w, c])
+    return Swap.apply(x, False)
 
 
 def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], eps: float = 0.0) -> None:
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
     if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"{name}: tensors of different types")
-    function = build.operators()[f"fcvit_{name}_{SUFFIXES[dtype]}"]
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    if function(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps)):
+    if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps)):
         raise MemoryError(f"{name}: out of memory")
+
+
+@functools.cache
+def _function(name: str, suffix: str) -> Any:
+    return build.operators()[f"fcvit_{name}_{suffix}"]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -96,7 +96,12 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return paddle.empty(tensor.shape, tensor.dtype)
+    return _empty(tensor.shape, tensor.dtype)
+
+
+def _empty(shape: list[int], dtype: paddle.dtype) -> Tensor:
+    """As `paddle.empty`, which takes four times as long: a step asks for a thousand."""
+    return _C_ops.empty(shape, dtype, CPU)
 
 
 def _gradients(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -113,7 +118,7 @@ class LayerNorm(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = _dense(x)
-        y, statistics = _like(x), paddle.empty([x.shape[0], 2], x.dtype)
+        y, statistics = _like(x), _empty([x.shape[0], 2], x.dtype)
         _run("layer_norm", (x, weight, bias, y, statistics), _positions(x), eps)
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
@@ -132,8 +137,8 @@ class Linear(PyLayer):
         x = _dense(x)
         *rows, inputs = x.shape
         outputs = weight.shape[1 if transposed else 0]
-        ctx.sizes = (x.size // inputs, inputs, outputs, int(transposed))
-        z = paddle.empty([*rows, outputs], x.dtype)
+        ctx.sizes = (math.prod(rows), inputs, outputs, int(transposed))
+        z = _empty([*rows, outputs], x.dtype)
         y = _like(z) if gelu else None
         _run("linear", (x, weight, bias, z, y), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, z if gelu else None)
@@ -143,7 +148,7 @@ class Linear(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        _run("linear_backward", (x, weight, z, _dense(dy), *gradients, None if z is None else _like(z)), ctx.sizes)
+        _run("linear_backward", (x, weight, z, _dense(dy), *gradients), ctx.sizes)
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -161,8 +166,7 @@ class Depthwise(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        tensors = (x, weight, z, _dense(dy), *gradients, None if z is None else _like(z))
-        _run("depthwise_backward", tensors, (*x.shape, weight.shape[-1]))
+        _run("depthwise_backward", (x, weight, z, _dense(dy), *gradients), (*x.shape, weight.shape[-1]))
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -178,8 +182,8 @@ class Strided(PyLayer):
             b, h, w, c = x.shape
             steps = (h * w * c, w * c, c, 1)
         high, wide = -(-h // stride), -(-w // stride)
-        y = paddle.empty([b, high, wide, outputs], x.dtype)
-        patches = paddle.empty([b * high * wide, c * kernel * kernel], x.dtype)
+        y = _empty([b, high, wide, outputs], x.dtype)
+        patches = _empty([b * high * wide, c * kernel * kernel], x.dtype)
         ctx.sizes = (b, h, w, c, outputs, kernel, stride, *steps)
         _run("strided", (x, weight, bias, y, patches), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, patches)
@@ -189,8 +193,7 @@ class Strided(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, patches = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        scratch = None if gradients[0] is None else _like(patches)
-        _run("strided_backward", (patches, weight, _dense(dy), *gradients, scratch), ctx.sizes)
+        _run("strided_backward", (patches, weight, _dense(dy), *gradients), ctx.sizes)
         return tuple(gradients)
 
 
@@ -202,22 +205,20 @@ class Context(PyLayer):
         b, positions, width = _positions(x)
         fc1, _, _, _, weight, _ = parameters
         heads, inner = weight.shape[0], fc1.shape[1] // 2
-        # Context, halves, winner, value, centred similarity, deviation: see operators.cc.
-        shapes = ([b, width], [b, 2 * inner], [b, inner], [b, width], [b, positions, heads], [b])
-        kept = [paddle.empty(shape, x.dtype) for shape in shapes]
+        # Context, halves, winner, value, centred similarity and deviation together: see operators.cc.
+        kept = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
         y = _like(x)
         ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps
-        _run("context", (x, *parameters, y, *kept), ctx.sizes, eps)
-        ctx.save_for_backward(x, *parameters, *kept)
+        _run("context", (x, *parameters, y, kept), ctx.sizes, eps)
+        ctx.save_for_backward(x, *parameters, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        x, *saved = ctx.saved_tensor()
-        parameters, kept = saved[:6], saved[6:]
+        x, *parameters, kept = ctx.saved_tensor()
         fc1, _, fc2, _, weight, bias = parameters
         gradients = [_like(x), *map(_like, parameters)]
-        _run("context_backward", (x, fc1, fc2, weight, bias, *kept, _dense(dy), *gradients), ctx.sizes, ctx.eps)
+        _run("context_backward", (x, fc1, fc2, weight, bias, kept, _dense(dy), *gradients), ctx.sizes, ctx.eps)
         return tuple(gradients)
 
 
@@ -226,13 +227,13 @@ class Pool(PyLayer):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = _dense(x)
         ctx.shape = x.shape
-        y = paddle.empty([x.shape[0], x.shape[-1]], x.dtype)
+        y = _empty([x.shape[0], x.shape[-1]], x.dtype)
         _run("pool", (x, y), _positions(x))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        dx = paddle.empty(ctx.shape, dy.dtype)
+        dx = _empty(ctx.shape, dy.dtype)
         _run("pool_backward", (_dense(dy), dx), _positions(dx))
         return dx
 
@@ -265,7 +266,7 @@ class Gelu(PyLayer):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = _dense(x)
         y = _like(x)
-        _run("gelu", (x, y), (x.size,))
+        _run("gelu", (x, y), (math.prod(x.shape),))
         ctx.save_for_backward(x)
         return y
 
@@ -273,25 +274,29 @@ class Gelu(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensor()
         dx = _like(x)
-        _run("gelu_backward", (x, _dense(dy), dx), (x.size,))
+        _run("gelu_backward", (x, _dense(dy), dx), (math.prod(x.shape),))
         return dx
 
 
 class Swap(PyLayer):
-    """(B, R, S) -> (B, S, R)."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _swapped(x)
+    def forward(ctx: Any, x: Tensor, to_first: bool) -> Tensor:
+        ctx.to_first = to_first
+        return _swapped(x, to_first)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _swapped(dy)
+        return _swapped(dy, not ctx.to_first)
 
 
-def _swapped(x: Tensor) -> Tensor:
+def _swapped(x: Tensor, to_first: bool) -> Tensor:
     x = _dense(x)
-    b, r, s = x.shape
-    y = paddle.empty([b, s, r], x.dtype)
-    _run("swap", (x, y), (b, r, s))
+    if to_first:
+        b, h, w, c = x.shape
+        shape, sizes = [b, c, h, w], (b, h * w, c)
+    else:
+        b, c, h, w = x.shape
+        shape, sizes = [b, h, w, c], (b, c, h * w)
+    y = _empty(shape, x.dtype)
+    _run("swap", (x, y), sizes)
     return y

@@ -69,7 +69,8 @@ struct Normal {
 inline Normal<float> normal(Vector<float> x) {
     typedef int32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
     const Vector<float> zero = {};
-    const Vector<float> z = (Vector<float>)((Bits)x & 0x7fffffff);
+    const Vector<float> size = (Vector<float>)((Bits)x & 0x7fffffff);
+    const Vector<float> z = size > 13.0f ? zero + 13.0f : size;  // infinity would give 0 / 0
     const Vector<float> u = 1.0f / (z + 3.5f);
     const Vector<float> t = (z - 3.5f) * u;
     Vector<float> r = zero + 1.190133640e-04f;
@@ -100,7 +101,7 @@ inline Normal<float> normal(Vector<float> x) {
     e = e * rest + 1.0f;
     e = e * rest + 1.0f;
     e = (Vector<float>)((Bits)e + (((Bits)shifted - (Bits)rounder) << 23));
-    e = z > 13.0f ? zero : e;  // below the smallest normal number
+    e = size > 13.0f ? zero : e;  // below the smallest normal number
 
     const Vector<float> tail = e * u * r;
     return {x > 0.0f ? 1.0f - tail : tail, e * 0.3989422804f};

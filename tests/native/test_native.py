@@ -1,0 +1,470 @@
+"""The native operators and network against the plain Paddle ones."""
+
+import copy
+import dataclasses
+import math
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import golden_arrays, golden_json, needs_paddle
+from fcvit.errors import MissingExtra, UsageError
+from fcvit.frameworks import import_framework, installed
+from fcvit.native import build
+from fcvit.variants import VARIANTS
+from fcvit.weights.lively import lively_input, lively_tensors
+from fcvit.weights.names import Form, recognise
+from fcvit.weights.reading import Weights
+
+pytestmark = [
+    needs_paddle,
+    pytest.mark.filterwarnings("ignore::UserWarning:paddle"),  # Paddle's BatchNorm warns of itself in training
+]
+if installed("paddle"):
+    paddle = import_framework("paddle")
+OPTIONS = golden_json("options.json")["cases"]
+SMALL = dataclasses.replace(VARIANTS["fcvit_digits"], depths=(1, 1, 1, 1), layer_scale=0.5)
+
+
+@pytest.fixture(scope="session")
+def library():
+    try:
+        return build.operators()
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def several_threads(request):
+    """The suite runs with one thread; what is shared out among threads is only tested with some."""
+    if "library" in request.fixturenames:
+        request.getfixturevalue("library").omp_set_num_threads(3)
+
+
+def compare(native, plain, shapes, dtype="float64", tolerance=1e-10):
+    """Results and all gradients of both, of the same random tensors, relative to the largest number of each.
+
+    The plain one is always computed in float64.
+    """
+    generator = np.random.default_rng(0)
+    given = [generator.normal(size=shape).astype(dtype) for shape in shapes]
+    outcomes = []
+    for function, kind in ((native, dtype), (plain, "float64")):
+        tensors = [paddle.to_tensor(array.astype(kind), stop_gradient=False) for array in given]
+        result = function(*tensors)
+        cotangent = np.random.default_rng(1).normal(size=result.shape).astype(dtype)
+        (result * paddle.to_tensor(cotangent.astype(kind))).sum().backward()
+        outcomes.append([result.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+    assert outcomes[0][0].dtype == dtype
+    for found, expected in zip(*outcomes, strict=True):
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
+
+
+def precisions(test):
+    return pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 3e-6)])(test)
+
+
+@precisions
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((2, 5, 7, 8), 3),
+        ((2, 5, 7, 19), 11),
+        ((3, 1, 1, 10), 11),
+        ((2, 2, 1, 16), 3),
+        ((1, 4, 3, 33), 11),
+        ((2, 13, 12, 5), 11),
+        ((2, 6, 9, 17), 5),
+        ((1, 3, 3, 4), 9),
+        ((2, 4, 4, 20), 1),
+    ],
+)
+def test_depthwise(library, shape, kernel, activated, dtype, tolerance):
+    from fcvit.native import operators
+
+    def plain(x, weight, bias):
+        first = paddle.transpose(x, [0, 3, 1, 2])
+        y = paddle.nn.functional.conv2d(first, weight, bias, padding=kernel // 2, groups=shape[3])
+        return paddle.transpose(paddle.nn.functional.gelu(y) if activated else y, [0, 2, 3, 1])
+
+    width = shape[3]
+    shapes = (shape, (width, 1, kernel, kernel), (width,))
+    compare(lambda *t: operators.depthwise(*t, gelu=activated), plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 3), (40, 33, 17), (13, 300, 40), (600, 16, 70), (130, 520, 90)]
+)
+def test_linear(library, rows, inputs, outputs, transposed, activated, dtype, tolerance):
+    from fcvit.native import operators
+
+    def plain(x, weight, bias):
+        y = paddle.matmul(x, weight, transpose_y=not transposed) + bias
+        return paddle.nn.functional.gelu(y) if activated else y
+
+    shapes = ((rows, inputs), (inputs, outputs) if transposed else (outputs, inputs), (outputs,))
+    compare(lambda *t: operators.linear(*t, activated, transposed), plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 1, 1, 16), (1, 8, 8, 40)])
+def test_layer_norm(library, shape, dtype, tolerance):
+    from fcvit.model import LayerNorm2D
+    from fcvit.native import operators
+
+    def plain(x, weight, bias):
+        layer = LayerNorm2D(shape[3])
+        layer.weight, layer.bias = None, None  # parameters give way to plain tensors
+        del layer.weight, layer.bias
+        layer.weight, layer.bias = weight, bias
+        return paddle.transpose(layer(paddle.transpose(x, [0, 3, 1, 2])), [0, 2, 3, 1])
+
+    shapes = (shape, (shape[3],), (shape[3],))
+    compare(lambda *t: operators.layer_norm(*t, 1e-5), plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 7, 24), 8), ((3, 1, 1, 16), 8), ((2, 3, 4, 30), 5)])
+def test_context(library, shape, heads, dtype, tolerance):
+    from fcvit.model import SIMILARITY_EPS, GlobalContext
+    from fcvit.native import operators
+
+    width, inner = shape[3], shape[3] // 8
+    variant = dataclasses.replace(SMALL, widths=(width,) * 4, heads=heads)
+
+    def plain(x, *parameters):
+        layer = GlobalContext(variant, width)
+        names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "rescale_weight", "rescale_bias")
+        for name, tensor in zip(names, parameters, strict=True):
+            owner = layer if "." not in name else getattr(layer, name.split(".")[0])
+            delattr(owner, name.split(".")[-1])
+            setattr(owner, name.split(".")[-1], tensor)
+        first = paddle.transpose(x, [0, 3, 1, 2])
+        return paddle.transpose(first + layer(first), [0, 2, 3, 1])
+
+    def native(x, w1, b1, w2, b2, weight, bias):
+        return operators.context(x, (w1, b1), (w2, b2), (weight, bias), SIMILARITY_EPS)
+
+    shapes = (shape, (width, 2 * inner), (2 * inner,), (inner, width), (width,), (heads,), (heads,))
+    compare(native, plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [((9, 6), 7, 4), ((5, 8), 3, 2), ((1, 1), 3, 2), ((33, 40), 7, 4)]
+)
+def test_strided(library, size, kernel, stride, first, dtype, tolerance):
+    from fcvit.native import operators
+
+    def plain(x, weight, bias):
+        x = x if first else paddle.transpose(x, [0, 3, 1, 2])
+        return paddle.transpose(paddle.nn.functional.conv2d(x, weight, bias, stride, kernel // 2), [0, 2, 3, 1])
+
+    shapes = ((2, 3, *size) if first else (2, *size, 3), (10, 3, kernel, kernel), (10,))
+    compare(lambda *t: operators.strided(*t, stride, first), plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_residual(library, scaled, dropped, dtype, tolerance):
+    from fcvit.native import operators
+
+    def factor(dtype):
+        return paddle.to_tensor(np.array([0.0, 1.25, 1.25], dtype)) if dropped else None
+
+    def native(x, branch, *scale):
+        return operators.residual(x, branch, *(scale or (None,)), factor(dtype))
+
+    def plain(x, branch, *scale):
+        branch = branch * scale[0] if scaled else branch
+        return x + (branch * factor("float64").reshape([-1, 1, 1, 1]) if dropped else branch)
+
+    compare(native, plain, [(3, 5, 2, 13), (3, 5, 2, 13), (13,)][: 3 if scaled else 2], dtype, tolerance)
+
+
+@precisions
+def test_pool_and_layout(library, dtype, tolerance):
+    from fcvit.native import operators
+
+    shape = (2, 5, 7, 18)
+    compare(operators.pool, lambda x: x.mean([1, 2]), [shape], dtype, tolerance)
+    compare(operators.channels_first, lambda x: paddle.transpose(x, [0, 3, 1, 2]), [shape], dtype, tolerance)
+    compare(operators.channels_last, lambda x: paddle.transpose(x, [0, 2, 3, 1]), [shape], dtype, tolerance)
+    compare(operators.gelu, paddle.nn.functional.gelu, [(3, 401)], dtype, tolerance)
+
+
+def test_gelu_keeps_its_relative_accuracy_in_the_tail(library):
+    from fcvit.native import operators
+
+    x = np.concatenate([np.linspace(-12, 12, 20001), [0.0, 1e-30, -1e-30, 1e4, -1e4]]).astype(np.float32)
+    exact = np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(float)])
+    found = operators.gelu(paddle.to_tensor(x)).numpy()
+    assert (np.abs(found - exact) <= 1e-6 * np.abs(exact)).all()
+    odd = operators.gelu(paddle.to_tensor(np.array([np.nan, np.inf, 1.0], np.float32))).numpy()
+    assert np.isnan(odd[0])
+    assert odd[1] == np.inf
+    assert odd[2] == pytest.approx(0.8413447, rel=1e-6)
+
+
+def test_gradients_are_only_made_for_those_that_want_them(library):
+    from fcvit.native import operators
+
+    x = paddle.randn([2, 3, 3, 8])
+    weight, bias = paddle.randn([8, 1, 3, 3]), paddle.randn([8])
+    bias.stop_gradient = False
+    operators.depthwise(x, weight, bias).sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert bias.grad.numpy() == pytest.approx(np.full(8, 18.0))
+
+
+def lively_model(variant, dtype="float64", backbone=False, **rates):
+    """Every parameter moved away from its first value, so that none leaves another without effect."""
+    from fcvit.model import FCViT, FCViTBackbone
+
+    paddle.seed(0)
+    model = FCViTBackbone(variant, **rates) if backbone else FCViT(variant, 10, **rates)
+    model.to(dtype=dtype)
+    generator = np.random.default_rng(0)
+    for parameter in model.parameters():
+        moved = parameter.numpy() + 0.2 * generator.normal(size=parameter.shape) / max(parameter.ndim - 1, 1)
+        parameter.set_value(moved.astype(dtype))
+    return model
+
+
+def accelerated(model):
+    from fcvit.native.network import accelerate
+
+    twin = copy.deepcopy(model)
+    accelerate(twin)
+    return twin
+
+
+def step(model, size=(40, 51), batch=3, seed=7):
+    """Outputs and gradients of one training step, and the running statistics after it."""
+    dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("paddle.")
+    generator = np.random.default_rng(1)
+    images = paddle.to_tensor(generator.normal(size=(batch, 3, *size)).astype(dtype))
+    model.train()
+    paddle.seed(seed)
+    outputs = model(images)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    loss = sum(
+        (output * paddle.to_tensor(generator.normal(size=output.shape).astype(dtype))).sum() for output in outputs
+    )
+    loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    statistics = {name: buffer.numpy() for name, buffer in model.named_buffers()}
+    return [output.numpy() for output in outputs], gradients, statistics
+
+
+def assert_same_step(plain, native, tolerance=1e-9, **settings):
+    one, other = step(plain, **settings), step(native, **settings)
+    for found, expected in zip(other[0], one[0], strict=True):
+        assert np.abs(found - expected).max() <= tolerance * expected.std()
+    assert other[1].keys() == one[1].keys()
+    largest = max(np.abs(gradient).max() for gradient in one[1].values())
+    for name, expected in one[1].items():  # a bias in front of a BatchNorm has gradient 0, to rounding of the others
+        error = np.abs(other[1][name] - expected).max()
+        assert error <= tolerance * np.abs(expected).max() + 1e-13 * largest, name
+    for name, expected in one[2].items():
+        assert np.abs(other[2][name] - expected).max() <= tolerance * max(np.abs(expected).max(), 1), name
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_network_with_every_option(library, name):
+    shapes = {key: tuple(shape) for key, shape in OPTIONS[name]["state_dict"].items()}
+    model = lively_model(recognise(shapes).variant, drop_path_rate=0.4)
+    assert_same_step(model, accelerated(model), batch=2)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 70)])
+def test_network_of_the_published_shape(library, size):
+    """Drop path draws the same numbers; in evaluation both agree, too, `features` and all."""
+    model = lively_model(dataclasses.replace(VARIANTS["fcvit_tiny"], depths=(1, 2, 1, 1)), drop_path_rate=0.5)
+    native = accelerated(model)
+    assert_same_step(model, native, size=size, batch=4)
+    model.eval()
+    native.eval()
+    images = paddle.to_tensor(np.random.default_rng(2).normal(size=(2, 3, *size)))
+    for found, expected in zip(
+        [*native.features(images), native(images)], [*model.features(images), model(images)], strict=True
+    ):
+        assert found.shape == expected.shape
+        assert np.abs((found - expected).numpy()).max() <= 1e-9 * expected.numpy().std()
+
+
+def test_backbone(library):
+    model = lively_model(SMALL, backbone=True, drop_path_rate=0.3)
+    assert_same_step(model, accelerated(model))
+
+
+def test_without_a_head_and_with_another(library):
+    model = lively_model(SMALL)
+    native = accelerated(model)
+    for one in (model, native):
+        one.reset_classifier(0)
+    assert_same_step(model, native)
+
+
+def test_dropout_is_honoured(library):
+    native = accelerated(lively_model(SMALL, drop_rate=0.5))
+    assert np.abs(step(native, seed=1)[0][0] - step(native, seed=2)[0][0]).max() > 1e-3
+
+
+def test_same_bits_twice_and_with_any_number_of_threads(library):
+    """Sizes at which every operator is shared out among threads."""
+    results = []
+    for threads in (3, 3, 1, 2):
+        library.omp_set_num_threads(threads)
+        model = accelerated(lively_model(VARIANTS["fcvit_digits"], "float32", drop_path_rate=0.2))
+        results.append(step(model, size=(64, 72), batch=5))
+    for other in results[1:]:
+        assert all((a == b).all() for a, b in zip(other[0], results[0][0], strict=True))
+        assert all((other[1][name] == gradient).all() for name, gradient in results[0][1].items())
+
+
+def test_what_is_not_a_number_stays_so(library):
+    model = accelerated(lively_model(SMALL, "float32")).eval()
+    images = np.zeros((2, 3, 32, 32), np.float32)
+    images[1, 2, 3, 4] = np.nan
+    logits = model(paddle.to_tensor(images))
+    assert np.isnan(logits.numpy()[1]).all()
+    assert np.isfinite(logits.numpy()[0]).all()
+    logits.sum().backward()
+    assert all(np.isnan(p.grad.numpy()).any() for p in model.parameters() if p.grad is not None and p.ndim > 1)
+    huge = accelerated(lively_model(SMALL, "float32"))
+    huge.network[0][0].token_mixer.dw1.weight.set_value(np.full((16, 1, 11, 11), np.inf, np.float32))
+    assert not np.isfinite(huge(paddle.ones([2, 3, 32, 32])).numpy()).any()
+
+
+def test_published_variant_in_float32(library):
+    """The logits are as near to the exact ones as PyTorch's own."""
+    from fcvit.loading import build_network
+    from fcvit.native.network import accelerate
+    from fcvit.tasks.verify import GATE_B, gate_b
+
+    form = Form(VARIANTS["fcvit_tiny"], 1000)
+    model = build_network(Weights(form, lively_tensors(form), None, "torch", None, None, (), ()), "float32")
+    accelerate(model)
+    golden = golden_arrays("fcvit_tiny.npz")
+    with paddle.no_grad():
+        logits = model.eval()(paddle.to_tensor(lively_input((2, 3, 224, 224)).astype(np.float32))).numpy()
+    assert gate_b(logits, golden["float32_logits"], golden["logits"]) <= GATE_B
+
+
+def test_accelerating(library):
+    from fcvit.model import FCViT
+    from fcvit.native.network import accelerate
+
+    model = lively_model(SMALL, "float32")
+    names = list(model.state_dict())
+    accelerate(model)
+    accelerate(model)
+    assert isinstance(model, FCViT)
+    assert list(model.state_dict()) == names
+    with pytest.raises(UsageError, match="not Linear"):
+        accelerate(paddle.nn.Linear(2, 2))
+
+
+# The build. A compiler that only copies stands in for the real one, which takes its time.
+
+
+@pytest.fixture
+def copying_compiler(library, tmp_path, monkeypatch):
+    script = tmp_path / "copying"
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --version ]; then echo 1; exit; fi
+sleep 0.3
+echo compiled >> {tmp_path}/log
+while [ "$1" != -o ]; do shift; done
+cp {library._name} "$2"
+"""
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def compiled(folder):
+    return (folder / "log").read_text().count("compiled")
+
+
+def test_the_library_is_compiled_once(copying_compiler):
+    for _ in range(2):
+        assert build.operators.__wrapped__().fcvit_pool_float32
+    assert compiled(copying_compiler) == 1
+    assert {path.suffix for path in copying_compiler.glob("cache/fcvit/native/*/*")} == {".so", ""}
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:1000], lambda data: data[:-9] + b"corrupted", lambda data: b""])
+def test_a_corrupt_library_is_compiled_again(copying_compiler, harm):
+    build.operators.__wrapped__()
+    (kept,) = copying_compiler.glob("cache/fcvit/native/*/*.so")
+    data = kept.read_bytes()
+    kept.unlink()  # not in place: it is loaded
+    kept.write_bytes(harm(data))
+    assert build.operators.__wrapped__().fcvit_pool_float32
+    assert compiled(copying_compiler) == 2
+    assert kept.read_bytes() == data
+
+
+def test_processes_that_build_at_once_do_so_once(copying_compiler):
+    code = "from fcvit.native import build; build.operators()"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert compiled(copying_compiler) == 1
+
+
+def test_other_sources_are_another_library(copying_compiler, monkeypatch, tmp_path):
+    key = build._key(os.environ["CXX"])
+    changed = tmp_path / "operators.cc"
+    changed.write_text("// changed")
+    monkeypatch.setattr(build, "_sources", lambda: [changed])
+    assert build._key(os.environ["CXX"]) != key
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingExtra, match=r"no C\+\+ compiler .*install") as caught:
+        build.operators.__wrapped__()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    script = tmp_path / "failing"
+    script.write_text("#!/bin/sh\necho 'In file x:' >&2\necho 'fatal error: omp.h: not found' >&2\nexit 1\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(MissingExtra, match=r"failing fails: fatal error: omp.h: not found; install") as caught:
+        build.operators.__wrapped__()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written(copying_compiler, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copying_compiler / "copying"))  # a file
+    with pytest.raises(MissingExtra, match="XDG_CACHE_HOME"):
+        build.operators.__wrapped__()
+
+
+def test_keeping_memory_where_there_is_no_glibc(monkeypatch):
+    from fcvit.native import allocator
+
+    assert allocator.keep_memory() in (True, False)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
+    assert allocator.keep_memory() is False
