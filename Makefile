@@ -1,5 +1,6 @@
 # Each target makes its own .venv when missing; nothing else is prepared.
 #   make quickstart            the whole path on real input (installs Paddle, not PyTorch)
+#   make train-digits          train the small network on handwritten digits, from scratch
 #   make test                  all tests (installs PyTorch too)
 #   make test-fast             the tests to run while working
 #   make lint                  style and types
@@ -14,10 +15,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart train-digits test test-fast lint clean
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
+
+train-digits: $(VENV)/.cpu
+	$(BIN)/python scripts/write_digits.py runs/digits
+	$(BIN)/fcvit train digits --data runs/digits --output runs/train-digits
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import needs_paddle, write_squares
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
 from fcvit.tasks.evaluate import evaluate
 from fcvit.tasks.finetune import finetune, finetune_recipe
+from fcvit.tasks.preview import preview
 from fcvit.tasks.train import extend, resume, train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
@@ -349,3 +351,68 @@ def test_weights_of_another_network_are_refused(trained, small, tmp_path):
     recipe = dataclasses.replace(small(weights=str(trained)), options={})
     with pytest.raises(DoesNotFit):
         train(recipe, folder=tmp_path / "run", device="cpu")
+
+
+@pytest.fixture
+def recipe_file(small, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(small().to_toml())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--speed", "1"], 2, "no field 'speed' in a recipe .known: variant, data"),
+        (["--wieght_decay", "1"], 2, "did you mean 'weight_decay'"),
+        (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
+        (["--data", "nowhere"], 3, "nowhere: no such folder"),
+        (["--resume", "somewhere"], 2, "expected a recipe, or --resume"),
+        (["--weights", "nowhere.pth"], 3, "nowhere.pth"),
+        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, "go on with"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(recipe_file, tmp_path, capsys, words, code, message):
+    from fcvit.cli import main
+
+    assert main(["train", str(recipe_file), "--device", "cpu", "-o", str(tmp_path / "run"), *words]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("fcvit: note:")]
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, capsys):
+    from fcvit.cli import main
+
+    run, longer = str(tmp_path / "run"), str(tmp_path / "longer")
+    assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 1 and found["weights"] == f"{run}/best.safetensors"
+    assert main(["train", "--resume", run]) == 0
+    assert "weights: " in capsys.readouterr().out
+    assert main(["train", "--extend", run, "--epochs", "2", "-o", longer]) == 0
+    assert main(["train", "--extend", run, "--lr", "1"]) == 2
+    assert main(["train", "--resume", run, "--epochs", "2"]) == 2 and main(["train"]) == 2
+
+
+def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, capsys):
+    from fcvit.cli import main
+
+    words = ["finetune", "--weights", str(trained), "--data", str(squares)]
+    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 0
+    with Image.open(tmp_path / "seen.png") as picture:
+        assert min(picture.size) > 500
+    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "it is there already"
+    assert main([*words, "--epochs", "1", "--freeze", "true", "-o", str(tmp_path / "run")]) == 0
+    assert "best.safetensors" in capsys.readouterr().out
+    assert main([*words, "--epocs", "1"]) == 2
+
+
+def test_a_preview_shows_what_the_network_sees(small, tmp_path):
+    """Without any augmentation: the image itself, cut to its centre; with erasing: something else."""
+    plain = small(rand_augment=0, erasing=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop="centre")
+    pictures = {}
+    for name, recipe in (("plain", plain), ("erased", dataclasses.replace(plain, erasing=1.0))):
+        with Image.open(preview(recipe, tmp_path / f"{name}.png", images=3, versions=2)) as picture:
+            pictures[name] = np.asarray(picture.convert("RGB"), np.int16)
+    assert pictures["plain"].shape == pictures["erased"].shape
+    assert (pictures["plain"] != pictures["erased"]).any()

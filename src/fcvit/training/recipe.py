@@ -290,7 +290,7 @@ def shipped_fields(name: str) -> dict[str, Any]:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
 
 

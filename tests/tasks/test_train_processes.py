@@ -1,0 +1,136 @@
+"""Training in processes of its own: killed in the middle of an epoch or a write, and shared by two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import SMALL, needs_paddle, write_squares
+from fcvit.training.recipe import Recipe
+from fcvit.training.state import read_state
+from fcvit.weights.reading import read_weights
+
+pytestmark = [pytest.mark.slow, needs_paddle]
+FIELDS = {**SMALL, "ema_decay": 0.9, "drop_path_rate": 0.3, "drop_rate": 0.1, "operators": "plain"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images, a recipe of some epochs, and an uninterrupted run of it."""
+    root = tmp_path_factory.mktemp("work")
+    write_squares(root / "images" / "train", {"left": 25, "right": 15})
+    write_squares(root / "images" / "val", {"left": 3, "right": 3})
+    (root / "recipe.toml").write_text(Recipe(**{**FIELDS, "data": "images"}).to_toml())
+    finish(start(root, "recipe.toml", "-o", "whole"))
+    return root
+
+
+def start(root, *words, launcher=()):
+    # Paddle's launcher knows no -m: it starts a program, or a file that ends in .py.
+    program = [Path(sys.executable).with_name("fcvit")] if launcher else ["fcvit"]
+    command = list(map(str, [sys.executable, "-m", *launcher, *program, "train", *words]))
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Its output and messages, of a process that must end well."""
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, out + said
+    return out
+
+
+def numbers(folder):
+    """Everything that training computes: losses, accuracies, and the state to go on from."""
+    progress, tensors = read_state(folder)
+    kept = ("epoch", "step", "lr", "loss", "val_loss", "top1", "ema_top1")
+    return [{key: row[key] for key in kept} for row in progress.rows], {n: t.tobytes() for n, t in tensors.items()}
+
+
+def same_files(one, other):
+    for name in ("last", "last-ema", "best"):
+        a, b = (read_weights(folder / f"{name}.safetensors").tensors for folder in (one, other))
+        assert all((a[key] == b[key]).all() for key in a), name
+
+
+def kill_when(process, condition):
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def epochs_done(folder):
+    try:
+        return read_state(folder)[0].epoch
+    except Exception:
+        return 0
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
+    """kill -9 in the second epoch, then while the checkpoint of the third is written."""
+    run = work / "killed"
+    first = start(work, "recipe.toml", "-o", run)
+    kill_when(first, lambda: epochs_done(run) == 1)
+    assert first.returncode == -signal.SIGKILL and epochs_done(run) == 1
+    again = start(work, "--resume", run)
+    kill_when(again, lambda: epochs_done(run) == 2 and any(".last.safetensors." in p.name for p in run.iterdir()))
+    finish(start(work, "--resume", run))
+    assert numbers(run) == numbers(work / "whole")
+    same_files(run, work / "whole")
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_sigterm_ends_in_order(work):
+    run = work / "ended"
+    process = start(work, "recipe.toml", "-o", run, "--epochs", "50")
+    deadline = time.monotonic() + 60
+    while not epochs_done(run) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"go on with: fcvit train --resume {run}" in said.replace("\n", " ")
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_two_processes_are_one_that_accumulates(work, tmp_path):
+    """The same loss curve, running statistics and weights, within the rounding of a sum of two."""
+    words = ["recipe.toml", "--device", "cpu", "--clip_norm", "0.5"]
+    finish(start(work, *words, "--accumulate", "2", "-o", tmp_path / "alone"))
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", tmp_path / "log"]
+    out = finish(start(work, *words, "-o", tmp_path / "shared", launcher=launcher))
+    assert out.count("weights: ") == 1, "one process speaks for both"
+    for one, other in zip(*(read_state(tmp_path / name)[0].rows for name in ("alone", "shared")), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert (one["top1"], one["ema_top1"]) == (other["top1"], other["ema_top1"])
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
+    (_, one), (_, other) = (read_state(tmp_path / name) for name in ("alone", "shared"))
+    for name in one:
+        assert np.abs(one[name].astype(np.float64) - other[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()), name
+
+
+def test_a_process_that_sees_other_images_is_told(work, tmp_path):
+    """Each process gets a folder of its own, and one of them lacks an image."""
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import os, sys\n"
+        "from fcvit.cli import main\n"
+        "data = 'images' + os.environ['PADDLE_TRAINER_ID']\n"
+        "sys.exit(main(['train', 'recipe.toml', '--device', 'cpu', '--data', data, '-o', sys.argv[1]]))\n"
+    )
+    for rank, left in enumerate((25, 24)):
+        folder = work / f"images{rank}"
+        write_squares(folder / "train", {"left": left, "right": 15})
+        write_squares(folder / "val", {"left": 3, "right": 3})
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
+    command += ["--log_dir", str(tmp_path / "log"), str(script), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=120, env=os.environ)
+    logs = "".join(path.read_text() for path in (tmp_path / "log").glob("workerlog.*"))
+    assert done.returncode != 0 and "process 1 does not see" in logs
