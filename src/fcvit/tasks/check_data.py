@@ -43,7 +43,7 @@ class Split:
     Attributes:
         name: train, val, or what it was called.
         path: the folder or tar.
-        classes: class folder -> number of images, sorted by name.
+        classes: class folder -> number of images by their ending, unreadable ones too; sorted by name.
         empty: class folders without images.
         few: those with fewer images than asked for, but some.
         imbalance: images of the largest class over those of the smallest that has any; None: no class has.
