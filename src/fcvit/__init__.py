@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from fcvit.tasks.convert import convert as convert
     from fcvit.tasks.evaluate import evaluate as evaluate
     from fcvit.tasks.evaluate import resume as resume
+    from fcvit.tasks.finetune import finetune as finetune
     from fcvit.tasks.inspect import inspect as inspect
     from fcvit.tasks.predict import Classifier as Classifier
     from fcvit.tasks.predict import load as load
+    from fcvit.tasks.train import train as train
     from fcvit.tasks.verify import verify_files as verify  # noqa: F401
+    from fcvit.training.recipe import Recipe as Recipe
+    from fcvit.training.recipe import read_recipe as read_recipe
     from fcvit.variants import VARIANTS as VARIANTS
     from fcvit.variants import Preprocessing as Preprocessing
     from fcvit.variants import Variant as Variant
@@ -44,6 +48,10 @@ _HOMES = {
     "inspect": "fcvit.tasks.inspect",
     "Classifier": "fcvit.tasks.predict",
     "load": "fcvit.tasks.predict",
+    "finetune": "fcvit.tasks.finetune",
+    "train": "fcvit.tasks.train",
+    "Recipe": "fcvit.training.recipe",
+    "read_recipe": "fcvit.training.recipe",
     "verify": "fcvit.tasks.verify",
     "VARIANTS": "fcvit.variants",
     "Preprocessing": "fcvit.variants",
