@@ -3,10 +3,11 @@
 Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N] [--batch N] [--rounds N]
           [--classes N] [--json FILE]
 
-Paddle plain (`fcvit.model`), the same with the allocator keeping its memory, native (`accelerate`), and
-PyTorch's twin in its default format and in channels_last, each in a process of its own that waits while
-another computes: they share no allocator and no pool of threads. They step in turn, so that a noisy
-minute hits all alike. Times are medians; ratios those of neighbours in time, then their median.
+Paddle plain (`fcvit.model`), the same with the allocator keeping its memory, native (`accelerate`, then with
+`fcvit.native.optimizer.AdamW` as well), and PyTorch's twin in its default format and in channels_last, each in
+a process of its own that waits while another computes: they share no allocator and no pool of threads. They
+step in turn, so that a noisy minute hits all alike. Times are medians; ratios those of neighbours in time,
+then their median.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from convert import processor
 
 from fcvit.variants import VARIANTS
 
-CONTENDERS = ("paddle", "paddle + allocator", "native", "torch", "torch channels_last")
+CONTENDERS = ("paddle", "paddle + allocator", "native", "native + AdamW", "torch", "torch channels_last")
 STEPS = 2  # in a row: the first finds caches cold and threads asleep, the second is timed
 
 
@@ -103,15 +104,17 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
     from fcvit.model import FCViT, paddle
     from fcvit.native.allocator import keep_memory
     from fcvit.native.network import accelerate
+    from fcvit.native.optimizer import AdamW
 
     if contender == "paddle + allocator":
         keep_memory()
     model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1)
-    if contender == "native":
+    if contender.startswith("native"):
         accelerate(model)
     model.train()
     images, labels = map(paddle.to_tensor, data(size, batch, classes))
-    optimiser = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
+    kind = AdamW if contender == "native + AdamW" else paddle.optimizer.AdamW
+    optimiser = kind(1e-3, parameters=model.parameters(), weight_decay=0.05)
 
     def step() -> list[float]:
         marks = [time.perf_counter()]

@@ -319,8 +319,19 @@ def test_without_a_head_and_with_another(library):
 
 
 def test_dropout_is_honoured(library):
-    native = accelerated(lively_model(SMALL, drop_rate=0.5))
+    """At both places of every channel mixer, by the layer itself; in evaluation it does nothing."""
+    model = lively_model(SMALL, drop_rate=0.5)
+    native = accelerated(model)
+    widths = []
+    for stage in native.network[::2]:
+        stage[0].channel_mixer.drop.register_forward_post_hook(lambda _, given, made: widths.append(made.shape[-1]))
     assert np.abs(step(native, seed=1)[0][0] - step(native, seed=2)[0][0]).max() > 1e-3
+    assert widths[:8] == [64, 16, 96, 24, 128, 32, 192, 48]
+    images = paddle.ones([1, 3, 32, 32], "float64")
+    model.eval()
+    native.eval()
+    model.set_state_dict(native.state_dict())  # the running statistics have moved
+    assert np.abs((native(images) - model(images)).numpy()).max() < 1e-9
 
 
 def test_same_bits_twice_and_with_any_number_of_threads(library):
@@ -468,3 +479,45 @@ def test_keeping_memory_where_there_is_no_glibc(monkeypatch):
     assert allocator.keep_memory() in (True, False)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert allocator.keep_memory() is False
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 2e-6)])
+def test_adamw_is_paddles(library, dtype, tolerance):
+    """Parameters and state after some steps; Paddle keeps some of its constants in float32, whatever the parameters."""
+    from fcvit.native.optimizer import AdamW
+
+    outcomes = []
+    for kind in (paddle.optimizer.AdamW, AdamW):
+        generator = np.random.default_rng(0)
+        paddle.seed(0)
+        layers = paddle.nn.Sequential(paddle.nn.Linear(7, 300), paddle.nn.Linear(300, 200))
+        layers.to(dtype=dtype)
+        names = {parameter.name for parameter in layers.parameters() if parameter.ndim > 1}
+        rate = paddle.optimizer.lr.CosineAnnealingDecay(0.01, 10)
+        optimiser = kind(
+            rate, parameters=layers.parameters(), weight_decay=0.1, apply_decay_param_fun=names.__contains__
+        )
+        for _ in range(4):
+            for parameter in layers.parameters():
+                gradient = generator.normal(size=parameter.shape).astype(dtype)
+                (parameter * paddle.to_tensor(gradient)).sum().backward()
+            optimiser.step()
+            optimiser.clear_grad()
+            rate.step()
+        state = [value.numpy() for value in optimiser.state_dict().values() if hasattr(value, "numpy")]
+        outcomes.append([*(parameter.numpy() for parameter in layers.parameters()), *state])
+    assert len(outcomes[0]) == len(outcomes[1]) == 20
+    for found, expected in zip(outcomes[1], outcomes[0], strict=True):
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_adamw_leaves_to_paddle_what_it_cannot(library):
+    from fcvit.native.optimizer import AdamW
+
+    layer = paddle.nn.Linear(3, 4)
+    optimiser = AdamW(0.1, parameters=layer.parameters(), amsgrad=True)
+    before = layer.weight.numpy()
+    layer(paddle.ones([2, 3])).sum().backward()
+    optimiser.step()
+    assert np.abs(layer.weight.numpy() - before).min() > 0.05

@@ -6,7 +6,6 @@ compiler, and one library serves every release of Python and Paddle.
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -35,6 +34,8 @@ def operators() -> ctypes.CDLL:
     Raises:
         MissingExtra: there is no compiler, it fails, or the folder cannot be written.
     """
+    if os.name != "posix":
+        raise _missing("they are for Linux and macOS", "do without them")
     compiler = _compiler()
     folder = _cache() / _key(compiler)
     try:
@@ -61,8 +62,7 @@ def _compiler() -> str:
 
 
 def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "fcvit" / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fcvit" / "native"
 
 
 def _key(compiler: str) -> str:
@@ -89,6 +89,8 @@ def _processor() -> str:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time compiles; the others wait and find its library."""
+    import fcntl  # which Windows has not
+
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -4,6 +4,8 @@
 other precisions, while a graph is traced.
 """
 
+from typing import Any
+
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
 from fcvit.model import (
@@ -50,7 +52,7 @@ def accelerate(model: FCViT | FCViTBackbone) -> None:
         MissingExtra: the operators cannot be compiled here.
         UsageError: it is some other model.
     """
-    accelerated = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
+    accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
         if isinstance(model, NativeFCViT | NativeFCViTBackbone):
             return

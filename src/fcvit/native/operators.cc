@@ -4,7 +4,7 @@
 // matrix product, and everything else runs along the channels in full registers, on maps of 1x1 as on 56x56.
 // Results do not depend on timing: what threads share out is never summed across them but in a fixed order.
 //
-// Each function takes its tensors, inputs first, and its sizes; `operators.py` says which.
+// Each function takes its tensors, inputs first, its sizes and other numbers; `operators.py` says which.
 
 #include <vector>
 
@@ -52,7 +52,7 @@ double sum_all(int64_t positions, int64_t channels, Term term) {
 
 // x (B, P, C), weight (C), bias (C) -> y (B, P, C), statistics (B, 2): mean and 1 / standard deviation.
 template <class T>
-void layer_norm(T** t, const int64_t* n, double eps) {
+void layer_norm(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
     T *y = t[3], *statistics = t[4];
     const int64_t B = n[0], P = n[1], C = n[2];
@@ -65,7 +65,7 @@ void layer_norm(T** t, const int64_t* n, double eps) {
             const T centred = from[p * C + c] - mean;
             return centred * centred;
         });
-        const T inverse = T(1 / std::sqrt(square / (P * C) + eps));
+        const T inverse = T(1 / std::sqrt(square / (P * C) + options[0]));
         statistics[2 * b] = mean;
         statistics[2 * b + 1] = inverse;
         for (int64_t p = 0; p < P; p++) {
@@ -77,7 +77,7 @@ void layer_norm(T** t, const int64_t* n, double eps) {
 
 // x, weight, statistics, dy -> dx, dweight, dbias
 template <class T>
-void layer_norm_backward(T** t, const int64_t* n, double) {
+void layer_norm_backward(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], P = n[1], C = n[2];
@@ -112,7 +112,7 @@ Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool l
 
 // x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias, y (R, N) = gelu(z) or null
 template <class T>
-void linear(T** t, const int64_t* n, double) {
+void linear(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
     T *z = t[3], *y = t[4];
     const int64_t R = n[0], K = n[1], N = n[2];
@@ -138,7 +138,7 @@ struct Activation {
 
 // x, weight, z or null, dy -> dx, dweight, dbias, each or null
 template <class T>
-void linear_backward(T** t, const int64_t* n, double) {
+void linear_backward(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
@@ -254,7 +254,7 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
 
 // x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C), y = gelu(z) or null
 template <class T>
-void depthwise(T** t, const int64_t* n, double) {
+void depthwise(T** t, const int64_t* n, const double*) {
     convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
 }
 
@@ -332,7 +332,7 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
 
 // x, weight, z or null, dy -> dx, dweight, dbias, each or null
 template <class T>
-void depthwise_backward(T** t, const int64_t* n, double) {
+void depthwise_backward(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
@@ -356,7 +356,7 @@ void mean_positions(const T* x, T* mean, double* total, int64_t P, int64_t C) {
 
 // x (B, P, C) -> mean (B, C)
 template <class T>
-void pool(T** t, const int64_t* n, double) {
+void pool(T** t, const int64_t* n, const double*) {
     const int64_t B = n[0], P = n[1], C = n[2];
     Buffer<double> totals(B * C);
 #pragma omp parallel for schedule(static)
@@ -365,7 +365,7 @@ void pool(T** t, const int64_t* n, double) {
 
 // dmean (B, C) -> dx (B, P, C)
 template <class T>
-void pool_backward(T** t, const int64_t* n, double) {
+void pool_backward(T** t, const int64_t* n, const double*) {
     const T* dmean = t[0];
     T* dx = t[1];
     const int64_t B = n[0], P = n[1], C = n[2];
@@ -388,7 +388,7 @@ struct Kept {
 };
 
 template <class T>
-void context(T** t, const int64_t* n, double eps) {
+void context(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *fc1 = t[1], *bias1 = t[2], *fc2 = t[3], *bias2 = t[4], *weight = t[5], *bias = t[6];
     T* y = t[7];
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
@@ -425,7 +425,7 @@ void context(T** t, const int64_t* n, double eps) {
         for (int64_t i = 0; i < P * h; i++) s[i] -= middle;
         const double square = sum_all(P, h, [=](int64_t p, int64_t k) { return s[p * h + k] * s[p * h + k]; });
         deviation[b] = T(std::sqrt(square / others));
-        const T inverse = T(1 / (std::sqrt(square / others) + eps));
+        const T inverse = T(1 / (std::sqrt(square / others) + options[0]));
         for (int64_t p = 0; p < P; p++) {
             for (int64_t k = 0; k < h; k++) {
                 const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
@@ -439,7 +439,7 @@ void context(T** t, const int64_t* n, double eps) {
 // x, fc1, fc2, rescale weight and bias, kept, dy
 //   -> dx, dfc1, dbias1, dfc2, dbias2, dweight, dbias
 template <class T>
-void context_backward(T** t, const int64_t* n, double eps) {
+void context_backward(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *fc1 = t[1], *fc2 = t[2], *weight = t[3], *bias = t[4], *dy = t[6];
     T *dx = t[7], *dfc1 = t[8], *dbias1 = t[9], *dfc2 = t[10], *dbias2 = t[11], *dweight = t[12], *dbias = t[13];
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
@@ -456,7 +456,7 @@ void context_backward(T** t, const int64_t* n, double eps) {
         T *dgate = gates.data + b * P * h, *slope = slopes.data + b * P * h, *to = dx + b * P * C;
         double *to_value = totals.data + b * 2 * C, *to_context = to_value + C;
         std::fill(to_value, to_value + 2 * C, 0.0);
-        const T inverse = T(1 / (deviation[b] + eps));
+        const T inverse = T(1 / (deviation[b] + options[0]));
         for (int64_t p = 0; p < P; p++) {
             for (int64_t k = 0; k < h; k++) {
                 const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
@@ -505,7 +505,7 @@ void context_backward(T** t, const int64_t* n, double eps) {
     column_sums(B, C, dbias2, [=](int64_t b, int64_t c) { return to_value[b * C + c]; });
     column_sums(B * P, h, dbias, [=](int64_t r, int64_t k) { return dgate[r * h + k]; });
     column_sums(B * P, h, dweight, [=](int64_t r, int64_t k) {
-        return dgate[r * h + k] * (centred[r * h + k] * T(1 / (deviation[r / P] + eps)));
+        return dgate[r * h + k] * (centred[r * h + k] * T(1 / (deviation[r / P] + options[0])));
     });
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < B; b++) {
@@ -519,7 +519,7 @@ void context_backward(T** t, const int64_t* n, double eps) {
 
 // x (B, P, C), branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
 template <class T>
-void residual(T** t, const int64_t* n, double) {
+void residual(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
     T* y = t[4];
     const int64_t B = n[0], P = n[1], C = n[2];
@@ -534,7 +534,7 @@ void residual(T** t, const int64_t* n, double) {
 
 // branch, scale or null, factor or null, dy -> dbranch, dscale or null
 template <class T>
-void residual_backward(T** t, const int64_t* n, double) {
+void residual_backward(T** t, const int64_t* n, const double*) {
     const T *branch = t[0], *scale = t[1], *factor = t[2], *dy = t[3];
     T *dbranch = t[4], *dscale = t[5];
     const int64_t B = n[0], P = n[1], C = n[2];
@@ -578,7 +578,7 @@ void patches(const T* x, T* out, const Strided& s) {
 
 // x, weight (N, C, K, K), bias (N) -> y (B, high, wide, N), patches
 template <class T>
-void strided(T** t, const int64_t* n, double) {
+void strided(T** t, const int64_t* n, const double*) {
     const Strided s(n);
     const int64_t depth = s.C * s.K * s.K;
     patches<T>(t[0], t[4], s);
@@ -587,7 +587,7 @@ void strided(T** t, const int64_t* n, double) {
 
 // patches, weight, dy -> dx, dweight, dbias, each or null
 template <class T>
-void strided_backward(T** t, const int64_t* n, double) {
+void strided_backward(T** t, const int64_t* n, const double*) {
     const T *from = t[0], *weight = t[1], *dy = t[2];
     T *dx = t[3], *dweight = t[4], *dbias = t[5];
     const Strided s(n);
@@ -617,7 +617,7 @@ void strided_backward(T** t, const int64_t* n, double) {
 
 // x (B, R, S) -> (B, S, R): between channels first and channels last
 template <class T>
-void swap(T** t, const int64_t* n, double) {
+void swap(T** t, const int64_t* n, const double*) {
     const T* x = t[0];
     T* y = t[1];
     const int64_t B = n[0], R = n[1], S = n[2], SIDE = 16;
@@ -635,7 +635,7 @@ void swap(T** t, const int64_t* n, double) {
 
 // x -> gelu(x), of n[0] numbers
 template <class T>
-void gelu(T** t, const int64_t* n, double) {
+void gelu(T** t, const int64_t* n, const double*) {
     constexpr int64_t PIECE = 1024;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row(t[0] + i, t[1] + i, std::min(PIECE, n[0] - i));
@@ -643,17 +643,38 @@ void gelu(T** t, const int64_t* n, double) {
 
 // x, dy -> dx
 template <class T>
-void gelu_backward(T** t, const int64_t* n, double) {
+void gelu_backward(T** t, const int64_t* n, const double*) {
     constexpr int64_t PIECE = 1024;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row_backward(t[0] + i, t[1] + i, t[2] + i, std::min(PIECE, n[0] - i));
 }
 
+// parameter, gradient, both moments, powers of both betas (1), all but the gradient changed
+// options: learning rate, beta1, beta2, epsilon, decay
+template <class T>
+void adamw(T** t, const int64_t* n, const double* options) {
+    T *parameter = t[0], *first = t[2], *second = t[3];
+    const T* gradient = t[1];
+    const double rate = options[0], beta1 = options[1], beta2 = options[2];
+    const double rest = std::sqrt(1 - double(t[5][0]));  // as Paddle has it: the powers are those of this step already
+    const T step = T(rate * rest / (1 - double(t[4][0]))), eps = T(options[3] * rest), keep = T(1 - rate * options[4]);
+    const T b1 = T(beta1), b2 = T(beta2), c1 = 1 - b1, c2 = 1 - b2;
+#pragma omp parallel for simd schedule(static) if (parallel : n[0] > 32768)
+    for (int64_t i = 0; i < n[0]; i++) {
+        const T g = gradient[i], m = b1 * first[i] + c1 * g, v = b2 * second[i] + c2 * g * g;
+        first[i] = m;
+        second[i] = v;
+        parameter[i] = parameter[i] * keep - step * (m / (std::sqrt(v) + eps));
+    }
+    t[4][0] *= b1;
+    t[5][0] *= b2;
+}
+
 // What Python calls: 0, or 1 where memory ran out.
 template <class T>
-int guarded(void (*operation)(T**, const int64_t*, double), T** tensors, const int64_t* sizes, double eps) {
+int guarded(void (*operation)(T**, const int64_t*, const double*), T** tensors, const int64_t* sizes, const double* options) {
     try {
-        operation(tensors, sizes, eps);
+        operation(tensors, sizes, options);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
@@ -661,8 +682,8 @@ int guarded(void (*operation)(T**, const int64_t*, double), T** tensors, const i
 }
 
 #define EXPORT(name)                                                                                          \
-    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, double eps) { return guarded(name<float>, t, n, eps); } \
-    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, double eps) { return guarded(name<double>, t, n, eps); }
+    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, const double* options) { return guarded(name<float>, t, n, options); } \
+    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, const double* options) { return guarded(name<double>, t, n, options); }
 
 EXPORT(layer_norm)
 EXPORT(layer_norm_backward)
@@ -681,3 +702,4 @@ EXPORT(strided_backward)
 EXPORT(swap)
 EXPORT(gelu)
 EXPORT(gelu_backward)
+EXPORT(adamw)

@@ -17,8 +17,8 @@ import_framework("paddle")  # quietly, or with the remedy where it is missing
 
 import paddle  # noqa: E402
 from paddle import Tensor, _C_ops  # noqa: E402
-from paddle.autograd import PyLayer  # noqa: E402
 
+PyLayer: Any = paddle.autograd.PyLayer  # its stubs know no particular arguments
 SUFFIXES = {paddle.float32: "float32", paddle.float64: "float64"}
 CPU = paddle.CPUPlace()
 Pair = tuple[Tensor, Tensor]  # weight and bias
@@ -62,6 +62,11 @@ def residual(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | N
     return Residual.apply(x, branch, scale, factor)
 
 
+def adamw(tensors: Sequence[Tensor], rate: float, beta1: float, beta2: float, eps: float, decay: float) -> None:
+    """One step in place: of parameter, gradient, both moments, powers of both betas."""
+    _run("adamw", tensors, (math.prod(tensors[0].shape),), rate, beta1, beta2, eps, decay)
+
+
 def gelu(x: Tensor) -> Tensor:
     """The exact one; any shape."""
     return Gelu.apply(x)
@@ -77,12 +82,13 @@ def channels_last(x: Tensor) -> Tensor:
     return Swap.apply(x, False)
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], eps: float = 0.0) -> None:
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *options: float) -> None:
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
     if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"{name}: tensors of different types")
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps)):
+    numbers = (ctypes.c_double * len(options))(*options)
+    if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), numbers):
         raise MemoryError(f"{name}: out of memory")
 
 

@@ -36,20 +36,20 @@ class Statistics:
         if part == self.current:
             return
         for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.copy_(tensor, True)
+            kept.set_value(tensor)
         for kept, tensor in zip(self.parts[part], self.live, strict=True):
-            tensor.copy_(kept, True)
+            tensor.set_value(kept)
         self.current = part
 
     def agree(self) -> None:
         """All parts, in all processes, get the mean of all."""
         for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.copy_(tensor, True)
+            kept.set_value(tensor)
         count = len(self.parts) * self.processes
         for place, tensor in enumerate(self.live):
             total = paddle.add_n([part[place] for part in self.parts]) if len(self.parts) > 1 else tensor.clone()
             if self.processes > 1:
                 paddle.distributed.all_reduce(total)
-            tensor.copy_(total / count, True)
+            tensor.set_value(total / count)
             for part in self.parts:
-                part[place].copy_(tensor, True)
+                part[place].set_value(tensor)
