@@ -74,6 +74,7 @@ def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares)
     )
 
 
+@pytest.mark.slow
 def test_it_learns(small, tmp_path):
     """Which corner is bright: a network that did not learn would know half of them."""
     done = train(
@@ -82,7 +83,7 @@ def test_it_learns(small, tmp_path):
     assert done.best["top1"] == 100 and done.rows[-1]["loss"] < done.rows[0]["loss"]
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step):
     """Interrupted in the first epoch, between two, and in the last; drop path, dropout, mixing and averages on."""
     recipe = small(ema_decay=0.9, drop_rate=0.1, drop_path_rate=0.3, accumulate=2)
@@ -101,6 +102,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch
         assert all((whole[key] == cut[key]).all() for key in whole), name
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(small, tmp_path):
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     before = (tmp_path / "run" / "state.safetensors").read_bytes()
@@ -108,6 +110,7 @@ def test_a_finished_run_stays_as_it_is(small, tmp_path):
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
+@pytest.mark.slow
 def test_training_longer_is_an_act_of_its_own(small, tmp_path):
     train(small(), folder=tmp_path / "run", device="cpu")
     longer = extend(tmp_path / "run", 5, folder=tmp_path / "longer")
@@ -121,6 +124,7 @@ def test_training_longer_is_an_act_of_its_own(small, tmp_path):
         extend(tmp_path / "run", 3)
 
 
+@pytest.mark.slow
 def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
     train(small(), folder=tmp_path / "run", device="cpu")
     extend(tmp_path / "run", 5, folder=tmp_path / "whole")
@@ -165,13 +169,14 @@ def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatc
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_real_weights_that_diverge_are_noticed(small, tmp_path):
     """Not a planted NaN: a rate that throws the weights out of all bounds."""
     with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|does not compute finite numbers"):
         train(small(lr=900.0, epochs=60, warmup_epochs=0), folder=tmp_path / "run", device="cpu")
 
 
-@pytest.mark.parametrize("target", ["last.safetensors", "state.safetensors"])
+@pytest.mark.parametrize("target", [pytest.param("last.safetensors", marks=pytest.mark.slow), "state.safetensors"])
 def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, target):
     """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
     from fcvit.weights import safetensors_file
@@ -198,6 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, ta
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypatch):
     from fcvit.training.step import Trainer
 
@@ -215,6 +221,7 @@ def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypa
         resume(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares):
     (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
     said = []
@@ -242,6 +249,7 @@ def test_a_damaged_state_is_not_taken(small, tmp_path, damage):
         resume(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_state_of_another_network_is_not_taken(small, tmp_path):
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     train(small(epochs=1, ema_decay=0.9), folder=tmp_path / "other", device="cpu")
@@ -347,6 +355,7 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
     assert 0 < moved["network.0.0.norm1.weight"] < moved["network.6.0.norm1.weight"]
 
 
+@pytest.mark.slow
 def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares):
     said = []
     words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
@@ -358,6 +367,7 @@ def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squar
     assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
     words = {"epochs": "1", "operators": "plain", "freeze": "true", "new_head": "true"}
     done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
@@ -388,7 +398,7 @@ def recipe_file(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--speed", "1"], 2, "no field 'speed' in a recipe .known: variant, data"),
+        (["--velocity", "1"], 2, "no field 'velocity' in a recipe .known: variant, data"),
         (["--wieght_decay", "1"], 2, "did you mean 'weight_decay'"),
         (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
         (["--data", "nowhere"], 3, "nowhere: no such folder"),
@@ -419,6 +429,7 @@ def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, caps
     assert main(["train", "--resume", run, "--epochs", "2"]) == 2 and main(["train"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, capsys):
     from fcvit.cli import main
 
