@@ -1,6 +1,7 @@
 # Each target makes its own .venv when missing; nothing else is prepared.
 #   make quickstart            the whole path on real input (installs Paddle, not PyTorch)
 #   make train-digits          train the small network on handwritten digits, from scratch
+#   make finetune-digits       teach the shipped network even against odd on the same images
 #   make test                  all tests (installs PyTorch too)
 #   make test-fast             the tests to run while working
 #   make lint                  style and types
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
 
-.PHONY: quickstart train-digits test test-fast lint clean
+.PHONY: quickstart train-digits finetune-digits test test-fast lint clean
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
@@ -23,6 +24,11 @@ quickstart: $(VENV)/.cpu
 train-digits: $(VENV)/.cpu
 	$(BIN)/python scripts/write_digits.py runs/digits
 	$(BIN)/fcvit train digits --data runs/digits --output runs/train-digits
+
+finetune-digits: $(VENV)/.cpu
+	$(BIN)/python scripts/write_digits.py runs/even-odd --even-odd
+	$(BIN)/fcvit finetune --weights src/fcvit/assets/digits.pth.tar --data runs/even-odd \
+	  --crop padded --flip 0 --rand-augment 0 --erasing 0 --epochs 6 --output runs/finetune-digits
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -151,6 +151,22 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
     assert (best["head.bias"] != last["head.bias"]).any()
 
 
+@pytest.mark.parametrize(("raw", "ema", "kept"), [(50, 90, "last-ema"), (90, 50, "last")])
+def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
+    from fcvit.tasks import train as module
+
+    result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
+    found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": found}))
+    done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
+    assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
+    names = ("best", "last", "last-ema")
+    best, last, averaged = (
+        read_weights(tmp_path / "run" / f"{name}.safetensors").tensors["head.bias"] for name in names
+    )
+    assert (last != averaged).any() and (best == (averaged if kept == "last-ema" else last)).all()
+
+
 def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
     from fcvit.training import step as module
 
