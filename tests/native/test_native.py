@@ -83,6 +83,7 @@ def precisions(test):
         ((2, 6, 9, 17), 5),
         ((1, 3, 3, 4), 9),
         ((2, 4, 4, 20), 1),
+        ((2, 20, 21, 40), 11),
     ],
 )
 def test_depthwise(library, shape, kernel, activated, dtype, tolerance):
@@ -116,7 +117,7 @@ def test_linear(library, rows, inputs, outputs, transposed, activated, dtype, to
 
 
 @precisions
-@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 1, 1, 16), (1, 8, 8, 40)])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 1, 1, 16), (5, 16, 16, 40)])
 def test_layer_norm(library, shape, dtype, tolerance):
     from fcvit.model import LayerNorm2D
     from fcvit.native import operators
@@ -133,7 +134,9 @@ def test_layer_norm(library, shape, dtype, tolerance):
 
 
 @precisions
-@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 7, 24), 8), ((3, 1, 1, 16), 8), ((2, 3, 4, 30), 5)])
+@pytest.mark.parametrize(
+    ("shape", "heads"), [((2, 5, 7, 24), 8), ((3, 1, 1, 16), 8), ((2, 3, 4, 30), 5), ((5, 13, 16, 40), 8)]
+)
 def test_context(library, shape, heads, dtype, tolerance):
     from fcvit.model import SIMILARITY_EPS, GlobalContext
     from fcvit.native import operators
@@ -334,13 +337,14 @@ def test_dropout_is_honoured(library):
     assert np.abs((native(images) - model(images)).numpy()).max() < 1e-9
 
 
-def test_same_bits_twice_and_with_any_number_of_threads(library):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_same_bits_twice_and_with_any_number_of_threads(library, dtype):
     """Sizes at which every operator is shared out among threads."""
     results = []
     for threads in (3, 3, 1, 2):
         library.omp_set_num_threads(threads)
-        model = accelerated(lively_model(VARIANTS["fcvit_digits"], "float32", drop_path_rate=0.2))
-        results.append(step(model, size=(64, 72), batch=5))
+        model = accelerated(lively_model(VARIANTS["fcvit_digits"], dtype, drop_path_rate=0.2))
+        results.append(step(model, size=(128, 136), batch=5))
     for other in results[1:]:
         assert all((a == b).all() for a, b in zip(other[0], results[0][0], strict=True))
         assert all((other[1][name] == gradient).all() for name, gradient in results[0][1].items())
@@ -479,45 +483,3 @@ def test_keeping_memory_where_there_is_no_glibc(monkeypatch):
     assert allocator.keep_memory() in (True, False)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert allocator.keep_memory() is False
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 2e-6)])
-def test_adamw_is_paddles(library, dtype, tolerance):
-    """Parameters and state after some steps; Paddle keeps some of its constants in float32, whatever the parameters."""
-    from fcvit.native.optimizer import AdamW
-
-    outcomes = []
-    for kind in (paddle.optimizer.AdamW, AdamW):
-        generator = np.random.default_rng(0)
-        paddle.seed(0)
-        layers = paddle.nn.Sequential(paddle.nn.Linear(7, 300), paddle.nn.Linear(300, 200))
-        layers.to(dtype=dtype)
-        names = {parameter.name for parameter in layers.parameters() if parameter.ndim > 1}
-        rate = paddle.optimizer.lr.CosineAnnealingDecay(0.01, 10)
-        optimiser = kind(
-            rate, parameters=layers.parameters(), weight_decay=0.1, apply_decay_param_fun=names.__contains__
-        )
-        for _ in range(4):
-            for parameter in layers.parameters():
-                gradient = generator.normal(size=parameter.shape).astype(dtype)
-                (parameter * paddle.to_tensor(gradient)).sum().backward()
-            optimiser.step()
-            optimiser.clear_grad()
-            rate.step()
-        state = [value.numpy() for value in optimiser.state_dict().values() if hasattr(value, "numpy")]
-        outcomes.append([*(parameter.numpy() for parameter in layers.parameters()), *state])
-    assert len(outcomes[0]) == len(outcomes[1]) == 20
-    for found, expected in zip(outcomes[1], outcomes[0], strict=True):
-        assert found.shape == expected.shape
-        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-
-
-def test_adamw_leaves_to_paddle_what_it_cannot(library):
-    from fcvit.native.optimizer import AdamW
-
-    layer = paddle.nn.Linear(3, 4)
-    optimiser = AdamW(0.1, parameters=layer.parameters(), amsgrad=True)
-    before = layer.weight.numpy()
-    layer(paddle.ones([2, 3])).sum().backward()
-    optimiser.step()
-    assert np.abs(layer.weight.numpy() - before).min() > 0.05

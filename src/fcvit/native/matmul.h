@@ -89,7 +89,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
     const bool gather = a.row == 1 && a.column != 1;  // a transposed: the rows of a strip are copied together
     Buffer<T> packed(panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
-#pragma omp parallel if (rows * columns * depth > 30000)
+#pragma omp parallel if (rows * columns * depth > 500000)  // some 20 microseconds: waiting for all costs as much
     {
         // b, panel after panel, each depth x N and filled up with zeros. A piece of DEPTH rows at a time.
         const int64_t pieces = (depth + DEPTH - 1) / DEPTH;

@@ -10,6 +10,10 @@
 
 #include "matmul.h"
 
+// Numbers from which an elementwise operation is shared out among the threads. Each sharing out ends with all
+// waiting for the last, which on a busy machine takes far longer than the work itself.
+constexpr int64_t WORTH_SHARING = 1 << 15;
+
 // out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, these in double.
 template <class T, class Term>
 void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
@@ -18,7 +22,7 @@ void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     std::vector<double> totals(parts * columns, 0.0);
     const int threads = omp_get_max_threads();
     std::vector<T> sums(threads * columns);
-#pragma omp parallel for schedule(static) if (rows * columns > 8192)
+#pragma omp parallel for schedule(static) if (rows * columns > WORTH_SHARING)
     for (int64_t part = 0; part < parts; part++) {
         T* sum = sums.data() + omp_get_thread_num() * columns;
         double* total = totals.data() + part * columns;
@@ -56,7 +60,7 @@ void layer_norm(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
     T *y = t[3], *statistics = t[4];
     const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T* from = x + b * P * C;
         T* to = y + b * P * C;
@@ -81,7 +85,7 @@ void layer_norm_backward(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *g = dy + b * P * C, mean = statistics[2 * b], inverse = statistics[2 * b + 1];
         const T along = T(sum_all(P, C, [=](int64_t p, int64_t c) { return g[p * C + c] * weight[c]; }) / (P * C));
@@ -129,7 +133,7 @@ struct Activation {
     Activation(const T* z, const T* dy, int64_t rows, int64_t columns) : made(z ? rows * columns : 0), gradient(dy) {
         if (!z) return;
         gradient = made.data;
-#pragma omp parallel for schedule(static) if (rows * columns > 1024)
+#pragma omp parallel for schedule(static) if (rows * columns > WORTH_SHARING)
         for (int64_t r = 0; r < rows; r++) {
             gelu_row_backward(z + r * columns, dy + r * columns, made.data + r * columns, columns);
         }
@@ -220,7 +224,7 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
     constexpr int64_t G = GROUP<T>;
     const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
     Buffer<T> weights(groups * area * G), biases(groups * G), slabs(omp_get_max_threads() * slab);
-#pragma omp parallel if (B * H * W * C > 4096)
+#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
@@ -295,7 +299,7 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
     const int64_t parts = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(B, 1));
     Buffer<double> totals(groups * parts * area * G);
     Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
-#pragma omp parallel if (B * H * W * C > 4096)
+#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
         T *from = slabs.data + omp_get_thread_num() * 2 * slab, *g = from + slab;
 #pragma omp for collapse(2) schedule(static)
@@ -359,7 +363,7 @@ template <class T>
 void pool(T** t, const int64_t* n, const double*) {
     const int64_t B = n[0], P = n[1], C = n[2];
     Buffer<double> totals(B * C);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) mean_positions(t[0] + b * P * C, t[1] + b * C, totals.data + b * C, P, C);
 }
 
@@ -369,7 +373,7 @@ void pool_backward(T** t, const int64_t* n, const double*) {
     const T* dmean = t[0];
     T* dx = t[1];
     const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         for (int64_t c = 0; c < C; c++) dx[r * C + c] = dmean[r / P * C + c] / P;
     }
@@ -396,7 +400,7 @@ void context(T** t, const int64_t* n, const double* options) {
     T *context = kept.context, *halves = kept.halves, *winner = kept.winner, *value = kept.value;
     T *centred = kept.centred, *deviation = kept.deviation;
     Buffer<double> totals(B * C);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) mean_positions(x + b * P * C, context + b * C, totals.data + b * C, P, C);
     matmul<T>(B, 2 * I, C, {context, C, 1}, {fc1, 2 * I, 1}, halves, bias1);
     for (int64_t b = 0; b < B; b++) {
@@ -408,7 +412,7 @@ void context(T** t, const int64_t* n, const double* options) {
     matmul<T>(B, C, I, {winner, I, 1}, {fc2, C, 1}, value, bias2);
     const T scale = T(1 / std::sqrt(double(d)));
     const double count = double(h * P), others = std::max(count - 1, 1.0);  // one alone has no deviation
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
         T *to = y + b * P * C, *s = centred + b * P * h;
@@ -450,7 +454,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     const double count = double(h * P), others = std::max(count - 1, 1.0);
     Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
     Buffer<double> totals(B * 2 * C);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centred + b * P * h;
         T *dgate = gates.data + b * P * h, *slope = slopes.data + b * P * h, *to = dx + b * P * C;
@@ -507,7 +511,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     column_sums(B * P, h, dweight, [=](int64_t r, int64_t k) {
         return dgate[r * h + k] * (centred[r * h + k] * T(1 / (deviation[r / P] + options[0])));
     });
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         T* mean = dcontext.data + b * C;
         for (int64_t c = 0; c < C; c++) mean[c] = T((mean[c] + totals.data[b * 2 * C + C + c]) / P);
@@ -523,7 +527,7 @@ void residual(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
     T* y = t[4];
     const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         const T times = factor ? factor[r / P] : T(1);
         for (int64_t c = 0; c < C; c++) {
@@ -538,7 +542,7 @@ void residual_backward(T** t, const int64_t* n, const double*) {
     const T *branch = t[0], *scale = t[1], *factor = t[2], *dy = t[3];
     T *dbranch = t[4], *dscale = t[5];
     const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         const T times = factor ? factor[r / P] : T(1);
         for (int64_t c = 0; c < C; c++) dbranch[r * C + c] = dy[r * C + c] * (scale ? scale[c] * times : times);
@@ -621,7 +625,7 @@ void swap(T** t, const int64_t* n, const double*) {
     const T* x = t[0];
     T* y = t[1];
     const int64_t B = n[0], R = n[1], S = n[2], SIDE = 16;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (B * R * S > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         for (int64_t s0 = 0; s0 < S; s0 += SIDE) {
             for (int64_t r0 = 0; r0 < R; r0 += SIDE) {
@@ -647,27 +651,6 @@ void gelu_backward(T** t, const int64_t* n, const double*) {
     constexpr int64_t PIECE = 1024;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row_backward(t[0] + i, t[1] + i, t[2] + i, std::min(PIECE, n[0] - i));
-}
-
-// parameter, gradient, both moments, powers of both betas (1), all but the gradient changed
-// options: learning rate, beta1, beta2, epsilon, decay
-template <class T>
-void adamw(T** t, const int64_t* n, const double* options) {
-    T *parameter = t[0], *first = t[2], *second = t[3];
-    const T* gradient = t[1];
-    const double rate = options[0], beta1 = options[1], beta2 = options[2];
-    const double rest = std::sqrt(1 - double(t[5][0]));  // as Paddle has it: the powers are those of this step already
-    const T step = T(rate * rest / (1 - double(t[4][0]))), eps = T(options[3] * rest), keep = T(1 - rate * options[4]);
-    const T b1 = T(beta1), b2 = T(beta2), c1 = 1 - b1, c2 = 1 - b2;
-#pragma omp parallel for simd schedule(static) if (parallel : n[0] > 32768)
-    for (int64_t i = 0; i < n[0]; i++) {
-        const T g = gradient[i], m = b1 * first[i] + c1 * g, v = b2 * second[i] + c2 * g * g;
-        first[i] = m;
-        second[i] = v;
-        parameter[i] = parameter[i] * keep - step * (m / (std::sqrt(v) + eps));
-    }
-    t[4][0] *= b1;
-    t[5][0] *= b2;
 }
 
 // What Python calls: 0, or 1 where memory ran out.
@@ -702,4 +685,3 @@ EXPORT(strided_backward)
 EXPORT(swap)
 EXPORT(gelu)
 EXPORT(gelu_backward)
-EXPORT(adamw)

@@ -62,11 +62,6 @@ def residual(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | N
     return Residual.apply(x, branch, scale, factor)
 
 
-def adamw(tensors: Sequence[Tensor], rate: float, beta1: float, beta2: float, eps: float, decay: float) -> None:
-    """One step in place: of parameter, gradient, both moments, powers of both betas."""
-    _run("adamw", tensors, (math.prod(tensors[0].shape),), rate, beta1, beta2, eps, decay)
-
-
 def gelu(x: Tensor) -> Tensor:
     """The exact one; any shape."""
     return Gelu.apply(x)

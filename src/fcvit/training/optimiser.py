@@ -7,8 +7,6 @@ import numpy as np
 from fcvit.errors import UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.model import FCViT
-from fcvit.native.network import NativeFCViT
-from fcvit.native.optimizer import AdamW
 from fcvit.training.recipe import Recipe
 
 import_framework("paddle")
@@ -53,11 +51,9 @@ def create_optimiser(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
     parameters = trained_parameters(model)
     decayed = {p.name for p in parameters.values() if p.ndim >= 2}
     top = depth_of("head", model)
-    # They keep the same state: whether a run goes on with the one or the other is for its identity to say.
-    kind = AdamW if isinstance(model, NativeFCViT) else paddle.optimizer.AdamW
     for name, parameter in parameters.items():
         parameter.optimize_attr["learning_rate"] = recipe.layer_decay ** (top - depth_of(name, model))
-    return kind(
+    return paddle.optimizer.AdamW(
         learning_rate=recipe.peak_lr,
         beta1=recipe.beta1,
         beta2=recipe.beta2,
