@@ -346,6 +346,7 @@ def train(
     resume: Path | None = None,
     extend: Path | None = None,
     preview: Path | None = None,
+    option: list[str] | None = None,
     device: Device = "auto",
     workers: int | None = None,
     as_json: Json = False,
@@ -359,6 +360,7 @@ def train(
         resume: Go on with the run in this folder after its last epoch; takes no recipe.
         extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
         preview: Draw what the network would see of some training images into this .png, and do not train.
+        option: An option of the architecture, as in --option competition=false; may stand several times.
         device: auto, cpu, gpu or gpu:N.
         workers: Processes that decode and augment (default: on a GPU one for each core, at most 8; else none).
         as_json: Print JSON.
@@ -366,15 +368,20 @@ def train(
     """
     from fcvit.tasks import train as task
 
+    for word in option or ():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
+        overrides[f"options.{name}"] = value
     processes = _train_workers(workers, device)
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
     if resume is not None:
-        if output or overrides or preview:
+        if output or overrides or preview or device != "auto":
             raise UsageError("train: --resume goes on as the run began; leave out what else decides it")
         return _trained(task.resume(resume, workers=processes, announce=_note), as_json)
     if extend is not None:
-        if set(overrides) != {"epochs"} or not overrides["epochs"].isdecimal() or preview:
+        if set(overrides) != {"epochs"} or not overrides["epochs"].isdecimal() or preview or device != "auto":
             raise UsageError("train: --extend RUN takes --epochs N, of the longer schedule, and no other field")
         epochs = int(overrides["epochs"])
         return _trained(task.extend(extend, epochs, folder=output, workers=processes, announce=_note), as_json)
@@ -383,7 +390,7 @@ def train(
     assert recipe is not None
     resolved = read_recipe(recipe, overrides)
     if preview is not None:
-        return _previewed(resolved, preview)
+        return _previewed(resolved, preview, output, as_json)
     done = task.train(resolved, folder=output, device=device, workers=processes, announce=_note)
     return _trained(done, as_json)
 
@@ -419,7 +426,7 @@ def finetune(
     for note in notes:
         _note(note)
     if preview is not None:
-        return _previewed(resolved, preview)
+        return _previewed(resolved, preview, output, as_json)
     done = run(resolved, folder=output, device=device, workers=_train_workers(workers, device), announce=_note)
     return _trained(done, as_json)
 
@@ -436,7 +443,9 @@ def _train_workers(workers: int | None, device: str) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // sharing))
 
 
-def _previewed(recipe: "Recipe", path: Path) -> int:
+def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool) -> int:
+    if output is not None or as_json:
+        raise UsageError("--preview draws a picture and trains nothing; leave --output and --json out")
     from fcvit.tasks.preview import preview
 
     print(f"written to {preview(recipe, path)}")

@@ -47,9 +47,16 @@ class MissingExtra(FcvitError, ImportError):
 
 
 class TrainingStopped(FcvitError, ArithmeticError):
-    """A training cannot go on; its last good checkpoint is there."""
+    """A training cannot go on; its last good checkpoint is there.
+
+    `again`: whether the same run, resumed, might come further.
+    """
 
     exit_code = 8
+
+    def __init__(self, message: str, again: bool = True):
+        super().__init__(message)
+        self.again = again
 
 
 class FreshWeights(UserWarning):

@@ -167,16 +167,16 @@ class BatchNorm(nn.BatchNorm2D):
         count = input.shape[0] * input.shape[2] * input.shape[3]
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
-        # With a momentum of 0 the kernel leaves the batch's own statistics in these two.
-        mean, variance = paddle.zeros_like(self._mean), paddle.zeros_like(self._variance)
-        x = F.batch_norm(
-            input, mean, variance, self.weight, self.bias, training=True, momentum=0.0, epsilon=self._epsilon
-        )
         with paddle.no_grad():
+            # Ourselves: which variance a kernel keeps depends on the device, and its momentum is a float32.
+            given = input.astype(self._mean.dtype)
+            centre = mean(given, (0, 2, 3))
+            variance = mean((given - centre) ** 2, (0, 2, 3)) * (count / (count - 1))
             kept = self._momentum
-            self._mean.set_value(kept * self._mean + (1 - kept) * mean)
-            self._variance.set_value(kept * self._variance + (1 - kept) * count / (count - 1) * variance)
-        return x
+            self._mean.set_value(kept * self._mean + (1 - kept) * centre.flatten())
+            self._variance.set_value(kept * self._variance + (1 - kept) * variance.flatten())
+        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # for the kernel to write to
+        return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
 
 
 def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -391,8 +391,9 @@ class DropPath(nn.Layer):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        mask = paddle.floor(keep + paddle.rand([x.shape[0], 1, 1, 1], dtype=x.dtype))
-        return x / keep * mask
+        # Drawn in float32: in a half type the rounding would change the probability.
+        mask = paddle.floor(keep + paddle.rand([x.shape[0], 1, 1, 1], dtype="float32"))
+        return x / keep * mask.astype(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import needs_paddle, write_squares
+from fcvit.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
 from fcvit.tasks.evaluate import evaluate
 from fcvit.tasks.finetune import finetune, finetune_recipe
@@ -125,6 +126,23 @@ def test_training_longer_is_an_act_of_its_own(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares):
+    """Also where it does not get better, and where patience had ended the run that it extends."""
+    recipe = small(patience=1, epochs=9, lr=1e-9, min_lr=0.0, warmup_lr=0.0, ema_decay=0.5)
+    first = train(recipe, folder=tmp_path / "run", device="cpu")
+    assert first.stopped_early and first.best["epoch"] == len(first.rows) - 1
+    longer = extend(tmp_path / "run", 12, folder=tmp_path / "longer")
+    assert len(longer.rows) > len(first.rows), "patience counts from where it began"
+    if longer.best == first.best:
+        one, other = (read_weights(done.weights).tensors["head.bias"].tolist() for done in (first, longer))
+        assert one == other
+    assert read_weights(longer.folder / "last-ema.safetensors")
+    (squares / "train" / "left" / "00.png").unlink()
+    with pytest.raises(DoesNotFit, match="training images changed"):
+        extend(tmp_path / "run", 12, folder=tmp_path / "other")
+
+
+@pytest.mark.slow
 def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
     train(small(), folder=tmp_path / "run", device="cpu")
     extend(tmp_path / "run", 5, folder=tmp_path / "whole")
@@ -144,7 +162,7 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
         dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])(1.0, top1, 2, 2) for top1 in (90, 50, 90)
     ]
     found = iter([[result] for result in results])
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": next(found)}))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": next(found), "unreadable": ()}))
     done = train(small(epochs=9, patience=2), folder=tmp_path / "run", device="cpu")
     assert done.stopped_early and len(done.rows) == 3 and done.best["epoch"] == 1
     best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last"))
@@ -157,7 +175,7 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
 
     result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
     found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": found}))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": found, "unreadable": ()}))
     done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
     assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
     names = ("best", "last", "last-ema")
@@ -175,7 +193,7 @@ def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatc
         module, "soft_cross_entropy", lambda *given: loss(*given) * (float("nan") if next(calls) == 3 else 1)
     )
     calls = iter(range(100))
-    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 4; epoch 1 stands in .*/run; go on with"):
+    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 4; lower lr.*; epoch 1 stands in .*/run$"):
         train(small(), folder=tmp_path / "run", device="cpu")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert TrainingStopped.exit_code == 8
@@ -188,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_real_weights_that_diverge_are_noticed(small, tmp_path):
     """Not a planted NaN: a rate that throws the weights out of all bounds."""
-    with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|does not compute finite numbers"):
+    with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|is not finite|no finite numbers"):
         train(small(lr=900.0, epochs=60, warmup_epochs=0), folder=tmp_path / "run", device="cpu")
 
 
@@ -231,9 +249,9 @@ def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypa
         return run(self, parts, rate)
 
     monkeypatch.setattr(Trainer, "run", vanish)
-    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*is .*train still there.*epoch 1 stands"):
+    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*is .*train as it was.*epoch 1 stands"):
         train(small(), folder=tmp_path / "run", device="cpu")
-    with pytest.raises(UnreadableFile, match="where are the training images"):
+    with pytest.raises(UnreadableFile, match="where are the others"):
         resume(tmp_path / "run")
 
 
@@ -248,9 +266,58 @@ def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares
 
 def test_what_changed_is_said_when_a_run_goes_on(small, tmp_path, squares):
     train(small(), folder=tmp_path / "run", device="cpu")
-    (squares / "train" / "left" / "00.png").unlink()
-    with pytest.raises(DoesNotFit, match="training images changed since the run began"):
+    for split in ("val", "train"):
+        (squares / split / "left" / "00.png").unlink()
+        with pytest.raises(DoesNotFit, match="validation images changed" if split == "val" else "training images, val"):
+            resume(tmp_path / "run")
+
+
+def test_a_lost_state_is_not_taken_for_a_new_run(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    (tmp_path / "run" / "state.safetensors").unlink()
+    with pytest.raises(UnreadableFile, match=r"state\.safetensors is gone"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, squares):
+    words = {"epochs": "2", "new_head": "true"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    counted = int(read_weights(done.folder / "last.safetensors").tensors["patch_embed.norm.num_batches_tracked"])
+    assert counted == 6 + done.rows[-1]["step"], "counted on from the weights it began with"
+    kept = state_of(done.folder)
+    trained.unlink()
+    (done.folder / ".last.safetensors.cut").mkdir()
+    assert len(resume(done.folder).rows) == 2 and state_of(done.folder) == kept
+    assert not (done.folder / ".last.safetensors.cut").exists(), "what a killed process was writing"
+    longer = extend(done.folder, 3, folder=tmp_path / "longer")
+    tensors = read_weights(longer.folder / "last.safetensors").tensors
+    assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
+
+
+def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares):
+    (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
+    said = []
+    done = train(small(epochs=2), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert done.unreadable == ("left/00.png: not an image",) and said.count("left out: left/00.png: not an image") == 1
+
+
+def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
+    """The loss may be finite to the last step of an epoch, and what that step leaves not."""
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def spoil(self, parts, rate):
+        loss = run(self, parts, rate)
+        if self.step == 4:
+            self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
+        return loss
+
+    monkeypatch.setattr(Trainer, "run", spoil)
+    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 4; lower lr.*epoch 1 stands"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    assert np.isfinite(read_weights(tmp_path / "run" / "last.safetensors").tensors["head.bias"]).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
@@ -277,13 +344,15 @@ def test_the_state_of_another_network_is_not_taken(small, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"precision": "bfloat16"}, "does not have it on the CPU; use float32"),
+        ({"precision": "bfloat16"}, "does not have it on the cpu; use float32"),
         ({"batchnorm": "sync"}, "does not have it on the CPU; use average"),
         ({"batch_size": 21}, "only 20 training images"),
+        ({"patience": 2, "data": "images/train"}, "nothing tells when to stop"),
         ({"accumulate": 3}, "not divisible by 3"),
     ],
 )
-def test_what_cannot_be_had_is_refused_and_not_ignored(small, tmp_path, fields, message):
+def test_what_cannot_be_had_is_refused_and_not_ignored(small, tmp_path, monkeypatch, fields, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         train(small(**fields), folder=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
@@ -383,6 +452,35 @@ def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squar
     assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
 
 
+def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp_path, squares):
+    """The head is kept for the same classes in whatever order; a batch is a quarter, divisible into its parts."""
+    from fcvit.loading import create_model, weights_of
+    from fcvit.weights.writing import write_weights
+
+    form = read_weights(trained).form
+    model = create_model(form.variant, None, 2)
+    other = tmp_path / "other.safetensors"
+    write_weights(other, weights_of(model, classes=(ClassName("right", "R"), ClassName("left", "L"))))
+    recipe, notes = finetune_recipe(other, squares, {"accumulate": "2"})
+    assert not recipe.new_head and "goes on from theirs" in notes[0]
+    assert recipe.batch_size == 4 and recipe.batch_size % 2 == 0
+    nameless = tmp_path / "nameless.safetensors"
+    write_weights(nameless, weights_of(model))
+    assert finetune_recipe(nameless, squares)[0].new_head, "two outputs without names may mean anything"
+    assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
+
+
+@pytest.mark.slow
+def test_drop_rates_hold_for_weights_too(trained, small):
+    from fcvit.tasks.train import _network
+    from fcvit.training.data import find_splits
+
+    recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)
+    weights = read_weights(trained)
+    model = _network(recipe, weights, find_splits(recipe, weights), lambda _: None)
+    assert model.network[6][0].drop_path.rate == 0.3 and model.network[6][0].channel_mixer.drop.p == 0.2
+
+
 @pytest.mark.slow
 def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
     words = {"epochs": "1", "operators": "plain", "freeze": "true", "new_head": "true"}
@@ -390,6 +488,8 @@ def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
     before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
     changed = {name for name in before if (before[name] != after[name]).any() and not name.endswith("tracked")}
     assert changed == {"head.weight", "head.bias"}
+    counters = [int(t[name]) for t in (before, after) for name in before if name.endswith("tracked")]
+    assert len(set(counters)) == 1, "statistics that stay are not counted as updated"
 
 
 def test_training_goes_on_from_weights_of_another_count_of_classes_only_with_a_new_head(trained, small, tmp_path):
@@ -420,7 +520,7 @@ def recipe_file(small, tmp_path):
         (["--data", "nowhere"], 3, "nowhere: no such folder"),
         (["--resume", "somewhere"], 2, "expected a recipe, or --resume"),
         (["--weights", "nowhere.pth"], 3, "nowhere.pth"),
-        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, "go on with"),
+        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, "lower lr"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(recipe_file, tmp_path, capsys, words, code, message):
@@ -443,6 +543,12 @@ def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, caps
     assert main(["train", "--extend", run, "--epochs", "2", "-o", longer]) == 0
     assert main(["train", "--extend", run, "--lr", "1"]) == 2
     assert main(["train", "--resume", run, "--epochs", "2"]) == 2 and main(["train"]) == 2
+    assert main(["train", "--resume", run, "--device", "cpu"]) == 2
+    options = ["--option", "competition=false", "--option", "heads=4", "--crop-scale", "[0.5, 1.0]"]
+    assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", f"{run}-4", *options]) == 0
+    variant = read_weights(f"{run}-4/last.safetensors").form.variant
+    assert (variant.competition, variant.heads) == (False, 4)
+    assert main(["train", str(recipe_file), "--option", "heads"]) == 2
 
 
 @pytest.mark.slow
@@ -456,7 +562,7 @@ def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, cap
     assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "it is there already"
     assert main([*words, "--epochs", "1", "--freeze", "true", "-o", str(tmp_path / "run")]) == 0
     assert "best.safetensors" in capsys.readouterr().out
-    assert main([*words, "--epocs", "1"]) == 2
+    assert main([*words, "--epocs", "1"]) == 2 and main([*words, "--preview", "x.png", "--json"]) == 2
 
 
 def test_a_preview_shows_what_the_network_sees(small, tmp_path):

@@ -35,6 +35,43 @@ def test_train_and_val_beside_each_other_are_the_splits(small, squares):
     assert tarred.train.listing() == splits.train.listing() and tarred.val.listing() == splits.val.listing()
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_the_validation_split(small, squares, name):
+    (squares / "val").rename(squares / name)
+    shutil.copytree(squares / name, squares / "test")
+    splits = find_splits(small(), None)
+    assert splits.val.root == squares / name and splits.classes == LEFT_RIGHT
+    assert "not used: test" in splits.notes[1]
+    shutil.copytree(squares / name, squares / "val")
+    with pytest.raises(UsageError, match="which one validates"):
+        find_splits(small(), None)
+
+
+def test_a_train_may_be_a_class(small, squares):
+    """A folder `train` with images in it is one of vehicles, not a split."""
+    (squares / "train" / "right").rename(squares / "train" / "train")
+    splits = find_splits(small(data=str(squares / "train")), None)
+    assert [c.id for c in splits.classes] == ["left", "train"]
+
+
+def test_a_test_split_alone_validates_nothing(small, squares):
+    (squares / "val").rename(squares / "test")
+    splits = find_splits(small(held_out=0.25), None)
+    assert (len(splits.train), len(splits.val)) == (15, 5) and splits.val.root == squares / "train"
+
+
+def test_every_class_keeps_an_image_to_train_on(small, squares):
+    for path in [*(squares / "train" / "left").iterdir()][1:]:
+        path.unlink()
+    for seed in range(20):
+        splits = find_splits(small(data=str(squares / "train"), held_out=0.5, seed=seed), None)
+        assert splits.counts().min() >= 1
+    for path in [*(squares / "train" / "right").iterdir()][1:]:
+        path.unlink()
+    with pytest.raises(UsageError, match="every class has too few"):
+        find_splits(small(data=str(squares / "train"), held_out=0.5), None)
+
+
 def test_some_images_are_held_out(small, squares):
     splits = find_splits(small(data=str(squares / "train"), held_out=0.25), None)
     assert (len(splits.train), len(splits.val)) == (15, 5)
@@ -59,6 +96,15 @@ def test_classes_are_those_of_the_weights_unless_the_head_is_new(small, squares)
     assert any("1 of 3 classes have no training images: up" in note for note in given.notes)
     with pytest.raises(DoesNotFit, match="3 classes, the weights have 2"):
         find_splits(small(classes=str(listed), weights="w"), weights())
+
+
+def test_imagenets_classes_are_known_to_weights_that_do_not_name_them(small, squares):
+    for split in ("train", "val"):
+        (squares / split / "left").rename(squares / split / "n01440764")
+        (squares / split / "right").rename(squares / split / "n01443537")
+    splits = find_splits(small(weights="w"), weights(count=1000))
+    assert len(splits.classes) == 1000 and set(splits.train.labels) == {0, 1}
+    assert any("998 of 1000 classes have no training images" in note for note in splits.notes)
 
 
 def test_wordnet_folders_get_imagenets_names(small, squares):
@@ -150,5 +196,12 @@ def test_the_networks_input_is_mixed_normalised_and_erased(small):
     assert targets.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
     erased, _ = network_input(batch, np.zeros(4, int), small(**{**off, "erasing": 1.0}), plain, 0, 2)
     assert all((image != clean).any() for image, clean in zip(erased, images, strict=True))
+    again, _ = network_input(batch, np.zeros(4, int), small(**{**off, "erasing": 1.0}), plain, 1, 2)
+    assert (again != erased).any(), "another rectangle in another epoch"
+    shares = {
+        network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, e, 2)[1][0, 0]
+        for e in range(5)
+    }
+    assert len(shares) == 5, "another share in each epoch"
     _, mixed = network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, 0, 2)
     assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1

@@ -151,6 +151,23 @@ def test_the_optimiser_goes_on_as_it_was(small):
         restore_optimiser(optimiser, model, {k: v for k, v in kept.items() if k != "moment2/head.bias"})
 
 
+def test_averaged_weights_get_slower_with_the_steps(model, small):
+    """The trainer tells the average how far it is: after many steps it hardly moves."""
+    from fcvit.training.data import Division
+    from fcvit.training.step import Trainer
+
+    trainer = Trainer(model, small(ema_decay=0.999), Division(4), "cpu")
+    part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
+    moved = []
+    for step in (0, 500):
+        trainer.step = step
+        before = trainer.average.tensors["head.bias"].numpy().copy()
+        trainer.run(iter([part]), 0.1)
+        gap = trainer.model.head.bias.numpy() - before
+        moved.append(float(((trainer.average.tensors["head.bias"].numpy() - before) / gap)[0]))
+    assert moved == pytest.approx([1 - 1 / 10, 1 - 501 / 510], rel=1e-2)
+
+
 def test_every_part_has_statistics_of_its_own(model):
     """Two parts that see other numbers; after an epoch both have the mean of both."""
     from fcvit.training.statistics import Statistics, running_statistics

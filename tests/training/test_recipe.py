@@ -73,6 +73,8 @@ def test_fields_are_replaced_as_on_the_command_line(tmp_path):
         ({"flip": "2"}, "flip"),
         ({"lr": "nan"}, "lr = nan"),
         ({"freeze": "true"}, "expected weights to freeze"),
+        ({"ema": "true"}, "expected weights to choose from"),
+        ({"learning-rate": "1"}, "did you mean 'lr'"),
         ({"min_lr": "1"}, "highest rate"),
         ({"data.x": "1"}, "only options.NAME"),
         ({"input_size": "0"}, "input size 0"),
@@ -82,6 +84,14 @@ def test_fields_are_replaced_as_on_the_command_line(tmp_path):
 def test_what_is_wrong_is_said(tmp_path, words, message):
     with pytest.raises(UsageError, match=message):
         read_recipe(toml(tmp_path, 'variant = "fcvit_tiny"\n'), words)
+
+
+def test_words_stay_words_where_text_is_meant(tmp_path):
+    """A folder may be called 2024 or true."""
+    for word in ("2024", "true", "1979-05-27", "a#b"):
+        recipe = read_recipe(toml(tmp_path, 'variant = "fcvit_tiny"\n'), {"data": word, "val": word})
+        assert (recipe.data, recipe.val) == (word, word)
+    assert read_recipe(toml(tmp_path, 'variant = "fcvit_tiny"\nval = "x"\n'), {"val": "none"}).val is None
 
 
 def test_files_that_are_none(tmp_path):

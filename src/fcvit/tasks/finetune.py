@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
-from fcvit.classes import Classes
+from fcvit.processes import join
 from fcvit.tasks.train import Training, train
 from fcvit.training.data import find_splits
 from fcvit.training.recipe import Recipe, build_recipe, shipped_fields
@@ -40,7 +40,8 @@ def finetune_recipe(
     splits = find_splits(recipe, loaded)
     notes = []
     if "new_head" not in given:
-        keep = _ids(loaded.classes) == _ids(splits.classes)
+        # In whatever order: the head keeps that of the weights.
+        keep = loaded.classes is not None and {c.id for c in loaded.classes} == {c.id for c in splits.classes}
         if keep:
             notes.append(
                 "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"
@@ -48,7 +49,8 @@ def finetune_recipe(
         start["new_head"] = not keep
         recipe = build_recipe(start, given, source)
     if "batch_size" not in given:
-        size = max(2, min(recipe.batch_size, len(splits.train) // 4))
+        parts = join().count * recipe.accumulate
+        size = max(2, min(recipe.batch_size, len(splits.train) // 4) // parts) * parts
         if size != recipe.batch_size:
             recipe = dataclasses.replace(recipe, batch_size=size)
             notes.append(f"batch_size {size}: a quarter of the training images")
@@ -74,10 +76,6 @@ def finetune(
     for note in notes:
         announce(note)
     return train(recipe, folder=folder, device=device, workers=workers, announce=announce)
-
-
-def _ids(classes: Classes | None) -> list[str] | None:
-    return [c.id for c in classes] if classes else None
 
 
 def _truth(value: object) -> bool | None:

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ from fcvit.training.data import (
     network_input,
     steps_per_epoch,
 )
-from fcvit.training.log import Log
+from fcvit.training.log import JSONL, Log
 from fcvit.training.recipe import Recipe, build_recipe
 from fcvit.training.schedule import learning_rate
-from fcvit.training.state import Progress, read_state, write_state
+from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.writing import staged, write_weights
 
@@ -124,12 +125,8 @@ def resume(folder: str | os.PathLike[str], *, workers: int = 0, announce: Announ
     """
     folder = Path(folder)
     known, recipe = _read(folder)
-    with _Run.prepared(recipe, known["device"], workers, announce) as run:
-        if changed := [what for what in run.identity if known["identity"].get(what) != run.identity[what]]:
-            raise DoesNotFit(
-                f"{folder}: {', '.join(changed).replace('_', ' ')} changed since the run began; it cannot end as it "
-                "would have. Put it back, or begin a new run from its weights"
-            )
+    with _Run.prepared(recipe, known["device"], workers, announce, _start(folder)) as run:
+        run.check_same(folder, known)
         with run.continued(folder, known):
             return run.finish()
 
@@ -164,9 +161,12 @@ def extend(
         raise UsageError(
             f"--epochs {epochs}: with {recipe.cooldown_epochs} of cool-down no more than the {done.epoch} that are done"
         )
-    with _Run.prepared(recipe, known["device"], workers, announce) as run:
+    with _Run.prepared(recipe, known["device"], workers, announce, _start(source)) as run:
+        run.check_same(source, known)
         run.restore(source)
-        with run.opened(folder, {"extends": str(source.absolute())}):
+        run.began_after = run.progress.epoch
+        with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
+            run.take_over(source)
             return run.finish()
 
 
@@ -183,6 +183,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], Recipe]:
     return known, recipe
 
 
+def _start(folder: Path) -> Path | None:
+    """The weights that tell a run's network where its state has their numbers; None: it has no state yet."""
+    if (folder / STATE).exists():
+        return folder / LAST
+    if (folder / JSONL).exists():
+        raise UnreadableFile(
+            f"{folder / STATE} is gone, which the run went on from; begin a new one from {folder / LAST}"
+        )
+    return None
+
+
 class _Run:
     """A training from its preparation to its end."""
 
@@ -194,6 +205,7 @@ class _Run:
         workers: int | Workers,
         processes: Processes,
         announce: Announce,
+        start: Path | None,
     ):
         from fcvit.training.step import Trainer, balanced, synchronise
 
@@ -201,13 +213,17 @@ class _Run:
         self.announce = announce if processes.first else lambda _: None
         self.began = time.perf_counter()
         self.division = Division(recipe.batch_size, processes.count, processes.rank, recipe.accumulate)
-        weights = read_weights(recipe.weights, recipe.ema, recipe.network()) if recipe.weights else None
-        self.splits = find_splits(recipe, weights)
+        weights = _weights(recipe, start)
+        # A run that goes on has its head already, and needs the weights that it began with no more.
+        given = dataclasses.replace(recipe, weights=str(start), new_head=False, ema=None) if start else recipe
+        self.splits = find_splits(given, weights)
         for note in self.splits.notes:
             self.announce(note)
         self.steps = steps_per_epoch(len(self.splits.train), recipe.batch_size)
+        if recipe.patience and self.splits.val is None:
+            raise UsageError(f"patience = {recipe.patience}: without validation images nothing tells when to stop")
         self.preprocessing = input_preprocessing(recipe, weights)
-        model = _network(recipe, weights, self.splits, self.announce)
+        model = _network(given, weights, self.splits, self.announce)
         if recipe.batchnorm == "sync":
             synchronise(model)
         self.operators = _accelerate(model, recipe, place, self.announce)
@@ -215,23 +231,31 @@ class _Run:
         self.trainer = Trainer(model, recipe, self.division, place, class_weights)
         self.progress = Progress()
         self.kept = 0  # epochs in the state that is on the disk
-        self.first_updates = _updates(weights)
+        self.progress.first_updates = _updates(weights)
+        self.began_after = 0  # epochs of a run that this one extends
         self.unreadable: dict[str, None] = {}
         self.identity = self._identity(weights, place)
+        if start is not None:
+            del self.identity["weights"]
         if processes.count > 1:
             self._agree()
 
     @classmethod
     @contextlib.contextmanager
-    def prepared(cls, recipe: Recipe, device: str, workers: int, announce: Announce) -> Iterator["_Run"]:
-        """Everything that can be told before a folder is made."""
+    def prepared(
+        cls, recipe: Recipe, device: str, workers: int, announce: Announce, start: Path | None = None
+    ) -> Iterator["_Run"]:
+        """Everything that can be told before a folder is made; `start`: see `_start`."""
         if workers < 0:
             raise UsageError(f"--workers {workers}: expected at least 0")
         processes = join()
         paddle = import_framework("paddle")
         place = paddle_place(processes.device(device))
-        if place == "cpu" and recipe.precision != "float32":
-            raise UsageError(f"precision = {recipe.precision!r}: Paddle does not have it on the CPU; use float32")
+        amp = paddle.amp
+        has = {"float16": amp.is_float16_supported, "bfloat16": amp.is_bfloat16_supported}
+        if recipe.precision in has and (place == "cpu" or not has[recipe.precision](place)):
+            # Paddle would compute in float32, and say so in a warning at most.
+            raise UsageError(f"precision = {recipe.precision!r}: Paddle does not have it on the {place}; use float32")
         if place == "cpu" and recipe.batchnorm == "sync":
             raise UsageError('batchnorm = "sync": Paddle does not have it on the CPU; use average')
         with contextlib.ExitStack() as stack:
@@ -240,7 +264,7 @@ class _Run:
                 paddle.distributed.init_parallel_env()
             paddle.seed(recipe.seed)
             pool: int | Workers = workers
-            run = cls(recipe, place, device, pool, processes, announce)
+            run = cls(recipe, place, device, pool, processes, announce, start)
             if workers:
                 run.workers = stack.enter_context(contextlib.closing(Workers(workers)))
             yield run
@@ -259,6 +283,19 @@ class _Run:
             "packages": {name: v for name, v in runs.versions().items() if name in kept} | decoders(),
         }
         return json.loads(json.dumps(listed))
+
+    def check_same(self, folder: Path, known: Mapping[str, Any]) -> None:
+        """Go on only with what the run in `folder` began with.
+
+        Raises:
+            DoesNotFit: something else is there now.
+        """
+        if changed := [what for what in self.identity if known["identity"].get(what) != self.identity[what]]:
+            raise DoesNotFit(
+                f"{folder}: {', '.join(changed).replace('_', ' ')} changed since the run began; it cannot go on as it "
+                "would have. Put it back, or begin a new run from its weights"
+            )
+        self.identity = known["identity"]
 
     def _agree(self) -> None:
         """All processes train the same network on the same images.
@@ -293,16 +330,25 @@ class _Run:
             yield
 
     @contextlib.contextmanager
-    def continued(self, folder: Path, known: Mapping[str, object]) -> Iterator[None]:
+    def continued(self, folder: Path, known: Mapping[str, Any]) -> Iterator[None]:
         """In the folder of a run that was interrupted."""
         with contextlib.ExitStack() as stack:
             if self.processes.first:
                 self.folder = stack.enter_context(runs.continued_run(folder, known))
+                _clean(folder)
             self._share_folder(folder)
-            if (folder / "state.safetensors").exists() or known.get("extends"):
+            self.began_after = int(known.get("began_after", 0))
+            if (folder / STATE).exists():
                 self.restore(folder)
                 self.announce(f"{self.progress.epoch} of {self.recipe.total_epochs} epochs are done already")
             yield
+
+    def take_over(self, source: Path) -> None:
+        """The weights of the run that this one extends, so that a run always has its best and last."""
+        if self.processes.first:
+            for name in (LAST, LAST_EMA, BEST):
+                if (source / name).exists():
+                    _replace(self.folder / name, read_weights(source / name))
 
     def _share_folder(self, folder: Path | None = None) -> None:
         path = self.processes.broadcast(os.fsencode(self.folder.absolute()) if self.processes.first else b"")
@@ -326,18 +372,23 @@ class _Run:
         self.progress, tensors = read_state(folder)
         self.kept = self.progress.epoch
         try:
-            self.trainer.restore(tensors, self.progress.step, self.progress.loss_scale)
+            self.trainer.restore(tensors, self.progress.step, self.progress.scaler)
         except UnreadableFile as error:
             raise UnreadableFile(f"{folder}: {error}") from error
 
     def finish(self) -> Training:
         """The epochs that are missing."""
-        log = Log(self.folder, self.announce, self.recipe.tensorboard) if self.processes.first else None
+        log = (
+            Log(self.folder, self.announce, self.recipe.tensorboard, self.progress.epoch - self.began_after)
+            if self.processes.first
+            else None
+        )
         rows = self.progress.rows
         seconds: list[float] = []
         try:
             if log:
                 log.write(rows)
+            self.processes.broadcast(b"")  # the others wait here, not in gloo, which gives up after 30 seconds
             while self.progress.epoch < self.recipe.total_epochs and not self._out_of_patience():
                 began = time.perf_counter()
                 row = self._epoch(self.progress.epoch)
@@ -346,9 +397,9 @@ class _Run:
                 seconds.append(time.perf_counter() - began)
                 left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(seconds))
                 self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {_duration(left)} left at most")
-                self.processes.broadcast(b"")  # gloo gives up on a process that waits for the first one to write
+                self.processes.broadcast(b"")
         except TrainingStopped as error:
-            raise TrainingStopped(f"{error}; {self._what_stands()}") from error
+            raise TrainingStopped(f"{error}; {self._what_stands(error.again)}") from error
         except UnreadableFile as error:
             raise UnreadableFile(f"{error}; {self._what_stands()}") from error
         except KeyboardInterrupt:
@@ -370,12 +421,12 @@ class _Run:
 
     def _out_of_patience(self) -> bool:
         best, patience = self.progress.best, self.recipe.patience
-        return bool(best and patience and self.progress.epoch - best["epoch"] >= patience)
+        since = max(best["epoch"], self.began_after) if best else 0
+        return bool(best and patience and self.progress.epoch - since >= patience)
 
-    def _what_stands(self) -> str:
-        again = f"go on with: fcvit train --resume {shlex.quote(str(self.folder))}"
+    def _what_stands(self, again: bool = True) -> str:
         stands = f"epoch {self.kept} stands in {self.folder}" if self.kept else "no epoch was finished"
-        return f"{stands}; {again}"
+        return f"{stands}; go on with: fcvit train --resume {shlex.quote(str(self.folder))}" if again else stands
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """One epoch, to the state that says it is done; its row of the log."""
@@ -395,13 +446,14 @@ class _Run:
                 losses.append(trainer.run(parts, rate))
                 advance(recipe.batch_size)
         trainer.end_epoch()
+        self._gather_unreadable()
         seconds = time.perf_counter() - began
         row: dict[str, Any] = {"epoch": epoch + 1, "step": trainer.step, "lr": rate, "loss": float(np.mean(losses))}
         row |= self._validate()
         row |= {"images_per_second": images / seconds, "seconds": seconds} | trainer.seconds
         self.progress.epoch, self.progress.step = epoch + 1, trainer.step
         self.progress.rows.append(row)
-        self.progress.loss_scale = trainer.loss_scale
+        self.progress.scaler = trainer.scaler_state()
         if self.processes.first:
             self._save(row)
         else:
@@ -414,16 +466,25 @@ class _Run:
         loaded = epoch_parts(self.splits.train, self.recipe, size, epoch, self.division, self.workers)
         with contextlib.closing(loaded):
             for batch, labels in loaded:
-                for _, reason in batch.bad:
-                    if reason not in self.unreadable:
-                        self.announce(f"left out: {reason}")
-                        self.unreadable[reason] = None
+                self._leave_out(reason for _, reason in batch.bad)
                 if len(labels) < max(2, self.division.images / 2):
                     raise TrainingStopped(
-                        f"{len(batch.bad)} of {self.division.images} images of a batch cannot be read "
-                        f"({batch.bad[0][1]}); is {self.splits.train.root} still there?"
+                        f"{len(batch.bad)} of {self.division.images} images that go through the network together "
+                        f"cannot be read ({batch.bad[0][1]}); is {self.splits.train.root} as it was?"
                     )
                 yield network_input(batch, labels, self.recipe, self.preprocessing, epoch, count)
+
+    def _leave_out(self, reasons: Iterable[str]) -> None:
+        """Name each image once."""
+        for reason in reasons:
+            if reason not in self.unreadable:
+                self.announce(f"left out: {reason}")
+                self.unreadable[reason] = None
+
+    def _gather_unreadable(self) -> None:
+        """Let the first process, which speaks for all, know what the others could not read."""
+        for found in self.processes.gather(json.dumps(list(self.unreadable)).encode()):
+            self._leave_out(json.loads(found))
 
     def _weights(self, averaged: bool) -> Weights:
         trainer = self.trainer
@@ -433,7 +494,7 @@ class _Run:
             preprocessing=self.preprocessing,
             classes=self.splits.classes,
             tensors=trainer.average.tensors if averaged and trainer.average else None,
-            updates=self.first_updates + trainer.step,
+            updates=self.progress.first_updates + (0 if self.recipe.freeze else trainer.step),
         )
 
     def _validate(self) -> dict[str, float]:
@@ -441,10 +502,15 @@ class _Run:
         if self.splits.val is None:
             return {}
         kinds = [False] + [True] * (self.trainer.average is not None)
+        from fcvit.training.step import REMEDY
+
         try:
             found = self._evaluated(kinds)
         except NumbersDisagree as error:
-            raise TrainingStopped(f"the network does not compute finite numbers any more ({error})") from error
+            raise TrainingStopped(
+                f"the network computes no finite numbers any more ({error}); {REMEDY}", False
+            ) from error
+        self._leave_out(found.unreadable)
         row = {}
         for averaged, result in zip(kinds, found.results, strict=True):
             prefix = "ema_" if averaged else ""
@@ -490,6 +556,21 @@ class _Run:
     def _write_state(self) -> None:
         write_state(self.folder, self.progress, self.trainer.tensors())
         self.kept = self.progress.epoch
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a process that was killed was writing."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.endswith(".tmp"):
+            path.unlink(missing_ok=True)
+
+
+def _weights(recipe: Recipe, start: Path | None) -> Weights | None:
+    if start is not None:
+        return read_weights(start, None, recipe.network())
+    return read_weights(recipe.weights, recipe.ema, recipe.network()) if recipe.weights else None
 
 
 def _replace(path: Path, weights: Weights) -> None:

@@ -18,7 +18,7 @@ from fcvit.training.recipe import Recipe
 from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
 
-TRAIN, VAL = "train", "val"  # folders that make a folder two splits
+TRAIN, VAL = "train", ("val", "valid", "validation")  # folders that make a folder two splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +52,14 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     """
     if not recipe.data:
         raise UsageError("no data: expected the folder or tar of the training images in the recipe, or --data FOLDER")
-    root = Path(recipe.data)
-    folders = class_folders(root)
-    notes = []
-    train_root, val_root = root, Path(recipe.val) if recipe.val else None
-    if TRAIN in folders and (VAL in folders or set(folders) == {TRAIN}):
-        train_root = root / TRAIN
-        if val_root is None and VAL in folders:
-            val_root = root / VAL
-            notes.append(f"{root} has the folders {TRAIN} and {VAL}: these are the splits")
-        folders = class_folders(train_root)
-    elif folders == [VAL]:
-        raise UnreadableFile(f"{root} has a folder {VAL}, but none {TRAIN}: where are the training images?")
+    train_root, val_root, notes = _roots(recipe)
+    folders = class_folders(train_root)
     given = read_classes(Path(recipe.classes)) if recipe.classes else None
     known, count = given, len(given or ())
     if weights is not None and not recipe.new_head:
         known, count = given or weights.classes, weights.form.num_classes
+        if known is None and count == IMAGENET_CLASSES and set(folders) <= {c.id for c in imagenet()}:
+            known = imagenet()
         if given is not None and len(given) != count:
             raise DoesNotFit(
                 f"{recipe.classes} lists {len(given)} classes, the weights have {count}; or new_head = true"
@@ -88,13 +80,8 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     if val_root is not None:
         val = read_dataset(val_root, None, classes, count)
     elif recipe.held_out:
-        kept = round(recipe.held_out * len(train))
-        if not 1 <= kept < len(train):
-            raise UsageError(f"held_out = {recipe.held_out} of {len(train)} images: too few for both splits")
-        val = train.subset(kept, recipe.seed)
-        apart = set(val.names)
-        train = train.take([place for place, name in enumerate(train.names) if name not in apart])
-        notes.append(f"{kept} of {kept + len(train)} images are held out for validation (seed {recipe.seed})")
+        train, val = _hold_out(train, recipe)
+        notes.append(f"{len(val)} of {len(train) + len(val)} images are held out for validation (seed {recipe.seed})")
     else:
         notes.append("no validation images: neither val nor held_out is given")
     missing = [classes[index].id for index in sorted(set(range(count)) - set(train.labels))]
@@ -103,6 +90,59 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
         notes.append(f"{len(missing)} of {count} classes have no training images: {some}")
     held = f", {len(val)} validation images" if val is not None else ""
     return Splits(train, val, classes, (*notes, f"{len(train)} training images{held}, {count} classes"))
+
+
+def _roots(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
+    """Where training and validation images are, and what to say of it.
+
+    A folder `train` with folders in it is a split; one with images only is a class, of railways.
+    """
+    root, val = Path(recipe.data), Path(recipe.val) if recipe.val else None
+    folders = class_folders(root)
+    if TRAIN not in folders or not _has_folders(root / TRAIN):
+        split = next((name for name in VAL if name in folders and _has_folders(root / name)), None)
+        if split is not None:
+            raise UnreadableFile(
+                f"{root} has a folder {split} of class folders, but none {TRAIN}; where are the others?"
+            )
+        return root, val, []
+    found = [name for name in VAL if name in folders]
+    if val is None and len(found) > 1:
+        raise UsageError(f"{root} has the folders {', '.join(found)}: say which one validates with --val FOLDER")
+    if val is None and found:
+        val = root / found[0]
+    others = [name for name in folders if name != TRAIN and root / name != val]
+    notes = [f"{root} has the folders {', '.join([TRAIN, *found])}: {'these are the splits' if found else 'a split'}"]
+    if others:
+        notes.append(f"not used: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''} in {root}")
+    return root / TRAIN, val, notes
+
+
+def _has_folders(folder: Path) -> bool:
+    try:
+        return bool(class_folders(folder))
+    except UnreadableFile:
+        return False
+
+
+def _hold_out(images: LabelledImages, recipe: Recipe) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images; a class keeps at least one to train on.
+
+    Raises:
+        UsageError: there are too few images for both.
+    """
+    kept = round(recipe.held_out * len(images))
+    if not 1 <= kept < len(images):
+        raise UsageError(f"held_out = {recipe.held_out} of {len(images)} images: too few for both splits")
+    drawn = set(images.subset(kept, recipe.seed).names)
+    trained = {label for name, label in zip(images.names, images.labels, strict=True) if name not in drawn}
+    apart = [p for p, name in enumerate(images.names) if name in drawn and images.labels[p] in trained]
+    if not apart:
+        raise UsageError(
+            f"held_out = {recipe.held_out} of {len(images)} images: every class has too few for both splits"
+        )
+    taken = set(apart)
+    return images.take([p for p in range(len(images)) if p not in taken]), images.take(apart)
 
 
 def input_preprocessing(recipe: Recipe, weights: Weights | None) -> Preprocessing:

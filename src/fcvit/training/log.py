@@ -22,15 +22,16 @@ class Log:
     Args:
         announce: is told once where curves cannot be drawn.
         tensorboard: write `tensorboard/` too.
+        done: rows that an earlier process has put there.
 
     Raises:
         MissingExtra: TensorBoard's log is asked for and its writer is not installed.
     """
 
-    def __init__(self, folder: Path, announce: Callable[[str], None], tensorboard: bool):
+    def __init__(self, folder: Path, announce: Callable[[str], None], tensorboard: bool, done: int = 0):
         self.folder, self.announce = folder, announce
         self.board = _board(folder / "tensorboard") if tensorboard else None
-        self.on_board = 0
+        self.on_board = done
         self.draws = True
 
     def write(self, rows: Sequence[Row]) -> None:

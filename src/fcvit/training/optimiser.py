@@ -77,6 +77,7 @@ def optimiser_tensors(optimiser: paddle.optimizer.Optimizer, model: nn.Layer) ->
         f"{kind}/{name}": state[f"{p.name}_{kind}_0"].numpy()
         for name, p in trained_parameters(model).items()
         for kind in _KEPT
+        if f"{p.name}_{kind}_0" in state  # there is none before the first step
     }
 
 
@@ -88,6 +89,8 @@ def restore_optimiser(
     Raises:
         UnreadableFile: one is missing or of another shape.
     """
+    if not any(name.startswith(_KEPT) for name in tensors):
+        return
     state = {}
     for name, p in trained_parameters(model).items():
         for kind in _KEPT:

@@ -56,7 +56,7 @@ class Recipe:
         accumulate: parts of a process's share of a step that go through the network one after the other.
         beta1, beta2, eps, weight_decay: AdamW's.
         layer_decay: the rate of each block over that of the next one.
-        freeze: train the head alone; the rest keeps its weights and running statistics.
+        freeze: train the head alone; the rest keeps its weights and running statistics, and drops nothing.
         clip_norm: largest norm of the gradient, over all parameters; None: not clipped.
         ema_decay: keep averaged weights beside, at most this slow; None: none.
         precision: "float32", or "float16" or "bfloat16" by automatic mixed precision on a device that has it.
@@ -139,7 +139,11 @@ class Recipe:
             ("mix_switch", 0 <= self.mix_switch <= 1, "from 0 to 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
-            ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"from 0 to epochs ({self.epochs})"),
+            (
+                "warmup_epochs",
+                0 <= self.warmup_epochs <= self.epochs,
+                f"from 0 to epochs ({self.epochs}); set --warmup-epochs too",
+            ),
             ("cooldown_epochs", self.cooldown_epochs >= 0, "at least 0"),
             ("lr", 0 < self.lr < 1e3, "more than 0"),
             ("lr_batch", self.lr_batch >= 0, "at least 1, or 0"),
@@ -156,6 +160,7 @@ class Recipe:
             ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
             ("patience", self.patience is None or self.patience >= 1, "at least 1"),
             ("save_every", self.save_every is None or self.save_every >= 1, "at least 1"),
+            ("ema", self.ema is None or self.weights is not None, "weights to choose from"),
             ("new_head", not self.new_head or self.weights is not None, "weights to take the rest from"),
             ("freeze", not self.freeze or self.weights is not None, "weights to freeze"),
         )
@@ -260,11 +265,12 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
     merged: dict[str, Any] = dict(fields)
     for key, value in overrides.items():
         name, _, option = key.replace("-", "_").partition(".")
-        value = _value(value) if isinstance(value, str) else value
+        if isinstance(value, str) and not (_is_text(name) and value != "none"):
+            value = _value(value)
         if name == "options" and option:
             merged["options"] = {**merged.get("options", {}), option: value}
         elif option:
-            raise UsageError(f"{key}: only options.NAME has a dot in it")
+            raise UsageError(f"--{key}: only options.NAME has a dot in it")
         elif value == "none" and not _hint_allows(name, "none"):
             merged[name] = None
         else:
@@ -274,7 +280,9 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
         if name not in known:
             raise UsageError(f"{source}: no field {name!r} in a recipe{_suggestion(name, known)}")
     if "variant" not in merged:
-        raise UsageError(f"{source}: no variant; expected variant = one of fcvit models")
+        raise UsageError(
+            f"{source}: no variant; expected one of fcvit models (fcvit finetune takes that of the weights)"
+        )
     return Recipe(**merged)
 
 
@@ -290,7 +298,7 @@ def shipped_fields(name: str) -> dict[str, Any]:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, 1, 0.7)
     return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
 
 
@@ -310,6 +318,23 @@ def _toml(value: object) -> str:
 
 
 _HINTS = typing.get_type_hints(Recipe)
+# What other training scripts call a field.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "smoothing": "label_smoothing",
+    "drop_path": "drop_path_rate",
+    "clip_grad": "clip_norm",
+    "model": "variant",
+    "amp": "precision",
+}
+
+
+def _is_text(name: str) -> bool:
+    """Whether any word is a value of this field: a path may look like a number."""
+    hint = _HINTS.get(name)
+    return hint in (str, str | None)
 
 
 def _hint_allows(name: str, word: str) -> bool:

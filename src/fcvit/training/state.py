@@ -29,14 +29,16 @@ class Progress:
         step: optimiser steps that are done.
         best: the row of the best epoch so far, with `best_weights` "raw" or "ema"; empty: none yet.
         rows: the log, one row an epoch.
-        loss_scale: of float16 training; 0: none.
+        first_updates: of BatchNorm's statistics, before the first step.
+        scaler: of float16 training: the scale and how long it has stood; else empty.
     """
 
     epoch: int = 0
     step: int = 0
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    loss_scale: float = 0.0
+    first_updates: int = 0
+    scaler: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def write_state(folder: Path, progress: Progress, tensors: dict[str, np.ndarray]) -> None:

@@ -27,6 +27,8 @@ import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
+REMEDY = "lower lr, or bound the gradient with clip_norm: going on would come to the same"
+_SCALER = ("scale", "incr_count", "decr_count")
 PHASES = ("data", "forward", "backward", "optimiser")  # of a step, in seconds
 
 
@@ -124,7 +126,7 @@ class Trainer:
         loss = self._reduce(loss)
         if not np.isfinite(loss):
             self.optimiser.clear_grad(set_to_zero=False)
-            raise TrainingStopped(f"the loss is {loss} at step {self.step + 1}")
+            raise TrainingStopped(f"the loss is {loss} at step {self.step + 1}; {REMEDY}", False)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.clear_grad(set_to_zero=False)
@@ -146,14 +148,23 @@ class Trainer:
         return float(total.numpy()[0])
 
     def end_epoch(self) -> None:
-        """Running statistics that all parts and processes agree on."""
+        """Running statistics that all parts and processes agree on.
+
+        Raises:
+            TrainingStopped: a weight is no finite number.
+        """
         self.statistics.agree()
         if self.average is not None:
             self.average.end_epoch(self.model)
 
-    @property
-    def loss_scale(self) -> float:
-        return float(self.scaler.state_dict()["scale"].numpy()[0]) if self.scaler.is_enable() else 0.0
+        for name, tensor in self._networks().items():
+            if not bool(paddle.isfinite(tensor).all().item()):
+                raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {self.step}; {REMEDY}", False)
+
+    def scaler_state(self) -> dict[str, float]:
+        """What `restore` takes of float16's loss scaling; empty in other types."""
+        state: Any = self.scaler.state_dict()
+        return {key: float(np.asarray(state[key]).ravel()[0]) for key in _SCALER} if state else {}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What `restore` takes: network, optimiser, averages."""
@@ -167,7 +178,7 @@ class Trainer:
             found |= {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()}
         return found
 
-    def restore(self, tensors: Mapping[str, np.ndarray], step: int, loss_scale: float) -> None:
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int, scaler: Mapping[str, float]) -> None:
         """Go on where `tensors()` was taken, at the end of an epoch, after that many steps.
 
         Raises:
@@ -183,8 +194,11 @@ class Trainer:
             tensor.set_value(found[name])
         self.statistics = Statistics(self.model, self.division.parts, self.division.processes)
         self.step = step
-        if self.scaler.is_enable() and loss_scale:
-            self.scaler.set_init_loss_scaling(loss_scale)  # pyrefly: ignore  # its hint says int
+        state: Any = self.scaler.state_dict()
+        if state and scaler:
+            counts = {key: int(scaler[key]) for key in _SCALER[1:]}
+            kept: Any = {**state, **counts, "scale": np.array([scaler["scale"]], np.float32)}
+            self.scaler.load_state_dict(kept)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
