@@ -156,6 +156,7 @@ def test_inspecting_what_does_not_fit(run, tmp_path):
 
 @needs_paddle
 @needs_torch
+@pytest.mark.slow
 def test_verifying(run, digits_pth, digits_tensors, tmp_path):
     assert run("convert", digits_pth, "-o", "x.safetensors")[0] == 0
     code, out, err = run("verify", "x.safetensors", "--against", digits_pth)
@@ -204,6 +205,7 @@ def test_evaluating(run, digits_pth, image, no_charts):
     assert run("eval", "--weights", digits_pth, "--data", "data")[0] == 6
 
 
+@pytest.mark.slow
 def test_doctor(run):
     code, out, _ = run("doctor")
     assert code == 0 and "numpy" in out
@@ -270,6 +272,7 @@ def test_exit_codes_are_those_of_the_docs():
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_paddles_noise_stays_away(digits_pth, image):
     done = command("predict", image, "--weights", digits_pth)
     assert done.returncode == 0 and done.stderr == ""
@@ -277,6 +280,7 @@ def test_paddles_noise_stays_away(digits_pth, image):
 
 
 @pytest.mark.parametrize("words", ["models", "inspect --tensors {}", "inspect --tensors --json {}"])
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(digits_pth, words):
     """The reader goes away before the first line is written."""
     script = f"{sys.executable} -m fcvit {words.format(digits_pth)} | true; exit ${{PIPESTATUS[0]}}"
@@ -307,6 +311,7 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
 
 @needs_paddle
 @pytest.mark.parametrize("command_line", ["eval", "quickstart"])
+@pytest.mark.slow
 def test_a_full_disk_during_a_run(tmp_path, digits_pth, image, command_line):
     """In a child of its own, which may not write files of more than 4 kB."""
     for label in range(10):
@@ -337,6 +342,7 @@ STRANGE = ("[/b]", "[red]x", "dog:dog:", "a[b]c", "\\[/]")
 
 @needs_paddle
 @pytest.mark.parametrize("text", STRANGE)
+@pytest.mark.slow
 def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors, image, text):
     """Not read as markup or emoji codes: names of classes, of tensors, and paths."""
     name = text.replace("/", "-")

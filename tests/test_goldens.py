@@ -49,6 +49,7 @@ def test_published_variants_in_float64(name, trace):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n == "fcvit_tiny" else pytest.mark.slow) for n in PUBLISHED]
 )
+@pytest.mark.slow
 def test_published_variants_in_float32(name):
     golden = golden_arrays(f"{name}.npz")
     places = trace_paddle(lively(Form(VARIANTS[name], 1000)), lively_input((2, 3, 224, 224)), "float32")
@@ -57,6 +58,7 @@ def test_published_variants_in_float32(name):
 
 @pytest.mark.parametrize("trace", SIDES)
 @pytest.mark.parametrize("name", OPTIONS["cases"])
+@pytest.mark.slow
 def test_every_option_in_float64(name, trace):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
@@ -65,6 +67,7 @@ def test_every_option_in_float64(name, trace):
 
 
 @pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.slow
 def test_dense_backbone_in_float64(trace):
     weights = lively(Form(VARIANTS["fcvit_tiny"], dense=True), "features/")
     places = trace(weights, lively_input((1, 3, 72, 104), "features/"), "float64")

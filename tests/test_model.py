@@ -67,6 +67,7 @@ def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (95, 32), (64, 130)])
+@pytest.mark.slow
 def test_any_size_from_32(fcvit, paddle, size):
     model = fcvit.create_model("fcvit_digits", num_classes=3)
     x = images(paddle, 2, 3, *size)

@@ -121,6 +121,7 @@ class Deadly(NamedTuple):
         os._exit(9)
 
 
+@pytest.mark.slow
 def test_an_image_that_ends_its_process_is_a_bad_one(images):
     deadly = dataclasses.replace(images, locations=(*images.locations[:10], Deadly(), *images.locations[11:]))
     found = list(batches(deadly, range(3), 16, CROPS, 2))

@@ -286,6 +286,7 @@ def assert_same_step(plain, native, tolerance=1e-9, **settings):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.slow
 def test_network_with_every_option(library, name):
     shapes = {key: tuple(shape) for key, shape in OPTIONS[name]["state_dict"].items()}
     model = lively_model(recognise(shapes).variant, drop_path_rate=0.4)
@@ -293,6 +294,7 @@ def test_network_with_every_option(library, name):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 70)])
+@pytest.mark.slow
 def test_network_of_the_published_shape(library, size):
     """Drop path draws the same numbers; in evaluation both agree, too, `features` and all."""
     model = lively_model(dataclasses.replace(VARIANTS["fcvit_tiny"], depths=(1, 2, 1, 1)), drop_path_rate=0.5)
@@ -426,6 +428,7 @@ def test_the_library_is_compiled_once(copying_compiler):
 
 
 @pytest.mark.parametrize("harm", [lambda data: data[:1000], lambda data: data[:-9] + b"corrupted", lambda data: b""])
+@pytest.mark.slow
 def test_a_corrupt_library_is_compiled_again(copying_compiler, harm):
     build.operators.__wrapped__()
     (kept,) = copying_compiler.glob("cache/fcvit/native/*/*.so")

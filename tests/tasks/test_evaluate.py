@@ -102,6 +102,7 @@ def count_calls(patch, patience):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_other_batch_sizes_give_the_same_figures(folder, digits_pth, tmp_path):
     """Float32 sums depend on the batch: logits to 1e-5, figures equal."""
     runs = [tmp_path / f"run{size}" for size in (23, 4, 50)]
@@ -554,6 +555,7 @@ def validation(tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_imagenet_real(validation, thousand, tmp_path):
     """Right are the images whose best class is among their labels; those without labels do not count."""
     options = {"list_file": tmp_path / "val_list.txt", "device": "cpu"}
@@ -676,6 +678,7 @@ def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path):
     heard = []
     found = evaluate(
@@ -688,6 +691,7 @@ def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path):
 
 
 @needs_torch
+@pytest.mark.slow
 def test_half_precision_is_computed_and_stated(folder, digits_pth):
     exact, half = (
         evaluate(digits_pth, folder, engines="torch", precision=p, device="cpu").results[0]
@@ -698,6 +702,7 @@ def test_half_precision_is_computed_and_stated(folder, digits_pth):
 
 @needs_paddle
 @pytest.mark.parametrize("engine", ["paddle", "torch"])
+@pytest.mark.slow
 def test_a_precision_that_the_device_does_not_have_is_refused(folder, digits_pth, engine):
     if not frameworks.installed(engine):
         pytest.skip(f"{engine} is not installed")

@@ -185,6 +185,7 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
     assert (last != averaged).any() and (best == (averaged if kept == "last-ema" else last)).all()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
     from fcvit.training import step as module
 
@@ -211,6 +212,7 @@ def test_real_weights_that_diverge_are_noticed(small, tmp_path):
 
 
 @pytest.mark.parametrize("target", [pytest.param("last.safetensors", marks=pytest.mark.slow), "state.safetensors"])
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, target):
     """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
     from fcvit.weights import safetensors_file
@@ -264,6 +266,7 @@ def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares
     assert said.count("left out: left/00.png: not an image") == 1
 
 
+@pytest.mark.slow
 def test_what_changed_is_said_when_a_run_goes_on(small, tmp_path, squares):
     train(small(), folder=tmp_path / "run", device="cpu")
     for split in ("val", "train"):
@@ -321,6 +324,7 @@ def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
+@pytest.mark.slow
 def test_a_damaged_state_is_not_taken(small, tmp_path, damage):
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     path = tmp_path / "run" / "state.safetensors"
@@ -423,6 +427,7 @@ def trained(small, tmp_path):
     return train(small(), folder=tmp_path / "first", device="cpu").folder / "last.safetensors"
 
 
+@pytest.mark.slow
 def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
     data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
     said = []

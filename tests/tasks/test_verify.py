@@ -104,6 +104,7 @@ CODE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", CODE_FAULTS)
+@pytest.mark.slow
 def test_a_fault_in_the_network_is_caught_and_located(digits_pth, converted, monkeypatch, fault):
     plant_paddle_code(monkeypatch, fault)
     proof = verify.verify_files(converted, digits_pth)
@@ -114,6 +115,7 @@ def test_a_fault_in_the_network_is_caught_and_located(digits_pth, converted, mon
 
 
 @pytest.mark.parametrize("fault", ["GELU by tanh", "eps of BatchNorm"])
+@pytest.mark.slow
 def test_convert_leaves_no_file_when_a_gate_fails(tmp_path, digits_pth, monkeypatch, fault):
     plant_paddle_code(monkeypatch, fault)
     with pytest.raises(NumbersDisagree, match="verification failed: the networks part at"):
@@ -155,6 +157,7 @@ def plant_in_tensors(tensors, fault):
         ("one tensor left at its initial value", "network.4.1"),
     ],
 )
+@pytest.mark.slow
 def test_a_fault_in_the_tensors_is_caught_twice(tmp_path, fault, place):
     """By the tensors themselves, and independently by the numbers that come out."""
     form = dataclasses.replace(DIGITS, num_classes=48)  # as many classes as the last width: a square head
@@ -198,6 +201,7 @@ def test_gate_b_catches_sloppy_float32(digits_pth, converted, monkeypatch):
     assert not proof.passed and "gate B" in proof.failure()
 
 
+@pytest.mark.slow
 def test_dormant_weights_are_not_taken_as_proof(tmp_path, monkeypatch):
     """With the layer scale at its start a wrong mixer hardly shows: the same network is checked on lively weights."""
     tensors = {n: np.full_like(t, 1e-5) if "layer_scale" in n else t for n, t in lively_tensors(DIGITS).items()}
@@ -220,6 +224,7 @@ def test_a_narrower_type_is_held_against_the_rounded_source(tmp_path, digits_pth
     assert wide.rounding_cost == 0
 
 
+@pytest.mark.slow
 def test_the_way_back_is_verified_too(tmp_path, digits_pth, converted):
     done = convert(converted, tmp_path / "back.pth")
     assert done.verification.passed

@@ -66,6 +66,7 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.charts
+@pytest.mark.slow
 def test_curves_have_a_panel_for_everything_that_is_there():
     pytest.importorskip("matplotlib")
 

@@ -456,6 +456,7 @@ def test_no_attack_is_executed(attack, marker, tmp_path):
 
 @attacks
 @pytest.mark.parametrize("around", ["zip", "older", "pdparams"])
+@pytest.mark.slow
 def test_attacks_beside_the_weights_are_skipped(attack, around, marker, tmp_path):
     """An item that nobody needs is not looked at: the weights beside it are read."""
     payload = ATTACKS[attack][0](marker)
@@ -1034,6 +1035,7 @@ formats = pytest.mark.parametrize("format", TINY_FILES)
 
 
 @formats
+@pytest.mark.slow
 def test_truncated_anywhere(format, tmp_path):
     """Tiny files cut at every byte, whole ones at many."""
     for content, step in ((TINY_FILES[format](), 1), (GOOD_FILES[format](), 20_011)):
@@ -1093,6 +1095,7 @@ def test_mutated_tiny_files(format, tmp_path):
 
 
 @formats
+@pytest.mark.slow
 def test_mutated_whole_files(format, tmp_path):
     """Accidents where the names, shapes and places stand; what happens to the numbers, nobody can tell."""
     rng = random.Random(f"whole {format}")

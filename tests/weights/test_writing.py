@@ -37,6 +37,7 @@ def files_in(folder):
 @pytest.mark.parametrize(
     ("ending", "layout"), [(".safetensors", None), (".safetensors", "torch"), (".pdparams", None), (".pth", None)]
 )
+@pytest.mark.slow
 def test_round_trip_gives_back_every_bit(tmp_path, digits_pth, digits_tensors, ending, layout, dtype):
     """There and back again, counters and header included."""
     there = tmp_path / f"there{ending}"
@@ -104,6 +105,7 @@ def test_any_header_survives_json(heads, competition, kernels, layer_scale, crop
 
 @needs_paddle
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.slow
 def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
     import fcvit
 
@@ -183,6 +185,7 @@ def test_if_the_weights_cannot_be_replaced_the_old_header_comes_back(tmp_path, d
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_library_writes(tmp_path, digits_pth):
     """In a child of its own, which may not write files of more than 100 kB."""
     script = f"""
