@@ -22,10 +22,12 @@ quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
 
 train-digits: $(VENV)/.cpu
+	rm -rf runs/train-digits
 	$(BIN)/python scripts/write_digits.py runs/digits
 	$(BIN)/fcvit train digits --data runs/digits --output runs/train-digits
 
 finetune-digits: $(VENV)/.cpu
+	rm -rf runs/finetune-digits
 	$(BIN)/python scripts/write_digits.py runs/even-odd --even-odd
 	$(BIN)/fcvit finetune --weights src/fcvit/assets/digits.pth.tar --data runs/even-odd \
 	  --crop padded --flip 0 --rand-augment 0 --erasing 0 --epochs 6 --output runs/finetune-digits
