@@ -175,7 +175,9 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
 
     result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
     found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": found, "unreadable": ()}))
+    given = []
+    outcome = type("E", (), {"results": found, "unreadable": ()})
+    monkeypatch.setattr(module, "evaluate", lambda weights, *_, **__: given.extend(weights) or outcome)
     done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
     assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
     names = ("best", "last", "last-ema")
@@ -183,6 +185,8 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
         read_weights(tmp_path / "run" / f"{name}.safetensors").tensors["head.bias"] for name in names
     )
     assert (last != averaged).any() and (best == (averaged if kept == "last-ema" else last)).all()
+    evaluated = [weights.tensors["head.bias"] for weights in given]
+    assert len(evaluated) == 2 and (evaluated[0] == last).all() and (evaluated[1] == averaged).all()
 
 
 @pytest.mark.slow
