@@ -111,6 +111,26 @@ def test_a_finished_run_stays_as_it_is(small, tmp_path):
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
+def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch):
+    """Begun without a compiler: the run stays plain where there is one."""
+    from fcvit.errors import MissingExtra
+    from fcvit.native import build
+
+    def none():
+        raise MissingExtra("native operators cannot be had: no C++ compiler")
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "operators", none)
+        train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+        with pytest.raises(MissingExtra, match=r"no C\+\+ compiler"):
+            train(small(epochs=1, operators="native"), folder=tmp_path / "other", device="cpu")
+    assert any("several times slower" in text and "no C++ compiler" in text for text in said)
+    resume(tmp_path / "run")
+    longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
+    assert json.loads((longer.folder / "run.json").read_text())["identity"]["operators"] == "plain"
+
+
 @pytest.mark.slow
 def test_training_longer_is_an_act_of_its_own(small, tmp_path):
     train(small(), folder=tmp_path / "run", device="cpu")
@@ -352,7 +372,7 @@ def test_the_state_of_another_network_is_not_taken(small, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"precision": "bfloat16"}, "does not have it on the cpu; use float32"),
+        ({"precision": "bfloat16"}, "does not have it on the cpu; take float32"),
         ({"batchnorm": "sync"}, "does not have it on the CPU; use average"),
         ({"batch_size": 21}, "only 20 training images"),
         ({"patience": 2, "data": "images/train"}, "nothing tells when to stop"),

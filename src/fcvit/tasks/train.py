@@ -175,7 +175,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], Recipe]:
     known = runs.read_run(folder, "train")
     path = folder / "run.json"
     try:
-        recipe = build_recipe(known["recipe"], {}, str(path))
+        # "auto" was decided when the run began, and goes on as it was decided.
+        operators = {"operators": known["identity"]["operators"]}
+        recipe = build_recipe(known["recipe"], operators, str(path))
         if not (isinstance(known["identity"], dict) and isinstance(known["device"], str)):
             raise TypeError("no identity")
     except (KeyError, TypeError, UsageError) as error:
@@ -255,7 +257,8 @@ class _Run:
         has = {"float16": amp.is_float16_supported, "bfloat16": amp.is_bfloat16_supported}
         if recipe.precision in has and (place == "cpu" or not has[recipe.precision](place)):
             # Paddle would compute in float32, and say so in a warning at most.
-            raise UsageError(f"precision = {recipe.precision!r}: Paddle does not have it on the {place}; use float32")
+            asked = f"precision = {recipe.precision!r}"
+            raise UsageError(f"{asked}: Paddle does not have it on the {place}; take float32 (--precision float32)")
         if place == "cpu" and recipe.batchnorm == "sync":
             raise UsageError('batchnorm = "sync": Paddle does not have it on the CPU; use average')
         with contextlib.ExitStack() as stack:
