@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -101,6 +102,11 @@ def test_files_that_are_none(tmp_path):
         read_recipe(toml(tmp_path, "variant fcvit"))
     with pytest.raises(UsageError, match="no variant"):
         read_recipe(toml(tmp_path, "epochs = 3"))
+
+
+def test_every_field_stands_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+    assert [field.name for field in dataclasses.fields(Recipe) if f"| `{field.name}` |" not in text] == []
 
 
 def test_only_fields_that_are_nothing_by_default_may_be_nothing():
