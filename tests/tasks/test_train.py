@@ -163,6 +163,19 @@ def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares
 
 
 @pytest.mark.slow
+def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(small, tmp_path, monkeypatch):
+    from fcvit.tasks import train as module
+
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            extend(tmp_path / "run", 2, folder=tmp_path / "cut")
+    with pytest.raises(UnreadableFile, match="extend that run again"):
+        resume(tmp_path / "cut")
+
+
+@pytest.mark.slow
 def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
     train(small(), folder=tmp_path / "run", device="cpu")
     extend(tmp_path / "run", 5, folder=tmp_path / "whole")
@@ -412,7 +425,7 @@ def test_parts_of_a_step_add_up(small, tmp_path):
         import_framework("paddle").seed(0)
         model = create_model(recipe.network(), None, 2)
         freeze_backbone(model)
-        trainer = Trainer(model, recipe, Division(8, parts=parts), "cpu")
+        trainer = Trainer(model, recipe, Division(8, parts=parts))
         trainer.train_mode()
         loss = trainer.run(iter(zip(np.split(images, parts), np.split(targets, parts), strict=True)), 0.1)
         heads.append((loss, model.head.weight.numpy()))
@@ -433,7 +446,7 @@ def test_every_step_and_part_draws_anew(small):
         from fcvit.frameworks import import_framework
 
         import_framework("paddle").seed(0)
-        trainer = Trainer(create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, Division(8, parts=2), "cpu")
+        trainer = Trainer(create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, Division(8, parts=2))
         trainer.train_mode()
         found = []
         trainer._loss = lambda *given, loss=trainer._loss: found.append(loss(*given)) or found[-1]

@@ -78,7 +78,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     model = create_model(recipe.network(), None, 2, recipe.drop_path_rate)
     freeze_backbone(model)
     before = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-    trainer = Trainer(model, recipe, Division(8), "cpu")
+    trainer = Trainer(model, recipe, Division(8))
     trainer.train_mode()
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
     losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01) for _ in range(3)]
@@ -156,7 +156,7 @@ def test_averaged_weights_get_slower_with_the_steps(model, small):
     from fcvit.training.data import Division
     from fcvit.training.step import Trainer
 
-    trainer = Trainer(model, small(ema_decay=0.999), Division(4), "cpu")
+    trainer = Trainer(model, small(ema_decay=0.999), Division(4))
     part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
     moved = []
     for step in (0, 500):

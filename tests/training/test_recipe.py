@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcvit.errors import UnreadableFile, UsageError
+from fcvit.images.augment import Augmentation
 from fcvit.training.recipe import Recipe, build_recipe, read_recipe, shipped
 from fcvit.variants import VARIANTS
 
@@ -102,6 +103,11 @@ def test_files_that_are_none(tmp_path):
         read_recipe(toml(tmp_path, "variant fcvit"))
     with pytest.raises(UsageError, match="no variant"):
         read_recipe(toml(tmp_path, "epochs = 3"))
+
+
+def test_a_recipe_augments_by_default_as_the_augmentation_does():
+    """Both state the authors' numbers; they must be the same."""
+    assert Recipe(variant="fcvit_tiny").augmentation(224) == Augmentation(size=224)
 
 
 def test_every_field_stands_in_the_documentation():

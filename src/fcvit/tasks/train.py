@@ -125,7 +125,12 @@ def resume(folder: str | os.PathLike[str], *, workers: int = 0, announce: Announ
     """
     folder = Path(folder)
     known, recipe = _read(folder)
-    with _Run.prepared(recipe, known["device"], workers, announce, _start(folder)) as run:
+    start = _start(folder)
+    if start is None and known.get("extends"):  # it would begin from nothing
+        raise UnreadableFile(
+            f"{folder}: ended before it took over the state of {known['extends']}; extend that run again"
+        )
+    with _Run.prepared(recipe, known["device"], workers, announce, start) as run:
         run.check_same(folder, known)
         with run.continued(folder, known):
             return run.finish()
@@ -230,7 +235,7 @@ class _Run:
             synchronise(model)
         self.operators = _accelerate(model, recipe, place, self.announce)
         class_weights = balanced(self.splits.counts()) if recipe.class_weights == "balanced" else None
-        self.trainer = Trainer(model, recipe, self.division, place, class_weights)
+        self.trainer = Trainer(model, recipe, self.division, class_weights)
         self.progress = Progress()
         self.kept = 0  # epochs in the state that is on the disk
         self.progress.first_updates = _updates(weights)
@@ -266,8 +271,7 @@ class _Run:
             if processes.count > 1:
                 paddle.distributed.init_parallel_env()
             paddle.seed(recipe.seed)
-            pool: int | Workers = workers
-            run = cls(recipe, place, device, pool, processes, announce, start)
+            run = cls(recipe, place, device, workers, processes, announce, start)
             if workers:
                 run.workers = stack.enter_context(contextlib.closing(Workers(workers)))
             yield run
@@ -327,8 +331,6 @@ class _Run:
                 self._refuse_inside(Path("runs") if path is None else path)
                 self.folder = stack.enter_context(runs.run_folder(path, "train", record))
                 runs.write_text(self.folder / _RECIPE, self.recipe.to_toml())
-                if self.progress.epoch:
-                    self._write_state()
             self._share_folder()
             yield
 
@@ -352,6 +354,7 @@ class _Run:
             for name in (LAST, LAST_EMA, BEST):
                 if (source / name).exists():
                     _replace(self.folder / name, read_weights(source / name))
+            self._write_state()  # last: from now on the run can be resumed
 
     def _share_folder(self, folder: Path | None = None) -> None:
         path = self.processes.broadcast(os.fsencode(self.folder.absolute()) if self.processes.first else b"")

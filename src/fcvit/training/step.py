@@ -62,7 +62,6 @@ class Trainer:
     Args:
         model: in training mode from now on.
         recipe, division: of the run.
-        device: Paddle's name of the place, already set.
         class_weights: see `soft_cross_entropy`.
 
     Attributes:
@@ -70,9 +69,7 @@ class Trainer:
         seconds: in each of `PHASES`, since `reset_clock`; on a GPU of launching the work only.
     """
 
-    def __init__(
-        self, model: FCViT, recipe: Recipe, division: Division, device: str, class_weights: np.ndarray | None = None
-    ):
+    def __init__(self, model: FCViT, recipe: Recipe, division: Division, class_weights: np.ndarray | None = None):
         self.model, self.recipe, self.division = model, recipe, division
         self.optimiser = create_optimiser(model, recipe)
         self.trained = list(trained_parameters(model).values())
