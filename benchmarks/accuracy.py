@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.tasks.verify import gate_a, gate_b, trace_paddle, trace_torch
+from fcvit.gates import gate_a, gate_b
+from fcvit.tasks.verify import trace_paddle, trace_torch
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.lively import lively_input, lively_tensors
 from fcvit.weights.names import Form

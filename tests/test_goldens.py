@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
-from fcvit.tasks.verify import GATE_A, GATE_B, gate_b, trace_paddle, trace_torch
+from fcvit.gates import GATE_A, GATE_B, gate_b
+from fcvit.tasks.verify import trace_paddle, trace_torch
 from fcvit.variants import VARIANTS, Variant
 from fcvit.weights.lively import lively_input, lively_tensors
 from fcvit.weights.names import Form, entries, recognise

@@ -368,9 +368,9 @@ def test_what_is_not_a_number_stays_so(library):
 
 def test_published_variant_in_float32(library):
     """The logits are as near to the exact ones as PyTorch's own."""
+    from fcvit.gates import GATE_B, gate_b
     from fcvit.loading import build_network
     from fcvit.native.network import accelerate
-    from fcvit.tasks.verify import GATE_B, gate_b
 
     form = Form(VARIANTS["fcvit_tiny"], 1000)
     model = build_network(Weights(form, lively_tensors(form), None, "torch", None, None, (), ()), "float32")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fcvit.errors import BadImages
+from fcvit.gates import GATE_A, GATE_B
 from fcvit.tasks.check_data import ODD, DataCheck, Same
 from fcvit.tasks.compare import ResultComparison
 from fcvit.tasks.convert import Conversion
@@ -21,7 +22,7 @@ from fcvit.tasks.evaluate import Evaluation
 from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
 from fcvit.tasks.train import Training
-from fcvit.tasks.verify import GATE_A, GATE_B, Comparison, Place, Verification
+from fcvit.tasks.verify import Comparison, Place, Verification
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, parameter_count
 from fcvit.weights.reading import Problem

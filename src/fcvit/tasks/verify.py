@@ -17,6 +17,7 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, installed, on_paddle_device
+from fcvit.gates import GATE_A, GATE_B, gate_a, gate_b
 from fcvit.report.progress import progress
 from fcvit.variants import Variant
 from fcvit.weights.checkpoint import read_checkpoint
@@ -25,8 +26,6 @@ from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import differing_tensors
 
-GATE_A = 1e-10
-GATE_B = 3.0
 _MIN_LOGITS = 256  # fewer make the ratio of gate B a matter of luck
 
 
@@ -208,20 +207,6 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
         float(exact.std()),
         drift,
     )
-
-
-def gate_a(found: np.ndarray, reference: np.ndarray) -> float:
-    """Largest difference over the standard deviation of the reference; both float64. NaN counts as infinite."""
-    scale = float(reference.std()) or 1.0
-    difference = float(np.abs(found - reference).max()) if reference.size else 0.0
-    return difference / scale if math.isfinite(difference) else math.inf
-
-
-def gate_b(paddle_32: np.ndarray, torch_32: np.ndarray, exact: np.ndarray) -> float:
-    """rms error of the first over rms error of the second, both against `exact` (float64)."""
-    ours = math.sqrt(np.mean((paddle_32 - exact) ** 2))
-    theirs = math.sqrt(np.mean((torch_32 - exact) ** 2))
-    return ours / theirs if theirs else (0.0 if not ours else math.inf)
 
 
 def input_shape(form: Form) -> tuple[int, int, int, int]:
