@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from fcvit.machine import processor_name
 from fcvit.variants import VARIANTS
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    results: dict = {"machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
+    results: dict = {"machine": f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "fcvit_b48.pth"
@@ -81,16 +82,6 @@ def run(code: str, source: Path, target: Path) -> tuple[float, str]:
     words = [sys.executable, "-c", code, str(source), str(target)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return time.perf_counter() - began, done.stderr
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from convert import processor
 from PIL import Image
 
 from fcvit.deploy.engines import create_engine
 from fcvit.images.dataset import read_dataset
 from fcvit.images.loader import batches
 from fcvit.images.preprocess import Centre
+from fcvit.machine import processor_name
 from fcvit.tasks.evaluate import evaluate
 from fcvit.variants import VARIANTS, Preprocessing
 from fcvit.weights.lively import lively_tensors
@@ -93,7 +93,7 @@ def main() -> None:
         "whole_over_bound": statistics.median(w * (1 / d + 1 / m) for _, d, m, w in sides),
         "memory_2000_over_200": peaks[1] / peaks[0],
     }
-    machine = f"{processor()}, {cores} cores, Python {platform.python_version()}"
+    machine = f"{processor_name()}, {cores} cores, Python {platform.python_version()}"
     results = {"machine": machine, "engine": arguments.engine, "variant": arguments.variant}
     results |= {"images_per_second": rates, "peak_bytes": peaks}
     if arguments.json:

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from convert import processor
 
+from fcvit.machine import processor_name
 from fcvit.variants import VARIANTS
 
 CONTENDERS = ("paddle", "paddle + allocator", "native", "torch", "torch channels_last")
@@ -51,7 +51,7 @@ def main() -> None:
     for variant in arguments.variants:
         setting = (variant, arguments.size, arguments.batch, arguments.classes)
         results[variant] = measure(arguments.contenders, setting, arguments.rounds)
-    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     ratios = {variant: compare(times) for variant, times in results.items()}
     if arguments.json:
         setting = {"size": arguments.size, "batch": arguments.batch, "classes": arguments.classes}

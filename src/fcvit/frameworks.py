@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,20 @@ def _take_back_signals(paddle: ModuleType) -> None:
     paddle.disable_signal_handler()  # this leaves the system's default
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def quiet_standard_output() -> Iterator[None]:
+    """Send what C++ code prints to the standard output, which is the user's, to nowhere; of the whole process."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def paddle_place(device: str = "auto") -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 GATE_A = 1e-10
 GATE_B = 3.0
+_MIN_OUTPUTS = 256  # fewer make the ratio of gate B a matter of luck
 
 
 def gate_a(found: np.ndarray, reference: np.ndarray) -> float:
@@ -31,3 +32,14 @@ def gate_b(found_32: np.ndarray, yardstick_32: np.ndarray, exact: np.ndarray) ->
 def rms_error(found: np.ndarray, exact: np.ndarray) -> float:
     """Root of the mean squared difference, in float64."""
     return math.sqrt(np.mean((found.astype(np.float64) - exact) ** 2))
+
+
+def images_needed(outputs: int, pixels: int) -> int:
+    """How many images give gate B enough numbers, where they are not too large; at least two.
+
+    Args:
+        outputs: of one image.
+        pixels: of one image.
+    """
+    affordable = 2 * 224 * 224 // pixels
+    return max(2, min(math.ceil(_MIN_OUTPUTS / outputs), affordable))

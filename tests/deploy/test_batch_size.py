@@ -3,7 +3,8 @@
 import pytest
 
 from fcvit.deploy import batch_size
-from fcvit.deploy.batch_size import available_memory, fitting_batch_size
+from fcvit.deploy.batch_size import fitting_batch_size
+from fcvit.machine import available_memory
 
 
 class Clock:
@@ -61,7 +62,7 @@ def test_it_stops_where_more_is_no_faster():
 
 def test_it_leaves_half_of_the_memory(monkeypatch):
     peaks = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(batch_size, "_peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(batch_size, "peak_memory", lambda: next(peaks))
     monkeypatch.setattr(batch_size, "available_memory", lambda: 300)
     size, reason = fitting_batch_size([(Engine(), 4)])
     assert size == 8 and "16 would take more than half" in reason

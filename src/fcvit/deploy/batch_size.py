@@ -1,18 +1,12 @@
 """The batch size that fits: found by trying."""
 
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from fcvit.deploy.engines import Engine
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from fcvit.machine import available_memory, peak_memory
 
 _FIRST, _LAST = 8, 512
 _GAIN = 1.05  # a doubling that is not at least this much faster is not worth its memory
@@ -32,7 +26,7 @@ def fitting_batch_size(jobs: Sequence[tuple[Engine, int]]) -> tuple[int, str]:
     size = _FIRST
     reason = f"the largest that is tried is {_LAST}"
     while size <= _LAST:
-        peak = _peak_memory()
+        peak = peak_memory()
         try:
             _run(jobs, size, generator)  # the first call is slower than all others
             seconds = min(_run(jobs, size, generator) for _ in range(_ROUNDS))
@@ -42,7 +36,7 @@ def fitting_batch_size(jobs: Sequence[tuple[Engine, int]]) -> tuple[int, str]:
             reason = f"{size} does not fit in the memory of the device"
             break
         speed = size / seconds
-        grown = max(grown, _peak_memory() - peak)
+        grown = max(grown, peak_memory() - peak)
         if size > _FIRST and speed < _GAIN * rate:
             reason = f"{size} is no faster ({speed:.1f} images/s against {rate:.1f})"
             break
@@ -61,26 +55,3 @@ def _run(jobs: Sequence[tuple[Engine, int]], size: int, generator: np.random.Gen
     for (engine, _), batch in zip(jobs, batches, strict=True):
         engine(batch)
     return time.perf_counter() - began
-
-
-def _peak_memory() -> int:
-    """Bytes, of this process so far."""
-    if resource is None:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping: of the machine, or of the container where that is less."""
-    found = 1 << 62
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit.isdecimal():
-            found = min(found, int(limit) - int((group / "memory.current").read_text()))
-    except OSError:
-        pass
-    return found

@@ -1,20 +1,32 @@
 """Engines: a batch of images in, logits out.
 
-Every engine takes uint8 RGB or normalised float32, (B, 3, H, W), and gives float32 (B, classes).
+Every engine takes uint8 RGB or normalised float32, (B, 3, H, W) with B from 0, and gives float32 (B, classes).
+`paddle`, `native` and `torch` hold the network itself; `onnxruntime`, `openvino` and `paddle-inference` an
+export of it, made and checked at the first use (`fcvit.deploy.cache`).
 """
 
+import functools
+import importlib.metadata
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from fcvit.errors import UsageError
+from fcvit.deploy import cache
+from fcvit.deploy.interface import Interface
+from fcvit.deploy.runtimes import RUNTIMES, Runtime
+from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, torch_place
 from fcvit.images.preprocess import normalise
+from fcvit.machine import available_threads
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
-ENGINES = ("paddle", "native", "torch")
-PRECISIONS = ("float32", "float16", "bfloat16")
+ENGINES = ("paddle", "native", "torch", "onnxruntime", "openvino", "paddle-inference")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+AUTO = "auto"
+# On a CPU, the fastest first (docs/inference.md); `paddle` is always right.
+_FASTEST = {"float32": ("onnxruntime", "openvino", "native", "paddle"), "bfloat16": ("openvino", "torch")}
 
 
 class Engine(Protocol):
@@ -30,23 +42,86 @@ class Engine(Protocol):
 
 
 def create_engine(
-    name: str, weights: Weights, preprocessing: Preprocessing, device: str = "auto", precision: str = "float32"
+    name: str,
+    weights: Weights,
+    preprocessing: Preprocessing,
+    device: str = "auto",
+    precision: str = "float32",
+    threads: int | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """The engine of that name, holding these weights.
+
+    Args:
+        name: one of `ENGINES`, or "auto": Paddle on a GPU; on a CPU the fastest one that is installed and
+            computes the right numbers.
+        weights: a classifier's.
+        preprocessing: mean and standard deviation of the images, and the size that an export is made for now.
+        device: auto, cpu, gpu or gpu:N.
+        precision: one of `PRECISIONS`.
+        threads: that compute on a CPU; None: one for each core.
+        announce: is told of an export that takes time, and why "auto" passes an engine over.
 
     Raises:
         UsageError: no such engine, device or precision, or the device does not have the precision.
         MissingExtra: its framework is not installed.
+        NumbersDisagree: the export that it needs computes other numbers than the weights say.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
-    if name == "paddle":
-        return PaddleEngine(weights, preprocessing, device, precision)
-    if name == "native":
-        return NativeEngine(weights, preprocessing, device, precision)
-    if name == "torch":
-        return TorchEngine(weights, preprocessing, device, precision)
-    raise UsageError(f"--engine {name!r}: expected {', '.join(ENGINES)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: expected at least 1")
+    given = (weights, preprocessing, device, precision, threads or available_threads())
+    if name == AUTO:
+        return _fastest(*given, announce)
+    if name in RUNTIMES:
+        return ExportedEngine(name, *given, announce)
+    held = {"paddle": PaddleEngine, "native": NativeEngine, "torch": TorchEngine}
+    if name not in held:
+        raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
+    return held[name](*given)
+
+
+def _fastest(
+    weights: Weights,
+    preprocessing: Preprocessing,
+    device: str,
+    precision: str,
+    threads: int,
+    announce: Callable[[str], None],
+) -> Engine:
+    given = (weights, preprocessing, device, precision, threads)
+    if device.startswith("gpu") or (device == "auto" and _has_gpu()):
+        return PaddleEngine(*given)
+    refused: list[str] = []
+    for name in _FASTEST.get(precision, ("paddle",)):
+        try:
+            return create_engine(name, *given, announce)
+        except (MissingExtra, NumbersDisagree) as error:
+            refused.append(f"{name}: {error}")
+            if isinstance(error, NumbersDisagree):
+                announce(f"engine {name} is passed over: {error}")
+    raise MissingExtra(f"no engine can compute in {precision} here; {refused[0]}")
+
+
+def _has_gpu() -> bool:
+    """Whether Paddle would find one, without importing a build that has none."""
+    try:
+        return bool(importlib.metadata.version("paddlepaddle-gpu")) and paddle_place() != "cpu"
+    except (importlib.metadata.PackageNotFoundError, FcvitError):
+        return False
+
+
+def check_input(images: np.ndarray) -> None:
+    """Nothing, for uint8 or float32 (B, 3, H, W).
+
+    Raises:
+        UsageError: another type or shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
+        raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
+    if images.dtype not in (np.uint8, np.float32):
+        raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalised)")
 
 
 def as_input(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -55,13 +130,8 @@ def as_input(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     Raises:
         UsageError: another type or shape.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
-    if images.dtype == np.uint8:
-        return normalise(images, preprocessing)
-    if images.dtype == np.float32:
-        return images
-    raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalised)")
+    check_input(images)
+    return normalise(images, preprocessing) if images.dtype == np.uint8 else images
 
 
 class PaddleEngine:
@@ -70,7 +140,12 @@ class PaddleEngine:
     name = "paddle"
 
     def __init__(
-        self, weights: Weights, preprocessing: Preprocessing, device: str = "auto", precision: str = "float32"
+        self,
+        weights: Weights,
+        preprocessing: Preprocessing,
+        device: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
     ):
         from fcvit.loading import build_classifier
 
@@ -80,17 +155,22 @@ class PaddleEngine:
         amp = self.paddle.amp
         has = {"float32": True, "float16": self.device != "cpu" and amp.is_float16_supported()}
         has["bfloat16"] = self.device != "cpu" and amp.is_bfloat16_supported()
-        if not has[precision]:  # on the CPU Paddle would compute in float32 and not say so
+        if not has.get(precision):  # on the CPU Paddle would compute in float32 and not say so
             raise UsageError(f"--precision {precision}: Paddle does not have it on {self.device}; use float32")
+        if threads is not None and self.device == "cpu":
+            self.paddle.base.core.set_num_threads(threads)
         with on_paddle_device(self.device):
             self.model = build_classifier(weights)
         self.preprocessing = preprocessing
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        given = as_input(images, self.preprocessing)
+        if not len(given):
+            return np.zeros((0, self.model.num_classes), np.float32)
         half = self.precision != "float32"
         cast = self.paddle.amp.auto_cast(enable=half, dtype=self.precision if half else "float16")
         with on_paddle_device(self.device), self.paddle.no_grad(), cast:
-            logits = self.model(self.paddle.to_tensor(as_input(images, self.preprocessing)))
+            logits = self.model(self.paddle.to_tensor(given))
             return logits.astype("float32").numpy()
 
 
@@ -100,14 +180,22 @@ class NativeEngine(PaddleEngine):
     name = "native"
 
     def __init__(
-        self, weights: Weights, preprocessing: Preprocessing, device: str = "auto", precision: str = "float32"
+        self,
+        weights: Weights,
+        preprocessing: Preprocessing,
+        device: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
     ):
-        super().__init__(weights, preprocessing, "cpu" if device == "auto" else device, precision)
+        super().__init__(weights, preprocessing, "cpu" if device == "auto" else device, precision, threads)
         if self.device != "cpu":
             raise UsageError(f"--device {device}: the native operators are for the CPU; use --engine paddle")
+        from fcvit.native import build
         from fcvit.native.network import accelerate
 
         accelerate(self.model)
+        if threads is not None:
+            build.operators().omp_set_num_threads(threads)
 
 
 class TorchEngine:
@@ -116,22 +204,70 @@ class TorchEngine:
     name = "torch"
 
     def __init__(
-        self, weights: Weights, preprocessing: Preprocessing, device: str = "auto", precision: str = "float32"
+        self,
+        weights: Weights,
+        preprocessing: Preprocessing,
+        device: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
     ):
         self.device = torch_place(device)
         self.precision = precision
         self.torch = import_framework("torch")
-        if precision == "float16" and self.device == "cpu":
-            raise UsageError("--precision float16: PyTorch does not have it on the CPU; use float32 or bfloat16")
+        if precision == "int8" or (precision == "float16" and self.device == "cpu"):
+            raise UsageError(f"--precision {precision}: PyTorch is not used in it here; use float32 or bfloat16")
         from fcvit.torch_twin import build_twin
 
+        if threads is not None and self.device == "cpu":
+            self.torch.set_num_threads(threads)
         self.model = build_twin(weights.form, weights.tensors).to(self.device)
+        self.classes = weights.form.num_classes
         self.preprocessing = preprocessing
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        given = as_input(images, self.preprocessing)
+        if not len(given):
+            return np.zeros((0, self.classes), np.float32)
         half = self.precision != "float32"
         dtype = getattr(self.torch, self.precision) if half else self.torch.bfloat16
         cast = self.torch.autocast(self.device.partition(":")[0], dtype, enabled=half)
         with self.torch.inference_mode(), cast:
-            batch = self.torch.from_numpy(as_input(images, self.preprocessing)).to(self.device)
+            batch = self.torch.from_numpy(given).to(self.device)
             return self.model(batch).float().cpu().numpy()
+
+
+class ExportedEngine:
+    """An export of the network, run by a runtime for CPUs; one for each image size and type that comes along."""
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        preprocessing: Preprocessing,
+        device: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
+        announce: Callable[[str], None] = lambda _: None,
+    ):
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device}: {name} is used on the CPU; use --engine paddle")
+        self.name, self.precision = name, precision
+        self.weights, self.preprocessing = weights, preprocessing
+        self.threads, self.announce = threads or available_threads(), announce
+        self.loaded = functools.cache(self._load)
+        size = preprocessing.input_size
+        self.loaded((size, size), uint8=True)  # what is missing or wrong is said now
+
+    def _load(self, size: tuple[int, int], uint8: bool) -> Runtime:
+        interface = Interface(size, uint8, False, self.preprocessing)
+        with cache.exported(self.weights, interface, self.name, self.announce) as path:
+            return RUNTIMES[self.name](path, self.threads, self.precision)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        check_input(images)
+        if not len(images):
+            return np.zeros((0, self.weights.form.num_classes), np.float32)
+        size = (images.shape[2], images.shape[3])
+        return self.loaded(size, uint8=images.dtype == np.uint8)(images)[0]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fcvit.errors import MissingExtra, UsageError
-from fcvit.frameworks import import_framework
+from fcvit.frameworks import import_framework, quiet_standard_output
 
 INSTALL = {
     "onnxruntime": "pip install 'fcvit[onnx]'",
@@ -32,13 +32,6 @@ class Runtime(Protocol):
     def __call__(self, images: np.ndarray, /) -> list[np.ndarray]:
         """(B, 3, H, W), B from 1 -> the outputs."""
         ...
-
-
-def available_threads() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def pieces(images: int, threads: int, most: int) -> list[slice]:
@@ -142,7 +135,8 @@ class PaddleInference:
         # In Paddle 3.3.1 this pass makes the normalisation of the similarity wrong, without an error.
         config.delete_pass("inplace_pass")
         config.set_cpu_math_library_num_threads(threads)
-        self.predictor = inference.create_predictor(config)
+        with quiet_standard_output():
+            self.predictor = inference.create_predictor(config)
 
     def __call__(self, images: np.ndarray, /) -> list[np.ndarray]:
         (name,) = self.predictor.get_input_names()
@@ -159,6 +153,8 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
 
 
 def _import(package: str) -> ModuleType:
+    # ONNX Runtime 1.32 reports its use to Microsoft from the import on, unless this is set.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(package)
     except ImportError as error:

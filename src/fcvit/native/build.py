@@ -9,7 +9,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fcvit.errors import MissingExtra
+from fcvit.machine import processor_identity
 
 SOURCES = ("operators.cc", "matmul.h", "simd.h")
 # No unsafe mathematics: what is not a number must stay so, the training looks for it.
@@ -69,21 +69,19 @@ def _key(compiler: str) -> str:
     """Hash of the sources, flags, compiler and processor: `-march=native` on another may not run here."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, _processor()):
+    for part in (
+        *(source.read_text("utf-8") for source in _sources()),
+        *FLAGS,
+        compiler,
+        version,
+        processor_identity(),
+    ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
 
 def _sources() -> list[Path]:
     return [Path(__file__).with_name(name) for name in SOURCES]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        kept = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)  # those of the first core
-        return "".join(value for name, value in kept.items() if name.strip() in ("model name", "flags", "Features"))
-    return f"{platform.machine()} {platform.processor()}"
 
 
 @contextlib.contextmanager

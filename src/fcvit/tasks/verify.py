@@ -9,7 +9,6 @@ images it notices hardly any mistake.
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, installed, on_paddle_device
-from fcvit.gates import GATE_A, GATE_B, gate_a, gate_b
+from fcvit.gates import GATE_A, GATE_B, gate_a, gate_b, images_needed
 from fcvit.report.progress import progress
 from fcvit.variants import Variant
 from fcvit.weights.checkpoint import read_checkpoint
@@ -25,8 +24,6 @@ from fcvit.weights.lively import DORMANT, lively_input, lively_tensors
 from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import differing_tensors
-
-_MIN_LOGITS = 256  # fewer make the ratio of gate B a matter of luck
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +209,7 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
 def input_shape(form: Form) -> tuple[int, int, int, int]:
     """Two images of the network's own size, more where they are small and the logits few."""
     size = form.variant.preprocessing.input_size
-    wanted = math.ceil(_MIN_LOGITS / (form.num_classes or form.variant.widths[-1]))
-    affordable = 2 * 224 * 224 // size**2
-    return max(2, min(wanted, affordable)), 3, size, size
+    return images_needed(form.num_classes or form.variant.widths[-1], size * size), 3, size, size
 
 
 def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
