@@ -6,6 +6,7 @@ neither is the user's business.
 """
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from fcvit.errors import MissingExtra, UsageError
@@ -76,10 +78,12 @@ def quiet_standard_output() -> Iterator[None]:
     sys.stdout.flush()
     kept = os.dup(1)
     try:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
+        with contextlib.suppress(OSError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # what is still in C's buffer would come out later
         os.dup2(kept, 1)
         os.close(kept)
 
