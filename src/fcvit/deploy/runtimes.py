@@ -6,6 +6,7 @@ thread: images share nothing, so threads need not wait for each other after ever
 feature maps stay in the cache of its core. A single image gets all threads.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -135,13 +136,16 @@ class PaddleInference:
         # In Paddle 3.3.1 this pass makes the normalisation of the similarity wrong, without an error.
         config.delete_pass("inplace_pass")
         config.set_cpu_math_library_num_threads(threads)
-        with quiet_standard_output():
-            self.predictor = inference.create_predictor(config)
+        self.predictor = inference.create_predictor(config)
+        self.shapes: set[tuple[int, ...]] = set()  # seen so far
 
     def __call__(self, images: np.ndarray, /) -> list[np.ndarray]:
         (name,) = self.predictor.get_input_names()
         self.predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(images))
-        self.predictor.run()
+        # The kernels it chooses for a new shape each print a line.
+        with contextlib.nullcontext() if images.shape in self.shapes else quiet_standard_output():
+            self.predictor.run()
+        self.shapes.add(images.shape)
         return [self.predictor.get_output_handle(name).copy_to_cpu() for name in self.predictor.get_output_names()]
 
 
