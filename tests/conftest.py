@@ -23,6 +23,9 @@ from fcvit.weights.names import Form, is_counter
 # The networks here are small and the tests run side by side: threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Exports for engines and compiled operators, under keys that change with their sources; not the user's own.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
+
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ("fcvit_tiny", "fcvit_b12", "fcvit_b24", "fcvit_b48")
 DIGITS = Form(VARIANTS["fcvit_digits"], 10)

@@ -227,7 +227,7 @@ def test_a_missing_extra_names_its_command(run, digits_pth, image, monkeypatch, 
         (image.parent / str(label)).mkdir()
     image.rename(image.parent / "0" / "x.png")
     (image.parent / "x.png").write_bytes((image.parent / "0" / "x.png").read_bytes())
-    code, _, err = run(*words, "--weights", digits_pth)
+    code, _, err = run(*words, "--weights", digits_pth, "--engine", "paddle")
     assert code == 7 and "paddle is not installed; install it with: pip install paddlepaddle" in err
 
 

@@ -41,6 +41,7 @@ ORDER = {
         "evaluate",
         "compare",
         "predict",
+        "export",
         "quickstart",
         "doctor",
         "check_data",

@@ -194,6 +194,78 @@ def inspect(
     return code
 
 
+@app.command
+def export(
+    weights: Path,
+    /,
+    *,
+    output: Annotated[Path, Output],
+    form: Annotated[Literal["onnx", "paddle", "openvino"], Parameter(name="--format")] = "onnx",
+    size: str | None = None,
+    dynamic: Annotated[bool, Parameter(negative=())] = False,
+    uint8: Annotated[bool, Parameter(negative=())] = False,
+    probabilities: Annotated[bool, Parameter(negative=())] = False,
+    precision: Literal["float32", "int8"] = "float32",
+    calibrate: Path | None = None,
+    images: list[str] | None = None,
+    ema: bool | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a network for ONNX Runtime, Paddle Inference or OpenVINO, run there and checked before it is kept.
+
+    Args:
+        weights: A checkpoint of any format.
+        output: The file for the runtime: .onnx, .json (paddle, with .pdiparams beside) or .xml (openvino, with .bin).
+        form: onnx (default), paddle or openvino.
+        size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
+        dynamic: Take images of any size (onnx, openvino).
+        uint8: Take uint8 RGB images and normalise them inside.
+        probabilities: Give probabilities instead of logits.
+        precision: float32 (default), or int8 with --calibrate (onnx).
+        calibrate: Folder of images that int8 takes its scales from, such as training images.
+        images: Image, folder or pattern to check with; may stand several times (default: digits of the package).
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        overwrite: Replace the output if it is there.
+        as_json: Print JSON.
+    """
+    from fcvit.images.folder import find_images
+    from fcvit.report import tables
+    from fcvit.tasks.export import export as run
+
+    done = run(
+        weights,
+        output,
+        form,
+        size=_size(size),
+        dynamic=dynamic,
+        uint8=uint8,
+        probabilities=probabilities,
+        precision=precision,
+        calibration=calibrate,
+        images=find_images(images) if images else (),
+        ema=ema,
+        overwrite=overwrite,
+        announce=_note,
+    )
+    if as_json:
+        import dataclasses
+
+        _print_json(dataclasses.asdict(done))
+        return
+    _show(tables.exported(done))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """224 or 240x320 -> height and width."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
+        raise UsageError(f"--size {text}: expected pixels from 1 to 4096, as in 224 or 240x320 (height x width)")
+    return int(sides[0]), int(sides[-1])
+
+
 @app.command(name="check-data")
 def check_data(
     data: Path | None = None,
@@ -248,7 +320,9 @@ def evaluate(
     batch_size: int | Literal["auto"] | None = None,
     workers: int | None = None,
     device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] | None = None,
+    precision: Literal["float32", "float16", "bfloat16", "int8"] | None = None,
+    calibrate: Path | None = None,
+    threads: int | None = None,
     ema: bool | None = None,
     input_size: int | None = None,
     crop_fraction: float | None = None,
@@ -269,13 +343,16 @@ def evaluate(
         data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
         list_file: File with an image's path and class index a line.
         protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
-        engine: paddle (default), native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
+        engine: auto (default: the fastest that is right), onnxruntime, openvino, paddle, paddle-inference,
+            native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
         output: Folder of the run (default: runs/eval, or the first free one after it).
         resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
         batch_size: Images at a time (default: 32); auto tries what fits.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         device: auto (default), cpu, gpu or gpu:N.
-        precision: float32 (default), or float16 or bfloat16 where the device has them.
+        precision: float32 (default), or bfloat16, float16, int8 where the engine has it, measured beside float32.
+        calibrate: Folder of images that int8 takes its scales from, such as training images.
+        threads: Threads that compute on a CPU (default: one for each core).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
         input_size: Another input size in pixels than the weights'.
         crop_fraction: Another crop fraction.
@@ -309,6 +386,8 @@ def evaluate(
         "real": real,
         "class_subset": class_subset,
         "save_logits": save_logits,
+        "threads": threads,
+        "calibration": calibrate,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     workers = _workers() if workers is None else workers
@@ -504,9 +583,10 @@ def predict(
     *images: str,
     weights: Path,
     top_k: int = 5,
-    engine: str = "paddle",
+    engine: str = "auto",
     classes: Classes = None,
     device: Device = "auto",
+    threads: int | None = None,
     ema: bool | None = None,
     as_json: Json = False,
     csv: Annotated[bool, Parameter(negative=())] = False,
@@ -517,9 +597,10 @@ def predict(
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format.
         top_k: How many classes to give.
-        engine: paddle, native (our operators for the CPU) or torch.
+        engine: auto (the fastest that is right), onnxruntime, openvino, paddle, paddle-inference, native, torch.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
+        threads: Threads that compute on a CPU (default: one for each core).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
         csv: Print CSV.
@@ -539,7 +620,8 @@ def predict(
     paths = find_images(images)
     named = read_classes(classes) if classes else None
     read = read_weights(weights, ema)
-    results = predict_files(read, paths, top_k=top_k, engine_name=engine, classes=named, device=device)
+    options: dict[str, Any] = {"top_k": top_k, "engine_name": engine, "classes": named, "device": device}
+    results = predict_files(read, paths, **options, threads=threads, announce=_note)
     if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:
         _note("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
     writer = None

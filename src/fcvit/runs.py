@@ -23,7 +23,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PACKAGES = ("fcvit", "paddlepaddle", "paddlepaddle-gpu", "torch", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    "fcvit",
+    "paddlepaddle",
+    "paddlepaddle-gpu",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 
 
 def versions() -> dict[str, str]:

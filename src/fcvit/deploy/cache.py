@@ -9,6 +9,7 @@ cannot be written is done without, aloud. Anything in it may be deleted at any t
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,10 +19,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from fcvit import __version__
 from fcvit.deploy.check import check_export, require, sample_images
 from fcvit.deploy.export import files, write_export
 from fcvit.deploy.interface import Interface
+from fcvit.deploy.quantise import quantise
 from fcvit.deploy.runtimes import RUNTIMES
 from fcvit.machine import processor_identity
 from fcvit.weights.names import is_counter
@@ -45,7 +49,11 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def exported(
-    weights: Weights, interface: Interface, runtime: str, announce: Callable[[str], None] = lambda _: None
+    weights: Weights,
+    interface: Interface,
+    runtime: str,
+    calibration: np.ndarray | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Path]:
     """The file that a runtime is to load, from the cache or made now; it is there while the block runs.
 
@@ -53,13 +61,14 @@ def exported(
         weights: of any form.
         interface: with a fixed size.
         runtime: a key of `RUNTIMES`.
+        calibration: uint8 images: quantise to int8 by them. Gate B is then held before that.
         announce: is told of an export that takes time, and of a cache that cannot be used.
 
     Raises:
         NumbersDisagree: what the runtime computes is not what the weights say.
         MissingExtra, UsageError: see `write_export`, `check_export`.
     """
-    key = entry_key(weights, interface, runtime)
+    key = entry_key(weights, interface, runtime, calibration)
     main = MAIN[FORMAT_OF[runtime]]
     entry = cache_folder() / key
     if _intact(entry, main):
@@ -69,7 +78,7 @@ def exported(
     with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
         made = _scratch(key, announce) or Path(spare)
         try:
-            _make(weights, interface, runtime, made / main)
+            _make(weights, interface, runtime, calibration, made / main)
             if made != Path(spare) and _publish(made, entry, main):
                 made = entry
             yield made / main
@@ -78,7 +87,7 @@ def exported(
                 shutil.rmtree(made, ignore_errors=True)
 
 
-def entry_key(weights: Weights, interface: Interface, runtime: str) -> str:
+def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
     """Name of the entry: all that the numbers depend on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
@@ -92,26 +101,38 @@ def entry_key(weights: Weights, interface: Interface, runtime: str) -> str:
         "runtime": runtime,
         "versions": _versions(runtime),
         "processor": processor_identity(),
+        "calibration": calibration is not None and hashlib.sha256(calibration.tobytes()).hexdigest(),
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
 
 def _versions(runtime: str) -> dict[str, str]:
-    found = {"fcvit": __version__}
+    found = {"fcvit": __version__, "sources": _sources()}
     for package in PACKAGES[runtime]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
 
 
-def _make(weights: Weights, interface: Interface, runtime: str, path: Path) -> None:
-    """Write the export and check it."""
+@functools.cache
+def _sources() -> str:
+    """Hash of what writes an export: between two releases it may change too."""
+    digest = hashlib.sha256()
+    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantise.py", "../model.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _make(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
+    """Write the export and check it, then quantise it if asked."""
     assert interface.size is not None
     write_export(weights, interface, FORMAT_OF[runtime], path)
     loaded = RUNTIMES[runtime](path, 1)
     what = f"{weights.source.path} exported for {runtime}"
     require(check_export(loaded, weights, interface, sample_images(weights.form, interface.size)), what)
+    if calibration is not None:
+        quantise(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
 

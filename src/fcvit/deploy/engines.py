@@ -25,8 +25,11 @@ from fcvit.weights.reading import Weights
 ENGINES = ("paddle", "native", "torch", "onnxruntime", "openvino", "paddle-inference")
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 AUTO = "auto"
-# On a CPU, the fastest first (docs/inference.md); `paddle` is always right.
-_FASTEST = {"float32": ("onnxruntime", "openvino", "native", "paddle"), "bfloat16": ("openvino", "torch")}
+# On a CPU, the fastest first (docs/inference.md).
+_FASTEST = {
+    "float32": ("onnxruntime", "openvino", "native", "torch", "paddle"),
+    "bfloat16": ("openvino", "torch"),
+}
 
 
 class Engine(Protocol):
@@ -48,6 +51,7 @@ def create_engine(
     device: str = "auto",
     precision: str = "float32",
     threads: int | None = None,
+    calibration: np.ndarray | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """The engine of that name, holding these weights.
@@ -60,6 +64,7 @@ def create_engine(
         device: auto, cpu, gpu or gpu:N.
         precision: one of `PRECISIONS`.
         threads: that compute on a CPU; None: one for each core.
+        calibration: uint8 images (B, 3, H, W) for int8, which only engines on exports have.
         announce: is told of an export that takes time, and why "auto" passes an engine over.
 
     Raises:
@@ -75,7 +80,7 @@ def create_engine(
     if name == AUTO:
         return _fastest(*given, announce)
     if name in RUNTIMES:
-        return ExportedEngine(name, *given, announce)
+        return ExportedEngine(name, *given, calibration, announce)
     held = {"paddle": PaddleEngine, "native": NativeEngine, "torch": TorchEngine}
     if name not in held:
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
@@ -96,12 +101,12 @@ def _fastest(
     refused: list[str] = []
     for name in _FASTEST.get(precision, ("paddle",)):
         try:
-            return create_engine(name, *given, announce)
+            return create_engine(name, *given, announce=announce)
         except (MissingExtra, NumbersDisagree) as error:
             refused.append(f"{name}: {error}")
             if isinstance(error, NumbersDisagree):
                 announce(f"engine {name} is passed over: {error}")
-    raise MissingExtra(f"no engine can compute in {precision} here; {refused[0]}")
+    raise MissingExtra(f"no engine can compute in {precision} here; {refused[-1]}")
 
 
 def _has_gpu() -> bool:
@@ -249,20 +254,23 @@ class ExportedEngine:
         device: str = "auto",
         precision: str = "float32",
         threads: int | None = None,
+        calibration: np.ndarray | None = None,
         announce: Callable[[str], None] = lambda _: None,
     ):
+        if (precision == "int8") != (calibration is not None):
+            raise UsageError("int8 and calibration images go together")
         if device not in ("auto", "cpu"):
             raise UsageError(f"--device {device}: {name} is used on the CPU; use --engine paddle")
         self.name, self.precision = name, precision
         self.weights, self.preprocessing = weights, preprocessing
-        self.threads, self.announce = threads or available_threads(), announce
+        self.threads, self.calibration, self.announce = threads or available_threads(), calibration, announce
         self.loaded = functools.cache(self._load)
         size = preprocessing.input_size
         self.loaded((size, size), uint8=True)  # what is missing or wrong is said now
 
     def _load(self, size: tuple[int, int], uint8: bool) -> Runtime:
         interface = Interface(size, uint8, False, self.preprocessing)
-        with cache.exported(self.weights, interface, self.name, self.announce) as path:
+        with cache.exported(self.weights, interface, self.name, self.calibration, self.announce) as path:
             return RUNTIMES[self.name](path, self.threads, self.precision)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

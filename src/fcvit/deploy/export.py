@@ -3,12 +3,12 @@
 | format   | files, for a path NAME.EXT                                    | run by                     |
 | -------- | ------------------------------------------------------------- | -------------------------- |
 | onnx     | NAME.onnx, all in one                                         | ONNX Runtime, OpenVINO ... |
-| paddle   | NAME.json (program), NAME.pdiparams (weights), NAME.fcvit.json | Paddle Inference           |
-| openvino | NAME.xml (network), NAME.bin (weights), NAME.fcvit.json       | OpenVINO                   |
+| paddle   | NAME.json (program), NAME.pdiparams (weights), NAME.json.fcvit.json | Paddle Inference      |
+| openvino | NAME.xml (network), NAME.bin (weights), NAME.xml.fcvit.json   | OpenVINO                   |
 
 Paddle 2 wrote NAME.pdmodel where Paddle 3 writes NAME.json. What the numbers mean (variant, preprocessing,
 class names, input and outputs) travels as JSON: in the metadata of an ONNX file under `fcvit`, else in
-NAME.fcvit.json.
+NAME.EXT.fcvit.json.
 """
 
 import dataclasses
@@ -29,52 +29,52 @@ ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": ("
 """Format -> endings of its files; the last is the one that a runtime is given."""
 RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "openvino"}
 """Format -> the runtime that an export is checked with."""
-SIDECAR = ".fcvit.json"
+SIDECAR = ".fcvit.json"  # behind the name of the file for the runtime
 KEY = "fcvit"
 
 
-def files(path: Path, form: str) -> list[Path]:
+def files(path: Path, target: str) -> list[Path]:
     """The files of an export, the one for the runtime last. `path` ends as that one does.
 
     Raises:
         UsageError: an unknown format, or another ending.
     """
-    if form not in ENDINGS:
-        raise UsageError(f"--format {form!r}: expected {', '.join(ENDINGS)}")
-    main = ENDINGS[form][-1]
+    if target not in ENDINGS:
+        raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
+    main = ENDINGS[target][-1]
     if path.suffix != main:
-        raise UsageError(f"{path}: the {form} format is a file that ends in {main}")
-    beside = [] if form == "onnx" else [path.with_suffix(SIDECAR)]
-    return beside + [path.with_suffix(ending) for ending in ENDINGS[form]]
+        raise UsageError(f"{path}: the {target} format is a file that ends in {main}")
+    beside = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
+    return beside + [path.with_suffix(ending) for ending in ENDINGS[target]]
 
 
-def write_export(weights: Weights, interface: Interface, form: str, path: Path) -> None:
+def write_export(weights: Weights, interface: Interface, target: str, path: Path) -> None:
     """Write the files of a format; not checked and not atomic by itself.
 
     Args:
         weights: of any form.
         interface: what goes in and comes out.
-        form: a key of `ENDINGS`.
+        target: a key of `ENDINGS`.
         path: of the file for the runtime, in a folder that is there.
 
     Raises:
         UsageError: the format does not have that interface, or the ending is another.
         MissingExtra: a package is not installed.
     """
-    *beside, _ = files(path, form)
+    *beside, _ = files(path, target)
     about = json.dumps(description(weights, interface), ensure_ascii=False)
-    if form == "paddle":
+    if target == "paddle":
         _write_paddle(weights, interface, path)
     else:
         from fcvit.deploy.onnx_graph import onnx_model
 
-        model = onnx_model(weights, interface, {KEY: about} if form == "onnx" else None)
-        if form == "onnx":
+        model = onnx_model(weights, interface, {KEY: about} if target == "onnx" else None)
+        if target == "onnx":
             path.write_bytes(model.SerializeToString(deterministic=True))
         else:
             openvino = _openvino()
             openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
-    if form != "onnx":
+    if target != "onnx":
         beside[0].write_text(about, "utf-8")
 
 

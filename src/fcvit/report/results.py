@@ -136,16 +136,21 @@ class Agreement:
     mean_difference: float
 
 
+EFFECTS = ("protocol", "precision")
+
+
 @dataclasses.dataclass(frozen=True)
-class ProtocolEffect:
-    """Two protocols on the same weights and images: second less first top-1, in points.
+class Effect:
+    """What a protocol or a precision changes on the same weights, engine and images: top-1, in points.
 
     Attributes:
-        lanes: their names.
+        of: one of `EFFECTS`.
+        lanes: the names of the two; the difference is the second less the first.
         difference, interval: see `fcvit.metrics.paired_difference`.
         p_value: of the exact McNemar test.
     """
 
+    of: str
     lanes: tuple[str, str]
     difference: float
     interval: tuple[float, float]

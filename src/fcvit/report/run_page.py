@@ -6,7 +6,7 @@ from pathlib import Path
 from fcvit import metrics, runs
 from fcvit.report import charts, page, results
 from fcvit.report.page import Listing, Page, Picture, Section
-from fcvit.report.results import Agreement, ProtocolEffect, Records, Result
+from fcvit.report.results import Agreement, Effect, Records, Result
 
 
 def write_page(
@@ -14,7 +14,7 @@ def write_page(
     lanes: Sequence[Result],
     records: Sequence[Records],
     agreements: Sequence[Agreement],
-    effects: Sequence[ProtocolEffect],
+    effects: Sequence[Effect],
     about: Mapping[str, object],
 ) -> None:
     """Draw the charts of each lane into its folder, and write the page beside the folders.
@@ -58,14 +58,15 @@ def write_page(
         + f"; {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(lanes)]
-    if effects:
+    for kind in dict.fromkeys(effect.of for effect in effects):
         rows = tuple(
             (f"{e.lanes[1]} less {e.lanes[0]}", f"{e.difference:+.2f}", _interval(e.interval), f"{e.p_value:.2g}")
             for e in effects
+            if e.of == kind
         )
         summary.append(
             Listing(
-                "The protocols on the same images",
+                f"The {kind}s on the same images",
                 ("", "points", "95 % interval", "p (exact McNemar)"),
                 rows,
                 frozenset(("points", "95 % interval", "p (exact McNemar)")),

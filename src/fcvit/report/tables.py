@@ -19,6 +19,7 @@ from fcvit.tasks.check_data import ODD, DataCheck, Same
 from fcvit.tasks.compare import ResultComparison
 from fcvit.tasks.convert import Conversion
 from fcvit.tasks.evaluate import Evaluation
+from fcvit.tasks.export import Export
 from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
 from fcvit.tasks.train import Training
@@ -52,6 +53,26 @@ def verdict(passed: bool, limit: str = "") -> Text:
     """pass or FAIL, in colour, with the limit behind it."""
     word = ("pass", "green") if passed else ("FAIL", "bold red")
     return Text.assemble(word, f" (limit {limit})" if limit else "")
+
+
+def exported(done: Export) -> Table:
+    """What was written, and how near its numbers are to exact ones."""
+    result = table(title=f"{done.network} exported as {done.format}, {done.precision}")
+    for path in done.files:
+        result.add_row("written", path)
+    result.add_row("size", f"{done.bytes / 2**20:.1f} MiB, in {done.seconds:.1f} s")
+    shape = " x ".join("any" if side is None else str(side) for side in done.input["shape"])
+    result.add_row("takes", f"{done.input['type']}, {shape}")
+    result.add_row("gives", ", ".join(done.outputs))
+    for what, checks in (("", done.checks), ("weights by rule, ", done.lively)):
+        for check in checks:
+            count, height, width = check.images
+            where = f"{what}{count} images of {height} x {width}, run by {done.runtime}"
+            result.add_row(f"gate B ({check.yardstick})", verdict(check.passed, f"{GATE_B}"))
+            result.add_row("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}")
+    if done.precision == "int8":
+        result.add_row("int8", "checked before it was quantised; fcvit eval --precision int8 measures what it costs")
+    return result
 
 
 def problems(found: Sequence[Problem]) -> Table:
@@ -148,7 +169,7 @@ def evaluation(found: Evaluation) -> list[Table]:
             about.add_row("", f"{row.standing.whose}: {row.standing.reason}")
     tables = [result, about]
     for effect in found.effects:
-        pair = table(title="the protocols, on the same images")
+        pair = table(title=f"the {effect.of}s, on the same images")
         pair.add_row(f"{effect.lanes[1]} less {effect.lanes[0]}", f"{effect.difference:+.2f} points")
         pair.add_row("95 % interval", interval(effect.interval))
         pair.add_row("exact McNemar test", f"p = {effect.p_value:.2g}")

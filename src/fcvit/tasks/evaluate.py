@@ -22,7 +22,7 @@ from PIL import Image
 
 from fcvit import metrics, runs
 from fcvit.deploy.batch_size import fitting_batch_size
-from fcvit.deploy.engines import Engine
+from fcvit.deploy.engines import AUTO, Engine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.images.dataset import LabelledImages
 from fcvit.images.loader import DIGEST, Batch, Workers, batches
@@ -32,9 +32,9 @@ from fcvit.processes import Processes, join
 from fcvit.protocols import AUTHORS
 from fcvit.report import results, run_page
 from fcvit.report.progress import progress
-from fcvit.report.results import Agreement, ProtocolEffect, Result
+from fcvit.report.results import Agreement, Effect, Result
 from fcvit.tasks.figures import Figures, figures
-from fcvit.tasks.plan import PRESENT, Plan, Settings, check
+from fcvit.tasks.plan import PRESENT, Plan, Settings, check, with_engines_named
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
@@ -58,7 +58,7 @@ class Evaluation:
 
     results: tuple[Result, ...]
     agreements: tuple[Agreement, ...]
-    effects: tuple[ProtocolEffect, ...]
+    effects: tuple[Effect, ...]
     unreadable: tuple[str, ...]
     rule: str
     folder: Path | None
@@ -71,7 +71,7 @@ def evaluate(
     data: str | os.PathLike[str] | LabelledImages,
     *,
     list_file: str | os.PathLike[str] | None = None,
-    engines: str | Sequence[str] = ("paddle",),
+    engines: str | Sequence[str] = AUTO,
     protocol: str = AUTHORS,
     preprocessing: Preprocessing | PreprocessingChange | None = None,
     batch_size: int | Literal["auto"] = 32,
@@ -86,6 +86,8 @@ def evaluate(
     class_subset: str | os.PathLike[str] | None = None,
     strict: bool = False,
     save_logits: bool = False,
+    threads: int | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     record: bool = False,
     announce: Callable[[str], None] = lambda _: None,
@@ -96,14 +98,15 @@ def evaluate(
         weights: a file of any format, weights in memory, or several of either that know the same classes.
         data, list_file: see `fcvit.images.dataset.read_dataset`; or images that are found already, for
             figures without a folder.
-        engines: names of `fcvit.deploy.engines.ENGINES`; all see the same batches.
+        engines: names of `fcvit.deploy.engines.ENGINES`, or "auto"; all see the same batches.
         protocol: "authors" (the preprocessing that belongs to the weights), "resize256-bilinear", "both".
         preprocessing: another one, or single fields of it, which makes the protocol "custom".
         batch_size: at least 1; "auto" tries what fits. Float32 sums depend on it, in the last digits.
         workers: processes that decode while the model computes; 0: this one decodes. A script that starts
             processes must begin its work under `if __name__ == "__main__":`.
         device: auto, cpu, gpu or gpu:N.
-        precision: float32, or float16 or bfloat16 where the engine's device has them.
+        precision: float32; or bfloat16, float16, int8 where the engine has it: then float32 is measured as
+            well, on the same images, and the difference in top-1 reported with its interval.
         ema: choose the averaged or raw weights of a file that has both.
         classes: class list of the model, where the weights' own is missing or wrong.
         subset, seed: only so many images, drawn by the seed, every class in its share.
@@ -111,6 +114,8 @@ def evaluate(
         class_subset: tell only these classes apart: a class list, or "present" for those that the data
             has (as ImageNet-A and -R are scored).
         strict: stop at the first image that cannot be read.
+        threads: that compute on a CPU; None: one for each core.
+        calibration: folder of images for int8, such as training images.
         save_logits: keep `logits.npy`, float32 (images, classes), for each lane; NaN for what was left out.
         folder: a new folder for the results; None: nothing is written, or, with `record`, the folder is
             `runs/eval` or the first free one after it.
@@ -141,6 +146,8 @@ def evaluate(
         _absolute(real) if real else None,
         PRESENT if class_subset == PRESENT else _absolute(class_subset) if class_subset else None,
         save_logits,
+        threads,
+        _absolute(calibration) if calibration else None,
     )
     check(settings, workers)
     if save_logits and folder is None and not record:
@@ -153,7 +160,10 @@ def evaluate(
         w if isinstance(w, Weights) else read_weights(path, ema)
         for w, path in zip(several, settings.weights, strict=True)
     ]
-    plan = Plan(settings, loaded, processes.device(device), data if isinstance(data, LabelledImages) else None)
+    said = announce if processes.first else lambda _: None
+    place = processes.device(device)
+    settings = with_engines_named(settings, loaded, place, said)
+    plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)
     if processes.first:
         announce(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
     plan.load_engines()  # what they miss is said before a folder is made

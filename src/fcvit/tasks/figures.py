@@ -10,7 +10,7 @@ from fcvit.errors import BadImages
 from fcvit.journal import Frame, Journal
 from fcvit.protocols import stand
 from fcvit.report import results
-from fcvit.report.results import Agreement, ProtocolEffect, Real, Records, Result
+from fcvit.report.results import EFFECTS, Agreement, Effect, Real, Records, Result
 from fcvit.tasks.plan import Lane, Plan
 
 
@@ -20,14 +20,14 @@ class Figures:
 
     Attributes:
         results, records: one for each lane.
-        agreements, effects: of engines and protocols.
+        agreements, effects: of engines; of protocols and precisions.
         left_out: name and reason of each image that could not be read.
     """
 
     results: tuple[Result, ...]
     records: tuple[Records, ...]
     agreements: tuple[Agreement, ...]
-    effects: tuple[ProtocolEffect, ...]
+    effects: tuple[Effect, ...]
     left_out: tuple[tuple[str, str], ...]
 
 
@@ -75,7 +75,7 @@ def _result(plan: Plan, place: int, frames: list[Frame], rows: np.ndarray, recor
         network=str(lane.weights.form),
         engine=lane.engine_name,
         device=", ".join(sorted({frame.extra["devices"][place] for frame in frames if len(frame.records)})),
-        precision=plan.settings.precision,
+        precision=lane.precision,
         batch_size=int(plan.settings.batch_size),
         protocol=lane.protocol,
         images=count,
@@ -132,7 +132,7 @@ def _agreements(plan: Plan, rows: np.ndarray) -> list[Agreement]:
         found.append(
             Agreement(
                 (reference.name, lane.name),
-                (reference.engine_name, lane.engine_name),
+                (_computed(plan, reference), _computed(plan, lane)),
                 metrics.share(int((part["top"][:, 0] == other["top"][:, 0]).sum()), len(rows)),
                 float(part["largest"].max()),
                 float(part["total"].sum() / (len(rows) * len(plan.columns))),
@@ -141,18 +141,21 @@ def _agreements(plan: Plan, rows: np.ndarray) -> list[Agreement]:
     return found
 
 
-def _effects(plan: Plan, records: list[Records]) -> list[ProtocolEffect]:
-    """The second protocol less the first, of the same weights and engine."""
+def _computed(plan: Plan, lane: Lane) -> str:
+    """The engine, with the precision where there are several."""
+    return lane.engine_name if len(plan.precisions) == 1 else f"{lane.engine_name} ({lane.precision})"
 
-    def pair(lane: Lane) -> tuple[int, str]:
-        return id(lane.weights), lane.engine_name
 
+def _effects(plan: Plan, records: list[Records]) -> list[Effect]:
+    """The later lane less the earlier, where the protocol or the precision is all that differs."""
     found = []
     for place, lane in enumerate(plan.lanes):
         for before, earlier in enumerate(plan.lanes[:place]):
-            if pair(earlier) == pair(lane):
+            if (id(earlier.weights), earlier.engine_name) != (id(lane.weights), lane.engine_name):
+                continue
+            differing = [what for what in EFFECTS if getattr(earlier, what) != getattr(lane, what)]
+            if len(differing) == 1:
                 paired = metrics.paired(records[before].correct, records[place].correct)
-                found.append(
-                    ProtocolEffect((earlier.name, lane.name), paired.difference, paired.interval, paired.p_value)
-                )
+                names = (earlier.name, lane.name)
+                found.append(Effect(differing[0], names, paired.difference, paired.interval, paired.p_value))
     return found

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from fcvit import runs
 from fcvit.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
-from fcvit.deploy.engines import Engine, create_engine
+from fcvit.deploy.cache import PACKAGES
+from fcvit.deploy.engines import AUTO, Engine, create_engine
+from fcvit.deploy.quantise import calibration_images
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
 from fcvit.images.loader import DIGEST, Workers
@@ -47,6 +49,8 @@ class Settings:
     real: str | None
     class_subset: str | None
     save_logits: bool
+    threads: int | None = None
+    calibration: str | None = None
 
     def sha256(self) -> str:
         """Whether `run.json` still holds what was asked for."""
@@ -70,6 +74,29 @@ def check(settings: Settings, workers: int | Workers) -> None:
         raise UsageError(f"--protocol {settings.protocol} is fixed; leave it or the other preprocessing out")
     if not engines or len(set(engines)) != len(engines):
         raise UsageError(f"--engine {','.join(engines)!r}: expected different engines, separated by commas")
+    if (settings.precision == "int8") != (settings.calibration is not None):
+        raise UsageError("--precision int8 and --calibration FOLDER go together: its scales come from your images")
+
+
+def with_engines_named(
+    settings: Settings, loaded: Sequence[Weights], device: str, announce: Callable[[str], None]
+) -> Settings:
+    """The settings with "auto" replaced by the engine that it is here, for the first weights.
+
+    Raises:
+        As `create_engine`; UsageError: it is one that was named besides.
+    """
+    if AUTO not in settings.engines:
+        return settings
+    weights = loaded[0]
+    pixels = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+    pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
+    precision = "float32" if settings.precision == "int8" else settings.precision
+    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce).name
+    announce(f"engine: {found}")
+    named = dataclasses.replace(settings, engines=tuple(found if e == AUTO else e for e in settings.engines))
+    check(named, 0)
+    return named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +105,15 @@ class Lane:
 
     Attributes:
         name: of its folder.
-        weights, engine_name, protocol: what it is.
+        weights, engine_name, precision, protocol: what it is.
         crop: place of its crops among those that are made of an image.
-        reference: place of the lane that it is compared with as another engine; None: it is no other.
+        reference: place of the lane whose logits its own are compared with; None: it is that lane itself.
     """
 
     name: str
     weights: Weights
     engine_name: str
+    precision: str
     protocol: Protocol
     crop: int
     reference: int | None
@@ -95,9 +123,16 @@ class Plan:
     """Everything that is settled before the first batch."""
 
     def __init__(
-        self, settings: Settings, loaded: Sequence[Weights], device: str, images: LabelledImages | None = None
+        self,
+        settings: Settings,
+        loaded: Sequence[Weights],
+        device: str,
+        images: LabelledImages | None = None,
+        announce: Callable[[str], None] = lambda _: None,
     ):
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.announce = settings, device, announce
+        # A lower precision is never measured alone: what it costs is the difference.
+        self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         given = read_classes(Path(settings.classes)) if settings.classes else None
         first = loaded[0].form
         for weights in loaded:
@@ -177,27 +212,47 @@ class Plan:
                     crops[key] = len(kept)
                     kept.append(pixels)
                 reference = None
-                for engine in settings.engines:
-                    name = "-".join([stem, protocol.name, *([engine] if len(settings.engines) > 1 else [])])
+                ways = [(engine, precision) for engine in settings.engines for precision in self.precisions]
+                for engine, precision in ways:
+                    what = [engine] if len(settings.engines) > 1 else []
+                    what += [precision] if len(self.precisions) > 1 else []
+                    name = "-".join([stem, protocol.name, *what])
                     taken = {lane.name for lane in lanes}
                     number = 2
                     unique = name
                     while unique in taken:
                         unique, number = f"{name}-{number}", number + 1
-                    lanes.append(Lane(unique, weights, engine, protocol, crops[key], reference))
+                    lanes.append(Lane(unique, weights, engine, precision, protocol, crops[key], reference))
                     reference = len(lanes) - 1 if reference is None else reference
         return lanes, kept
 
     @functools.cached_property
     def engines(self) -> list[Engine]:
         """One for each lane; protocols of the same weights share theirs."""
-        made: dict[tuple[int, str], Engine] = {}
+        made: dict[tuple[int, str, str], Engine] = {}
+        found = []
         for lane in self.lanes:
-            key = (id(lane.weights), lane.engine_name)
+            key = (id(lane.weights), lane.engine_name, lane.precision)
             if key not in made:
-                pixels = lane.protocol.preprocessing
-                made[key] = create_engine(lane.engine_name, lane.weights, pixels, self.device, self.settings.precision)
-        return [made[id(lane.weights), lane.engine_name] for lane in self.lanes]
+                made[key] = create_engine(
+                    lane.engine_name,
+                    lane.weights,
+                    lane.protocol.preprocessing,
+                    self.device,
+                    lane.precision,
+                    self.settings.threads,
+                    self.calibration if lane.precision == "int8" else None,
+                    self.announce,
+                )
+            found.append(made[key])
+        return found
+
+    @functools.cached_property
+    def calibration(self) -> np.ndarray | None:
+        """The images that int8 is calibrated on, cut for the first lane."""
+        if self.settings.calibration is None:
+            return None
+        return calibration_images(Path(self.settings.calibration), self.lanes[0].protocol.preprocessing)
 
     def load_engines(self) -> None:
         """Build the engines now.
@@ -218,12 +273,14 @@ class Plan:
         Paths are not in it: another machine may have the same files elsewhere.
         """
         paddle = ("paddlepaddle", "paddlepaddle-gpu")
-        packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)}
+        packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
         kept = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in self.settings.engines))
         real = self.real and [sorted(classes) for classes in self.real]
         listed = {
             "weights": [lane.weights.source.sha256 for lane in self.lanes],
             "ways": [[lane.name, lane.engine_name, dataclasses.asdict(lane.protocol)] for lane in self.lanes],
+            "threads": self.settings.threads,
+            "calibration": self.calibration is not None and hashlib.sha256(self.calibration.tobytes()).hexdigest(),
             "precision": self.settings.precision,
             "batch_size": self.settings.batch_size,
             "list_of_images": self.images.listing(),

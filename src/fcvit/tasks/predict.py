@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fcvit.classes import Classes, ClassName, as_classes, resolve_classes
-from fcvit.deploy.engines import Engine, PaddleEngine, create_engine
+from fcvit.deploy.engines import AUTO, Engine, PaddleEngine, create_engine
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.images.preprocess import preprocess
 from fcvit.metrics import softmax, top_classes
@@ -104,10 +104,12 @@ def predict_files(
     images: Sequence[Path],
     *,
     top_k: int = 5,
-    engine_name: str = "paddle",
+    engine_name: str = AUTO,
     classes: Classes | None = None,
     preprocessing: Preprocessing | None = None,
     device: str = "auto",
+    threads: int | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[Path, list[Prediction] | BadImages]]:
     """Predict file by file; one that cannot be read gives its error instead.
 
@@ -118,7 +120,7 @@ def predict_files(
     _check_top_k(top_k)
     chosen = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
     names = resolve_classes(classes, weights.classes, form.num_classes)
-    engine: Engine = create_engine(engine_name, weights, chosen, device)
+    engine: Engine = create_engine(engine_name, weights, chosen, device, threads=threads, announce=announce)
     return _predict(engine, chosen, names, images, top_k)
 
 

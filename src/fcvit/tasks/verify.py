@@ -20,7 +20,7 @@ from fcvit.gates import GATE_A, GATE_B, gate_a, gate_b, images_needed
 from fcvit.report.progress import progress
 from fcvit.variants import Variant
 from fcvit.weights.checkpoint import read_checkpoint
-from fcvit.weights.lively import DORMANT, lively_input, lively_tensors
+from fcvit.weights.lively import is_dormant, lively_input, lively_tensors
 from fcvit.weights.names import Form
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import differing_tensors
@@ -152,7 +152,7 @@ def verify_weights(converted: Weights, source: Weights) -> Verification:
     ours, reference = (rounded, converted) if swap else (converted, rounded)
     comparison = compare(ours, reference)
     lively = None
-    if _dormant(converted):
+    if is_dormant(converted.tensors):
         rule = lively_tensors(one)
         lively = compare(dataclasses.replace(converted, tensors=rule), dataclasses.replace(source, tensors=rule))
     return Verification(
@@ -264,11 +264,6 @@ def _is_part(name: str) -> bool:
 def _with_outputs(places: dict[str, np.ndarray], output) -> dict[str, np.ndarray]:  # noqa: ANN001
     outputs = output if isinstance(output, list | tuple) else [output]
     return places | {f"output{index if len(outputs) > 1 else ''}": value.numpy() for index, value in enumerate(outputs)}
-
-
-def _dormant(weights: Weights) -> bool:
-    scales = [np.abs(t.astype(np.float64)) for name, t in weights.tensors.items() if "layer_scale" in name]
-    return bool(scales) and float(np.median(np.concatenate(scales))) < DORMANT
 
 
 def _round(source: Weights, converted: Weights) -> Weights:

@@ -6,6 +6,7 @@ follow from the names alone, so any framework can rebuild them; the goldens are 
 
 import math
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,6 +18,12 @@ DORMANT = 1e-3  # a layer scale below this hides its block from the logits
 def lively_tensors(form: Form, salt: str = "") -> dict[str, np.ndarray]:
     """Every tensor of the form, float32, from the generator seeded with its name (authors' names)."""
     return {name: _tensor(name, entry.shape, salt) for name, entry in entries(form).items()}
+
+
+def is_dormant(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether the layer scales are so small that the blocks cannot be seen in the outputs."""
+    scales = [np.abs(t.astype(np.float64)) for name, t in tensors.items() if "layer_scale" in name]
+    return bool(scales) and float(np.median(np.concatenate(scales))) < DORMANT
 
 
 def lively_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
