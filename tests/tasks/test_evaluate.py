@@ -698,11 +698,25 @@ def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path):
 @needs_torch
 @pytest.mark.slow
 def test_half_precision_is_computed_and_stated(folder, digits_pth):
-    exact, half = (
-        evaluate(digits_pth, folder, engines="torch", precision=p, device="cpu").results[0]
-        for p in ("float32", "bfloat16")
-    )
-    assert half.precision == "bfloat16" and 1e-5 < abs(half.loss - exact.loss) < 0.2
+    found = evaluate(digits_pth, folder, engines="torch", precision="bfloat16", device="cpu")
+    exact, half = found.results
+    assert exact.precision == "float32" and half.precision == "bfloat16"
+    assert 1e-5 < abs(half.loss - exact.loss) < 0.2
+    (effect,) = found.effects
+    assert effect.of == "precision" and effect.lanes == (exact.name, half.name)
+    assert effect.difference == pytest.approx(half.top1 - exact.top1)
+    assert effect.interval[0] <= effect.difference <= effect.interval[1]
+    (agreement,) = found.agreements
+    assert agreement.engines == ("torch (float32)", "torch (bfloat16)") and 1e-5 < agreement.max_difference < 0.5
+
+
+@needs_torch
+def test_precision_and_protocol_are_changes_of_their_own(folder, digits_pth):
+    found = evaluate(digits_pth, folder, engines="torch", precision="bfloat16", protocol="both", device="cpu")
+    names = [row.name for row in found.results]
+    assert len(set(names)) == 4
+    pairs = {(effect.of, names.index(effect.lanes[0]), names.index(effect.lanes[1])) for effect in found.effects}
+    assert pairs == {("precision", 0, 1), ("precision", 2, 3), ("protocol", 0, 2), ("protocol", 1, 3)}
 
 
 @needs_paddle

@@ -76,15 +76,14 @@ def exported(
         return
     announce(f"exporting {weights.form} for {runtime}, once: it is kept in {cache_folder()}")
     with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
-        made = _scratch(key, announce) or Path(spare)
+        kept = _scratch(key, announce)
+        made = kept or Path(spare)
         try:
             _make(weights, interface, runtime, calibration, made / main)
-            if made != Path(spare) and _publish(made, entry, main):
-                made = entry
-            yield made / main
+            yield (entry if kept and _publish(kept, entry, main) else made) / main
         finally:
-            if made not in (entry, Path(spare)):
-                shutil.rmtree(made, ignore_errors=True)
+            if kept is not None:
+                shutil.rmtree(kept, ignore_errors=True)  # unless it was renamed
 
 
 def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:

@@ -220,7 +220,9 @@ class TorchEngine:
         self.precision = precision
         self.torch = import_framework("torch")
         if precision == "int8" or (precision == "float16" and self.device == "cpu"):
-            raise UsageError(f"--precision {precision}: PyTorch is not used in it here; use float32 or bfloat16")
+            raise UsageError(
+                f"--precision {precision}: PyTorch does not have it on {self.device}; use float32 or bfloat16"
+            )
         from fcvit.torch_twin import build_twin
 
         if threads is not None and self.device == "cpu":

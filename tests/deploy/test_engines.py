@@ -1,0 +1,174 @@
+"""Engines: the same numbers whoever computes them, and the fastest one that is right."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from conftest import DIGITS, needs_paddle, needs_torch
+from fcvit.deploy import cache, engines
+from fcvit.deploy.engines import ENGINES, create_engine
+from fcvit.deploy.runtimes import RUNTIMES, pieces
+from fcvit.errors import MissingExtra, NumbersDisagree, UsageError
+from fcvit.frameworks import installed
+from fcvit.weights.reading import read_weights
+
+PIXELS = DIGITS.variant.preprocessing
+NEEDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "paddle-inference": "paddle", "torch": "torch"}
+
+
+def engine_or_skip(name, *arguments, **options):
+    if not installed(NEEDS.get(name, "paddle")):
+        pytest.skip(f"{name} is not installed")
+    try:
+        return create_engine(name, *arguments, **options)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def weights(digits_pth):
+    return read_weights(digits_pth)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_all_engines_agree_at_every_batch_and_size(name, weights, images):
+    engine, reference = engine_or_skip(name, weights, PIXELS, threads=2), create_engine("torch", weights, PIXELS)
+    assert (engine.name, engine.device, engine.precision) == (name, "cpu", "float32")
+    wide = np.random.default_rng(1).integers(0, 256, (2, 3, 33, 48), np.uint8)
+    for batch in (images, images[:1], images[:0], wide, engines.as_input(images, PIXELS)):
+        found, expected = engine(batch), reference(batch)
+        assert found.dtype == np.float32 and found.shape == (len(batch), 10)
+        assert np.allclose(found, expected, atol=1e-4) and (not len(batch) or np.ptp(found) > 0.1)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_what_is_no_image_is_refused(name, weights):
+    engine = engine_or_skip(name, weights, PIXELS)
+    for shape in ((3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32)):
+        with pytest.raises(UsageError, match="images of shape"):
+            engine(np.zeros(shape, np.uint8))
+    with pytest.raises(UsageError, match="images of type float64"):
+        engine(np.zeros((1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "tensorflow"}, "--engine 'tensorflow'"),
+        ({"precision": "float8"}, "--precision 'float8'"),
+        ({"threads": 0}, "--threads 0"),
+        ({"name": "onnxruntime", "device": "gpu"}, "onnxruntime is used on the CPU"),
+        ({"name": "onnxruntime", "precision": "int8"}, "int8 and calibration images go together"),
+    ],
+)
+def test_requests_that_cannot_be(options, message, weights):
+    with pytest.raises(UsageError, match=message):
+        create_engine(**{"name": "torch", **options}, weights=weights, preprocessing=PIXELS)
+
+
+def test_onnxruntime_has_no_half_precision(weights):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(UsageError, match="ONNX Runtime has only float32 and int8"):
+        create_engine("onnxruntime", weights, PIXELS, precision="bfloat16")
+
+
+@pytest.mark.slow
+def test_bfloat16_where_the_processor_has_it(weights, images):
+    pytest.importorskip("openvino")
+    try:
+        half = create_engine("auto", weights, PIXELS, precision="bfloat16")
+    except (UsageError, MissingExtra) as error:
+        pytest.skip(str(error))
+    difference = np.abs(half(images) - create_engine("openvino", weights, PIXELS)(images)).max()
+    assert half.precision == "bfloat16" and 1e-5 < difference < 0.2
+
+
+@pytest.mark.slow
+def test_int8_is_another_network_of_nearly_the_same_numbers(weights, images):
+    pytest.importorskip("onnxruntime")
+    exact = create_engine("onnxruntime", weights, PIXELS)(images)
+    found = create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images)(images)
+    assert 1e-4 < np.abs(found - exact).max() < np.ptp(exact) / 4
+    with pytest.raises(UsageError, match="calibration images of"):
+        create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images[:, :, :16, :16])
+
+
+def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch):
+    made, said = [], []
+    results = {"onnxruntime": MissingExtra("not installed"), "openvino": NumbersDisagree("wrong"), "native": "native"}
+
+    class Fake:
+        def __init__(self, name, *_rest):
+            made.append(name)
+            if isinstance(results[name], Exception):
+                raise results[name]
+            self.name = name
+
+    monkeypatch.setattr(engines, "ExportedEngine", Fake)
+    monkeypatch.setattr(engines, "NativeEngine", lambda *rest: Fake("native", *rest))
+    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "native"
+    assert made == ["onnxruntime", "openvino", "native"]
+    assert said == ["engine openvino is passed over: wrong"]
+
+
+def test_auto_without_any_engine_names_a_remedy(weights, monkeypatch):
+    def missing(*_rest):
+        raise MissingExtra("paddle is not installed; install it with: pip install paddlepaddle")
+
+    for name in ("ExportedEngine", "NativeEngine", "TorchEngine", "PaddleEngine"):
+        monkeypatch.setattr(engines, name, missing)
+    with pytest.raises(MissingExtra, match=r"no engine .* pip install paddlepaddle"):
+        create_engine("auto", weights, PIXELS)
+
+
+@needs_paddle
+def test_auto_on_a_gpu_is_paddle(weights, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engines, "PaddleEngine", lambda *given: seen.append(given[2]))
+    create_engine("auto", weights, PIXELS, "gpu:1")
+    assert seen == ["gpu:1"]
+
+
+def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_path):
+    from fcvit.deploy import runtimes
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pytest.importorskip("onnx")
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(runtimes.importlib, "import_module", missing)
+    for name, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        with pytest.raises(MissingExtra, match=rf"{name} cannot be had .*pip install 'fcvit\[{extra}\]'"):
+            create_engine(name, weights, PIXELS)
+    assert not list((tmp_path / "fcvit" / "engines").glob("*")), "an export that was never run must not be kept"
+
+
+@pytest.mark.parametrize(
+    ("images", "threads", "most", "sizes"),
+    [(8, 2, 2, [2, 2, 2, 2]), (3, 2, 2, [2, 1]), (2, 4, 2, [1, 1]), (7, 2, 8, [4, 3]), (1, 2, 2, [1])],
+)
+def test_a_batch_in_pieces(images, threads, most, sizes):
+    parts = pieces(images, threads, most)
+    assert [part.stop - part.start for part in parts[:-1]] == sizes[:-1]
+    assert np.concatenate([np.arange(images)[part] for part in parts]).tolist() == list(range(images))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_an_engine_names_what_its_export_depends_on(name):
+    assert cache.PACKAGES[name] and cache.FORMAT_OF[name] in cache.MAIN
+
+
+def test_the_mean_is_not_taken_twice(weights, images):
+    """uint8 and normalised float32 of the same images: one answer, though each has an export of its own."""
+    engine = engine_or_skip("onnxruntime", weights, dataclasses.replace(PIXELS, mean=(0.1, 0.5, 0.9)))
+    assert np.allclose(engine(images), engine(engines.as_input(images, engine.preprocessing)), atol=1e-4)
