@@ -42,6 +42,7 @@ ORDER = {
         "compare",
         "predict",
         "export",
+        "bench",
         "quickstart",
         "doctor",
         "check_data",

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from fcvit import __version__
-from fcvit.errors import INTERRUPTED, BadImages, FcvitError, FreshWeights, UnreadableFile, UsageError
+from fcvit.errors import (
+    INTERRUPTED,
+    BadImages,
+    FcvitError,
+    FreshWeights,
+    NumbersDisagree,
+    UnreadableFile,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from fcvit.tasks.train import Training
@@ -264,6 +272,77 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
         raise UsageError(f"--size {text}: expected pixels from 1 to 4096, as in 224 or 240x320 (height x width)")
     return int(sides[0]), int(sides[-1])
+
+
+@app.command
+def bench(
+    *,
+    weights: Path | None = None,
+    variant: str = "fcvit_tiny",
+    engine: str = "",
+    batch_size: str = "1,8",
+    threads: str = "",
+    precision: str = "float32",
+    size: int | None = None,
+    rounds: int = 7,
+    reference: str | None = None,
+    ema: bool | None = None,
+    output: Annotated[Path | None, Output] = None,
+    csv: Annotated[Path | None, Parameter(name="--csv")] = None,
+    as_json: Json = False,
+) -> int:
+    """Measure how fast the engines are on this machine, in turn, beside PyTorch.
+
+    Args:
+        weights: A checkpoint of any format (default: weights by rule, which are as fast).
+        variant: The network, where there are no weights.
+        engine: Separated by commas (default: all that are installed, and torch, torch-channels-last, torch-compile).
+        batch_size: Images at a time, separated by commas.
+        threads: Separated by commas (default: one for each core).
+        precision: Separated by commas: float32, bfloat16.
+        size: Of the images, in pixels (default: the weights' own).
+        rounds: How often everybody has a turn.
+        reference: What ratios refer to (default: torch-channels-last where it is installed).
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        output: New folder for bench.json, bench.csv and bench.png.
+        csv: Write the table into this file.
+        as_json: Print JSON.
+    """
+    from fcvit import runs
+    from fcvit.report import tables
+    from fcvit.tasks.bench import as_csv, as_json_ready
+    from fcvit.tasks.bench import bench as run
+
+    found = run(
+        weights,
+        variant=variant,
+        engines=[name for name in engine.split(",") if name],
+        batch_sizes=_numbers("--batch-size", batch_size),
+        threads=_numbers("--threads", threads),
+        precisions=precision.split(","),
+        size=size,
+        rounds=rounds,
+        reference=reference,
+        ema=ema,
+        folder=output,
+        announce=_note,
+    )
+    if csv is not None:
+        runs.write_text(csv, as_csv(found))
+    if as_json:
+        _print_json(as_json_ready(found))
+    else:
+        _show(*tables.speeds(found))
+        if found.folder:
+            print(f"written to {found.folder}")
+    return NumbersDisagree.exit_code if any(speed.wrong for speed in found.speeds) else 0
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    words = [word for word in text.split(",") if word]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(f"{option} {text}: expected whole numbers separated by commas")
+    return [int(word) for word in words]
 
 
 @app.command(name="check-data")

@@ -117,6 +117,49 @@ _CURVES = (  # of each panel: its name, and the columns with their names
 )
 
 
+def speed_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]], title: str, subtitle: str) -> bytes:
+    """Images per second as bars, group by group.
+
+    Args:
+        groups: a name, and its bars: label, images per second, whether it is what the others are measured by.
+        title, subtitle: one line each; cut where they are too long.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    with _drawing():
+        return _png(_speeds(groups, title, subtitle))
+
+
+def _speeds(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]], title: str, subtitle: str) -> "Figure":
+    bar, gap, head, left = 0.24, 0.5, 0.85, 2.1  # inches
+    height = head + sum(bar * len(bars) + gap for _, bars in groups) + _MARGIN
+    figure = _canvas(_WIDTH, height, title, subtitle)
+    most = max(rate for _, bars in groups for _, rate, _ in bars)
+    top = height - head
+    for name, bars in groups:
+        inches = bar * len(bars)
+        axes = _axes(figure, left, top - gap / 2 - inches, _WIDTH - left - _MARGIN, inches)
+        axes.set_title(name, loc="left", fontsize=_TEXT)
+        places = range(len(bars))
+        colours = [_UNSURE if is_reference else RIGHT for _, _, is_reference in bars]
+        axes.barh(places, [rate for _, rate, _ in bars], height=0.8, color=colours)
+        for place, (_, rate, _) in enumerate(bars):
+            axes.text(rate + most * 0.01, place, f"{rate:.1f}", va="center", fontsize=_SMALL, color=INK)
+        axes.set_yticks(places, [_fit(label, left - 0.2) for label, _, _ in bars], fontsize=_SMALL)
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlim(0, most * 1.12)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        for side in ("top", "right", "bottom"):
+            axes.spines[side].set_visible(False)
+        top -= inches + gap
+    return figure
+
+
 def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fcvit.errors import BadImages
 from fcvit.gates import GATE_A, GATE_B
+from fcvit.tasks.bench import Bench
 from fcvit.tasks.check_data import ODD, DataCheck, Same
 from fcvit.tasks.compare import ResultComparison
 from fcvit.tasks.convert import Conversion
@@ -73,6 +74,44 @@ def exported(done: Export) -> Table:
     if done.precision == "int8":
         result.add_row("int8", "checked before it was quantised; fcvit eval --precision int8 measures what it costs")
     return result
+
+
+def speeds(found: Bench) -> list[Table]:
+    """Every contender with its times, and who could not be measured."""
+    columns = (
+        "images/s",
+        "p50 ms",
+        "p90",
+        "p99",
+        f"x {found.reference}",
+        "of peak %",
+        "load s",
+        "MiB",
+        "logits differ by",
+    )
+    result = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
+    result.title = f"{found.network} at {found.size} x {found.size}, {found.machine}"
+    for speed in found.speeds:
+        one = speed.contender
+        name = one.engine if one.precision == "float32" else f"{one.engine}, {one.precision}"
+        ranks = ["" if value is None else f"{value:.1f}" for value in speed.percentiles.values()]
+        ratio = "" if speed.of_reference is None else f"{speed.of_reference:.2f}"
+        differs = "" if speed.difference is None else f"{speed.difference:.1e}"
+        cells = [f"{speed.images_per_second:.1f}", *ranks, ratio, f"{100 * speed.of_peak:.0f}"]
+        cells += [f"{speed.load_seconds:.1f}", f"{speed.memory / 2**20:.0f}"]
+        cells.append(f"{differs} WRONG" if speed.wrong else differs)
+        result.add_row(name, str(one.batch_size), str(one.threads), *cells)
+    about = table()
+    for threads, peak in found.peak.items():
+        about.add_row(f"peak, {threads} thread(s)", f"{peak:.0f} GFLOP/s, a matrix product of NumPy")
+    about.add_row("one image", f"{found.gmac:.3f} GMAC")
+    about.add_row("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
+    if not found.skipped:
+        return [result, about]
+    left = table("not measured", "reason")
+    for name, reason in found.skipped:
+        left.add_row(name, reason)
+    return [result, about, left]
 
 
 def problems(found: Sequence[Problem]) -> Table:

@@ -93,6 +93,32 @@ def parameter_count(form: Form) -> int:
     return total
 
 
+def multiply_accumulates(form: Form, height: int, width: int) -> int:
+    """Multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
+    positions = []
+    for stage in range(4):
+        height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
+        positions.append(height * width)
+    total = 0
+    for name, entry in entries(form).items():
+        weights = math.prod(entry.shape)
+        if not name.endswith(".weight") or entry.layer not in (CONV, LINEAR):
+            continue
+        if entry.layer == LINEAR:
+            total += weights  # of the context and the head: once an image
+        elif len(entry.shape) == 3:  # along the channels
+            total += weights * form.variant.widths[_stage(name)]
+        else:
+            total += weights * positions[_stage(name)]
+    return total
+
+
+def _stage(name: str) -> int:
+    """Whose size the output of a layer has: 0 to 3. `network.1`, between the first two stages, makes the second's."""
+    first, number, *_ = name.split(".")
+    return (int(number) + 1) // 2 if first == "network" else 0
+
+
 def _entries(form: Form) -> Iterator[tuple[str, Entry]]:
     v = form.variant
     yield from _conv_norm("patch_embed", 3, v.widths[0], 7)

@@ -1,0 +1,53 @@
+"""Inference on this CPU: images per second of every engine, beside PyTorch's formats and the machine's peak.
+
+Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-sizes N ...] [--threads N]
+          [--engines NAME ...] [--rounds N] [--json FILE]
+
+What `fcvit bench` measures, for several variants on weights by rule: contenders in processes of their own,
+interleaved. Images are uint8 and normalised inside, by every engine. Ratios are those to PyTorch in channels last
+between neighbours in time, then the median; they come last.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from fcvit.report.tables import console, speeds
+from fcvit.tasks.bench import CONTENDERS, as_json_ready, bench
+
+ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # too slow to wait for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=["fcvit_tiny", "fcvit_b12"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found = [
+        bench(
+            variant=variant,
+            engines=arguments.engines,
+            batch_sizes=[batch],
+            threads=[arguments.threads],
+            precisions=["float32", "bfloat16"],
+            rounds=arguments.rounds,
+            announce=print,
+        )
+        for variant in arguments.variants
+        for batch in arguments.batch_sizes
+    ]
+    if arguments.json:
+        arguments.json.write_text(json.dumps([as_json_ready(one) for one in found], indent=2, default=str) + "\n")
+    for one in found:
+        console().print(*speeds(one))
+    for one in found:
+        for speed in one.speeds:
+            print(f"{one.network}: {speed.contender}: {speed.of_reference:.2f} times {one.reference}")
+
+
+if __name__ == "__main__":
+    main()
