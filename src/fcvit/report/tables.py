@@ -83,14 +83,14 @@ def speeds(found: Bench) -> list[Table]:
         "p50 ms",
         "p90",
         "p99",
-        f"x {found.reference}",
+        "ratio",
         "of peak %",
         "load s",
         "MiB",
         "logits differ by",
     )
     result = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
-    result.title = f"{found.network} at {found.size} x {found.size}, {found.machine}"
+    result.title = f"{found.network} at {found.size} x {found.size}, {found.machine}; ratios to {found.reference}"
     for speed in found.speeds:
         one = speed.contender
         name = one.engine if one.precision == "float32" else f"{one.engine}, {one.precision}"
@@ -104,7 +104,7 @@ def speeds(found: Bench) -> list[Table]:
     about = table()
     for threads, peak in found.peak.items():
         about.add_row(f"peak, {threads} thread(s)", f"{peak:.0f} GFLOP/s, a matrix product of NumPy")
-    about.add_row("one image", f"{found.gmac:.3f} GMAC")
+    about.add_row("one image", f"{found.gmac:.3g} GMAC")
     about.add_row("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     if not found.skipped:
         return [result, about]

@@ -5,6 +5,7 @@ compute, so that they share no allocator, no pool of threads and no thread that 
 turn, round after round: a noisy minute hits all alike, and ratios are those of neighbours in time.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -255,21 +256,25 @@ def _interleave(
 
 def _start(context: Any, job: Contender | int, weights: Weights, pixels: Preprocessing) -> tuple[Any, Connection]:
     ours, theirs = context.Pipe()
-    threads = str(job if isinstance(job, int) else job.threads)
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, threads))  # the process reads them when its libraries load
-    try:
-        process = context.Process(target=work, args=(job, weights, pixels, theirs), daemon=True)
+    process = context.Process(target=work, args=(job, weights, pixels, theirs), daemon=True)
+    with _blas_threads(job) if isinstance(job, int) else contextlib.nullcontext():
         process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     theirs.close()
     return process, ours
+
+
+@contextlib.contextmanager
+def _blas_threads(threads: int) -> Iterator[None]:
+    """For processes that start in the block: NumPy's library reads them as it loads."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _receive(worker: tuple[Any, Connection]) -> Any:
