@@ -1,7 +1,7 @@
 """Import every module with only the core dependencies installed.
 
-The modules that compute with a framework's layers must raise the missing-extra error; everything else
-must import. Run in an environment without Paddle and PyTorch.
+The modules that are written with Paddle, PyTorch or onnx at hand must raise the missing-extra error; everything else
+must import. Run in an environment without Paddle, PyTorch and onnx.
 """
 
 import importlib
@@ -12,7 +12,8 @@ import fcvit
 from fcvit.errors import MissingExtra
 from fcvit.frameworks import installed
 
-NEED_A_FRAMEWORK = {
+NEED_AN_EXTRA = {
+    "fcvit.deploy.onnx_graph",
     "fcvit.model",
     "fcvit.native.network",
     "fcvit.native.operators",
@@ -24,7 +25,7 @@ NEED_A_FRAMEWORK = {
 
 
 def main() -> int:
-    present = [name for name in ("paddle", "torch") if installed(name)]
+    present = [name for name in ("paddle", "torch", "onnx") if installed(name)]
     if present:
         print(f"{', '.join(present)} is installed: this check would prove nothing", file=sys.stderr)
         return 2
@@ -40,7 +41,7 @@ def main() -> int:
             outcome = "missing extra"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
-        if outcome != ("missing extra" if name in NEED_A_FRAMEWORK else "imports"):
+        if outcome != ("missing extra" if name in NEED_AN_EXTRA else "imports"):
             wrong.append(f"{name}: {outcome}")
     print("\n".join(wrong) or f"{len(names)} modules as they should be")
     return 1 if wrong else 0
