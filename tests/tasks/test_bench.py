@@ -14,7 +14,6 @@ from fcvit.tasks import bench as task
 from fcvit.tasks.bench import Contender, as_csv, as_json_ready, bench, percentile, rows_of_chart
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, multiply_accumulates
-from fcvit.weights.reading import read_weights
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -196,9 +195,7 @@ def test_requests_that_cannot_be(options, fake):
 def test_processes_of_their_own(digits_pth, monkeypatch):
     """For real: one that is there, and one that is not installed under that name."""
     monkeypatch.setattr(task, "_SECONDS", 0)
-    weights = dataclasses.replace(read_weights(digits_pth), source=task._by_rule(DIGITS.variant, print).source)
-    weights = dataclasses.replace(weights, tensors={name: np.array(t) for name, t in weights.tensors.items()})
-    found = bench(weights, engines=["torch", "torch-channels-last"], batch_sizes=[2], threads=[1], rounds=1)
+    found = bench(digits_pth, engines=["torch", "torch-channels-last"], batch_sizes=[2], threads=[1], rounds=1)
     assert [speed.contender.engine for speed in found.speeds] == ["torch", "torch-channels-last"]
     assert found.speeds[0].calls >= 3 and found.peak[1] > 0 and found.speeds[0].memory > 50 << 20
     assert found.speeds[0].difference < 1e-4 and found.skipped == ()

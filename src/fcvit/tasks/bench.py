@@ -8,6 +8,7 @@ turn, round after round: a noisy minute hits all alike, and ratios are those of 
 import contextlib
 import csv
 import dataclasses
+import importlib
 import io
 import itertools
 import math
@@ -163,7 +164,7 @@ def bench(
     if rounds < 1 or min(batch_sizes, default=0) < 1 or min(counts) < 1 or (size is not None and size < 1):
         raise UsageError("rounds, batch sizes, threads and size are at least 1")
     read = _by_rule(get_variant(variant), announce) if weights is None else weights
-    read = read if isinstance(read, Weights) else read_weights(read, ema)
+    read = _portable(read if isinstance(read, Weights) else read_weights(read, ema))
     pixels = resolve_preprocessing(None, read.preprocessing, read.form.variant)
     pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
     listed = [
@@ -197,6 +198,12 @@ def _by_rule(variant: Variant, announce: Callable[[str], None]) -> Weights:
     form = Form(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} by rule"), MEMORY, {}, None, b"")
     return Weights(form, lively_tensors(form), source, "torch", None, None, (), ())
+
+
+def _portable(weights: Weights) -> Weights:
+    """The same in memory: what views a file cannot be sent to another process."""
+    source = Checkpoint(weights.source.path, MEMORY, {}, None, b"")
+    return dataclasses.replace(weights, tensors={n: np.array(t) for n, t in weights.tensors.items()}, source=source)
 
 
 @dataclasses.dataclass
@@ -336,6 +343,11 @@ def _matrix_product() -> Callable[[], object]:
 
 
 def _engine(job: Contender, weights: Weights, pixels: Preprocessing) -> Callable[[np.ndarray], np.ndarray]:
+    if job.engine in REFERENCES:
+        # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
+        # other work and, alone on a machine, up to twice as slow.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch")
     if job.engine not in ("torch-channels-last", "torch-compile"):
         return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads)
     engine: Any = create_engine("torch", weights, pixels, "cpu", job.precision, job.threads)
