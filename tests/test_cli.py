@@ -444,3 +444,40 @@ def test_progress_in_a_log(capsys, monkeypatch):
     with progress("evaluating", 3) as advance:
         advance(3)
     assert capsys.readouterr().err == ""
+
+
+@needs_paddle
+@pytest.mark.slow
+def test_exporting(run, digits_pth, tmp_path):
+    pytest.importorskip("onnxruntime")
+    code, out, err = run("export", digits_pth, "-o", "a.onnx", "--size", "40x32", "--uint8", "--probabilities")
+    assert code == 0 and "gate B" in out and "any x 3 x 40 x 32" in out and "checking a.onnx" in err
+    found = json.loads(run("export", digits_pth, "-o", "b.onnx", "--dynamic", "--json")[1])
+    assert found["files"] == ["b.onnx"] and found["checks"][0]["ratio"] < 3
+    assert run("export", digits_pth, "-o", "a.onnx")[0] == 2
+    for size in ("x", "0", "32x32x32", "9999"):
+        assert run("export", digits_pth, "-o", "c.onnx", "--size", size)[0] == 2
+    assert not (tmp_path / "c.onnx").exists()
+
+
+@needs_paddle
+@pytest.mark.slow
+def test_benching(run, digits_pth, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcvit.tasks.bench._SECONDS", 0)
+    words = (
+        "bench",
+        "--weights",
+        digits_pth,
+        "--engine",
+        "paddle",
+        "--batch-size",
+        "1",
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+    )
+    code, out, _ = run(*words, "--csv", "a.csv")
+    assert code == 0 and "paddle" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
+    assert json.loads(run(*words, "--json")[1])["speeds"][0]["contender"]["engine"] == "paddle"
+    assert run("bench", "--batch-size", "many")[0] == 2
