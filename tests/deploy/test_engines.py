@@ -153,6 +153,17 @@ def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_p
     assert not list((tmp_path / "fcvit" / "engines").glob("*")), "an export that was never run must not be kept"
 
 
+def test_the_threads_of_the_process_are_changed_only_on_request(weights, monkeypatch):
+    """A training validates with an engine, and must go on with the sums it began with."""
+    paddle = pytest.importorskip("paddle")
+    asked = []
+    monkeypatch.setattr(paddle.base.core, "set_num_threads", asked.append)
+    create_engine("paddle", weights, PIXELS)
+    assert asked == []
+    create_engine("paddle", weights, PIXELS, threads=1)
+    assert asked == [1]
+
+
 @pytest.mark.parametrize(
     ("images", "threads", "most", "sizes"),
     [(8, 2, 2, [2, 2, 2, 2]), (3, 2, 2, [2, 1]), (2, 4, 2, [1, 1]), (7, 2, 8, [4, 3]), (1, 2, 2, [1])],

@@ -63,7 +63,8 @@ def create_engine(
         preprocessing: mean and standard deviation of the images, and the size that an export is made for now.
         device: auto, cpu, gpu or gpu:N.
         precision: one of `PRECISIONS`.
-        threads: that compute on a CPU; None: one for each core.
+        threads: that compute on a CPU, in the whole process where a framework knows no other way; None: those of the
+            framework as it stands, for an export one for each core.
         calibration: uint8 images (B, 3, H, W) for int8, which only engines on exports have.
         announce: is told of an export that takes time, and why "auto" passes an engine over.
 
@@ -76,7 +77,7 @@ def create_engine(
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: expected at least 1")
-    given = (weights, preprocessing, device, precision, threads or available_threads())
+    given = (weights, preprocessing, device, precision, threads)
     if name == AUTO:
         return _fastest(*given, announce)
     if name in RUNTIMES:
@@ -92,7 +93,7 @@ def _fastest(
     preprocessing: Preprocessing,
     device: str,
     precision: str,
-    threads: int,
+    threads: int | None,
     announce: Callable[[str], None],
 ) -> Engine:
     given = (weights, preprocessing, device, precision, threads)
