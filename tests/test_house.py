@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
     ("errors", "frameworks", "machine", "variants"),
-    ("classes", "runs", "metrics", "gates", "journal", "processes", "protocols"),
+    ("classes", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),
     ("native",),
