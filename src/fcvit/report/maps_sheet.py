@@ -102,8 +102,9 @@ def _bare(place: "Axes") -> None:
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
-    """Luminance in all three channels: colours are for the map."""
-    return np.repeat((image @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2).astype(np.uint8)
+    """Luminance in all three channels, the darker half made lighter: colours are for the map, and show on it."""
+    luminance = 100 + (image @ np.array([0.299, 0.587, 0.114])) * (155 / 255)
+    return np.repeat(luminance[..., None], 3, axis=2).astype(np.uint8)
 
 
 def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
