@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
     ("errors", "frameworks", "machine", "variants"),
-    ("classes", "runs", "metrics", "gates", "journal", "processes", "protocols"),
+    ("classes", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),
     ("native",),
@@ -24,6 +24,8 @@ FLOORS = (
         "report.page",
         "report.results",
         "report.run_page",
+        "report.maps_sheet",
+        "report.map_charts",
     ),
     ("training",),
     ("tasks",),
@@ -43,6 +45,9 @@ ORDER = {
         "predict",
         "export",
         "bench",
+        "similarity",
+        "heads",
+        "trust",
         "quickstart",
         "doctor",
         "check_data",

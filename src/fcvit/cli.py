@@ -345,6 +345,148 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+@app.command
+def similarity(
+    *images: str,
+    weights: Path,
+    output: Annotated[Path | None, Output] = None,
+    stage: int = -1,
+    block: int = -1,
+    context: int = -1,
+    heads: str = "each",
+    values: Literal["standardised", "rescaled"] = "standardised",
+    top_k: int = 3,
+    classes: Classes = None,
+    device: Device = "auto",
+    ema: bool | None = None,
+) -> int:
+    """Draw what the network finds similar to the whole image: its token-global similarity on the image, by head.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format.
+        output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
+        stage: Which stage, from 1, or from the end with -1 (default: the last).
+        block: Which block of it, in the same way (default: the last).
+        context: The first or second global context of the block (default: the last).
+        heads: each (default), mean, or the number of a head.
+        values: standardised (default), or rescaled as they multiply the context.
+        top_k: Classes in the caption.
+        classes: Class list: CSV with id and name, or one class per line (default: the file's own).
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+    """
+    from fcvit.classes import read_classes
+    from fcvit.images.folder import find_images
+    from fcvit.report import tables
+    from fcvit.tasks.similarity import similarity as run
+
+    if not images:
+        raise UsageError("similarity: name at least one image, folder or pattern")
+    found = run(
+        weights,
+        find_images(images),
+        output,
+        stage=stage,
+        block=block,
+        context=context,
+        heads=heads,
+        which=values,
+        top_k=top_k,
+        classes=read_classes(classes) if classes else None,
+        device=device,
+        ema=ema,
+    )
+    _show(tables.maps_written(found))
+    print(f"written to {found.folder}")
+    if found.unreadable:
+        _show(tables.unreadable(found.unreadable), error=True)
+        return BadImages.exit_code
+    return 0
+
+
+@app.command
+def heads(
+    *images: str,
+    weights: Path,
+    output: Annotated[Path | None, Output] = None,
+    most: int = 200,
+    device: Device = "auto",
+    ema: bool | None = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much the heads' similarity maps differ, how sparse they are, and how they change with depth.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format.
+        output: New folder for heads.json and heads.png.
+        most: Take at most so many images, evenly over their names.
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        as_json: Print JSON.
+    """
+    from fcvit.report import tables
+    from fcvit.tasks.heads import heads as run
+
+    found = run(weights, _some_images("heads", images, most), output, device=device, ema=ema, announce=_note)
+    _print_result(found, tables.heads, as_json)
+
+
+@app.command
+def trust(
+    *images: str,
+    weights: Path,
+    output: Annotated[Path | None, Output] = None,
+    most: int = 200,
+    absolute: Annotated[bool, Parameter(negative=())] = False,
+    seed: int = 0,
+    engine: str = "auto",
+    device: Device = "auto",
+    ema: bool | None = None,
+    as_json: Json = False,
+) -> None:
+    """Measure whether the maps mark what predictions rest on: deletion and insertion against random maps.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format.
+        output: New folder for trust.json and trust.png.
+        most: Take at most so many images, evenly over their names.
+        absolute: Count what is unlike the context as marked too.
+        seed: Of the random maps and the bootstrap.
+        engine: What computes the probabilities; as in predict.
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        as_json: Print JSON.
+    """
+    from fcvit.report import tables
+    from fcvit.tasks.trust import trust as run
+
+    options: dict[str, Any] = {"absolute": absolute, "seed": seed, "engine": engine, "device": device, "ema": ema}
+    found = run(weights, _some_images("trust", images, most), output, **options, announce=_note)
+    _print_result(found, tables.trust, as_json)
+
+
+def _some_images(command: str, arguments: tuple[str, ...], most: int) -> list[Path]:
+    from fcvit.images.folder import evenly, find_images
+
+    if not arguments:
+        raise UsageError(f"{command}: name at least one image, folder or pattern")
+    return evenly(find_images(arguments), most)
+
+
+def _print_result(found: Any, table: Any, as_json: bool) -> None:
+    if as_json:
+        import dataclasses
+
+        _print_json(dataclasses.asdict(found))
+        return
+    _show(table(found))
+    if found.folder:
+        print(f"written to {found.folder}")
+
+
 @app.command(name="check-data")
 def check_data(
     data: Path | None = None,

@@ -13,6 +13,7 @@ from typing import SupportsIndex
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
+from fcvit.maps import Recorder, Similarity, require_maps
 from fcvit.variants import IMAGENET_CLASSES, Variant
 
 import_framework("paddle")  # quietly, or with the remedy where it is missing
@@ -59,7 +60,25 @@ class FCViT(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, num_classes) logits, or (B, widths[3]) without a head."""
-        x = self.features(x)[-1]
+        return self._classify(self.features(x)[-1])
+
+    def similarity(self, x: Tensor) -> Similarity[Tensor]:
+        """A forward pass that keeps the token-global similarity of every global context (see `fcvit.maps`).
+
+        The maps are those that the pass itself computes and uses. Gradients as in `model(x)`.
+
+        Args:
+            x: (B, 3, H, W), normalised.
+
+        Raises:
+            UsageError: the variant has no weighted global context.
+        """
+        require_maps(self.variant)
+        recorder: Recorder[Tensor] = Recorder()
+        output = self._classify(_stage_outputs(self, x, recorder)[-1])
+        return Similarity(output, tuple(recorder.maps))
+
+    def _classify(self, x: Tensor) -> Tensor:
         x = mean(self.norm(x), (2, 3)).flatten(1)
         return x if self.head is None else self.head(x)
 
@@ -128,13 +147,21 @@ def _build_trunk(model: nn.Layer, variant: Variant, drop_path_rate: float, drop_
     model.network = nn.LayerList(network)
 
 
-def _stage_outputs(model: nn.Layer, x: Tensor) -> list[Tensor]:
+def _stage_outputs(model: nn.Layer, x: Tensor, recorder: Recorder[Tensor] | None = None) -> list[Tensor]:
     x = model.patch_embed(x)
     outputs = []
     for index, part in enumerate(model.network):
-        x = part(x)
-        if index % 2 == 0:  # odd entries of `network` are the downsampling between stages
-            outputs.append(x)
+        if index % 2:  # odd entries of `network` are the downsampling between stages
+            x = part(x)
+            continue
+        if recorder is None:
+            x = part(x)
+        else:
+            recorder.enter_stage()
+            for block in part:
+                recorder.enter_block()
+                x = block(x, recorder)
+        outputs.append(x)
     return outputs
 
 
@@ -224,8 +251,8 @@ class Block(nn.Layer):
             self.layer_scale_1 = self.create_parameter([width], default_initializer=initial)
             self.layer_scale_2 = self.create_parameter([width], default_initializer=initial)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.token_mixer(self.norm1(x))
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        tokens = self.token_mixer(self.norm1(x), recorder)
         if self.has_scale:
             tokens = self.layer_scale_1.reshape([1, -1, 1, 1]) * tokens
         x = x + self.drop_path(tokens)
@@ -257,10 +284,10 @@ class TokenMixer(nn.Layer):
         if variant.spatial_attention:
             self.spatial_att = SpatialAttention(variant, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
         for mix in self.mixes:
             if self.has_context:
-                x = x + getattr(self, f"gc{mix}")(x)
+                x = x + getattr(self, f"gc{mix}")(x, recorder)
             x = getattr(self, f"dw{mix}")(x)
             x = F.gelu(getattr(self, f"fc{mix}")(x))
         return self.spatial_att(x) if self.has_attention else x
@@ -310,14 +337,16 @@ class GlobalContext(nn.Layer):
         first, second = self.fc1(context).chunk(2, axis=1)  # channel k competes with k + C // reduction
         return self.fc2(paddle.maximum(first, second))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
         batch, width, height, across = x.shape
         context = mean(x, (2, 3)).flatten(1)
         value = self.bottleneck(context)
         if not self.weighted:
             return value.reshape([batch, width, 1, 1])
-        weight = self.similarity(x, context)
-        weight = weight * self.rescale_weight.reshape([1, -1, 1, 1]) + self.rescale_bias.reshape([1, -1, 1, 1])
+        similarity = self.similarity(x, context)
+        weight = similarity * self.rescale_weight.reshape([1, -1, 1, 1]) + self.rescale_bias.reshape([1, -1, 1, 1])
+        if recorder is not None:
+            recorder.take(similarity, weight)
         value = value.reshape([batch, self.heads, width // self.heads, 1, 1])
         return (weight.unsqueeze(2) * value).reshape([batch, width, height, across])
 

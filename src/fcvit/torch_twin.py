@@ -12,6 +12,7 @@ import numpy as np
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
+from fcvit.maps import Recorder, Similarity, require_maps
 from fcvit.variants import IMAGENET_CLASSES, Variant
 from fcvit.weights.names import Form, is_counter
 
@@ -53,7 +54,17 @@ class FCViT(nn.Module):
         return run_stages(self.patch_embed(x), self.network)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.features(x)[-1]).mean((-2, -1)))
+        return self.classify(self.features(x))
+
+    def similarity(self, x: Tensor) -> Similarity[Tensor]:
+        """As `fcvit.model.FCViT.similarity`."""
+        require_maps(self.variant)
+        recorder: Recorder[Tensor] = Recorder()
+        output = self.classify(run_stages(self.patch_embed(x), self.network, recorder))
+        return Similarity(output, tuple(recorder.maps))
+
+    def classify(self, stages: list[Tensor]) -> Tensor:
+        return self.head(self.norm(stages[-1]).mean((-2, -1)))
 
 
 class FCViTBackbone(nn.Module):
@@ -97,12 +108,20 @@ def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn
     return Downsample(3, variant.widths[0], size=7, stride=4), nn.ModuleList(parts)
 
 
-def run_stages(x: Tensor, network: nn.ModuleList) -> list[Tensor]:
+def run_stages(x: Tensor, network: nn.ModuleList, recorder: Recorder[Tensor] | None = None) -> list[Tensor]:
     outputs = []
     for part in network:
-        x = part(x)
-        if isinstance(part, nn.Sequential):
-            outputs.append(x)
+        if not isinstance(part, nn.Sequential):
+            x = part(x)
+            continue
+        if recorder is None:
+            x = part(x)
+        else:
+            recorder.enter_stage()
+            for block in part:
+                recorder.enter_block()
+                x = block(x, recorder)
+        outputs.append(x)
     return outputs
 
 
@@ -153,8 +172,8 @@ class Block(nn.Module):
             x = x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep) / keep
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.branch(self.token_mixer(self.norm1(x)), self.layer_scale_1)
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        x = x + self.branch(self.token_mixer(self.norm1(x), recorder), self.layer_scale_1)
         return x + self.branch(self.channel_mixer(self.norm2(x)), self.layer_scale_2)
 
 
@@ -179,17 +198,17 @@ class TokenMixer(nn.Module):
             self.gc2, self.dw2, self.fc2 = context(), depthwise(width, variant.kernel_sizes[1]), pointwise()
         self.spatial_att = SpatialAttention(variant, width) if variant.spatial_attention else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(self.dw1(x + self.gc1(x))))
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        x = F.gelu(self.fc1(self.dw1(x + self.gc1(x, recorder))))
         if self.second_mix:
-            x = F.gelu(self.fc2(self.dw2(x + self.gc2(x))))
+            x = F.gelu(self.fc2(self.dw2(x + self.gc2(x, recorder))))
         return self.spatial_att(x)
 
 
 class NoContext(nn.Module):
     """The global context switched off: it adds nothing and brings no names."""
 
-    def forward(self, x: Tensor) -> float:
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> float:
         return 0.0
 
 
@@ -209,7 +228,7 @@ class GlobalContext(nn.Module):
         else:
             self.fc = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
         context = x.mean((-2, -1))  # (B, C)
         if self.variant.competition:
             value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))
@@ -224,9 +243,11 @@ class GlobalContext(nn.Module):
         others = max(similarity[0].numel() - 1, 1)  # one head at one position has no deviation
         correction = similarity[0].numel() - others
         deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
-        similarity = (similarity - mean) / (deviation + 1e-5)
-        similarity = similarity * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
-        return (similarity[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
+        standardised = (similarity - mean) / (deviation + 1e-5)
+        rescaled = standardised * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
+        if recorder is not None:
+            recorder.take(standardised, rescaled)
+        return (rescaled[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
 
 
 class ChannelMixer(nn.Module):

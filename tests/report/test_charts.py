@@ -47,7 +47,7 @@ def texts(monkeypatch):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    found, save = [], charts._png
+    found, save = [], charts.png
 
     def png(figure):
         data = save(figure)
@@ -59,7 +59,7 @@ def texts(monkeypatch):
                 found.append((text.get_text().replace("\u200e", ""), *box.extents))
         return data
 
-    monkeypatch.setattr(charts, "_png", png)
+    monkeypatch.setattr(charts, "png", png)
     return found
 
 
@@ -187,7 +187,7 @@ def test_reliability_says_its_error_and_its_counts(texts, found, said):
 def test_the_gap_shows_its_direction(monkeypatch):
     """Vermilion where confidence is too high, sky blue where it is too low; both from accuracy to confidence."""
     figures = []
-    monkeypatch.setattr(charts, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(charts, "png", lambda figure: figures.append(figure) or b"")
     reliability_chart(Calibration(0.2, (10, 10), (0.4, 0.6), (0.1, 0.9)), "t")
     from matplotlib.colors import to_rgb
 
@@ -211,12 +211,12 @@ def test_hostile_names_are_drawn_without_a_warning(texts):
 def test_labels_are_short_no_two_alike_and_drawn_without_a_warning(pairs):
     from matplotlib.figure import Figure
 
-    with charts._drawing():
+    with charts.drawing():
         labels = charts._names(tuple(ClassName(identity, name) for identity, name in pairs))
         figure = Figure((0.1, 0.1))
         for label in labels:
             figure.text(0, 0, label)
-        charts._png(figure)
+        charts.png(figure)
     assert len(set(labels)) == len(pairs)
     # Left-to-right marks: between two Hebrew names the arrow would point from the second to the first.
     assert all(label.startswith("\u200e") and label.endswith("\u200e") for label in labels)

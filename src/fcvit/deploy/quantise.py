@@ -14,7 +14,7 @@ import numpy as np
 
 from fcvit.deploy.interface import Interface
 from fcvit.errors import MissingExtra, UsageError
-from fcvit.images.folder import images_below
+from fcvit.images.folder import evenly, images_below
 from fcvit.images.preprocess import normalise, preprocess
 from fcvit.variants import Preprocessing
 
@@ -32,8 +32,7 @@ def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray
     paths = images_below(folder)
     if not paths:
         raise UsageError(f"{folder}: no images to calibrate int8 on")
-    chosen = [paths[index * len(paths) // MOST] for index in range(MOST)] if len(paths) > MOST else paths
-    return np.stack([preprocess(path, preprocessing) for path in chosen])
+    return np.stack([preprocess(path, preprocessing) for path in evenly(paths, MOST)])
 
 
 def quantise(path: Path, images: np.ndarray, interface: Interface) -> None:

@@ -2,10 +2,10 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fcvit.errors import UnreadableFile
+from fcvit.errors import UnreadableFile, UsageError
 
 ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
@@ -75,3 +75,14 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
             raise UnreadableFile(f"{argument}: no such image, and no folder or pattern with images in it")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most so many of them, evenly over their order.
+
+    Raises:
+        UsageError: fewer than one is asked for.
+    """
+    if most < 1:
+        raise UsageError(f"--most {most}: expected at least 1")
+    return [paths[index * len(paths) // most] for index in range(most)] if len(paths) > most else list(paths)

@@ -70,9 +70,9 @@ def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> bytes:
     """
     if matrix.shape != (len(classes), len(classes)):
         raise DoesNotFit(f"a confusion matrix of shape {matrix.shape} for {len(classes)} classes")
-    with _drawing():
+    with drawing():
         draw = _heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs
-        return _png(draw(matrix, classes, title))
+        return png(draw(matrix, classes, title))
 
 
 def reliability_chart(calibration: Calibration, title: str) -> bytes:
@@ -88,8 +88,8 @@ def reliability_chart(calibration: Calibration, title: str) -> bytes:
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    with _drawing():
-        return _png(_reliability(calibration, title))
+    with drawing():
+        return png(_reliability(calibration, title))
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
@@ -106,8 +106,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    with _drawing():
-        return _png(_curves(rows, title))
+    with drawing():
+        return png(_curves(rows, title))
 
 
 _CURVES = (  # of each panel: its name, and the columns with their names
@@ -130,26 +130,26 @@ def speed_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]],
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    with _drawing():
-        return _png(_speeds(groups, title, subtitle))
+    with drawing():
+        return png(_speeds(groups, title, subtitle))
 
 
 def _speeds(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]], title: str, subtitle: str) -> "Figure":
     bar, gap, head, left = 0.24, 0.5, 0.85, 2.1  # inches
     height = head + sum(bar * len(bars) + gap for _, bars in groups) + _MARGIN
-    figure = _canvas(_WIDTH, height, title, subtitle)
+    figure = canvas(_WIDTH, height, title, subtitle)
     most = max(rate for _, bars in groups for _, rate, _ in bars)
     top = height - head
     for name, bars in groups:
         inches = bar * len(bars)
-        axes = _axes(figure, left, top - gap / 2 - inches, _WIDTH - left - _MARGIN, inches)
+        axes = axes_at(figure, left, top - gap / 2 - inches, _WIDTH - left - _MARGIN, inches)
         axes.set_title(name, loc="left", fontsize=_TEXT)
         places = range(len(bars))
         colours = [_UNSURE if is_reference else RIGHT for _, _, is_reference in bars]
         axes.barh(places, [rate for _, rate, _ in bars], height=0.8, color=colours)
         for place, (_, rate, _) in enumerate(bars):
             axes.text(rate + most * 0.01, place, f"{rate:.1f}", va="center", fontsize=_SMALL, color=INK)
-        axes.set_yticks(places, [_fit(label, left - 0.2) for label, _, _ in bars], fontsize=_SMALL)
+        axes.set_yticks(places, [fit(label, left - 0.2) for label, _, _ in bars], fontsize=_SMALL)
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_xlim(0, most * 1.12)
         axes.set_xticks([])
@@ -171,10 +171,10 @@ def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     if scored:
         best = max(scored, key=lambda row: row["top1"])
         subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
-    figure = _canvas(_WIDTH, height, title, subtitle)
+    figure = canvas(_WIDTH, height, title, subtitle)
     colours = {"training": INK, "validation": RIGHT, "validation, averaged weights": WRONG}
     for place, (name, lines) in enumerate(reversed(panels)):
-        axes = _axes(figure, 0.85, 0.55 + place * (panel_height + gap), _WIDTH - 0.85 - _MARGIN, panel_height)
+        axes = axes_at(figure, 0.85, 0.55 + place * (panel_height + gap), _WIDTH - 0.85 - _MARGIN, panel_height)
         drawn = 0
         for key, label in lines:
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
@@ -210,8 +210,8 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     bare = (totals == 0).any()
     bottom = _MARGIN + below + 0.75 + (0.3 if bare else 0.0)
     width, height = max(_WIDTH, left + count * cell_width + _MARGIN), bottom + count * cell_height + 0.95
-    figure = _canvas(width, height, title, _tally(matrix))
-    axes = _axes(figure, left, bottom, count * cell_width, count * cell_height)
+    figure = canvas(width, height, title, _tally(matrix))
+    axes = axes_at(figure, left, bottom, count * cell_width, count * cell_height)
 
     # The square root spreads the small shares, which are the mistakes.
     norm, colours = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad=_EMPTY)
@@ -233,7 +233,7 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     foot = _MARGIN + (0.3 if bare else 0.0)
     label = "share of the true class's images"
     figure.text(left / width, (foot + 0.27) / height, label, va="center", fontsize=_SMALL)
-    scale = _axes(figure, left + _width(label) + 0.25, foot + 0.2, 2.9, 0.14)
+    scale = axes_at(figure, left + _width(label) + 0.25, foot + 0.2, 2.9, 0.14)
     bar = figure.colorbar(cells, cax=scale, orientation="horizontal", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
     bar.outline.set_visible(False)  # pyrefly: ignore
@@ -248,7 +248,7 @@ def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     order = np.argsort(-mistakes, axis=None, kind="stable")[:WORST_PAIRS]
     pairs = [(i, j) for i, j in zip(*np.unravel_index(order, matrix.shape), strict=True) if mistakes[i, j]]
     if not pairs:
-        return _canvas(_WIDTH, 1.2, title, _tally(matrix))
+        return canvas(_WIDTH, 1.2, title, _tally(matrix))
     names = _names(classes)
     labels = [f"{names[i]} → {names[j]}" for i, j in pairs]
     counts = np.array([mistakes[pair] for pair in pairs])
@@ -262,8 +262,8 @@ def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     room = max(_width(text) for text in texts) + 0.15
     width, row = 9.0, 0.26
     height = _MARGIN + 0.3 + len(pairs) * row + 1.2
-    figure = _canvas(width, height, title, f"{_tally(matrix)}\nShown: {extent}")
-    axes = _axes(figure, left, _MARGIN + 0.3, width - _MARGIN - left, len(pairs) * row)
+    figure = canvas(width, height, title, f"{_tally(matrix)}\nShown: {extent}")
+    axes = axes_at(figure, left, _MARGIN + 0.3, width - _MARGIN - left, len(pairs) * row)
     bars = axes.barh(range(len(pairs)), counts, height=0.72, color=WRONG)
     for text in axes.bar_label(bars, texts, padding=4, fontsize=_SMALL):
         text.set_verticalalignment("center_baseline")  # as the names at the other end
@@ -289,10 +289,10 @@ def _reliability(calibration: Calibration, title: str) -> "Figure":
         np.array(values)[filled] for values in (calibration.counts, calibration.accuracy, calibration.confidence)
     )
     error = f"Expected calibration error (ECE): {100 * calibration.error:.2f} %, {_plural(total, 'image')}"
-    figure = _canvas(_WIDTH, 7.0, title, f"{error} in {_plural(bins, 'bin')}" if total else "No images")
+    figure = canvas(_WIDTH, 7.0, title, f"{error} in {_plural(bins, 'bin')}" if total else "No images")
     left, inner = 0.85, _WIDTH - 0.85 - _MARGIN
-    above = _axes(figure, left, 2.05, inner, 3.6)
-    below = _axes(figure, left, 0.65, inner, 1.15)
+    above = axes_at(figure, left, 2.05, inner, 3.6)
+    below = axes_at(figure, left, 0.65, inner, 1.15)
 
     middles, full = ((np.arange(bins) + 0.5) / bins)[filled], 0.94 / bins
     above.bar(middles, accuracy, full, color=RIGHT)
@@ -332,7 +332,7 @@ def _reliability(calibration: Calibration, title: str) -> "Figure":
 
 
 @contextlib.contextmanager
-def _drawing() -> Generator[None]:
+def drawing() -> Generator[None]:
     """The settings of all charts, while one is drawn."""
     require_report()
     import matplotlib.style
@@ -358,24 +358,24 @@ def _drawing() -> Generator[None]:
         yield
 
 
-def _canvas(width: float, height: float, title: str, subtitle: str) -> "Figure":
+def canvas(width: float, height: float, title: str, subtitle: str) -> "Figure":
     """A figure of that many inches with its two head lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     left, room = _MARGIN / width, width - 2 * _MARGIN
-    figure.text(left, 1 - 0.42 / height, _fit(_drawable(title), room, _TITLE), fontsize=_TITLE)
+    figure.text(left, 1 - 0.42 / height, fit(drawable(title), room, _TITLE), fontsize=_TITLE)
     figure.text(left, 1 - 0.56 / height, subtitle, va="top", linespacing=1.4)
     return figure
 
 
-def _axes(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
+def axes_at(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
     """Axes at a place in inches."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
     return file.getvalue()
@@ -415,21 +415,21 @@ def _names(classes: Classes) -> list[str]:
 
     The id, or else the index, stands for a name that the fonts cannot show.
     """
-    ids = [_drawable(c.id) for c in classes]
+    ids = [drawable(c.id) for c in classes]
     names = []
     for index, (c, identity) in enumerate(zip(classes, ids, strict=True)):
-        ways = [way for way in (_drawable(c.name), identity, f"class {index}") if way]
-        names.append(_fit(min(ways, key=lambda way: _NO_GLYPH in way), _NAME))
+        ways = [way for way in (drawable(c.name), identity, f"class {index}") if way]
+        names.append(fit(min(ways, key=lambda way: _NO_GLYPH in way), _NAME))
     for marks in (ids, range(len(classes))):
         times = collections.Counter(names)
         for index, (name, mark) in enumerate(zip(names, marks, strict=True)):
             room = _NAME - _width(f" ({mark})")
             if times[name] > 1 and room > _NAME / 3:
-                names[index] = f"{_fit(name, room)} ({mark})"
+                names[index] = f"{fit(name, room)} ({mark})"
     return [f"{_LEFT_TO_RIGHT}{name}{_LEFT_TO_RIGHT}" for name in names]
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """One line that the fonts can show: any white space is a space, other characters boxes."""
     known = _characters()
     kept, marks = [], 0
@@ -441,7 +441,7 @@ def _drawable(text: str) -> str:
     return "".join(kept)
 
 
-def _fit(text: str, inches: float, points: float = _SMALL) -> str:
+def fit(text: str, inches: float, points: float = _SMALL) -> str:
     """Shorten to a width."""
     text = text[:500]  # no need to measure what cannot fit
     if _width(text, points) <= inches:

@@ -21,9 +21,12 @@ from fcvit.tasks.compare import ResultComparison
 from fcvit.tasks.convert import Conversion
 from fcvit.tasks.evaluate import Evaluation
 from fcvit.tasks.export import Export
+from fcvit.tasks.heads import Heads
 from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
+from fcvit.tasks.similarity import Written
 from fcvit.tasks.train import Training
+from fcvit.tasks.trust import Trust
 from fcvit.tasks.verify import Comparison, Place, Verification
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, parameter_count
@@ -112,6 +115,42 @@ def speeds(found: Bench) -> list[Table]:
     for name, reason in found.skipped:
         left.add_row(name, reason)
     return [result, about, left]
+
+
+def maps_written(found: Written) -> Table:
+    """What was drawn for each image."""
+    result = table("image", "%", "class", "files", right=("%",))
+    for path, files, best in found.images[:_SHOWN]:
+        cells = (f"{100 * best.probability:.1f}", best.name) if best else ("", "")
+        result.add_row(path, *cells, ", ".join(files))
+    if len(found.images) > _SHOWN:
+        result.add_row(f"... and {len(found.images) - _SHOWN} more", "", "", "")
+    return result
+
+
+def heads(found: Heads) -> Table:
+    """How much heads differ, context by context."""
+    columns = ("between heads", "entropy", "top tenth", "kept")
+    result = table("stage", "block", "context", *columns, right=columns)
+    result.title = f"{found.network}, standardised maps of {found.images} images"
+    for one in found.measures:
+        values = (one.correlation, one.entropy, one.top_decile, one.kept)
+        cells = ["" if value != value else f"{value:.3f}" for value in values]
+        result.add_row(str(one.stage), str(one.block), str(one.context), *cells)
+    return result
+
+
+def trust(found: Trust) -> Table:
+    """How much better than random maps."""
+    columns = ("deletion gain", "95 % interval", "insertion gain", "95 % interval ")
+    result = table("map", *columns, right=columns)
+    result.title = f"{found.network}, {found.images} images, {found.values} maps against random ones (areas, 0 to 1)"
+    for one in found.curves:
+        gains = []
+        for gain, bounds in ((one.deletion_gain, one.deletion_interval), (one.insertion_gain, one.insertion_interval)):
+            gains += [f"{gain:+.3f}", f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"]
+        result.add_row(one.name, *gains)
+    return result
 
 
 def problems(found: Sequence[Problem]) -> Table:

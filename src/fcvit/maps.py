@@ -1,0 +1,98 @@
+"""Token-global similarity as data: what `model.similarity(x)` hands out, the same for both frameworks.
+
+At every position, for each head, the network computes how similar the position is to the mean of all
+positions (the paper's section 3, Figure 3; the authors' `GlobalContext` in `models/fcvit.py`), standardised over
+heads and positions, then scaled and shifted per head. It does so twice in a block.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+from fcvit.errors import UsageError
+from fcvit.variants import Variant
+
+T = TypeVar("T")  # a tensor of either framework, or an array
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarityMap(Generic[T]):
+    """The similarity of one global context.
+
+    Attributes:
+        stage: 1 to 4.
+        block: from 1, within its stage.
+        context: 1 or 2, the first or second global context of the block.
+        standardised: (B, heads, H, W), mean 0 and standard deviation 1 over heads and positions of an image.
+        rescaled: the same after each head's scale and shift: what multiplies the context.
+    """
+
+    stage: int
+    block: int
+    context: int
+    standardised: T
+    rescaled: T
+
+    @property
+    def name(self) -> str:
+        return f"stage{self.stage}.block{self.block}.context{self.context}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity(Generic[T]):
+    """What a forward pass gave.
+
+    Attributes:
+        output: what `model(x)` gives.
+        maps: of every global context, in the order of the pass.
+    """
+
+    output: T
+    maps: Sequence[SimilarityMap[T]]
+
+    def __iter__(self) -> Iterator[SimilarityMap[T]]:
+        return iter(self.maps)
+
+    def at(self, stage: int = -1, block: int = -1, context: int = -1) -> SimilarityMap[T]:
+        """One map; numbers from 1, or from the end with -1 (the default is the last of all).
+
+        Raises:
+            UsageError: there is no such one.
+        """
+        found = list(self.maps)
+        for what, number in (("stage", stage), ("block", block), ("context", context)):
+            known = sorted({getattr(one, what) for one in found})
+            chosen = known[number] if -len(known) <= number < 0 else number
+            if chosen not in known:
+                raise UsageError(f"{what} {number}: expected 1 to {known[-1]}, or from the end -1 to {-len(known)}")
+            found = [one for one in found if getattr(one, what) == chosen]
+        return found[0]
+
+
+def require_maps(variant: Variant) -> None:
+    """Nothing, where the network computes similarities.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not variant.global_context or not variant.weighted_context:
+        off = "global_context" if not variant.global_context else "weighted_context"
+        raise UsageError(f"{variant.name} has no similarity maps: {off} is off")
+
+
+class Recorder(Generic[T]):
+    """Takes the maps of one forward pass as they are computed; it knows where the pass is by what it is told."""
+
+    def __init__(self) -> None:
+        self.maps: list[SimilarityMap[T]] = []
+        self.stage = self.block = self.context = 0
+
+    def enter_stage(self) -> None:
+        self.stage, self.block = self.stage + 1, 0
+
+    def enter_block(self) -> None:
+        self.block, self.context = self.block + 1, 0
+
+    def take(self, standardised: T, rescaled: T) -> None:
+        self.context += 1
+        self.maps.append(SimilarityMap(self.stage, self.block, self.context, standardised, rescaled))

@@ -1,0 +1,99 @@
+"""Maps on the original image: a bright square at a known place comes back there, to within a pixel."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import needs_torch
+from fcvit.images.placement import crop_box, place
+from fcvit.images.preprocess import crop
+from fcvit.variants import Preprocessing
+
+AUTHORS = Preprocessing()
+SIZES = [(224, 224), (500, 375), (375, 500), (333, 777), (1001, 640), (250, 251), (97, 131), (64, 300)]
+
+
+def square_image(size, box):
+    image = Image.new("RGB", size, (20, 20, 20))
+    image.paste((240, 240, 240), box)
+    return image
+
+
+def centre(values, size):
+    """Of the brightness over the background, in pixels of the original."""
+    weights = np.nan_to_num(values - np.nanmin(values))
+    rows, columns = np.indices(values.shape) + 0.5
+    scale = size[0] / values.shape[1], size[1] / values.shape[0]
+    return (weights * columns).sum() / weights.sum() * scale[0], (weights * rows).sum() / weights.sum() * scale[1]
+
+
+def square_in(size, preprocessing, shift=0.1):
+    """A square well inside of what is seen, away from the middle."""
+    left, top, right, bottom = crop_box(size, preprocessing)
+    side = (right - left) / 4
+    x, y = left + (right - left) * (0.3 + shift), top + (bottom - top) * (0.5 - shift)
+    return tuple(round(v) for v in (x, y, x + side, y + side))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stride", [4, 8])
+def test_a_square_comes_back_to_its_place(size, stride):
+    """The map is what a network of symmetric kernels sees: position i around pixel stride * i of the crop."""
+    box = square_in(size, AUTHORS)
+    pixels = crop(square_image(size, box), AUTHORS)[0].astype(float)
+    reach = np.pad(pixels, stride - 1, mode="edge")
+    kernel = 1 - np.abs(np.arange(-stride + 1, stride)) / stride  # of the pixels around, fewer the further
+    rows = np.stack([np.convolve(row, kernel, "valid") for row in reach])[:, ::stride]
+    cells = np.stack([np.convolve(column, kernel, "valid") for column in rows.T])[:, ::stride].T / stride**2
+    placed = place(cells, size, AUTHORS)
+    assert placed.shape == size[::-1]
+    expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    assert np.abs(np.subtract(centre(placed, size), expected)).max() < 1
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (97, 131)])
+def test_on_a_smaller_picture_it_is_at_the_same_place(size):
+    maps = np.random.default_rng(0).random((2, 7, 7))
+    whole, half = place(maps, size, AUTHORS), place(maps, size, AUTHORS, (size[0] // 2, size[1] // 2))
+    assert half.shape == (2, size[1] // 2, size[0] // 2)
+    for one, other in zip(whole, half, strict=True):
+        assert np.abs(np.subtract(centre(one, size), centre(other, size))).max() < 1
+
+
+@given(
+    st.tuples(st.integers(20, 900), st.integers(20, 900)),
+    st.sampled_from([AUTHORS, Preprocessing(crop_fraction=0.95), Preprocessing(crop_fraction=1.0), Preprocessing(96)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_was_seen_is_the_crop(size, preprocessing):
+    left, top, right, bottom = crop_box(size, preprocessing)
+    assert -0.5 * size[0] / preprocessing.resize <= left < right <= size[0] * (1 + 1e-3) + 1
+    ratios = (right - left) / preprocessing.input_size, (bottom - top) / preprocessing.input_size
+    shorter = min(size) / preprocessing.resize
+    assert all(ratio == pytest.approx(shorter, rel=0.02) for ratio in ratios)
+    seen = ~np.isnan(
+        place(np.zeros((7, 7)) if preprocessing.input_size == 224 else np.zeros((3, 3)), size, preprocessing)
+    )
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    assert abs(columns[0] - max(left, 0)) <= 1 and abs(columns[-1] + 1 - min(right, size[0])) <= 1
+    assert abs(rows[0] - max(top, 0)) <= 1 and abs(rows[-1] + 1 - min(bottom, size[1])) <= 1
+    assert seen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+
+
+@needs_torch
+@pytest.mark.parametrize("size", [(224, 224), (400, 300), (301, 411)])
+def test_the_networks_own_convolutions_see_it_there(size):
+    """Stem and downsampling with kernels of ones, no trick of ours: where a spot ends up."""
+    import torch
+    import torch.nn.functional as F
+
+    box = square_in(size, AUTHORS)
+    x = torch.from_numpy(crop(square_image(size, box), AUTHORS)[:1].astype(np.float64))[None]
+    x = (x - 20).clamp(min=0)  # below the background there is only what bicubic filtering adds
+    x = F.conv2d(x, torch.ones(1, 1, 7, 7, dtype=torch.float64), stride=4, padding=3)
+    x = F.conv2d(x, torch.ones(1, 1, 3, 3, dtype=torch.float64), stride=2, padding=1)
+    placed = place(x[0, 0].numpy(), size, AUTHORS)
+    expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    assert np.abs(np.subtract(centre(placed, size), expected)).max() < 1
