@@ -7,6 +7,7 @@ import pytest
 
 from conftest import DIGITS, golden_json, needs_paddle, needs_torch
 from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
 from fcvit.gates import GATE_A, gate_a
 from fcvit.variants import VARIANTS
 from fcvit.weights.lively import lively_input, lively_tensors
@@ -21,7 +22,7 @@ def lively(form, salt=""):
 
 
 def paddle_similarity(weights, images):
-    paddle = pytest.importorskip("paddle")
+    paddle = import_framework("paddle")
     from fcvit.loading import build_network
 
     model = build_network(weights, "float64")
@@ -30,7 +31,7 @@ def paddle_similarity(weights, images):
 
 
 def twin_similarity(weights, images):
-    torch = pytest.importorskip("torch")
+    torch = import_framework("torch")
     from fcvit.torch_twin import build_twin
 
     with torch.inference_mode():
@@ -75,8 +76,7 @@ def test_both_networks_give_the_same_maps_in_float64(name):
 
 @needs_paddle
 def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
-    import paddle
-
+    paddle = import_framework("paddle")
     weights, images = lively(DIGITS), lively_input((3, 3, 32, 40))
     model, found = paddle_similarity(weights, images)
     x = paddle.to_tensor(images.astype("float64"))
@@ -104,8 +104,7 @@ def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
 
 @needs_paddle
 def test_an_accelerated_network_has_the_same_maps():
-    import paddle
-
+    paddle = import_framework("paddle")
     from fcvit.errors import MissingExtra
     from fcvit.loading import build_network
     from fcvit.native.network import accelerate

@@ -24,11 +24,16 @@ class Line:
 class RemovalCurves(Protocol):
     """What `trust_chart` draws of one kind of map; probabilities when 0 to 100 % of the pixels are gone or there."""
 
-    name: str
-    deletion: tuple[float, ...]
-    insertion: tuple[float, ...]
-    random_deletion: tuple[float, ...]
-    random_insertion: tuple[float, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def deletion(self) -> tuple[float, ...]: ...
+    @property
+    def insertion(self) -> tuple[float, ...]: ...
+    @property
+    def random_deletion(self) -> tuple[float, ...]: ...
+    @property
+    def random_insertion(self) -> tuple[float, ...]: ...
 
 
 def depth_chart(lines: Sequence[Line], names: Sequence[str], title: str, images: int) -> bytes:

@@ -34,16 +34,12 @@ class Seen:
     Attributes:
         image: the original, RGB.
         predictions: best first; empty without a head.
-        maps: float32 arrays (heads, H, W) of every global context.
+        found: output (classes,) and the maps of every global context, (heads, H, W), float32.
     """
 
     image: Image.Image
     predictions: tuple[Prediction, ...]
-    maps: tuple[SimilarityMap[np.ndarray], ...]
-
-    def at(self, stage: int = -1, block: int = -1, context: int = -1) -> SimilarityMap[np.ndarray]:
-        """See `fcvit.maps.Similarity.at`."""
-        return Similarity(None, self.maps).at(stage, block, context)
+    found: Similarity[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +99,7 @@ class Viewer:
         with on_paddle_device(self.device), self.paddle.no_grad():
             found = self.model.similarity(self.paddle.to_tensor(normalise(batch, self.preprocessing)))
         maps = [
-            dataclasses.replace(one, standardised=one.standardised.numpy(), rescaled=one.rescaled.numpy())
+            SimilarityMap(one.stage, one.block, one.context, one.standardised.numpy(), one.rescaled.numpy())
             for one in found
         ]
         return Similarity(found.output.numpy(), maps)
@@ -124,7 +120,7 @@ class Viewer:
         maps = tuple(
             dataclasses.replace(one, standardised=one.standardised[0], rescaled=one.rescaled[0]) for one in found
         )
-        return Seen(image, tuple(predictions), maps)
+        return Seen(image, tuple(predictions), Similarity(found.output[0], maps))
 
     def rows(
         self, seen: Seen, maps: Sequence[tuple[str, np.ndarray]], heads: str = "each"
@@ -171,7 +167,7 @@ def caption(predictions: Sequence[Prediction]) -> str:
 
 def picture(viewer: Viewer, seen: Seen, name: str, where: Sequence[int], heads: str, which: Which) -> bytes:
     """The maps of one global context on the image: a PNG file."""
-    one = seen.at(*where)
+    one = seen.found.at(*where)
     image, rows = viewer.rows(seen, [("", getattr(one, which))], heads)
     place_of = f"stage {one.stage}, block {one.block}, context {one.context}"
     return maps_sheet(image, rows, f"{name}: {place_of}", caption(seen.predictions), f"{which} similarity")
@@ -179,7 +175,9 @@ def picture(viewer: Viewer, seen: Seen, name: str, where: Sequence[int], heads: 
 
 def depth_picture(viewer: Viewer, seen: Seen, name: str, heads: str, which: Which) -> bytes:
     """The last context of each stage, one below the other: a PNG file."""
-    stages = [(f"stage {stage}", getattr(seen.at(stage), which)) for stage in sorted({m.stage for m in seen.maps})]
+    stages = [
+        (f"stage {stage}", getattr(seen.found.at(stage), which)) for stage in sorted({m.stage for m in seen.found})
+    ]
     image, rows = viewer.rows(seen, stages, heads)
     return maps_sheet(image, rows, f"{name}: from stage to stage", caption(seen.predictions), f"{which} similarity")
 
@@ -264,6 +262,8 @@ def _free(stem: str, taken: set[str]) -> str:
 def _arrays(seen: Seen) -> bytes:
     """All maps of an image, as `NAME.standardised` and `NAME.rescaled`, (heads, H, W)."""
     file = io.BytesIO()
-    arrays = {f"{one.name}.{which}": getattr(one, which) for one in seen.maps for which in ("standardised", "rescaled")}
+    arrays = {
+        f"{one.name}.{which}": getattr(one, which) for one in seen.found for which in ("standardised", "rescaled")
+    }
     np.savez_compressed(file, **arrays)
     return file.getvalue()

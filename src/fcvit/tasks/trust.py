@@ -206,7 +206,7 @@ def summary(name: str, rows: np.ndarray, generator: np.random.Generator) -> Curv
     areas = (rows[..., 1:] + rows[..., :-1]).mean(-1) / 2  # (images, deletion or insertion, own or random)
     gains = (areas[:, 0, 1] - areas[:, 0, 0], areas[:, 1, 0] - areas[:, 1, 1])
     drawn = generator.integers(0, len(rows), (_RESAMPLES, len(rows)))
-    intervals = [tuple(map(float, np.percentile(gain[drawn].mean(1), [2.5, 97.5]))) for gain in gains]
+    bounds = [np.percentile(gain[drawn].mean(1), [2.5, 97.5]) for gain in gains]
     (deletion, random_deletion), (insertion, random_insertion) = (
         [tuple(map(float, curve)) for curve in kind] for kind in rows.mean(0)
     )
@@ -218,6 +218,6 @@ def summary(name: str, rows: np.ndarray, generator: np.random.Generator) -> Curv
         random_insertion,
         float(gains[0].mean()),
         float(gains[1].mean()),
-        intervals[0],
-        intervals[1],
+        (float(bounds[0][0]), float(bounds[0][1])),
+        (float(bounds[1][0]), float(bounds[1][1])),
     )
