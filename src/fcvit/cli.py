@@ -487,6 +487,29 @@ def _print_result(found: Any, table: Any, as_json: bool) -> None:
         print(f"written to {found.folder}")
 
 
+@app.command
+def demo(
+    *,
+    weights: list[Path] | None = None,
+    port: int | None = None,
+    device: Device = "auto",
+    ema: bool | None = None,
+    open_browser: Annotated[bool, Parameter(name="--open", negative=())] = False,
+) -> None:
+    """Serve a local page: drop an image, see its classes and similarity maps, slide through blocks and heads.
+
+    Args:
+        weights: A checkpoint of any format, or two, each with its own --weights (default: the package's digits).
+        port: Of the page, on this machine only (default: the first free one from 7860).
+        device: auto, cpu, gpu or gpu:N.
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
+        open_browser: Show the page at once.
+    """
+    from fcvit.tasks.demo import demo as run
+
+    run(weights or (), port=port, device=device, ema=ema, open_browser=open_browser, announce=_note)
+
+
 @app.command(name="check-data")
 def check_data(
     data: Path | None = None,

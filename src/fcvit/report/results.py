@@ -136,6 +136,7 @@ class Agreement:
     mean_difference: float
 
 
+MAPS = "maps.png"
 EFFECTS = ("protocol", "precision")
 
 

@@ -45,6 +45,9 @@ def write_page(
                 "Images that were taken for a wrong class with the highest probability",
             ),
         )
+        if (maps := place / results.MAPS).exists():
+            alt = "Wrong and right images, the surest, with the token-global similarity of each stage"
+            pictures += (Picture("What the network sees", maps.read_bytes(), alt),)
         sections.append(Section(result.name, _facts(result), _listings(result, kept), pictures))
     left_out = about["left_out"]
     assert isinstance(left_out, list)

@@ -31,14 +31,17 @@ from fcvit.journal import Frame, Journal
 from fcvit.processes import Processes, join
 from fcvit.protocols import AUTHORS
 from fcvit.report import results, run_page
+from fcvit.report.page import require_report
 from fcvit.report.progress import progress
-from fcvit.report.results import Agreement, Effect, Result
+from fcvit.report.results import Agreement, Effect, Records, Result
 from fcvit.tasks.figures import Figures, figures
-from fcvit.tasks.plan import PRESENT, Plan, Settings, check, with_engines_named
+from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check, with_engines_named
+from fcvit.tasks.similarity import Viewer, overview
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
 JOURNALS = "journals"
+_MAPS = 2  # images of which maps are drawn, wrong and right ones each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,13 +482,43 @@ def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], N
         "left_out": [{"path": name, "reason": reason} for name, reason in found.left_out],
         "versions": runs.versions() | decoders(),
     }
-    for result, kept in zip(found.results, found.records, strict=True):
+    for lane, result, kept in zip(plan.lanes, found.results, found.records, strict=True):
         results.write_lane(folder / result.name, result, kept, about, read)
+        _draw_maps(plan, lane, kept, folder / result.name, read, announce)
     try:
         run_page.write_page(folder, found.results, found.records, found.agreements, found.effects, about)
     except MissingExtra as error:
         again = f"fcvit eval --resume {shlex.quote(str(folder))}"
         announce(f"no charts and no {results.PAGE}: {error}; then: {again}")
+
+
+def _draw_maps(
+    plan: Plan,
+    lane: Lane,
+    records: Records,
+    folder: Path,
+    read: Callable[[str], Image.Image],
+    announce: Callable[[str], None],
+) -> None:
+    """What the network found similar to the whole, of a few wrong and right images, the surest first."""
+    variant = lane.weights.form.variant
+    if lane.reference is not None or not (variant.global_context and variant.weighted_context):
+        return
+    try:
+        viewer = Viewer(lane.weights, plan.classes, lane.protocol.preprocessing, plan.device)
+        require_report()
+    except MissingExtra as error:
+        announce(f"no {results.MAPS}: {error}")
+        return
+    chosen = []
+    for right in (False, True):
+        rows = np.flatnonzero(records.correct == right)
+        for row in rows[np.argsort(-records.probability[rows, 0], kind="stable")][:_MAPS]:
+            truth = records.classes[records.truth[row]].name
+            with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
+                chosen.append((f"{'right' if right else 'wrong'}: it is {truth}", read(records.names[row])))
+    if chosen:
+        runs.write_bytes(folder / results.MAPS, overview(viewer, chosen))
 
 
 def _file(path: str | None) -> dict[str, str] | None:

@@ -26,7 +26,7 @@ _BATCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Of one global context, means over the images; NaN where a map has too few positions to say.
+    """Of one global context, means over the images; NaN where maps have too few positions to say.
 
     Attributes:
         stage, block, context: which one.
@@ -86,7 +86,8 @@ def heads(
             batch = np.stack([preprocess(path, viewer.preprocessing) for path in images[start : start + _BATCH]])
             rows.append(measure(viewer.similarity(batch)))
             advance(len(batch))
-    figures = np.concatenate(rows, axis=1).mean(axis=1)
+    # A map that is the same everywhere correlates with nothing: it does not count.
+    figures = np.ma.masked_invalid(np.concatenate(rows, axis=1)).mean(axis=1).filled(np.nan)
     named = viewer.similarity(batch[:1])
     measures = tuple(
         Measures(one.stage, one.block, one.context, *map(float, values))

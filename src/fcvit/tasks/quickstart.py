@@ -95,7 +95,9 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             note = "PyTorch is not installed: the numbers are compared with its recorded logits, below"
             conversion = dataclasses.replace(conversion, notes=(note,))
         weights = read_weights(converted)
-        evaluation = evaluate(weights, folder / "held-out", batch_size=60, device="cpu", folder=folder / "eval")
+        evaluation = evaluate(
+            weights, folder / "held-out", engines="paddle", batch_size=60, device="cpu", folder=folder / "eval"
+        )
         preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
         batch = np.stack([preprocess(path, preprocessing) for path in paths])
         logits = PaddleEngine(weights, preprocessing, "cpu")(batch)

@@ -17,6 +17,7 @@ from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.placement import place
 from fcvit.images.preprocess import crop, decode, normalise
 from fcvit.maps import Similarity, SimilarityMap, require_maps
+from fcvit.report.contact_sheet import PAPER
 from fcvit.report.maps_sheet import Row, maps_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.predict import Prediction, rank
@@ -180,6 +181,31 @@ def depth_picture(viewer: Viewer, seen: Seen, name: str, heads: str, which: Whic
     ]
     image, rows = viewer.rows(seen, stages, heads)
     return maps_sheet(image, rows, f"{name}: from stage to stage", caption(seen.predictions), f"{which} similarity")
+
+
+def overview(viewer: Viewer, images: Sequence[tuple[str, Image.Image]]) -> bytes:
+    """Several images one below the other, each with the mean map over heads of every stage: a PNG file.
+
+    Args:
+        images: title and image, at least one.
+    """
+    sheets = []
+    for title, image in images:
+        seen = viewer.see(image, 1)
+        numbers = sorted({one.stage for one in seen.found})
+        means = [(f"stage {number}", seen.found.at(number).standardised) for number in numbers]
+        shown, rows = viewer.rows(seen, means, "mean")
+        row = Row("", [one.name for one in rows], np.concatenate([one.maps for one in rows]))
+        label = "standardised similarity, mean over heads"
+        sheets.append(Image.open(io.BytesIO(maps_sheet(shown, [row], title, caption(seen.predictions), label))))
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    file = io.BytesIO()
+    whole.save(file, "PNG", dpi=sheets[0].info["dpi"])
+    return file.getvalue()
 
 
 def similarity(

@@ -1,0 +1,190 @@
+"""A local page: drop an image, see what it is taken for and the similarity maps, slide through blocks and heads.
+
+The page is Gradio's, the library that the field demonstrates models with. It is bound to this machine, shares and
+reports nothing, takes files up to `LIMIT`, and computes with `fcvit.tasks.similarity`, as the command line does.
+"""
+
+import importlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fcvit.errors import BadImages, MissingExtra, UsageError
+from fcvit.images.preprocess import decode
+from fcvit.tasks.similarity import Seen, Viewer, picture
+from fcvit.weights.reading import read_weights
+
+HOST = "127.0.0.1"
+LIMIT = "20mb"
+_SHIPPED = "assets/digits.pth.tar"
+_EXAMPLES = 6
+
+
+def demo(
+    weights: Sequence[str | os.PathLike[str]] = (),
+    *,
+    port: int | None = None,
+    device: str = "auto",
+    ema: bool | None = None,
+    open_browser: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        weights: one file, or two to compare; none: the digits checkpoint of the package.
+        port: None: the first free one from 7860.
+        device: auto, cpu, gpu or gpu:N.
+        ema: choose the averaged or raw weights of files that have both.
+        open_browser: show the page at once.
+        announce: is told the address.
+
+    Raises:
+        UsageError: more than two files, a network without maps, or the port is taken.
+        MissingExtra: Gradio, Matplotlib or Paddle is not installed.
+        UnreadableFile, DoesNotFit: a file.
+    """
+    page = build(weights, device, ema)
+    try:
+        _, address, _ = serve(page, port, open_browser)
+    except OSError as error:
+        raise UsageError(f"--port {port}: {error}; leave it out, or choose another") from error
+    announce(f"the page is at {address} (Ctrl-C ends it)")
+    page.block_thread()
+
+
+def build(weights: Sequence[str | os.PathLike[str]] = (), device: str = "auto", ema: bool | None = None) -> Any:
+    """The page, as `gradio.Blocks`, not yet served."""
+    gradio = _gradio()
+    from fcvit.report.page import require_report
+
+    require_report()
+    if len(weights) > 2:
+        raise UsageError(f"{len(weights)} checkpoints: expected one, or two to compare")
+    if weights:
+        viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
+    else:
+        with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
+            viewers = [Viewer(read_weights(path, ema=True if ema is None else ema), device=device)]
+    return _page(gradio, viewers, _examples() if not weights else [])
+
+
+def serve(page: Any, port: int | None = None, open_browser: bool = False) -> tuple[Any, str, Any]:
+    """Begin to serve on this machine only: (server, address, share address, which is none)."""
+    gradio = _gradio()
+    return page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        quiet=True,
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        max_file_size=LIMIT,
+        # Fonts of the system: the usual themes fetch theirs from elsewhere.
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
+
+
+def _gradio() -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        return importlib.import_module("gradio")
+    except ImportError as error:
+        raise MissingExtra(f"gradio cannot be had ({error}); install it with: pip install 'fcvit[demo]'") from error
+
+
+def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> Any:
+    contexts = max(len(_names(viewer)) for viewer in viewers)
+    heads = min(viewer.variant.heads for viewer in viewers)
+
+    def look(path: str | None, depth: int, head: str, values: str) -> list[Any]:
+        """A new image: the state, a message, and for each network its classes and its picture."""
+        if path is None:
+            return [None, "", *[None] * (2 * len(viewers))]
+        try:
+            image = decode(path, Path(path).name)
+            seen = [viewer.see(image) for viewer in viewers]
+        except BadImages as error:
+            return [None, f"**Not an image that can be read:** {_plain(error)}", *[None] * (2 * len(viewers))]
+        labels = [{f"{row.name}": row.probability for row in one.predictions} or None for one in seen]
+        pictures = show((Path(path).name, seen), depth, head, values)
+        return [(Path(path).name, seen), "", *[value for pair in zip(labels, pictures, strict=True) for value in pair]]
+
+    def show(state: tuple[str, list[Seen]] | None, depth: int, head: str, values: str) -> list[Image.Image | None]:
+        """The same image, other maps."""
+        if state is None:
+            return [None] * len(viewers)
+        name, seen = state
+        return [_picture(viewer, one, name, depth, head, values) for viewer, one in zip(viewers, seen, strict=True)]
+
+    with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
+        gradio.Markdown(
+            "# What the model sees\nToken-global similarity: how similar each position is to the mean of all, by head."
+        )
+        state = gradio.State()
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=260):
+                file = gradio.File(label="Drop an image", type="filepath", elem_id="image")
+                if examples:
+                    gradio.Examples(list(examples), file, label="Digits that the network has not been trained on")
+                message = gradio.Markdown(elem_id="message")
+                depth = gradio.Slider(1, contexts, contexts, step=1, label="Depth (global context)", elem_id="depth")
+                names = ["each", "mean", *map(str, range(1, heads + 1))]
+                head = gradio.Radio(names, value="each", label="Head", elem_id="head")
+                values = gradio.Radio(["standardised", "rescaled"], value="standardised", label="Values")
+            labels, pictures = [], []
+            for number, viewer in enumerate(viewers):
+                with gradio.Column(scale=2):
+                    gradio.Markdown(f"### {_plain(viewer.name)}")
+                    labels.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
+                    pictures.append(gradio.Image(label="Maps", type="pil", interactive=False, elem_id=f"maps-{number}"))
+        settings = [depth, head, values]
+        outputs = [component for pair in zip(labels, pictures, strict=True) for component in pair]
+        file.change(look, [file, *settings], [state, message, *outputs], api_name=False)
+        for one in settings:
+            one.change(show, [state, *settings], pictures, api_name=False, show_progress="hidden")
+    return page
+
+
+def _names(viewer: Viewer) -> list[tuple[int, int, int]]:
+    """Stage, block and context of every map, in the order of the pass."""
+    mixes = 2 if viewer.variant.second_mix else 1
+    return [
+        (stage, block, context)
+        for stage, depth in enumerate(viewer.variant.depths, 1)
+        for block in range(1, depth + 1)
+        for context in range(1, mixes + 1)
+    ]
+
+
+def _picture(viewer: Viewer, seen: Seen, name: str, depth: int, head: str, values: str) -> Image.Image:
+    places = _names(viewer)
+    where = places[min(int(depth), len(places)) - 1]
+    return Image.open(
+        io.BytesIO(picture(viewer, seen, name, where, head, "rescaled" if values == "rescaled" else "standardised"))
+    )
+
+
+def _plain(text: object) -> str:
+    """Without what Markdown would read as markup."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>" else letter for letter in str(text))
+
+
+def _examples() -> list[str]:
+    """Held-out digits of the package, as files that live as long as the process."""
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        digits = np.load(file, allow_pickle=False)["images"][:_EXAMPLES]
+    folder = Path(tempfile.mkdtemp(prefix="fcvit-demo-"))
+    paths = []
+    for number, digit in enumerate(digits, 1):
+        path = folder / f"digit-{number}.png"
+        Image.fromarray(digit).save(path)
+        paths.append(str(path))
+    return paths
