@@ -75,7 +75,7 @@ def test_workers_and_interruptions_change_no_byte(folder, digits_pth, tmp_path, 
     evaluate(digits_pth, folder, **options, workers=0, folder=tmp_path / "alone")
     evaluate(digits_pth, folder, **options, workers=3, folder=tmp_path / "three")
     whole = files(tmp_path / "alone")
-    assert len(whole) == 7 and files(tmp_path / "three") == whole
+    assert len(whole) == 8 and files(tmp_path / "three") == whole
     run = tmp_path / "again"
     for patience in (2, 1, None):  # interrupted after two batches, after one more, then not
         with monkeypatch.context() as patch:
@@ -193,6 +193,7 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["digits-authors", "journals", "report.html", "run.json"]
     assert sorted(p.name for p in lane.iterdir()) == [
         "confusion.png",
+        "maps.png",
         "metrics.json",
         "per_class.csv",
         "predictions.csv",
@@ -217,7 +218,7 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     taken = [row["class_1"] for row in predicted if row["truth"] == "3" and row["class_1"] != "3"]
     assert classes["3"]["mistaken_for"] in taken
     assert int(classes["3"]["times"]) == max(taken.count(name) for name in taken)
-    for name in ("worst.png", "confusion.png", "reliability.png"):
+    for name in ("worst.png", "confusion.png", "reliability.png", "maps.png"):
         with Image.open(lane / name) as picture:
             assert min(picture.size) > 100
 
@@ -370,7 +371,7 @@ def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
     assert re.findall(r"<tr>\s*<t[dh][^>]*>(\d)</t", table)[:10] == listed
     for lane in ("digits-authors", "digits-resize256-bilinear", "digits-authors-2", "digits-resize256-bilinear-2"):
         assert f">{lane}</" in shown
-    assert shown.count("data:image/png;base64") == 12
+    assert shown.count("data:image/png;base64") == 16
     assert "&lt;b&gt;bad.png" in shown and "not an image" in shown and "McNemar" in shown
 
 

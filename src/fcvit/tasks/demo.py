@@ -72,7 +72,7 @@ def build(weights: Sequence[str | os.PathLike[str]] = (), device: str = "auto", 
         viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
     else:
         with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
-            viewers = [Viewer(read_weights(path, ema=True if ema is None else ema), device=device)]
+            viewers = [Viewer(read_weights(path), device=device)]
     return _page(gradio, viewers, _examples() if not weights else [])
 
 

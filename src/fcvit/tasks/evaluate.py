@@ -30,8 +30,7 @@ from fcvit.images.preprocess import Centre, decode, decoders
 from fcvit.journal import Frame, Journal
 from fcvit.processes import Processes, join
 from fcvit.protocols import AUTHORS
-from fcvit.report import results, run_page
-from fcvit.report.page import require_report
+from fcvit.report import page, results, run_page
 from fcvit.report.progress import progress
 from fcvit.report.results import Agreement, Effect, Records, Result
 from fcvit.tasks.figures import Figures, figures
@@ -483,8 +482,8 @@ def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], N
         "versions": runs.versions() | decoders(),
     }
     for lane, result, kept in zip(plan.lanes, found.results, found.records, strict=True):
-        results.write_lane(folder / result.name, result, kept, about, read)
         _draw_maps(plan, lane, kept, folder / result.name, read, announce)
+        results.write_lane(folder / result.name, result, kept, about, read)
     try:
         run_page.write_page(folder, found.results, found.records, found.agreements, found.effects, about)
     except MissingExtra as error:
@@ -505,8 +504,8 @@ def _draw_maps(
     if lane.reference is not None or not (variant.global_context and variant.weighted_context):
         return
     try:
+        page.require_report()
         viewer = Viewer(lane.weights, plan.classes, lane.protocol.preprocessing, plan.device)
-        require_report()
     except MissingExtra as error:
         announce(f"no {results.MAPS}: {error}")
         return
@@ -518,6 +517,7 @@ def _draw_maps(
             with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
                 chosen.append((f"{'right' if right else 'wrong'}: it is {truth}", read(records.names[row])))
     if chosen:
+        folder.mkdir(exist_ok=True)
         runs.write_bytes(folder / results.MAPS, overview(viewer, chosen))
 
 
