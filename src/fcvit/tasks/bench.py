@@ -596,7 +596,7 @@ def titles(found: Bench) -> tuple[str, str]:
     """Title and subtitle of the picture."""
     return (
         f"{found.network} at {found.size} x {found.size}",
-        f"{found.machine}; images per second, normalisation included; lines: half of all calls",
+        f"{found.machine}; images per second, normalisation included; lines: the middle half of all calls",
     )
 
 
