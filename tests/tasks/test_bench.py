@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import DIGITS, PUBLISHED, needs_torch
+from conftest import DIGITS, PUBLISHED, needs_paddle, needs_torch
 from fcvit.cli import main
 from fcvit.errors import DoesNotFit, MissingExtra, UsageError
 from fcvit.tasks import bench as task
@@ -365,6 +365,7 @@ if __name__ == "__main__":
     assert done.stderr == ""
 
 
+@needs_paddle
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("many", [2, 4])  # processes; one is Python's own
@@ -395,6 +396,7 @@ def test_ctrl_c_ends_everybody(tmp_path, many):
 @pytest.mark.parametrize("package", ["onnxruntime"])
 def test_a_package_that_is_missing_is_named(tmp_path, package):
     """For real, in processes that cannot import it: beside another engine, and alone."""
+    pytest.importorskip("openvino")
     blocked = tmp_path / f"{package}.py"
     blocked.write_text(f"raise ImportError('hidden by the test', name={package!r})")
     setting = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}

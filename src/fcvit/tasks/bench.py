@@ -78,8 +78,8 @@ class Speed:
         gflops: GFLOP/s of the network, two for a multiply-accumulate.
         of_reference: speed over the reference's at the same batch size and threads, median over neighbours in time.
         of_peak: `gflops` over those of the machine's matrix product; None where that could not be measured.
-        load_seconds: until the first answer; what is compiled and was not in a cache yet (native, torch-compile)
-            included.
+        load_seconds: from importing the framework to the first answer; what native and torch-compile compile, where
+            it was not in a cache yet, included.
         export_seconds: the same of the first use, which made an export; None: it was in the cache, or there is none.
         memory: bytes that the process held at most, Python and libraries included.
         memory_before: bytes that it held at most before it loaded the engine: Python, this package, the weights.
@@ -414,8 +414,10 @@ def _receive(worker: Worker) -> Any:
 def _ended(worker: Worker) -> FcvitError:
     worker[0].join()
     code = worker[0].exitcode
-    how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-    return FcvitError(f"its process ended {how}{'; out of memory?' if code == -signal.SIGKILL else ''}")
+    if code >= 0:
+        return FcvitError(f"its process ended with exit code {code}")
+    name = signal.Signals(-code).name
+    return FcvitError(f"its process ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}")
 
 
 def _stop(worker: Worker) -> None:
