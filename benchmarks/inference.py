@@ -46,7 +46,8 @@ def main() -> None:
         console().print(*speeds(one))
     for one in found:
         for speed in one.speeds:
-            print(f"{one.network}: {speed.contender}: {speed.of_reference:.2f} times {one.reference}")
+            if speed.of_reference is not None:
+                print(f"{one.network}: {speed.contender}: {speed.of_reference:.2f} times {one.reference}")
 
 
 if __name__ == "__main__":

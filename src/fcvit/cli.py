@@ -278,7 +278,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def bench(
     *,
     weights: Path | None = None,
-    variant: str = "fcvit_tiny",
+    variant: str | None = None,
     engine: str = "",
     batch_size: str = "1,8",
     threads: str = "",
@@ -295,7 +295,7 @@ def bench(
 
     Args:
         weights: A checkpoint of any format (default: weights by rule, which are as fast).
-        variant: The network, where there are no weights.
+        variant: The network of weights by rule (default: fcvit_tiny).
         engine: Separated by commas (default: all that are installed, and torch, torch-channels-last, torch-compile).
         batch_size: Images at a time, separated by commas.
         threads: Separated by commas (default: one for each core).
@@ -313,6 +313,8 @@ def bench(
     from fcvit.tasks.bench import as_csv, as_json_ready
     from fcvit.tasks.bench import bench as run
 
+    if csv is not None and not csv.absolute().parent.is_dir():
+        raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
     found = run(
         weights,
         variant=variant,
@@ -327,14 +329,14 @@ def bench(
         folder=output,
         announce=_note,
     )
-    if csv is not None:
-        runs.write_text(csv, as_csv(found))
     if as_json:
         _print_json(as_json_ready(found))
     else:
         _show(*tables.speeds(found))
         if found.folder:
             print(f"written to {found.folder}")
+    if csv is not None:
+        runs.write_text(csv, as_csv(found))
     return NumbersDisagree.exit_code if any(speed.wrong for speed in found.speeds) else 0
 
 

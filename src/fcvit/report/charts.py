@@ -7,6 +7,7 @@ do not reach the charts: they are put aside while one is drawn, and stand as the
 import bisect
 import collections
 import contextlib
+import dataclasses
 import functools
 import io
 import unicodedata
@@ -117,15 +118,30 @@ _CURVES = (  # of each panel: its name, and the columns with their names
 )
 
 
-def speed_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]], title: str, subtitle: str) -> bytes:
-    """Images per second as bars, group by group.
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A bar of a `speed_chart`: images per second, with the range that half of all calls lie in.
+
+    Attributes:
+        reference: whether the others are measured by it.
+    """
+
+    label: str
+    rate: float
+    low: float
+    high: float
+    reference: bool = False
+
+
+def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> bytes:
+    """Images per second as bars, group by group, on one scale.
 
     Args:
-        groups: a name, and its bars: label, images per second, whether it is what the others are measured by.
+        groups: a name, and from one bar.
         title, subtitle: one line each; cut where they are too long.
 
     Returns:
-        A PNG file.
+        A PNG file, the same bytes for the same arguments on the same machine.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
@@ -134,30 +150,39 @@ def speed_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]],
         return png(_speeds(groups, title, subtitle))
 
 
-def _speeds(groups: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]], title: str, subtitle: str) -> "Figure":
-    bar, gap, head, left = 0.24, 0.5, 0.85, 2.1  # inches
-    height = head + sum(bar * len(bars) + gap for _, bars in groups) + _MARGIN
-    figure = canvas(_WIDTH, height, title, subtitle)
-    most = max(rate for _, bars in groups for _, rate, _ in bars)
+def _speeds(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
+    bar_height, gap, head = 0.26, 0.5, 0.75  # inches
+    every = [bar for _, bars in groups for bar in bars]
+    left = _MARGIN + min(2.5, max(_width(drawable(bar.label)) for bar in every)) + 0.1
+    height = head + sum(bar_height * len(bars) + gap for _, bars in groups) + _MARGIN
+    figure = canvas(_WIDTH, height, title, fit(drawable(subtitle), _WIDTH - 2 * _MARGIN, _TEXT))
+    across = _WIDTH - left - _MARGIN
+    room = max(_width(_speed(bar)) for bar in every) + 0.15
+    most = max(bar.high for bar in every) * across / (across - room)
     top = height - head
     for name, bars in groups:
-        inches = bar * len(bars)
-        axes = axes_at(figure, left, top - gap / 2 - inches, _WIDTH - left - _MARGIN, inches)
-        axes.set_title(name, loc="left", fontsize=_TEXT)
+        inches = bar_height * len(bars)
+        axes = axes_at(figure, left, top - gap - inches, across, inches)
+        figure.text(_MARGIN / _WIDTH, (top - gap + 0.1) / height, drawable(name), fontsize=_TEXT, fontweight="bold")
         places = range(len(bars))
-        colours = [_UNSURE if is_reference else RIGHT for _, _, is_reference in bars]
-        axes.barh(places, [rate for _, rate, _ in bars], height=0.8, color=colours)
-        for place, (_, rate, _) in enumerate(bars):
-            axes.text(rate + most * 0.01, place, f"{rate:.1f}", va="center", fontsize=_SMALL, color=INK)
-        axes.set_yticks(places, [fit(label, left - 0.2) for label, _, _ in bars], fontsize=_SMALL)
+        colours = [_UNSURE if bar.reference else RIGHT for bar in bars]
+        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colours)
+        axes.hlines(places, [bar.low for bar in bars], [bar.high for bar in bars], INK, linewidth=1.2)
+        for place, bar in enumerate(bars):
+            end = max(bar.rate, bar.high) + 0.06 * most / across
+            axes.text(end, place, _speed(bar), va="center_baseline", fontsize=_SMALL)
+        axes.set_yticks(places, [fit(drawable(bar.label), 2.5) for bar in bars])
         axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_xlim(0, most * 1.12)
-        axes.set_xticks([])
+        axes.set_xlim(0, most)
         axes.tick_params(length=0)
-        for side in ("top", "right", "bottom"):
-            axes.spines[side].set_visible(False)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
         top -= inches + gap
     return figure
+
+
+def _speed(bar: Bar) -> str:
+    return f"{bar.rate:,.{0 if bar.rate >= 1000 else 1}f}{' (reference)' if bar.reference else ''}"
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":

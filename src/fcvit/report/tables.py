@@ -81,33 +81,29 @@ def exported(done: Export) -> Table:
 
 def speeds(found: Bench) -> list[Table]:
     """Every contender with its times, and who could not be measured."""
-    columns = (
-        "images/s",
-        "p50 ms",
-        "p90",
-        "p99",
-        "ratio",
-        "of peak %",
-        "load s",
-        "MiB",
-        "logits differ by",
-    )
+    columns = ("images/s", "p50 ms", "p90", "p99", "ratio", "GFLOP/s", "of peak", "load s", "MiB", "logits differ by")
     result = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
     result.title = f"{found.network} at {found.size} x {found.size}, {found.machine}; ratios to {found.reference}"
     for speed in found.speeds:
         one = speed.contender
         name = one.engine if one.precision == "float32" else f"{one.engine}, {one.precision}"
-        ranks = ["" if value is None else f"{value:.1f}" for value in speed.percentiles.values()]
-        ratio = "" if speed.of_reference is None else f"{speed.of_reference:.2f}"
-        differs = "" if speed.difference is None else f"{speed.difference:.1e}"
-        cells = [f"{speed.images_per_second:.1f}", *ranks, ratio, f"{100 * speed.of_peak:.0f}"]
-        cells += [f"{speed.load_seconds:.1f}", f"{speed.memory / 2**20:.0f}"]
-        cells.append(f"{differs} WRONG" if speed.wrong else differs)
+        times = [_or_dash(speed.percentiles[rank], "{:.1f}") for rank in (50, 90, 99)]
+        cells = [f"{speed.images_per_second:.1f}", *times, _or_dash(speed.of_reference, "{:.2f}")]
+        cells += [f"{speed.gflops:.1f}", _or_dash(speed.of_peak, "{:.1%}")]
+        cells.append(f"{speed.load_seconds:.1f}{'*' if speed.export_seconds is not None else ''}")
+        cells.append(f"{speed.memory / 2**20:.0f}")
+        cells.append(_or_dash(speed.difference, "{:.1e}") + (" WRONG" if speed.wrong else ""))
         result.add_row(name, str(one.batch_size), str(one.threads), *cells)
     about = table()
     for threads, peak in found.peak.items():
         about.add_row(f"peak, {threads} thread(s)", f"{peak:.0f} GFLOP/s, a matrix product of NumPy")
-    about.add_row("one image", f"{found.gmac:.3g} GMAC")
+    about.add_row("one image", f"{found.gmac:.3g} GMAC; uint8, normalising included")
+    before = max(speed.memory_before for speed in found.speeds)
+    about.add_row("MiB", f"of the whole process at most; {before / 2**20:.0f} of them before the engine was loaded")
+    exports = [speed for speed in found.speeds if speed.export_seconds is not None]
+    if exports:
+        firsts = ", ".join(f"{speed.contender.engine} {speed.export_seconds:.1f} s" for speed in exports)
+        about.add_row("* load s", f"from the cache; the first use, which made the export, took: {firsts}")
     about.add_row("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     if not found.skipped:
         return [result, about]
@@ -115,6 +111,10 @@ def speeds(found: Bench) -> list[Table]:
     for name, reason in found.skipped:
         left.add_row(name, reason)
     return [result, about, left]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "—" if value is None else form.format(value)
 
 
 def maps_written(found: Written) -> Table:

@@ -1,8 +1,9 @@
 """How fast engines are on this machine: interleaved, in processes of their own, beside PyTorch and the machine's peak.
 
 A contender (engine, precision, batch size, threads) lives in a process of its own and waits while the others
-compute, so that they share no allocator, no pool of threads and no thread that still spins. All are called in
-turn, round after round: a noisy minute hits all alike, and ratios are those of neighbours in time.
+compute, so that they share no allocator, no pool of threads and no thread that still spins. Those of one batch size
+and number of threads are called in turn, round after round: a noisy minute hits all alike, and ratios are those of
+neighbours in time. The images are the same for all, uint8; normalising them is part of what is measured.
 """
 
 import contextlib
@@ -14,9 +15,11 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,10 @@ import numpy as np
 
 from fcvit import runs
 from fcvit.deploy.engines import ENGINES, create_engine
-from fcvit.errors import FcvitError, MissingExtra, UsageError
+from fcvit.errors import DoesNotFit, FcvitError, MissingExtra, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.machine import available_threads, peak_memory, processor_name
-from fcvit.report.charts import speed_chart
+from fcvit.report.charts import Bar, speed_chart
 from fcvit.report.progress import progress
 from fcvit.variants import Preprocessing, Variant, get_variant, resolve_preprocessing
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
@@ -39,11 +42,13 @@ from fcvit.weights.reading import Weights, read_weights
 # The reference: PyTorch as a user would have it without any of this.
 REFERENCES = ("torch", "torch-channels-last", "torch-compile")
 CONTENDERS = (*REFERENCES, *(name for name in ENGINES if name != "torch"))
+PRECISIONS = ("float32", "bfloat16")
 PEAK = "matrix product"
 WRONG = 1e-2  # a float32 logit that is further off than this is wrong, whatever the rounding
 _CALLS, _SECONDS = 3, 0.3  # of a turn, at least; the first call of a turn finds caches cold and is not counted
 _PAUSE = 0.2  # until threads that spin for more work have gone to sleep
-_NEEDED = {50: 1, 90: 10, 99: 100}  # samples that a percentile needs to say anything
+_HAVE_BFLOAT16 = (*REFERENCES, "openvino")
+_NEEDED = {25: 4, 50: 1, 75: 4, 90: 10, 99: 100}  # samples that a percentile needs to say anything
 _SIDE = 1536  # of the matrices whose product shows the peak
 
 
@@ -68,27 +73,36 @@ class Speed:
     Attributes:
         calls: how many are counted.
         percentiles: milliseconds of a batch; None where there are too few calls for it.
+        rounds: median milliseconds of a batch in each round.
         images_per_second: from the median.
+        gflops: GFLOP/s of the network, two for a multiply-accumulate.
         of_reference: speed over the reference's at the same batch size and threads, median over neighbours in time.
-        of_peak: share of the machine's matrix product, by the multiply-accumulates of the network.
-        load_seconds: until the first answer; with an export that was not in the cache yet, that included.
+        of_peak: `gflops` over those of the machine's matrix product; None where that could not be measured.
+        load_seconds: from importing the framework to the first answer; what native and torch-compile compile, where
+            it was not in a cache yet, included.
+        export_seconds: the same of the first use, which made an export; None: it was in the cache, or there is none.
         memory: bytes that the process held at most, Python and libraries included.
+        memory_before: bytes that it held at most before it loaded the engine: Python, this package, the weights.
         difference: largest absolute difference of a logit from the reference contender's; None without one.
     """
 
     contender: Contender
     calls: int
     percentiles: dict[int, float | None]
+    rounds: tuple[float, ...]
     images_per_second: float
+    gflops: float
     of_reference: float | None
-    of_peak: float
+    of_peak: float | None
     load_seconds: float
+    export_seconds: float | None
     memory: int
+    memory_before: int
     difference: float | None
 
     @property
     def wrong(self) -> bool:
-        """Whether these are no roundings any more."""
+        """Whether these are no roundings any more: in float32, NaN or `WRONG` and more."""
         return self.contender.precision == "float32" and self.difference is not None and not self.difference < WRONG
 
 
@@ -122,7 +136,7 @@ class Bench:
 def bench(
     weights: "Weights | str | os.PathLike[str] | None" = None,
     *,
-    variant: str | Variant = "fcvit_tiny",
+    variant: str | Variant | None = None,
     engines: Sequence[str] = (),
     batch_sizes: Sequence[int] = (1, 8),
     threads: Sequence[int] = (),
@@ -137,11 +151,12 @@ def bench(
     """Measure every engine at every batch size, precision and number of threads.
 
     Args:
-        weights: a file or weights in memory; None: weights by rule, which are as fast, of `variant`.
+        weights: a file or weights in memory; None: weights by rule, which are as fast.
+        variant: the network of weights by rule; None: fcvit_tiny.
         engines: of `CONTENDERS`; empty: all that are installed.
         batch_sizes: images at a time, from 1.
         threads: that compute; empty: one for each core.
-        precisions: those that an engine does not have are skipped.
+        precisions: of `PRECISIONS`; those that an engine does not have are skipped.
         size: of the images in pixels; None: the weights' own.
         rounds: how often everybody has a turn, from 1; a turn is a third of a second or three calls.
         reference: one of the engines; None: torch-channels-last where it could be measured, else the first.
@@ -150,12 +165,13 @@ def bench(
         announce: is told what a person should know.
 
     Raises:
-        UsageError: a wrong name or number.
-        MissingExtra: nothing could be measured.
+        UsageError: a wrong name or number, or the folder is not empty; before anything is measured.
+        MissingExtra: nothing could be measured, as nothing is installed.
+        FcvitError: nothing could be measured; of the kind of the first engine's error.
         UnreadableFile, DoesNotFit: the weights.
     """
-    names = tuple(engines) or CONTENDERS
-    counts = tuple(threads) or (available_threads(),)
+    names = tuple(dict.fromkeys(engines)) or CONTENDERS
+    counts = tuple(dict.fromkeys(threads)) or (available_threads(),)
     for name in (*names, *([reference] if reference else [])):
         if name not in CONTENDERS:
             raise UsageError(f"--engine {name!r}: expected {', '.join(CONTENDERS)}")
@@ -163,34 +179,59 @@ def bench(
         raise UsageError(f"--reference {reference} is not measured; add it to --engine")
     if rounds < 1 or min(batch_sizes, default=0) < 1 or min(counts) < 1 or (size is not None and size < 1):
         raise UsageError("rounds, batch sizes, threads and size are at least 1")
-    read = _by_rule(get_variant(variant), announce) if weights is None else weights
-    read = _portable(read if isinstance(read, Weights) else read_weights(read, ema))
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
+    asked = [
+        Contender(name, precision, batch, count)
+        for count, batch in itertools.product(counts, dict.fromkeys(batch_sizes))
+        for precision, name in itertools.product(dict.fromkeys(precisions), names)
+    ]
+    listed = [one for one in asked if one.precision == "float32" or one.engine in _HAVE_BFLOAT16]
+    if not listed:
+        raise UsageError(f"--precision {','.join(precisions)}: {', '.join(names)} cannot; add float32")
+    skipped = [(str(one), f"{one.engine} has no {one.precision} on a CPU") for one in asked if one not in listed]
+    read = _weights(weights, variant, ema, announce)
     pixels = resolve_preprocessing(None, read.preprocessing, read.form.variant)
     pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
-    listed = [
-        Contender(name, precision, batch, count)
-        for count, batch, precision, name in itertools.product(counts, batch_sizes, precisions, names)
-        if precision in _PRECISIONS.get(name, ("float32",))
-    ]
-    skipped: list[tuple[str, str]] = []
-    measured = _interleave(listed, read, pixels, counts, rounds, skipped)
-    if not measured.samples:
-        raise MissingExtra(f"no engine could be measured; {skipped[0][0] if skipped else ''}: {skipped[0][1]}")
-    found = _bench(measured, read, pixels, reference, skipped)
-    if folder is None:
-        return found
-    with runs.run_folder(Path(folder), "bench") as target:
-        found = dataclasses.replace(found, folder=target)
-        runs.write_json(target / "bench.json", as_json_ready(found))
-        runs.write_text(target / "bench.csv", as_csv(found))
-        try:
-            runs.write_bytes(target / "bench.png", speed_chart(rows_of_chart(found), *titles(found)))
-        except MissingExtra as error:
-            announce(f"no picture: {error}")
+    with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
+        measured = _measure(listed, read, pixels, rounds, announce)
+        if not measured.turns:
+            one, error = next((job, error) for job, error in measured.errors.items() if isinstance(job, Contender))
+            raise type(error)(f"no engine could be measured; {one}: {error}")
+        skipped += [(_name(job), str(error)) for job, error in measured.errors.items()]
+        found = dataclasses.replace(_bench(measured, read, pixels, reference, skipped), folder=target)
+        if reference and found.reference != reference:
+            announce(f"{reference} could not be measured: ratios are to {found.reference}")
+        if target is not None:
+            _write(found, target, announce)
     return found
 
 
-_PRECISIONS = {"openvino": ("float32", "bfloat16"), "torch": ("float32", "bfloat16")}
+def _write(found: Bench, folder: Path, announce: Callable[[str], None]) -> None:
+    runs.write_json(folder / "bench.json", as_json_ready(found))
+    runs.write_text(folder / "bench.csv", as_csv(found))
+    try:
+        runs.write_bytes(folder / "bench.png", speed_chart(rows_of_chart(found), *titles(found)))
+    except MissingExtra as error:
+        announce(f"no picture: {error}")
+
+
+def _weights(
+    given: "Weights | str | os.PathLike[str] | None",
+    variant: str | Variant | None,
+    ema: bool | None,
+    announce: Callable[[str], None],
+) -> Weights:
+    """A classifier's weights that can be sent to another process."""
+    if given is None:
+        return _by_rule(get_variant(variant or "fcvit_tiny"), announce)
+    if variant is not None:
+        raise UsageError("--variant is for weights by rule; a file of weights says itself which variant it is")
+    read = given if isinstance(given, Weights) else read_weights(given, ema)
+    if read.form.dense or not read.form.num_classes:
+        raise DoesNotFit(f"{read.source.path} is {read.form}: engines compute the logits of a classifier")
+    return _portable(read)
 
 
 def _by_rule(variant: Variant, announce: Callable[[str], None]) -> Weights:
@@ -206,68 +247,137 @@ def _portable(weights: Weights) -> Weights:
     return dataclasses.replace(weights, tensors={n: np.array(t) for n, t in weights.tensors.items()}, source=source)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """What a process says when it is ready; `notes`: what its engine announced, as it made an export."""
+
+    seconds: float = 0.0
+    memory_before: int = 0
+    notes: tuple[str, ...] = ()
+    logits: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """Seconds of each call, and the bytes that the process held at most until then."""
+
+    samples: list[float]
+    memory: int
+
+
+Job = Contender | int  # a number is the matrix product by that many threads
+Worker = tuple[Any, Connection]
+
+
 @dataclasses.dataclass
 class _Measured:
-    """`samples[contender]` has a list of seconds for each round; `flops` the same of the peak."""
+    """Turns and loading of each contender that came through; why the others did not; turns of the peak by threads."""
 
-    samples: dict[Contender, list[list[float]]]
-    flops: dict[int, list[float]]
-    loads: dict[Contender, tuple[float, int]]
-    logits: dict[Contender, np.ndarray]
+    turns: dict[Contender, list[_Turn]]
+    loads: dict[Contender, _Loaded]
+    first_loads: dict[Contender, float]  # seconds, where an export was made
+    errors: dict[Job, FcvitError]
+    peaks: dict[int, list[_Turn]]
 
 
-def _interleave(
+def _measure(
     listed: Sequence[Contender],
     weights: Weights,
     pixels: Preprocessing,
-    counts: Sequence[int],
     rounds: int,
-    skipped: list[tuple[str, str]],
+    announce: Callable[[str], None],
 ) -> _Measured:
-    found = _Measured({}, {count: [] for count in counts}, {}, {})
-    workers: dict[Contender | int, tuple[Any, Connection]] = {}
-    context = multiprocessing.get_context("spawn")
-    try:
-        with progress("loading", len(listed), "contenders") as advance:
-            for job in (*counts, *listed):
-                workers[job] = _start(context, job, weights, pixels)
-                answer = _receive(workers[job])
-                if isinstance(job, Contender):
-                    advance(1)
-                    if isinstance(answer, str):
-                        skipped.append((str(job), answer))
-                        _stop(workers.pop(job))
-                        continue
-                    found.loads[job], found.logits[job] = answer
-                    found.samples[job] = []
-        with progress("measuring", rounds * len(workers), "turns") as advance:
-            for _ in range(rounds):
-                for job in list(workers):
-                    workers[job][1].send(True)
-                    answer = _receive(workers[job])
-                    advance(1)
-                    if isinstance(job, int):
-                        found.flops[job].append(min(answer))
-                    elif isinstance(answer, str):
-                        skipped.append((str(job), answer))
-                        _stop(workers.pop(job))
-                        del found.samples[job]
-                    else:
-                        found.samples[job].append(answer)
-                    time.sleep(_PAUSE)
-    finally:
-        for worker in workers.values():
-            _stop(worker)
+    """Group by group: only those that are compared live at the same time."""
+    found = _Measured({}, {}, {}, {}, {})
+    groups: dict[tuple[int, int], list[Job]] = {}
+    for one in listed:
+        groups.setdefault((one.threads, one.batch_size), [one.threads]).append(one)
+    turns = (1 + rounds) * sum(map(len, groups.values()))  # loading takes about as long as one
+    with progress("measuring", turns, "turns") as advance:
+        for group in groups.values():
+            _interleave(group, weights, pixels, rounds, found, announce, advance)
     return found
 
 
-def _start(context: Any, job: Contender | int, weights: Weights, pixels: Preprocessing) -> tuple[Any, Connection]:
+def _interleave(
+    group: Sequence[Job],
+    weights: Weights,
+    pixels: Preprocessing,
+    rounds: int,
+    found: _Measured,
+    announce: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> None:
+    workers: dict[Job, Worker] = {}
+
+    def load(job: Job) -> _Loaded | FcvitError:
+        workers[job] = _start(job, weights, pixels)
+        return _receive(workers[job])
+
+    def give_up(job: Job, error: FcvitError, left: int) -> None:
+        found.errors[job] = error
+        _stop(workers.pop(job))
+        if isinstance(job, Contender):
+            found.turns.pop(job, None)
+        advance(left)
+
+    try:
+        for job in group:
+            answer = load(job)
+            if isinstance(answer, _Loaded) and isinstance(job, Contender) and answer.notes:
+                # An export was made and checked, which takes other time and memory than to use it: once more.
+                for note in answer.notes:
+                    announce(note)
+                found.first_loads[job] = answer.seconds
+                _stop(workers.pop(job))
+                answer = load(job)
+            advance(1)
+            if isinstance(answer, FcvitError):
+                give_up(job, answer, rounds)
+            elif isinstance(job, Contender):
+                found.loads[job], found.turns[job] = answer, []
+        for turn in range(rounds):
+            for job in list(workers):
+                answer = _ask(workers[job])
+                advance(1)
+                if isinstance(answer, FcvitError):
+                    give_up(job, answer, rounds - turn - 1)
+                elif isinstance(job, Contender):
+                    found.turns[job].append(answer)
+                else:
+                    found.peaks.setdefault(job, []).append(answer)
+                time.sleep(_PAUSE)
+    finally:
+        for worker in workers.values():
+            _stop(worker)
+
+
+def _name(job: Job) -> str:
+    return str(job) if isinstance(job, Contender) else f"{PEAK}, {job} thread(s)"
+
+
+def _start(job: Job, weights: Weights, pixels: Preprocessing) -> Worker:
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(job, weights, pixels, theirs), daemon=True)
-    with _blas_threads(job) if isinstance(job, int) else contextlib.nullcontext():
+    with _blas_threads(job) if isinstance(job, int) else contextlib.nullcontext(), _deaf_to_interrupts():
         process.start()
     theirs.close()
     return process, ours
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start in the block leave Ctrl-C to this one, which gets it after the block and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or it would start in the block, and undo this
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -284,48 +394,71 @@ def _blas_threads(threads: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _receive(worker: tuple[Any, Connection]) -> Any:
-    """What the process answers; a reason, as text, if it ended."""
+def _ask(worker: Worker) -> Any:
+    """A turn."""
+    try:
+        worker[1].send(True)
+    except OSError:  # it ended while it waited
+        return _ended(worker)
+    return _receive(worker)
+
+
+def _receive(worker: Worker) -> Any:
+    """What the process answers; an error if it ended."""
     try:
         return worker[1].recv()
-    except EOFError:
-        worker[0].join()
-        return f"its process ended with {worker[0].exitcode}"
+    except (EOFError, OSError):
+        return _ended(worker)
 
 
-def _stop(worker: tuple[Any, Connection]) -> None:
+def _ended(worker: Worker) -> FcvitError:
+    worker[0].join()
+    code = worker[0].exitcode
+    if code >= 0:
+        return FcvitError(f"its process ended with exit code {code}")
+    name = signal.Signals(-code).name
+    return FcvitError(f"its process ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}")
+
+
+def _stop(worker: Worker) -> None:
     process, pipe = worker
     pipe.close()
     process.terminate()
+    process.join(5)
+    process.kill()  # a library may not end when it is told to
     process.join()
 
 
-def work(job: Contender | int, weights: Weights, pixels: Preprocessing, pipe: Connection) -> None:
+def work(job: Job, weights: Weights, pixels: Preprocessing, pipe: Connection) -> None:
     """What a process does: load, answer, then a turn for each message."""
     try:
         if isinstance(job, int):
             compute = _matrix_product()
-            pipe.send(None)
+            pipe.send(_Loaded())
         else:
-            began = time.perf_counter()
-            engine = _engine(job, weights, pixels)
+            notes: list[str] = []
             shape = (job.batch_size, 3, pixels.input_size, pixels.input_size)
             images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            before, began = peak_memory(), time.perf_counter()
+            engine = _engine(job, weights, pixels, notes.append)
             logits = engine(images)
-            pipe.send(((time.perf_counter() - began, peak_memory()), logits))
+            pipe.send(_Loaded(time.perf_counter() - began, before, tuple(notes), logits))
 
             def compute() -> object:
                 return engine(images)
 
         while pipe.recv():
-            pipe.send(_turn(compute))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+            pipe.send(_Turn(_samples(compute), peak_memory()))
+    except (EOFError, BrokenPipeError):  # the other end has gone
         return
-    except (FcvitError, RuntimeError, MemoryError, OSError) as error:
-        pipe.send(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    except FcvitError as error:
+        pipe.send(error)
+    except Exception as error:  # of whatever library: the others go on
+        lines = str(error).strip().splitlines()
+        pipe.send(FcvitError(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__))
 
 
-def _turn(compute: Callable[[], object]) -> list[float]:
+def _samples(compute: Callable[[], object]) -> list[float]:
     """Seconds of each call but the first."""
     compute()
     samples: list[float] = []
@@ -342,14 +475,16 @@ def _matrix_product() -> Callable[[], object]:
     return lambda: np.matmul(left, left, out=out)
 
 
-def _engine(job: Contender, weights: Weights, pixels: Preprocessing) -> Callable[[np.ndarray], np.ndarray]:
+def _engine(
+    job: Contender, weights: Weights, pixels: Preprocessing, announce: Callable[[str], None]
+) -> Callable[[np.ndarray], np.ndarray]:
     if job.engine in REFERENCES:
         # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
         # other work and, alone on a machine, up to twice as slow.
         with contextlib.suppress(ImportError):
             importlib.import_module("torch")
     if job.engine not in ("torch-channels-last", "torch-compile"):
-        return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads)
+        return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads, announce=announce)
     engine: Any = create_engine("torch", weights, pixels, "cpu", job.precision, job.threads)
     torch = import_framework("torch")
     engine.model = engine.model.to(memory_format=torch.channels_last)  # the images follow its weights
@@ -365,33 +500,42 @@ def _bench(
     reference: str | None,
     skipped: Sequence[tuple[str, str]],
 ) -> Bench:
-    present = list(dict.fromkeys(contender.engine for contender in measured.samples))
+    present = list(dict.fromkeys(contender.engine for contender in measured.turns))
     if reference not in present:
         reference = "torch-channels-last" if "torch-channels-last" in present else present[0]
     gmac = multiply_accumulates(weights.form, pixels.input_size, pixels.input_size) / 1e9
-    peak = {count: 2 * _SIDE**3 / statistics.median(values) / 1e9 for count, values in measured.flops.items()}
+    peak = {
+        count: 2 * _SIDE**3 / statistics.median(min(turn.samples) for turn in turns) / 1e9
+        for count, turns in measured.peaks.items()
+        if count not in measured.errors
+    }
     speeds = []
-    for contender, turns in measured.samples.items():
-        samples = list(itertools.chain(*turns))
+    for contender, turns in measured.turns.items():
+        samples = [second for turn in turns for second in turn.samples]
         rate = contender.batch_size / statistics.median(samples)
+        medians = _medians(turns)
         beside = dataclasses.replace(contender, engine=reference, precision="float32")
         ratio = difference = None
-        if beside in measured.samples:
-            pairs = zip(measured.samples[beside], turns, strict=True)
-            ratio = statistics.median(statistics.median(one) / statistics.median(own) for one, own in pairs)
-            difference = float(np.abs(measured.logits[contender] - measured.logits[beside]).max())
-        seconds, memory = measured.loads[contender]
+        loaded = measured.loads[contender]
+        if beside in measured.turns:
+            pairs = zip(_medians(measured.turns[beside]), medians, strict=True)
+            ratio = statistics.median(one / own for one, own in pairs)
+            difference = _difference(loaded.logits, measured.loads[beside].logits)
         speeds.append(
             Speed(
                 contender,
-                len(samples),
-                {rank: percentile(samples, rank) for rank in _NEEDED},
-                rate,
-                ratio,
-                2 * gmac * rate / peak[contender.threads],
-                seconds,
-                memory,
-                difference,
+                calls=len(samples),
+                percentiles={rank: percentile(samples, rank) for rank in _NEEDED},
+                rounds=tuple(1e3 * median for median in medians),
+                images_per_second=rate,
+                gflops=2 * gmac * rate,
+                of_reference=ratio,
+                of_peak=2 * gmac * rate / peak[contender.threads] if contender.threads in peak else None,
+                load_seconds=loaded.seconds,
+                export_seconds=measured.first_loads.get(contender),
+                memory=max(turn.memory for turn in turns),
+                memory_before=loaded.memory_before,
+                difference=difference,
             )
         )
     machine = f"{processor_name()}, {available_threads()} cores"
@@ -409,6 +553,17 @@ def _bench(
     )
 
 
+def _medians(turns: Sequence[_Turn]) -> list[float]:
+    return [statistics.median(turn.samples) for turn in turns]
+
+
+def _difference(found: np.ndarray | None, expected: np.ndarray | None) -> float:
+    """The largest; NaN where there is one, or where the shapes are not even the same."""
+    if found is None or expected is None or found.shape != expected.shape:
+        return math.nan
+    return float(np.abs(found - expected).max())
+
+
 def percentile(samples: Sequence[float], rank: int) -> float | None:
     """Milliseconds below which `rank` per cent of the samples (seconds) lie; None where they are too few to say."""
     if len(samples) < _NEEDED[rank]:
@@ -420,20 +575,22 @@ def percentile(samples: Sequence[float], rank: int) -> float | None:
 
 
 def as_json_ready(found: Bench) -> dict[str, Any]:
-    """Everything, for JSON."""
-    return dataclasses.asdict(found)
+    """Everything, for JSON; `wrong` says of each what a difference of NaN, which JSON does not have, would."""
+    speeds = [dataclasses.asdict(speed) | {"wrong": speed.wrong} for speed in found.speeds]
+    return dataclasses.asdict(found) | {"speeds": speeds}
 
 
 def as_csv(found: Bench) -> str:
-    """A row for each contender."""
+    """A row for each contender; what is None is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(Speed)[1:] if field.name not in ("percentiles", "rounds")]
     ranks = [f"p{rank}_ms" for rank in _NEEDED]
-    names = ("images_per_second", "of_reference", "of_peak", "load_seconds", "memory", "difference")
-    writer.writerow(["engine", "precision", "batch_size", "threads", "calls", *ranks, *names])
+    writer.writerow([*(field.name for field in dataclasses.fields(Contender)), *ranks, *names, "wrong"])
     for speed in found.speeds:
-        row = [*dataclasses.astuple(speed.contender), speed.calls, *speed.percentiles.values()]
-        writer.writerow(["" if v is None else v for v in (*row, *(getattr(speed, name) for name in names))])
+        values = [*dataclasses.astuple(speed.contender), *speed.percentiles.values()]
+        values += [*(getattr(speed, name) for name in names), int(speed.wrong)]
+        writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
 
 
@@ -441,16 +598,20 @@ def titles(found: Bench) -> tuple[str, str]:
     """Title and subtitle of the picture."""
     return (
         f"{found.network} at {found.size} x {found.size}",
-        f"{found.machine}; images per second, normalisation included",
+        f"{found.machine}; images per second, normalisation included; lines: the middle half of all calls",
     )
 
 
-def rows_of_chart(found: Bench) -> list[tuple[str, list[tuple[str, float, bool]]]]:
-    """Groups of bars: batch and threads, then engine, images per second, whether it is the reference."""
-    groups: dict[str, list[tuple[str, float, bool]]] = {}
+def rows_of_chart(found: Bench) -> list[tuple[str, list[Bar]]]:
+    """Groups of bars, the fastest first: batch and threads, then a bar for each engine and precision."""
+    groups: dict[str, list[Bar]] = {}
     for speed in found.speeds:
         one = speed.contender
         name = one.engine if one.precision == "float32" else f"{one.engine}, {one.precision}"
+        rates = [
+            1e3 * one.batch_size / ms if ms else speed.images_per_second for ms in map(speed.percentiles.get, (75, 25))
+        ]
         group = groups.setdefault(f"batch {one.batch_size}, {one.threads} thread{'s' * (one.threads > 1)}", [])
-        group.append((name, speed.images_per_second, one.engine == found.reference and one.precision == "float32"))
-    return [(name, sorted(bars, key=lambda bar: -bar[1])) for name, bars in groups.items()]
+        reference = one.engine == found.reference and one.precision == "float32"
+        group.append(Bar(name, speed.images_per_second, rates[0], rates[1], reference))
+    return [(name, sorted(bars, key=lambda bar: -bar.rate)) for name, bars in groups.items()]
