@@ -87,6 +87,7 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> tup
         inbrowser=open_browser,
         prevent_thread_lock=True,
         max_file_size=LIMIT,
+        footer_links=["settings"],
         # Fonts of the system: the usual themes fetch theirs from elsewhere.
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )
@@ -144,13 +145,20 @@ def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> An
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(viewer.name)}")
                     labels.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
-                    pictures.append(gradio.Image(label="Maps", type="pil", interactive=False, elem_id=f"maps-{number}"))
+                    pictures.append(_image(gradio, f"maps-{number}"))
         settings = [depth, head, values]
         outputs = [component for pair in zip(labels, pictures, strict=True) for component in pair]
         file.change(look, [file, *settings], [state, message, *outputs], api_name=False)
         for one in settings:
             one.change(show, [state, *settings], pictures, api_name=False, show_progress="hidden")
     return page
+
+
+def _image(gradio: Any, name: str) -> Any:
+    """A picture without the button that would send it to somebody else's server."""
+    return gradio.Image(
+        show_label=False, type="pil", interactive=False, elem_id=name, buttons=["download", "fullscreen"]
+    )
 
 
 def _names(viewer: Viewer) -> list[tuple[int, int, int]]:
