@@ -16,7 +16,7 @@ import numpy as np
 
 from fcvit.frameworks import import_framework
 from fcvit.machine import available_threads, processor_name
-from fcvit.tasks.bench import _by_rule
+from fcvit.tasks.bench import weights_by_rule
 from fcvit.variants import VARIANTS
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    weights = _by_rule(VARIANTS[arguments.variant], print)
+    weights = weights_by_rule(VARIANTS[arguments.variant], print)
     images = np.random.default_rng(0).normal(size=(1, 3, arguments.size, arguments.size)).astype(np.float32)
     found = {}
     for name, passes in (("paddle", paddle_passes(weights, images)), ("torch", torch_passes(weights, images))):

@@ -442,6 +442,7 @@ def trust(
     output: Annotated[Path | None, Output] = None,
     most: int = 200,
     absolute: Annotated[bool, Parameter(negative=())] = False,
+    every: Annotated[bool, Parameter(negative=())] = False,
     seed: int = 0,
     engine: str = "auto",
     device: Device = "auto",
@@ -456,6 +457,7 @@ def trust(
         output: New folder for trust.json and trust.png.
         most: Take at most so many images, evenly over their names.
         absolute: Count what is unlike the context as marked too.
+        every: Measure all global contexts, not only the first and the last of each stage.
         seed: Of the random maps and the bootstrap.
         engine: What computes the probabilities; as in predict.
         device: auto, cpu, gpu or gpu:N.
@@ -465,7 +467,14 @@ def trust(
     from fcvit.report import tables
     from fcvit.tasks.trust import trust as run
 
-    options: dict[str, Any] = {"absolute": absolute, "seed": seed, "engine": engine, "device": device, "ema": ema}
+    options: dict[str, Any] = {
+        "absolute": absolute,
+        "every": every,
+        "seed": seed,
+        "engine": engine,
+        "device": device,
+        "ema": ema,
+    }
     found = run(weights, _some_images("trust", images, most), output, **options, announce=_note)
     _print_result(found, tables.trust, as_json)
 

@@ -316,7 +316,7 @@ def test_requests_that_cannot_be(options, fake):
 
 def test_a_backbone_has_no_logits(fake):
     form = Form(DIGITS.variant, dense=True)
-    weights = dataclasses.replace(task._by_rule(DIGITS.variant, print), form=form, tensors=lively_tensors(form))
+    weights = dataclasses.replace(task.weights_by_rule(DIGITS.variant, print), form=form, tensors=lively_tensors(form))
     with pytest.raises(DoesNotFit, match="logits of a classifier"):
         bench(weights)
 

@@ -76,7 +76,9 @@ def _depth(lines: Sequence[Line], names: Sequence[str], title: str, images: int)
 def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure":
     side, gap, left = 1.75, 0.3, 0.75
     width, height = left + len(curves) * (side + gap) + 0.1, 1.35 + 2 * (side + 0.45) + 0.45
-    figure = canvas(max(width, 6.0), height, title, f"{images} images; probability of the predicted class")
+    figure = canvas(
+        max(width, 6.0), height, title, f"{images} images; probability of the predicted class; stage.block.context"
+    )
     for column, one in enumerate(curves):
         for row, (own, random, what) in enumerate(
             (

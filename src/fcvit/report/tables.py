@@ -143,7 +143,7 @@ def heads(found: Heads) -> Table:
 def trust(found: Trust) -> Table:
     """How much better than random maps."""
     columns = ("deletion gain", "95 % interval", "insertion gain", "95 % interval ")
-    result = table("map", *columns, right=columns)
+    result = table("stage.block.context", *columns, right=columns)
     result.title = f"{found.network}, {found.images} images, {found.values} maps against random ones (areas, 0 to 1)"
     for one in found.curves:
         gains = []

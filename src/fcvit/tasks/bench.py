@@ -225,7 +225,7 @@ def _weights(
 ) -> Weights:
     """A classifier's weights that can be sent to another process."""
     if given is None:
-        return _by_rule(get_variant(variant or "fcvit_tiny"), announce)
+        return weights_by_rule(get_variant(variant or "fcvit_tiny"), announce)
     if variant is not None:
         raise UsageError("--variant is for weights by rule; a file of weights says itself which variant it is")
     read = given if isinstance(given, Weights) else read_weights(given, ema)
@@ -234,7 +234,7 @@ def _weights(
     return _portable(read)
 
 
-def _by_rule(variant: Variant, announce: Callable[[str], None]) -> Weights:
+def weights_by_rule(variant: Variant, announce: Callable[[str], None]) -> Weights:
     announce(f"no weights given: {variant.name} with weights by rule, which are as fast as trained ones")
     form = Form(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} by rule"), MEMORY, {}, None, b"")

@@ -38,7 +38,7 @@ class Curves:
     """One kind of map over all images.
 
     Attributes:
-        name: "stage N" (mean over heads of its last context) or "occlusion".
+        name: stage.block.context of a map (mean over heads), or "occlusion".
         deletion, insertion: mean probability of the predicted class when 0, 10, ... 100 % of the pixels, most
             marked first, are gone or are there.
         random_deletion, random_insertion: the same of the random maps.
@@ -74,19 +74,21 @@ def trust(
     folder: str | os.PathLike[str] | None = None,
     *,
     absolute: bool = False,
+    every: bool = False,
     seed: int = 0,
     engine: str = AUTO,
     device: str = "auto",
     ema: bool | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Trust:
-    """Measure the maps of each stage's last context, averaged over heads, and occlusion.
+    """Measure maps, averaged over heads, and occlusion.
 
     Args:
         weights: a file of any format, or weights in memory; with a head.
         images: files; at least two.
         folder: a new one for trust.json and trust.png; None: nothing is written.
         absolute: what is unlike the context counts as marked too.
+        every: the maps of all global contexts; else those of the first and the last of each stage.
         seed: of the random maps and of the bootstrap.
         engine: what computes the probabilities.
 
@@ -106,7 +108,7 @@ def trust(
         for number, path in enumerate(images):
             pixels = preprocess(path, viewer.preprocessing)
             generator = np.random.default_rng([seed, number])
-            for name, curves in _one(viewer, compute, pixels, absolute, generator).items():
+            for name, curves in _one(viewer, compute, pixels, absolute, every, generator).items():
                 areas.setdefault(name, []).append(curves)
             advance(1)
     generator = np.random.default_rng(seed)
@@ -135,6 +137,7 @@ def _one(
     compute: Callable[[np.ndarray], np.ndarray],
     pixels: np.ndarray,
     absolute: bool,
+    every: bool,
     generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """Curves of an image for each kind of map: (2, 2, STEPS), [deletion, insertion] of [the map, random maps]."""
@@ -146,10 +149,13 @@ def _one(
         return softmax(compute(batch))[:, predicted]
 
     kinds: dict[str, tuple[np.ndarray, Callable[[np.ndarray, int], np.ndarray]]] = {}
-    for stage in sorted({one.stage for one in found}):
-        values = found.at(stage).standardised[0].mean(0)
+    stages = sorted({one.stage for one in found})
+    chosen = found.maps if every else [one for s in stages for one in (found.at(s, 1, 1), found.at(s))]
+    for one in chosen:
+        values = one.standardised[0].mean(0)
         if values.size > 1:
-            kinds[f"stage {stage}"] = np.abs(values) if absolute else values, on_crop
+            name = f"{one.stage}.{one.block}.{one.context}"
+            kinds[name] = np.abs(values) if absolute else values, on_crop
     kinds[_OCCLUSION] = occlusion(pixels, probability), in_blocks
     curves = {}
     for name, (values, spread) in kinds.items():
