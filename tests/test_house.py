@@ -46,6 +46,7 @@ ORDER = {
         "compare",
         "export",
         "bench",
+        "plain_vit",
         "heads",
         "trust",
         "demo",

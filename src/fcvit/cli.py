@@ -413,17 +413,22 @@ def heads(
     weights: Path,
     output: Annotated[Path | None, Output] = None,
     most: int = 200,
+    vit: str | None = None,
+    vit_weights: Path | None = None,
     device: Device = "auto",
     ema: bool | None = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how much the heads' similarity maps differ, how sparse they are, and how they change with depth.
+    """Measure how the heads' similarity maps differ, how sparse they are, how they change with depth, and whether
+    queries would.
 
     Args:
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format.
         output: New folder for heads.json and heads.png.
         most: Take at most so many images, evenly over their names.
+        vit: Measure the attention of this plain ViT of the installed timm beside it, such as vit_small_patch16_224.
+        vit_weights: File with the weights of that ViT, under timm's names.
         device: auto, cpu, gpu or gpu:N.
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
@@ -431,7 +436,8 @@ def heads(
     from fcvit.report import tables
     from fcvit.tasks.heads import heads as run
 
-    found = run(weights, _some_images("heads", images, most), output, device=device, ema=ema, announce=_note)
+    options: dict[str, Any] = {"vit": vit, "vit_weights": vit_weights, "device": device, "ema": ema}
+    found = run(weights, _some_images("heads", images, most), output, **options, announce=_note)
     _print_result(found, tables.heads, as_json)
 
 
@@ -493,7 +499,7 @@ def _print_result(found: Any, table: Any, as_json: bool) -> None:
 
         _print_json(dataclasses.asdict(found))
         return
-    _show(table(found))
+    _show(*table(found))
     if found.folder:
         print(f"written to {found.folder}")
 

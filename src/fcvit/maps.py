@@ -25,6 +25,7 @@ class SimilarityMap(Generic[T]):
         context: 1 or 2, the first or second global context of the block.
         standardised: (B, heads, H, W), mean 0 and standard deviation 1 over heads and positions of an image.
         rescaled: the same after each head's scale and shift: what multiplies the context.
+        tokens: (B, C, H, W), what is compared with its mean; None where they were not asked for.
     """
 
     stage: int
@@ -32,6 +33,7 @@ class SimilarityMap(Generic[T]):
     context: int
     standardised: T
     rescaled: T
+    tokens: T | None = None
 
     @property
     def name(self) -> str:
@@ -81,9 +83,14 @@ def require_maps(variant: Variant) -> None:
 
 
 class Recorder(Generic[T]):
-    """Takes the maps of one forward pass as they are computed; it knows where the pass is by what it is told."""
+    """Takes the maps of one forward pass as they are computed; it knows where the pass is by what it is told.
 
-    def __init__(self) -> None:
+    Args:
+        tokens: keep them too, which takes as much memory as the pass of a network in training.
+    """
+
+    def __init__(self, tokens: bool = False) -> None:
+        self.tokens = tokens
         self.maps: list[SimilarityMap[T]] = []
         self.stage = self.block = self.context = 0
 
@@ -93,6 +100,7 @@ class Recorder(Generic[T]):
     def enter_block(self) -> None:
         self.block, self.context = self.block + 1, 0
 
-    def take(self, standardised: T, rescaled: T) -> None:
+    def take(self, tokens: T, standardised: T, rescaled: T) -> None:
         self.context += 1
-        self.maps.append(SimilarityMap(self.stage, self.block, self.context, standardised, rescaled))
+        kept = tokens if self.tokens else None
+        self.maps.append(SimilarityMap(self.stage, self.block, self.context, standardised, rescaled, kept))

@@ -62,19 +62,20 @@ class FCViT(nn.Layer):
         """(B, 3, H, W), normalised -> (B, num_classes) logits, or (B, widths[3]) without a head."""
         return self._classify(self.features(x)[-1])
 
-    def similarity(self, x: Tensor) -> Similarity[Tensor]:
+    def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
         """A forward pass that keeps the token-global similarity of every global context (see `fcvit.maps`).
 
         The maps are those that the pass itself computes and uses. Gradients as in `model(x)`.
 
         Args:
             x: (B, 3, H, W), normalised.
+            tokens: keep what each context is taken of, too.
 
         Raises:
             UsageError: the variant has no weighted global context.
         """
         require_maps(self.variant)
-        recorder: Recorder[Tensor] = Recorder()
+        recorder: Recorder[Tensor] = Recorder(tokens)
         output = self._classify(_stage_outputs(self, x, recorder)[-1])
         return Similarity(output, tuple(recorder.maps))
 
@@ -346,7 +347,7 @@ class GlobalContext(nn.Layer):
         similarity = self.similarity(x, context)
         weight = similarity * self.rescale_weight.reshape([1, -1, 1, 1]) + self.rescale_bias.reshape([1, -1, 1, 1])
         if recorder is not None:
-            recorder.take(similarity, weight)
+            recorder.take(x, similarity, weight)
         value = value.reshape([batch, self.heads, width // self.heads, 1, 1])
         return (weight.unsqueeze(2) * value).reshape([batch, width, height, across])
 

@@ -56,10 +56,10 @@ class FCViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
 
-    def similarity(self, x: Tensor) -> Similarity[Tensor]:
+    def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
         """As `fcvit.model.FCViT.similarity`."""
         require_maps(self.variant)
-        recorder: Recorder[Tensor] = Recorder()
+        recorder: Recorder[Tensor] = Recorder(tokens)
         output = self.classify(run_stages(self.patch_embed(x), self.network, recorder))
         return Similarity(output, tuple(recorder.maps))
 
@@ -246,7 +246,7 @@ class GlobalContext(nn.Module):
         standardised = (similarity - mean) / (deviation + 1e-5)
         rescaled = standardised * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
         if recorder is not None:
-            recorder.take(standardised, rescaled)
+            recorder.take(x, standardised, rescaled)
         return (rescaled[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
 
 

@@ -9,8 +9,6 @@ from PIL import Image
 from conftest import DIGITS, image_by_rule, needs_paddle, write_pth
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
 from fcvit.images.preprocess import crop
-from fcvit.maps import Similarity, SimilarityMap
-from fcvit.tasks.heads import between_heads, heads, measure, sparseness
 from fcvit.tasks.similarity import Viewer, choose_heads, similarity
 from fcvit.tasks.trust import STEPS, in_blocks, occlusion, on_crop, removal, summary, trust
 from fcvit.weights.lively import lively_tensors
@@ -102,57 +100,6 @@ def test_heads_are_chosen_and_named():
     assert choose_heads(maps, "each")[1] == ["head 1", "head 2"]
     assert np.array_equal(choose_heads(maps, "2")[0], maps[1:])
     assert np.array_equal(choose_heads(maps, "mean")[0], maps.mean(0, keepdims=True))
-
-
-# Between heads and over depth
-
-
-def test_two_heads_that_are_one_correlate_by_one():
-    generator = np.random.default_rng(0)
-    one, other = generator.normal(size=(2, 1, 500))
-    twice = np.stack([one, 3 * one + 2], axis=1)
-    assert between_heads(twice) == pytest.approx(1) and between_heads(np.stack([one, -one], axis=1)) == pytest.approx(
-        -1
-    )
-    assert abs(between_heads(np.stack([one, other], axis=1)).item()) < 0.15
-    three = np.stack([one, one, -one], axis=1)
-    assert between_heads(three) == pytest.approx(-1 / 3)
-    assert np.isnan(between_heads(one[:, None])).all() and np.isnan(between_heads(0 * twice)).all()
-
-
-def test_sparseness_of_flat_and_peaked_maps():
-    flat, peaked = np.zeros((1, 1, 100)), np.zeros((1, 1, 100))
-    peaked[..., 3] = 50
-    entropy, top = sparseness(flat)
-    assert entropy == pytest.approx(1) and top == pytest.approx(0.1)
-    entropy, top = sparseness(peaked)
-    assert entropy == pytest.approx(0, abs=1e-9) and top == pytest.approx(1)
-    assert np.isnan(sparseness(np.zeros((1, 1, 1)))).all()
-
-
-def test_what_is_kept_is_compared_where_it_lies():
-    """Position i of a stage is position 2 i of the one before."""
-    values = np.random.default_rng(0).normal(size=(2, 8, 6, 6))
-    maps = [SimilarityMap(1, 1, 1, values, values), SimilarityMap(2, 1, 1, values[:, :, ::2, ::2], values)]
-    kept = measure(Similarity(values, maps))[:, :, 3]
-    assert np.isnan(kept[0]).all() and kept[1] == pytest.approx([1, 1])
-    maps[1] = SimilarityMap(2, 1, 1, values[:, :, 1::2, 1::2], values)
-    assert np.abs(measure(Similarity(values, maps))[1, :, 3]).max() < 0.9
-
-
-@needs_paddle
-@pytest.mark.charts
-@pytest.mark.slow
-def test_the_measures_of_a_network(digits_pth, photos, tmp_path):
-    found = heads(digits_pth, photos, tmp_path / "run")
-    assert [(one.stage, one.block, one.context) for one in found.measures][:3] == [(1, 1, 1), (1, 1, 2), (2, 1, 1)]
-    assert all(-1 <= one.correlation <= 1 and 0 < one.entropy <= 1 for one in found.measures[:8])
-    assert np.isnan(found.measures[-1].entropy), "a single position has no entropy"
-    kept = json.loads((tmp_path / "run" / "heads.json").read_text())
-    assert kept["measures"][0]["entropy"] == found.measures[0].entropy and kept["measures"][-1]["entropy"] is None
-    assert (tmp_path / "run" / "heads.png").read_bytes().startswith(b"\x89PNG")
-    again = heads(digits_pth, photos)
-    assert again.folder is None and again.measures[1:8] == found.measures[1:8]
 
 
 # Trust

@@ -1,10 +1,11 @@
 """Charts about similarity maps: how they change with depth, and whether they mark what predictions rest on."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from fcvit.report.charts import axes_at, canvas, drawing, png
+from fcvit.report.charts import axes_at, canvas, drawable, drawing, fit, png
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
@@ -15,10 +16,19 @@ _FAINT = "#d9d9d9"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A measure over depth: its name, and a value for each context (NaN: none)."""
+    """A measure over depth: its name, and a value for each layer (NaN: none)."""
 
     name: str
     values: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """A network's measures over depth: its name, the names of its layers, and the measures."""
+
+    network: str
+    layers: Sequence[str]
+    lines: Sequence[Line]
 
 
 class RemovalCurves(Protocol):
@@ -36,14 +46,18 @@ class RemovalCurves(Protocol):
     def random_insertion(self) -> tuple[float, ...]: ...
 
 
-def depth_chart(lines: Sequence[Line], names: Sequence[str], title: str, images: int) -> bytes:
-    """One panel a measure, one below the other, over the contexts: a PNG file.
+def depth_chart(networks: Sequence[Depth], images: int) -> bytes:
+    """One panel a measure, one below the other, over the layers; networks side by side on one scale: a PNG file.
+
+    Args:
+        networks: at least one, all with the same measures.
+        images: how many the values are means over.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
     with drawing():
-        return png(_depth(lines, names, title, images))
+        return png(_depth(networks, images))
 
 
 def trust_chart(curves: Sequence[RemovalCurves], title: str, images: int) -> bytes:
@@ -56,20 +70,34 @@ def trust_chart(curves: Sequence[RemovalCurves], title: str, images: int) -> byt
         return png(_trust(curves, title, images))
 
 
-def _depth(lines: Sequence[Line], names: Sequence[str], title: str, images: int) -> "Figure":
-    panel, gap, width = 1.25, 0.42, 8.0
-    height = 1.15 + len(lines) * (panel + gap) + 0.3
-    figure = canvas(width, height, title, f"means over {images} images; stage.block.context")
-    places = range(len(names))
-    for number, line in enumerate(reversed(lines)):
-        axes = axes_at(figure, 0.65, 0.75 + number * (panel + gap), width - 0.9, panel)
-        axes.plot(places, line.values, color=RIGHT, marker="o", markersize=4)
-        axes.set_title(line.name, loc="left", fontsize=10)
-        axes.grid(color=_FAINT, linewidth=0.5)
-        axes.margins(y=0.15)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        step = -(-len(names) // 26)
-        axes.set_xticks(places[::step], names[::step] if not number else [""] * len(places[::step]), rotation=90)
+def _depth(networks: Sequence[Depth], images: int) -> "Figure":
+    panel, gap, left = 1.25, 0.42, 0.65
+    wide = 7.1 if len(networks) == 1 else 5.6
+    width = left + len(networks) * (wide + 0.25)
+    count = len(networks[0].lines)
+    height = 1.55 + count * (panel + gap) + 0.3
+    title = "Maps over depth"
+    figure = canvas(width, height, title, f"means over {images} images; layers in the order of the pass")
+    for row in range(count):
+        rows = [network.lines[count - 1 - row] for network in networks]
+        known = [value for line in rows for value in line.values if math.isfinite(value)] or [0.0]
+        margin = 0.15 * (max(known) - min(known)) or 0.05
+        for column, (network, line) in enumerate(zip(networks, rows, strict=True)):
+            axes = axes_at(figure, left + column * (wide + 0.25), 0.85 + row * (panel + gap), wide, panel)
+            places = range(len(network.layers))
+            axes.plot(places, line.values, color=RIGHT, marker="o", markersize=4)
+            axes.set_title(line.name, loc="left", fontsize=10)
+            axes.grid(color=_FAINT, linewidth=0.5)
+            axes.set_ylim(min(known) - margin, max(known) + margin)
+            axes.set_xlim(-0.5, len(places) - 0.5)
+            step = -(-len(places) // 26)
+            axes.set_xticks(places[::step], network.layers[::step] if not row else [""] * len(places[::step]))
+            axes.tick_params("x", rotation=90)
+            if column:
+                axes.set_yticklabels([])
+            if row == count - 1:
+                name = fit(drawable(network.network), wide)
+                axes.annotate(name, (0, 1), (0, 22), "axes fraction", textcoords="offset points", fontsize=11)
     return figure
 
 

@@ -128,19 +128,20 @@ def maps_written(found: Written) -> Table:
     return result
 
 
-def heads(found: Heads) -> Table:
-    """How much heads differ, context by context."""
-    columns = ("between heads", "entropy", "top tenth", "kept")
-    result = table("stage", "block", "context", *columns, right=columns)
-    result.title = f"{found.network}, standardised maps of {found.images} images"
-    for one in found.measures:
-        values = (one.correlation, one.entropy, one.top_decile, one.kept)
-        cells = ["" if value != value else f"{value:.3f}" for value in values]
-        result.add_row(str(one.stage), str(one.block), str(one.context), *cells)
-    return result
+def heads(found: Heads) -> list[Table]:
+    """How much heads differ, and whether queries do, layer by layer; a table for each network."""
+    columns = ("between heads", "entropy", "top tenth", "kept", "queries agree")
+    results = []
+    for network in found.networks:
+        result = table("maps of", *columns, right=columns, title=f"{network.network}, {found.images} images")
+        for one in network.layers:
+            values = (one.correlation, one.entropy, one.top_decile, one.kept, one.agreement)
+            result.add_row(one.name, *("" if value != value else f"{value:.3f}" for value in values))
+        results.append(result)
+    return results
 
 
-def trust(found: Trust) -> Table:
+def trust(found: Trust) -> list[Table]:
     """How much better than random maps."""
     columns = ("deletion gain", "95 % interval", "insertion gain", "95 % interval ")
     result = table("stage.block.context", *columns, right=columns)
@@ -150,7 +151,7 @@ def trust(found: Trust) -> Table:
         for gain, bounds in ((one.deletion_gain, one.deletion_interval), (one.insertion_gain, one.insertion_interval)):
             gains += [f"{gain:+.3f}", f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"]
         result.add_row(one.name, *gains)
-    return result
+    return [result]
 
 
 def problems(found: Sequence[Problem]) -> Table:

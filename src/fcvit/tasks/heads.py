@@ -1,13 +1,15 @@
-"""How much do heads differ, and how do their maps change with depth? The figures behind the paper's motivation.
+"""How much do heads differ, how do maps change with depth, and does the query matter? The paper's motivation, measured.
 
-FCViT drops the query because attention maps of different queries are alike; what it keeps is one map for each head.
-If heads differed little, one would do; if their maps were flat, none would be needed.
+FCViT drops the query because the maps of different queries are alike; what it keeps is one map for each head. If heads
+differed little, one would do; if their maps were flat, none would be needed; if a position that asked for itself got
+another map than the mean of all positions gets, the query would be missed. A plain ViT, whose queries are there,
+is measured alike (`fcvit.tasks.plain_vit`).
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +18,55 @@ from fcvit import runs
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.images.preprocess import preprocess
 from fcvit.maps import Similarity, SimilarityMap
-from fcvit.report.map_charts import Line, depth_chart
+from fcvit.report.map_charts import Depth, Line, depth_chart
 from fcvit.report.progress import progress
+from fcvit.tasks.plain_vit import PlainViT
 from fcvit.tasks.similarity import Viewer
+from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
-_BATCH = 16
+_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Of one global context, means over the images; NaN where maps have too few positions to say.
+    """Of the maps of one layer, means over the images; NaN where they have too few positions or heads to say.
+
+    Of a ViT, each query's attention is a map, and the figures are means over the queries.
 
     Attributes:
-        stage, block, context: which one.
+        name: of a global context, as in `SimilarityMap.name`; of a ViT's block, "block1" and so on.
         correlation: Pearson's, of the maps of two heads over the positions; mean over all pairs.
         entropy: of a head's mass, over that of a uniform one: 1 is flat. Mass: softmax over the positions.
         top_decile: share of a head's mass in the tenth of the positions that have most; 0.1 is flat.
-        kept: Pearson's correlation with the map of the context before (means over heads; across stages every
+        kept: Pearson's correlation with the map of the layer before (means over heads; across stages every
             second position, which is where the next stage's are). 1: nothing changes.
+        agreement: Pearson's correlation of the map that a position gets as its own query with the one that the mean
+            of all queries gets; mean over heads and positions. 1: the query does not matter.
     """
 
-    stage: int
-    block: int
-    context: int
+    name: str
     correlation: float
     entropy: float
     top_decile: float
     kept: float
+    agreement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkMeasures:
+    """All layers of a network, in the order of the pass."""
+
+    network: str
+    layers: tuple[Measures, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """All contexts in the order of the pass, over so many images; `folder`: where it was written, or None."""
+    """Over so many images: FCViT, and the ViT beside it if there is one; `folder`: where it was written, or None."""
 
-    network: str
     images: int
-    measures: tuple[Measures, ...]
+    networks: tuple[NetworkMeasures, ...]
     folder: Path | None
 
 
@@ -61,6 +75,8 @@ def heads(
     images: Sequence[Path],
     folder: str | os.PathLike[str] | None = None,
     *,
+    vit: str | None = None,
+    vit_weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
     ema: bool | None = None,
     announce: Callable[[str], None] = lambda _: None,
@@ -71,6 +87,7 @@ def heads(
         weights: a file of any format, or weights in memory.
         images: files.
         folder: a new one for heads.json and heads.png; None: nothing is written.
+        vit, vit_weights: a plain ViT to be measured too: its name in the installed timm, a file with its weights.
 
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
@@ -78,69 +95,116 @@ def heads(
     """
     if not images:
         raise UsageError("expected at least one image")
+    if (vit is None) != (vit_weights is None):
+        raise UsageError("a ViT needs both its name in timm, --vit NAME, and its weights, --vit-weights FILE")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, device=device)
-    rows: list[np.ndarray] = []
-    with progress("measuring", len(images)) as advance:
-        for start in range(0, len(images), _BATCH):
-            batch = np.stack([preprocess(path, viewer.preprocessing) for path in images[start : start + _BATCH]])
-            rows.append(measure(viewer.similarity(batch)))
-            advance(len(batch))
-    # A map that is the same everywhere correlates with nothing: it does not count.
-    figures = np.ma.masked_invalid(np.concatenate(rows, axis=1)).mean(axis=1).filled(np.nan)
-    named = viewer.similarity(batch[:1])
-    measures = tuple(
-        Measures(one.stage, one.block, one.context, *map(float, values))
-        for one, values in zip(named, figures, strict=True)
-    )
-    found = Heads(str(read.form), len(images), measures, None)
+    plain = PlainViT(vit, vit_weights, device) if vit is not None and vit_weights is not None else None
+    networks = [
+        _over_images(str(read.form), images, viewer.preprocessing, lambda x: measure(viewer.similarity(x, True)))
+    ]
+    if plain is not None:
+        networks.append(
+            _over_images(plain.name, images, plain.preprocessing, lambda x: measure_queries(plain.logits(x)))
+        )
+    found = Heads(len(images), tuple(networks), None)
     if folder is None:
         return found
     with runs.run_folder(Path(folder), "heads") as target:
         found = dataclasses.replace(found, folder=target)
         runs.write_json(target / "heads.json", dataclasses.asdict(found))
         try:
-            runs.write_bytes(target / "heads.png", depth_chart(*_lines(found)))
+            runs.write_bytes(target / "heads.png", depth_chart([_depth(one) for one in networks], len(images)))
         except MissingExtra as error:
             announce(f"no picture: {error}")
     return found
 
 
-def _lines(found: Heads) -> tuple[list[Line], list[str], str, int]:
-    """What the picture shows."""
-    names = [f"{one.stage}.{one.block}.{one.context}" for one in found.measures]
+def _over_images(
+    network: str,
+    images: Sequence[Path],
+    preprocessing: Preprocessing,
+    figures: Callable[[np.ndarray], dict[str, np.ndarray]],
+) -> NetworkMeasures:
+    """The mean of the figures over the images, layer by layer.
+
+    Args:
+        figures: of uint8 (B, 3, S, S), for each layer (B, 5), in the order of the fields of `Measures`.
+    """
+    rows: dict[str, list[np.ndarray]] = {}
+    with progress(f"measuring {network}", len(images)) as advance:
+        for start in range(0, len(images), _BATCH):
+            batch = np.stack([preprocess(path, preprocessing) for path in images[start : start + _BATCH]])
+            for name, values in figures(batch).items():
+                rows.setdefault(name, []).append(values)
+            advance(len(batch))
+    return NetworkMeasures(
+        network, tuple(Measures(name, *map(float, _mean(np.concatenate(row), 0))) for name, row in rows.items())
+    )
+
+
+def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Of what is a number: a map that is the same everywhere correlates with nothing, and does not count."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
+
+
+def _depth(found: NetworkMeasures) -> Depth:
+    """A column of the picture: network, names of the layers, and measures."""
+    names = [one.name.replace("stage", "").replace("block", "").replace("context", "") for one in found.layers]
     lines = [
-        Line("correlation of two heads (1: they are one)", [one.correlation for one in found.measures]),
-        Line("entropy over that of a flat map", [one.entropy for one in found.measures]),
-        Line("mass in the top tenth of positions (0.1: flat)", [one.top_decile for one in found.measures]),
-        Line("correlation with the map before", [one.kept for one in found.measures]),
+        Line("correlation of two heads (1: they are one)", [one.correlation for one in found.layers]),
+        Line("entropy over that of a flat map", [one.entropy for one in found.layers]),
+        Line("mass in the top tenth of positions (0.1: flat)", [one.top_decile for one in found.layers]),
+        Line("correlation with the map before", [one.kept for one in found.layers]),
+        Line("agreement of queries (1: the query does not matter)", [one.agreement for one in found.layers]),
     ]
-    return lines, names, f"{found.network}: heads over depth", found.images
+    return Depth(found.network, names, lines)
 
 
-def measure(found: Similarity[np.ndarray]) -> np.ndarray:
-    """(contexts, B, 4): correlation, entropy, top decile, kept."""
-    rows = []
+def measure(found: Similarity[np.ndarray]) -> dict[str, np.ndarray]:
+    """For each global context (B, 5), in the order of the fields of `Measures`; `found` has its tokens."""
+    rows = {}
     before: SimilarityMap[np.ndarray] | None = None
     for one in found:
-        maps = one.standardised.reshape(*one.standardised.shape[:2], -1)  # (B, heads, positions)
-        mean = one.standardised.mean(1)
-        kept = _correlation(_met(before, one), mean.reshape(len(mean), -1)) if before else np.full(len(mean), np.nan)
-        rows.append(np.stack([between_heads(maps), *sparseness(maps), kept], axis=1))
+        assert one.tokens is not None
+        maps = one.standardised.reshape(*one.standardised.shape[:2], -1)
+        figures = _figures(maps, None if before is None else _met(before, one))
+        rows[one.name] = np.column_stack([figures, agreement(one.tokens, maps.shape[1])])
         before = one
-    return np.stack(rows)
+    return rows
+
+
+def measure_queries(blocks: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """The same of attention logits, (B, heads, queries, keys) each: a query's keys are the positions of its map."""
+    rows = {}
+    before = None
+    for number, logits in enumerate(blocks, 1):
+        batch, heads, queries, keys = logits.shape
+        maps = np.moveaxis(logits, 2, 1).reshape(batch * queries, heads, keys)
+        figures = _mean(_figures(maps, before).reshape(batch, queries, -1), 1)
+        free = np.broadcast_to(logits.mean(2, keepdims=True), logits.shape)  # what the mean of the queries gets
+        agreed = _correlation(logits.reshape(-1, keys), free.reshape(-1, keys)).reshape(batch, -1)
+        rows[f"block{number}"] = np.column_stack([figures, _mean(agreed, 1)])
+        before = maps.mean(1)
+    return rows
+
+
+def _figures(maps: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+    """(rows, heads, positions), (rows, positions) -> (rows, 4): correlation, entropy, top decile, kept."""
+    kept = np.full(len(maps), np.nan) if before is None else _correlation(before, maps.mean(1))
+    return np.column_stack([between_heads(maps), *sparseness(maps), kept])
 
 
 def between_heads(maps: np.ndarray) -> np.ndarray:
-    """(B, heads, positions) -> (B,): mean correlation of two different heads."""
+    """(rows, heads, positions) -> (rows,): mean correlation of two different heads."""
     pairs = np.triu_indices(maps.shape[1], 1)
     if not len(pairs[0]):
         return np.full(len(maps), np.nan)
-    return np.mean([_correlation(maps[:, i], maps[:, j]) for i, j in zip(*pairs, strict=True)], axis=0)
+    return _mean(np.stack([_correlation(maps[:, i], maps[:, j]) for i, j in zip(*pairs, strict=True)]), 0)
 
 
 def sparseness(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(B, heads, positions) -> entropy over the uniform one's, and share of the top tenth; (B,) each."""
+    """(rows, heads, positions) -> entropy over the uniform one's, and share of the top tenth; (rows,) each."""
     positions = maps.shape[2]
     if positions < 2:
         return np.full(len(maps), np.nan), np.full(len(maps), np.nan)
@@ -149,6 +213,25 @@ def sparseness(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     entropy = -(mass * np.log(np.maximum(mass, 1e-300))).sum(2) / math.log(positions)
     top = np.sort(mass, axis=2)[:, :, -math.ceil(positions / 10) :].sum(2)
     return entropy.mean(1), top.mean(1)
+
+
+def agreement(tokens: np.ndarray, heads: int) -> np.ndarray:
+    """How much the map of a position's own similarity is like that of the mean's: (B, C, H, W) -> (B,).
+
+    For each head and position q, the correlation over positions p of x_q . x_p with c . x_p, c the mean of all x. The
+    second is what the network computes; it is the mean of the first over q. With S the covariance of the positions,
+    the correlation is x_q S c over the root of (x_q S x_q)(c S c), so that no map of a single query is ever made.
+    """
+    x = tokens.reshape(len(tokens), heads, tokens.shape[1] // heads, -1).astype(float)  # (B, heads, d, positions)
+    context = x.mean(3, keepdims=True)
+    centred = x - context
+    covariance = centred @ centred.swapaxes(2, 3)  # the number of positions cancels
+    spread = covariance @ x
+    own = np.maximum((x * spread).sum(2), 0)
+    free = np.maximum((context * (covariance @ context)).sum(2), 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.where(own * free > 0, (context * spread).sum(2) / np.sqrt(own * free), np.nan)
+    return _mean(found, (1, 2))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -95,15 +95,22 @@ class Viewer:
         with on_paddle_device(self.device):
             self.model = build_classifier(weights)
 
-    def similarity(self, batch: np.ndarray) -> Similarity[np.ndarray]:
-        """uint8 (B, 3, S, S) -> logits and maps, as NumPy arrays."""
+    def similarity(self, batch: np.ndarray, tokens: bool = False) -> Similarity[np.ndarray]:
+        """uint8 (B, 3, S, S) -> logits and maps, as NumPy arrays; with what each context is taken of, if asked."""
         with on_paddle_device(self.device), self.paddle.no_grad():
-            found = self.model.similarity(self.paddle.to_tensor(normalise(batch, self.preprocessing)))
-        maps = [
-            SimilarityMap(one.stage, one.block, one.context, one.standardised.numpy(), one.rescaled.numpy())
-            for one in found
-        ]
-        return Similarity(found.output.numpy(), maps)
+            found = self.model.similarity(self.paddle.to_tensor(normalise(batch, self.preprocessing)), tokens)
+            maps = [
+                SimilarityMap(
+                    one.stage,
+                    one.block,
+                    one.context,
+                    one.standardised.numpy(),
+                    one.rescaled.numpy(),
+                    None if one.tokens is None else one.tokens.numpy(),
+                )
+                for one in found
+            ]
+            return Similarity(found.output.numpy(), maps)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """uint8 (B, 3, S, S) -> (B, classes)."""
