@@ -449,13 +449,14 @@ def trust(
     most: int = 200,
     absolute: Annotated[bool, Parameter(negative=())] = False,
     every: Annotated[bool, Parameter(negative=())] = False,
+    heads: str = "mean",
     seed: int = 0,
     engine: str = "auto",
     device: Device = "auto",
     ema: bool | None = None,
     as_json: Json = False,
 ) -> None:
-    """Measure whether the maps mark what predictions rest on: deletion and insertion against random maps.
+    """Measure whether the maps mark what predictions rest on: deletion and insertion against random maps, occlusion.
 
     Args:
         images: Files, folders (searched through) or quoted patterns.
@@ -464,6 +465,7 @@ def trust(
         most: Take at most so many images, evenly over their names.
         absolute: Count what is unlike the context as marked too.
         every: Measure all global contexts, not only the first and the last of each stage.
+        heads: mean (default), each, or the number of a head.
         seed: Of the random maps and the bootstrap.
         engine: What computes the probabilities; as in predict.
         device: auto, cpu, gpu or gpu:N.
@@ -476,6 +478,7 @@ def trust(
     options: dict[str, Any] = {
         "absolute": absolute,
         "every": every,
+        "heads": heads,
         "seed": seed,
         "engine": engine,
         "device": device,

@@ -71,6 +71,11 @@ class Similarity(Generic[T]):
         return found[0]
 
 
+def short(name: str) -> str:
+    """A map's name where there is little room: "stage3.block2.context1" -> "3.2.1"."""
+    return name.replace("stage", "").replace("block", "").replace("context", "")
+
+
 def require_maps(variant: Variant) -> None:
     """Nothing, where the network computes similarities.
 

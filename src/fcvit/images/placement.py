@@ -8,6 +8,7 @@ pixels. What the crop left out was never seen, and stays empty.
 
 import numpy as np
 
+from fcvit.images.preprocess import crop_start, resized
 from fcvit.variants import Preprocessing
 
 
@@ -18,20 +19,13 @@ def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float
         size: width and height of the original.
         preprocessing: that it went through.
     """
-    sides = [_side(length, other, preprocessing) for length, other in (size, size[::-1])]
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom
-
-
-def _resized(length: int, other: int, preprocessing: Preprocessing) -> int:
-    """A side after resizing; `other` is the other one."""
-    return preprocessing.resize if length <= other else int(preprocessing.resize * length / other)
-
-
-def _side(length: int, other: int, preprocessing: Preprocessing) -> tuple[float, float]:
-    resized = _resized(length, other, preprocessing)
-    start = round((resized - preprocessing.input_size) / 2.0)
-    return start * length / resized, (start + preprocessing.input_size) * length / resized
+    side = preprocessing.input_size
+    starts, ends = [], []
+    for length, after in zip(size, resized(size, preprocessing.resize), strict=True):
+        start = crop_start(after, side)
+        starts.append(start * length / after)
+        ends.append((start + side) * length / after)
+    return starts[0], starts[1], ends[0], ends[1]
 
 
 def place(
@@ -49,19 +43,27 @@ def place(
         (..., height, width), NaN outside of what the network saw.
     """
     width, height = shown or size
-    across = _weights(maps.shape[-1], size[0], size[1], width, preprocessing)
-    down = _weights(maps.shape[-2], size[1], size[0], height, preprocessing)
+    left, top, right, bottom = crop_box(size, preprocessing)
+    across = _weights(maps.shape[-1], size[0], width, (left, right), preprocessing.input_size)
+    down = _weights(maps.shape[-2], size[1], height, (top, bottom), preprocessing.input_size)
     return down @ maps @ across.T
 
 
-def _weights(cells: int, length: int, other: int, shown: int, preprocessing: Preprocessing) -> np.ndarray:
-    """How much each cell counts for each pixel: (shown, cells); rows of NaN where nothing was seen."""
-    start, end = _side(length, other, preprocessing)
+def _weights(cells: int, length: int, shown: int, span: tuple[float, float], side: int) -> np.ndarray:
+    """How much each cell counts for each pixel, along one axis: (shown, cells); rows of NaN where nothing was seen.
+
+    Args:
+        cells: of the map.
+        length: of the original, in pixels.
+        shown: pixels of the result.
+        span: where the crop begins and ends, in pixels of the original.
+        side: of the crop, in pixels of its own.
+    """
+    start, end = span
     centres = (np.arange(shown) + 0.5) * length / shown  # in pixels of the original, from its edge
     seen = (centres >= start) & (centres <= end)
-    crop = (centres - start) / (end - start) * preprocessing.input_size - 0.5  # the crop's pixels, from their centres
-    stride = _stride(cells, preprocessing.input_size)
-    cell = np.clip(crop / stride, 0, cells - 1)
+    crop = (centres - start) / (end - start) * side - 0.5  # the crop's pixels, from their centres
+    cell = np.clip(crop / _stride(cells, side), 0, cells - 1)
     lower = np.minimum(cell.astype(int), max(cells - 2, 0))
     share = cell - lower
     weights = np.zeros((shown, cells))

@@ -69,6 +69,17 @@ def _check_area(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
 
 
+def resized(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """Width and height after resizing so that the shorter one is `target`; the longer one is truncated, not rounded."""
+    width, height = size
+    return (target, int(target * height / width)) if width <= height else (int(target * width / height), target)
+
+
+def crop_start(length: int, side: int) -> int:
+    """Where the centre of a side begins; negative where it is shorter than the crop."""
+    return round((length - side) / 2.0)  # half to even
+
+
 def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image.Image:
     """Resize so that the shorter side has `target` pixels, the longer one in proportion, truncated.
 
@@ -79,11 +90,9 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
     Raises:
         BadImages: so long and thin that its resized form would be enormous.
     """
-    shorter, longer = sorted(image.size)
-    if shorter == target:
+    if min(image.size) == target:
         return image
-    stretched = int(target * longer / shorter)  # truncated, not rounded
-    size = (target, stretched) if image.width <= image.height else (stretched, target)
+    size = resized(image.size, target)
     try:
         _check_area(*size)
     except ValueError as error:
@@ -115,7 +124,7 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """Cut `side` x `side` pixels out of the centre."""
-    left, top = (round((length - side) / 2.0) for length in image.size)  # half to even
+    left, top = (crop_start(length, side) for length in image.size)
     return image.crop((left, top, left + side, top + side))
 
 

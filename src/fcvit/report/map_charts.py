@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from fcvit.maps import short
 from fcvit.report.charts import axes_at, canvas, drawable, drawing, fit, png
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
@@ -102,19 +103,23 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
 
 
 def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure":
-    side, gap, left = 1.75, 0.3, 0.75
-    width, height = left + len(curves) * (side + gap) + 0.1, 1.35 + 2 * (side + 0.45) + 0.45
-    figure = canvas(
-        max(width, 6.0), height, title, f"{images} images; probability of the predicted class; stage.block.context"
-    )
-    for column, one in enumerate(curves):
+    side, gap, left, foot = 1.75, 0.3, 0.75, 0.55
+    across = len(curves) if len(curves) <= 9 else 8  # the heads of a context, where each is drawn
+    band = 2 * (side + 0.6) + 0.15  # deletion and insertion of as many maps as stand side by side
+    bands = -(-len(curves) // across)
+    width, height = max(left + across * (side + gap) + 0.1, 6.0), 1.0 + bands * band + foot
+    subtitle = f"{images} images; probability of the predicted class; stage.block.context"
+    figure = canvas(width, height, title, subtitle)
+    for number, one in enumerate(curves):
+        column = number % across
+        base = foot + (bands - 1 - number // across) * band + 0.4
         for row, (own, random, what) in enumerate(
             (
                 (one.insertion, one.random_insertion, "% of pixels returned"),
                 (one.deletion, one.random_deletion, "% of pixels removed"),
             )
         ):
-            axes = axes_at(figure, left + column * (side + gap), 0.95 + row * (side + 0.6), side, side)
+            axes = axes_at(figure, left + column * (side + gap), base + row * (side + 0.6), side, side)
             shares = [100 * index / (len(own) - 1) for index in range(len(own))]
             axes.plot(shares, own, color=RIGHT, linewidth=2, label="the map")
             axes.plot(shares, random, color=WRONG, linewidth=1.5, linestyle="--", label="random maps")
@@ -122,7 +127,7 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
             axes.grid(color=_FAINT, linewidth=0.5)
             axes.set_xlabel(what, fontsize=9)
             if row:
-                axes.set_title(one.name, loc="left", fontsize=10)
+                axes.set_title(short(one.name), loc="left", fontsize=10)
             if column:
                 axes.set_yticklabels([])
             else:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fcvit.errors import BadImages
 from fcvit.gates import GATE_A, GATE_B
+from fcvit.maps import short
 from fcvit.tasks.bench import Bench
 from fcvit.tasks.check_data import ODD, DataCheck, Same
 from fcvit.tasks.compare import ResultComparison
@@ -142,15 +143,21 @@ def heads(found: Heads) -> list[Table]:
 
 
 def trust(found: Trust) -> list[Table]:
-    """How much better than random maps."""
-    columns = ("deletion gain", "95 % interval", "insertion gain", "95 % interval ")
-    result = table("stage.block.context", *columns, right=columns)
-    result.title = f"{found.network}, {found.images} images, {found.values} maps against random ones (areas, 0 to 1)"
+    """How much better than random maps, and how like occlusion."""
+    columns = ("deletion gain", "insertion gain", "like occlusion")
+    result = table("map", *columns, right=columns)
+    result.title = (
+        f"{found.network}, {found.images} images, {found.values} maps of stage.block.context\n"
+        "area gained over random maps, and rank correlation; 95 % intervals"
+    )
     for one in found.curves:
-        gains = []
-        for gain, bounds in ((one.deletion_gain, one.deletion_interval), (one.insertion_gain, one.insertion_interval)):
-            gains += [f"{gain:+.3f}", f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"]
-        result.add_row(one.name, *gains)
+        figures = (
+            (one.deletion_gain, one.deletion_interval),
+            (one.insertion_gain, one.insertion_interval),
+            (one.occlusion, one.occlusion_interval),
+        )
+        cells = ["" if x != x else f"{x:+.3f} ({low:+.3f} to {high:+.3f})" for x, (low, high) in figures]
+        result.add_row(short(one.name), *cells)
     return [result]
 
 

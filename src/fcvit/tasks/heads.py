@@ -17,7 +17,7 @@ import numpy as np
 from fcvit import runs
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.images.preprocess import preprocess
-from fcvit.maps import Similarity, SimilarityMap
+from fcvit.maps import Similarity, SimilarityMap, short
 from fcvit.report.map_charts import Depth, Line, depth_chart
 from fcvit.report.progress import progress
 from fcvit.tasks.plain_vit import PlainViT
@@ -150,7 +150,7 @@ def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
 
 def _depth(found: NetworkMeasures) -> Depth:
     """A column of the picture: network, names of the layers, and measures."""
-    names = [one.name.replace("stage", "").replace("block", "").replace("context", "") for one in found.layers]
+    names = [short(one.name) for one in found.layers]
     lines = [
         Line("correlation of two heads (1: they are one)", [one.correlation for one in found.layers]),
         Line("entropy over that of a flat map", [one.entropy for one in found.layers]),
