@@ -1,8 +1,14 @@
 """The page, driven by a real browser: an image, its classes, another head, a bad file."""
 
 import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -18,19 +24,19 @@ from fcvit.tasks import demo as task
 pytestmark = needs_paddle
 
 
-def test_without_gradio_the_command_is_named(monkeypatch):
+def test_without_gradio_the_command_is_named(monkeypatch, tmp_path):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(task.importlib, "import_module", missing)
     with pytest.raises(MissingExtra, match=r"pip install 'fcvit\[demo\]'"):
-        task.build()
+        task.build((), tmp_path)
 
 
-def test_two_checkpoints_are_the_most(monkeypatch):
+def test_two_checkpoints_are_the_most(monkeypatch, tmp_path):
     monkeypatch.setattr(task, "_gradio", lambda: None)
     with pytest.raises(UsageError, match="3 checkpoints: expected one, or two"):
-        task.build(["a", "b", "c"])
+        task.build(["a", "b", "c"], tmp_path)
 
 
 def test_a_file_name_is_no_markup():
@@ -38,7 +44,7 @@ def test_a_file_name_is_no_markup():
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
     """Of the page with the package's network twice, to compare."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -49,11 +55,11 @@ def address():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradio's own libraries
         shipped = resources.files("fcvit").joinpath("assets/digits.pth.tar")
-        page = task.build([shipped, shipped], device="cpu")
+        page = task.build([shipped, shipped], tmp_path_factory.mktemp("demo"), device="cpu")
         _, found, shared = task.serve(page)
         assert shared is None and found.startswith(f"http://{task.HOST}:")
         yield found
-        page.close()
+        page.close(verbose=False)
 
 
 @pytest.fixture
@@ -137,3 +143,50 @@ def test_the_page_asks_nobody_else(address):
         text = answer.read().decode()
     assert '"analytics_enabled":false' in text.replace(" ", "")
     assert "fonts.googleapis.com" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_over_the_limit_is_refused(address):
+    """By the server, whatever the page lets through; one just under it is taken."""
+    for size, expected in ((20 * 2**20 + 1, 413), (2**20, 200)):
+        content = b"x" * size
+        body = (
+            b'--edge\r\nContent-Disposition: form-data; name="files"; filename="big.png"\r\n'
+            b"Content-Type: image/png\r\n\r\n" + content + b"\r\n--edge--\r\n"
+        )
+        form = {"Content-Type": "multipart/form-data; boundary=edge"}
+        request = urllib.request.Request(f"{address}gradio_api/upload", body, form)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        assert status == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_is_served_until_it_is_interrupted_and_leaves_nothing(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    program = [sys.executable, "-m", "fcvit", "demo", "--device", "cpu"]
+    with subprocess.Popen(
+        program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        line = process.stderr.readline()
+        found = re.search(r"the page is at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)", line)
+        assert found, line + process.stderr.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/", timeout=20) as answer:
+            assert answer.status == 200
+        with socket.socket() as other:  # not on this machine's other addresses
+            assert other.connect_ex(("127.0.0.2", int(found[1]))) != 0
+        taken = subprocess.run(
+            [*program, "--port", found[1]], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert taken.returncode == 2 and f"--port {found[1]}" in taken.stderr and taken.stderr.count("\n") == 1
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and out == "" and err == "fcvit: note: the page is closed\n"
+    assert not list(tmp_path.glob("fcvit-demo-*")) and not (tmp_path / "gradio").exists()

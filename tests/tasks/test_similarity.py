@@ -7,6 +7,7 @@ from PIL import Image
 from conftest import DIGITS, image_by_rule, needs_paddle, write_pth
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
 from fcvit.images.preprocess import crop
+from fcvit.tasks import similarity as task
 from fcvit.tasks.similarity import Viewer, choose_heads, similarity
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form
@@ -38,7 +39,7 @@ def test_what_the_command_leaves(digits_pth, photos, tmp_path):
     assert names[0] == ("wide.png", "wide-depth.png", "wide.npz") and names[2][0] == "wide-2.png"
     assert [str(error).partition(":")[0] for error in done.unreadable] == [str(tmp_path / "bad.png")]
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"run.json", *(file for files in names for file in files)}
+    assert written == {"run.json", "overview.png", *(file for files in names for file in files)}
     viewer = Viewer(read_weights(digits_pth))
     expected = viewer.similarity(crop(Image.open(photos[1]).convert("RGB"), PIXELS)[None])
     with np.load(tmp_path / "run" / "high.npz", allow_pickle=False) as kept:
@@ -48,6 +49,26 @@ def test_what_the_command_leaves(digits_pth, photos, tmp_path):
     with Image.open(tmp_path / "run" / "wide-depth.png") as depth, Image.open(tmp_path / "run" / "wide.png") as sheet:
         assert depth.height > sheet.height > 300 and depth.width > 1000
         assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 200, "colours of a map"
+
+
+@needs_paddle
+@pytest.mark.charts
+@pytest.mark.slow
+def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos, tmp_path, monkeypatch):
+    """Of one image there is none; of very many some, evenly over them."""
+    (named := photos[0].with_name("overview.png")).write_bytes(photos[0].read_bytes())
+    done = similarity(digits_pth, [named], tmp_path / "one")
+    assert done.images[0][1][0] == "overview-2.png" and not (tmp_path / "one" / "overview.png").exists()
+    drawn = []
+    monkeypatch.setattr(task, "overview", lambda panels, title: drawn.append((panels, title)) or b"png")
+    similarity(digits_pth, [named, *photos], tmp_path / "all")
+    monkeypatch.setattr(task, "MOST", 2)
+    similarity(digits_pth, [named, *photos], tmp_path / "some")
+    (every, title), (some, of_how_many) = drawn
+    assert title == f"{digits_pth.name}: 4 images" and of_how_many == f"{digits_pth.name}: 2 of 4 images"
+    assert [one.title.partition(":")[0] for one in every] == [path.name for path in (named, *photos)]
+    assert [one.title for one in some] == [every[0].title, every[2].title]
+    assert all(one.maps.shape == (4, *one.image.shape[:2]) for one in every)
 
 
 @needs_paddle

@@ -4,9 +4,11 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fcvit.errors import UnreadableFile, UsageError
 
+T = TypeVar("T")
 ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
@@ -77,7 +79,7 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def evenly(paths: Sequence[Path], most: int) -> list[Path]:
+def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly over their order.
 
     Raises:
@@ -85,4 +87,4 @@ def evenly(paths: Sequence[Path], most: int) -> list[Path]:
     """
     if most < 1:
         raise UsageError(f"--most {most}: expected at least 1")
-    return [paths[index * len(paths) // most] for index in range(most)] if len(paths) > most else list(paths)
+    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)

@@ -1,11 +1,12 @@
-"""Pictures of similarity maps on their image: the heads side by side, and from stage to stage.
+"""Pictures of similarity maps on their image: the heads side by side, from stage to stage, and of many images.
 
-Viridis is perceptually uniform and told apart by the colour-blind; one scale, with its bar, holds for a picture.
+Viridis is perceptually uniform and told apart by the colour-blind; one scale, with its bar, holds for a picture: from
+the 1st to the 99th percentile of what it shows, and what is beyond has the colour of the bar's ends.
 What the network did not see is pale and has no colour.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +15,13 @@ from fcvit.report.charts import axes_at, canvas, drawable, drawing, fit, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 COLOURS = "viridis"
 _TILE, _GAP, _EDGE = 1.55, 0.12, 0.25  # inches: a map's longer side, between two, around everything
 _HEAD, _NAME, _BAR = 0.95, 0.26, 0.55  # of the titles, a map's name, the colour bar
+_SMALL_TILE = 1.2  # a map's longer side where there are many images
 _OPACITY = 0.62
 
 
@@ -28,6 +31,15 @@ class Row:
 
     name: str
     names: Sequence[str]
+    maps: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One image of many: its title in a line, uint8 (H, W, 3), and its maps (n, H, W), NaN where nothing was seen."""
+
+    title: str
+    image: np.ndarray
     maps: np.ndarray
 
 
@@ -52,6 +64,24 @@ def maps_sheet(
         return png(_sheet(image, rows, title, subtitle, label, columns))
 
 
+def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> bytes:
+    """Many images, each with its maps beside it; in two columns from seven images on.
+
+    Args:
+        panels: at least one.
+        names: of the maps, which all have.
+        title, label: as for `maps_sheet`.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    with drawing():
+        return png(_overview(panels, names, title, label))
+
+
 def _sheet(image: np.ndarray, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int) -> "Figure":
     if len(rows) == 1:
         row = rows[0]
@@ -66,32 +96,79 @@ def _sheet(image: np.ndarray, rows: Sequence[Row], title: str, subtitle: str, la
     width = max(left + across * (wide + _GAP) + _EDGE, 6.4)
     height = _HEAD + max(len(rows) * (high + _NAME), high * first + _NAME) + _BAR + _EDGE
     figure = canvas(width, height, title, fit(drawable(subtitle), width - 2 * _EDGE))
-    seen = ~np.isnan(rows[0].maps[0])
-    values = np.concatenate([row.maps[:, seen].ravel() for row in rows])
-    low, top = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
-    top = max(top, low + 1e-6)
+    scale = _scale(row.maps for row in rows)
     place = axes_at(figure, _EDGE, height - _HEAD - _NAME - high * first, wide * first, high * first)
-    _bare(place)
-    place.imshow(_pale(image, seen))
+    _show_image(place, image, rows[0].maps[0])
     place.set_title("image, what was seen", loc="left", fontsize=9)
-    drawn = None
     for number, row in enumerate(rows):
         bottom = height - _HEAD - (number + 1) * (high + _NAME)
         if row.name:
             figure.text((left - beside) / width, (bottom + high / 2) / height, row.name, va="center", fontsize=9)
         for column, (name, one) in enumerate(zip(row.names, row.maps, strict=True)):
             place = axes_at(figure, left + column * (wide + _GAP), bottom, wide, high)
-            _bare(place)
-            place.imshow(_pale(_grey(image), seen))
-            drawn = place.imshow(
-                np.ma.masked_invalid(one), cmap=COLOURS, vmin=low, vmax=top, alpha=_OPACITY, interpolation="nearest"
-            )
+            _show_map(place, image, one, scale)
             place.set_title(name, loc="left", fontsize=9, pad=3)
-    assert drawn is not None
-    bar = axes_at(figure, left, _EDGE + 0.22, min(3.4, width - left - _EDGE), 0.12)
-    figure.colorbar(drawn, cax=bar, orientation="horizontal", label=label)
-    bar.tick_params(labelsize=8, length=2)
+    _colour_bar(figure, left, min(3.4, width - left - _EDGE), scale, label)
     return figure
+
+
+def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
+    columns = 1 if len(panels) <= 6 else 2
+    lines = -(-len(panels) // columns)
+    step, high = _SMALL_TILE + _GAP, _SMALL_TILE + 0.34  # from tile to tile; of a panel, with its title
+    room = (1 + len(names)) * step  # of a panel
+    apart = 0.3
+    width, height = columns * (room + apart) - apart + 2 * _EDGE, _HEAD + lines * high + _BAR + _EDGE + 0.1
+    figure = canvas(width, height, title, "")
+    scale = _scale(panel.maps for panel in panels)
+    for number, panel in enumerate(panels):
+        left = _EDGE + number // lines * (room + apart)
+        top = height - _HEAD + 0.1 - number % lines * high
+        if number % lines == 0:
+            for column, name in enumerate(names, 1):
+                figure.text((left + column * step) / width, (top + 0.04) / height, name, fontsize=9)
+        figure.text(left / width, (top - 0.18) / height, fit(drawable(panel.title), room, 9), fontsize=9)
+        longer = max(panel.image.shape[:2])
+        tall, wide = (_SMALL_TILE * side / longer for side in panel.image.shape[:2])
+        for column in range(1 + len(names)):
+            place = axes_at(figure, left + column * step, top - 0.24 - tall, wide, tall)
+            if column:
+                _show_map(place, panel.image, panel.maps[column - 1], scale)
+            else:
+                _show_image(place, panel.image, panel.maps[0])
+    _colour_bar(figure, _EDGE + step, 3.4, scale, label)
+    return figure
+
+
+def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
+    """From the lowest to the highest colour: all but the outermost hundredths of what was seen."""
+    from matplotlib.colors import Normalize
+
+    values = np.concatenate([one[np.isfinite(one)] for one in maps])
+    low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
+    return Normalize(low, max(high, low + 1e-6))
+
+
+def _show_image(place: "Axes", image: np.ndarray, one: np.ndarray) -> None:
+    """The image, pale where a map of it says that nothing was seen."""
+    _bare(place)
+    place.imshow(_pale(image, ~np.isnan(one)))
+
+
+def _show_map(place: "Axes", image: np.ndarray, one: np.ndarray, scale: "Normalize") -> None:
+    """A map in colours over the image in grey."""
+    _bare(place)
+    place.imshow(_pale(_grey(image), ~np.isnan(one)))
+    place.imshow(np.ma.masked_invalid(one), cmap=COLOURS, norm=scale, alpha=_OPACITY, interpolation="nearest")
+
+
+def _colour_bar(figure: "Figure", left: float, width: float, scale: "Normalize", label: str) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = axes_at(figure, left, _EDGE + 0.22, width, 0.12)
+    colours = ScalarMappable(scale, COLOURS)
+    figure.colorbar(colours, cax=bar, orientation="horizontal", label=label, extend="both", alpha=_OPACITY)
+    bar.tick_params(labelsize=8, length=2)
 
 
 def _bare(place: "Axes") -> None:

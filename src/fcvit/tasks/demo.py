@@ -1,13 +1,15 @@
 """A local page: drop an image, see what it is taken for and the similarity maps, slide through blocks and heads.
 
 The page is Gradio's, the library that the field demonstrates models with. It is bound to this machine, shares and
-reports nothing, takes files up to `LIMIT`, and computes with `fcvit.tasks.similarity`, as the command line does.
+reports nothing, takes files up to `LIMIT`, keeps them no longer than it is served, and computes with
+`fcvit.tasks.similarity`, as the command line does.
 """
 
 import importlib
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -51,17 +53,31 @@ def demo(
         MissingExtra: Gradio, Matplotlib or Paddle is not installed.
         UnreadableFile, DoesNotFit: a file.
     """
-    page = build(weights, device, ema)
-    try:
-        _, address, _ = serve(page, port, open_browser)
-    except OSError as error:
-        raise UsageError(f"--port {port}: {error}; leave it out, or choose another") from error
-    announce(f"the page is at {address} (Ctrl-C ends it)")
-    page.block_thread()
+    with tempfile.TemporaryDirectory(prefix="fcvit-demo-") as folder:
+        page = build(weights, Path(folder), device, ema)
+        try:
+            _, address, _ = serve(page, port, open_browser)
+        except OSError as error:
+            raise UsageError(f"--port {port}: {error}; leave it out, or choose another") from error
+        announce(f"the page is at {address} (Ctrl-C ends it)")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:  # the way to end it
+            announce("the page is closed")
+        finally:
+            page.close(verbose=False)
 
 
-def build(weights: Sequence[str | os.PathLike[str]] = (), device: str = "auto", ema: bool | None = None) -> Any:
-    """The page, as `gradio.Blocks`, not yet served."""
+def build(
+    weights: Sequence[str | os.PathLike[str]], folder: Path, device: str = "auto", ema: bool | None = None
+) -> Any:
+    """The page, as `gradio.Blocks`, not yet served.
+
+    Args:
+        weights, device, ema: as for `demo`.
+        folder: for what is uploaded and drawn, unless the environment's GRADIO_TEMP_DIR names another.
+    """
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))  # read when it is imported
     gradio = _gradio()
     from fcvit.report.page import require_report
 
@@ -73,7 +89,7 @@ def build(weights: Sequence[str | os.PathLike[str]] = (), device: str = "auto", 
     else:
         with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
             viewers = [Viewer(read_weights(path), device=device)]
-    return _page(gradio, viewers, _examples() if not weights else [])
+    return _page(gradio, viewers, _examples(folder) if not weights else [])
 
 
 def serve(page: Any, port: int | None = None, open_browser: bool = False) -> tuple[Any, str, Any]:
@@ -148,9 +164,11 @@ def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> An
                     pictures.append(_image(gradio, f"maps-{number}"))
         settings = [depth, head, values]
         outputs = [component for pair in zip(labels, pictures, strict=True) for component in pair]
-        file.change(look, [file, *settings], [state, message, *outputs], api_name=False)
+        # One after the other: neither Matplotlib's settings nor Paddle's device belong to a thread.
+        alone: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
+        file.change(look, [file, *settings], [state, message, *outputs], **alone)
         for one in settings:
-            one.change(show, [state, *settings], pictures, api_name=False, show_progress="hidden")
+            one.change(show, [state, *settings], pictures, show_progress="hidden", **alone)
     return page
 
 
@@ -185,11 +203,10 @@ def _plain(text: object) -> str:
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>" else letter for letter in str(text))
 
 
-def _examples() -> list[str]:
-    """Held-out digits of the package, as files that live as long as the process."""
+def _examples(folder: Path) -> list[str]:
+    """Held-out digits of the package, as files."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"][:_EXAMPLES]
-    folder = Path(tempfile.mkdtemp(prefix="fcvit-demo-"))
     paths = []
     for number, digit in enumerate(digits, 1):
         path = folder / f"digit-{number}.png"

@@ -35,7 +35,7 @@ from fcvit.report.progress import progress
 from fcvit.report.results import Agreement, Effect, Records, Result
 from fcvit.tasks.figures import Figures, figures
 from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check, with_engines_named
-from fcvit.tasks.similarity import Viewer, overview
+from fcvit.tasks.similarity import Viewer, caption, overview, panel
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
@@ -515,10 +515,13 @@ def _draw_maps(
         for row in rows[np.argsort(-records.probability[rows, 0], kind="stable")][:_MAPS]:
             truth = records.classes[records.truth[row]].name
             with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
-                chosen.append((f"{'right' if right else 'wrong'}: it is {truth}", read(records.names[row])))
+                seen = viewer.see(read(records.names[row]))
+                taken_for = caption(seen.predictions[:1])
+                title = f"right: {taken_for}" if right else f"wrong: {truth}, taken for {taken_for}"
+                chosen.append(panel(viewer, seen, title))
     if chosen:
         folder.mkdir(exist_ok=True)
-        runs.write_bytes(folder / results.MAPS, overview(viewer, chosen))
+        runs.write_bytes(folder / results.MAPS, overview(chosen, "The surest mistakes and the surest right answers"))
 
 
 def _file(path: str | None) -> dict[str, str] | None:

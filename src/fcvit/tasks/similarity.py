@@ -14,17 +14,20 @@ from fcvit import runs
 from fcvit.classes import Classes, resolve_classes
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
+from fcvit.images.folder import evenly
 from fcvit.images.placement import place
 from fcvit.images.preprocess import crop, decode, normalise
 from fcvit.maps import Similarity, SimilarityMap, require_maps
-from fcvit.report.contact_sheet import PAPER
-from fcvit.report.maps_sheet import Row, maps_sheet
+from fcvit.report.maps_sheet import Panel, Row, maps_overview, maps_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.predict import Prediction, rank
 from fcvit.variants import Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
-SHOWN = 640  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network
+SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network
+_SMALL = 200  # where there are many images
+MOST = 60  # images of an overview
+OVERVIEW = "overview.png"
 Which = Literal["standardised", "rescaled"]
 
 
@@ -131,19 +134,20 @@ class Viewer:
         return Seen(image, tuple(predictions), Similarity(found.output[0], maps))
 
     def rows(
-        self, seen: Seen, maps: Sequence[tuple[str, np.ndarray]], heads: str = "each"
+        self, seen: Seen, maps: Sequence[tuple[str, np.ndarray]], heads: str = "each", side: int = SHOWN
     ) -> tuple[np.ndarray, list[Row]]:
         """The image at the size of the picture, and maps (heads, h, w) placed on it, named.
 
         Args:
             heads: "each", "mean", or the number of one, from 1.
+            side: of the image at most, in pixels.
 
         Raises:
             UsageError: no such head.
         """
         shown = seen.image.copy()
-        shown.thumbnail((SHOWN, SHOWN))
-        if max(shown.size) < 2 * self.preprocessing.input_size < SHOWN:  # small ones are enlarged, pixels stay pixels
+        shown.thumbnail((side, side))
+        if max(shown.size) < 2 * self.preprocessing.input_size < side:  # small ones are enlarged, pixels stay pixels
             factor = max(1, 256 // max(shown.size))
             shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
         rows = []
@@ -183,36 +187,26 @@ def picture(viewer: Viewer, seen: Seen, name: str, where: Sequence[int], heads: 
 
 def depth_picture(viewer: Viewer, seen: Seen, name: str, heads: str, which: Which) -> bytes:
     """The last context of each stage, one below the other: a PNG file."""
-    stages = [
-        (f"stage {stage}", getattr(seen.found.at(stage), which)) for stage in sorted({m.stage for m in seen.found})
-    ]
+    stages = [(f"stage {stage}", getattr(seen.found.at(stage), which)) for stage in _stages(seen)]
     image, rows = viewer.rows(seen, stages, heads)
     return maps_sheet(image, rows, f"{name}: from stage to stage", caption(seen.predictions), f"{which} similarity")
 
 
-def overview(viewer: Viewer, images: Sequence[tuple[str, Image.Image]]) -> bytes:
-    """Several images one below the other, each with the mean map over heads of every stage: a PNG file.
+def _stages(seen: Seen) -> list[int]:
+    return sorted({one.stage for one in seen.found})
 
-    Args:
-        images: title and image, at least one.
-    """
-    sheets = []
-    for title, image in images:
-        seen = viewer.see(image, 1)
-        numbers = sorted({one.stage for one in seen.found})
-        means = [(f"stage {number}", seen.found.at(number).standardised) for number in numbers]
-        shown, rows = viewer.rows(seen, means, "mean")
-        row = Row("", [one.name for one in rows], np.concatenate([one.maps for one in rows]))
-        label = "standardised similarity, mean over heads"
-        sheets.append(Image.open(io.BytesIO(maps_sheet(shown, [row], title, caption(seen.predictions), label))))
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    file = io.BytesIO()
-    whole.save(file, "PNG", dpi=sheets[0].info["dpi"])
-    return file.getvalue()
+
+def panel(viewer: Viewer, seen: Seen, title: str) -> Panel:
+    """The image, small, with the mean map over heads of the last context of each stage."""
+    stages = [("", seen.found.at(stage).standardised) for stage in _stages(seen)]
+    image, rows = viewer.rows(seen, stages, "mean", _SMALL)
+    return Panel(title, image, np.concatenate([row.maps for row in rows]))
+
+
+def overview(panels: Sequence[Panel], title: str) -> bytes:
+    """Several images, each with its maps from stage to stage: a PNG file."""
+    names = [f"stage {number}" for number in range(1, 1 + len(panels[0].maps))]
+    return maps_overview(panels, names, title, "standardised similarity, mean over heads")
 
 
 def similarity(
@@ -233,6 +227,8 @@ def similarity(
     announce: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """For each image two pictures (the heads of one global context; the stages one below the other) and all arrays.
+
+    Several images have an overview besides: the mean over heads from stage to stage.
 
     Args:
         weights: a file of any format, or weights in memory.
@@ -257,11 +253,13 @@ def similarity(
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, classes, preprocessing, device)
     done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
+    panels: list[Panel] = []
     bad: list[BadImages] = []
-    taken: set[str] = set()
+    taken = {Path(OVERVIEW).stem}
+    shown = set(evenly(range(len(images)), MOST))
     with runs.run_folder(None if folder is None else Path(folder), "similarity") as target:
         with progress("drawing", len(images)) as advance:
-            for path in images:
+            for number, path in enumerate(images):
                 try:
                     seen = viewer.see(decode(path), top_k)
                 except BadImages as error:
@@ -277,9 +275,15 @@ def similarity(
                 for file, content in made.items():
                     runs.write_bytes(target / file, content)
                 done.append((str(path), tuple(made), seen.predictions[0] if seen.predictions else None))
+                if number in shown:
+                    best = caption(seen.predictions[:1])
+                    panels.append(panel(viewer, seen, f"{path.name}: {best}" if best else path.name))
                 advance(1)
         if not done:
             raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
+        if len(panels) > 1:
+            of_how_many = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
+            runs.write_bytes(target / OVERVIEW, overview(panels, f"{viewer.name}: {of_how_many}"))
     return Written(target, tuple(done), tuple(bad))
 
 
