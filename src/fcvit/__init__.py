@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from fcvit.errors import FreshWeights as FreshWeights
     from fcvit.loading import create_backbone as create_backbone
     from fcvit.loading import create_model as create_model
+    from fcvit.tasks.bench import bench as bench
     from fcvit.tasks.check_data import check_data as check_data
     from fcvit.tasks.compare import compare as compare
     from fcvit.tasks.convert import convert as convert
     from fcvit.tasks.evaluate import evaluate as evaluate
     from fcvit.tasks.evaluate import resume as resume
+    from fcvit.tasks.export import export as export
     from fcvit.tasks.finetune import finetune as finetune
+    from fcvit.tasks.heads import heads as heads
     from fcvit.tasks.inspect import inspect as inspect
     from fcvit.tasks.predict import Classifier as Classifier
     from fcvit.tasks.predict import load as load
+    from fcvit.tasks.similarity import Viewer as Viewer
+    from fcvit.tasks.similarity import similarity as similarity
     from fcvit.tasks.train import train as train
+    from fcvit.tasks.trust import trust as trust
     from fcvit.tasks.verify import verify_files as verify  # noqa: F401
     from fcvit.training.recipe import Recipe as Recipe
     from fcvit.training.recipe import read_recipe as read_recipe
@@ -50,6 +56,12 @@ _HOMES = {
     "load": "fcvit.tasks.predict",
     "finetune": "fcvit.tasks.finetune",
     "train": "fcvit.tasks.train",
+    "export": "fcvit.tasks.export",
+    "bench": "fcvit.tasks.bench",
+    "similarity": "fcvit.tasks.similarity",
+    "Viewer": "fcvit.tasks.similarity",
+    "heads": "fcvit.tasks.heads",
+    "trust": "fcvit.tasks.trust",
     "Recipe": "fcvit.training.recipe",
     "read_recipe": "fcvit.training.recipe",
     "verify": "fcvit.tasks.verify",
