@@ -1,5 +1,6 @@
 """Class lists: ordered pairs of id and name. Names are not unique (ImageNet has two pairs), ids are."""
 
+import collections
 import csv
 import functools
 import importlib.resources
@@ -29,6 +30,11 @@ def imagenet() -> Classes:
     return _from_rows(text.splitlines(), "the bundled list")
 
 
+def digits() -> Classes:
+    """Those of the package's own network."""
+    return tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
+
+
 def resolve_classes(argument: Classes | None, file: Classes | None, num_classes: int) -> Classes:
     """The one rule by which outputs get names: the argument, else the file's, else ImageNet's for
     1,000 outputs, else their numbers.
@@ -43,6 +49,12 @@ def resolve_classes(argument: Classes | None, file: Classes | None, num_classes:
     if num_classes == IMAGENET_CLASSES:
         return imagenet()
     return tuple(ClassName(str(i), f"class {i}") for i in range(num_classes))
+
+
+def labels(classes: Classes) -> list[str]:
+    """A name for each class, no two alike: with its id where names repeat."""
+    times = collections.Counter(c.name for c in classes)
+    return [f"{c.name} ({c.id})" if times[c.name] > 1 else c.name for c in classes]
 
 
 def read_classes(path: Path) -> Classes:

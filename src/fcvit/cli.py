@@ -379,15 +379,12 @@ def similarity(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
     """
     from fcvit.classes import read_classes
-    from fcvit.images.folder import find_images
     from fcvit.report import tables
     from fcvit.tasks.similarity import similarity as run
 
-    if not images:
-        raise UsageError("similarity: name at least one image, folder or pattern")
     found = run(
         weights,
-        find_images(images),
+        _found_images("similarity", images, output or Path("runs")),
         output,
         stage=stage,
         block=block,
@@ -418,7 +415,7 @@ def heads(
     device: Device = "auto",
     ema: bool | None = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Measure how the heads' similarity maps differ, how sparse they are, how they change with depth, and whether
     queries would.
 
@@ -433,12 +430,13 @@ def heads(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
     """
+    from fcvit.images.folder import evenly
     from fcvit.report import tables
     from fcvit.tasks.heads import heads as run
 
     options: dict[str, Any] = {"vit": vit, "vit_weights": vit_weights, "device": device, "ema": ema}
-    found = run(weights, _some_images("heads", images, most), output, **options, announce=_note)
-    _print_result(found, tables.heads, as_json)
+    found = run(weights, evenly(_found_images("heads", images, output), most), output, **options, announce=_note)
+    return _print_result(found, tables.heads, as_json)
 
 
 @app.command
@@ -455,11 +453,11 @@ def trust(
     device: Device = "auto",
     ema: bool | None = None,
     as_json: Json = False,
-) -> None:
-    """Measure whether the maps mark what predictions rest on: deletion and insertion against random maps, occlusion.
+) -> int:
+    """Measure whether the maps mark what predictions rest on: deletion and insertion against other maps, occlusion.
 
     Args:
-        images: Files, folders (searched through) or quoted patterns.
+        images: Files, folders (searched through) or quoted patterns; ten at least.
         weights: A checkpoint of any format.
         output: New folder for trust.json and trust.png.
         most: Take at most so many images, evenly over their names.
@@ -472,6 +470,7 @@ def trust(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
     """
+    from fcvit.images.folder import evenly
     from fcvit.report import tables
     from fcvit.tasks.trust import trust as run
 
@@ -484,27 +483,38 @@ def trust(
         "device": device,
         "ema": ema,
     }
-    found = run(weights, _some_images("trust", images, most), output, **options, announce=_note)
-    _print_result(found, tables.trust, as_json)
+    found = run(weights, evenly(_found_images("trust", images, output), most), output, **options, announce=_note)
+    return _print_result(found, tables.trust, as_json)
 
 
-def _some_images(command: str, arguments: tuple[str, ...], most: int) -> list[Path]:
-    from fcvit.images.folder import evenly, find_images
+def _found_images(command: str, arguments: tuple[str, ...], output: Path | None) -> list[Path]:
+    """Those that the arguments name; the folder that is written, if one is, must not be among them."""
+    from fcvit import runs
+    from fcvit.images.folder import find_images
 
     if not arguments:
         raise UsageError(f"{command}: name at least one image, folder or pattern")
-    return evenly(find_images(arguments), most)
+    for argument in arguments if output else ():
+        runs.refuse_inside(output, Path(argument), argument)
+    return find_images(arguments)
 
 
-def _print_result(found: Any, table: Any, as_json: bool) -> None:
+def _print_result(found: Any, as_tables: Any, as_json: bool) -> int:
+    """As JSON or as tables; the exit code, which tells of images that could not be read."""
+    import dataclasses
+
+    from fcvit.report import tables
+
     if as_json:
-        import dataclasses
-
         _print_json(dataclasses.asdict(found))
-        return
-    _show(*table(found))
-    if found.folder:
-        print(f"written to {found.folder}")
+    else:
+        _show(*as_tables(found))
+        if found.folder:
+            print(f"written to {found.folder}")
+    if found.unreadable:
+        _show(tables.unreadable(found.unreadable), error=True)
+        return BadImages.exit_code
+    return 0
 
 
 @app.command

@@ -61,14 +61,42 @@ class Similarity(Generic[T]):
         Raises:
             UsageError: there is no such one.
         """
-        found = list(self.maps)
-        for what, number in (("stage", stage), ("block", block), ("context", context)):
-            known = sorted({getattr(one, what) for one in found})
-            chosen = known[number] if -len(known) <= number < 0 else number
-            if chosen not in known:
-                raise UsageError(f"{what} {number}: expected 1 to {known[-1]}, or from the end -1 to {-len(known)}")
-            found = [one for one in found if getattr(one, what) == chosen]
-        return found[0]
+        known = [(one.stage, one.block, one.context) for one in self.maps]
+        return self.maps[known.index(choose(known, stage, block, context))]
+
+
+Place = tuple[int, int, int]  # stage, block and context of a map, from 1
+
+
+def places(variant: Variant) -> list[Place]:
+    """Of every map of the variant, in the order of the pass.
+
+    Raises:
+        UsageError: it has none.
+    """
+    require_maps(variant)
+    mixes = 2 if variant.second_mix else 1
+    return [
+        (stage, block, context)
+        for stage, depth in enumerate(variant.depths, 1)
+        for block in range(1, depth + 1)
+        for context in range(1, mixes + 1)
+    ]
+
+
+def choose(known: Sequence[Place], stage: int = -1, block: int = -1, context: int = -1) -> Place:
+    """One of them; numbers from 1, or from the end with -1.
+
+    Raises:
+        UsageError: there is no such one.
+    """
+    for axis, (what, number) in enumerate((("stage", stage), ("block", block), ("context", context))):
+        numbers = sorted({place[axis] for place in known})
+        chosen = numbers[number] if -len(numbers) <= number < 0 else number
+        if chosen not in numbers:
+            raise UsageError(f"{what} {number}: expected 1 to {numbers[-1]}, or from the end -1 to {-len(numbers)}")
+        known = [place for place in known if place[axis] == chosen]
+    return known[0]
 
 
 def short(name: str) -> str:

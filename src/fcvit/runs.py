@@ -113,6 +113,22 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
         yield folder
 
 
+def refuse_inside(folder: Path | None, images: Path, what: str) -> None:
+    """The pictures of a run must not become images of the folder that they were made from.
+
+    Args:
+        folder: of the run; None: one in `runs`.
+        images: a folder with images.
+        what: how the user named it.
+
+    Raises:
+        UsageError: they would.
+    """
+    folder, below = folder or Path("runs"), images.resolve()
+    if below.is_dir() and below in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(f"{folder} is inside {what}: its pictures would be images; choose another -o")
+
+
 @contextlib.contextmanager
 def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
     """Go on with a run whose record `read_run` gave; how it ended is written when the block is left.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import needs_torch
-from fcvit.images.placement import crop_box, place
+from fcvit.images.placement import crop_box, place, surroundings
 from fcvit.images.preprocess import crop
 from fcvit.variants import Preprocessing
 
@@ -97,3 +97,32 @@ def test_the_networks_own_convolutions_see_it_there(size):
     placed = place(x[0, 0].numpy(), size, AUTHORS)
     expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     assert np.abs(np.subtract(centre(placed, size), expected)).max() < 1
+
+
+@pytest.mark.parametrize(("side", "cells"), [(32, 8), (33, 9), (32, 4), (96, 3)])
+def test_a_cell_is_centred_on_its_pixel_exactly(side, cells):
+    """Enlarged tenfold, of a whole image: cell i lies on the middle of pixel stride * i."""
+    preprocessing = Preprocessing(side, 1.0)
+    stride = next(s for s in (4, 8, 16, 32) if -(-side // s) == cells)
+    one = np.zeros((cells, cells))
+    one[1, 0] = 1
+    placed = place(one, (side, side), preprocessing, (10 * side, 10 * side))
+    rows = placed[:, 0]
+    assert np.flatnonzero(rows == rows.max()).mean() + 0.5 == pytest.approx(10 * (stride + 0.5), abs=0.51)
+    above, below = rows[: round(10 * (stride + 0.5))], rows[round(10 * (stride + 0.5)) :]
+    assert above[::-1][: 8 * stride] == pytest.approx(below[: 8 * stride], abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (61, 900), (2000, 3), (1000, 1)])
+def test_a_part_of_the_image_has_the_maps_of_that_part(size):
+    maps = np.random.default_rng(0).random((2, 7, 7))
+    window = surroundings(size, AUTHORS, 1.9)
+    left, top, right, bottom = window
+    width, height = right - left, bottom - top
+    assert max(width, height) <= 1.9 * min(width, height) + 1 and min(width, height) == min(size)
+    whole, part = place(maps, size, AUTHORS), place(maps, size, AUTHORS, window=window)
+    assert np.array_equal(whole[:, top:bottom, left:right], part, equal_nan=True)
+    seen = ~np.isnan(whole[0])
+    assert seen.sum() == (~np.isnan(part[0])).sum(), "nothing that was seen is cut away"
+    large = place(maps, size, AUTHORS, (40 * width, 40 * height), window)
+    assert not np.isnan(large[:, 20 * height, 20 * width]).any(), "what was seen is in the middle"

@@ -56,8 +56,8 @@ def address(tmp_path_factory):
         warnings.simplefilter("ignore")  # of gradio's own libraries
         shipped = resources.files("fcvit").joinpath("assets/digits.pth.tar")
         page = task.build([shipped, shipped], tmp_path_factory.mktemp("demo"), device="cpu")
-        _, found, shared = task.serve(page)
-        assert shared is None and found.startswith(f"http://{task.HOST}:")
+        found = task.serve(page)
+        assert found.startswith(f"http://{task.HOST}:")
         yield found
         page.close(verbose=False)
 

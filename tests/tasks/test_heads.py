@@ -9,11 +9,13 @@ import pytest
 from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.errors import DoesNotFit, MissingExtra, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.images.preprocess import normalise
+from fcvit.images.preprocess import normalise, preprocess
 from fcvit.maps import Similarity, SimilarityMap
 from fcvit.tasks import plain_vit
 from fcvit.tasks.heads import agreement, between_heads, heads, measure, measure_queries, sparseness
+from fcvit.tasks.similarity import Viewer
 from fcvit.weights.lively import lively_input
+from fcvit.weights.reading import read_weights
 
 
 def correlation(one, other):
@@ -47,6 +49,35 @@ def test_sparseness_of_flat_and_peaked_maps():
     assert np.isnan(sparseness(np.zeros((1, 1, 1)))).all()
 
 
+@pytest.mark.parametrize("positions", [4, 16, 25, 100])
+def test_a_tenth_of_the_positions_is_a_tenth_of_any_number(positions):
+    """Of a flat map 0.1; of one peak all of it from ten positions on, below that the part that a tenth is."""
+    assert sparseness(np.zeros((1, 1, positions)))[1] == pytest.approx(0.1)
+    peaked = np.zeros((1, 1, positions))
+    peaked[..., 2] = 60
+    assert sparseness(peaked)[1] == pytest.approx(min(1, positions / 10))
+    steps = np.log(np.arange(1.0, positions + 1))[None, None]  # mass 1, 2, 3, ...
+    whole, part = divmod(positions / 10, 1)
+    most = np.arange(positions, 0, -1)
+    expected = (most[: int(whole)].sum() + part * most[int(whole)]) / most.sum()
+    assert sparseness(steps)[1] == pytest.approx(expected)
+
+
+def test_noise_is_as_sparse_as_its_noise_and_a_few_peaks_are_sparser():
+    generator = np.random.default_rng(1)
+    noise = generator.normal(size=(4, 8, 20, 20)) * np.array([0.3, 0.5, 0.8, 1, 0.3, 0.5, 0.8, 1])[:, None, None]
+    peaks = np.where(generator.random((4, 8, 20, 20)) < 0.02, 7.0, 0.0)
+
+    def figures(values):
+        return measure(Similarity(values, [SimilarityMap(1, 1, 1, values, values, values)]))["stage1.block1.context1"]
+
+    alike, sparser = figures(noise), figures(peaks)
+    assert alike["entropy"] == pytest.approx(alike["noise_entropy"], abs=0.01)
+    assert alike["top_decile"] == pytest.approx(alike["noise_top_decile"], abs=0.02)
+    assert (sparser["entropy"] < sparser["noise_entropy"] - 0.1).all()
+    assert (sparser["top_decile"] > sparser["noise_top_decile"] + 0.1).all()
+
+
 def test_what_is_kept_is_compared_where_it_lies():
     """Position i of a stage is position 2 i of the one before."""
     values = np.random.default_rng(0).normal(size=(2, 8, 6, 6))
@@ -54,7 +85,7 @@ def test_what_is_kept_is_compared_where_it_lies():
     def kept(second):
         maps = [SimilarityMap(1, 1, 1, values, values, values), SimilarityMap(2, 1, 1, second, second, second)]
         found = measure(Similarity(values, maps))
-        return found["stage1.block1.context1"][:, 3], found["stage2.block1.context1"][:, 3]
+        return found["stage1.block1.context1"]["kept"], found["stage2.block1.context1"]["kept"]
 
     first, second = kept(values[:, :, ::2, ::2])
     assert np.isnan(first).all() and second == pytest.approx([1, 1])
@@ -85,20 +116,21 @@ def test_attention_is_measured_query_by_query():
     """Two blocks of attention, (images, heads, queries, keys), against loops."""
     blocks = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 20))
     found = measure_queries(blocks)
-    assert list(found) == ["block1", "block2"] and np.isnan(found["block1"][:, 3]).all()
+    assert list(found) == ["block1", "block2"] and np.isnan(found["block1"]["kept"]).all()
     image, before = blocks[1, 1], blocks[0, 1]
     pairs = [(0, 1), (0, 2), (1, 2)]
     mass = np.exp(image) / np.exp(image).sum(-1, keepdims=True)
-    expected = [
-        np.mean([correlation(image[i, q], image[j, q]) for i, j in pairs for q in range(4)]),
-        np.mean(-(mass * np.log(mass)).sum(-1)) / np.log(20),
-        np.mean(np.sort(mass, -1)[..., -2:].sum(-1)),
-        np.mean([correlation(image[:, q].mean(0), before[:, q].mean(0)) for q in range(4)]),
-        np.mean([correlation(image[h, q], image[h].mean(0)) for h in range(3) for q in range(4)]),
-    ]
-    assert np.allclose(found["block2"][1], expected)
+    expected = {
+        "correlation": np.mean([correlation(image[i, q], image[j, q]) for i, j in pairs for q in range(4)]),
+        "entropy": np.mean(-(mass * np.log(mass)).sum(-1)) / np.log(20),
+        "top_decile": np.mean(np.sort(mass, -1)[..., -2:].sum(-1)),
+        "kept": np.mean([correlation(image[:, q].mean(0), before[:, q].mean(0)) for q in range(4)]),
+        "agreement": np.mean([correlation(image[h, q], image[h].mean(0)) for h in range(3) for q in range(4)]),
+    }
+    for name, value in expected.items():
+        assert found["block2"][name][1] == pytest.approx(value), name
     same = np.broadcast_to(blocks[0][:, :, :1], blocks[0].shape)
-    assert measure_queries([same])["block1"][:, 4] == pytest.approx([1, 1]), "one query, whoever asks"
+    assert measure_queries([same])["block1"]["agreement"] == pytest.approx([1, 1]), "one query, whoever asks"
 
 
 @pytest.fixture
@@ -115,6 +147,7 @@ def photos(tmp_path):
 def test_the_measures_of_a_network(digits_pth, photos, tmp_path):
     found = heads(digits_pth, photos, tmp_path / "run")
     (network,) = found.networks
+    assert found.images == 3 and not found.unreadable
     names = [one.name for one in network.layers]
     assert names[:3] == ["stage1.block1.context1", "stage1.block1.context2", "stage2.block1.context1"]
     for one in network.layers[:8]:
@@ -123,6 +156,18 @@ def test_the_measures_of_a_network(digits_pth, photos, tmp_path):
     kept = json.loads((tmp_path / "run" / "heads.json").read_text())["networks"][0]["layers"]
     assert kept[0]["entropy"] == network.layers[0].entropy and kept[-1]["entropy"] is None
     assert (tmp_path / "run" / "heads.png").read_bytes().startswith(b"\x89PNG")
+    # Every image counts, wherever the batches end; a file that is no image is left out, and named.
+    (tmp_path / "bad.png").write_bytes(b"?")
+    many = heads(digits_pth, [*(3 * photos), tmp_path / "bad.png"])
+    assert many.images == 9 and [one.partition(":")[0] for one in many.unreadable] == [str(tmp_path / "bad.png")]
+    for one, other in zip(many.networks[0].layers[:8], network.layers[:8], strict=True):
+        assert one.correlation == pytest.approx(other.correlation, abs=1e-6)
+        assert one.entropy == pytest.approx(other.entropy, abs=1e-6)
+    viewer = Viewer(read_weights(digits_pth))
+    seen = viewer.similarity(np.stack([preprocess(path, viewer.preprocessing) for path in photos]), tokens=True)
+    last = seen.at(3).standardised.reshape(3, 8, -1)
+    assert network.layers[7].top_decile == pytest.approx(sparseness(last)[1].mean(), abs=1e-6)
+    assert network.layers[7].entropy == pytest.approx(sparseness(last)[0].mean(), abs=1e-6)
     again = heads(digits_pth, photos)
     assert again.folder is None and again.networks[0].layers[1:8] == network.layers[1:8]
 

@@ -28,8 +28,33 @@ def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float
     return starts[0], starts[1], ends[0], ends[1]
 
 
+def surroundings(size: tuple[int, int], preprocessing: Preprocessing, most: float) -> tuple[int, int, int, int]:
+    """The part of an image that is worth showing: all of it, but of a long and thin one not its far ends.
+
+    Args:
+        size: width and height of the original.
+        preprocessing: that it went through.
+        most: longer over shorter side of the part.
+
+    Returns:
+        Left, top, right and bottom in pixels of the original, with what the network saw in the middle.
+    """
+    left, top, right, bottom = crop_box(size, preprocessing)
+    starts, ends = [], []
+    for length, other, middle in zip(size, size[::-1], ((left + right) / 2, (top + bottom) / 2), strict=True):
+        kept = min(length, max(1, round(most * other)))
+        start = min(max(0, round(middle - kept / 2)), length - kept)
+        starts.append(start)
+        ends.append(start + kept)
+    return starts[0], starts[1], ends[0], ends[1]
+
+
 def place(
-    maps: np.ndarray, size: tuple[int, int], preprocessing: Preprocessing, shown: tuple[int, int] | None = None
+    maps: np.ndarray,
+    size: tuple[int, int],
+    preprocessing: Preprocessing,
+    shown: tuple[int, int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Maps of the crop, resampled bilinearly onto the original image.
 
@@ -38,36 +63,42 @@ def place(
         size: width and height of the original.
         preprocessing: that it went through.
         shown: width and height of the result, where the original is shown smaller or larger; None: as it is.
+        window: left, top, right and bottom of the part of the original that is shown; None: all of it.
 
     Returns:
         (..., height, width), NaN outside of what the network saw.
     """
-    width, height = shown or size
+    start_x, start_y, end_x, end_y = window or (0, 0, *size)
+    width, height = shown or (end_x - start_x, end_y - start_y)
     left, top, right, bottom = crop_box(size, preprocessing)
-    across = _weights(maps.shape[-1], size[0], width, (left, right), preprocessing.input_size)
-    down = _weights(maps.shape[-2], size[1], height, (top, bottom), preprocessing.input_size)
+    side = preprocessing.input_size
+    across = _weights(maps.shape[-1], _centres(start_x, end_x, width), (left, right), side)
+    down = _weights(maps.shape[-2], _centres(start_y, end_y, height), (top, bottom), side)
     return down @ maps @ across.T
 
 
-def _weights(cells: int, length: int, shown: int, span: tuple[float, float], side: int) -> np.ndarray:
+def _centres(start: int, end: int, shown: int) -> np.ndarray:
+    """Of so many pixels that show a part of an axis: in pixels of the original, from its edge."""
+    return start + (np.arange(shown) + 0.5) * (end - start) / shown
+
+
+def _weights(cells: int, centres: np.ndarray, span: tuple[float, float], side: int) -> np.ndarray:
     """How much each cell counts for each pixel, along one axis: (shown, cells); rows of NaN where nothing was seen.
 
     Args:
         cells: of the map.
-        length: of the original, in pixels.
-        shown: pixels of the result.
+        centres: of the pixels, in pixels of the original, (shown,).
         span: where the crop begins and ends, in pixels of the original.
         side: of the crop, in pixels of its own.
     """
     start, end = span
-    centres = (np.arange(shown) + 0.5) * length / shown  # in pixels of the original, from its edge
     seen = (centres >= start) & (centres <= end)
     crop = (centres - start) / (end - start) * side - 0.5  # the crop's pixels, from their centres
     cell = np.clip(crop / _stride(cells, side), 0, cells - 1)
     lower = np.minimum(cell.astype(int), max(cells - 2, 0))
     share = cell - lower
-    weights = np.zeros((shown, cells))
-    rows = np.arange(shown)
+    weights = np.zeros((len(centres), cells))
+    rows = np.arange(len(centres))
     weights[rows, lower] += 1 - share
     weights[rows, np.minimum(lower + 1, cells - 1)] += share
     weights[~seen] = np.nan

@@ -383,15 +383,33 @@ def drawing() -> Generator[None]:
         yield
 
 
-def canvas(width: float, height: float, title: str, subtitle: str) -> "Figure":
-    """A figure of that many inches with its two head lines."""
+def canvas(width: float, height: float, title: str | Sequence[str], subtitle: str) -> "Figure":
+    """A figure of that many inches with its two head lines; the title may be in parts, as for `joined`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     left, room = _MARGIN / width, width - 2 * _MARGIN
-    figure.text(left, 1 - 0.42 / height, fit(drawable(title), room, _TITLE), fontsize=_TITLE)
+    parts = (title,) if isinstance(title, str) else title
+    figure.text(left, 1 - 0.42 / height, joined(parts, room, _TITLE), fontsize=_TITLE)
     figure.text(left, 1 - 0.56 / height, subtitle, va="top", linespacing=1.4)
     return figure
+
+
+def joined(parts: Sequence[str], inches: float, points: float = _TEXT) -> str:
+    """A line of several parts, each with the direction of its own script; where they do not fit, the first gives way.
+
+    Args:
+        parts: texts that may hold anything, with the spaces between them.
+    """
+    texts = []
+    for part in parts:  # what cannot be shown goes, the spaces at the ends stay
+        shown = drawable(part)
+        texts.append(f"{' ' * part.startswith(' ')}{shown}{' ' * (bool(shown) and part.endswith(' '))}")
+    if len(texts) == 1:
+        return fit(texts[0], inches, points)
+    rest = sum(_width(text, points) for text in texts[1:])
+    texts[0] = fit(texts[0], max(inches - rest, inches / 3), points)
+    return fit("".join(map(upright, texts)), inches, points)
 
 
 def axes_at(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
@@ -451,7 +469,12 @@ def _names(classes: Classes) -> list[str]:
             room = _NAME - _width(f" ({mark})")
             if times[name] > 1 and room > _NAME / 3:
                 names[index] = f"{fit(name, room)} ({mark})"
-    return [f"{_LEFT_TO_RIGHT}{name}{_LEFT_TO_RIGHT}" for name in names]
+    return [upright(name) for name in names]
+
+
+def upright(text: str) -> str:
+    """Set apart from its neighbours: a name that is read from right to left takes nothing with it."""
+    return f"{_LEFT_TO_RIGHT}{text}{_LEFT_TO_RIGHT}"
 
 
 def drawable(text: str) -> str:

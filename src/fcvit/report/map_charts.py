@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from fcvit.maps import short
-from fcvit.report.charts import axes_at, canvas, drawable, drawing, fit, png
+from fcvit.report.charts import axes_at, canvas, drawing, joined, png
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FAINT = "#d9d9d9"
+_OTHER = "#333333"
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A measure over depth: its name, and a value for each layer (NaN: none)."""
+    """A measure over depth: its name, a value for each layer (NaN: none), and what noise would have, if it matters."""
 
     name: str
     values: Sequence[float]
+    noise: Sequence[float] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Depth:
 
 
 class RemovalCurves(Protocol):
-    """What `trust_chart` draws of one kind of map; probabilities when 0 to 100 % of the pixels are gone or there."""
+    """What `trust_chart` draws of one kind of map; probabilities when 0 to 100 % of the pixels are gone or there.
+
+    Beside its own those of random maps, and of the maps of other images.
+    """
 
     @property
     def name(self) -> str: ...
@@ -45,6 +50,10 @@ class RemovalCurves(Protocol):
     def random_deletion(self) -> tuple[float, ...]: ...
     @property
     def random_insertion(self) -> tuple[float, ...]: ...
+    @property
+    def other_deletion(self) -> tuple[float, ...]: ...
+    @property
+    def other_insertion(self) -> tuple[float, ...]: ...
 
 
 def depth_chart(networks: Sequence[Depth], images: int) -> bytes:
@@ -62,7 +71,7 @@ def depth_chart(networks: Sequence[Depth], images: int) -> bytes:
 
 
 def trust_chart(curves: Sequence[RemovalCurves], title: str, images: int) -> bytes:
-    """Deletion above, insertion below, one column a kind of map, each beside random maps: a PNG file.
+    """Deletion above, insertion below, one column a kind of map, each beside its controls: a PNG file.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
@@ -81,12 +90,15 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
     figure = canvas(width, height, title, f"means over {images} images; layers in the order of the pass")
     for row in range(count):
         rows = [network.lines[count - 1 - row] for network in networks]
-        known = [value for line in rows for value in line.values if math.isfinite(value)] or [0.0]
+        known = [value for line in rows for value in (*line.values, *line.noise) if math.isfinite(value)] or [0.0]
         margin = 0.15 * (max(known) - min(known)) or 0.05
         for column, (network, line) in enumerate(zip(networks, rows, strict=True)):
             axes = axes_at(figure, left + column * (wide + 0.25), 0.85 + row * (panel + gap), wide, panel)
             places = range(len(network.layers))
             axes.plot(places, line.values, color=RIGHT, marker="o", markersize=4)
+            if line.noise:
+                axes.plot(places, line.noise, color=WRONG, linestyle="--", label="noise of the same spread")
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), frameon=False, borderpad=0, fontsize=9)
             axes.set_title(line.name, loc="left", fontsize=10)
             axes.grid(color=_FAINT, linewidth=0.5)
             axes.set_ylim(min(known) - margin, max(known) + margin)
@@ -97,7 +109,7 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
             if column:
                 axes.set_yticklabels([])
             if row == count - 1:
-                name = fit(drawable(network.network), wide)
+                name = joined((network.network,), wide, 11)
                 axes.annotate(name, (0, 1), (0, 22), "axes fraction", textcoords="offset points", fontsize=11)
     return figure
 
@@ -113,16 +125,17 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
     for number, one in enumerate(curves):
         column = number % across
         base = foot + (bands - 1 - number // across) * band + 0.4
-        for row, (own, random, what) in enumerate(
+        for row, (own, random, other, what) in enumerate(
             (
-                (one.insertion, one.random_insertion, "% of pixels returned"),
-                (one.deletion, one.random_deletion, "% of pixels removed"),
+                (one.insertion, one.random_insertion, one.other_insertion, "% of pixels returned"),
+                (one.deletion, one.random_deletion, one.other_deletion, "% of pixels removed"),
             )
         ):
             axes = axes_at(figure, left + column * (side + gap), base + row * (side + 0.6), side, side)
             shares = [100 * index / (len(own) - 1) for index in range(len(own))]
             axes.plot(shares, own, color=RIGHT, linewidth=2, label="the map")
             axes.plot(shares, random, color=WRONG, linewidth=1.5, linestyle="--", label="random maps")
+            axes.plot(shares, other, color=_OTHER, linewidth=1.5, linestyle=":", label="another image's map")
             axes.set_ylim(0, 1.02)
             axes.grid(color=_FAINT, linewidth=0.5)
             axes.set_xlabel(what, fontsize=9)
@@ -133,5 +146,5 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
             else:
                 axes.set_ylabel("insertion" if not row else "deletion", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower left", ncols=2, frameon=False, bbox_to_anchor=(0.02, 0.005))
+    figure.legend(handles, labels, loc="lower left", ncols=3, frameon=False, bbox_to_anchor=(0.02, 0.005))
     return figure

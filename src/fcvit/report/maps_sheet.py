@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit.report.charts import axes_at, canvas, drawable, drawing, fit, png
+from fcvit.report.charts import axes_at, canvas, drawing, joined, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,8 @@ COLOURS = "viridis"
 _TILE, _GAP, _EDGE = 1.55, 0.12, 0.25  # inches: a map's longer side, between two, around everything
 _HEAD, _NAME, _BAR = 0.95, 0.26, 0.55  # of the titles, a map's name, the colour bar
 _SMALL_TILE = 1.2  # a map's longer side where there are many images
-_OPACITY = 0.62
+LONGEST = 1.9  # longer over shorter side of an image that leaves room for what is written over its maps
+_OPACITY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +37,27 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One image of many: its title in a line, uint8 (H, W, 3), and its maps (n, H, W), NaN where nothing was seen."""
+    """One image of many: parts of its title, uint8 (H, W, 3), and its maps (n, H, W), NaN where nothing was seen."""
 
-    title: str
+    title: Sequence[str]
     image: np.ndarray
     maps: np.ndarray
 
 
 def maps_sheet(
-    image: np.ndarray, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4
+    image: np.ndarray,
+    rows: Sequence[Row],
+    title: Sequence[str],
+    subtitle: Sequence[str],
+    label: str,
+    columns: int = 4,
 ) -> bytes:
     """The image, and every map over it.
 
     Args:
-        image: uint8 (H, W, 3).
+        image: uint8 (H, W, 3), at most `LONGEST` times as long as wide, or the other way round.
         rows: the maps; a single row is broken after `columns`, several stand one below the other.
-        title, subtitle: one line each; cut where they are too long.
+        title, subtitle: the parts of a line each (`fcvit.report.charts.joined`).
         label: what the colours mean.
 
     Returns:
@@ -70,7 +76,8 @@ def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, lab
     Args:
         panels: at least one.
         names: of the maps, which all have.
-        title, label: as for `maps_sheet`.
+        title: one line.
+        label: what the colours mean.
 
     Returns:
         A PNG file.
@@ -82,23 +89,25 @@ def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, lab
         return png(_overview(panels, names, title, label))
 
 
-def _sheet(image: np.ndarray, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int) -> "Figure":
+def _sheet(
+    image: np.ndarray, rows: Sequence[Row], title: Sequence[str], subtitle: Sequence[str], label: str, columns: int
+) -> "Figure":
     if len(rows) == 1:
         row = rows[0]
-        cut = range(0, len(row.maps), columns)
-        rows = [Row("", row.names[i : i + columns], row.maps[i : i + columns]) for i in cut]
+        starts = range(0, len(row.maps), columns)
+        rows = [Row("", row.names[i : i + columns], row.maps[i : i + columns]) for i in starts]
     across = max(len(row.maps) for row in rows)
     longer = max(image.shape[:2])
     high, wide = (_TILE * side / longer for side in image.shape[:2])
     beside = 0.9 if any(row.name for row in rows) else 0.0
     first = max(1.0, min(2.0, 2.2 / high)) if len(rows) > 1 or across > 1 else 1.0  # how much larger the image is
-    left = _EDGE + wide * first + 2 * _GAP + beside
+    left = _EDGE + max(wide * first, 1.4) + 2 * _GAP + beside  # what is written over the image has room
     width = max(left + across * (wide + _GAP) + _EDGE, 6.4)
     height = _HEAD + max(len(rows) * (high + _NAME), high * first + _NAME) + _BAR + _EDGE
-    figure = canvas(width, height, title, fit(drawable(subtitle), width - 2 * _EDGE))
+    figure = canvas(width, height, title, joined(subtitle, width - 2 * _EDGE))
     scale = _scale(row.maps for row in rows)
     place = axes_at(figure, _EDGE, height - _HEAD - _NAME - high * first, wide * first, high * first)
-    _show_image(place, image, rows[0].maps[0])
+    _show(place, _pale(image, _seen(rows[0].maps[0])))
     place.set_title("image, what was seen", loc="left", fontsize=9)
     for number, row in enumerate(rows):
         bottom = height - _HEAD - (number + 1) * (high + _NAME)
@@ -106,7 +115,7 @@ def _sheet(image: np.ndarray, rows: Sequence[Row], title: str, subtitle: str, la
             figure.text((left - beside) / width, (bottom + high / 2) / height, row.name, va="center", fontsize=9)
         for column, (name, one) in enumerate(zip(row.names, row.maps, strict=True)):
             place = axes_at(figure, left + column * (wide + _GAP), bottom, wide, high)
-            _show_map(place, image, one, scale)
+            _show(place, overlay(image, one, scale))
             place.set_title(name, loc="left", fontsize=9, pad=3)
     _colour_bar(figure, left, min(3.4, width - left - _EDGE), scale, label)
     return figure
@@ -127,15 +136,11 @@ def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: 
         if number % lines == 0:
             for column, name in enumerate(names, 1):
                 figure.text((left + column * step) / width, (top + 0.04) / height, name, fontsize=9)
-        figure.text(left / width, (top - 0.18) / height, fit(drawable(panel.title), room, 9), fontsize=9)
-        longer = max(panel.image.shape[:2])
-        tall, wide = (_SMALL_TILE * side / longer for side in panel.image.shape[:2])
-        for column in range(1 + len(names)):
-            place = axes_at(figure, left + column * step, top - 0.24 - tall, wide, tall)
-            if column:
-                _show_map(place, panel.image, panel.maps[column - 1], scale)
-            else:
-                _show_image(place, panel.image, panel.maps[0])
+        figure.text(left / width, (top - 0.18) / height, joined(panel.title, room - _GAP, 9), fontsize=9)
+        tall, wide = (_SMALL_TILE * side / max(panel.image.shape[:2]) for side in panel.image.shape[:2])
+        shown = [_pale(panel.image, _seen(panel.maps[0])), *(overlay(panel.image, one, scale) for one in panel.maps)]
+        for column, tile in enumerate(shown):
+            _show(axes_at(figure, left + column * step, top - 0.24 - tall, wide, tall), tile)
     _colour_bar(figure, _EDGE + step, 3.4, scale, label)
     return figure
 
@@ -149,41 +154,54 @@ def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
     return Normalize(low, max(high, low + 1e-6))
 
 
-def _show_image(place: "Axes", image: np.ndarray, one: np.ndarray) -> None:
-    """The image, pale where a map of it says that nothing was seen."""
-    _bare(place)
-    place.imshow(_pale(image, ~np.isnan(one)))
+def overlay(image: np.ndarray, one: np.ndarray, scale: "Normalize") -> np.ndarray:
+    """A map in colours over the image, uint8 (H, W, 3): of it so little is left that no place looks like another value.
 
+    Args:
+        image: uint8 (H, W, 3).
+        one: (H, W), NaN where nothing was seen: there is no colour.
+        scale: to 0 to 1.
+    """
+    from matplotlib import colormaps
 
-def _show_map(place: "Axes", image: np.ndarray, one: np.ndarray, scale: "Normalize") -> None:
-    """A map in colours over the image in grey."""
-    _bare(place)
-    place.imshow(_pale(_grey(image), ~np.isnan(one)))
-    place.imshow(np.ma.masked_invalid(one), cmap=COLOURS, norm=scale, alpha=_OPACITY, interpolation="nearest")
+    seen = _seen(one)
+    colours = colormaps[COLOURS](scale(np.where(seen, one, 0)), bytes=False)[..., :3]
+    mixed = _OPACITY * 255 * colours + (1 - _OPACITY) * _grey(image)
+    return np.where(seen[..., None], mixed.round(), _pale(_grey(image), seen)).astype(np.uint8)
 
 
 def _colour_bar(figure: "Figure", left: float, width: float, scale: "Normalize", label: str) -> None:
+    """In the colours that the map has over an image's middle grey."""
+    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
 
+    middle = _grey(np.full((1, 1, 3), 128, np.uint8))[0, 0] / 255
+    mixed = _OPACITY * colormaps[COLOURS](np.arange(256))[:, :3] + (1 - _OPACITY) * middle
     bar = axes_at(figure, left, _EDGE + 0.22, width, 0.12)
-    colours = ScalarMappable(scale, COLOURS)
-    figure.colorbar(colours, cax=bar, orientation="horizontal", label=label, extend="both", alpha=_OPACITY)
+    colours = ScalarMappable(scale, ListedColormap(mixed))
+    figure.colorbar(colours, cax=bar, orientation="horizontal", label=label, extend="both")
     bar.tick_params(labelsize=8, length=2)
 
 
-def _bare(place: "Axes") -> None:
+def _show(place: "Axes", image: np.ndarray) -> None:
     place.set_xticks([])
     place.set_yticks([])
     for spine in place.spines.values():
         spine.set_visible(False)
+    place.imshow(image, aspect="auto")
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
-    """Luminance in all three channels, the darker half made lighter: colours are for the map, and show on it."""
-    luminance = 100 + (image @ np.array([0.299, 0.587, 0.114])) * (155 / 255)
+    """Luminance in all three channels, from 165 to white: colours are for the map, and brightness is nearly so."""
+    luminance = 165 + (image @ np.array([0.299, 0.587, 0.114])) * (90 / 255)
     return np.repeat(luminance[..., None], 3, axis=2).astype(np.uint8)
 
 
 def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Three parts of white over what was not seen."""
     return np.where(seen[..., None], image, (image.astype(int) + 3 * 255) // 4).astype(np.uint8)
+
+
+def _seen(one: np.ndarray) -> np.ndarray:
+    return ~np.isnan(one)

@@ -27,7 +27,7 @@ from fcvit.tasks.predict import Prediction
 from fcvit.tasks.quickstart import Quickstart
 from fcvit.tasks.similarity import Written
 from fcvit.tasks.train import Training
-from fcvit.tasks.trust import Trust
+from fcvit.tasks.trust import Estimate, Trust
 from fcvit.tasks.verify import Comparison, Place, Verification
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, parameter_count
@@ -131,34 +131,40 @@ def maps_written(found: Written) -> Table:
 
 def heads(found: Heads) -> list[Table]:
     """How much heads differ, and whether queries do, layer by layer; a table for each network."""
-    columns = ("between heads", "entropy", "top tenth", "kept", "queries agree")
+    columns = ("between heads", "entropy", "of noise", "top tenth", "of noise ", "kept", "queries agree")
     results = []
     for network in found.networks:
-        result = table("maps of", *columns, right=columns, title=f"{network.network}, {found.images} images")
+        result = table("map", *columns, right=columns, title=f"{network.network}, {found.images} images")
         for one in network.layers:
-            values = (one.correlation, one.entropy, one.top_decile, one.kept, one.agreement)
-            result.add_row(one.name, *("" if value != value else f"{value:.3f}" for value in values))
+            sparse = (one.entropy, one.noise_entropy, one.top_decile, one.noise_top_decile)
+            values = (one.correlation, *sparse, one.kept, one.agreement)
+            result.add_row(short(one.name), *("" if value != value else f"{value:.3f}" for value in values))
         results.append(result)
     return results
 
 
 def trust(found: Trust) -> list[Table]:
-    """How much better than random maps, and how like occlusion."""
-    columns = ("deletion gain", "insertion gain", "like occlusion")
-    result = table("map", *columns, right=columns)
-    result.title = (
-        f"{found.network}, {found.images} images, {found.values} maps of stage.block.context\n"
-        "area gained over random maps, and rank correlation; 95 % intervals"
-    )
+    """How much better than other maps, and how like occlusion."""
+    controls = ("random maps", "another image's")
+    tables = []
+    for what, over_random, over_other in (
+        ("deletion", "deletion_over_random", "deletion_over_other"),
+        ("insertion", "insertion_over_random", "insertion_over_other"),
+    ):
+        result = table("map", *controls, right=controls)
+        result.title = f"{found.network}, {found.images} images, {found.values} maps: {what}, area gained over"
+        for one in found.curves:
+            result.add_row(short(one.name), _estimate(getattr(one, over_random)), _estimate(getattr(one, over_other)))
+        tables.append(result)
+    result = table("map", "rank correlation", right=("rank correlation",), title="with occlusion, over the patches")
     for one in found.curves:
-        figures = (
-            (one.deletion_gain, one.deletion_interval),
-            (one.insertion_gain, one.insertion_interval),
-            (one.occlusion, one.occlusion_interval),
-        )
-        cells = ["" if x != x else f"{x:+.3f} ({low:+.3f} to {high:+.3f})" for x, (low, high) in figures]
-        result.add_row(short(one.name), *cells)
-    return [result]
+        if cell := _estimate(one.occlusion):
+            result.add_row(short(one.name), cell)
+    return [*tables, result]
+
+
+def _estimate(one: Estimate) -> str:
+    return "" if one.mean != one.mean else f"{one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
 
 
 def problems(found: Sequence[Problem]) -> Table:

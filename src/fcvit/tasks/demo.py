@@ -8,6 +8,7 @@ reports nothing, takes files up to `LIMIT`, keeps them no longer than it is serv
 import importlib
 import io
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -18,14 +19,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fcvit.classes import digits
 from fcvit.errors import BadImages, MissingExtra, UsageError
 from fcvit.images.preprocess import decode
+from fcvit.maps import places
 from fcvit.tasks.similarity import Seen, Viewer, picture
 from fcvit.weights.reading import read_weights
 
 HOST = "127.0.0.1"
 LIMIT = "20mb"
 _SHIPPED = "assets/digits.pth.tar"
+_SHIPPED_NAME = "handwritten digits"
 _EXAMPLES = 6
 
 
@@ -49,16 +53,15 @@ def demo(
         announce: is told the address.
 
     Raises:
-        UsageError: more than two files, a network without maps, or the port is taken.
+        UsageError: more than two files, a network without maps, or no free port.
         MissingExtra: Gradio, Matplotlib or Paddle is not installed.
         UnreadableFile, DoesNotFit: a file.
     """
+    if port is not None:
+        _require_free(port)
     with tempfile.TemporaryDirectory(prefix="fcvit-demo-") as folder:
         page = build(weights, Path(folder), device, ema)
-        try:
-            _, address, _ = serve(page, port, open_browser)
-        except OSError as error:
-            raise UsageError(f"--port {port}: {error}; leave it out, or choose another") from error
+        address = serve(page, port, open_browser)
         announce(f"the page is at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()
@@ -88,25 +91,50 @@ def build(
         viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
     else:
         with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
-            viewers = [Viewer(read_weights(path), device=device)]
-    return _page(gradio, viewers, _examples(folder) if not weights else [])
+            viewers = [Viewer(read_weights(path), digits(), device=device)]
+    if not weights:
+        return _page(gradio, viewers, [_SHIPPED_NAME], _examples(folder))
+    return _page(gradio, viewers, titles(weights), [])
 
 
-def serve(page: Any, port: int | None = None, open_browser: bool = False) -> tuple[Any, str, Any]:
-    """Begin to serve on this machine only: (server, address, share address, which is none)."""
+def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str:
+    """Begin to serve on this machine only: the address.
+
+    Raises:
+        UsageError: no free port.
+    """
     gradio = _gradio()
-    return page.launch(
-        server_name=HOST,
-        server_port=port,
-        share=False,
-        quiet=True,
-        inbrowser=open_browser,
-        prevent_thread_lock=True,
-        max_file_size=LIMIT,
-        footer_links=["settings"],
-        # Fonts of the system: the usual themes fetch theirs from elsewhere.
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    # The page asks itself whether it is there: not by way of a proxy.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
+    try:
+        _, address, shared = page.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            quiet=True,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            max_file_size=LIMIT,
+            footer_links=["settings"],
+            # Fonts of the system: the usual themes fetch theirs from elsewhere.
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise UsageError(f"no free port ({str(error).splitlines()[0]}); choose one with --port") from error
+    assert shared is None
+    return address
+
+
+def _require_free(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: expected 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            remedy = "leave it out, or choose another"
+            raise UsageError(f"--port {port}: {error.strerror or error}; {remedy}") from error
 
 
 def _gradio() -> Any:
@@ -117,11 +145,21 @@ def _gradio() -> Any:
         raise MissingExtra(f"gradio cannot be had ({error}); install it with: pip install 'fcvit[demo]'") from error
 
 
-def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> Any:
-    contexts = max(len(_names(viewer)) for viewer in viewers)
+def titles(weights: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Of the files: their names, with as many folders as it takes to tell them apart."""
+    parts = [Path(path).absolute().parts for path in weights]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = [str(Path(*one[-count:])) for one in parts]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{letter}: {Path(*one).name}" for letter, one in zip("AB", parts, strict=False)]  # one file twice
+
+
+def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], examples: Sequence[str]) -> Any:
+    contexts = max(len(places(viewer.variant)) for viewer in viewers)
     heads = min(viewer.variant.heads for viewer in viewers)
 
-    def look(path: str | None, depth: int, head: str, values: str) -> list[Any]:
+    def look(path: str | None, depth: float | None, head: str, values: str) -> list[Any]:
         """A new image: the state, a message, and for each network its classes and its picture."""
         if path is None:
             return [None, "", *[None] * (2 * len(viewers))]
@@ -130,11 +168,13 @@ def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> An
             seen = [viewer.see(image) for viewer in viewers]
         except BadImages as error:
             return [None, f"**Not an image that can be read:** {_plain(error)}", *[None] * (2 * len(viewers))]
-        labels = [{f"{row.name}": row.probability for row in one.predictions} or None for one in seen]
+        labels = [{row.name: row.probability for row in one.predictions} or None for one in seen]
         pictures = show((Path(path).name, seen), depth, head, values)
         return [(Path(path).name, seen), "", *[value for pair in zip(labels, pictures, strict=True) for value in pair]]
 
-    def show(state: tuple[str, list[Seen]] | None, depth: int, head: str, values: str) -> list[Image.Image | None]:
+    def show(
+        state: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: str
+    ) -> list[Image.Image | None]:
         """The same image, other maps."""
         if state is None:
             return [None] * len(viewers)
@@ -157,9 +197,9 @@ def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> An
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
                 values = gradio.Radio(["standardised", "rescaled"], value="standardised", label="Values")
             labels, pictures = [], []
-            for number, viewer in enumerate(viewers):
+            for number, name in enumerate(titles):
                 with gradio.Column(scale=2):
-                    gradio.Markdown(f"### {_plain(viewer.name)}")
+                    gradio.Markdown(f"### {_plain(name)}")
                     labels.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
                     pictures.append(_image(gradio, f"maps-{number}"))
         settings = [depth, head, values]
@@ -175,24 +215,13 @@ def _page(gradio: Any, viewers: Sequence[Viewer], examples: Sequence[str]) -> An
 def _image(gradio: Any, name: str) -> Any:
     """A picture without the button that would send it to somebody else's server."""
     return gradio.Image(
-        show_label=False, type="pil", interactive=False, elem_id=name, buttons=["download", "fullscreen"]
+        show_label=False, type="pil", format="png", interactive=False, elem_id=name, buttons=["download", "fullscreen"]
     )
 
 
-def _names(viewer: Viewer) -> list[tuple[int, int, int]]:
-    """Stage, block and context of every map, in the order of the pass."""
-    mixes = 2 if viewer.variant.second_mix else 1
-    return [
-        (stage, block, context)
-        for stage, depth in enumerate(viewer.variant.depths, 1)
-        for block in range(1, depth + 1)
-        for context in range(1, mixes + 1)
-    ]
-
-
-def _picture(viewer: Viewer, seen: Seen, name: str, depth: int, head: str, values: str) -> Image.Image:
-    places = _names(viewer)
-    where = places[min(int(depth), len(places)) - 1]
+def _picture(viewer: Viewer, seen: Seen, name: str, depth: float | None, head: str, values: str) -> Image.Image:
+    known = places(viewer.variant)
+    where = known[min(max(int(depth or len(known)), 1), len(known)) - 1]  # a field that was emptied: the last
     return Image.open(
         io.BytesIO(picture(viewer, seen, name, where, head, "rescaled" if values == "rescaled" else "standardised"))
     )

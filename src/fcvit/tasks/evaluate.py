@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit import metrics, runs
+from fcvit.classes import labels
 from fcvit.deploy.batch_size import fitting_batch_size
 from fcvit.deploy.engines import AUTO, Engine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
@@ -35,7 +36,7 @@ from fcvit.report.progress import progress
 from fcvit.report.results import Agreement, Effect, Records, Result
 from fcvit.tasks.figures import Figures, figures
 from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check, with_engines_named
-from fcvit.tasks.similarity import Viewer, caption, overview, panel
+from fcvit.tasks.similarity import Viewer, overview, panel
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
@@ -180,7 +181,9 @@ def evaluate(
         target = None
         if folder is not None or record:
             if processes.first:
-                _refuse_inside(Path("runs") if folder is None else Path(folder), settings)
+                if settings.list_file is None:
+                    where = None if folder is None else Path(folder)
+                    runs.refuse_inside(where, Path(settings.data), f"--data {settings.data}")
                 details = {
                     "settings": dataclasses.asdict(settings),
                     "settings_sha256": settings.sha256(),
@@ -264,17 +267,6 @@ def _agreed(plan: Plan, processes: Processes) -> dict[str, object]:
             change = _change(what, first.get(what), identity[what])
             raise DoesNotFit(f"process {processes.rank} does not see what process 0 sees: {change}")
     return identity
-
-
-def _refuse_inside(folder: Path, settings: Settings) -> None:
-    """A run's pictures must not become images of the data set.
-
-    Raises:
-        UsageError: they would.
-    """
-    data = Path(settings.data).resolve()
-    if settings.list_file is None and data.is_dir() and data in (folder.resolve(), *folder.resolve().parents):
-        raise UsageError(f"{folder} is inside --data {settings.data}: its pictures would be images; choose another -o")
 
 
 def _mapping(mapping: Mapping[str, int]) -> str:
@@ -509,16 +501,16 @@ def _draw_maps(
     except MissingExtra as error:
         announce(f"no {results.MAPS}: {error}")
         return
-    chosen = []
+    chosen, names = [], labels(records.classes)
     for right in (False, True):
         rows = np.flatnonzero(records.correct == right)
         for row in rows[np.argsort(-records.probability[rows, 0], kind="stable")][:_MAPS]:
-            truth = records.classes[records.truth[row]].name
+            truth = names[records.truth[row]]
+            # As the records have it: of a subset of the classes, the network's own best may be another.
+            best = (names[records.top[row, 0]], f" {100 * records.probability[row, 0]:.1f} %")
             with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
-                seen = viewer.see(read(records.names[row]))
-                taken_for = caption(seen.predictions[:1])
-                title = f"right: {taken_for}" if right else f"wrong: {truth}, taken for {taken_for}"
-                chosen.append(panel(viewer, seen, title))
+                title = ("right: ", *best) if right else ("wrong: ", truth, ", taken for ", *best)
+                chosen.append(panel(viewer, viewer.see(read(records.names[row])), title))
     if chosen:
         folder.mkdir(exist_ok=True)
         runs.write_bytes(folder / results.MAPS, overview(chosen, "The surest mistakes and the surest right answers"))

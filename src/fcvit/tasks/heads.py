@@ -6,7 +6,9 @@ another map than the mean of all positions gets, the query would be missed. A pl
 is measured alike (`fcvit.tasks.plain_vit`).
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -15,17 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from fcvit import runs
-from fcvit.errors import MissingExtra, UsageError
-from fcvit.images.preprocess import preprocess
+from fcvit.errors import BadImages, MissingExtra, UsageError
 from fcvit.maps import Similarity, SimilarityMap, short
 from fcvit.report.map_charts import Depth, Line, depth_chart
 from fcvit.report.progress import progress
 from fcvit.tasks.plain_vit import PlainViT
-from fcvit.tasks.similarity import Viewer
+from fcvit.tasks.similarity import Viewer, each_readable
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
 _BATCH = 8
+Figures = dict[str, np.ndarray]  # by the fields of `Measures`, (B,) each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,10 @@ class Measures:
         name: of a global context, as in `SimilarityMap.name`; of a ViT's block, "block1" and so on.
         correlation: Pearson's, of the maps of two heads over the positions; mean over all pairs.
         entropy: of a head's mass, over that of a uniform one: 1 is flat. Mass: softmax over the positions.
-        top_decile: share of a head's mass in the tenth of the positions that have most; 0.1 is flat.
+        top_decile: share of a head's mass in the tenth of the positions that have most; 0.1 is flat. A part of a
+            position counts as that part.
+        noise_entropy, noise_top_decile: the same where each head's values are independent normal numbers, as many
+            and as spread: with fewer positions or more spread both change by themselves.
         kept: Pearson's correlation with the map of the layer before (means over heads; across stages every
             second position, which is where the next stage's are). 1: nothing changes.
         agreement: Pearson's correlation of the map that a position gets as its own query with the one that the mean
@@ -49,6 +54,8 @@ class Measures:
     correlation: float
     entropy: float
     top_decile: float
+    noise_entropy: float
+    noise_top_decile: float
     kept: float
     agreement: float
 
@@ -63,10 +70,16 @@ class NetworkMeasures:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Over so many images: FCViT, and the ViT beside it if there is one; `folder`: where it was written, or None."""
+    """Over so many images: FCViT, and the ViT beside it if there is one.
+
+    Attributes:
+        unreadable: images that were left out, with the reason.
+        folder: where it was written, or None.
+    """
 
     images: int
     networks: tuple[NetworkMeasures, ...]
+    unreadable: tuple[str, ...]
     folder: Path | None
 
 
@@ -91,7 +104,8 @@ def heads(
 
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: an image cannot be read.
+        BadImages: not one image can be read. Single ones are listed in the result.
+        NumbersDisagree: maps that are no finite numbers.
     """
     if not images:
         raise UsageError("expected at least one image")
@@ -100,23 +114,23 @@ def heads(
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, device=device)
     plain = PlainViT(vit, vit_weights, device) if vit is not None and vit_weights is not None else None
-    networks = [
-        _over_images(str(read.form), images, viewer.preprocessing, lambda x: measure(viewer.similarity(x, True)))
-    ]
-    if plain is not None:
-        networks.append(
-            _over_images(plain.name, images, plain.preprocessing, lambda x: measure_queries(plain.logits(x)))
+    with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "heads") as target:
+        bad: list[BadImages] = []
+        ours = _over_images(
+            str(read.form), images, viewer.preprocessing, bad, lambda x: measure(viewer.similarity(x, tokens=True))
         )
-    found = Heads(len(images), tuple(networks), None)
-    if folder is None:
-        return found
-    with runs.run_folder(Path(folder), "heads") as target:
-        found = dataclasses.replace(found, folder=target)
-        runs.write_json(target / "heads.json", dataclasses.asdict(found))
-        try:
-            runs.write_bytes(target / "heads.png", depth_chart([_depth(one) for one in networks], len(images)))
-        except MissingExtra as error:
-            announce(f"no picture: {error}")
+        networks = [ours]
+        if plain is not None:  # what cannot be read is listed already
+            networks.append(
+                _over_images(plain.name, images, plain.preprocessing, [], lambda x: measure_queries(plain.logits(x)))
+            )
+        found = Heads(len(images) - len(bad), tuple(networks), tuple(map(str, bad)), target)
+        if target is not None:
+            runs.write_json(target / "heads.json", dataclasses.asdict(found))
+            try:
+                runs.write_bytes(target / "heads.png", depth_chart([_depth(one) for one in networks], found.images))
+            except MissingExtra as error:
+                announce(f"no picture: {error}")
     return found
 
 
@@ -124,23 +138,26 @@ def _over_images(
     network: str,
     images: Sequence[Path],
     preprocessing: Preprocessing,
-    figures: Callable[[np.ndarray], dict[str, np.ndarray]],
+    bad: list[BadImages],
+    figures: Callable[[np.ndarray], dict[str, Figures]],
 ) -> NetworkMeasures:
     """The mean of the figures over the images, layer by layer.
 
     Args:
-        figures: of uint8 (B, 3, S, S), for each layer (B, 5), in the order of the fields of `Measures`.
+        bad: images that cannot be read are added to it.
+        figures: of uint8 (B, 3, S, S), by the name of the layer.
     """
-    rows: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[Figures]] = {}
     with progress(f"measuring {network}", len(images)) as advance:
-        for start in range(0, len(images), _BATCH):
-            batch = np.stack([preprocess(path, preprocessing) for path in images[start : start + _BATCH]])
-            for name, values in figures(batch).items():
-                rows.setdefault(name, []).append(values)
-            advance(len(batch))
-    return NetworkMeasures(
-        network, tuple(Measures(name, *map(float, _mean(np.concatenate(row), 0))) for name, row in rows.items())
-    )
+        readable = each_readable(images, preprocessing, bad, advance)
+        while batch := [pixels for _, pixels in itertools.islice(readable, _BATCH)]:
+            for name, values in figures(np.stack(batch)).items():
+                found.setdefault(name, []).append(values)
+    layers = [
+        Measures(name, **{field: float(_mean(np.concatenate([one[field] for one in parts]), 0)) for field in parts[0]})
+        for name, parts in found.items()
+    ]
+    return NetworkMeasures(network, tuple(layers))
 
 
 def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
@@ -153,46 +170,68 @@ def _depth(found: NetworkMeasures) -> Depth:
     names = [short(one.name) for one in found.layers]
     lines = [
         Line("correlation of two heads (1: they are one)", [one.correlation for one in found.layers]),
-        Line("entropy over that of a flat map", [one.entropy for one in found.layers]),
-        Line("mass in the top tenth of positions (0.1: flat)", [one.top_decile for one in found.layers]),
+        Line(
+            "entropy over that of a flat map",
+            [one.entropy for one in found.layers],
+            [one.noise_entropy for one in found.layers],
+        ),
+        Line(
+            "mass in the top tenth of positions (0.1: flat)",
+            [one.top_decile for one in found.layers],
+            [one.noise_top_decile for one in found.layers],
+        ),
         Line("correlation with the map before", [one.kept for one in found.layers]),
         Line("agreement of queries (1: the query does not matter)", [one.agreement for one in found.layers]),
     ]
     return Depth(found.network, names, lines)
 
 
-def measure(found: Similarity[np.ndarray]) -> dict[str, np.ndarray]:
-    """For each global context (B, 5), in the order of the fields of `Measures`; `found` has its tokens."""
-    rows = {}
+def measure(found: Similarity[np.ndarray]) -> dict[str, Figures]:
+    """Of each global context, by its name; `found` has its tokens."""
+    figures = {}
     before: SimilarityMap[np.ndarray] | None = None
     for one in found:
         assert one.tokens is not None
         maps = one.standardised.reshape(*one.standardised.shape[:2], -1)
-        figures = _figures(maps, None if before is None else _met(before, one))
-        rows[one.name] = np.column_stack([figures, agreement(one.tokens, maps.shape[1])])
+        figures[one.name] = {
+            **_figures(maps, None if before is None else _met(before, one)),
+            "agreement": agreement(one.tokens, maps.shape[1]),
+        }
         before = one
-    return rows
+    return figures
 
 
-def measure_queries(blocks: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+def measure_queries(blocks: Iterable[np.ndarray]) -> dict[str, Figures]:
     """The same of attention logits, (B, heads, queries, keys) each: a query's keys are the positions of its map."""
-    rows = {}
+    figures = {}
     before = None
     for number, logits in enumerate(blocks, 1):
         batch, heads, queries, keys = logits.shape
         maps = np.moveaxis(logits, 2, 1).reshape(batch * queries, heads, keys)
-        figures = _mean(_figures(maps, before).reshape(batch, queries, -1), 1)
         free = np.broadcast_to(logits.mean(2, keepdims=True), logits.shape)  # what the mean of the queries gets
-        agreed = _correlation(logits.reshape(-1, keys), free.reshape(-1, keys)).reshape(batch, -1)
-        rows[f"block{number}"] = np.column_stack([figures, _mean(agreed, 1)])
+        agreed = _correlation(logits.reshape(-1, keys), free.reshape(-1, keys))
+        figures[f"block{number}"] = {
+            **{name: _mean(one.reshape(batch, queries), 1) for name, one in _figures(maps, before).items()},
+            "agreement": _mean(agreed.reshape(batch, -1), 1),
+        }
         before = maps.mean(1)
-    return rows
+    return figures
 
 
-def _figures(maps: np.ndarray, before: np.ndarray | None) -> np.ndarray:
-    """(rows, heads, positions), (rows, positions) -> (rows, 4): correlation, entropy, top decile, kept."""
-    kept = np.full(len(maps), np.nan) if before is None else _correlation(before, maps.mean(1))
-    return np.column_stack([between_heads(maps), *sparseness(maps), kept])
+def _figures(maps: np.ndarray, before: np.ndarray | None) -> Figures:
+    """(rows, heads, positions), (rows, positions) -> all of `Measures` but the agreement of queries."""
+    entropy, top_decile = sparseness(maps)
+    noise_entropy, noise_top_decile = sparseness(
+        np.random.default_rng(0).normal(size=maps.shape) * maps.std(2, keepdims=True)
+    )
+    return {
+        "correlation": between_heads(maps),
+        "entropy": entropy,
+        "top_decile": top_decile,
+        "noise_entropy": noise_entropy,
+        "noise_top_decile": noise_top_decile,
+        "kept": np.full(len(maps), np.nan) if before is None else _correlation(before, maps.mean(1)),
+    }
 
 
 def between_heads(maps: np.ndarray) -> np.ndarray:
@@ -211,7 +250,8 @@ def sparseness(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mass = np.exp(maps - maps.max(2, keepdims=True))
     mass /= mass.sum(2, keepdims=True)
     entropy = -(mass * np.log(np.maximum(mass, 1e-300))).sum(2) / math.log(positions)
-    top = np.sort(mass, axis=2)[:, :, -math.ceil(positions / 10) :].sum(2)
+    counts = np.clip(positions / 10 - np.arange(positions), 0, 1)  # of the positions, those with most mass first
+    top = np.sort(mass, axis=2)[:, :, ::-1] @ counts
     return entropy.mean(1), top.mean(1)
 
 

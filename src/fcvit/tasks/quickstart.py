@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit import runs
-from fcvit.classes import ClassName
+from fcvit.classes import digits
 from fcvit.deploy.engines import PaddleEngine
 from fcvit.errors import NumbersDisagree
 from fcvit.frameworks import import_framework, installed, on_paddle_device
@@ -29,7 +29,6 @@ from fcvit.tasks.predict import Prediction, rank
 from fcvit.variants import resolve_preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
-CLASSES = tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
 CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
 _SHEET = 24
 
@@ -90,7 +89,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
                 held_out = {name: archive[name] for name in archive.files}
         paths = write_images(held_out["images"], held_out["labels"], folder / "held-out")
         converted = folder / "fcvit_digits.safetensors"
-        conversion = convert(source, converted, classes=CLASSES)
+        conversion = convert(source, converted, classes=digits())
         if conversion.verification is None:
             note = "PyTorch is not installed: the numbers are compared with its recorded logits, below"
             conversion = dataclasses.replace(conversion, notes=(note,))
@@ -101,7 +100,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
         preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
         batch = np.stack([preprocess(path, preprocessing) for path in paths])
         logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
-        predictions = tuple(zip(paths, rank(logits, CLASSES, 3), strict=True))
+        predictions = tuple(zip(paths, rank(logits, digits(), 3), strict=True))
         exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
         ours_64 = _paddle_float64(weights, batch)
         difference = np.abs(logits.astype(np.float64) - torch_32)

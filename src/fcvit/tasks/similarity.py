@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,23 +11,25 @@ import numpy as np
 from PIL import Image
 
 from fcvit import runs
-from fcvit.classes import Classes, resolve_classes
-from fcvit.errors import BadImages, DoesNotFit, UsageError
+from fcvit.classes import Classes, labels, resolve_classes
+from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.folder import evenly
-from fcvit.images.placement import place
-from fcvit.images.preprocess import crop, decode, normalise
-from fcvit.maps import Similarity, SimilarityMap, require_maps
-from fcvit.report.maps_sheet import Panel, Row, maps_overview, maps_sheet
+from fcvit.images.placement import place, surroundings
+from fcvit.images.preprocess import crop, decode, normalise, preprocess
+from fcvit.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
+from fcvit.report.maps_sheet import LONGEST, Panel, Row, maps_overview, maps_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.predict import Prediction, rank
-from fcvit.variants import Preprocessing, resolve_preprocessing
+from fcvit.variants import Preprocessing, Variant, resolve_preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
 SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network
 _SMALL = 200  # where there are many images
 MOST = 60  # images of an overview
 OVERVIEW = "overview.png"
+_ENDINGS = (".png", "-depth.png", ".npz")
+_STEM = 200  # bytes of a file's name
 Which = Literal["standardised", "rescaled"]
 
 
@@ -37,7 +39,7 @@ class Seen:
 
     Attributes:
         image: the original, RGB.
-        predictions: best first; empty without a head.
+        predictions: best first; empty without a head. Names that several classes have come with the id.
         found: output (classes,) and the maps of every global context, (heads, H, W), float32.
     """
 
@@ -91,6 +93,7 @@ class Viewer:
         self.name = weights.source.path.name
         self.preprocessing = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
         self.classes = resolve_classes(classes, weights.classes, form.num_classes) if form.num_classes else ()
+        self._labels = labels(self.classes)
         self.device = paddle_place(device)
         self.paddle = import_framework("paddle")
         from fcvit.loading import build_classifier
@@ -99,7 +102,11 @@ class Viewer:
             self.model = build_classifier(weights)
 
     def similarity(self, batch: np.ndarray, tokens: bool = False) -> Similarity[np.ndarray]:
-        """uint8 (B, 3, S, S) -> logits and maps, as NumPy arrays; with what each context is taken of, if asked."""
+        """uint8 (B, 3, S, S) -> logits and maps, as NumPy arrays; with what each context is taken of, if asked.
+
+        Raises:
+            NumbersDisagree: some are no finite numbers.
+        """
         with on_paddle_device(self.device), self.paddle.no_grad():
             found = self.model.similarity(self.paddle.to_tensor(normalise(batch, self.preprocessing)), tokens)
             maps = [
@@ -113,7 +120,11 @@ class Viewer:
                 )
                 for one in found
             ]
-            return Similarity(found.output.numpy(), maps)
+            output = found.output.numpy()
+        for name, values in (("output", output), *((one.name, one.rescaled) for one in maps)):
+            if not np.isfinite(values).all():
+                raise NumbersDisagree(f"{self.name}: {name} is not finite; the weights are damaged, or no trained ones")
+        return Similarity(output, maps)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """uint8 (B, 3, S, S) -> (B, classes)."""
@@ -125,9 +136,11 @@ class Viewer:
 
         Raises:
             BadImages: so long and thin that it cannot be resized.
+            NumbersDisagree: as `similarity`.
         """
         found = self.similarity(crop(image, self.preprocessing)[None])
-        predictions = rank(found.output, self.classes, top_k)[0] if self.classes else []
+        best = rank(found.output, self.classes, top_k)[0] if self.classes else []
+        predictions = [dataclasses.replace(one, name=self._labels[one.index]) for one in best]
         maps = tuple(
             dataclasses.replace(one, standardised=one.standardised[0], rescaled=one.rescaled[0]) for one in found
         )
@@ -145,16 +158,37 @@ class Viewer:
         Raises:
             UsageError: no such head.
         """
-        shown = seen.image.copy()
+        window = surroundings(seen.image.size, self.preprocessing, LONGEST)
+        shown = seen.image.crop(window)
         shown.thumbnail((side, side))
-        if max(shown.size) < 2 * self.preprocessing.input_size < side:  # small ones are enlarged, pixels stay pixels
-            factor = max(1, 256 // max(shown.size))
+        factor = 256 // max(shown.size)
+        if factor > 1:  # a small one is enlarged, its pixels stay pixels
             shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
         rows = []
         for name, values in maps:
             chosen, names = choose_heads(values, heads)
-            rows.append(Row(name, names, place(chosen, seen.image.size, self.preprocessing, shown.size)))
+            rows.append(Row(name, names, place(chosen, seen.image.size, self.preprocessing, shown.size, window)))
         return np.asarray(shown), rows
+
+
+def each_readable(
+    images: Sequence[Path], preprocessing: Preprocessing, bad: list[BadImages], advance: Callable[[int], None]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and uint8 (3, S, S) of each image; those that cannot be read go to `bad`.
+
+    Raises:
+        BadImages: not one can.
+    """
+    for number, path in enumerate(images):
+        try:
+            pixels = preprocess(path, preprocessing)
+        except BadImages as error:
+            bad.append(_named(error, path))
+        else:
+            yield number, pixels
+        advance(1)
+    if len(bad) == len(images):
+        raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
 
 
 def choose_heads(maps: np.ndarray, heads: str) -> tuple[np.ndarray, list[str]]:
@@ -172,31 +206,41 @@ def choose_heads(maps: np.ndarray, heads: str) -> tuple[np.ndarray, list[str]]:
     return maps[int(heads) - 1 : int(heads)], [f"head {heads}"]
 
 
-def caption(predictions: Sequence[Prediction]) -> str:
-    """The best classes with their probabilities, in one line."""
-    return ", ".join(f"{row.name} {100 * row.probability:.1f} %" for row in predictions)
+def check_heads(variant: Variant, heads: str) -> None:
+    """Nothing, where `choose_heads` will find them.
+
+    Raises:
+        UsageError: it will not.
+    """
+    choose_heads(np.zeros((variant.heads, 1, 1)), heads)
 
 
-def picture(viewer: Viewer, seen: Seen, name: str, where: Sequence[int], heads: str, which: Which) -> bytes:
+def caption(predictions: Sequence[Prediction]) -> tuple[str, ...]:
+    """The best classes with their probabilities, as the parts of a line (`fcvit.report.charts.joined`)."""
+    parts = [part for row in predictions for part in (", ", row.name, f" {100 * row.probability:.1f} %")]
+    return tuple(parts[1:]) or ("",)
+
+
+def picture(viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which) -> bytes:
     """The maps of one global context on the image: a PNG file."""
     one = seen.found.at(*where)
     image, rows = viewer.rows(seen, [("", getattr(one, which))], heads)
-    place_of = f"stage {one.stage}, block {one.block}, context {one.context}"
-    return maps_sheet(image, rows, f"{name}: {place_of}", caption(seen.predictions), f"{which} similarity")
+    title = (name, f": stage {one.stage}, block {one.block}, context {one.context}")
+    return maps_sheet(image, rows, title, caption(seen.predictions), f"{which} similarity")
 
 
 def depth_picture(viewer: Viewer, seen: Seen, name: str, heads: str, which: Which) -> bytes:
     """The last context of each stage, one below the other: a PNG file."""
     stages = [(f"stage {stage}", getattr(seen.found.at(stage), which)) for stage in _stages(seen)]
     image, rows = viewer.rows(seen, stages, heads)
-    return maps_sheet(image, rows, f"{name}: from stage to stage", caption(seen.predictions), f"{which} similarity")
+    return maps_sheet(image, rows, (name, ": from stage to stage"), caption(seen.predictions), f"{which} similarity")
 
 
 def _stages(seen: Seen) -> list[int]:
     return sorted({one.stage for one in seen.found})
 
 
-def panel(viewer: Viewer, seen: Seen, title: str) -> Panel:
+def panel(viewer: Viewer, seen: Seen, title: Sequence[str]) -> Panel:
     """The image, small, with the mean map over heads of the last context of each stage."""
     stages = [("", seen.found.at(stage).standardised) for stage in _stages(seen)]
     image, rows = viewer.rows(seen, stages, "mean", _SMALL)
@@ -252,33 +296,36 @@ def similarity(
     require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, classes, preprocessing, device)
+    where = choose(places(viewer.variant), stage, block, context)
+    check_heads(viewer.variant, heads)
     done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
     panels: list[Panel] = []
     bad: list[BadImages] = []
-    taken = {Path(OVERVIEW).stem}
+    taken = {OVERVIEW}
     shown = set(evenly(range(len(images)), MOST))
-    with runs.run_folder(None if folder is None else Path(folder), "similarity") as target:
-        with progress("drawing", len(images)) as advance:
-            for number, path in enumerate(images):
-                try:
-                    seen = viewer.see(decode(path), top_k)
-                except BadImages as error:
-                    bad.append(error)
-                    advance(1)
-                    continue
-                name = _free(path.stem, taken)
-                made = {
-                    f"{name}.png": picture(viewer, seen, path.name, (stage, block, context), heads, which),
-                    f"{name}-depth.png": depth_picture(viewer, seen, path.name, heads, which),
-                    f"{name}.npz": _arrays(seen),
-                }
-                for file, content in made.items():
-                    runs.write_bytes(target / file, content)
-                done.append((str(path), tuple(made), seen.predictions[0] if seen.predictions else None))
-                if number in shown:
-                    best = caption(seen.predictions[:1])
-                    panels.append(panel(viewer, seen, f"{path.name}: {best}" if best else path.name))
-                advance(1)
+    with (
+        runs.run_folder(None if folder is None else Path(folder), "similarity") as target,
+        progress("drawing", len(images)) as advance,
+    ):
+        for number, path in enumerate(images):
+            advance(1)
+            try:
+                seen = viewer.see(decode(path), top_k)
+            except BadImages as error:
+                bad.append(_named(error, path))
+                continue
+            contents = (
+                picture(viewer, seen, path.name, where, heads, which),
+                depth_picture(viewer, seen, path.name, heads, which),
+                _arrays(seen),
+            )
+            files = _free(path.stem, taken)
+            for file, content in zip(files, contents, strict=True):
+                runs.write_bytes(target / file, content)
+            done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
+            if number in shown:
+                best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
+                panels.append(panel(viewer, seen, (path.name, *best)))
         if not done:
             raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
         if len(panels) > 1:
@@ -287,13 +334,22 @@ def similarity(
     return Written(target, tuple(done), tuple(bad))
 
 
-def _free(stem: str, taken: set[str]) -> str:
-    """Images of one name in several folders do not overwrite each other."""
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    taken.add(name)
-    return name
+def _named(error: BadImages, path: Path) -> BadImages:
+    """With the path, which what fails after decoding does not know."""
+    return error if str(error).startswith(str(path)) else BadImages(f"{path}: {error}")
+
+
+def _free(stem: str, taken: set[str]) -> list[str]:
+    """Names for the three files of an image: no other's, also where upper and lower case are one, nor too long."""
+    stem = stem.encode()[:_STEM].decode(errors="ignore")  # 255 bytes are what file systems allow
+    number = 1
+    while True:
+        name = stem if number == 1 else f"{stem}-{number}"
+        files = [f"{name}{ending}" for ending in _ENDINGS]
+        if taken.isdisjoint(file.casefold() for file in files):
+            taken.update(file.casefold() for file in files)
+            return files
+        number += 1
 
 
 def _arrays(seen: Seen) -> bytes:

@@ -1,16 +1,19 @@
-"""Can a map be trusted? Deletion and insertion curves against random maps, and occlusion as another opinion.
+"""Can a map be trusted? Deletion and insertion curves against other maps, and occlusion as another opinion.
 
 A map that marks what the prediction rests on, marks pixels whose removal hurts it early (deletion: a low area under
-the curve of the predicted class's probability) and whose return brings it back early (insertion: a high one). Both
-depend on the shape of the marked regions, so the control is not chance pixels but random maps of the same number of
-positions, drawn and interpolated alike. Occlusion asks the prediction itself what it rests on, patch by patch: how far
-a map ranks the patches as it does is a measure that owes nothing to the curves.
+the curve of the predicted class's probability) and whose return brings it back early (insertion: a high one). There are
+two controls. Random maps of the same number of positions, interpolated alike, show what any map of that grain does. The
+map of another image shows what is owed to a layout that all images share, such as objects in the middle. Occlusion
+asks the prediction itself what it rests on, patch by patch: how far a map ranks the patches as it does is a
+measure that owes nothing to the curves.
 
 (Petsiuk, Das and Saenko, RISE, arXiv 1806.07421, for the curves; Zeiler and Fergus, arXiv 1311.2901, for occlusion.)
 """
 
+import contextlib
 import dataclasses
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,23 +21,32 @@ import numpy as np
 
 from fcvit import runs
 from fcvit.deploy.engines import AUTO, create_engine
-from fcvit.errors import DoesNotFit, MissingExtra, UsageError
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
 from fcvit.images.placement import place
-from fcvit.images.preprocess import preprocess
-from fcvit.maps import SimilarityMap
+from fcvit.maps import Place, SimilarityMap, places
 from fcvit.metrics import softmax
 from fcvit.report.map_charts import trust_chart
 from fcvit.report.progress import progress
-from fcvit.tasks.similarity import Viewer, choose_heads
+from fcvit.tasks.similarity import Viewer, check_heads, choose_heads, each_readable
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights, read_weights
 
 STEPS = 11  # points of a curve, from nothing to all
 RANDOM = 4  # control maps of an image
 PATCHES = 8  # of occlusion, along a side
+LEAST = 10  # images: a bootstrap over fewer says nothing
+OCCLUSION = "occlusion"
 _RESAMPLES = 2000
-_OCCLUSION = "occlusion"
-Spread = Callable[[np.ndarray, int], np.ndarray]  # values (h, w) -> the crop's pixels (side, side)
+Compute = Callable[[np.ndarray], np.ndarray]  # of a batch of images
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over the images, and its 95 % interval, by bootstrap over them; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +54,14 @@ class Curves:
     """One kind of map over all images.
 
     Attributes:
-        name: of a global context, as in `SimilarityMap.name`, with the heads that were taken; or "occlusion".
+        name: of a global context, as in `SimilarityMap.name`, with the head if one was taken; or "occlusion".
         deletion, insertion: mean probability of the predicted class when 0, 10, ... 100 % of the pixels, most
             marked first, are gone or are there.
         random_deletion, random_insertion: the same of the random maps.
-        deletion_gain, insertion_gain: how much better than random, in area under the curve; positive is better.
-        occlusion: Spearman's correlation of the map with occlusion, over the patches; NaN of occlusion itself.
-        deletion_interval, insertion_interval, occlusion_interval: 95 %, by bootstrap over the images.
+        other_deletion, other_insertion: the same of the map of another image.
+        deletion_over_random, insertion_over_random: how much better than random, in area under the curve.
+        deletion_over_other, insertion_over_other: how much better than another image's.
+        occlusion: Spearman's correlation with occlusion, over the patches.
     """
 
     name: str
@@ -56,22 +69,30 @@ class Curves:
     insertion: tuple[float, ...]
     random_deletion: tuple[float, ...]
     random_insertion: tuple[float, ...]
-    deletion_gain: float
-    insertion_gain: float
-    occlusion: float
-    deletion_interval: tuple[float, float]
-    insertion_interval: tuple[float, float]
-    occlusion_interval: tuple[float, float]
+    other_deletion: tuple[float, ...]
+    other_insertion: tuple[float, ...]
+    deletion_over_random: Estimate
+    insertion_over_random: Estimate
+    deletion_over_other: Estimate
+    insertion_over_other: Estimate
+    occlusion: Estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """All kinds of maps over so many images; `folder`: where it was written, or None."""
+    """All kinds of maps over so many images.
+
+    Attributes:
+        values: "signed" or "absolute".
+        unreadable: images that were left out, with the reason.
+        folder: where it was written, or None.
+    """
 
     network: str
     images: int
     values: str
     curves: tuple[Curves, ...]
+    unreadable: tuple[str, ...]
     folder: Path | None
 
 
@@ -93,9 +114,9 @@ def trust(
 
     Args:
         weights: a file of any format, or weights in memory; with a head.
-        images: files; at least two.
+        images: files; at least `LEAST`.
         folder: a new one for trust.json and trust.png; None: nothing is written.
-        absolute: what is unlike the context counts as marked too.
+        absolute: what is unlike the context counts as marked too: the absolute values, head by head.
         every: the maps of all global contexts; else those of the first and the last of each stage.
         heads: "mean" over them, "each", or the number of one.
         seed: of the random maps and of the bootstrap.
@@ -103,42 +124,67 @@ def trust(
 
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: an image cannot be read.
+        BadImages: too few images can be read. Single ones are listed in the result.
+        NumbersDisagree: maps that are no finite numbers.
     """
-    if len(images) < 2:
-        raise UsageError("expected at least two images, for an interval")
+    if len(images) < LEAST:
+        raise UsageError(f"{len(images)} image(s): expected at least {LEAST}, for an interval")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     if not read.form.num_classes:
         raise DoesNotFit(f"{read.source.path} is {read.form}: it predicts nothing that a map could explain")
     viewer = Viewer(read, device=device)
-    choose_heads(np.zeros((viewer.variant.heads, 1, 1)), heads)  # refuses a wrong one before the work begins
-    compute = create_engine(engine, read, viewer.preprocessing, device, announce=announce)
-    kinds: dict[str, list[Marks]] = {}
-    with progress("removing and returning pixels", len(images)) as advance:
-        for number, path in enumerate(images):
-            pixels = preprocess(path, viewer.preprocessing)
-            found = viewer.similarity(pixels[None])
-            stages = sorted({one.stage for one in found})
-            chosen = found.maps if every else [one for s in stages for one in (found.at(s, 1, 1), found.at(s))]
-            maps = _named(chosen, heads, absolute)
-            generator = np.random.default_rng([seed, number])
-            for name, marks in _measure(pixels, maps, compute, int(found.output[0].argmax()), generator).items():
-                kinds.setdefault(name, []).append(marks)
-            advance(1)
-    generator = np.random.default_rng(seed)
-    curves = tuple(summary(name, marks, generator) for name, marks in kinds.items())
-    found = Trust(str(read.form), len(images), "absolute" if absolute else "signed", curves, None)
-    if folder is None:
-        return found
-    with runs.run_folder(Path(folder), "trust") as target:
-        found = dataclasses.replace(found, folder=target)
-        runs.write_json(target / "trust.json", dataclasses.asdict(found))
-        try:
-            picture = trust_chart(found.curves, f"{found.network}: are the maps right?", found.images)
-            runs.write_bytes(target / "trust.png", picture)
-        except MissingExtra as error:
-            announce(f"no picture: {error}")
-    return found
+    check_heads(viewer.variant, heads)
+    chosen = _chosen(places(viewer.variant), every)
+    with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "trust") as target:
+        compute = create_engine(engine, read, viewer.preprocessing, device, announce=announce)
+        bad: list[BadImages] = []
+        seen: list[Looked] = []
+        with progress("looking", len(images)) as advance:
+            for number, pixels in each_readable(images, viewer.preprocessing, bad, advance):
+                seen.append(look(viewer, compute, number, pixels, chosen, heads, absolute))
+        if len(seen) < LEAST:
+            raise BadImages(f"{len(seen)} image(s) can be read: expected at least {LEAST}; first: {bad[0]}")
+        marks: dict[str, list[Marks]] = {}
+        with progress("removing and returning pixels", len(seen)) as advance:
+            for number, one in enumerate(seen):
+                other = seen[(number + len(seen) // 2) % len(seen)]  # of class folders, mostly another class
+                for name, found in measure(one, other, compute, seed).items():
+                    marks.setdefault(name, []).append(found)
+                advance(1)
+        curves = tuple(summary(name, found, seed) for name, found in marks.items())
+        values = "absolute" if absolute else "signed"
+        result = Trust(str(read.form), len(seen), values, curves, tuple(map(str, bad)), target)
+        if target is not None:
+            runs.write_json(target / "trust.json", dataclasses.asdict(result))
+            try:
+                picture = trust_chart(curves, f"{result.network}: are the {values} maps right?", result.images)
+                runs.write_bytes(target / "trust.png", picture)
+            except MissingExtra as error:
+                announce(f"no picture: {error}")
+    return result
+
+
+def _chosen(known: Sequence[Place], every: bool) -> list[Place]:
+    """All, or of each stage the first and the last."""
+    ends = [[where for where in known if where[0] == stage] for stage in sorted({where[0] for where in known})]
+    return list(known) if every else [where for one in ends for where in dict.fromkeys((one[0], one[-1]))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What the network makes of one image.
+
+    Attributes:
+        number: of the image, from 0.
+        pixels: uint8 (3, S, S).
+        predicted: its class.
+        maps: (h, w) by name; with occlusion, (PATCHES, PATCHES), last.
+    """
+
+    number: int
+    pixels: np.ndarray
+    predicted: int
+    maps: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,68 +192,79 @@ class Marks:
     """What one map of one image came to.
 
     Attributes:
-        own, random: deletion and insertion curve, (2, STEPS); of the random maps the mean.
-        occlusion: rank correlation with occlusion, NaN where there is none.
+        own: deletion and insertion curve, (2, STEPS).
+        random: of the random maps, the mean.
+        other: of the map of another image.
+        occlusion: rank correlation with occlusion.
     """
 
     own: np.ndarray
     random: np.ndarray
+    other: np.ndarray
     occlusion: float
 
 
-def _named(chosen: Sequence[SimilarityMap[np.ndarray]], heads: str, absolute: bool) -> dict[str, np.ndarray]:
-    """Standardised maps of one image, (h, w), by the names of context and heads; a single position is no map."""
-    found = {}
-    for one in chosen:
-        maps, names = choose_heads(one.standardised[0], heads)
-        for values, name in zip(maps, names, strict=True):
-            if values.size > 1:
-                whole = one.name if heads == "mean" else f"{one.name}, {name}"
-                found[whole] = np.abs(values) if absolute else values
-    return found
-
-
-def _measure(
+def look(
+    viewer: Viewer,
+    compute: Compute,
+    number: int,
     pixels: np.ndarray,
-    maps: dict[str, np.ndarray],
-    compute: Callable[[np.ndarray], np.ndarray],
-    predicted: int,
-    generator: np.random.Generator,
-) -> dict[str, Marks]:
-    """One image, uint8 (3, S, S): its maps, and occlusion."""
-    side = pixels.shape[1]
+    chosen: Sequence[Place],
+    heads: str,
+    absolute: bool,
+) -> Looked:
+    """One image; a map of a single position is none."""
+    found = viewer.similarity(pixels[None])
+    predicted = int(found.output[0].argmax())
+    maps = {}
+    for where in chosen:
+        maps |= named_maps(found.at(*where), heads, absolute)
+    maps[OCCLUSION] = occlusion(pixels, lambda batch: softmax(compute(batch))[:, predicted])
+    return Looked(number, pixels, predicted, maps)
 
-    def probability(batch: np.ndarray) -> np.ndarray:
-        return softmax(compute(batch))[:, predicted]
 
-    def control(spread: Spread, shape: tuple[int, ...]) -> np.ndarray:
-        return np.mean(
-            [removal(pixels, spread(generator.random(shape), side), probability) for _ in range(RANDOM)], axis=0
-        )
+def named_maps(one: SimilarityMap[np.ndarray], heads: str, absolute: bool) -> dict[str, np.ndarray]:
+    """Standardised maps of the first image, (h, w), by the names of context and head."""
+    values = one.standardised[0]
+    if values[0].size < 2:
+        return {}
+    maps, names = choose_heads(np.abs(values) if absolute else values, heads)
+    return {
+        one.name if heads == "mean" else f"{one.name}, {name}": each for name, each in zip(names, maps, strict=True)
+    }
 
-    reference = occlusion(pixels, probability)
+
+def measure(one: Looked, other: Looked, compute: Compute, seed: int) -> dict[str, Marks]:
+    """The maps of one image, beside random ones and those of another image."""
+    side = one.pixels.shape[1]
+
+    def curves(name: str, values: np.ndarray) -> np.ndarray:
+        return removal(one.pixels, spread(name, values, side), lambda x: softmax(compute(x))[:, one.predicted])
+
     found = {}
-    random: dict[tuple[int, ...], np.ndarray] = {}  # one control for all maps of a shape
-    for name, values in maps.items():
-        marked = on_crop(values, side)
-        if values.shape not in random:
-            random[values.shape] = control(on_crop, values.shape)
-        agreed = rank_correlation(over_blocks(marked, PATCHES), reference)
-        found[name] = Marks(removal(pixels, marked, probability), random[values.shape], agreed)
-    own = removal(pixels, in_blocks(reference, side), probability)
-    found[_OCCLUSION] = Marks(own, control(in_blocks, reference.shape), float("nan"))
+    random: dict[tuple[object, ...], np.ndarray] = {}  # one control for all maps of a shape
+    reference = one.maps[OCCLUSION]
+    for name, values in one.maps.items():
+        kind = (name == OCCLUSION, *values.shape)
+        if kind not in random:
+            generator = np.random.default_rng([seed, one.number, *map(int, kind)])
+            random[kind] = np.mean([curves(name, generator.random(values.shape)) for _ in range(RANDOM)], axis=0)
+        agreed = rank_correlation(over_blocks(spread(name, values, side), PATCHES), reference)
+        found[name] = Marks(
+            curves(name, values),
+            random[kind],
+            curves(name, other.maps[name]),
+            float("nan") if name == OCCLUSION else agreed,
+        )
     return found
 
 
-def on_crop(values: np.ndarray, side: int) -> np.ndarray:
-    """A map of the network over the crop's pixels: (h, w) -> (side, side)."""
+def spread(name: str, values: np.ndarray, side: int) -> np.ndarray:
+    """A map over the crop's pixels, (h, w) -> (side, side): as the network computed it, or in patches."""
+    if name == OCCLUSION:
+        block = np.arange(side) * len(values) // side
+        return values[np.ix_(block, block)]
     return place(values, (side, side), Preprocessing(side, 1.0))
-
-
-def in_blocks(values: np.ndarray, side: int) -> np.ndarray:
-    """A value for each block of pixels: (n, n) -> (side, side)."""
-    block = np.arange(side) * len(values) // side
-    return values[np.ix_(block, block)]
 
 
 def over_blocks(values: np.ndarray, blocks: int) -> np.ndarray:
@@ -223,14 +280,14 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's, ties by their mean rank; NaN where one does not vary."""
     ranks = []
     for values in (one, other):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        rank = (np.cumsum(count) - (count - 1) / 2)[place.ravel()]
+        _, place_of, count = np.unique(values, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - (count - 1) / 2)[place_of.ravel()]
         ranks.append(rank - rank.mean())
     norm = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float((ranks[0] * ranks[1]).sum() / norm) if norm else float("nan")
 
 
-def removal(pixels: np.ndarray, marked: np.ndarray, probability: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def removal(pixels: np.ndarray, marked: np.ndarray, probability: Compute) -> np.ndarray:
     """Deletion and insertion curve of one map: (2, STEPS).
 
     Args:
@@ -249,7 +306,7 @@ def removal(pixels: np.ndarray, marked: np.ndarray, probability: Callable[[np.nd
     return probability(np.concatenate([deleted, inserted])).reshape(2, STEPS)
 
 
-def occlusion(pixels: np.ndarray, probability: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def occlusion(pixels: np.ndarray, probability: Compute) -> np.ndarray:
     """How much the probability falls when a patch is covered: (PATCHES, PATCHES)."""
     side = pixels.shape[1]
     block = np.arange(side) * PATCHES // side
@@ -260,36 +317,32 @@ def occlusion(pixels: np.ndarray, probability: Callable[[np.ndarray], np.ndarray
     return (found[0] - found[1:]).reshape(PATCHES, PATCHES)
 
 
-def summary(name: str, marks: Sequence[Marks], generator: np.random.Generator) -> Curves:
+def summary(name: str, marks: Sequence[Marks], seed: int) -> Curves:
     """From what one kind of map came to on all images, to figures with intervals."""
-    curves = np.stack([[one.own, one.random] for one in marks])  # (images, own or random, deletion or insertion, STEPS)
-    areas = (curves[..., 1:] + curves[..., :-1]).mean(-1) / 2
-    occlusions = np.array([one.occlusion for one in marks])
+    curves = np.stack([[one.own, one.random, one.other] for one in marks])  # (images, 3, deletion or insertion, STEPS)
+    own, random, other = np.moveaxis((curves[..., 1:] + curves[..., :-1]).mean(-1) / 2, 1, 0)  # areas, (images, 2) each
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])  # the same, whatever else is measured
 
-    def over_images(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    def over_images(values: np.ndarray) -> Estimate:
         known = values[np.isfinite(values)]
         if not len(known):
-            return float("nan"), (float("nan"), float("nan"))
+            return Estimate(float("nan"), float("nan"), float("nan"))
         drawn = generator.integers(0, len(known), (_RESAMPLES, len(known)))
         low, high = np.percentile(known[drawn].mean(1), [2.5, 97.5])
-        return float(known.mean()), (float(low), float(high))
+        return Estimate(float(known.mean()), float(low), float(high))
 
-    deletion_gain, deletion_interval = over_images(areas[:, 1, 0] - areas[:, 0, 0])
-    insertion_gain, insertion_interval = over_images(areas[:, 0, 1] - areas[:, 1, 1])
-    occlusion, occlusion_interval = over_images(occlusions)
-    (deletion, insertion), (random_deletion, random_insertion) = (
-        [tuple(map(float, curve)) for curve in kind] for kind in curves.mean(0)
-    )
+    means = [[tuple(map(float, curve)) for curve in kind] for kind in curves.mean(0)]
     return Curves(
         name=name,
-        deletion=deletion,
-        insertion=insertion,
-        random_deletion=random_deletion,
-        random_insertion=random_insertion,
-        deletion_gain=deletion_gain,
-        insertion_gain=insertion_gain,
-        occlusion=occlusion,
-        deletion_interval=deletion_interval,
-        insertion_interval=insertion_interval,
-        occlusion_interval=occlusion_interval,
+        deletion=means[0][0],
+        insertion=means[0][1],
+        random_deletion=means[1][0],
+        random_insertion=means[1][1],
+        other_deletion=means[2][0],
+        other_insertion=means[2][1],
+        deletion_over_random=over_images(random[:, 0] - own[:, 0]),
+        insertion_over_random=over_images(own[:, 1] - random[:, 1]),
+        deletion_over_other=over_images(other[:, 0] - own[:, 0]),
+        insertion_over_other=over_images(own[:, 1] - other[:, 1]),
+        occlusion=over_images(np.array([one.occlusion for one in marks])),
     )
