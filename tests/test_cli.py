@@ -481,3 +481,90 @@ def test_benching(run, digits_pth, tmp_path, monkeypatch):
     assert code == 0 and "paddle" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
     assert json.loads(run(*words, "--json")[1])["speeds"][0]["contender"]["engine"] == "paddle"
     assert run("bench", "--batch-size", "many")[0] == 2
+
+
+# What the model sees
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten images and a file that is none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(10):
+        Image.fromarray(generator.integers(0, 256, (33, 40, 3), np.uint8)).save(folder / f"{number}.png")
+    (folder / "bad.png").write_bytes(b"?")
+    return folder
+
+
+@needs_paddle
+@pytest.mark.charts
+@pytest.mark.slow
+def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
+    from fcvit.tasks import similarity as task
+
+    asked = []
+    monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
+    monkeypatch.setattr(task, "depth_picture", lambda *_: b"png")
+    words = (
+        "--stage",
+        "3",
+        "--block",
+        "1",
+        "--context",
+        "1",
+        "--heads",
+        "mean",
+        "--values",
+        "rescaled",
+        "--top-k",
+        "1",
+    )
+    code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
+    assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
+    assert "1 image(s) cannot be read" in err and "bad.png" in err
+    assert asked == [((3, 1, 1), "mean", "rescaled")] * 10
+    code, out, err = run("similarity", images / "0.png", "--weights", digits_pth)
+    assert code == 0 and "written to runs/similarity" in out
+    code, out, err = run("similarity", images, "--weights", digits_pth, "-o", images / "maps")
+    assert code == 2 and "is inside" in err and "choose another -o" in err and not (images / "maps").exists()
+    code, out, err = run("similarity", "--weights", digits_pth)
+    assert (code, err) == (2, "fcvit: similarity: name at least one image, folder or pattern\n")
+
+
+@needs_paddle
+@pytest.mark.slow
+def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_charts):
+    code, out, err = run("heads", images, "--weights", digits_pth, "-o", "heads")
+    assert code == 6 and "bad.png" in err and "queries agree" in out and "3.2.2" in out and "written to heads" in out
+    (images / "bad.png").unlink()
+    code, out, err = run("heads", images, "--weights", digits_pth, "--json", "--most", "4")
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and found["images"] == 4 and found["networks"][0]["layers"][-1]["entropy"] is None
+    code, out, err = run("trust", images, "--weights", digits_pth, "--engine", "paddle", "--heads", "3", "--absolute")
+    assert code == 0 and "1.1.1, head 3" in out and "absolute maps" in out and "another image's" in out
+    code, out, err = run("trust", images, "--weights", digits_pth, "--engine", "paddle", "--json", "--every", "-o", "t")
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and len(found["curves"]) == 9 and found["folder"] == "t"
+    code, out, err = run("trust", images, "--weights", digits_pth, "--most", "9")
+    assert code == 2 and "9 image(s): expected at least 10" in err
+    code, out, err = run("heads", images, "--weights", digits_pth, "--vit", "vit_small_patch16_224")
+    assert code == 2 and "--vit-weights FILE" in err
+
+
+def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
+    from fcvit.tasks import demo
+
+    asked = []
+    monkeypatch.setattr(demo, "demo", lambda weights, **options: asked.append((weights, options)))
+    code, *_ = run("demo", "--weights", digits_pth, "--weights", "b.pth", "--port", "8000", "--device", "cpu", "--open")
+    assert code == 0
+    ((weights, options),) = asked
+    announce = options.pop("announce")
+    assert [str(one) for one in weights] == [str(digits_pth), "b.pth"] and callable(announce)
+    assert options == {"port": 8000, "device": "cpu", "ema": None, "open_browser": True}
+    for port in ("0", "65536"):
+        monkeypatch.undo()
+        code, _, err = run("demo", "--port", port)
+        assert (code, err) == (2, f"fcvit: --port {port}: expected 1 to 65535\n")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from fcvit.deploy.engines import PaddleEngine, TorchEngine
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.metrics import calibration, wilson
 from fcvit.report import results
+from fcvit.tasks import evaluate as evaluation
 from fcvit.tasks.compare import compare
 from fcvit.tasks.evaluate import _agreed, resume
 from fcvit.tasks.evaluate import evaluate as evaluate_by
@@ -221,6 +223,35 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     for name in ("worst.png", "confusion.png", "reliability.png", "maps.png"):
         with Image.open(lane / name) as picture:
             assert min(picture.size) > 100
+
+
+@needs_paddle
+@pytest.mark.slow
+@pytest.mark.charts
+@pytest.mark.parametrize("subset", [None, "present"])
+def test_maps_are_of_the_surest_mistakes_and_right_answers(subset, folder, digits_pth, tmp_path, monkeypatch):
+    """As the records have it: of a subset of the classes, the best is the best among those."""
+    drawn = []
+    small = io.BytesIO()
+    Image.new("RGB", (200, 200)).save(small, "PNG")
+    monkeypatch.setattr(evaluation, "overview", lambda panels, title: drawn.append(panels) or small.getvalue())
+    (tmp_path / "classes.txt").write_text("\n".join(str(i) for i in range(10)))
+    options = {"batch_size": 8, "device": "cpu", "folder": tmp_path / "run", "classes": tmp_path / "classes.txt"}
+    if subset:
+        shutil.rmtree(folder / "0")
+        options["class_subset"] = subset
+    evaluate(digits_pth, folder, **options)
+    (panels,) = drawn
+    predicted = rows(tmp_path / "run")
+    expected = []
+    for right in (False, True):
+        some = [row for row in predicted if (row["truth"] == row["class_1"]) == right]
+        for row in sorted(some, key=lambda row: -float(row["probability_1"]))[:2]:
+            best = f"{row['class_1']} {100 * float(row['probability_1']):.1f} %"
+            expected.append(f"right: {best}" if right else f"wrong: {row['truth']}, taken for {best}")
+    assert len(expected) >= 3 and ["".join(panel.title) for panel in panels] == expected
+    assert (tmp_path / "run" / "digits-authors" / "maps.png").read_bytes() == small.getvalue()
+    assert "<figcaption>What the network sees</figcaption>" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
 @needs_paddle

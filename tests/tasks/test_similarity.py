@@ -1,14 +1,23 @@
 """Maps of images: pictures and arrays."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import DIGITS, image_by_rule, needs_paddle, write_pth
-from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
-from fcvit.images.preprocess import crop
+from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
+from fcvit.classes import ClassName
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
+from fcvit.frameworks import import_framework
+from fcvit.images.placement import place
+from fcvit.images.preprocess import crop, normalise
+from fcvit.maps import Similarity, SimilarityMap
+from fcvit.metrics import softmax
 from fcvit.tasks import similarity as task
-from fcvit.tasks.similarity import Viewer, choose_heads, similarity
+from fcvit.tasks.predict import Prediction
+from fcvit.tasks.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.variants import Preprocessing
 from fcvit.weights.lively import lively_tensors
 from fcvit.weights.names import Form
 from fcvit.weights.reading import read_weights
@@ -118,3 +127,151 @@ def test_heads_are_chosen_and_named():
     assert choose_heads(maps, "each")[1] == ["head 1", "head 2"]
     assert np.array_equal(choose_heads(maps, "2")[0], maps[1:])
     assert np.array_equal(choose_heads(maps, "mean")[0], maps.mean(0, keepdims=True))
+
+
+# What the pictures show
+
+
+STAGES = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (3, 1, 1), (3, 1, 2), (3, 2, 1), (3, 2, 2), (4, 1, 1), (4, 1, 2))
+
+
+def coded(image):
+    """An image as seen by a network whose every map tells where it is: places in the hundreds, heads in the ones."""
+    maps = []
+    for number, (stage, block, context) in enumerate(STAGES):
+        side = (8, 4, 2, 1)[stage - 1]
+        ramp = np.arange(side * side).reshape(side, side) / 1000
+        values = 100.0 * number + np.arange(8.0)[:, None, None] + ramp
+        maps.append(SimilarityMap(stage, block, context, values, values + 5000))
+    predictions = (Prediction(0, "0", "cat", 0.25), Prediction(1, "1", "dog", 0.125))
+    return Seen(image, predictions, Similarity(np.zeros(10), tuple(maps)))
+
+
+@pytest.fixture
+def viewer(digits_pth):
+    return Viewer(read_weights(digits_pth), device="cpu")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What `maps_sheet` was asked to draw."""
+    calls = []
+    monkeypatch.setattr(task, "maps_sheet", lambda *given: calls.append(given) or b"png")
+    return calls
+
+
+@needs_paddle
+@pytest.mark.parametrize("which", ["standardised", "rescaled"])
+@pytest.mark.parametrize("where", [(1, 1, 1), (3, 1, 2), (3, 2, 1)])
+def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
+    image = image_by_rule(71, 40)
+    seen = coded(image)
+    task.picture(viewer, seen, "a.png", where, "each", which)
+    ((shown, (row,), title, subtitle, label),) = drawn
+    values = getattr(seen.found.maps[STAGES.index(where)], which)
+    assert title == ("a.png", f": stage {where[0]}, block {where[1]}, context {where[2]}")
+    assert "".join(subtitle) == "cat 25.0 %, dog 12.5 %" and label == f"{which} similarity"
+    assert row.names == [f"head {n}" for n in range(1, 9)]
+    scale = shown.shape[1] // 71
+    assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))
+    expected = place(values, image.size, PIXELS, (71 * scale, 40 * scale))
+    assert np.allclose(row.maps, expected, equal_nan=True)
+
+
+@needs_paddle
+@pytest.mark.parametrize(("heads", "expected"), [("mean", 3.5), ("1", 0), ("8", 7)])
+def test_one_head_or_their_mean(heads, expected, viewer, drawn):
+    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (4, 1, 2), heads, "standardised")
+    assert np.allclose(drawn[0][1][0].maps, 100 * STAGES.index((4, 1, 2)) + expected)
+
+
+@needs_paddle
+def test_the_picture_over_depth_has_the_last_context_of_each_stage(viewer, drawn):
+    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", "each", "rescaled")
+    rows = drawn[0][1]
+    assert [row.name for row in rows] == [f"stage {n}" for n in range(1, 5)]
+    last = [STAGES.index(where) for where in ((1, 1, 2), (2, 1, 2), (3, 2, 2), (4, 1, 2))]
+    for row, number in zip(rows, last, strict=True):
+        assert row.maps.shape[0] == 8
+        assert np.array_equal(row.maps[:, 16, 16] // 1, 5000 + 100 * number + np.arange(8))
+
+
+@needs_paddle
+def test_a_panel_of_the_overview_has_the_mean_of_the_last_context_of_each_stage(viewer):
+    found = task.panel(viewer, coded(image_by_rule(32, 32)), ("a.png",))
+    last = [STAGES.index(where) for where in ((1, 1, 2), (2, 1, 2), (3, 2, 2), (4, 1, 2))]
+    assert found.maps.shape[0] == 4 and found.title == ("a.png",)
+    assert np.allclose(found.maps[:, 0, 0], [100 * number + 3.5 for number in last])
+
+
+@needs_paddle
+@needs_torch
+def test_a_viewer_and_the_arrays_have_what_the_twin_computes(viewer, digits_tensors):
+    """Standardised and rescaled, each under its own name, in the shapes of the network."""
+    torch = import_framework("torch")
+    from fcvit.torch_twin import build_twin
+
+    image = image_by_rule(71, 40)
+    batch = crop(image, PIXELS)[None]
+    with torch.inference_mode():
+        expected = build_twin(DIGITS, digits_tensors).similarity(torch.from_numpy(normalise(batch, PIXELS)), True)
+    found = viewer.similarity(batch, tokens=True)
+    seen = viewer.see(image)
+    with np.load(io.BytesIO(task._arrays(seen)), allow_pickle=False) as kept:
+        assert len(kept) == 2 * len(expected.maps)
+        for one, other in zip(found, expected, strict=True):
+            assert one.name == other.name
+            assert np.allclose(one.tokens, other.tokens.numpy(), atol=1e-4)
+            for what in ("standardised", "rescaled"):
+                assert np.allclose(getattr(one, what), getattr(other, what).numpy(), atol=1e-4), (one.name, what)
+                assert np.allclose(kept[f"{one.name}.{what}"], getattr(other, what).numpy()[0], atol=1e-4)
+    probabilities = softmax(expected.output.numpy())[0]
+    assert [row.index for row in seen.predictions] == np.argsort(-probabilities)[:5].tolist()
+    assert seen.predictions[0].probability == pytest.approx(probabilities.max(), abs=1e-4)
+
+
+@needs_paddle
+def test_names_that_two_classes_have_come_with_the_id(digits_pth):
+    classes = tuple(ClassName(f"n{i}", "crane" if i < 9 else "other") for i in range(10))
+    seen = Viewer(read_weights(digits_pth), classes, device="cpu").see(image_by_rule(32, 32), 10)
+    assert {one.name for one in seen.predictions} == {*(f"crane (n{i})" for i in range(9)), "other"}
+
+
+@needs_paddle
+def test_maps_that_are_no_numbers_are_an_error(tmp_path, digits_tensors):
+    name = "network.4.1.norm1.weight"
+    broken = digits_tensors | {name: digits_tensors[name] * np.float32(1e30)}
+    viewer = Viewer(read_weights(write_pth(tmp_path / "broken.pth", broken)), device="cpu")
+    with pytest.raises(NumbersDisagree, match=r"broken.pth: (output|stage3.block2.context\d) is not finite"):
+        viewer.see(image_by_rule(32, 32))
+
+
+# Names of files
+
+
+def test_no_image_takes_the_files_of_another():
+    taken = {"overview.png"}
+    given = ["a", "a-depth", "A", "a", "overview", "é" * 150, "é" * 151]
+    files = [file for stem in given for file in task._free(stem, taken)]
+    assert len({file.casefold() for file in files}) == len(files) == 3 * len(given)
+    assert files[:3] == ["a.png", "a-depth.png", "a.npz"] and "overview.png" not in files
+    assert all(len(file.encode()) < 255 for file in files)
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path):
+    with pytest.raises(UsageError, match="context 3"):
+        similarity(digits_pth, photos, tmp_path / "run", context=3)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_an_image_that_cannot_be_resized_is_named(digits_pth, photos, tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    Image.new("RGB", (60000, 1)).save(tmp_path / "longer.png")
+    bad = []
+    readable = task.each_readable([tmp_path / "longer.png", *photos], Preprocessing(4000), bad, lambda _: None)
+    assert [number for number, _ in readable] == [1, 2, 3]
+    assert str(bad[0]).startswith(f"{tmp_path / 'longer.png'}: 60000 x 1 pixels would be resized")

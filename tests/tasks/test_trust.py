@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 
 from conftest import DIGITS, image_by_rule, needs_paddle, write_pth
-from fcvit.errors import DoesNotFit, UsageError
-from fcvit.maps import short
+from fcvit.errors import BadImages, DoesNotFit, UsageError
+from fcvit.maps import SimilarityMap, short
+from fcvit.tasks import trust as task
 from fcvit.tasks.trust import (
+    LEAST,
+    OCCLUSION,
     STEPS,
+    Looked,
     Marks,
-    in_blocks,
+    measure,
+    named_maps,
     occlusion,
-    on_crop,
     over_blocks,
     rank_correlation,
     removal,
+    spread,
     summary,
     trust,
 )
@@ -26,8 +31,9 @@ from fcvit.weights.names import Form
 
 @pytest.fixture
 def photos(tmp_path):
-    paths = [tmp_path / f"{number}.png" for number in range(2)]
-    for path, size in zip(paths, ((71, 40), (33, 90)), strict=True):
+    sizes = [(71, 40), (33, 90), (32, 32), (40, 41), (50, 32), (32, 70), (36, 36), (64, 33), (39, 52), (45, 45)]
+    paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
         image_by_rule(*size).save(path)
     return paths
 
@@ -37,72 +43,46 @@ def mass(batch):
     return batch[:, :, :16, :16].mean((1, 2, 3)) / 255
 
 
-def test_a_map_of_what_matters_beats_one_of_what_does_not():
+def quarter():
     pixels = np.full((3, 32, 32), 0, np.uint8)
     pixels[:, :16, :16] = 255
+    return pixels
+
+
+# Single measures
+
+
+def test_a_map_of_what_matters_beats_one_of_what_does_not():
     right = np.zeros((32, 32))
     right[:16, :16] = 1
-    deletion, insertion = removal(pixels, right, mass)
+    deletion, insertion = removal(quarter(), right, mass)
     nothing = round(255 / 4) / 255  # the image's mean colour
-    assert (
-        len(deletion) == STEPS
-        and deletion[0] == insertion[-1] == 1
-        and deletion[-1] == pytest.approx(nothing, abs=1e-2)
-    )
-    wrong_deletion, wrong_insertion = removal(pixels, -right, mass)
+    assert len(deletion) == STEPS and deletion[0] == insertion[-1] == 1
+    assert deletion[-1] == insertion[0] == pytest.approx(nothing, abs=1e-2)
+    wrong_deletion, wrong_insertion = removal(quarter(), -right, mass)
     assert deletion[3] < 0.3 < 0.99 < wrong_deletion[3] and insertion[3] == 1 and wrong_insertion[3] < 0.3
 
 
 def test_occlusion_finds_what_matters():
-    pixels = np.full((3, 32, 32), 0, np.uint8)
-    pixels[:, :16, :16] = 255
-    found = occlusion(pixels, mass)
-    assert (
-        found.shape == (8, 8) and (found[:4, :4] > 0.01).all() and (found[4:] == 0).all() and (found[:, 4:] == 0).all()
-    )
-    blocks = in_blocks(found, 32)
+    found = occlusion(quarter(), mass)
+    assert found.shape == (8, 8) and (found[:4, :4] > 0.01).all()
+    assert (found[4:] == 0).all() and (found[:, 4:] == 0).all()
+    blocks = spread(OCCLUSION, found, 32)
     assert (blocks[:16, :16] > 0).all() and (blocks[16:] == 0).all()
 
 
 def test_a_map_lies_on_the_crop_where_the_network_computed_it():
     values = np.zeros((8, 8))
     values[2, 5] = 1
-    assert np.unravel_index(on_crop(values, 32).argmax(), (32, 32)) == (8, 20)
+    assert np.unravel_index(spread("stage1.block1.context1", values, 32).argmax(), (32, 32)) == (8, 20)
 
 
-def test_gains_are_positive_where_the_map_is_better_and_intervals_hold_them():
-    generator = np.random.default_rng(0)
-    fall, slow = np.linspace(1, 0, STEPS) ** 3, np.linspace(1, 0, STEPS)
-    own, random = np.stack([fall, 1 - fall]), np.stack([slow, 1 - slow])
-    noise = generator.normal(0, 0.01, (20, 2, 2, 1))
-    marks = [Marks(own + one, random + other, 0.4 + one[0, 0]) for one, other in noise]
-    found = summary("x", marks, np.random.default_rng(1))
-    expected = 0.5 - np.trapezoid(fall, dx=0.1)
-    assert found.deletion_gain == pytest.approx(expected, abs=0.01)
-    assert found.insertion_gain == pytest.approx(expected, abs=0.01)
-    assert found.occlusion == pytest.approx(0.4, abs=0.01)
-    for gain, (low, high) in (
-        (found.deletion_gain, found.deletion_interval),
-        (found.insertion_gain, found.insertion_interval),
-        (found.occlusion, found.occlusion_interval),
-    ):
-        assert low < gain < high and high - low < 0.03
-    assert found.deletion[3] == pytest.approx(fall[3], abs=0.01) and found.insertion[3] > found.deletion[3]
-    assert found.random_deletion[3] == pytest.approx(slow[3], abs=0.01)
-    worse = summary("x", [Marks(one.random, one.own, float("nan")) for one in marks], np.random.default_rng(1))
-    assert worse.deletion_gain == pytest.approx(-found.deletion_gain) and np.isnan(worse.occlusion)
-    some = [*marks, Marks(own, random, float("nan"))]
-    assert summary("x", some, np.random.default_rng(1)).occlusion == pytest.approx(found.occlusion), "what is known"
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    generator = np.random.default_rng(0)
-    flat, held = np.zeros((2, STEPS)), 0
-    for _ in range(200):
-        marks = [Marks(flat, flat + gain, 0.0) for gain in generator.normal(0.1, 0.05, 40)]
-        low, high = summary("x", marks, generator).deletion_interval
-        held += low < 0.1 < high
-    assert 178 <= held <= 198  # 95 %, a little less with 40 images
+@pytest.mark.parametrize("side", [32, 50])
+def test_a_map_over_patches_is_the_mean_in_each(side):
+    values = np.random.default_rng(0).normal(size=(side, side))
+    cut = [np.flatnonzero(np.arange(side) * 8 // side == block) for block in range(8)]
+    expected = [[values[np.ix_(rows, columns)].mean() for columns in cut] for rows in cut]
+    assert np.allclose(over_blocks(values, 8), expected)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -118,49 +98,173 @@ def test_ranks_correlate_as_scipy_says(ties):
     assert np.isnan(rank_correlation(one, np.zeros((8, 8))))
 
 
-@pytest.mark.parametrize("side", [32, 50])
-def test_a_map_over_patches_is_the_mean_in_each(side):
-    values = np.random.default_rng(0).normal(size=(side, side))
-    found = over_blocks(values, 8)
-    cut = [np.flatnonzero(np.arange(side) * 8 // side == block) for block in range(8)]
-    expected = [[values[np.ix_(rows, columns)].mean() for columns in cut] for rows in cut]
-    assert np.allclose(found, expected)
+def test_heads_are_taken_and_named_and_absolute_values_are_those_of_each():
+    values = np.array([[[1.0, -3.0]], [[-1.0, 1.0]]])[None]  # two heads, 1 x 2 positions
+    one = SimilarityMap(2, 1, 2, values, values)
+    assert named_maps(one, "mean", False)["stage2.block1.context2"].tolist() == [[0, -1]]
+    assert named_maps(one, "mean", True)["stage2.block1.context2"].tolist() == [[1, 2]]
+    assert named_maps(one, "2", False)["stage2.block1.context2, head 2"].tolist() == [[-1, 1]]
+    assert list(named_maps(one, "each", False)) == [f"stage2.block1.context2, head {n}" for n in (1, 2)]
+    assert not named_maps(SimilarityMap(4, 1, 1, values[..., :1], values), "mean", False), "one position is no map"
+
+
+# One image
+
+
+def seen(number, mark):
+    """An image whose prediction rests on the upper left; its map marks that, or the opposite corner."""
+    maps = {"stage1.block1.context1": np.zeros((8, 8)), "stage1.block1.context2": np.zeros((8, 8))}
+    maps["stage1.block1.context1"][{"right": np.s_[:4, :4], "wrong": np.s_[4:, 4:]}[mark]] = 1
+    maps["stage2.block1.context1"] = np.arange(16.0).reshape(4, 4)
+    return Looked(number, quarter(), 1, maps | {OCCLUSION: occlusion(quarter(), mass)})
+
+
+def logits(batch):
+    """Class 1, of three, has a probability that rests on the upper left."""
+    brightness = mass(batch)
+    return np.stack([0 * brightness, np.log(np.maximum(2 * brightness, 1e-3)), 0 * brightness], axis=1)
+
+
+def test_a_map_is_held_against_random_ones_and_another_images():
+    found = measure(seen(0, "right"), seen(1, "wrong"), logits, seed=0)
+    assert list(found) == [*seen(0, "right").maps]
+    one = found["stage1.block1.context1"]
+    assert one.own.shape == one.random.shape == one.other.shape == (2, STEPS)
+    assert one.own[0, 0] == one.random[0, 0] == one.other[0, 0] == pytest.approx(0.5), "of the class that was predicted"
+    assert one.own[0, 3] < one.random[0, 3] < one.other[0, 3], "deletion"
+    assert one.own[1, 3] > one.random[1, 3] > one.other[1, 3], "insertion"
+    assert one.occlusion > 0.8
+    swapped = measure(seen(0, "wrong"), seen(1, "right"), logits, seed=0)["stage1.block1.context1"]
+    assert np.array_equal(swapped.own, one.other) and np.array_equal(swapped.other, one.own)
+    assert swapped.occlusion < 0 and np.isnan(found[OCCLUSION].occlusion)
+
+
+def test_random_maps_are_several_drawn_on_the_grid_and_others_for_each_image(monkeypatch):
+    asked = []
+    monkeypatch.setattr(task, "removal", lambda pixels, marked, _: asked.append(marked) or np.zeros((2, STEPS)))
+    for number in (0, 1):
+        measure(seen(number, "right"), seen(2, "wrong"), logits, seed=0)
+    each = len(asked) // 2
+    assert each == 4 * 2 + 3 * task.RANDOM, "own and other of four maps; three shapes, occlusion's among them"
+    maps = {one.tobytes() for one in asked}
+    # Own, other: of context 1 two, which are each other's, of the rest one.
+    assert len(maps) == 2 + 1 + 1 + 1 + 2 * 3 * task.RANDOM
+    first = asked[: task.RANDOM]
+    for one in first:
+        cells = one[::4, ::4]
+        assert len(np.unique(cells)) == 64 and np.array_equal(spread("any", cells, 32), one), "on the map's grid"
+    again = []
+    monkeypatch.setattr(task, "removal", lambda pixels, marked, _: again.append(marked) or np.zeros((2, STEPS)))
+    measure(seen(0, "right"), seen(2, "wrong"), logits, seed=0)
+    assert all(np.array_equal(one, other) for one, other in zip(asked, again, strict=False))
+
+
+# All images
+
+
+def test_gains_are_positive_where_the_map_is_better_and_intervals_hold_them():
+    generator = np.random.default_rng(0)
+    fall, slow = np.linspace(1, 0, STEPS) ** 3, np.linspace(1, 0, STEPS)
+    own, random, other = np.stack([fall, 1 - fall]), np.stack([slow, 1 - slow]), np.stack([slow**2, 1 - slow**2])
+    noise = generator.normal(0, 0.01, (20, 3, 2, 1))
+    marks = [Marks(own + a, random + b, other + c, 0.4 + a[0, 0]) for a, b, c in noise]
+    found = summary("x", marks, 1)
+    area = {name: np.trapezoid(curve, dx=0.1) for name, curve in (("own", fall), ("random", slow), ("other", slow**2))}
+    for estimate, expected in (
+        (found.deletion_over_random, area["random"] - area["own"]),
+        (found.insertion_over_random, area["random"] - area["own"]),
+        (found.deletion_over_other, area["other"] - area["own"]),
+        (found.insertion_over_other, area["other"] - area["own"]),
+        (found.occlusion, 0.4),
+    ):
+        assert estimate.mean == pytest.approx(expected, abs=0.01)
+        assert estimate.low < estimate.mean < estimate.high and estimate.high - estimate.low < 0.03
+    for curve, expected in (
+        (found.deletion, fall),
+        (found.insertion, 1 - fall),
+        (found.random_deletion, slow),
+        (found.random_insertion, 1 - slow),
+        (found.other_deletion, slow**2),
+        (found.other_insertion, 1 - slow**2),
+    ):
+        assert curve == pytest.approx(expected, abs=0.01)
+    nowhere = [Marks(one.random, one.own, one.other, float("nan")) for one in marks]
+    worse = summary("x", nowhere, 1)
+    assert worse.deletion_over_random.mean == pytest.approx(-found.deletion_over_random.mean)
+    assert np.isnan(worse.occlusion.mean) and np.isnan(worse.occlusion.low)
+    some = [*marks, Marks(own, random, other, float("nan"))]
+    assert summary("x", some, 1).occlusion.mean == pytest.approx(found.occlusion.mean), "what is known"
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    flat, held = np.zeros((2, STEPS)), 0
+    for seed in range(200):
+        marks = [Marks(flat, flat + gain, flat, 0.0) for gain in generator.normal(0.1, 0.05, 40)]
+        estimate = summary("x", marks, seed).deletion_over_random
+        held += estimate.low < 0.1 < estimate.high
+    assert 178 <= held <= 198  # 95 %, a little less with 40 images
 
 
 @needs_paddle
 @pytest.mark.charts
 @pytest.mark.slow
 def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
-    found = trust(digits_pth, photos, tmp_path / "run", engine="paddle")
+    (tmp_path / "bad.png").write_bytes(b"?")
+    found = trust(digits_pth, [photos[0], tmp_path / "bad.png", *photos[1:]], tmp_path / "run", engine="paddle")
+    assert found.images == 10 and [one.partition(":")[0] for one in found.unreadable] == [str(tmp_path / "bad.png")]
     names = [short(one.name) for one in found.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.2.2", "occlusion"]
     for one in found.curves:
-        assert one.deletion[0] == pytest.approx(one.random_deletion[0]) == pytest.approx(one.insertion[-1], abs=1e-6)
-    assert all(-1 <= one.occlusion <= 1 for one in found.curves[:-1]) and np.isnan(found.curves[-1].occlusion)
+        ends = one.deletion[0], one.random_deletion[0], one.other_deletion[0], one.insertion[-1]
+        assert ends == pytest.approx([one.deletion[0]] * 4, abs=1e-6)
+        assert one.deletion[0] > 0.1, "the likeliest of ten classes"
+        assert one.other_deletion != one.deletion
+    assert all(-1 <= one.occlusion.mean <= 1 for one in found.curves[:-1])
+    assert np.isnan(found.curves[-1].occlusion.mean)
     kept = json.loads((tmp_path / "run" / "trust.json").read_text())
-    assert kept["images"] == 2 and kept["curves"][-1]["occlusion"] is None
-    assert kept["curves"][0]["name"] == "stage1.block1.context1"
+    assert kept["images"] == 10 and kept["curves"][-1]["occlusion"]["mean"] is None
+    assert kept["curves"][0]["name"] == "stage1.block1.context1" and kept["values"] == "signed"
     assert (tmp_path / "run" / "trust.png").read_bytes().startswith(b"\x89PNG")
     again = trust(digits_pth, photos, engine="paddle", every=True)
     names = [short(one.name) for one in again.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.1.2", "3.2.1", "3.2.2", "occlusion"]
-    assert again.curves[0] == found.curves[0], "one seed, one answer"
+    shared = {one.name: one for one in again.curves}
     assert found.curves[0].random_deletion == found.curves[1].random_deletion, "one control for maps of one shape"
     assert found.curves[0].random_deletion != found.curves[2].random_deletion
-    other = trust(digits_pth, photos, engine="paddle", seed=1)
-    assert other.curves[0].random_deletion != found.curves[0].random_deletion
-    second = trust(digits_pth, photos, engine="paddle", heads="2")
-    assert [short(one.name) for one in second.curves][:2] == ["1.1.1, head 2", "1.1.2, head 2"]
-    assert second.curves[0].deletion != found.curves[0].deletion
-    assert trust(digits_pth, photos, engine="paddle", absolute=True).curves[0].deletion != found.curves[0].deletion
+    other = trust(digits_pth, photos, engine="paddle", seed=1, absolute=True)
+    assert other.curves[0].random_deletion != again.curves[0].random_deletion
+    assert other.curves[0].deletion != again.curves[0].deletion and other.values == "absolute"
+    for one in trust(digits_pth, photos, engine="paddle").curves:
+        assert str(one) == str(shared[one.name]), "the figures of a map do not depend on what else is measured"
 
 
 @needs_paddle
-def test_trust_needs_classes_and_several_images(digits_pth, photos, tmp_path):
-    with pytest.raises(UsageError, match="at least two images"):
-        trust(digits_pth, photos[:1])
+def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, tmp_path):
+    with pytest.raises(UsageError, match=f"9 image.* expected at least {LEAST}"):
+        trust(digits_pth, photos[:9])
     with pytest.raises(UsageError, match="--heads 9: expected each, mean, or a number from 1 to 8"):
-        trust(digits_pth, photos, heads="9")
+        trust(digits_pth, photos, tmp_path / "run", heads="9")
     body = write_pth(tmp_path / "body.pth", lively_tensors(Form(DIGITS.variant)))
     with pytest.raises(DoesNotFit, match="predicts nothing"):
         trust(body, photos)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("mine")
+    with pytest.raises(UsageError, match="full is not empty"):
+        trust(digits_pth, photos, full)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_paddle
+def test_too_few_images_that_can_be_read_end_it(digits_pth, photos, tmp_path):
+    photos[3].write_bytes(b"?")
+    with pytest.raises(BadImages, match=r"9 image\(s\) can be read: expected at least 10; first: .*3.png"):
+        trust(digits_pth, photos, engine="paddle")
+
+
+@pytest.mark.parametrize("count", [10, 11, 360])
+def test_the_partner_of_an_image_is_from_the_other_half(count):
+    """So that of class folders it is mostly of another class; nobody is his own, and everybody is one's."""
+    found = [task.partner(number, count) for number in range(count)]
+    assert sorted(found) == list(range(count)) and min(abs(a - b) for a, b in enumerate(found)) >= count // 2

@@ -147,8 +147,7 @@ def trust(
         marks: dict[str, list[Marks]] = {}
         with progress("removing and returning pixels", len(seen)) as advance:
             for number, one in enumerate(seen):
-                other = seen[(number + len(seen) // 2) % len(seen)]  # of class folders, mostly another class
-                for name, found in measure(one, other, compute, seed).items():
+                for name, found in measure(one, seen[partner(number, len(seen))], compute, seed).items():
                     marks.setdefault(name, []).append(found)
                 advance(1)
         curves = tuple(summary(name, found, seed) for name, found in marks.items())
@@ -168,6 +167,11 @@ def _chosen(known: Sequence[Place], every: bool) -> list[Place]:
     """All, or of each stage the first and the last."""
     ends = [[where for where in known if where[0] == stage] for stage in sorted({where[0] for where in known})]
     return list(known) if every else [where for one in ends for where in dict.fromkeys((one[0], one[-1]))]
+
+
+def partner(number: int, count: int) -> int:
+    """Whose maps an image is held against: half of all images further, of class folders mostly another class."""
+    return (number + count // 2) % count
 
 
 @dataclasses.dataclass(frozen=True)
