@@ -126,7 +126,10 @@ def test_choosing_a_map():
     assert found.at(3).name == "stage3.block2.context2"
     assert found.at(3, 1, -2).name == "stage3.block1.context1" and found.at(-4).name == "stage1.block1.context2"
     for wrong in ((5,), (0,), (-5,), (1, 2), (1, 1, 3)):
-        with pytest.raises(UsageError, match=r"(stage|block|context) -?\d: expected 1 to \d"):
+        with pytest.raises(
+            UsageError,
+            match=r"(stage|block|context) -?\d: expected 1(, the only one| to \d, or from the end -1 to -\d)$",
+        ):
             found.at(*wrong)
 
 

@@ -352,9 +352,9 @@ def similarity(
     *images: str,
     weights: Path,
     output: Annotated[Path | None, Output] = None,
-    stage: int = -1,
+    stage: int | None = None,
     block: int = -1,
-    context: int = -1,
+    context: int = 1,
     heads: str = "each",
     values: Literal["standardised", "rescaled"] = "standardised",
     top_k: int = 3,
@@ -368,9 +368,9 @@ def similarity(
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format.
         output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
-        stage: Which stage, from 1, or from the end with -1 (default: the last).
+        stage: Which stage, from 1, or from the end with -1 (default: the last with more than one position).
         block: Which block of it, in the same way (default: the last).
-        context: The first or second global context of the block (default: the last).
+        context: The first or second global context of the block.
         heads: each (default), mean, or the number of a head.
         values: standardised (default), or rescaled as they multiply the context.
         top_k: Classes in the caption.
@@ -444,7 +444,7 @@ def trust(
     *images: str,
     weights: Path,
     output: Annotated[Path | None, Output] = None,
-    most: int = 200,
+    most: int = 50,
     absolute: Annotated[bool, Parameter(negative=())] = False,
     every: Annotated[bool, Parameter(negative=())] = False,
     heads: str = "mean",

@@ -94,7 +94,8 @@ def choose(known: Sequence[Place], stage: int = -1, block: int = -1, context: in
         numbers = sorted({place[axis] for place in known})
         chosen = numbers[number] if -len(numbers) <= number < 0 else number
         if chosen not in numbers:
-            raise UsageError(f"{what} {number}: expected 1 to {numbers[-1]}, or from the end -1 to {-len(numbers)}")
+            choice = f"1 to {numbers[-1]}, or from the end -1 to {-len(numbers)}"
+            raise UsageError(f"{what} {number}: expected {choice if len(numbers) > 1 else '1, the only one'}")
         known = [place for place in known if place[axis] == chosen]
     return known[0]
 

@@ -30,10 +30,25 @@ def test_measures_over_depth_stand_side_by_side_on_one_scale():
         [0, 3, 2],
         pytest.approx([5, NAN], nan_ok=True),
     ]
-    assert lines(by_place[2])["noise of the same spread"] == [7, 8] and len(by_place[0].lines) == 1
+    assert lines(by_place[2])["noise"] == [7, 8] and len(by_place[0].lines) == 1
     assert by_place[0].get_ylim() == by_place[1].get_ylim() and by_place[2].get_ylim() == by_place[3].get_ylim()
     assert [tick.get_text() for tick in by_place[2].get_xticklabels()] == ["1.1.1", "1.1.2"]
+    assert figure.legends, "what the lines are"
     assert any("12 images" in text.get_text() for text in figure.texts)
+
+
+@pytest.mark.charts
+def test_first_and_second_contexts_are_lines_of_their_own():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    names = ["1.1.1", "1.1.2", "2.1.1", "2.1.2"]
+    groups = ["first contexts", "second contexts"] * 2
+    one = task.Depth("net", names, [task.Line("a", [1, 2, 3, 4], [5, 6, 7, 8])], groups, [2])
+    with drawing():
+        (axes,) = task._depth([one], 3).axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn["first contexts"] == ([0, 2], [1, 3]) and drawn["second contexts"] == ([1, 3], [2, 4])
+    assert drawn["noise first contexts"] == ([0, 2], [5, 7]) and drawn["noise second contexts"] == ([1, 3], [6, 8])
+    assert [list(line.get_xdata()) for line in axes.lines][-1] == [1.5, 1.5], "the end of a stage"
 
 
 def curves(name, start):
@@ -82,7 +97,7 @@ def cells(table):
 def test_the_table_of_heads_has_each_figure_in_its_column():
     layer = Measures("stage3.block2.context1", 0.1, 0.2, 0.3, 0.4, 0.5, NAN, 0.7)
     (table,) = tables.heads(Heads(12, (NetworkMeasures("fcvit_tiny", (layer,)),), (), None))
-    assert table.title == "fcvit_tiny, 12 images"
+    assert table.title == "fcvit_tiny, 12 image(s)"
     assert [list(column.cells) for column in table.columns] == [
         ["3.2.1"],
         ["0.100"],
@@ -93,9 +108,25 @@ def test_the_table_of_heads_has_each_figure_in_its_column():
         [""],
         ["0.700"],
     ]
+    alone = Measures("stage4.block1.context1", *[NAN] * 7)
+    (table2,) = tables.heads(Heads(1, (NetworkMeasures("x", (alone,)),), (), None))
+    assert [list(column.cells) for column in table2.columns][:3] == [["4.1.1"], ["one position"], [""]]
     headers = [str(column.header).strip() for column in table.columns]
     assert headers[1:] == ["between heads", "entropy", "of noise", "top tenth", "of noise", "kept", "queries agree"]
     assert layer.noise_entropy == 0.4 and layer.top_decile == 0.3
+
+
+@pytest.mark.parametrize(
+    ("estimate", "expected"),
+    [
+        (Estimate(0.0004, -0.00002, 0.0009), "+0.00040 (-0.00002 to +0.00090)"),
+        (Estimate(-0.0001, -0.2, 0.2), "+0.000 (-0.200 to +0.200)"),
+        (Estimate(0.5, 0.5, 0.5), "+0.500 (+0.500 to +0.500)"),
+        (Estimate(NAN, NAN, NAN), ""),
+    ],
+)
+def test_an_estimate_has_the_digits_that_count_and_no_minus_nothing(estimate, expected):
+    assert tables._estimate(estimate) == expected
 
 
 def test_the_tables_of_trust_have_each_figure_in_its_column():

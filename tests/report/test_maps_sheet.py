@@ -8,23 +8,26 @@ from PIL import Image
 
 from fcvit.report import maps_sheet as task
 from fcvit.report.charts import drawing, joined
+from fcvit.report.maps_sheet import Scene
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-IMAGE = np.full((40, 60, 3), 128, np.uint8)
+RAMP = np.linspace(0, 255, 40)[:, None, None] + np.zeros((40, 60, 3))  # from black at the top to white
+SEEN = np.arange(60) + 0 * np.arange(40)[:, None] < 50  # nothing in the last ten columns
+SCENE = Scene(RAMP.round().astype(np.uint8), SEEN)
 
 
 def level(row, column, low=0.0, high=1.0):
-    """A map of `low` with a corner of `high`, nothing seen in the last ten columns."""
+    """A map of `low` with a corner of `high`."""
     one = np.full((40, 60), float(low))
     one[row : row + 10, column : column + 10] = high
     one[:, 50:] = np.nan
     return one
 
 
-def sheet(rows, title=("a.png", ": stage 1"), subtitle=("cat", " 90 %"), columns=4, image=IMAGE):
+def sheet(rows, title=("a.png", ": stage 1"), subtitle=("cat", " 90 %"), columns=4, scene=SCENE):
     with drawing():
-        return task._sheet(image, rows, title, subtitle, "similarity", columns)
+        return task._sheet(scene, rows, title, subtitle, "similarity", columns)
 
 
 def tiles(figure):
@@ -51,35 +54,56 @@ def viridis(value):
     return np.array(colormaps["viridis"](value)[:3])
 
 
+def grey(row):
+    """What is under a map in that row of the ramp."""
+    return 165 + 90 * np.clip((RAMP[row, 0, 0] - np.percentile(RAMP, 1)) / np.ptp(np.percentile(RAMP, [1, 99])), 0, 1)
+
+
 def test_each_map_is_where_it_says_in_viridis_over_grey():
     rows = [task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), level(30, 40, 0.0, 0.5)]))]
     drawn = tiles(sheet(rows))
     assert list(drawn) == ["image, what was seen", "head 1", "head 2"]
-    middle = 165 + 128 * 90 / 255
     for name, corner, value in (("head 1", (5, 5), 1.0), ("head 2", (35, 45), 0.5), ("head 1", (35, 45), 0.0)):
-        expected = 0.7 * 255 * viridis(value) + 0.3 * middle
+        expected = 0.7 * 255 * viridis(value) + 0.3 * grey(corner[0])
         assert np.abs(drawn[name][corner] - expected).max() <= 2, (name, corner)
-    unseen = drawn["head 1"][20, 55]
+    unseen = drawn["head 1"][5, 55]
     assert unseen[0] == unseen[1] == unseen[2] > 230, "no colour"
-    assert np.abs(drawn["image, what was seen"][5, 5] - 128.0).max() == 0
-    assert (drawn["image, what was seen"][20, 55] == (128 + 3 * 255) // 4).all(), "pale"
+    assert (drawn["image, what was seen"][20, 5] == SCENE.image[20, 5]).all()
+    assert (drawn["image, what was seen"][20, 55] == (SCENE.image[20, 55].astype(int) + 3 * 255) // 4).all(), "pale"
 
 
-def test_no_place_of_a_photograph_looks_like_another_value():
-    """Black and white under one value are nearer to each other than to a tenth of the scale more or less."""
-    halves = np.zeros((40, 60, 3), np.uint8)
-    halves[20:] = 255
+@pytest.mark.parametrize("contrast", [1.0, 0.1])
+def test_no_place_of_a_photograph_looks_like_another_value(contrast):
+    """Black and white under one value are nearer to each other than a fifth of the scale is long."""
     from matplotlib.colors import Normalize
 
-    scale = Normalize(0, 1)
-    for value in (0.1, 0.5, 0.9):
-        shown = task.overlay(halves, np.full((40, 60), value), scale).astype(float)
-        apart = np.abs(shown[5, 5] - shown[30, 5]).max()
-        whole = np.abs(
-            task.overlay(IMAGE, np.zeros((40, 60)), scale).astype(float)
-            - task.overlay(IMAGE, np.ones((40, 60)), scale).astype(float)
-        ).max()
-        assert apart <= 28 and whole > 5 * apart
+    scene, scale = Scene((RAMP * contrast).round().astype(np.uint8), SEEN), Normalize(0, 1)
+    low, high = (task.overlay(scene, np.full((40, 60), value), scale).astype(float) for value in (0.0, 1.0))
+    for value in (0.0, 0.5, 1.0):
+        shown = task.overlay(scene, np.full((40, 60), value), scale).astype(float)
+        apart = np.abs(shown[0, 5] - shown[39, 5]).max()
+        assert 20 < apart <= 28, "a dark photograph is as visible as any other"
+    assert np.abs(low - high).max() > 5 * 28
+
+
+def test_a_single_position_is_no_map_and_says_so():
+    nothing = np.full((40, 60), np.nan)
+    figure = sheet([task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), nothing]))])
+    tile = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 2")
+    assert [text.get_text() for text in tile.texts] == ["one position:\nno map"]
+    shown = np.asarray(tile.images[0].get_array()).astype(int)
+    assert np.ptp(shown, axis=2).max() == 0, "no colour"
+    assert shown[20, 5, 0] < shown[20, 55, 0], "what was not seen is paler"
+    other = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 1")
+    assert not other.texts
+
+
+@pytest.mark.parametrize("values", [np.zeros((40, 60)), np.full((40, 60), 0.238697) + 1e-8 * RAMP[..., 0]])
+def test_a_flat_map_is_not_stretched_to_its_rounding_errors(values):
+    (bar,) = [axes for axes in sheet([task.Row("", ["head 1"], values[None])]).axes if not axes.images]
+    low, high = bar.get_xlim()
+    assert high - low == pytest.approx(0.1, rel=1e-3)
+    assert all("e" not in text.get_text() for text in bar.get_xticklabels())
 
 
 def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
@@ -91,7 +115,7 @@ def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
     assert low == pytest.approx(0) and high == pytest.approx(4)
     assert "stage 1" in texts(figure) and "stage 2" in texts(figure)
     one, four = [np.asarray(axes.images[0].get_array())[5, 5] for axes in figure.axes[1:3]]
-    assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * (165 + 128 * 90 / 255))).max() <= 3
+    assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * grey(5))).max() <= 3
     assert four[0] > one[0]
 
 
@@ -116,7 +140,8 @@ def test_a_single_row_is_broken_and_columns_run_across():
 @pytest.mark.parametrize("shape", [(40, 21), (21, 40), (40, 40)])
 def test_names_have_room_whatever_the_shape(shape):
     maps = np.zeros((8, *shape))
-    figure = sheet([task.Row("", [f"head {n}" for n in range(1, 9)], maps)], image=np.zeros((*shape, 3), np.uint8))
+    scene = Scene(np.zeros((*shape, 3), np.uint8), np.ones(shape, bool))
+    figure = sheet([task.Row("", [f"head {n}" for n in range(1, 9)], maps)], scene=scene)
     renderer = drawn(figure)
     boxes = [axes._left_title.get_window_extent(renderer) for axes in figure.axes if axes.get_title(loc="left")]
     for one in boxes:
@@ -128,7 +153,7 @@ def test_titles_that_do_not_fit_keep_what_the_file_name_would_push_away():
     long = "a name of very many letters " * 12
     figure = sheet([task.Row("", ["head 1"], level(0, 0)[None])], (f"{long}.jpg", ": stage 4, block 2"), (long, " 3 %"))
     title, subtitle = texts(figure)[:2]
-    assert title.endswith(": stage 4, block 2") and "…" in title and subtitle.endswith("… 3 %")
+    assert title.endswith("…: stage 4, block 2") and subtitle.endswith("… 3 %")
     renderer = drawn(figure)
     for text in figure.texts[:2]:
         assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
@@ -139,33 +164,40 @@ def test_names_of_other_scripts_and_odd_characters_do_not_move_their_neighbours(
         line = joined(("שלום.png", ": stage 1"), 5)
         assert line == "\u200eשלום.png\u200e\u200e: stage 1\u200e"
         assert joined(("cost\n$1$", " 5 %"), 5).replace("\u200e", "") == "cost $1$ 5 %"
+        long = "many letters " * 20
+        both = joined((long, ": ", long, " 3 %", ", ", "cat", " 2 %"), 5).replace("\u200e", "")
+        assert both.count("…") == 2 and both.endswith("… 3 %, cat 2 %"), "the longest give way alike"
         assert joined(("a",), 5) == "a" and joined(("", " b"), 5).replace("\u200e", "") == " b"
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 30])
 def test_an_overview_has_a_line_for_each_image_and_one_bar(count):
     panels = [
-        task.Panel((f"{n}.png", ": cat 5 %"), np.full((40, 60, 3), n, np.uint8), np.stack([level(0, 0, 0, n + 1)] * 4))
+        task.Panel(
+            (f"{n}.png", ": cat 5 %"),
+            Scene(np.full((40, 60, 3), n, np.uint8), SEEN),
+            np.stack([level(0, 0, 0, n + 1)] * 4),
+        )
         for n in range(count)
     ]
     names = [f"stage {n}" for n in range(1, 5)]
     with drawing():
         figure = task._overview(panels, names, "thirty", "similarity")
-    assert len(figure.axes) == 5 * count + 1 and figure.axes[-1].get_xlabel() == "similarity"
+    assert len(figure.axes) == 5 * count + 1 and figure.axes[0].get_xlabel() == "similarity"
     found = texts(figure)
     assert [f"{n}.png: cat 5 %" in found for n in range(count)] == [True] * count
     assert found.count("stage 1") == (1 if count <= 6 else 2)
-    boxes = [axes.get_position() for axes in figure.axes[:-1]]
+    boxes = [axes.get_position() for axes in figure.axes[1:]]
     assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    first = [np.asarray(axes.images[0].get_array())[5, 5].tolist() for axes in figure.axes[:-1:5]]
+    first = [np.asarray(axes.images[0].get_array())[5, 5].tolist() for axes in figure.axes[1::5]]
     assert first == [[n] * 3 for n in range(count)], "each image at its line"
 
 
 def test_the_file_is_a_png_of_that_figure():
     row = task.Row("", ["head 1"], level(0, 0)[None])
-    with Image.open(io.BytesIO(task.maps_sheet(IMAGE, [row], ("a",), ("b",), "c"))) as image:
+    with Image.open(io.BytesIO(task.maps_sheet(SCENE, [row], ("a",), ("b",), "c"))) as image:
         assert image.format == "PNG" and image.width > 900
-    panel = task.Panel(("a",), IMAGE, level(0, 0)[None])
+    panel = task.Panel(("a",), SCENE, level(0, 0)[None])
     with Image.open(io.BytesIO(task.maps_overview([panel], ["stage 1"], "a", "b"))) as image:
         assert image.format == "PNG"

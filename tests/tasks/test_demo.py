@@ -1,5 +1,7 @@
 """The page, driven by a real browser: an image, its classes, another head, a bad file."""
 
+import dataclasses
+import io
 import os
 import re
 import shutil
@@ -10,16 +12,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import needs_paddle
+from conftest import DIGITS, needs_paddle, write_pth
+from fcvit.classes import digits
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.frameworks import import_framework
+from fcvit.images.preprocess import decode
 from fcvit.tasks import demo as task
+from fcvit.tasks.similarity import Viewer, picture
+from fcvit.weights.lively import lively_tensors
+from fcvit.weights.names import Form
+from fcvit.weights.reading import read_weights
 
 pytestmark = needs_paddle
 
@@ -44,22 +54,47 @@ def test_a_file_name_is_no_markup():
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Of the page with the package's network twice, to compare."""
+def serve(tmp_path_factory):
+    """Serve a page: its address, and viewers of the same networks."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     import_framework("paddle")
-    import warnings
-    from importlib import resources
+    pages = []
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of gradio's own libraries
-        shipped = resources.files("fcvit").joinpath("assets/digits.pth.tar")
-        page = task.build([shipped, shipped], tmp_path_factory.mktemp("demo"), device="cpu")
-        found = task.serve(page)
-        assert found.startswith(f"http://{task.HOST}:")
-        yield found
+    def begin(weights):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gradio's own libraries
+            pages.append(task.build(weights, tmp_path_factory.mktemp("demo"), device="cpu"))
+            address = task.serve(pages[-1])
+        assert address.startswith(f"http://{task.HOST}:")
+        return address
+
+    yield begin
+    for page in pages:
         page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(serve):
+    """Of the page as it is without weights."""
+    return serve(())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    with resources.as_file(resources.files("fcvit").joinpath("assets/digits.pth.tar")) as path:
+        return Viewer(read_weights(path), digits(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A handwritten 3 of the held-out images."""
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        held_out = np.load(file, allow_pickle=False)
+        image = held_out["images"][np.flatnonzero(held_out["labels"] == 3)[0]]
+    path = tmp_path_factory.mktemp("three") / "three.png"
+    Image.fromarray(image).save(path)
+    return path
 
 
 @pytest.fixture
@@ -91,58 +126,148 @@ def until(condition, what, seconds=40):
     raise AssertionError(f"waited {seconds} s for {what}")
 
 
+class Page:
+    """The page as somebody sees it who looks at it in a browser."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        self.field = until(lambda: self.find("#image input[type=file]"), "the page")[0]
+
+    def find(self, css):
+        from selenium.webdriver.common.by import By
+
+        return self.browser.find_elements(By.CSS_SELECTOR, css)
+
+    def text(self, css):
+        return self.find(css)[0].text
+
+    def choose(self, group, value):
+        found = [e for e in self.find(f"#{group} input[type=radio]") if e.get_attribute("value") == value]
+        self.browser.execute_script("arguments[0].click()", found[0])
+
+    def depth(self, number):
+        self.browser.execute_script(
+            "const s = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
+            "s.call(arguments[0], arguments[1]);"
+            "for (const n of ['input', 'change', 'blur']) arguments[0].dispatchEvent(new Event(n, {bubbles: true}));",
+            self.find("#depth input[type=number]")[0],
+            str(number),
+        )
+
+    def pictures(self):
+        """The pixels of those that are shown."""
+        sources = [image.get_attribute("src") for image in self.find("[id^=maps-] img")]
+        found = []
+        for source in sources:
+            with urllib.request.urlopen(source, timeout=20) as answer:
+                found.append(np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")))
+        return found
+
+    def shows(self, *expected):
+        """Wait until the pictures are those."""
+        pixels = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in expected]
+
+        def same():
+            shown = self.pictures()
+            return len(shown) == len(pixels) and all(map(np.array_equal, shown, pixels))
+
+        until(same, "the expected picture")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_in_a_browser(address, browser, tmp_path):
-    from selenium.webdriver.common.by import By
+def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
+    page, seen = Page(browser, address), shipped.see(decode(three))
 
-    def find(css):
-        return browser.find_elements(By.CSS_SELECTOR, css)
+    def expected(where, heads, which):
+        return picture(shipped, seen, "three.png", where, heads, which)
 
-    def pictures():
-        return [image.get_attribute("src") for image in find("[id^=maps-] img")]
+    assert page.text("#place") == "stage 3, block 2, context 1", "the last that has a map"
+    page.field.send_keys(str(three))
+    page.shows(expected((3, 2, 1), "each", "standardised"))
+    label = page.text("#prediction-0")
+    assert label.count("%") == 5 and label.split("\n")[1] == "digit 3"
+    page.choose("head", "mean")
+    page.shows(expected((3, 2, 1), "mean", "standardised"))
+    page.choose("head", "8")
+    page.shows(expected((3, 2, 1), "8", "standardised"))
+    page.choose("values", "rescaled")
+    page.shows(expected((3, 2, 1), "8", "rescaled"))
+    page.depth(1)
+    page.shows(expected((1, 1, 1), "8", "rescaled"))
+    assert page.text("#place") == "stage 1, block 1, context 1"
+    if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+        page.choose("head", "each")
+        page.shows(expected((1, 1, 1), "each", "rescaled"))
+        browser.save_screenshot(str(Path(folder) / "demo-one.png"))
+    urls = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert len(urls) > 10 and all(url.startswith((address, "data:", "blob:")) for url in urls), "asks nobody else"
+    assert not page.find("[id^=maps-] [aria-label*=hare]"), "nothing is sent to others"
 
-    browser.get(address)
-    upload = until(lambda: find("#image input[type=file]"), "the page")[0]
-    digits = np.load(task.resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb"))
-    number = int(np.flatnonzero(digits["labels"] == 3)[0])
-    Image.fromarray(digits["images"][number]).save(tmp_path / "three.png")
-    upload.send_keys(str(tmp_path / "three.png"))
-    until(lambda: len(pictures()) == 2 and len(set(pictures())) >= 1, "two pictures")
-    until(lambda: "class 3" in find("#prediction-0")[0].text or "3" in find("#prediction-0 h2")[0].text, "the class")
-    assert "3" in find("#prediction-1")[0].text
-    first = pictures()
-    radio = until(lambda: [e for e in find("#head input[type=radio]") if e.get_attribute("value") == "mean"], "heads")
-    browser.execute_script("arguments[0].click()", radio[0])
-    until(lambda: len(pictures()) == 2 and pictures()[0] != first[0], "another picture after another head")
-    second = pictures()
-    slider = find("#depth input[type=number]")[0]
-    browser.execute_script(
-        "const s = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
-        "s.call(arguments[0], '1'); arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
-        "arguments[0].dispatchEvent(new Event('change', {bubbles: true}));"
-        "arguments[0].dispatchEvent(new Event('blur', {bubbles: true}));",
-        slider,
-    )
-    until(lambda: len(pictures()) == 2 and pictures()[0] != second[0], "another picture at another depth")
+    page = Page(browser, address)
+    page.find("#examples button img")[0].click()
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        first = Image.fromarray(np.load(file, allow_pickle=False)["images"][0]).convert("RGB")
+    page.shows(picture(shipped, shipped.see(first), "digit-1.png", (3, 2, 1), "each", "standardised"))
+
+    (tmp_path / "bad.png").write_bytes(b"this is no image")
+    page = Page(browser, address)
+    page.field.send_keys(str(tmp_path / "bad.png"))
+    until(lambda: "No maps: bad.png: not an image" in page.text("#message"), "a message about the bad file")
+    assert not page.pictures()
+    page.choose("head", "mean")
+    page.depth(2)
+    until(lambda: page.text("#place") == "stage 1, block 1, context 2", "settings work without an image")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_checkpoints_stand_side_by_side(serve, browser, shipped, three, tmp_path):
+    """Each with its own name, classes and maps, also where one has fewer contexts."""
+    form = Form(dataclasses.replace(DIGITS.variant, depths=(1, 1, 1, 1)), 10)
+    other = tmp_path / "other" / "digits.pth.tar"
+    other.parent.mkdir()
+    write_pth(other, lively_tensors(form))
+    with resources.as_file(resources.files("fcvit").joinpath("assets/digits.pth.tar")) as ours:
+        page = Page(browser, serve([ours, other]))
+        viewers = [Viewer(read_weights(path), device="cpu") for path in (ours, other)]
+    titles = [title.text for title in page.find("h3")]
+    assert titles == ["assets/digits.pth.tar", "other/digits.pth.tar"]
+    page.field.send_keys(str(three))
+    seen = [viewer.see(decode(three)) for viewer in viewers]
+
+    def expected(*where):
+        each = zip(viewers, seen, where, strict=True)
+        return [picture(viewer, one, "three.png", place, "each", "standardised") for viewer, one, place in each]
+
+    page.shows(*expected((3, 2, 1), (4, 1, 1)))
+    assert page.text("#place") == "stage 3, block 2, context 1 · stage 4, block 1, context 1"
+    page.depth(1)
+    page.shows(*expected((1, 1, 1), (1, 1, 1)))
+    for number, one in enumerate(seen):
+        assert page.text(f"#prediction-{number}").split("\n")[1] == one.predictions[0].name
     if folder := os.environ.get("FCVIT_SCREENSHOTS"):
         browser.save_screenshot(str(Path(folder) / "demo.png"))
-    (tmp_path / "bad.png").write_bytes(b"this is no image")
-    browser.get(address)
-    upload = until(lambda: find("#image input[type=file]"), "the page again")[0]
-    upload.send_keys(str(tmp_path / "bad.png"))
-    until(lambda: "Not an image that can be read" in find("#message")[0].text, "a message about the bad file")
-    assert "bad.png" in find("#message")[0].text and not pictures()
 
 
-@pytest.mark.slow
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    assert task.titles(["a/best.pth", "b/best.pth"]) == ["a/best.pth", "b/best.pth"]
+    assert task.titles(["a/one.pth", "b/two.pth"]) == ["one.pth", "two.pth"]
+    assert task.titles([tmp_path / "x.pth"]) == ["x.pth"]
+    assert task.titles(["x.pth", "x.pth"]) == ["A: x.pth", "B: x.pth"]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_asks_nobody_else(address):
-    """Fonts, scripts and reports come from nowhere but this machine."""
+def test_nothing_is_reported_or_fetched(address):
+    """Reports are off before Gradio is imported; fonts come from nowhere else."""
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     with urllib.request.urlopen(address, timeout=20) as answer:
         text = answer.read().decode()
     assert '"analytics_enabled":false' in text.replace(" ", "")
-    assert "fonts.googleapis.com" not in text
+    with urllib.request.urlopen(f"{address}theme.css", timeout=20) as answer:
+        theme = answer.read().decode()
+    assert "system-ui" in theme and "http" not in theme.replace("http://www.w3.org", "")
 
 
 @pytest.mark.slow

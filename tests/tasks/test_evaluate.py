@@ -234,7 +234,7 @@ def test_maps_are_of_the_surest_mistakes_and_right_answers(subset, folder, digit
     drawn = []
     small = io.BytesIO()
     Image.new("RGB", (200, 200)).save(small, "PNG")
-    monkeypatch.setattr(evaluation, "overview", lambda panels, title: drawn.append(panels) or small.getvalue())
+    monkeypatch.setattr(evaluation, "overview", lambda panels, *_: drawn.append(panels) or small.getvalue())
     (tmp_path / "classes.txt").write_text("\n".join(str(i) for i in range(10)))
     options = {"batch_size": 8, "device": "cpu", "folder": tmp_path / "run", "classes": tmp_path / "classes.txt"}
     if subset:
@@ -247,7 +247,7 @@ def test_maps_are_of_the_surest_mistakes_and_right_answers(subset, folder, digit
     for right in (False, True):
         some = [row for row in predicted if (row["truth"] == row["class_1"]) == right]
         for row in sorted(some, key=lambda row: -float(row["probability_1"]))[:2]:
-            best = f"{row['class_1']} {100 * float(row['probability_1']):.1f} %"
+            best = f"{row['class_1']}: {100 * float(row['probability_1']):.1f} %"
             expected.append(f"right: {best}" if right else f"wrong: {row['truth']}, taken for {best}")
     assert len(expected) >= 3 and ["".join(panel.title) for panel in panels] == expected
     assert (tmp_path / "run" / "digits-authors" / "maps.png").read_bytes() == small.getvalue()

@@ -69,7 +69,7 @@ def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos,
     done = similarity(digits_pth, [named], tmp_path / "one")
     assert done.images[0][1][0] == "overview-2.png" and not (tmp_path / "one" / "overview.png").exists()
     drawn = []
-    monkeypatch.setattr(task, "overview", lambda panels, title: drawn.append((panels, title)) or b"png")
+    monkeypatch.setattr(task, "overview", lambda panels, title, *_: drawn.append((panels, title)) or b"png")
     similarity(digits_pth, [named, *photos], tmp_path / "all")
     monkeypatch.setattr(task, "MOST", 2)
     similarity(digits_pth, [named, *photos], tmp_path / "some")
@@ -77,7 +77,7 @@ def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos,
     assert title == f"{digits_pth.name}: 4 images" and of_how_many == f"{digits_pth.name}: 2 of 4 images"
     assert [one.title[0] for one in every] == [path.name for path in (named, *photos)]
     assert [one.title for one in some] == [every[0].title, every[2].title]
-    assert all(one.maps.shape == (4, *one.image.shape[:2]) for one in every)
+    assert all(one.maps.shape == (4, *one.scene.seen.shape) for one in every)
 
 
 @needs_paddle
@@ -97,7 +97,7 @@ def test_not_one_image_is_an_error(digits_pth, tmp_path):
         ({"heads": "9"}, "--heads 9: expected each, mean, or a number from 1 to 8"),
         ({"heads": "some"}, "--heads some"),
         ({"which": "raw"}, "--values raw"),
-        ({"top_k": 0}, "--top-k from 1"),
+        ({"top_k": 0}, "--top-k 0: expected at least 1"),
         ({"images": []}, "at least one image"),
     ],
 )
@@ -167,41 +167,70 @@ def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
     image = image_by_rule(71, 40)
     seen = coded(image)
     task.picture(viewer, seen, "a.png", where, "each", which)
-    ((shown, (row,), title, subtitle, label),) = drawn
+    ((scene, (row,), title, subtitle, label),) = drawn
+    shown = scene.image
     values = getattr(seen.found.maps[STAGES.index(where)], which)
     assert title == ("a.png", f": stage {where[0]}, block {where[1]}, context {where[2]}")
-    assert "".join(subtitle) == "cat 25.0 %, dog 12.5 %" and label == f"{which} similarity"
+    assert "".join(subtitle) == "digits.pth: cat: 25.0 %, dog: 12.5 %" and label == f"{which} similarity"
     assert row.names == [f"head {n}" for n in range(1, 9)]
     scale = shown.shape[1] // 71
     assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))
     expected = place(values, image.size, PIXELS, (71 * scale, 40 * scale))
-    assert np.allclose(row.maps, expected, equal_nan=True)
+    assert np.allclose(row.maps, expected, equal_nan=True) and np.array_equal(scene.seen, ~np.isnan(expected[0]))
 
 
 @needs_paddle
 @pytest.mark.parametrize(("heads", "expected"), [("mean", 3.5), ("1", 0), ("8", 7)])
 def test_one_head_or_their_mean(heads, expected, viewer, drawn):
-    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (4, 1, 2), heads, "standardised")
-    assert np.allclose(drawn[0][1][0].maps, 100 * STAGES.index((4, 1, 2)) + expected)
+    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (3, 2, 1), heads, "standardised")
+    assert np.allclose(drawn[0][1][0].maps, 100 * STAGES.index((3, 2, 1)) + expected, atol=0.01)
 
 
 @needs_paddle
-def test_the_picture_over_depth_has_the_last_context_of_each_stage(viewer, drawn):
-    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", "each", "rescaled")
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_picture_over_depth_has_one_context_of_the_last_block_of_each_stage(context, viewer, drawn):
+    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", context, "each", "rescaled")
     rows = drawn[0][1]
-    assert [row.name for row in rows] == [f"stage {n}" for n in range(1, 5)]
-    last = [STAGES.index(where) for where in ((1, 1, 2), (2, 1, 2), (3, 2, 2), (4, 1, 2))]
-    for row, number in zip(rows, last, strict=True):
-        assert row.maps.shape[0] == 8
-        assert np.array_equal(row.maps[:, 16, 16] // 1, 5000 + 100 * number + np.arange(8))
+    last = [(1, 1, context), (2, 1, context), (3, 2, context), (4, 1, context)]
+    assert [row.name for row in rows] == ["stage {}\nblock {}\ncontext {}".format(*where) for where in last]
+    for row, where in list(zip(rows, last, strict=True))[:3]:
+        assert np.array_equal(row.maps[:, 16, 16] // 1, 5000 + 100 * STAGES.index(where) + np.arange(8))
+    assert rows[3].maps.shape == rows[0].maps.shape and np.isnan(rows[3].maps).all(), "one position is no map"
 
 
 @needs_paddle
-def test_a_panel_of_the_overview_has_the_mean_of_the_last_context_of_each_stage(viewer):
-    found = task.panel(viewer, coded(image_by_rule(32, 32)), ("a.png",))
-    last = [STAGES.index(where) for where in ((1, 1, 2), (2, 1, 2), (3, 2, 2), (4, 1, 2))]
+@pytest.mark.parametrize(
+    ("choice", "offset"),
+    [
+        ((), 3.5),
+        ((2,), 3.5),
+        ((1, "each"), 3.5),
+        ((2, "4"), 3),
+        ((1, "mean", "rescaled"), 5003.5),
+    ],
+)
+def test_a_panel_has_what_was_chosen_of_the_last_block_of_each_stage(choice, offset, viewer, monkeypatch):
+    found = task.panel(viewer, coded(image_by_rule(32, 32)), ("a.png",), *choice)
+    context = choice[0] if choice else 1
+    last = [(1, 1, context), (2, 1, context), (3, 2, context)]
     assert found.maps.shape[0] == 4 and found.title == ("a.png",)
-    assert np.allclose(found.maps[:, 0, 0], [100 * number + 3.5 for number in last])
+    expected = [100 * STAGES.index(where) + offset for where in last]
+    assert np.allclose(found.maps[:3, 0, 0], expected, atol=0.01) and np.isnan(found.maps[3]).all()
+    asked = []
+    monkeypatch.setattr(task, "maps_overview", lambda *given: asked.append(given) or b"")
+    task.overview([found], "title", viewer.variant, *choice)
+    ((_, names, title, label),) = asked
+    assert names == ["stage 1, block 1", "stage 2, block 1", "stage 3, block 2", "stage 4, block 1"]
+    which = choice[2] if len(choice) > 2 else "standardised"
+    heads = "head 4" if "4" in choice else "mean over heads"
+    assert (title, label) == ("title", f"{which} similarity, context {context}, {heads}")
+
+
+@needs_paddle
+@pytest.mark.parametrize(("size", "stage"), [(32, 3), (33, 4), (224, 4), (16, 2), (4, 4)])
+def test_what_is_shown_without_a_choice_has_several_positions(size, stage, digits_pth):
+    viewer = Viewer(read_weights(digits_pth), preprocessing=Preprocessing(size, 1.0), device="cpu")
+    assert viewer.stage == stage
 
 
 @needs_paddle

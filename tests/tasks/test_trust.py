@@ -240,6 +240,30 @@ def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.parametrize("after", [9, 11])
+def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts):
+    """Of ten images at least; from both halves of them."""
+    measured, told = [], []
+
+    def interrupted(one, other, *_):
+        if len(measured) == after:
+            raise KeyboardInterrupt
+        measured.append((one.number, other.number))
+        return {"x": Marks(*np.full((3, 2, STEPS), one.number), 0.0)}
+
+    monkeypatch.setattr(task, "measure", interrupted)
+    monkeypatch.setattr(task, "trust_chart", lambda *_: b"png")
+    with pytest.raises(KeyboardInterrupt):
+        trust(digits_pth, [*photos, *photos], tmp_path / "run", engine="paddle", announce=told.append)
+    assert measured[:4] == [(0, 10), (10, 0), (1, 11), (11, 1)]
+    assert (tmp_path / "run" / "trust.json").exists() == (after == 11)
+    if after == 11:
+        assert json.loads((tmp_path / "run" / "trust.json").read_text())["images"] == 11
+        assert any("the figures of 11 of 20 images are in" in text for text in told)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+@needs_paddle
 def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, tmp_path):
     with pytest.raises(UsageError, match=f"9 image.* expected at least {LEAST}"):
         trust(digits_pth, photos[:9])
@@ -261,6 +285,12 @@ def test_too_few_images_that_can_be_read_end_it(digits_pth, photos, tmp_path):
     photos[3].write_bytes(b"?")
     with pytest.raises(BadImages, match=r"9 image\(s\) can be read: expected at least 10; first: .*3.png"):
         trust(digits_pth, photos, engine="paddle")
+
+
+@pytest.mark.parametrize("count", [10, 11, 360])
+def test_images_are_taken_from_both_halves_in_turn(count):
+    found = task._order(count)
+    assert sorted(found) == list(range(count)) and found[:2] == [0, (count + 1) // 2]
 
 
 @pytest.mark.parametrize("count", [10, 11, 360])

@@ -68,40 +68,62 @@ def place(
     Returns:
         (..., height, width), NaN outside of what the network saw.
     """
-    start_x, start_y, end_x, end_y = window or (0, 0, *size)
-    width, height = shown or (end_x - start_x, end_y - start_y)
-    left, top, right, bottom = crop_box(size, preprocessing)
     side = preprocessing.input_size
-    across = _weights(maps.shape[-1], _centres(start_x, end_x, width), (left, right), side)
-    down = _weights(maps.shape[-2], _centres(start_y, end_y, height), (top, bottom), side)
-    return down @ maps @ across.T
+    across, down = _in_crop(size, preprocessing, shown, window)
+    return _weights(maps.shape[-2], down, side) @ maps @ _weights(maps.shape[-1], across, side).T
 
 
-def _centres(start: int, end: int, shown: int) -> np.ndarray:
-    """Of so many pixels that show a part of an axis: in pixels of the original, from its edge."""
-    return start + (np.arange(shown) + 0.5) * (end - start) / shown
+def seen(
+    size: tuple[int, int],
+    preprocessing: Preprocessing,
+    shown: tuple[int, int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
+    """Where the network saw the image: bool (height, width); arguments as of `place`."""
+    across, down = (~np.isnan(pixels) for pixels in _in_crop(size, preprocessing, shown, window))
+    return down[:, None] & across
 
 
-def _weights(cells: int, centres: np.ndarray, span: tuple[float, float], side: int) -> np.ndarray:
+def _in_crop(
+    size: tuple[int, int],
+    preprocessing: Preprocessing,
+    shown: tuple[int, int] | None,
+    window: tuple[int, int, int, int] | None,
+) -> list[np.ndarray]:
+    """Where the pixels that are shown lie in the crop, across and down: in its pixels, from the first one's centre.
+
+    NaN where they lie outside.
+    """
+    left, top, right, bottom = window or (0, 0, *size)
+    width, height = shown or (right - left, bottom - top)
+    crop_left, crop_top, crop_right, crop_bottom = crop_box(size, preprocessing)
+    found = []
+    for begin, end, count, start, stop in (
+        (left, right, width, crop_left, crop_right),
+        (top, bottom, height, crop_top, crop_bottom),
+    ):
+        centres = begin + (np.arange(count) + 0.5) * (end - begin) / count  # in pixels of the original, from its edge
+        pixels = (centres - start) / (stop - start) * preprocessing.input_size - 0.5
+        found.append(np.where((centres >= start) & (centres <= stop), pixels, np.nan))
+    return found
+
+
+def _weights(cells: int, pixels: np.ndarray, side: int) -> np.ndarray:
     """How much each cell counts for each pixel, along one axis: (shown, cells); rows of NaN where nothing was seen.
 
     Args:
         cells: of the map.
-        centres: of the pixels, in pixels of the original, (shown,).
-        span: where the crop begins and ends, in pixels of the original.
-        side: of the crop, in pixels of its own.
+        pixels: of the crop, as `_in_crop` gives them, (shown,).
+        side: of the crop, in its pixels.
     """
-    start, end = span
-    seen = (centres >= start) & (centres <= end)
-    crop = (centres - start) / (end - start) * side - 0.5  # the crop's pixels, from their centres
-    cell = np.clip(crop / _stride(cells, side), 0, cells - 1)
+    cell = np.clip(np.nan_to_num(pixels) / _stride(cells, side), 0, cells - 1)
     lower = np.minimum(cell.astype(int), max(cells - 2, 0))
     share = cell - lower
-    weights = np.zeros((len(centres), cells))
-    rows = np.arange(len(centres))
+    weights = np.zeros((len(pixels), cells))
+    rows = np.arange(len(pixels))
     weights[rows, lower] += 1 - share
     weights[rows, np.minimum(lower + 1, cells - 1)] += share
-    weights[~seen] = np.nan
+    weights[np.isnan(pixels)] = np.nan
     return weights
 
 

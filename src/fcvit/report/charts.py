@@ -396,7 +396,7 @@ def canvas(width: float, height: float, title: str | Sequence[str], subtitle: st
 
 
 def joined(parts: Sequence[str], inches: float, points: float = _TEXT) -> str:
-    """A line of several parts, each with the direction of its own script; where they do not fit, the first gives way.
+    """A line of several parts, each with the direction of its own script; where they do not fit, the longest give way.
 
     Args:
         parts: texts that may hold anything, with the spaces between them.
@@ -407,9 +407,16 @@ def joined(parts: Sequence[str], inches: float, points: float = _TEXT) -> str:
         texts.append(f"{' ' * part.startswith(' ')}{shown}{' ' * (bool(shown) and part.endswith(' '))}")
     if len(texts) == 1:
         return fit(texts[0], inches, points)
-    rest = sum(_width(text, points) for text in texts[1:])
-    texts[0] = fit(texts[0], max(inches - rest, inches / 3), points)
-    return fit("".join(map(upright, texts)), inches, points)
+    widths = sorted(_width(text[:500], points) for text in texts)
+    most, left = inches, inches  # what each may have: all of it, or an even share of what shorter ones leave
+    for number, width in enumerate(widths):
+        most = left / (len(widths) - number)
+        if width > most:
+            break
+        left -= width
+    else:
+        most = inches
+    return fit("".join(upright(fit(text, most, points)) for text in texts), inches, points)
 
 
 def axes_at(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":

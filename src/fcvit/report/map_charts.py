@@ -3,17 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fcvit.maps import short
 from fcvit.report.charts import axes_at, canvas, drawing, joined, png
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 _FAINT = "#d9d9d9"
 _OTHER = "#333333"
+_LEGEND: dict[str, Any] = {"ncols": 4, "frameon": False, "bbox_to_anchor": (0.02, 0.005)}
+_LOOKS = ((RIGHT, "o", "-"), ("#56B4E9", "s", "--"))  # of the first group of layers, and of the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,21 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """A network's measures over depth: its name, the names of its layers, and the measures."""
+    """A network's measures over depth.
+
+    Attributes:
+        network: its name.
+        layers: the names of its layers.
+        lines: the measures.
+        groups: what each layer is drawn as one line with; none: all are one.
+        ends: where a stage ends, as the number of layers before.
+    """
 
     network: str
     layers: Sequence[str]
     lines: Sequence[Line]
+    groups: Sequence[str] = ()
+    ends: Sequence[int] = ()
 
 
 class RemovalCurves(Protocol):
@@ -85,7 +98,7 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
     wide = 7.1 if len(networks) == 1 else 5.6
     width = left + len(networks) * (wide + 0.25)
     count = len(networks[0].lines)
-    height = 1.55 + count * (panel + gap) + 0.3
+    height = 1.9 + count * (panel + gap) + 0.3
     title = "Maps over depth"
     figure = canvas(width, height, title, f"means over {images} images; layers in the order of the pass")
     for row in range(count):
@@ -93,12 +106,19 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
         known = [value for line in rows for value in (*line.values, *line.noise) if math.isfinite(value)] or [0.0]
         margin = 0.15 * (max(known) - min(known)) or 0.05
         for column, (network, line) in enumerate(zip(networks, rows, strict=True)):
-            axes = axes_at(figure, left + column * (wide + 0.25), 0.85 + row * (panel + gap), wide, panel)
+            axes = axes_at(figure, left + column * (wide + 0.25), 1.2 + row * (panel + gap), wide, panel)
             places = range(len(network.layers))
-            axes.plot(places, line.values, color=RIGHT, marker="o", markersize=4)
-            if line.noise:
-                axes.plot(places, line.noise, color=WRONG, linestyle="--", label="noise of the same spread")
-                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), frameon=False, borderpad=0, fontsize=9)
+            groups = network.groups or [""] * len(places)
+            groups = network.groups or [""] * len(places)
+            for (colour, marker, style), group in zip(_LOOKS, dict.fromkeys(groups), strict=False):
+                own = [place for place in places if groups[place] == group]
+                shown = [line.values[place] for place in own]
+                axes.plot(own, shown, color=colour, marker=marker, linestyle=style, markersize=5, label=group or None)
+                if line.noise:
+                    noise = [line.noise[place] for place in own]
+                    axes.plot(own, noise, color=WRONG, linestyle=style, linewidth=1, label=f"noise {group}".strip())
+            for end in network.ends:
+                axes.axvline(end - 0.5, color="#888888", linewidth=0.5)
             axes.set_title(line.name, loc="left", fontsize=10)
             axes.grid(color=_FAINT, linewidth=0.5)
             axes.set_ylim(min(known) - margin, max(known) + margin)
@@ -111,6 +131,11 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
             if row == count - 1:
                 name = joined((network.network,), wide, 11)
                 axes.annotate(name, (0, 1), (0, 22), "axes fraction", textcoords="offset points", fontsize=11)
+    known_labels: dict[str, Artist] = {}
+    for axes in figure.axes:
+        known_labels |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    if known_labels:
+        figure.legend(known_labels.values(), known_labels.keys(), loc="lower left", **_LEGEND)
     return figure
 
 
@@ -122,6 +147,8 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
     width, height = max(left + across * (side + gap) + 0.1, 6.0), 1.0 + bands * band + foot
     subtitle = f"{images} images; probability of the predicted class; stage.block.context"
     figure = canvas(width, height, title, subtitle)
+    # Of a thousand classes the likeliest may have but a few per cent.
+    top = max(max(one.deletion + one.insertion + one.other_deletion + one.random_insertion) for one in curves) or 1.0
     for number, one in enumerate(curves):
         column = number % across
         base = foot + (bands - 1 - number // across) * band + 0.4
@@ -136,7 +163,7 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
             axes.plot(shares, own, color=RIGHT, linewidth=2, label="the map")
             axes.plot(shares, random, color=WRONG, linewidth=1.5, linestyle="--", label="random maps")
             axes.plot(shares, other, color=_OTHER, linewidth=1.5, linestyle=":", label="another image's map")
-            axes.set_ylim(0, 1.02)
+            axes.set_ylim(0, 1.04 * top)
             axes.grid(color=_FAINT, linewidth=0.5)
             axes.set_xlabel(what, fontsize=9)
             if row:
@@ -145,6 +172,5 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
                 axes.set_yticklabels([])
             else:
                 axes.set_ylabel("insertion" if not row else "deletion", color=INK)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower left", ncols=3, frameon=False, bbox_to_anchor=(0.02, 0.005))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower left", **_LEGEND)
     return figure

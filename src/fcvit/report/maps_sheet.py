@@ -23,12 +23,22 @@ _TILE, _GAP, _EDGE = 1.55, 0.12, 0.25  # inches: a map's longer side, between tw
 _HEAD, _NAME, _BAR = 0.95, 0.26, 0.55  # of the titles, a map's name, the colour bar
 _SMALL_TILE = 1.2  # a map's longer side where there are many images
 LONGEST = 1.9  # longer over shorter side of an image that leaves room for what is written over its maps
+_DARKEST = 165  # grey under a map
+_LEAST = 0.1  # of similarity: from the lowest to the highest colour
 _OPACITY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
+class Scene:
+    """An image, uint8 (H, W, 3), at most `LONGEST` times as long as wide, and where the network saw it, bool (H, W)."""
+
+    image: np.ndarray
+    seen: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """Maps side by side: what stands beside them, their names, and (n, H, W) with NaN where nothing was seen."""
+    """Maps side by side: what stands beside them, their names, and (n, H, W); NaN where there is no map."""
 
     name: str
     names: Sequence[str]
@@ -37,15 +47,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One image of many: parts of its title, uint8 (H, W, 3), and its maps (n, H, W), NaN where nothing was seen."""
+    """One image of many: parts of its title, `Scene`, and its maps (n, H, W); NaN where there is no map."""
 
     title: Sequence[str]
-    image: np.ndarray
+    scene: Scene
     maps: np.ndarray
 
 
 def maps_sheet(
-    image: np.ndarray,
+    scene: Scene,
     rows: Sequence[Row],
     title: Sequence[str],
     subtitle: Sequence[str],
@@ -55,7 +65,7 @@ def maps_sheet(
     """The image, and every map over it.
 
     Args:
-        image: uint8 (H, W, 3), at most `LONGEST` times as long as wide, or the other way round.
+        scene: the image.
         rows: the maps; a single row is broken after `columns`, several stand one below the other.
         title, subtitle: the parts of a line each (`fcvit.report.charts.joined`).
         label: what the colours mean.
@@ -67,7 +77,7 @@ def maps_sheet(
         MissingExtra: the extra `report` is not installed.
     """
     with drawing():
-        return png(_sheet(image, rows, title, subtitle, label, columns))
+        return png(_sheet(scene, rows, title, subtitle, label, columns))
 
 
 def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> bytes:
@@ -90,118 +100,126 @@ def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, lab
 
 
 def _sheet(
-    image: np.ndarray, rows: Sequence[Row], title: Sequence[str], subtitle: Sequence[str], label: str, columns: int
+    scene: Scene, rows: Sequence[Row], title: Sequence[str], subtitle: Sequence[str], label: str, columns: int
 ) -> "Figure":
     if len(rows) == 1:
         row = rows[0]
         starts = range(0, len(row.maps), columns)
         rows = [Row("", row.names[i : i + columns], row.maps[i : i + columns]) for i in starts]
     across = max(len(row.maps) for row in rows)
-    longer = max(image.shape[:2])
-    high, wide = (_TILE * side / longer for side in image.shape[:2])
+    alone = len(rows) == across == 1
+    tall, wide = (_TILE * (2 if alone else 1) * side / max(scene.seen.shape) for side in scene.seen.shape)
     beside = 0.9 if any(row.name for row in rows) else 0.0
-    first = max(1.0, min(2.0, 2.2 / high)) if len(rows) > 1 or across > 1 else 1.0  # how much larger the image is
+    first = 1.0 if alone else max(1.0, min(2.0, 2.2 / tall))  # how much larger the image is than a map
     left = _EDGE + max(wide * first, 1.4) + 2 * _GAP + beside  # what is written over the image has room
     width = max(left + across * (wide + _GAP) + _EDGE, 6.4)
-    height = _HEAD + max(len(rows) * (high + _NAME), high * first + _NAME) + _BAR + _EDGE
+    height = _HEAD + max(len(rows) * (tall + _NAME), tall * first + _NAME) + _BAR + _EDGE
     figure = canvas(width, height, title, joined(subtitle, width - 2 * _EDGE))
     scale = _scale(row.maps for row in rows)
-    place = axes_at(figure, _EDGE, height - _HEAD - _NAME - high * first, wide * first, high * first)
-    _show(place, _pale(image, _seen(rows[0].maps[0])))
-    place.set_title("image, what was seen", loc="left", fontsize=9)
+    place = axes_at(figure, _EDGE, height - _HEAD - _NAME - tall * first, wide * first, tall * first)
+    _show(place, _pale(scene.image, scene.seen), "image, what was seen")
     for number, row in enumerate(rows):
-        bottom = height - _HEAD - (number + 1) * (high + _NAME)
+        bottom = height - _HEAD - (number + 1) * (tall + _NAME)
         if row.name:
-            figure.text((left - beside) / width, (bottom + high / 2) / height, row.name, va="center", fontsize=9)
+            figure.text((left - beside) / width, (bottom + tall / 2) / height, row.name, va="center", fontsize=9)
         for column, (name, one) in enumerate(zip(row.names, row.maps, strict=True)):
-            place = axes_at(figure, left + column * (wide + _GAP), bottom, wide, high)
-            _show(place, overlay(image, one, scale))
-            place.set_title(name, loc="left", fontsize=9, pad=3)
-    _colour_bar(figure, left, min(3.4, width - left - _EDGE), scale, label)
+            _show_map(axes_at(figure, left + column * (wide + _GAP), bottom, wide, tall), scene, one, scale, name)
+    _colour_bar(figure, left, _EDGE + 0.22, min(3.4, width - left - _EDGE), scale, label)
     return figure
 
 
 def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
     columns = 1 if len(panels) <= 6 else 2
-    lines = -(-len(panels) // columns)
-    step, high = _SMALL_TILE + _GAP, _SMALL_TILE + 0.34  # from tile to tile; of a panel, with its title
+    step, apart, head = _SMALL_TILE + _GAP, 0.3, _HEAD + _BAR + 0.3
     room = (1 + len(names)) * step  # of a panel
-    apart = 0.3
-    width, height = columns * (room + apart) - apart + 2 * _EDGE, _HEAD + lines * high + _BAR + _EDGE + 0.1
+    sizes = [[_SMALL_TILE * side / max(panel.scene.seen.shape) for side in panel.scene.seen.shape] for panel in panels]
+    lines = -(-len(panels) // columns)
+    heights = [tall + 0.34 for tall, _ in sizes]  # with the title
+    longest = max(sum(heights[start : start + lines]) for start in range(0, len(panels), lines))
+    width, height = columns * (room + apart) - apart + 2 * _EDGE, head + longest + _EDGE
     figure = canvas(width, height, title, "")
     scale = _scale(panel.maps for panel in panels)
-    for number, panel in enumerate(panels):
-        left = _EDGE + number // lines * (room + apart)
-        top = height - _HEAD + 0.1 - number % lines * high
-        if number % lines == 0:
-            for column, name in enumerate(names, 1):
-                figure.text((left + column * step) / width, (top + 0.04) / height, name, fontsize=9)
+    _colour_bar(figure, _EDGE + step, height - _HEAD - 0.05, 3.4, scale, label)
+    for number, (panel, (tall, wide)) in enumerate(zip(panels, sizes, strict=True)):
+        column, line = divmod(number, lines)
+        left = _EDGE + column * (room + apart)
+        top = height - head + 0.1 - sum(heights[column * lines : number])
+        if not line:
+            for place, name in enumerate(names, 1):
+                figure.text((left + place * step) / width, (top + 0.04) / height, name, fontsize=9)
         figure.text(left / width, (top - 0.18) / height, joined(panel.title, room - _GAP, 9), fontsize=9)
-        tall, wide = (_SMALL_TILE * side / max(panel.image.shape[:2]) for side in panel.image.shape[:2])
-        shown = [_pale(panel.image, _seen(panel.maps[0])), *(overlay(panel.image, one, scale) for one in panel.maps)]
-        for column, tile in enumerate(shown):
-            _show(axes_at(figure, left + column * step, top - 0.24 - tall, wide, tall), tile)
-    _colour_bar(figure, _EDGE + step, 3.4, scale, label)
+        _show(axes_at(figure, left, top - 0.24 - tall, wide, tall), _pale(panel.scene.image, panel.scene.seen))
+        for place, one in enumerate(panel.maps, 1):
+            _show_map(axes_at(figure, left + place * step, top - 0.24 - tall, wide, tall), panel.scene, one, scale)
     return figure
 
 
 def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
-    """From the lowest to the highest colour: all but the outermost hundredths of what was seen."""
+    """From the lowest to the highest colour: all but the outermost hundredths of what there is."""
     from matplotlib.colors import Normalize
 
     values = np.concatenate([one[np.isfinite(one)] for one in maps])
     low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
-    return Normalize(low, max(high, low + 1e-6))
+    return Normalize(low, max(high, low + _LEAST))
 
 
-def overlay(image: np.ndarray, one: np.ndarray, scale: "Normalize") -> np.ndarray:
+def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
     """A map in colours over the image, uint8 (H, W, 3): of it so little is left that no place looks like another value.
 
     Args:
-        image: uint8 (H, W, 3).
-        one: (H, W), NaN where nothing was seen: there is no colour.
+        scene: the image.
+        one: (H, W), NaN where there is no map: there is no colour.
         scale: to 0 to 1.
     """
     from matplotlib import colormaps
 
-    seen = _seen(one)
-    colours = colormaps[COLOURS](scale(np.where(seen, one, 0)), bytes=False)[..., :3]
-    mixed = _OPACITY * 255 * colours + (1 - _OPACITY) * _grey(image)
-    return np.where(seen[..., None], mixed.round(), _pale(_grey(image), seen)).astype(np.uint8)
+    there = np.isfinite(one)
+    colours = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
+    grey = _grey(scene)
+    mixed = _OPACITY * 255 * colours + (1 - _OPACITY) * grey
+    return np.where(there[..., None], mixed.round(), _pale(grey, scene.seen)).astype(np.uint8)
 
 
-def _colour_bar(figure: "Figure", left: float, width: float, scale: "Normalize", label: str) -> None:
+def _show_map(place: "Axes", scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
+    _show(place, overlay(scene, one, scale), name)
+    if not np.isfinite(one).any():
+        place.text(0.5, 0.5, "one position:\nno map", transform=place.transAxes, ha="center", va="center", fontsize=8)
+
+
+def _show(place: "Axes", image: np.ndarray, name: str = "") -> None:
+    place.set_xticks([])
+    place.set_yticks([])
+    for spine in place.spines.values():
+        spine.set(visible=True, color="#cccccc", linewidth=0.5)  # a light image ends somewhere, too
+    place.imshow(image, aspect="auto")
+    place.set_title(name, loc="left", fontsize=9, pad=3)
+
+
+def _colour_bar(figure: "Figure", left: float, bottom: float, width: float, scale: "Normalize", label: str) -> None:
     """In the colours that the map has over an image's middle grey."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
 
-    middle = _grey(np.full((1, 1, 3), 128, np.uint8))[0, 0] / 255
+    middle = (_DARKEST + 255) / 2 / 255
     mixed = _OPACITY * colormaps[COLOURS](np.arange(256))[:, :3] + (1 - _OPACITY) * middle
-    bar = axes_at(figure, left, _EDGE + 0.22, width, 0.12)
+    bar = axes_at(figure, left, bottom, width, 0.12)
     colours = ScalarMappable(scale, ListedColormap(mixed))
-    figure.colorbar(colours, cax=bar, orientation="horizontal", label=label, extend="both")
+    figure.colorbar(
+        colours, cax=bar, orientation="horizontal", label=label, extend="both", ticks=MaxNLocator(5), format="%g"
+    )
     bar.tick_params(labelsize=8, length=2)
 
 
-def _show(place: "Axes", image: np.ndarray) -> None:
-    place.set_xticks([])
-    place.set_yticks([])
-    for spine in place.spines.values():
-        spine.set_visible(False)
-    place.imshow(image, aspect="auto")
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-    """Luminance in all three channels, from 165 to white: colours are for the map, and brightness is nearly so."""
-    luminance = 165 + (image @ np.array([0.299, 0.587, 0.114])) * (90 / 255)
-    return np.repeat(luminance[..., None], 3, axis=2).astype(np.uint8)
+def _grey(scene: Scene) -> np.ndarray:
+    """Luminance in all three channels, stretched from light grey to white: dark and bright are for the map."""
+    luminance = scene.image @ np.array([0.299, 0.587, 0.114])
+    low, high = np.percentile(luminance[scene.seen], [1, 99])
+    share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
+    return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Three parts of white over what was not seen."""
     return np.where(seen[..., None], image, (image.astype(int) + 3 * 255) // 4).astype(np.uint8)
-
-
-def _seen(one: np.ndarray) -> np.ndarray:
-    return ~np.isnan(one)

@@ -4,6 +4,7 @@ Texts from files and paths stand in them as they are: the console that shows the
 markup or emoji codes out of them (see `console`).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,17 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def maps_written(found: Written) -> Table:
     """What was drawn for each image."""
-    result = table("image", "%", "class", "files", right=("%",))
+    result = table("image", "%", "class", "first of three files", right=("%",))
+    result.caption = "NAME.png: heads; NAME-depth.png: from stage to stage; NAME.npz: all maps"
     for path, files, best in found.images[:_SHOWN]:
         cells = (f"{100 * best.probability:.1f}", best.name) if best else ("", "")
-        result.add_row(path, *cells, ", ".join(files))
+        result.add_row(path, *cells, files[0])
     if len(found.images) > _SHOWN:
         result.add_row(f"... and {len(found.images) - _SHOWN} more", "", "", "")
     return result
+
+
+_HEADS = "1: two heads are one; a flat map (top tenth: 0.1); nothing changes with depth; the query does not matter"
 
 
 def heads(found: Heads) -> list[Table]:
@@ -134,11 +139,13 @@ def heads(found: Heads) -> list[Table]:
     columns = ("between heads", "entropy", "of noise", "top tenth", "of noise ", "kept", "queries agree")
     results = []
     for network in found.networks:
-        result = table("map", *columns, right=columns, title=f"{network.network}, {found.images} images")
+        result = table("map", *columns, right=columns, title=f"{network.network}, {found.images} image(s)")
+        result.caption = _HEADS
         for one in network.layers:
             sparse = (one.entropy, one.noise_entropy, one.top_decile, one.noise_top_decile)
             values = (one.correlation, *sparse, one.kept, one.agreement)
-            result.add_row(short(one.name), *("" if value != value else f"{value:.3f}" for value in values))
+            cells = ["" if value != value else f"{value:.3f}" for value in values]
+            result.add_row(short(one.name), *(cells if any(cells) else ["one position"]))
         results.append(result)
     return results
 
@@ -164,7 +171,13 @@ def trust(found: Trust) -> list[Table]:
 
 
 def _estimate(one: Estimate) -> str:
-    return "" if one.mean != one.mean else f"{one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+    """With as many digits as it takes for two that count in the interval."""
+    if one.mean != one.mean:
+        return ""
+    spread = one.high - one.low
+    digits = max(3, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (one.mean, one.low, one.high))
+    return f"{mean} ({low} to {high})"
 
 
 def problems(found: Sequence[Problem]) -> Table:

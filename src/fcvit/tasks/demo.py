@@ -14,20 +14,20 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from fcvit.classes import digits
-from fcvit.errors import BadImages, MissingExtra, UsageError
+from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.images.preprocess import decode
-from fcvit.maps import places
-from fcvit.tasks.similarity import Seen, Viewer, picture
+from fcvit.maps import Place, choose, places
+from fcvit.tasks.similarity import FIRST, Seen, Viewer, Which, picture
 from fcvit.weights.reading import read_weights
 
 HOST = "127.0.0.1"
-LIMIT = "20mb"
+LIMIT = "20 MB"
 _SHIPPED = "assets/digits.pth.tar"
 _SHIPPED_NAME = "handwritten digits"
 _EXAMPLES = 6
@@ -114,7 +114,7 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str
             quiet=True,
             inbrowser=open_browser,
             prevent_thread_lock=True,
-            max_file_size=LIMIT,
+            max_file_size=LIMIT.replace(" ", "").lower(),
             footer_links=["settings"],
             # Fonts of the system: the usual themes fetch theirs from elsewhere.
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
@@ -158,58 +158,86 @@ def titles(weights: Sequence[str | os.PathLike[str]]) -> list[str]:
 def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], examples: Sequence[str]) -> Any:
     contexts = max(len(places(viewer.variant)) for viewer in viewers)
     heads = min(viewer.variant.heads for viewer in viewers)
+    known = places(viewers[0].variant)
+    first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
-    def look(path: str | None, depth: float | None, head: str, values: str) -> list[Any]:
-        """A new image: the state, a message, and for each network its classes and its picture."""
-        if path is None:
-            return [None, "", *[None] * (2 * len(viewers))]
-        try:
-            image = decode(path, Path(path).name)
-            seen = [viewer.see(image) for viewer in viewers]
-        except BadImages as error:
-            return [None, f"**Not an image that can be read:** {_plain(error)}", *[None] * (2 * len(viewers))]
-        labels = [{row.name: row.probability for row in one.predictions} or None for one in seen]
-        pictures = show((Path(path).name, seen), depth, head, values)
-        return [(Path(path).name, seen), "", *[value for pair in zip(labels, pictures, strict=True) for value in pair]]
+    def look(path: str | None, depth: float | None, head: str, values: Which) -> list[Any]:
+        """A new image: the state, a message, the classes of each network, and what `show` gives."""
+        seen, message = None, ""
+        if path is not None:
+            try:
+                image = decode(path, Path(path).name)
+                seen = Path(path).name, [viewer.see(image) for viewer in viewers]
+            except (BadImages, NumbersDisagree) as error:
+                message = f"**No maps:** {_plain(error)}"
+        rows = [one.predictions for one in seen[1]] if seen else [()] * len(viewers)
+        classes = [{row.name: row.probability for row in best} or None for best in rows]
+        return [seen, message, *classes, *show(seen, depth, head, values)]
 
-    def show(
-        state: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: str
-    ) -> list[Image.Image | None]:
-        """The same image, other maps."""
-        if state is None:
-            return [None] * len(viewers)
-        name, seen = state
-        return [_picture(viewer, one, name, depth, head, values) for viewer, one in zip(viewers, seen, strict=True)]
+    def show(seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which) -> list[Any]:
+        """Which context it is, and the picture of each network."""
+        places_of = [_place(viewer, depth) for viewer in viewers]
+        texts = dict.fromkeys("stage {}, block {}, context {}".format(*place) for place in places_of)
+        pictures: list[Image.Image | None] = [None] * len(viewers)
+        if seen is not None:
+            name, found = seen
+            for number, (viewer, one, where) in enumerate(zip(viewers, found, places_of, strict=True)):
+                pictures[number] = Image.open(io.BytesIO(picture(viewer, one, name, where, head, values)))
+        return [" · ".join(texts), *pictures]
 
     with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
         gradio.Markdown(
-            "# What the model sees\nToken-global similarity: how similar each position is to the mean of all, by head."
+            "# What the model sees\nHow similar each place of the image is to the mean of all places, head by head: "
+            "yellow is like it, purple unlike it. Whether that marks what the answer rests on is another question, "
+            "which `fcvit trust` measures."
         )
         state = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
-                file = gradio.File(label="Drop an image", type="filepath", elem_id="image")
-                if examples:
-                    gradio.Examples(list(examples), file, label="Digits that the network has not been trained on")
+                file = gradio.File(label=f"Drop an image (up to {LIMIT})", type="filepath", elem_id="image")
                 message = gradio.Markdown(elem_id="message")
-                depth = gradio.Slider(1, contexts, contexts, step=1, label="Depth (global context)", elem_id="depth")
+                if examples:
+                    _gallery(gradio, examples, file)
+                depth = gradio.Slider(1, contexts, first, step=1, label="Depth", elem_id="depth")
+                place_of = gradio.Markdown("stage {}, block {}, context {}".format(*known[first - 1]), elem_id="place")
                 names = ["each", "mean", *map(str, range(1, heads + 1))]
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
-                values = gradio.Radio(["standardised", "rescaled"], value="standardised", label="Values")
-            labels, pictures = [], []
+                values = gradio.Radio(list(get_args(Which)), value="standardised", label="Values", elem_id="values")
+            classes, pictures = [], []
             for number, name in enumerate(titles):
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
-                    labels.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
+                    classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
                     pictures.append(_image(gradio, f"maps-{number}"))
         settings = [depth, head, values]
-        outputs = [component for pair in zip(labels, pictures, strict=True) for component in pair]
         # One after the other: neither Matplotlib's settings nor Paddle's device belong to a thread.
         alone: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
-        file.change(look, [file, *settings], [state, message, *outputs], **alone)
+        file.change(look, [file, *settings], [state, message, *classes, place_of, *pictures], **alone)
         for one in settings:
-            one.change(show, [state, *settings], pictures, show_progress="hidden", **alone)
+            one.change(show, [state, *settings], [place_of, *pictures], show_progress="hidden", **alone)
     return page
+
+
+def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:
+    """Images to click on instead of one's own."""
+    gallery = gradio.Gallery(
+        list(examples),
+        label="Or one of these, which the network has not been trained on",
+        columns=3,
+        rows=2,
+        height=230,
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        elem_id="examples",
+        buttons=[],
+    )
+
+    def pick(event: Any) -> str:
+        return examples[event.index]
+
+    pick.__annotations__["event"] = gradio.SelectData  # by which Gradio knows what to hand over
+    gallery.select(pick, None, file, api_name=False)
 
 
 def _image(gradio: Any, name: str) -> Any:
@@ -219,12 +247,10 @@ def _image(gradio: Any, name: str) -> Any:
     )
 
 
-def _picture(viewer: Viewer, seen: Seen, name: str, depth: float | None, head: str, values: str) -> Image.Image:
+def _place(viewer: Viewer, depth: float | None) -> Place:
+    """The context at that depth, from 1; the last of a network that has fewer, and where the field was emptied."""
     known = places(viewer.variant)
-    where = known[min(max(int(depth or len(known)), 1), len(known)) - 1]  # a field that was emptied: the last
-    return Image.open(
-        io.BytesIO(picture(viewer, seen, name, where, head, "rescaled" if values == "rescaled" else "standardised"))
-    )
+    return known[min(max(int(depth or len(known)), 1), len(known)) - 1]
 
 
 def _plain(text: object) -> str:

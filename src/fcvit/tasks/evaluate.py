@@ -507,13 +507,14 @@ def _draw_maps(
         for row in rows[np.argsort(-records.probability[rows, 0], kind="stable")][:_MAPS]:
             truth = names[records.truth[row]]
             # As the records have it: of a subset of the classes, the network's own best may be another.
-            best = (names[records.top[row, 0]], f" {100 * records.probability[row, 0]:.1f} %")
+            best = (names[records.top[row, 0]], f": {100 * records.probability[row, 0]:.1f} %")
             with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
                 title = ("right: ", *best) if right else ("wrong: ", truth, ", taken for ", *best)
                 chosen.append(panel(viewer, viewer.see(read(records.names[row])), title))
     if chosen:
         folder.mkdir(exist_ok=True)
-        runs.write_bytes(folder / results.MAPS, overview(chosen, "The surest mistakes and the surest right answers"))
+        title = "The surest mistakes and the surest right answers"
+        runs.write_bytes(folder / results.MAPS, overview(chosen, title, variant))
 
 
 def _file(path: str | None) -> dict[str, str] | None:

@@ -183,7 +183,12 @@ def _depth(found: NetworkMeasures) -> Depth:
         Line("correlation with the map before", [one.kept for one in found.layers]),
         Line("agreement of queries (1: the query does not matter)", [one.agreement for one in found.layers]),
     ]
-    return Depth(found.network, names, lines)
+    places = [name.split(".") for name in names]
+    if len(places[0]) == 1:  # blocks of a ViT
+        return Depth(found.network, names, lines)
+    groups = ["first contexts" if place[2] == "1" else "second contexts" for place in places]
+    ends = [number for number in range(1, len(places)) if places[number][0] != places[number - 1][0]]
+    return Depth(found.network, names, lines, groups, ends)
 
 
 def measure(found: Similarity[np.ndarray]) -> dict[str, Figures]:

@@ -16,9 +16,10 @@ from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.folder import evenly
 from fcvit.images.placement import place, surroundings
+from fcvit.images.placement import seen as seen_in
 from fcvit.images.preprocess import crop, decode, normalise, preprocess
 from fcvit.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
-from fcvit.report.maps_sheet import LONGEST, Panel, Row, maps_overview, maps_sheet
+from fcvit.report.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.predict import Prediction, rank
 from fcvit.variants import Preprocessing, Variant, resolve_preprocessing
@@ -28,6 +29,7 @@ SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the a
 _SMALL = 200  # where there are many images
 MOST = 60  # images of an overview
 OVERVIEW = "overview.png"
+FIRST = 1  # context of a block: what docs/similarity.md measured to mark more than the second
 _ENDINGS = (".png", "-depth.png", ".npz")
 _STEM = 200  # bytes of a file's name
 Which = Literal["standardised", "rescaled"]
@@ -146,29 +148,30 @@ class Viewer:
         )
         return Seen(image, tuple(predictions), Similarity(found.output[0], maps))
 
-    def rows(
-        self, seen: Seen, maps: Sequence[tuple[str, np.ndarray]], heads: str = "each", side: int = SHOWN
-    ) -> tuple[np.ndarray, list[Row]]:
-        """The image at the size of the picture, and maps (heads, h, w) placed on it, named.
+    @property
+    def stage(self) -> int:
+        """The last one whose maps have more than one position, which are no maps."""
+        sides = {stage: -(-self.preprocessing.input_size // stride) for stage, stride in enumerate((4, 8, 16, 32), 1)}
+        return max((stage for stage, side in sides.items() if side > 1), default=4)
 
-        Args:
-            heads: "each", "mean", or the number of one, from 1.
-            side: of the image at most, in pixels.
-
-        Raises:
-            UsageError: no such head.
-        """
-        window = surroundings(seen.image.size, self.preprocessing, LONGEST)
-        shown = seen.image.crop(window)
+    def scene(self, image: Image.Image, side: int = SHOWN) -> Scene:
+        """The image as it is shown: at most `side` pixels long, without the far ends of a long and thin one."""
+        shown = image.crop(self._window(image))
         shown.thumbnail((side, side))
         factor = 256 // max(shown.size)
         if factor > 1:  # a small one is enlarged, its pixels stay pixels
             shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
-        rows = []
-        for name, values in maps:
-            chosen, names = choose_heads(values, heads)
-            rows.append(Row(name, names, place(chosen, seen.image.size, self.preprocessing, shown.size, window)))
-        return np.asarray(shown), rows
+        return Scene(np.asarray(shown), seen_in(image.size, self.preprocessing, shown.size, self._window(image)))
+
+    def placed(self, maps: np.ndarray, image: Image.Image, scene: Scene) -> np.ndarray:
+        """Maps on the image as it is shown: (n, h, w) -> (n, H, W), NaN where nothing was seen or is no map."""
+        if maps[0].size == 1:
+            return np.full((len(maps), *scene.seen.shape), np.nan)
+        height, width = scene.seen.shape
+        return place(maps, image.size, self.preprocessing, (width, height), self._window(image))
+
+    def _window(self, image: Image.Image) -> tuple[int, int, int, int]:
+        return surroundings(image.size, self.preprocessing, LONGEST)
 
 
 def each_readable(
@@ -217,40 +220,72 @@ def check_heads(variant: Variant, heads: str) -> None:
 
 def caption(predictions: Sequence[Prediction]) -> tuple[str, ...]:
     """The best classes with their probabilities, as the parts of a line (`fcvit.report.charts.joined`)."""
-    parts = [part for row in predictions for part in (", ", row.name, f" {100 * row.probability:.1f} %")]
-    return tuple(parts[1:]) or ("",)
+    parts = [part for row in predictions for part in (", ", row.name, f": {100 * row.probability:.1f} %")]
+    return tuple(parts[1:])
 
 
 def picture(viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which) -> bytes:
     """The maps of one global context on the image: a PNG file."""
     one = seen.found.at(*where)
-    image, rows = viewer.rows(seen, [("", getattr(one, which))], heads)
+    scene = viewer.scene(seen.image)
+    maps, names = choose_heads(getattr(one, which), heads)
     title = (name, f": stage {one.stage}, block {one.block}, context {one.context}")
-    return maps_sheet(image, rows, title, caption(seen.predictions), f"{which} similarity")
+    rows = [Row("", names, viewer.placed(maps, seen.image, scene))]
+    return maps_sheet(scene, rows, title, _subtitle(viewer, seen), f"{which} similarity")
 
 
-def depth_picture(viewer: Viewer, seen: Seen, name: str, heads: str, which: Which) -> bytes:
-    """The last context of each stage, one below the other: a PNG file."""
-    stages = [(f"stage {stage}", getattr(seen.found.at(stage), which)) for stage in _stages(seen)]
-    image, rows = viewer.rows(seen, stages, heads)
-    return maps_sheet(image, rows, (name, ": from stage to stage"), caption(seen.predictions), f"{which} similarity")
+def depth_picture(viewer: Viewer, seen: Seen, name: str, context: int, heads: str, which: Which) -> bytes:
+    """That context of the last block of each stage, one below the other: a PNG file."""
+    scene = viewer.scene(seen.image)
+    rows = []
+    for one in _by_stage(seen, context):
+        maps, names = choose_heads(getattr(one, which), heads)
+        place_of = f"stage {one.stage}\nblock {one.block}\ncontext {one.context}"
+        rows.append(Row(place_of, names, viewer.placed(maps, seen.image, scene)))
+    return maps_sheet(scene, rows, (name, ": from stage to stage"), _subtitle(viewer, seen), f"{which} similarity")
 
 
-def _stages(seen: Seen) -> list[int]:
-    return sorted({one.stage for one in seen.found})
+def _subtitle(viewer: Viewer, seen: Seen) -> tuple[str, ...]:
+    """The network, and what it takes the image for."""
+    return (viewer.name, *((": ", *caption(seen.predictions)) if seen.predictions else ()))
 
 
-def panel(viewer: Viewer, seen: Seen, title: Sequence[str]) -> Panel:
-    """The image, small, with the mean map over heads of the last context of each stage."""
-    stages = [("", seen.found.at(stage).standardised) for stage in _stages(seen)]
-    image, rows = viewer.rows(seen, stages, "mean", _SMALL)
-    return Panel(title, image, np.concatenate([row.maps for row in rows]))
+def _by_stage(seen: Seen, context: int) -> list[SimilarityMap[np.ndarray]]:
+    return [seen.found.at(stage, -1, context) for stage in sorted({one.stage for one in seen.found})]
 
 
-def overview(panels: Sequence[Panel], title: str) -> bytes:
-    """Several images, each with its maps from stage to stage: a PNG file."""
-    names = [f"stage {number}" for number in range(1, 1 + len(panels[0].maps))]
-    return maps_overview(panels, names, title, "standardised similarity, mean over heads")
+def panel(
+    viewer: Viewer,
+    seen: Seen,
+    title: Sequence[str],
+    context: int = FIRST,
+    heads: str = "mean",
+    which: Which = "standardised",
+) -> Panel:
+    """The image, small, with one map of each stage: the mean over heads, or one head, of the last block's context."""
+    scene = viewer.scene(seen.image, _SMALL)
+    maps = [choose_heads(getattr(one, which), _one(heads))[0] for one in _by_stage(seen, context)]
+    return Panel(title, scene, np.concatenate([viewer.placed(one, seen.image, scene) for one in maps]))
+
+
+def overview(
+    panels: Sequence[Panel],
+    title: str,
+    variant: Variant,
+    context: int = FIRST,
+    heads: str = "mean",
+    which: Which = "standardised",
+) -> bytes:
+    """Several images, each with its maps from stage to stage: a PNG file; what is shown as for `panel`."""
+    chosen = [choose(places(variant), stage, -1, context) for stage in range(1, 1 + len(panels[0].maps))]
+    names = [f"stage {stage}, block {block}" for stage, block, _ in chosen]
+    of_heads = "mean over heads" if _one(heads) == "mean" else f"head {heads}"
+    return maps_overview(panels, names, title, f"{which} similarity, context {chosen[0][2]}, {of_heads}")
+
+
+def _one(heads: str) -> str:
+    """What stands for all heads where there is room for one map."""
+    return "mean" if heads == "each" else heads
 
 
 def similarity(
@@ -258,9 +293,9 @@ def similarity(
     images: Sequence[Path],
     folder: str | os.PathLike[str] | None = None,
     *,
-    stage: int = -1,
+    stage: int | None = None,
     block: int = -1,
-    context: int = -1,
+    context: int = FIRST,
     heads: str = "each",
     which: Which = "standardised",
     top_k: int = 5,
@@ -272,13 +307,14 @@ def similarity(
 ) -> Written:
     """For each image two pictures (the heads of one global context; the stages one below the other) and all arrays.
 
-    Several images have an overview besides: the mean over heads from stage to stage.
+    Several images have an overview besides, from stage to stage.
 
     Args:
         weights: a file of any format, or weights in memory.
         images: files.
         folder: a new one; None: `runs/similarity`, or the first free one after it.
-        stage, block, context: which global context; numbers from 1, or from the end with -1.
+        stage, block, context: which global context; numbers from 1, or from the end with -1. No stage: the last one
+            whose maps have more than one position.
         heads: "each", "mean", or the number of one.
         which: "standardised", or "rescaled", as it multiplies the context.
         top_k: classes in the caption.
@@ -289,14 +325,16 @@ def similarity(
     """
     if which not in ("standardised", "rescaled"):
         raise UsageError(f"--values {which}: expected standardised or rescaled")
-    if top_k < 1 or not images:
-        raise UsageError("expected at least one image, and --top-k from 1")
+    if not images:
+        raise UsageError("expected at least one image")
+    if top_k < 1:
+        raise UsageError(f"--top-k {top_k}: expected at least 1")
     from fcvit.report.page import require_report
 
     require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, classes, preprocessing, device)
-    where = choose(places(viewer.variant), stage, block, context)
+    where = choose(places(viewer.variant), viewer.stage if stage is None else stage, block, context)
     check_heads(viewer.variant, heads)
     done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
     panels: list[Panel] = []
@@ -316,7 +354,7 @@ def similarity(
                 continue
             contents = (
                 picture(viewer, seen, path.name, where, heads, which),
-                depth_picture(viewer, seen, path.name, heads, which),
+                depth_picture(viewer, seen, path.name, where[2], heads, which),
                 _arrays(seen),
             )
             files = _free(path.stem, taken)
@@ -325,12 +363,13 @@ def similarity(
             done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
             if number in shown:
                 best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
-                panels.append(panel(viewer, seen, (path.name, *best)))
+                panels.append(panel(viewer, seen, (path.name, *best), where[2], heads, which))
         if not done:
             raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
         if len(panels) > 1:
             of_how_many = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
-            runs.write_bytes(target / OVERVIEW, overview(panels, f"{viewer.name}: {of_how_many}"))
+            title = f"{viewer.name}: {of_how_many}"
+            runs.write_bytes(target / OVERVIEW, overview(panels, title, viewer.variant, where[2], heads, which))
     return Written(target, tuple(done), tuple(bad))
 
 

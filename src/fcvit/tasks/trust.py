@@ -125,6 +125,7 @@ def trust(
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
         BadImages: too few images can be read. Single ones are listed in the result.
+        KeyboardInterrupt: what was measured until then is in the folder, if it is of `LEAST` images.
         NumbersDisagree: maps that are no finite numbers.
     """
     if len(images) < LEAST:
@@ -138,40 +139,66 @@ def trust(
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "trust") as target:
         compute = create_engine(engine, read, viewer.preprocessing, device, announce=announce)
         bad: list[BadImages] = []
-        seen: list[Looked] = []
-        with progress("looking", len(images)) as advance:
-            for number, pixels in each_readable(images, viewer.preprocessing, bad, advance):
-                seen.append(look(viewer, compute, number, pixels, chosen, heads, absolute))
-        if len(seen) < LEAST:
-            raise BadImages(f"{len(seen)} image(s) can be read: expected at least {LEAST}; first: {bad[0]}")
+        with progress("reading", len(images)) as advance:
+            pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
+        if len(pixels) < LEAST:
+            raise BadImages(f"{len(pixels)} image(s) can be read: expected at least {LEAST}; first: {bad[0]}")
+        seen: dict[int, Looked] = {}
         marks: dict[str, list[Marks]] = {}
-        with progress("removing and returning pixels", len(seen)) as advance:
-            for number, one in enumerate(seen):
-                for name, found in measure(one, seen[partner(number, len(seen))], compute, seed).items():
-                    marks.setdefault(name, []).append(found)
-                advance(1)
-        curves = tuple(summary(name, found, seed) for name, found in marks.items())
-        values = "absolute" if absolute else "signed"
-        result = Trust(str(read.form), len(seen), values, curves, tuple(map(str, bad)), target)
-        if target is not None:
-            runs.write_json(target / "trust.json", dataclasses.asdict(result))
-            try:
-                picture = trust_chart(curves, f"{result.network}: are the {values} maps right?", result.images)
-                runs.write_bytes(target / "trust.png", picture)
-            except MissingExtra as error:
-                announce(f"no picture: {error}")
-    return result
+
+        def result() -> Trust:
+            done = len(next(iter(marks.values())))
+            curves = tuple(summary(name, found, seed) for name, found in marks.items())
+            values = "absolute" if absolute else "signed"
+            found = Trust(str(read.form), done, values, curves, tuple(map(str, bad)), target)
+            if target is not None:
+                _write(target, found, announce)
+            return found
+
+        try:
+            with progress("removing and returning pixels", len(pixels)) as advance:
+                for number in _order(len(pixels)):
+                    pair = number, partner(number, len(pixels))
+                    for one in pair:
+                        if one not in seen:
+                            seen[one] = look(viewer, compute, one, pixels[one], chosen, heads, absolute)
+                    for name, found in measure(seen[pair[0]], seen[pair[1]], compute, seed).items():
+                        marks.setdefault(name, []).append(found)
+                    advance(1)
+        except KeyboardInterrupt:
+            done = len(next(iter(marks.values()), ()))
+            if done >= LEAST and target is not None:
+                result()
+                announce(f"interrupted: the figures of {done} of {len(pixels)} images are in {target}")
+            raise
+        return result()
+
+
+def _write(target: Path, found: Trust, announce: Callable[[str], None]) -> None:
+    runs.write_json(target / "trust.json", dataclasses.asdict(found))
+    try:
+        title = f"{found.network}: are the {found.values} maps right?"
+        runs.write_bytes(target / "trust.png", trust_chart(found.curves, title, found.images))
+    except MissingExtra as error:
+        announce(f"no picture: {error}")
+
+
+def _order(count: int) -> list[int]:
+    """All numbers, from both halves in turn: an interruption leaves images of most classes."""
+    half = (count + 1) // 2
+    pairs = zip(range(half), range(half, 2 * half), strict=True)
+    return [number for pair in pairs for number in pair if number < count]
+
+
+def partner(number: int, count: int) -> int:
+    """Whose maps an image is held against: half of all images further, of class folders mostly another class."""
+    return (number + count // 2) % count
 
 
 def _chosen(known: Sequence[Place], every: bool) -> list[Place]:
     """All, or of each stage the first and the last."""
     ends = [[where for where in known if where[0] == stage] for stage in sorted({where[0] for where in known})]
     return list(known) if every else [where for one in ends for where in dict.fromkeys((one[0], one[-1]))]
-
-
-def partner(number: int, count: int) -> int:
-    """Whose maps an image is held against: half of all images further, of class folders mostly another class."""
-    return (number + count // 2) % count
 
 
 @dataclasses.dataclass(frozen=True)
