@@ -525,6 +525,11 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
     assert "1 image(s) cannot be read" in err and "bad.png" in err
     assert asked == [((3, 1, 1), "mean", "rescaled")] * 10
+    code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
+    (path, files, best) = json.loads(out)["images"][0]
+    assert (
+        code == 0 and path.endswith("0.png") and files == ["0.png", "0-depth.png", "0.npz"] and best["probability"] > 0
+    )
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth)
     assert code == 0 and "written to runs/similarity" in out
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", images / "maps")

@@ -361,6 +361,7 @@ def similarity(
     classes: Classes = None,
     device: Device = "auto",
     ema: bool | None = None,
+    as_json: Json = False,
 ) -> int:
     """Draw what the network finds similar to the whole image: its token-global similarity on the image, by head.
 
@@ -377,6 +378,7 @@ def similarity(
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        as_json: Print JSON.
     """
     from fcvit.classes import read_classes
     from fcvit.report import tables
@@ -396,12 +398,7 @@ def similarity(
         device=device,
         ema=ema,
     )
-    _show(tables.maps_written(found))
-    print(f"written to {found.folder}")
-    if found.unreadable:
-        _show(tables.unreadable(found.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+    return _print_result(found, tables.maps_written, as_json)
 
 
 @app.command

@@ -46,7 +46,7 @@ def test_what_the_command_leaves(digits_pth, photos, tmp_path):
     done = similarity(digits_pth, [*photos, tmp_path / "bad.png"], tmp_path / "run", stage=1)
     names = [files for _, files, _ in done.images]
     assert names[0] == ("wide.png", "wide-depth.png", "wide.npz") and names[2][0] == "wide-2.png"
-    assert [str(error).partition(":")[0] for error in done.unreadable] == [str(tmp_path / "bad.png")]
+    assert [error.partition(":")[0] for error in done.unreadable] == [str(tmp_path / "bad.png")]
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"run.json", "overview.png", *(file for files in names for file in files)}
     viewer = Viewer(read_weights(digits_pth))

@@ -119,7 +119,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return "—" if value is None else form.format(value)
 
 
-def maps_written(found: Written) -> Table:
+def maps_written(found: Written) -> list[Table]:
     """What was drawn for each image."""
     result = table("image", "%", "class", "first of three files", right=("%",))
     result.caption = "NAME.png: heads; NAME-depth.png: from stage to stage; NAME.npz: all maps"
@@ -128,7 +128,7 @@ def maps_written(found: Written) -> Table:
         result.add_row(path, *cells, files[0])
     if len(found.images) > _SHOWN:
         result.add_row(f"... and {len(found.images) - _SHOWN} more", "", "", "")
-    return result
+    return [result]
 
 
 _HEADS = "1: two heads are one; a flat map (top tenth: 0.1); nothing changes with depth; the query does not matter"

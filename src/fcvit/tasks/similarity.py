@@ -62,7 +62,7 @@ class Written:
 
     folder: Path
     images: tuple[tuple[str, tuple[str, ...], Prediction | None], ...]
-    unreadable: tuple[BadImages, ...]
+    unreadable: tuple[str, ...]
 
 
 class Viewer:
@@ -370,7 +370,7 @@ def similarity(
             of_how_many = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
             title = f"{viewer.name}: {of_how_many}"
             runs.write_bytes(target / OVERVIEW, overview(panels, title, viewer.variant, where[2], heads, which))
-    return Written(target, tuple(done), tuple(bad))
+    return Written(target, tuple(done), tuple(map(str, bad)))
 
 
 def _named(error: BadImages, path: Path) -> BadImages:
