@@ -225,7 +225,7 @@ def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:
         label="Or one of these, which the network has not been trained on",
         columns=3,
         rows=2,
-        height=230,
+        height=300,
         object_fit="contain",
         allow_preview=False,
         interactive=False,
