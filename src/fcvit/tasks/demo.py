@@ -103,7 +103,6 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str
     Raises:
         UsageError: no free port.
     """
-    gradio = _gradio()
     # The page asks itself whether it is there: not by way of a proxy.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
     try:
@@ -116,8 +115,6 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str
             prevent_thread_lock=True,
             max_file_size=LIMIT.replace(" ", "").lower(),
             footer_links=["settings"],
-            # Fonts of the system: the usual themes fetch theirs from elsewhere.
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )
     except OSError as error:
         raise UsageError(f"no free port ({str(error).splitlines()[0]}); choose one with --port") from error
