@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import struct
 import zipfile
 import zlib
@@ -22,6 +23,9 @@ from fcvit.weights.names import Form, is_counter
 
 # The networks here are small and the tests run side by side: threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and so have what they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Exports for engines and compiled operators, under keys that change with their sources; not the user's own.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")

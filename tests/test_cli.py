@@ -507,24 +507,12 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
     asked = []
     monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
     monkeypatch.setattr(task, "depth_picture", lambda *_: b"png")
-    words = (
-        "--stage",
-        "3",
-        "--block",
-        "1",
-        "--context",
-        "1",
-        "--heads",
-        "mean",
-        "--values",
-        "rescaled",
-        "--top-k",
-        "1",
-    )
+    options = {"stage": 3, "block": 1, "context": 1, "heads": "mean", "values": "rescaled", "top-k": 1, "scale": "head"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
     assert "1 image(s) cannot be read" in err and "bad.png" in err
-    assert asked == [((3, 1, 1), "mean", "rescaled")] * 10
+    assert asked == [((3, 1, 1), "mean", "rescaled", "head")] * 10
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
     (path, files, best) = json.loads(out)["images"][0]
     assert (

@@ -357,6 +357,7 @@ def similarity(
     context: int = 1,
     heads: str = "each",
     values: Literal["standardised", "rescaled"] = "standardised",
+    scale: Literal["picture", "head"] = "picture",
     top_k: int = 3,
     classes: Classes = None,
     device: Device = "auto",
@@ -374,6 +375,7 @@ def similarity(
         context: The first or second global context of the block.
         heads: each (default), mean, or the number of a head.
         values: standardised (default), or rescaled as they multiply the context.
+        scale: Of the colours: one for a picture (default), or one for each head, which then has its range in its name.
         top_k: Classes in the caption.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
@@ -393,6 +395,7 @@ def similarity(
         context=context,
         heads=heads,
         which=values,
+        scale=scale,
         top_k=top_k,
         classes=read_classes(classes) if classes else None,
         device=device,

@@ -119,6 +119,19 @@ def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
     assert four[0] > one[0]
 
 
+def test_each_head_may_have_its_own_range():
+    nothing = np.full((40, 60), np.nan)
+    row = task.Row(
+        "x",
+        ["head 1", "head 2", "head 3", "head 4"],
+        np.stack([level(0, 0, -2, 6), level(0, 0, 0, 0.5), level(0, 0, 3, 3), nothing]),
+    )
+    found = task.own_range(row)
+    assert found.names == ["head 1 (-2.0 to 6.0)", "head 2 (0.0 to 0.5)", "head 3 (3.0 to 3.1)", "head 4"]
+    assert np.allclose(found.maps[:2, 5, 5], 1) and np.allclose(found.maps[:3, 35, 45], 0), "each from 0 to 1"
+    assert found.name == "x" and np.isnan(found.maps[3]).all()
+
+
 def test_what_is_not_finite_takes_the_colour_of_nothing_else():
     rows = [task.Row("", ["a", "b"], np.stack([level(0, 0), np.full((40, 60), np.nan)]))]
     drawn = tiles(sheet(rows))

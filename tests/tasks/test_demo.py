@@ -180,8 +180,8 @@ class Page:
 def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page, seen = Page(browser, address), shipped.see(decode(three))
 
-    def expected(where, heads, which):
-        return picture(shipped, seen, "three.png", where, heads, which)
+    def expected(where, heads, which, scale="picture"):
+        return picture(shipped, seen, "three.png", where, heads, which, scale)
 
     assert page.text("#place") == "stage 3, block 2, context 1", "the last that has a map"
     page.field.send_keys(str(three))
@@ -197,9 +197,13 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page.depth(1)
     page.shows(expected((1, 1, 1), "8", "rescaled"))
     assert page.text("#place") == "stage 1, block 1, context 1"
+    page.choose("head", "each")
+    page.choose("values", "standardised")
+    page.choose("scale", "head")
+    page.shows(expected((1, 1, 1), "each", "standardised", "head"))
     if folder := os.environ.get("FCVIT_SCREENSHOTS"):
-        page.choose("head", "each")
-        page.shows(expected((1, 1, 1), "each", "rescaled"))
+        page.choose("scale", "picture")
+        page.shows(expected((1, 1, 1), "each", "standardised"))
         browser.save_screenshot(str(Path(folder) / "demo-one.png"))
     urls = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert len(urls) > 10 and all(url.startswith((address, "data:", "blob:")) for url in urls), "asks nobody else"
@@ -300,18 +304,21 @@ def test_the_page_is_served_until_it_is_interrupted_and_leaves_nothing(tmp_path)
     with subprocess.Popen(
         program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:
-        line = process.stderr.readline()
-        found = re.search(r"the page is at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)", line)
-        assert found, line + process.stderr.read()
-        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/", timeout=20) as answer:
-            assert answer.status == 200
-        with socket.socket() as other:  # not on this machine's other addresses
-            assert other.connect_ex(("127.0.0.2", int(found[1]))) != 0
-        taken = subprocess.run(
-            [*program, "--port", found[1]], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert taken.returncode == 2 and f"--port {found[1]}" in taken.stderr and taken.stderr.count("\n") == 1
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        try:
+            line = process.stderr.readline()
+            found = re.search(r"the page is at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)", line)
+            assert found, line + process.stderr.read()
+            with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/", timeout=20) as answer:
+                assert answer.status == 200
+            with socket.socket() as other:  # not on this machine's other addresses
+                assert other.connect_ex(("127.0.0.2", int(found[1]))) != 0
+            taken = subprocess.run(
+                [*program, "--port", found[1]], env=environment, capture_output=True, text=True, cwd=tmp_path
+            )
+            assert taken.returncode == 2 and f"--port {found[1]}" in taken.stderr and taken.stderr.count("\n") == 1
+            process.send_signal(signal.SIGTERM)  # which ends a command like Ctrl-C, also where that is ignored
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 0 and out == "" and err == "fcvit: note: the page is closed\n"
     assert not list(tmp_path.glob("fcvit-demo-*")) and not (tmp_path / "gradio").exists()

@@ -97,6 +97,7 @@ def test_not_one_image_is_an_error(digits_pth, tmp_path):
         ({"heads": "9"}, "--heads 9: expected each, mean, or a number from 1 to 8"),
         ({"heads": "some"}, "--heads some"),
         ({"which": "raw"}, "--values raw"),
+        ({"scale": "each"}, "--scale each: expected picture or head"),
         ({"top_k": 0}, "--top-k 0: expected at least 1"),
         ({"images": []}, "at least one image"),
     ],
@@ -177,6 +178,18 @@ def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
     assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))
     expected = place(values, image.size, PIXELS, (71 * scale, 40 * scale))
     assert np.allclose(row.maps, expected, equal_nan=True) and np.array_equal(scene.seen, ~np.isnan(expected[0]))
+
+
+@needs_paddle
+def test_heads_with_colours_of_their_own(viewer, drawn):
+    seen = coded(image_by_rule(32, 32))
+    task.picture(viewer, seen, "a.png", (1, 1, 1), "each", "standardised", "head")
+    task.depth_picture(viewer, seen, "a.png", 1, "each", "standardised", "head")
+    for _, rows, *_, label in drawn:
+        assert label == "standardised similarity, from the lowest to the highest of each head"
+        for row in rows[:3]:
+            assert -0.2 < np.nanmin(row.maps) < 0.1 and row.names[7].startswith("head 8 (")
+            assert np.allclose(row.maps[0], row.maps[7], atol=1e-6, equal_nan=True), "they differ by a constant"
 
 
 @needs_paddle

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit.report.charts import axes_at, canvas, drawing, joined, png
+from fcvit.report.charts import axes_at, canvas, drawing, fit, joined, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +123,8 @@ def _sheet(
         if row.name:
             figure.text((left - beside) / width, (bottom + tall / 2) / height, row.name, va="center", fontsize=9)
         for column, (name, one) in enumerate(zip(row.names, row.maps, strict=True)):
-            _show_map(axes_at(figure, left + column * (wide + _GAP), bottom, wide, tall), scene, one, scale, name)
+            place = axes_at(figure, left + column * (wide + _GAP), bottom, wide, tall)
+            _show_map(place, scene, one, scale, fit(name, wide))
     _colour_bar(figure, left, _EDGE + 0.22, min(3.4, width - left - _EDGE), scale, label)
     return figure
 
@@ -154,13 +155,28 @@ def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: 
     return figure
 
 
+def own_range(row: Row) -> Row:
+    """Each map from 0 to 1, its own lowest to highest colour; its name says what those are."""
+    maps, names = [], []
+    for name, one in zip(row.names, row.maps, strict=True):
+        low, high = _range(one[np.isfinite(one)])
+        maps.append((one - low) / (high - low))
+        names.append(f"{name} ({low:.1f} to {high:.1f})" if np.isfinite(one).any() else name)
+    return Row(row.name, names, np.stack(maps))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """From the lowest to the highest colour: all but the outermost hundredths, but no stretched rounding errors."""
+    low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
+    return float(low), float(max(high, low + _LEAST))
+
+
 def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
     """From the lowest to the highest colour: all but the outermost hundredths of what there is."""
     from matplotlib.colors import Normalize
 
     values = np.concatenate([one[np.isfinite(one)] for one in maps])
-    low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
-    return Normalize(low, max(high, low + _LEAST))
+    return Normalize(*_range(values))
 
 
 def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:

@@ -23,7 +23,7 @@ from fcvit.classes import digits
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.images.preprocess import decode
 from fcvit.maps import Place, choose, places
-from fcvit.tasks.similarity import FIRST, Seen, Viewer, Which, picture
+from fcvit.tasks.similarity import FIRST, Scale, Seen, Viewer, Which, picture
 from fcvit.weights.reading import read_weights
 
 HOST = "127.0.0.1"
@@ -158,7 +158,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     known = places(viewers[0].variant)
     first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
-    def look(path: str | None, depth: float | None, head: str, values: Which) -> list[Any]:
+    def look(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
         """A new image: the state, a message, the classes of each network, and what `show` gives."""
         seen, message = None, ""
         if path is not None:
@@ -169,9 +169,11 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 message = f"**No maps:** {_plain(error)}"
         rows = [one.predictions for one in seen[1]] if seen else [()] * len(viewers)
         classes = [{row.name: row.probability for row in best} or None for best in rows]
-        return [seen, message, *classes, *show(seen, depth, head, values)]
+        return [seen, message, *classes, *show(seen, depth, head, values, scale)]
 
-    def show(seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which) -> list[Any]:
+    def show(
+        seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which, scale: Scale
+    ) -> list[Any]:
         """Which context it is, and the picture of each network."""
         places_of = [_place(viewer, depth) for viewer in viewers]
         texts = dict.fromkeys("stage {}, block {}, context {}".format(*place) for place in places_of)
@@ -179,7 +181,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
         if seen is not None:
             name, found = seen
             for number, (viewer, one, where) in enumerate(zip(viewers, found, places_of, strict=True)):
-                pictures[number] = Image.open(io.BytesIO(picture(viewer, one, name, where, head, values)))
+                pictures[number] = Image.open(io.BytesIO(picture(viewer, one, name, where, head, values, scale)))
         return [" · ".join(texts), *pictures]
 
     with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
@@ -200,13 +202,15 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 names = ["each", "mean", *map(str, range(1, heads + 1))]
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
                 values = gradio.Radio(list(get_args(Which)), value="standardised", label="Values", elem_id="values")
+                scales = [("one for all", "picture"), ("each head its own", "head")]
+                scale = gradio.Radio(scales, value="picture", label="Scale of the colours", elem_id="scale")
             classes, pictures = [], []
             for number, name in enumerate(titles):
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
                     classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
                     pictures.append(_image(gradio, f"maps-{number}"))
-        settings = [depth, head, values]
+        settings = [depth, head, values, scale]
         # One after the other: neither Matplotlib's settings nor Paddle's device belong to a thread.
         alone: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
         file.change(look, [file, *settings], [state, message, *classes, place_of, *pictures], **alone)

@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ from fcvit.images.placement import place, surroundings
 from fcvit.images.placement import seen as seen_in
 from fcvit.images.preprocess import crop, decode, normalise, preprocess
 from fcvit.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
-from fcvit.report.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet
+from fcvit.report.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet, own_range
 from fcvit.report.progress import progress
 from fcvit.tasks.predict import Prediction, rank
 from fcvit.variants import Preprocessing, Variant, resolve_preprocessing
@@ -33,6 +33,7 @@ FIRST = 1  # context of a block: what docs/similarity.md measured to mark more t
 _ENDINGS = (".png", "-depth.png", ".npz")
 _STEM = 200  # bytes of a file's name
 Which = Literal["standardised", "rescaled"]
+Scale = Literal["picture", "head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +225,21 @@ def caption(predictions: Sequence[Prediction]) -> tuple[str, ...]:
     return tuple(parts[1:])
 
 
-def picture(viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which) -> bytes:
-    """The maps of one global context on the image: a PNG file."""
+def picture(
+    viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which, scale: Scale = "picture"
+) -> bytes:
+    """The maps of one global context on the image: a PNG file; colours have one scale, or each head its own."""
     one = seen.found.at(*where)
     scene = viewer.scene(seen.image)
     maps, names = choose_heads(getattr(one, which), heads)
     title = (name, f": stage {one.stage}, block {one.block}, context {one.context}")
     rows = [Row("", names, viewer.placed(maps, seen.image, scene))]
-    return maps_sheet(scene, rows, title, _subtitle(viewer, seen), f"{which} similarity")
+    return maps_sheet(scene, _scaled(rows, scale), title, _subtitle(viewer, seen), _label(which, scale))
 
 
-def depth_picture(viewer: Viewer, seen: Seen, name: str, context: int, heads: str, which: Which) -> bytes:
+def depth_picture(
+    viewer: Viewer, seen: Seen, name: str, context: int, heads: str, which: Which, scale: Scale = "picture"
+) -> bytes:
     """That context of the last block of each stage, one below the other: a PNG file."""
     scene = viewer.scene(seen.image)
     rows = []
@@ -242,7 +247,16 @@ def depth_picture(viewer: Viewer, seen: Seen, name: str, context: int, heads: st
         maps, names = choose_heads(getattr(one, which), heads)
         place_of = f"stage {one.stage}\nblock {one.block}\ncontext {one.context}"
         rows.append(Row(place_of, names, viewer.placed(maps, seen.image, scene)))
-    return maps_sheet(scene, rows, (name, ": from stage to stage"), _subtitle(viewer, seen), f"{which} similarity")
+    title = (name, ": from stage to stage")
+    return maps_sheet(scene, _scaled(rows, scale), title, _subtitle(viewer, seen), _label(which, scale))
+
+
+def _scaled(rows: list[Row], scale: Scale) -> list[Row]:
+    return rows if scale == "picture" else [own_range(row) for row in rows]
+
+
+def _label(which: Which, scale: Scale) -> str:
+    return f"{which} similarity" + (", from the lowest to the highest of each head" if scale == "head" else "")
 
 
 def _subtitle(viewer: Viewer, seen: Seen) -> tuple[str, ...]:
@@ -298,6 +312,7 @@ def similarity(
     context: int = FIRST,
     heads: str = "each",
     which: Which = "standardised",
+    scale: Scale = "picture",
     top_k: int = 5,
     classes: Classes | None = None,
     preprocessing: Preprocessing | None = None,
@@ -317,14 +332,18 @@ def similarity(
             whose maps have more than one position.
         heads: "each", "mean", or the number of one.
         which: "standardised", or "rescaled", as it multiplies the context.
+        scale: of the colours: one for a "picture", or one for each "head", whose name then has its range. The overview
+            has one.
         top_k: classes in the caption.
 
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
         BadImages: not one image can be read. Single ones are listed in the result.
     """
-    if which not in ("standardised", "rescaled"):
+    if which not in get_args(Which):
         raise UsageError(f"--values {which}: expected standardised or rescaled")
+    if scale not in get_args(Scale):
+        raise UsageError(f"--scale {scale}: expected picture or head")
     if not images:
         raise UsageError("expected at least one image")
     if top_k < 1:
@@ -353,8 +372,8 @@ def similarity(
                 bad.append(_named(error, path))
                 continue
             contents = (
-                picture(viewer, seen, path.name, where, heads, which),
-                depth_picture(viewer, seen, path.name, where[2], heads, which),
+                picture(viewer, seen, path.name, where, heads, which, scale),
+                depth_picture(viewer, seen, path.name, where[2], heads, which, scale),
                 _arrays(seen),
             )
             files = _free(path.stem, taken)
