@@ -124,5 +124,7 @@ def test_a_part_of_the_image_has_the_maps_of_that_part(size):
     assert np.array_equal(whole[:, top:bottom, left:right], part, equal_nan=True)
     seen = ~np.isnan(whole[0])
     assert seen.sum() == (~np.isnan(part[0])).sum(), "nothing that was seen is cut away"
-    large = place(maps, size, AUTHORS, (40 * width, 40 * height), window)
-    assert not np.isnan(large[:, 20 * height, 20 * width]).any(), "what was seen is in the middle"
+    factor = max(1, 400 // max(width, height))
+    large = place(maps, size, AUTHORS, (factor * width, factor * height), window)
+    middle = large[:, factor * height // 2, factor * width // 2]
+    assert not np.isnan(middle).any(), "what was seen is in the middle"

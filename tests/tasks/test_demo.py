@@ -1,5 +1,6 @@
 """The page, driven by a real browser: an image, its classes, another head, a bad file."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,7 +13,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, write_pth
 from fcvit.classes import digits
 from fcvit.errors import MissingExtra, UsageError
-from fcvit.frameworks import import_framework
 from fcvit.images.preprocess import decode
 from fcvit.tasks import demo as task
 from fcvit.tasks.similarity import Viewer, picture
@@ -53,37 +52,39 @@ def test_a_file_name_is_no_markup():
     assert task._plain("<b>[x](y)*") == r"\<b\>\[x\]\(y\)\*"
 
 
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """Serve a page: its address, and viewers of the same networks."""
+@contextlib.contextmanager
+def served(*words, **environment):
+    """The command in a process of its own, as Gradio leaves event loops behind: the process, and the address."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    import_framework("paddle")
-    pages = []
-
-    def begin(weights):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of gradio's own libraries
-            pages.append(task.build(weights, tmp_path_factory.mktemp("demo"), device="cpu"))
-            address = task.serve(pages[-1])
-        assert address.startswith(f"http://{task.HOST}:")
-        return address
-
-    yield begin
-    for page in pages:
-        page.close(verbose=False)
+    program = [sys.executable, "-m", "fcvit", "demo", "--device", "cpu", *map(str, words)]
+    with subprocess.Popen(
+        program, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = process.stderr.readline()
+            found = re.search(r"the page is at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)", line)
+            assert found, line + process.stderr.read()
+            yield process, found[1]
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
-def address(serve):
+def address():
     """Of the page as it is without weights."""
-    return serve(())
+    with served() as (_, found):
+        yield found
+
+
+def shipped_file():
+    """The checkpoint of the package, which the tests have as a file."""
+    return Path(str(resources.files("fcvit").joinpath("assets/digits.pth.tar")))
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    with resources.as_file(resources.files("fcvit").joinpath("assets/digits.pth.tar")) as path:
-        return Viewer(read_weights(path), digits(), device="cpu")
+    return Viewer(read_weights(shipped_file()), digits(), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -227,32 +228,32 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_checkpoints_stand_side_by_side(serve, browser, shipped, three, tmp_path):
+def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
     """Each with its own name, classes and maps, also where one has fewer contexts."""
     form = Form(dataclasses.replace(DIGITS.variant, depths=(1, 1, 1, 1)), 10)
     other = tmp_path / "other" / "digits.pth.tar"
     other.parent.mkdir()
     write_pth(other, lively_tensors(form))
-    with resources.as_file(resources.files("fcvit").joinpath("assets/digits.pth.tar")) as ours:
-        page = Page(browser, serve([ours, other]))
-        viewers = [Viewer(read_weights(path), device="cpu") for path in (ours, other)]
-    titles = [title.text for title in page.find("h3")]
-    assert titles == ["assets/digits.pth.tar", "other/digits.pth.tar"]
-    page.field.send_keys(str(three))
+    ours = shipped_file()
+    viewers = [Viewer(read_weights(path), device="cpu") for path in (ours, other)]
     seen = [viewer.see(decode(three)) for viewer in viewers]
 
     def expected(*where):
         each = zip(viewers, seen, where, strict=True)
         return [picture(viewer, one, "three.png", place, "each", "standardised") for viewer, one, place in each]
 
-    page.shows(*expected((3, 2, 1), (4, 1, 1)))
-    assert page.text("#place") == "stage 3, block 2, context 1 · stage 4, block 1, context 1"
-    page.depth(1)
-    page.shows(*expected((1, 1, 1), (1, 1, 1)))
-    for number, one in enumerate(seen):
-        assert page.text(f"#prediction-{number}").split("\n")[1] == one.predictions[0].name
-    if folder := os.environ.get("FCVIT_SCREENSHOTS"):
-        browser.save_screenshot(str(Path(folder) / "demo.png"))
+    with served("--weights", ours, "--weights", other) as (_, address):
+        page = Page(browser, address)
+        assert [title.text for title in page.find("h3")] == ["assets/digits.pth.tar", "other/digits.pth.tar"]
+        page.field.send_keys(str(three))
+        page.shows(*expected((3, 2, 1), (4, 1, 1)))
+        assert page.text("#place") == "stage 3, block 2, context 1 · stage 4, block 1, context 1"
+        page.depth(1)
+        page.shows(*expected((1, 1, 1), (1, 1, 1)))
+        for number, one in enumerate(seen):
+            assert page.text(f"#prediction-{number}").split("\n")[1] == one.predictions[0].name
+        if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+            browser.save_screenshot(str(Path(folder) / "demo.png"))
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
@@ -262,10 +263,19 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert task.titles(["x.pth", "x.pth"]) == ["A: x.pth", "B: x.pth"]
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_reports_are_off_before_gradio_is_imported(monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    asked = []
+    monkeypatch.setattr(
+        task.importlib, "import_module", lambda name: asked.append((name, os.environ["GRADIO_ANALYTICS_ENABLED"]))
+    )
+    task._gradio()
+    assert asked == [("gradio", "False")]
+
+
+@pytest.mark.slow
 def test_nothing_is_reported_or_fetched(address):
-    """Reports are off before Gradio is imported; fonts come from the page itself."""
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    """Reports are off, and fonts come from the page itself."""
     with urllib.request.urlopen(address, timeout=20) as answer:
         text = answer.read().decode()
     assert '"analytics_enabled":false' in text.replace(" ", "")
@@ -295,30 +305,20 @@ def test_a_file_over_the_limit_is_refused(address):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_the_page_is_served_until_it_is_interrupted_and_leaves_nothing(tmp_path):
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    environment.pop("GRADIO_TEMP_DIR", None)
-    program = [sys.executable, "-m", "fcvit", "demo", "--device", "cpu"]
-    with subprocess.Popen(
-        program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as process:
-        try:
-            line = process.stderr.readline()
-            found = re.search(r"the page is at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)", line)
-            assert found, line + process.stderr.read()
-            with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/", timeout=20) as answer:
-                assert answer.status == 200
-            with socket.socket() as other:  # not on this machine's other addresses
-                assert other.connect_ex(("127.0.0.2", int(found[1]))) != 0
-            taken = subprocess.run(
-                [*program, "--port", found[1]], env=environment, capture_output=True, text=True, cwd=tmp_path
-            )
-            assert taken.returncode == 2 and f"--port {found[1]}" in taken.stderr and taken.stderr.count("\n") == 1
-            process.send_signal(signal.SIGTERM)  # which ends a command like Ctrl-C, also where that is ignored
-            out, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
+    own = {"TMPDIR": str(tmp_path), "HOME": str(tmp_path), "GRADIO_TEMP_DIR": ""}
+    with served(**own) as (process, address):
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert answer.status == 200
+        port = address.rstrip("/").rpartition(":")[2]
+        with socket.socket() as other:  # not on this machine's other addresses
+            assert other.connect_ex(("127.0.0.2", int(port))) != 0
+        taken = subprocess.run(
+            [sys.executable, "-m", "fcvit", "demo", "--port", port], capture_output=True, text=True, timeout=60
+        )
+        assert taken.returncode == 2 and taken.stderr.startswith(f"fcvit: --port {port}: ")
+        assert taken.stderr.endswith("; leave it out, or choose another\n") and taken.stderr.count("\n") == 1
+        process.send_signal(signal.SIGTERM)  # which ends a command like Ctrl-C
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 0 and out == "" and err == "fcvit: note: the page is closed\n"
     assert not list(tmp_path.glob("fcvit-demo-*")) and not (tmp_path / "gradio").exists()

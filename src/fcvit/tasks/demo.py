@@ -80,7 +80,8 @@ def build(
         weights, device, ema: as for `demo`.
         folder: for what is uploaded and drawn, unless the environment's GRADIO_TEMP_DIR names another.
     """
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))  # read when it is imported
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported
     gradio = _gradio()
     from fcvit.report.page import require_report
 
