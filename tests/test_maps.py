@@ -91,6 +91,11 @@ def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
     first = found.at(1, 1, 1).standardised.numpy()
     assert np.abs(first.mean((1, 2, 3))).max() < 1e-12
     assert np.allclose(first.std((1, 2, 3), ddof=1), 1, atol=1e-3)
+    assert all(one.tokens is None for one in found), "only on request"
+    with paddle.no_grad():
+        tokens = model.similarity(x, tokens=True).at(1, 1, 1).tokens
+        expected = model.network[0][0].norm1(model.patch_embed(x))
+    assert np.array_equal(tokens.numpy(), expected.numpy()), "what the first context is taken of"
     # What multiplies the context is the map: half the map, half the context.
     similarity = type(context).similarity
     try:
