@@ -508,7 +508,8 @@ def _draw_maps(
             truth = names[records.truth[row]]
             # As the records have it: of a subset of the classes, the network's own best may be another.
             best = (names[records.top[row, 0]], f": {100 * records.probability[row, 0]:.1f} %")
-            with contextlib.suppress(BadImages, OSError):  # it went away after it was evaluated
+            # It went away after it was evaluated, or Paddle computes no finite maps where the engine had finite logits.
+            with contextlib.suppress(BadImages, OSError, NumbersDisagree):
                 title = ("right: ", *best) if right else ("wrong: ", truth, ", taken for ", *best)
                 chosen.append(panel(viewer, viewer.see(read(records.names[row])), title))
     if chosen:

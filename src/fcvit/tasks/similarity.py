@@ -129,11 +129,6 @@ class Viewer:
                 raise NumbersDisagree(f"{self.name}: {name} is not finite; the weights are damaged, or no trained ones")
         return Similarity(output, maps)
 
-    def logits(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 (B, 3, S, S) -> (B, classes)."""
-        with on_paddle_device(self.device), self.paddle.no_grad():
-            return self.model(self.paddle.to_tensor(normalise(batch, self.preprocessing))).numpy()
-
     def see(self, image: Image.Image, top_k: int = 5) -> Seen:
         """One image, RGB, of any size.
 
