@@ -184,11 +184,11 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     def expected(where, heads, which, scale="picture"):
         return picture(shipped, seen, "three.png", where, heads, which, scale)
 
-    assert page.text("#place") == "stage 3, block 2, context 1", "the last that has a map"
+    until(lambda: page.text("#place") == "stage 3, block 2, context 1", "the last context that has a map")
     page.field.send_keys(str(three))
     page.shows(expected((3, 2, 1), "each", "standardised"))
-    label = page.text("#prediction-0")
-    assert label.count("%") == 5 and label.split("\n")[1] == "digit 3"
+    label = until(lambda: page.text("#prediction-0").split("\n")[1:], "the classes")
+    assert label[0] == "digit 3" and sum(text.endswith("%") for text in label) == 5
     page.choose("head", "mean")
     page.shows(expected((3, 2, 1), "mean", "standardised"))
     page.choose("head", "8")
@@ -197,7 +197,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page.shows(expected((3, 2, 1), "8", "rescaled"))
     page.depth(1)
     page.shows(expected((1, 1, 1), "8", "rescaled"))
-    assert page.text("#place") == "stage 1, block 1, context 1"
+    until(lambda: page.text("#place") == "stage 1, block 1, context 1", "its name")
     page.choose("head", "each")
     page.choose("values", "standardised")
     page.choose("scale", "head")
@@ -211,7 +211,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     assert not page.find("[id^=maps-] [aria-label*=hare]"), "nothing is sent to others"
 
     page = Page(browser, address)
-    page.find("#examples button img")[0].click()
+    until(lambda: page.find("#examples button img"), "the examples")[0].click()
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         first = Image.fromarray(np.load(file, allow_pickle=False)["images"][0]).convert("RGB")
     page.shows(picture(shipped, shipped.see(first), "digit-1.png", (3, 2, 1), "each", "standardised"))
@@ -244,14 +244,17 @@ def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
 
     with served("--weights", ours, "--weights", other) as (_, address):
         page = Page(browser, address)
-        assert [title.text for title in page.find("h3")] == ["assets/digits.pth.tar", "other/digits.pth.tar"]
+        titles = ["assets/digits.pth.tar", "other/digits.pth.tar"]
+        until(lambda: [title.text for title in page.find("h3")] == titles, "the names of both")
         page.field.send_keys(str(three))
         page.shows(*expected((3, 2, 1), (4, 1, 1)))
-        assert page.text("#place") == "stage 3, block 2, context 1 · stage 4, block 1, context 1"
+        both = "stage 3, block 2, context 1 · stage 4, block 1, context 1"
+        until(lambda: page.text("#place") == both, "both contexts")
         page.depth(1)
         page.shows(*expected((1, 1, 1), (1, 1, 1)))
         for number, one in enumerate(seen):
-            assert page.text(f"#prediction-{number}").split("\n")[1] == one.predictions[0].name
+            name = one.predictions[0].name
+            until(lambda: page.text(f"#prediction-{number}").split("\n")[1] == name, name)  # noqa: B023
         if folder := os.environ.get("FCVIT_SCREENSHOTS"):
             browser.save_screenshot(str(Path(folder) / "demo.png"))
 
