@@ -400,6 +400,7 @@ def similarity(
         classes=read_classes(classes) if classes else None,
         device=device,
         ema=ema,
+        announce=_note,
     )
     return _print_result(found, tables.maps_written, as_json)
 
@@ -494,8 +495,9 @@ def _found_images(command: str, arguments: tuple[str, ...], output: Path | None)
 
     if not arguments:
         raise UsageError(f"{command}: name at least one image, folder or pattern")
-    for argument in arguments if output else ():
-        runs.refuse_inside(output, Path(argument), argument)
+    if output is not None:
+        for argument in arguments:
+            runs.refuse_inside(output, Path(argument), argument)
     return find_images(arguments)
 
 

@@ -113,18 +113,18 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
         yield folder
 
 
-def refuse_inside(folder: Path | None, images: Path, what: str) -> None:
+def refuse_inside(folder: Path, images: Path, what: str) -> None:
     """The pictures of a run must not become images of the folder that they were made from.
 
     Args:
-        folder: of the run; None: one in `runs`.
+        folder: of the run.
         images: a folder with images.
         what: how the user named it.
 
     Raises:
         UsageError: they would.
     """
-    folder, below = folder or Path("runs"), images.resolve()
+    below = images.resolve()
     if below.is_dir() and below in (folder.resolve(), *folder.resolve().parents):
         raise UsageError(f"{folder} is inside {what}: its pictures would be images; choose another -o")
 

@@ -67,6 +67,8 @@ def test_curves_and_their_controls_are_drawn_where_they_belong():
         assert task.trust_chart([one, other], "title", 12).startswith(b"\x89PNG")
     by_place = sorted(figure.axes, key=lambda axes: (-axes.get_position().y0, axes.get_position().x0))
     assert [axes.get_title(loc="left") for axes in by_place] == ["1.1.2", "occlusion", "", ""]
+    highest = max(max(line.get_ydata()) for axes in by_place for line in axes.lines)
+    assert all(axes.get_ylim()[1] > highest for axes in by_place), "no curve is cut off"
     assert by_place[0].get_ylabel() == "deletion" and by_place[2].get_ylabel() == "insertion"
     for axes, expected, what in zip(
         by_place, (one, other, one, other), ("deletion",) * 2 + ("insertion",) * 2, strict=True

@@ -310,6 +310,30 @@ def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path)
 
 @needs_paddle
 @pytest.mark.charts
+def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn):
+    """Whole images only: their files, and no overview."""
+    see, told = Viewer.see, []
+
+    def interrupted(viewer, image, top_k):
+        if image.size == (33, 90):
+            raise KeyboardInterrupt
+        return see(viewer, image, top_k)
+
+    monkeypatch.setattr(Viewer, "see", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        similarity(digits_pth, photos, tmp_path / "run", announce=told.append)
+    assert told == [f"the files of 1 of 3 images are in {tmp_path / 'run'}"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "run.json",
+        "wide.png",
+        "wide-depth.png",
+        "wide.npz",
+    }
+    assert '"interrupted"' in (tmp_path / "run" / "run.json").read_text()
+
+
+@needs_paddle
+@pytest.mark.charts
 def test_an_image_that_cannot_be_resized_is_named(digits_pth, photos, tmp_path):
     Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
     Image.new("RGB", (60000, 1)).save(tmp_path / "longer.png")

@@ -109,7 +109,6 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
             axes = axes_at(figure, left + column * (wide + 0.25), 1.2 + row * (panel + gap), wide, panel)
             places = range(len(network.layers))
             groups = network.groups or [""] * len(places)
-            groups = network.groups or [""] * len(places)
             for (colour, marker, style), group in zip(_LOOKS, dict.fromkeys(groups), strict=False):
                 own = [place for place in places if groups[place] == group]
                 shown = [line.values[place] for place in own]
@@ -148,7 +147,14 @@ def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure"
     subtitle = f"{images} images; probability of the predicted class; stage.block.context"
     figure = canvas(width, height, title, subtitle)
     # Of a thousand classes the likeliest may have but a few per cent.
-    top = max(max(one.deletion + one.insertion + one.other_deletion + one.random_insertion) for one in curves) or 1.0
+    top = max(
+        max(
+            *(*one.deletion, *one.insertion),
+            *(*one.random_deletion, *one.random_insertion),
+            *(*one.other_deletion, *one.other_insertion),
+        )
+        for one in curves
+    )
     for number, one in enumerate(curves):
         column = number % across
         base = foot + (bands - 1 - number // across) * band + 0.4

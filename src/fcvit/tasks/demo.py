@@ -90,12 +90,10 @@ def build(
         raise UsageError(f"{len(weights)} checkpoints: expected one, or two to compare")
     if weights:
         viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
-    else:
-        with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
-            viewers = [Viewer(read_weights(path), digits(), device=device)]
-    if not weights:
-        return _page(gradio, viewers, [_SHIPPED_NAME], _examples(folder))
-    return _page(gradio, viewers, titles(weights), [])
+        return _page(gradio, viewers, titles(weights), [])
+    with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
+        viewers = [Viewer(read_weights(path), digits(), device=device)]
+    return _page(gradio, viewers, [_SHIPPED_NAME], _examples(folder))
 
 
 def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str:

@@ -182,7 +182,7 @@ def evaluate(
         if folder is not None or record:
             if processes.first:
                 if settings.list_file is None:
-                    where = None if folder is None else Path(folder)
+                    where = Path("runs") if folder is None else Path(folder)
                     runs.refuse_inside(where, Path(settings.data), f"--data {settings.data}")
                 details = {
                     "settings": dataclasses.asdict(settings),

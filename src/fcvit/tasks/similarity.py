@@ -334,6 +334,8 @@ def similarity(
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
         BadImages: not one image can be read. Single ones are listed in the result.
+        NumbersDisagree: maps that are no finite numbers.
+        KeyboardInterrupt: the files of the images before are there, which `announce` is told.
     """
     if which not in get_args(Which):
         raise UsageError(f"--values {which}: expected standardised or rescaled")
@@ -359,25 +361,29 @@ def similarity(
         runs.run_folder(None if folder is None else Path(folder), "similarity") as target,
         progress("drawing", len(images)) as advance,
     ):
-        for number, path in enumerate(images):
-            advance(1)
-            try:
-                seen = viewer.see(decode(path), top_k)
-            except BadImages as error:
-                bad.append(_named(error, path))
-                continue
-            contents = (
-                picture(viewer, seen, path.name, where, heads, which, scale),
-                depth_picture(viewer, seen, path.name, where[2], heads, which, scale),
-                _arrays(seen),
-            )
-            files = _free(path.stem, taken)
-            for file, content in zip(files, contents, strict=True):
-                runs.write_bytes(target / file, content)
-            done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
-            if number in shown:
-                best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
-                panels.append(panel(viewer, seen, (path.name, *best), where[2], heads, which))
+        try:
+            for number, path in enumerate(images):
+                advance(1)
+                try:
+                    seen = viewer.see(decode(path), top_k)
+                except BadImages as error:
+                    bad.append(_named(error, path))
+                    continue
+                contents = (
+                    picture(viewer, seen, path.name, where, heads, which, scale),
+                    depth_picture(viewer, seen, path.name, where[2], heads, which, scale),
+                    _arrays(seen),
+                )
+                files = _free(path.stem, taken)
+                for file, content in zip(files, contents, strict=True):
+                    runs.write_bytes(target / file, content)
+                done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
+                if number in shown:
+                    best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
+                    panels.append(panel(viewer, seen, (path.name, *best), where[2], heads, which))
+        except KeyboardInterrupt:
+            announce(f"the files of {len(done)} of {len(images)} images are in {target}")
+            raise
         if not done:
             raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
         if len(panels) > 1:
@@ -408,8 +414,6 @@ def _free(stem: str, taken: set[str]) -> list[str]:
 def _arrays(seen: Seen) -> bytes:
     """All maps of an image, as `NAME.standardised` and `NAME.rescaled`, (heads, H, W)."""
     file = io.BytesIO()
-    arrays = {
-        f"{one.name}.{which}": getattr(one, which) for one in seen.found for which in ("standardised", "rescaled")
-    }
+    arrays = {f"{one.name}.{which}": getattr(one, which) for one in seen.found for which in get_args(Which)}
     np.savez_compressed(file, **arrays)
     return file.getvalue()

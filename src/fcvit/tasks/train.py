@@ -363,11 +363,8 @@ class _Run:
 
     def _refuse_inside(self, folder: Path) -> None:
         for split in (self.splits.train, self.splits.val):
-            root = split.root.resolve() if split is not None else None
-            if root is not None and root.is_dir() and root in (folder.resolve(), *folder.resolve().parents):
-                raise UsageError(
-                    f"{folder} is inside the images {root}: its pictures would be images; choose another -o"
-                )
+            if split is not None:
+                runs.refuse_inside(folder, split.root, f"the images {split.root}")
 
     def restore(self, folder: Path) -> None:
         """Take up the state that a run left.
