@@ -303,8 +303,9 @@ def test_no_image_takes_the_files_of_another():
 @needs_paddle
 @pytest.mark.charts
 def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path):
-    with pytest.raises(UsageError, match="context 3"):
-        similarity(digits_pth, photos, tmp_path / "run", context=3)
+    for wrong, message in (({"context": 3}, "context 3"), ({"heads": "9"}, "--heads 9")):
+        with pytest.raises(UsageError, match=message):
+            similarity(digits_pth, photos, tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 
