@@ -236,7 +236,7 @@ class TestFilesOfPyTorch:
             "bool": base > 3,
         }
         torch.save(tensors, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-        found, _ = read_checkpoint(tmp_path / "x.pth").select()
+        found = read_checkpoint(tmp_path / "x.pth").select().tensors
         assert list(found) == list(tensors)
         for name, tensor in tensors.items():
             expected = tensor.detach()

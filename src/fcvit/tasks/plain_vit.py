@@ -83,7 +83,7 @@ class PlainViT:
         return found
 
     def _load(self, model: Any, path: str | os.PathLike[str]) -> None:
-        tensors, _ = read_checkpoint(path).select()
+        tensors = read_checkpoint(path).select().tensors
         wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         given = {key: tensor.shape for key, tensor in tensors.items()}
         wrong = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))

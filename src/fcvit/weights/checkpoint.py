@@ -9,14 +9,27 @@ import functools
 import hashlib
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.weights import pdparams, safetensors_file, torch_file
+from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header
 from fcvit.weights.inert_pickle import Opaque
+from fcvit.weights.names import LAST_NAMES
+from fcvit.weights.sets import (
+    DETECTOR_PARTS,
+    WeightSet,
+    any_state,
+    find_sets,
+    makes_fcvit,
+    strip_wrappers,
+    swapped_by,
+)
 
 ZIP, LEGACY, SAFETENSORS, PDPARAMS = "pytorch (zip)", "pytorch (older)", "safetensors", "pdparams"
 MEMORY = "memory"  # no file at all: a model's
@@ -34,105 +47,219 @@ _OTHERS = (
 )
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
-_STATES = ("state_dict", "model")
-_EMA_STATES = ("state_dict_ema", "model_ema", "ema_state_dict")
+_TENSORS = (np.ndarray, torch_file.TensorRef, pdparams.ArrayRef, torch_file.Refused, tuple)
+_MODELS = ("model", "state_dict", "net", "ema")  # where whole pickled models stand
+
+
+class Selection(NamedTuple):
+    """Weights of a file as named tensors, the names of what is left out, and what a person should know of both."""
+
+    tensors: dict[str, np.ndarray]
+    skipped: list[str]
+    notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened file. `path`, `format` and `header` say what it is, `select` gives the tensors."""
+    """An opened file. `path`, `format` and `header` say what it is, `select` gives the tensors.
+
+    `shards`: the files that an index names; `data` is then the index.
+    """
 
     path: Path
     format: str
     top: dict
     header: Header | None
     data: mmap.mmap | bytes
+    shards: "tuple[Checkpoint, ...]" = ()
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of the whole file, in hexadecimal; of weights that were never in one, nothing."""
         if not self.data:
             return ""
-        return hashlib.sha256(self.data).hexdigest()
+        digest = hashlib.sha256(self.data)
+        for shard in self.shards:
+            digest.update(shard.sha256.encode())
+        return digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file and of the shards that it names."""
+        return len(self.data) + sum(len(shard.data) for shard in self.shards)
+
+    @functools.cached_property
+    def sets(self) -> list[WeightSet]:
+        """The sets of weights in the file, found by names.
+
+        Raises:
+            UnreadableFile: none, but a whole pickled model.
+        """
+        found = find_sets(self.top) or any_state(self.top, _TENSORS)
+        for name, value in self.top.items() if not found else ():
+            if isinstance(value, Opaque) and (name in _MODELS or _has_parameters(value)):
+                raise UnreadableFile(
+                    f"{self.path} holds a whole pickled model, which only its own code can load; "
+                    "in PyTorch: torch.save(model.state_dict(), FILE)"
+                )
+        return found or [WeightSet((), "", self.top, {}, averaged=False, probed=False)]
 
     @property
     def has_ema(self) -> bool:
-        return any(isinstance(self.top.get(key), dict) for key in _EMA_STATES)
+        return any(one.averaged for one in self.sets)
 
-    def select(self, ema: bool | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The weights as named tensors, and the names of what is left out (optimiser, args, ...).
+    def select(self, ema: bool | None = None, key: str | None = None) -> Selection:
+        """The weights as named tensors, without what stands before their names in the file.
 
         Args:
             ema: the averaged weights (True) or the raw ones (False) of a file that has both.
+            key: which of several sets, by the name that the error about them gives it.
 
         Raises:
-            UsageError: the file has both and `ema` is None, or none and `ema` is True.
+            UsageError: several sets and no way to tell, or not the one that was asked for.
             UnreadableFile: no weights, or tensors of a kind that is not read.
-            DoesNotFit: several sets of weights and no way to tell.
+            DoesNotFit: two names become one without their prefixes.
         """
-        key = self._container(ema)
-        state = self.top if key is None else self.top[key]
-        skipped = [] if key is None else [_one_line(name) for name in self.top if name != key]
+        chosen = self._choose(ema, key)
+        tensors, rest = self._tensors(chosen)
+        notes = []
+        if len(chosen.keys) > 1 or not set(chosen.keys) <= {"state_dict", "model"}:
+            notes.append(f"weights taken from: {_one_line('.'.join(chosen.keys))}")
+        if chosen.prefix:
+            notes.append(f"prefix stripped from the names: {_one_line(chosen.prefix)}")
+        if note := swapped_by(self.top):
+            notes.append(note)
+        if chosen.probed and rest:
+            shown = ", ".join(map(_one_line, rest[:3])) + (f", ... ({len(rest)})" if len(rest) > 3 else "")
+            notes.append(f"entries that are no weights of the network were left out: {shown}")
+        skipped, here = [], self.top
+        for depth, part in enumerate(chosen.keys):
+            skipped += [_one_line(".".join((*chosen.keys[:depth], str(name)))) for name in here if name != part]
+            here = here[part]
+        skipped += [_one_line(one.label) for one in self.sets if one.keys == chosen.keys and one != chosen]
+        return Selection(tensors, skipped + rest, notes)
+
+    def _choose(self, ema: bool | None, key: str | None) -> WeightSet:
+        """The one set that fits the request."""
+        labels = ", ".join(_one_line(one.label) for one in self.sets)
+        if key is not None:
+            named = [one for one in self.sets if one.label == key]
+            if len(named) != 1:
+                raise UsageError(f"{self.path} has no set of weights {_one_line(key)!r}; expected one of: {labels}")
+            return named[0]
+        averaged = [one for one in self.sets if one.averaged]
+        raw = [one for one in self.sets if not one.averaged]
+        if ema is None and averaged:
+            which = _one_line(averaged[0].label)
+            if not raw:
+                raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
+            raise UsageError(
+                f"{self.path} has averaged weights ({which}) beside the raw ones: "
+                "choose with --ema or --no-ema (in Python: ema=True or False)"
+            )
+        if ema and not averaged and not raw[0].counted:
+            raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
+        if averaged and not ema and not raw:
+            raise UsageError(f"{self.path} has averaged weights only; choose them with --ema")
+        chosen = averaged if ema and averaged else raw
+        fitting = [one for one in chosen if self._fits(one)] if len(chosen) > 1 else chosen
+        if len(fitting) != 1:
+            raise UsageError(
+                f"{self.path} has several sets of weights ({', '.join(_one_line(one.label) for one in chosen)}): "
+                "choose one with --key NAME in fcvit inspect, or write it alone with fcvit convert --key NAME"
+            )
+        return fitting[0]
+
+    def _fits(self, one: WeightSet) -> bool:
+        try:
+            tensors, _ = self._tensors(one)
+        except (UnreadableFile, DoesNotFit):
+            return False
+        return makes_fcvit({name: tensor.shape for name, tensor in tensors.items()})
+
+    def _tensors(self, one: WeightSet) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The tensors of a set, and the names in its dictionary that are not among them.
+
+        The rest of the dictionary is left out if the set is a whole classifier without it. Else it belongs to
+        the network, its names stripped of wrappers' prefixes, as a head beside a backbone does.
+        """
+        if one.others and not any(isinstance(name, str) and name.startswith(DETECTOR_PARTS) for name in one.others):
+            alone, rest = self._arrays(one.entries, one.probed)
+            if "head.weight" in alone and makes_fcvit({name: tensor.shape for name, tensor in alone.items()}):
+                return alone, rest + [str(name) for name in one.others]
+        if not one.probed:
+            return self._arrays(one.entries, probed=False)
+        joined = dict(one.entries)
+        for name in [n for n in one.entries if strip_wrappers(n) != n] + list(one.others):
+            short = strip_wrappers(name)
+            if short in joined:
+                both = f"{one.prefix + short!r} and {name!r}"
+                raise DoesNotFit(f"{self.path}: {both} are one name once their prefixes are stripped")
+            if name in one.others:
+                joined[short] = one.others[name]
+        return self._arrays(joined, probed=True)
+
+    def _arrays(self, entries: Mapping[str, object], probed: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The tensors among entries, and the names of those that are no weights, such as an average's counters.
+
+        Raises:
+            UnreadableFile: one cannot be read, or they are absurdly large.
+        """
         tensors: dict[str, np.ndarray] = {}
+        rest: list[str] = []
         total = 0
-        for name, value in state.items():
+        for name, value in entries.items():
             if name == pdparams.NAME_TABLE:
-                skipped.append(name)
+                rest.append(name)
                 continue
             if not isinstance(name, str):
                 raise UnreadableFile(f"{self.path}: an entry whose name is not text")
             if len(name) > MAX_NAME or not name.isprintable():
                 raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {_one_line(name)}")
+            foreign = probed and name.rpartition(".")[2] not in LAST_NAMES
+            if foreign and not isinstance(value, _TENSORS):
+                rest.append(name)
+                continue
             try:
-                tensors[name] = self._array(value)
+                array = self.array(value)
             except UnreadableFile as error:
                 raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
-            total += tensors[name].nbytes
+            if foreign and array.size == 1:
+                rest.append(name)
+                continue
+            tensors[name] = array
+            total += array.nbytes
             # Views of one storage may share numbers, but no honest file repeats itself four times.
-            if total > 4 * len(self.data):
+            if total > 4 * self.size:
                 raise UnreadableFile(f"{self.path}: its tensors are over four times its size: absurd, refused")
-        return tensors, skipped
+        return tensors, rest
 
-    def _container(self, ema: bool | None) -> str | None:
-        """The key of the chosen state dict; None: the file is one itself."""
-        raw = [key for key in _STATES if isinstance(self.top.get(key), dict)]
-        averaged = [key for key in _EMA_STATES if isinstance(self.top.get(key), dict)]
-        if ema is None and averaged:
-            raise UsageError(
-                f"{self.path} has averaged weights ({averaged[0]}) beside the raw ones: "
-                "choose with --ema or --no-ema (in Python: ema=True or False)"
-            )
-        if ema and not averaged:
-            raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
-        chosen = averaged if ema else raw
-        if len(chosen) > 1:
-            raise DoesNotFit(
-                f"{self.path} has several sets of weights ({', '.join(chosen)}); save the one you mean alone"
-            )
-        if chosen:
-            return chosen[0]
-        if averaged:
-            raise UsageError(f"{self.path} has averaged weights only; choose them with --ema")
-        if any(isinstance(self.top.get(key), Opaque) for key in _STATES):
-            raise UnreadableFile(
-                f"{self.path} holds a whole pickled model, which only its own code can load; "
-                "in PyTorch: torch.save(model.state_dict(), FILE)"
-            )
-        return None
+    def array(self, value: object) -> np.ndarray:
+        """One entry of the file as an array.
 
-    def _array(self, value: object) -> np.ndarray:
+        Raises:
+            UnreadableFile: it is no plain tensor.
+        """
         match value:
             case np.ndarray():
                 return value
-            case torch_file.TensorRef() | pdparams.ArrayRef():
-                return value.array(len(self.data))
+            case torch_file.TensorRef():
+                return value.array(self.size)
+            case pdparams.ArrayRef():
+                array = value.array(self.size)
+                # Only Paddle means bfloat16 by uint16.
+                return array if self.format == PDPARAMS or array.dtype != BFLOAT16 else array.view(np.uint16)
             case torch_file.Refused():
                 raise UnreadableFile(f"a {value.name} is not read; save it again as a plain dense tensor")
             case (str(), pdparams.ArrayRef() as reference):
-                return reference.array(len(self.data))
+                return self.array(reference)
             case _:
                 kind = value.name if isinstance(value, Opaque) else type(value).__name__
                 raise UnreadableFile(f"is a {kind[:60]}, expected a tensor; the file is not a state dict")
+
+
+def _has_parameters(value: Opaque) -> bool:
+    return isinstance(value.state, dict) and "_parameters" in value.state
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -19,6 +19,11 @@ COUNTER = "num_batches_tracked"
 
 # Paddle's names of BatchNorm's statistics; every other name is the same in both frameworks.
 PADDLE_STATISTICS = {"running_mean": "_mean", "running_var": "_variance"}
+LAST_NAMES = {"weight", "bias", "layer_scale_1", "layer_scale_2", "rescale_weight", "rescale_bias", COUNTER} | {
+    *PADDLE_STATISTICS,
+    *PADDLE_STATISTICS.values(),
+}
+"""Last parts of the names of an FCViT's tensors, in both frameworks."""
 TORCH_STATISTICS = {paddle: torch for torch, paddle in PADDLE_STATISTICS.items()}
 
 
@@ -72,6 +77,12 @@ def torch_name(name: str) -> str:
     """The inverse of `paddle_name`."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{TORCH_STATISTICS[last]}" if last in TORCH_STATISTICS else name
+
+
+def torch_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return shapes by the authors' names in PyTorch's layout, from those of either layout."""
+    paddle = any(name.rpartition(".")[2] in TORCH_STATISTICS for name in shapes)
+    return {torch_name(n): shape[::-1] if paddle and len(shape) == 2 else shape for n, shape in shapes.items()}
 
 
 def is_counter(name: str) -> bool:

@@ -11,22 +11,20 @@ from fcvit.errors import DoesNotFit, UsageError
 from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
 from fcvit.weights.dtypes import FLOATS, is_float
-from fcvit.weights.names import PADDLE_STATISTICS, Entry, Form, entries, is_counter, paddle_name, recognise, torch_name
-
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
-# Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
-DETECTOR_PARTS = (
-    "neck.",
-    "rpn_head.",
-    "roi_head.",
-    "bbox_head.",
-    "mask_head.",
-    "decode_head.",
-    "auxiliary_head.",
-    "data_preprocessor.",
+from fcvit.weights.names import (
+    PADDLE_STATISTICS,
+    Entry,
+    Form,
+    entries,
+    is_counter,
+    paddle_name,
+    recognise,
+    torch_name,
+    torch_shapes,
 )
+from fcvit.weights.sets import DETECTOR_PARTS
+
 CLASSIFIER_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
-_PROBE = "patch_embed.proj.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +83,7 @@ def read_weights(
     ema: bool | None = None,
     variant: str | Variant | None = None,
     backbone: bool = False,
+    key: str | None = None,
 ) -> Weights:
     """Read a checkpoint of any format and fit it strictly to its network.
 
@@ -95,24 +94,21 @@ def read_weights(
         backbone: read it for the dense-prediction form. Only here a detector's neck and heads, and
             a classifier's `norm` and `head`, are skipped by name; the weights may then lack the
             four norms.
+        key: which of several sets of weights in the file, by the name that the error about them gives it.
 
     Raises:
         UnreadableFile: see `read_checkpoint`.
-        UsageError: the choice between averaged and raw weights is open.
+        UsageError: the choice between averaged and raw weights, or between other sets, is open.
         DoesNotFit: names, shapes, kinds or values do not fit; every problem is named.
     """
     checkpoint = read_checkpoint(path)
-    named, skipped = checkpoint.select(ema)
-    notes: list[str] = []
-    named = _strip(checkpoint, named, notes)
+    named, skipped, notes = checkpoint.select(ema, key)
     header = checkpoint.header
     layout = _layout(checkpoint, named)
     if backbone:
         skipped += [name for name in named if name.startswith(DETECTOR_PARTS)]
         named = {name: t for name, t in named.items() if not name.startswith(DETECTOR_PARTS)}
-    table_shapes = {
-        torch_name(n): t.shape[::-1] if layout == "paddle" and t.ndim == 2 else t.shape for n, t in named.items()
-    }
+    table_shapes = torch_shapes({name: tensor.shape for name, tensor in named.items()})
     expected = get_variant(variant) if variant is not None else header.form.variant if header else None
     try:
         form = header.form if header and variant is None else recognise(table_shapes, expected)
@@ -122,6 +118,10 @@ def read_weights(
     tensors = {torch_name(name): _torch_layout(t, wanted.get(torch_name(name)), layout) for name, t in named.items()}
     if header:
         tensors |= {name: np.array(count, np.int64) for name, count in header.counters.items()}
+    tensors, odd = _plain_counters(wanted, tensors)
+    if odd:
+        kinds = ", ".join(sorted(f"{named_shape}" for named_shape in odd))
+        notes.append(f"BatchNorm counters (num_batches_tracked) stored as {kinds} were read as whole numbers")
     absent = [name for name in wanted if is_counter(name) and name not in tensors]
     if absent and all(name in tensors for name in wanted if not is_counter(name)):
         notes.append(f"the file has no BatchNorm counters ({len(absent)} num_batches_tracked): taken as 0")
@@ -159,13 +159,13 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
             problems.append(
                 Problem(name, f"shape {list(entry.shape)}", "nothing", "the file is incomplete or of another variant")
             )
+        elif is_counter(name):
+            if problem := _counter_problem(name, tensor):
+                problems.append(problem)
         elif tensor.shape != entry.shape:
             problems.append(
                 Problem(name, f"shape {list(entry.shape)}", f"{list(tensor.shape)}", "is this the right variant?")
             )
-        elif is_counter(name):
-            if tensor.dtype.kind not in "iu":
-                problems.append(Problem(name, "a whole number", tensor.dtype.name, "save the checkpoint again"))
         elif not is_float(tensor.dtype):
             problems.append(
                 Problem(name, "floating-point numbers", tensor.dtype.name, "quantised weights are not read")
@@ -194,22 +194,30 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
     return problems
 
 
-def _strip(checkpoint: Checkpoint, named: Mapping[str, np.ndarray], notes: list[str]) -> dict[str, np.ndarray]:
-    """Strip wrappers' prefixes to a fixed point, if what is left is a model's."""
-    stripped: dict[str, str] = {}
-    for name in named:
-        short = name
-        while short.startswith(PREFIXES):
-            short = short.partition(".")[2]
-        if short in stripped:
-            raise DoesNotFit(
-                f"{checkpoint.path}: {stripped[short]!r} and {name!r} are one name once their prefixes are stripped"
-            )
-        stripped[short] = name
-    if _PROBE in named or _PROBE not in stripped:
-        return dict(named)
-    notes.append(f"prefix stripped from the names: {stripped[_PROBE].removesuffix(_PROBE)}")
-    return {short: named[name] for short, name in stripped.items()}
+def _plain_counters(
+    wanted: Mapping[str, Entry], tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Counters as PyTorch has them, whole numbers without a dimension, and how the others were stored."""
+    result, odd = dict(tensors), set()
+    for name, tensor in tensors.items():
+        if is_counter(name) and name in wanted and not _counter_problem(name, tensor):
+            if tensor.shape or tensor.dtype.kind not in "iu":
+                odd.add(f"{tensor.dtype.name}{list(tensor.shape) if tensor.shape else ''}")
+            result[name] = np.array(int(tensor.reshape(())), np.int64)
+    return result, odd
+
+
+def _counter_problem(name: str, tensor: np.ndarray) -> Problem | None:
+    """What keeps a tensor from being a counter; its type and a shape such as [1] do not."""
+    remedy = "save it as an int64, or leave it out: a missing one is taken as 0"
+    if tensor.size != 1:
+        return Problem(name, "shape []", f"{list(tensor.shape)}", remedy)
+    if tensor.dtype.kind not in "iu" and not is_float(tensor.dtype):
+        return Problem(name, "a whole number", tensor.dtype.name, remedy)
+    value = tensor.reshape(()).item()
+    if not 0 <= value < 1 << 63 or value != int(value):
+        return Problem(name, "a whole number from 0 up", f"{value:g}", remedy)
+    return None
 
 
 def _layout(checkpoint: Checkpoint, names: Iterable[str]) -> str:

@@ -1,0 +1,193 @@
+"""Find the sets of weights in a checkpoint by names alone, and tell raw from averaged ones.
+
+A set is a dictionary at some path of keys and a prefix of names in it: `state_dict`, `ema.module`,
+or the names that begin with `teacher.`. Each is marked by the same tensor of the network.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+
+from fcvit.errors import DoesNotFit
+from fcvit.weights.names import entries, is_counter, recognise, torch_shapes
+
+PROBE = "patch_embed.proj.weight"
+# Wrappers' prefixes, which may also stand before some names only (a head beside a backbone).
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
+# Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
+DETECTOR_PARTS = (
+    "neck.",
+    "rpn_head.",
+    "roi_head.",
+    "bbox_head.",
+    "mask_head.",
+    "decode_head.",
+    "auxiliary_head.",
+    "data_preprocessor.",
+)
+MAX_DEPTH = 6
+MAX_SETS = 16
+MAX_VISITS = 4  # of one dictionary that stands at several places
+
+_AVERAGED = {"ema", "emas", "modelema", "emamodel", "swa", "avg", "average", "averaged", "shadow", "polyak"}
+_OPTIMIZER = {"optim", "optims", "opt", "grad", "grads", "gradient", "gradients", "velocity", "moment"}
+_MOMENTUM = {"momentum", "buffer", "buffers", "state"}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSet:
+    """One set of weights in a file.
+
+    Attributes:
+        keys: where its dictionary stands; (): it is the whole file.
+        prefix: what stands before its names in that dictionary.
+        entries: its names without the prefix -> what the file has there.
+        others: the rest of the dictionary, if it has no other set; it may be a part of the network.
+        averaged: whether these are averaged (EMA) weights.
+        counted: whether a count of averaged models stands beside them, as in PyTorch's `AveragedModel`.
+        probed: whether the set has the tensor that marks an FCViT.
+    """
+
+    keys: tuple[str, ...]
+    prefix: str
+    entries: Mapping[str, object]
+    others: Mapping[str, object]
+    averaged: bool
+    counted: bool = False
+    probed: bool = True
+
+    @property
+    def label(self) -> str:
+        """What the set is called: its keys and prefix, joined by dots; "." where it has neither."""
+        return ".".join((*self.keys, self.prefix.rstrip("."))).strip(".") or "."
+
+
+def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
+    """Return the sets of weights in the object of a file, the nearest first, and not more than `MAX_SETS`."""
+    raw_key = _raw_key_of_swapped(top)
+    found: dict[tuple[int, str, bool], WeightSet] = {}
+    for keys, state in _dictionaries(top):
+        prefixes = [
+            name.removesuffix(PROBE)
+            for name, value in state.items()
+            if isinstance(name, str) and name.endswith(PROBE) and not isinstance(value, dict)
+        ]
+        prefixes = [p for p in prefixes if (not p or p.endswith(".")) and not any(map(_is_optimizer, p.split(".")))]
+        del prefixes[MAX_SETS:]  # each costs a comparison for every name
+        owners: dict[str, dict[str, object]] = {prefix: {} for prefix in sorted(prefixes, key=len, reverse=True)}
+        others = {}
+        for name, value in state.items() if prefixes else ():
+            prefix = next((p for p in owners if isinstance(name, str) and name.startswith(p)), None)
+            if prefix is None:
+                others[name] = value
+            else:
+                owners[prefix][name.removeprefix(prefix)] = value
+        stems = [n.removesuffix("n_averaged") for n in state if isinstance(n, str) and n.endswith("n_averaged")]
+        for prefix in prefixes:
+            averaged = any(map(_is_averaged, (*keys, prefix)))
+            if raw_key and keys[:1] in ((raw_key,), ("state_dict",)):
+                averaged = keys[0] != raw_key
+            one = WeightSet(
+                keys,
+                prefix,
+                owners[prefix],
+                others if len(prefixes) == 1 else {},
+                averaged,
+                any(prefix.startswith(stem) for stem in stems),
+            )
+            found.setdefault((id(state), prefix, averaged), one)  # one object under two keys is one set
+    sets = list(found.values())[:MAX_SETS]
+    if len(sets) > 1 and not raw_key:
+        sets = [dataclasses.replace(one, averaged=one.averaged or one.counted) for one in sets]
+    return sets
+
+
+def any_state(top: Mapping[str, object], tensors: tuple[type, ...]) -> list[WeightSet]:
+    """Return what may be another network's weights: the dictionaries with the most tensors.
+
+    Args:
+        top: the object of a file without a set of its own.
+        tensors: types that stand for a tensor.
+    """
+    counts = []
+    for keys, state in _dictionaries(top):
+        if count := sum(isinstance(value, tensors) for value in state.values()):
+            averaged = any(map(_is_averaged, keys))
+            counts.append((count, WeightSet(keys, "", state, {}, averaged, probed=False)))
+            if not keys:
+                break
+    most = max((count for count, _ in counts), default=0)
+    return [one for count, one in counts if 2 * count > most]
+
+
+def swapped_by(top: Mapping[str, object]) -> str | None:
+    """Return a note on files whose `state_dict` holds the averaged weights; None: not one of them."""
+    raw_key = _raw_key_of_swapped(top)
+    return raw_key and f"state_dict of this file holds the averaged weights, {raw_key} the raw ones"
+
+
+def strip_wrappers(name: str) -> str:
+    """Return a name without the prefixes of wrappers, in any nesting."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def makes_fcvit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether tensors of these names and shapes, in either layout, are exactly an FCViT's; counters may lack."""
+    found = {name: shape for name, shape in torch_shapes(shapes).items() if not is_counter(name)}
+    try:
+        wanted = entries(recognise(found))
+    except DoesNotFit:
+        return False
+    return found == {name: entry.shape for name, entry in wanted.items() if not is_counter(name)}
+
+
+def _raw_key_of_swapped(top: Mapping[str, object]) -> str | None:
+    """The key of the raw weights where `state_dict` holds the averaged ones.
+
+    Lightning's WeightAveraging and mmengine's EMAHook save so; other programs mean by
+    `ema_state_dict` what it says.
+    """
+    if not isinstance(top.get("state_dict"), dict):
+        return None
+    if isinstance(top.get("current_model_state"), dict):
+        return "current_model_state"
+    averaged, meta = top.get("ema_state_dict"), top.get("meta")
+    by_mmengine = "message_hub" in top or (isinstance(meta, dict) and "mmengine_version" in meta)
+    if isinstance(averaged, dict) and (by_mmengine or "steps" in averaged):
+        return "ema_state_dict"
+    return None
+
+
+def _dictionaries(top: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Every dictionary with its path of keys, the nearest first; an optimizer's are none of weights."""
+    visits: collections.Counter[int] = collections.Counter()
+    queue: collections.deque[tuple[tuple[str, ...], Mapping]] = collections.deque([((), top)])
+    while queue:
+        keys, here = queue.popleft()
+        yield keys, here
+        for key, value in here.items() if len(keys) < MAX_DEPTH else ():
+            if isinstance(value, dict) and isinstance(key, str) and not _is_optimizer(key):
+                visits[id(value)] += 1
+                if visits[id(value)] <= MAX_VISITS:
+                    queue.append(((*keys, key), value))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", text[:200]).lower()))
+
+
+def _is_averaged(text: str) -> bool:
+    return bool(_words(text) & _AVERAGED)
+
+
+def _is_optimizer(text: str) -> bool:
+    words = _words(text)
+    named = (
+        bool(words & _OPTIMIZER)
+        or words >= {"exp", "avg"}
+        or any(word.startswith(("optimizer", "optimiser")) for word in words)
+    )
+    return named or ("momentum" in words and words <= _MOMENTUM)
