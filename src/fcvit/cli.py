@@ -43,6 +43,7 @@ app = App(
 
 Output = Parameter(name=["--output", "-o"])
 Classes = Annotated[Path | None, Parameter(name="--classes")]
+Channels = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 Json = Annotated[bool, Parameter(name="--json", negative=())]
 Device = Annotated[str, Parameter(name="--device")]
 
@@ -85,12 +86,15 @@ def convert(
     layout: Literal["paddle", "torch"] | None = None,
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
     ema: bool | None = None,
+    key: str | None = None,
     variant: str | None = None,
     classes: Classes = None,
     new_head: int | None = None,
     input_size: int | None = None,
     crop_fraction: float | None = None,
     interpolation: Literal["bilinear", "bicubic"] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     verify: bool | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     as_json: Json = False,
@@ -103,12 +107,15 @@ def convert(
         layout: Names and layout of a .safetensors file (default: paddle).
         dtype: Type to store (default: as in the source).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        key: Take this one of several sets of weights in the source, such as teacher or model.state_dict.
         variant: What the file must be (default: recognised from its tensors).
         classes: Class list: CSV with id and name, or one class per line.
         new_head: Replace the head by a fresh one for this many classes.
         input_size: Store another input size in pixels than the variant's.
         crop_fraction: Store another crop fraction.
         interpolation: Store another interpolation.
+        mean: Store another mean, of images from 0 to 1: one number, or three for red, green and blue.
+        std: Store another standard deviation, in the same way.
         verify: Compare the numbers with the source (default: if both frameworks are installed).
         overwrite: Replace the output if it is there.
         as_json: Print JSON.
@@ -122,9 +129,10 @@ def convert(
         layout=layout,
         dtype=dtype,
         ema=ema,
+        key=key,
         variant=variant,
         classes=classes,
-        preprocessing=_changes(input_size, crop_fraction, interpolation),
+        preprocessing=_changes(input_size, crop_fraction, interpolation, mean, std),
         new_head=new_head,
         verify=verify,
         overwrite=overwrite,
@@ -178,6 +186,7 @@ def inspect(
     /,
     *,
     ema: bool | None = None,
+    key: str | None = None,
     tensors: Annotated[bool, Parameter(negative=())] = False,
     as_json: Json = False,
 ) -> int:
@@ -186,12 +195,13 @@ def inspect(
     Args:
         file: Any format; told by content.
         ema: Describe the averaged (--ema) or the raw (--no-ema) weights of a file with both.
+        key: Describe this one of several sets of weights, such as teacher or model.state_dict.
         tensors: List every tensor.
         as_json: Print JSON.
     """
     from fcvit.tasks.inspect import inspect as run
 
-    found = run(file, ema, tensors)
+    found = run(file, ema, tensors, key)
     code = 4 if found["problems"] else 0
     if as_json:
         _print_json(found)
@@ -603,6 +613,8 @@ def evaluate(
     input_size: int | None = None,
     crop_fraction: float | None = None,
     interpolation: Literal["bilinear", "bicubic"] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     classes: Classes = None,
     subset: int | None = None,
     seed: int | None = None,
@@ -633,6 +645,8 @@ def evaluate(
         input_size: Another input size in pixels than the weights'.
         crop_fraction: Another crop fraction.
         interpolation: Another interpolation.
+        mean: Another mean, of images from 0 to 1: one number, or three for red, green and blue.
+        std: Another standard deviation, in the same way.
         classes: Class list of the model: CSV with id and name, or one class per line (default: the file's own).
         subset: Only so many images, every class in its share.
         seed: Draws the subset (default: 0).
@@ -655,7 +669,7 @@ def evaluate(
         "device": device,
         "precision": precision,
         "ema": ema,
-        "preprocessing": _changes(input_size, crop_fraction, interpolation),
+        "preprocessing": _changes(input_size, crop_fraction, interpolation, mean, std),
         "classes": classes,
         "subset": subset,
         "seed": seed,
@@ -979,16 +993,23 @@ def _workers() -> int:
 
 
 def _changes(
-    input_size: int | None, crop_fraction: float | None, interpolation: str | None
+    input_size: int | None,
+    crop_fraction: float | None,
+    interpolation: str | None,
+    mean: list[str] | None,
+    std: list[str] | None,
 ) -> "PreprocessingChange | None":
     """The fields of the preprocessing that were asked for; None: none."""
-    changes: PreprocessingChange = {}
-    if input_size is not None:
-        changes["input_size"] = input_size
-    if crop_fraction is not None:
-        changes["crop_fraction"] = crop_fraction
-    if interpolation is not None:
-        changes["interpolation"] = interpolation
+    from fcvit.variants import three_channels
+
+    options = {"input_size": input_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
+    changes: Any = {name: value for name, value in options.items() if value is not None}
+    for name, words in (("mean", mean), ("std", std)):
+        if words is not None:
+            try:
+                changes[name] = three_channels(" ".join(words))
+            except ValueError as error:
+                raise UsageError(f"--{name} {' '.join(words)}: {error}") from None
     return changes or None
 
 

@@ -7,7 +7,7 @@ Standard library only, so that every other module may know it.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypedDict
 
@@ -51,12 +51,31 @@ class Preprocessing:
         return math.floor(self.input_size / self.crop_fraction)
 
 
+def three_channels(value: "str | Sequence[float]", largest: float = 1) -> tuple[float, float, float]:
+    """Return a mean or standard deviation for three channels, from one number or three, or text of them.
+
+    Raises:
+        ValueError: it is something else, or a number is not from 0 to `largest`.
+    """
+    words = value.strip("()[] ").replace(",", " ").split() if isinstance(value, str) else value
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3) or not all(0 <= number <= largest for number in numbers):
+        raise ValueError(f"expected one number or three, from 0 to {largest} as the images are")
+    red, green, blue = numbers * (3 // len(numbers))
+    return red, green, blue
+
+
 class PreprocessingChange(TypedDict, total=False):
     """Single fields of a `Preprocessing` to be replaced."""
 
     input_size: int
     crop_fraction: float
     interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 RESIZE256_BILINEAR = Preprocessing(crop_fraction=0.875, interpolation="bilinear")

@@ -49,6 +49,7 @@ def convert(
     layout: str | None = None,
     dtype: str | None = None,
     ema: bool | None = None,
+    key: str | None = None,
     variant: str | Variant | None = None,
     classes: Sequence[ClassName | str] | str | os.PathLike[str] | None = None,
     preprocessing: Preprocessing | PreprocessingChange | None = None,
@@ -64,6 +65,7 @@ def convert(
         layout: "paddle" or "torch"; None: the ending's own (safetensors: paddle).
         dtype: float16, bfloat16, float32 or float64; None: as in the source.
         ema: choose the averaged (True) or raw (False) weights of a file that has both.
+        key: which of several sets of weights in the source; see `fcvit.weights.reading.read_weights`.
         variant: what the source must be; None: its header's, else recognised from the tensors.
         classes: a class list or the path of one (see `read_classes`); None: the source's own.
         preprocessing: to store; a change replaces single fields; None: the source's own, else the variant's.
@@ -94,7 +96,7 @@ def convert(
             )
     else:
         notes.append("names, shapes and read-back were checked, but the numbers were NOT compared, as asked")
-    weights = read_weights(source, ema, variant)
+    weights = read_weights(source, ema, variant, key=key)
     if new_head is not None:
         weights = _with_new_head(weights, new_head)
         notes.append(f"the head for {new_head} classes is fresh and must be trained")

@@ -7,6 +7,7 @@ mapped file.
 import dataclasses
 import functools
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Mapping
@@ -45,6 +46,22 @@ _OTHERS = (
     (b"\x93NUMPY", "a single NumPy array, not a checkpoint"),
     (b"<", "a web page, probably the download's warning page; fetch the file itself"),
 )
+# Files beside weights, by the endings of their names -> what they are and what to give instead.
+_ENDINGS = {
+    ".onnx": "an exported ONNX graph, without the names of the weights; give the checkpoint that it was exported from",
+    ".pdiparams": "an exported Paddle network's weights, without their names; give the .pdparams of the training",
+    ".pdmodel": "an exported Paddle network without its weights; give the .pdparams of the training",
+    ".pdopt": "the state of Paddle's optimizer; the weights are in the .pdparams beside it",
+}
+# What a folder of the Hugging Face Hub calls its weights, the preferred first.
+HUB_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_MOMENTS = ("_moment1_0", "_velocity_0", "LR_Scheduler")  # ends of names in the state of Paddle's optimizers
+MAX_SHARDS = 1000
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _TENSORS = (np.ndarray, torch_file.TensorRef, pdparams.ArrayRef, torch_file.Refused, tuple)
@@ -262,13 +279,17 @@ def _has_parameters(value: Opaque) -> bool:
     return isinstance(value.state, dict) and "_parameters" in value.state
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Checkpoint:
     """Open a PyTorch (zip or older), safetensors or Paddle file; what it is is told by its content.
+
+    Args:
+        path: the file; or a folder of the Hugging Face Hub; or the index of a file in several shards.
+        shards: follow an index.
 
     Raises:
         UnreadableFile: missing, empty, of another kind, damaged, or unsafe.
     """
-    path = Path(path)
+    path = _file_in(Path(path))
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
             raise UnreadableFile(f"{path}: a directory or a device, not a file")
@@ -283,7 +304,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
     try:
-        return _parse(path, data)
+        return _parse(path, data, shards)
     except UnreadableFile as error:
         raise UnreadableFile(f"{path}: {_one_line(error)}") from error
 
@@ -293,7 +314,17 @@ def _one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
-def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
+def _file_in(path: Path) -> Path:
+    """The weights in a folder of the Hugging Face Hub; any other path is its own."""
+    if not os.path.isdir(path):  # noqa: PTH112 -- the path's own method raises if it is too long
+        return path
+    for name in HUB_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise UnreadableFile(f"{path}: a directory, and without {HUB_NAMES[0]} or {HUB_NAMES[2]}; name the weights file")
+
+
+def _parse(path: Path, data: mmap.mmap, shards: bool) -> Checkpoint:
     head = data[:64]
     header: Header | None = None
     if head.startswith(b"PK\x03\x04"):
@@ -306,22 +337,69 @@ def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
         kind, top = LEGACY, torch_file.read_legacy(data)
     elif head.startswith(b"\x80"):
         kind, top = PDPARAMS, pdparams.read(data)
+    elif head.lstrip().startswith(b"{") and shards:
+        return _read_shards(path, data)
     else:
         for magic, what in _OTHERS:
             if head.lstrip().startswith(magic):
                 raise UnreadableFile(what)
         if data[257:262] == b"ustar":
             raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
+        if path.suffix in _ENDINGS:
+            raise UnreadableFile(_ENDINGS[path.suffix])
         raise UnreadableFile("not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
     if not isinstance(top, dict):
         what = top.name if isinstance(top, Opaque) else type(top).__name__
         raise UnreadableFile(
             f"holds a {what[:60]}, not a dictionary of weights; in PyTorch: torch.save(model.state_dict(), FILE)"
         )
+    if kind == PDPARAMS and any(isinstance(name, str) and name.endswith(_MOMENTS) for name in top):
+        raise UnreadableFile(_ENDINGS[".pdopt"])
     checkpoint = Checkpoint(path, kind, top, header, data)
     if header is None and os.path.isfile(sidecar(path)):  # noqa: PTH113 -- the path's own method raises if it is too long
         header = _read_sidecar(checkpoint)
     return dataclasses.replace(checkpoint, header=header)
+
+
+def _read_shards(path: Path, data: mmap.mmap) -> Checkpoint:
+    """The tensors of all shards that an index of the Hugging Face Hub names, each checked to be where it says."""
+    try:
+        if len(data) > MAX_SIDECAR:
+            raise UnreadableFile(f"JSON of over {MAX_SIDECAR >> 20} MiB: not the index of a checkpoint")
+        index = json.loads(data[:], object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnreadableFile):
+            raise
+        raise UnreadableFile(f"neither a checkpoint nor JSON ({str(error)[:80]})") from error
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise UnreadableFile("JSON without a weight_map: not the index of a checkpoint; name the weights file itself")
+    files = list(dict.fromkeys(where.values()))
+    if len(files) > MAX_SHARDS:
+        raise UnreadableFile(f"an index of {len(files)} shards; expected at most {MAX_SHARDS}")
+    for name in files:
+        if "\\" in name or Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+            raise UnreadableFile(f"the index names {name[:80]!r}, which is not below its own folder")
+        if not (path.parent / name).is_file():
+            raise UnreadableFile(f"the shard {name[:80]} of the index is missing; fetch it too")
+    parts = tuple(read_checkpoint(path.parent / name, shards=False) for name in files)
+    tensors = {}
+    for name, part in zip(files, parts, strict=True):
+        expected = {tensor for tensor, file in where.items() if file == name}
+        if wrong := sorted(expected ^ {str(tensor) for tensor in part.top}):
+            raise UnreadableFile(
+                f"{wrong[0][:80]} is {'missing from' if wrong[0] in expected else 'in'} the shard {name[:80]}, "
+                "other than the index says; fetch all shards again"
+            )
+        tensors |= {tensor: part.array(value) for tensor, value in part.top.items()}
+    return Checkpoint(path, f"{parts[0].format} in {len(parts)} shards", tensors, None, data, parts)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise UnreadableFile("an index with one name twice: refused, it could show other weights to others")
+    return result
 
 
 def sidecar(path: Path) -> Path:

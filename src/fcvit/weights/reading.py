@@ -8,8 +8,8 @@ import numpy as np
 
 from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant
-from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
+from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
+from fcvit.weights.checkpoint import Checkpoint, read_checkpoint, sidecar
 from fcvit.weights.dtypes import FLOATS, is_float
 from fcvit.weights.names import (
     PADDLE_STATISTICS,
@@ -23,6 +23,7 @@ from fcvit.weights.names import (
     torch_shapes,
 )
 from fcvit.weights.sets import DETECTOR_PARTS
+from fcvit.weights.training_args import stated_preprocessing
 
 CLASSIFIER_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
@@ -129,12 +130,7 @@ def read_weights(
     problems = find_problems(wanted, tensors)
     if problems:
         raise WeightsDoNotFit(str(checkpoint.path), form, problems)
-    if header is None and form.variant.name not in VARIANTS:
-        assumed = form.variant.preprocessing
-        notes.append(
-            f"no named variant: preprocessing is assumed (resize {assumed.resize} {assumed.interpolation}, crop "
-            f"{assumed.input_size}); state it with --input-size, --crop-fraction, --interpolation"
-        )
+    preprocessing = _preprocessing(checkpoint, form.variant, notes)
     if backbone and not form.dense:
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
@@ -143,11 +139,45 @@ def read_weights(
         {name: tensors[name] for name in wanted if name in tensors},
         checkpoint,
         layout,
-        header.preprocessing if header else None,
+        preprocessing,
         header.classes if header else None,
         tuple(skipped),
         tuple(notes),
     )
+
+
+def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -> Preprocessing | None:
+    """What the header or the training arguments in a file say of the preprocessing; None: nothing.
+
+    Raises:
+        DoesNotFit: the two contradict each other.
+    """
+    header, assumed = checkpoint.header, variant.preprocessing
+    change, remarks = stated_preprocessing(checkpoint.top, checkpoint.array)
+    notes += remarks
+    known = header.preprocessing if header else None
+    for field, value in change.items():
+        if known is not None and not _close(getattr(known, field), value):
+            raise DoesNotFit(
+                f"{checkpoint.path}: its training arguments state {field} {value}, its header "
+                f"{getattr(known, field)}; remove or correct {sidecar(checkpoint.path).name}"
+            )
+    if known is not None:
+        return known
+    chosen = resolve_preprocessing(change, None, variant)
+    used = [f"{field} {value}" for field, value in change.items() if not _close(getattr(assumed, field), value)]
+    if used:
+        notes.append(f"the preprocessing follows the training arguments in the file: {', '.join(used)}")
+    if header is None and variant.name not in VARIANTS and not {"input_size", "crop_fraction"} <= change.keys():
+        notes.append(
+            f"no named variant: preprocessing is assumed (resize {chosen.resize} {chosen.interpolation}, crop "
+            f"{chosen.input_size}); state it with --input-size, --crop-fraction, --interpolation"
+        )
+    return chosen if change else None
+
+
+def _close(one: object, other: object) -> bool:
+    return one == other if isinstance(one, str) else bool(np.allclose(one, other, rtol=0, atol=1e-6))  # pyrefly: ignore
 
 
 def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) -> list[Problem]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import inert_pickle
+from fcvit.weights import inert_pickle, pdparams
 from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape
 from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque
 
@@ -95,7 +95,7 @@ def _rebuild_from_type(function: object, _type: object, args: object, *_state: o
 
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": inert_pickle.ordered_dict,
+    **pdparams.CONSTRUCTORS,  # NumPy's arrays
     "torch.Size": lambda sides=(): sides,
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: TensorRef(

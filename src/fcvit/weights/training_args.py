@@ -1,0 +1,193 @@
+"""Find what the arguments of a training script, stored in a checkpoint, say of the preprocessing."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from fcvit.errors import UnreadableFile, UsageError
+from fcvit.variants import Preprocessing, PreprocessingChange, three_channels
+from fcvit.weights.inert_pickle import Opaque
+from fcvit.weights.pdparams import ArrayRef, DtypeRef, Encoded
+from fcvit.weights.torch_file import TensorRef
+
+# Keys of a checkpoint under which training scripts keep their arguments or the settings of their data.
+PLACES = (
+    *("args", "opt", "opts", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "train_args"),
+    *("pretrained_cfg", "default_cfg", "data_config", "data_cfg", "preprocessing", "preprocess", "normalization"),
+)
+# Field -> what scripts call it; the first that is set counts, as in timm.
+NAMES = {
+    "input_size": ("input_size", "img_size", "image_size"),
+    "crop_fraction": ("crop_pct", "eval_crop_ratio", "crop_fraction"),
+    "interpolation": ("interpolation",),
+    "mean": ("mean", "image_mean", "img_mean"),
+    "std": ("std", "image_std", "img_std"),
+}
+MAX_TEXT = 1 << 20  # characters of arguments that stand as text
+_NOTHING = ("", "null", "None", "~", [], ())
+_PILLOW = {2: "bilinear", 3: "bicubic"}
+
+
+def stated_preprocessing(
+    top: Mapping[str, object], array: Callable[[object], np.ndarray]
+) -> tuple[PreprocessingChange, list[str]]:
+    """Return the fields that the arguments in a checkpoint state, and notes on what cannot be used.
+
+    Args:
+        top: the object of the file.
+        array: reads a tensor of it.
+    """
+    stated: dict[str, list[object]] = {}
+    notes = []
+    for place, arguments, direct in _arguments(top):
+        for field, names in NAMES.items():
+            name = next((n for n in names if not _unset(arguments.get(n))), None)
+            if name is None or (not direct and not {"mean", "std"} <= set(arguments) and field in ("mean", "std")):
+                continue
+            value = arguments[name]
+            try:
+                read = _READERS[field](_plain(value, array))
+            except (ValueError, TypeError, OverflowError, UnreadableFile):
+                kind = value.name if isinstance(value, Opaque) else value
+                notes.append(f"{place} in the file states {name} {kind!r:.60}, which is not used; {_remedy(field)}")
+                continue
+            if read not in stated.setdefault(field, []):
+                stated[field].append(read)
+    change: Any = {}
+    for field, values in stated.items():
+        if len(values) == 1:
+            change[field] = values[0]
+        else:
+            shown = " and ".join(f"{value}" for value in values[:3])
+            notes.append(f"the file states {field} twice ({shown}), so that neither is used; {_remedy(field)}")
+    _to_unit_range(change, notes)
+    for field in list(change):
+        try:
+            Preprocessing(**{field: change[field]})
+        except UsageError as error:
+            notes.append(f"the file's training arguments are not used for {field} ({error}); {_remedy(field)}")
+            del change[field]
+    return change, notes
+
+
+def _remedy(field: str) -> str:
+    return f"state it with --{field.replace('_', '-')}"
+
+
+def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, bool]]:
+    """Everything that may be arguments: where it stands, what it says, and whether it is the arguments themselves."""
+    yield "the top", top, False
+    for place in PLACES:
+        arguments = _mapping(top.get(place))
+        if arguments is None:
+            continue
+        yield place, arguments, True
+        for name, part in arguments.items():
+            if not isinstance(part, str) and (inner := _mapping(part)) is not None:
+                yield f"{place}.{name:.40}", inner, False
+
+
+def _mapping(value: object) -> Mapping | None:
+    """A dictionary, the attributes of a Namespace or the like, or YAML or JSON text, as a mapping."""
+    if isinstance(value, Opaque):
+        value = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+    if isinstance(value, str):
+        return _text(value[:MAX_TEXT])
+    return value if isinstance(value, dict) else None
+
+
+def _text(text: str) -> Mapping:
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(text)
+            return read if isinstance(read, dict) else {}
+    # Of YAML only what training scripts write of their arguments: a name and a value a line, or a list below it.
+    result: dict[str, object] = {}
+    items: list[str] | None = None
+    for line in text.splitlines():
+        if items is not None and (item := re.fullmatch(r"\s*-\s+(.+)", line)):
+            items.append(item[1].strip("'\" "))
+        elif pair := re.fullmatch(r"(\w+)\s*:\s*(.*)", line):
+            items = []
+            result[pair[1]] = pair[2].strip("'\" ") or items
+    return result
+
+
+def _unset(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | tuple) and value in _NOTHING)
+
+
+def _plain(value: object, array: Callable[[object], np.ndarray]) -> object:
+    """Numbers and text as Python has them, out of arrays, NumPy's scalars and enumerations."""
+    match value:
+        case list() | tuple() if len(value) <= 4:
+            return [_plain(one, array) for one in value]
+        case TensorRef() | ArrayRef() | np.ndarray():
+            found = array(value)
+            if found.size > 4:
+                raise ValueError("too many numbers")
+            return found.reshape(-1).astype(np.float64).tolist()
+        case Opaque(args=(DtypeRef() as kind, bytes() | Encoded() as stored)):
+            content = stored.content() if isinstance(stored, Encoded) else stored
+            return np.frombuffer(content, kind.dtype(), 1).item()
+        case Opaque(args=(str(word),)):
+            return word
+        case bool() | Opaque():
+            raise ValueError("neither numbers nor text")
+        case int() | float() | str():
+            return value
+    raise ValueError("neither numbers nor text")
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, str):
+        value = value.strip("()[] ").replace(",", " ").split()
+    return [float(one) for one in (value if isinstance(value, list) else [value])]  # pyrefly: ignore
+
+
+def _size(value: object) -> int:
+    """224, (224, 224) or (3, 224, 224)."""
+    numbers = _numbers(value)
+    height, width = numbers[-2:] if len(numbers) in (2, 3) else numbers * 2
+    if height != width or height != int(height):
+        raise ValueError("not a square of whole pixels")
+    return int(height)
+
+
+def _fraction(value: object) -> float:
+    (number,) = _numbers(value)
+    return number
+
+
+def _interpolation(value: object) -> str:
+    word = _PILLOW.get(value, "") if isinstance(value, int) else str(value).rpartition(".")[2].lower()
+    if word not in _PILLOW.values():
+        raise ValueError("another interpolation")
+    return word
+
+
+_READERS: dict[str, Callable[[object], object]] = {
+    "input_size": _size,
+    "crop_fraction": _fraction,
+    "interpolation": _interpolation,
+    "mean": lambda value: three_channels(_numbers(value), 255),
+    "std": lambda value: three_channels(_numbers(value), 255),
+}
+
+
+def _to_unit_range(change: dict[str, Any], notes: list[str]) -> None:
+    """Divide a mean and standard deviation of images from 0 to 255, as some scripts state them, by 255."""
+    mean, std = change.get("mean", (0.0,)), change.get("std", (0.0,))
+    if max(*mean, *std) <= 1:
+        return
+    if max(mean) <= 1 and any(mean):
+        notes.append(f"the file states mean {mean} and std {std}, not of one range, and neither is used; state both")
+        del change["mean"], change["std"]
+        return
+    for field in {"mean", "std"} & change.keys():
+        change[field] = tuple(number / 255 for number in change[field])
+    notes.append("mean and std in the file are of images from 0 to 255, and were divided by 255")
