@@ -910,6 +910,8 @@ def predict(
     paths = find_images(images)
     named = read_classes(classes) if classes else None
     read = read_weights(weights, ema)
+    for note in read.notes:
+        _note(note)
     options: dict[str, Any] = {"top_k": top_k, "engine_name": engine, "classes": named, "device": device}
     results = predict_files(read, paths, **options, threads=threads, announce=_note)
     if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:

@@ -164,6 +164,8 @@ def evaluate(
         for w, path in zip(several, settings.weights, strict=True)
     ]
     said = announce if processes.first else lambda _: None
+    for note in dict.fromkeys(note for w in loaded for note in w.notes):
+        said(note)
     place = processes.device(device)
     settings = with_engines_named(settings, loaded, place, said)
     plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)

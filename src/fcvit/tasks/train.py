@@ -224,7 +224,7 @@ class _Run:
         # A run that goes on has its head already, and needs the weights that it began with no more.
         given = dataclasses.replace(recipe, weights=str(start), new_head=False, ema=None) if start else recipe
         self.splits = find_splits(given, weights)
-        for note in self.splits.notes:
+        for note in (*(weights.notes if weights is not None and start is None else ()), *self.splits.notes):
             self.announce(note)
         self.steps = steps_per_epoch(len(self.splits.train), recipe.batch_size)
         if recipe.patience and self.splits.val is None:

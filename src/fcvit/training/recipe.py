@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import json
+import re
 import tomllib
 import types
 import typing
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.images.augment import Augmentation
-from fcvit.variants import Preprocessing, PreprocessingChange, Variant, get_variant
+from fcvit.variants import Preprocessing, PreprocessingChange, Variant, get_variant, three_channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Recipe:
     Network:
         variant: a name of `fcvit.VARIANTS`; options: fields of `fcvit.Variant` to be replaced.
         drop_path_rate, drop_rate: 0 <= rate < 1; stochastic depth of the last block, dropout in the mixers.
-        input_size, crop_fraction, interpolation: of the preprocessing; None: that of weights or variant.
+        input_size, crop_fraction, interpolation, mean, std: of the preprocessing; None: that of weights or variant.
 
     Images (see `fcvit.images.augment.Augmentation` and `fcvit.images.mixing.mix`):
         crop, crop_scale, crop_ratio, crop_interpolation, padding, flip, rand_augment, magnitude,
@@ -86,6 +87,8 @@ class Recipe:
     input_size: int | None = None
     crop_fraction: float | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     crop: Literal["resized", "padded", "centre"] = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -220,6 +223,12 @@ class Recipe:
             change["crop_fraction"] = self.crop_fraction
         if self.interpolation is not None:
             change["interpolation"] = self.interpolation
+        for name in ("mean", "std"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    change[name] = three_channels(value)
+                except ValueError as error:
+                    raise UsageError(f"recipe: {name} = {value}: {error}") from None
         Preprocessing(**change)  # out of range is said now
         return change or None
 
@@ -303,7 +312,9 @@ def _suggestion(name: str, known: list[str]) -> str:
 
 
 def _value(text: str) -> object:
-    """A word of the command line: a TOML value, or else text."""
+    """A word of the command line: a TOML value, numbers with commas between, or else text."""
+    if re.fullmatch(r"[\d.eE+-]+(\s*,\s*[\d.eE+-]+)+", text):
+        text = f"[{text}]"
     try:
         return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
     except tomllib.TOMLDecodeError:
@@ -361,8 +372,9 @@ def _typed(name: str, value: Any) -> Any:
             if value in typing.get_args(kind):
                 return value
         elif origin is tuple:
-            if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
-                return float(value[0]), float(value[1])
+            count = len(typing.get_args(kind))
+            if isinstance(value, list | tuple) and len(value) == count and all(map(_is_number, value)):
+                return tuple(map(float, value))
         elif kind is float:
             if _is_number(value):
                 return float(value)
@@ -388,5 +400,6 @@ def _described(kinds: tuple[Any, ...]) -> str:
         if typing.get_origin(kind) is Literal:
             found += [repr(value) for value in typing.get_args(kind)]
         else:
-            found.append(words.get(kind) or ("two numbers" if typing.get_origin(kind) is tuple else "a table"))
+            numbers = {2: "two numbers", 3: "three numbers"}.get(len(typing.get_args(kind)))
+            found.append(words.get(kind) or (numbers if typing.get_origin(kind) is tuple else "a table"))
     return " or ".join(found)

@@ -21,7 +21,7 @@ from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header
 from fcvit.weights.inert_pickle import Opaque
-from fcvit.weights.names import LAST_NAMES
+from fcvit.weights.names import LAST_NAMES, is_statistic
 from fcvit.weights.sets import (
     DETECTOR_PARTS,
     WeightSet,
@@ -146,6 +146,11 @@ class Checkpoint:
             notes.append(f"prefix stripped from the names: {_one_line(chosen.prefix)}")
         if note := swapped_by(self.top):
             notes.append(note)
+        if chosen.averaged and not any(map(is_statistic, tensors)):
+            raw = [one for one in self.sets if not one.averaged and self._fits(one)]
+            if len(raw) == 1:  # such averages are evaluated so
+                tensors |= {name: t for name, t in self._tensors(raw[0])[0].items() if is_statistic(name)}
+                notes.append("the averaged weights are stored without BatchNorm's statistics: the raw ones' are used")
         if chosen.probed and rest:
             shown = ", ".join(map(_one_line, rest[:3])) + (f", ... ({len(rest)})" if len(rest) > 3 else "")
             notes.append(f"entries that are no weights of the network were left out: {shown}")
@@ -370,10 +375,10 @@ def _read_shards(path: Path, data: mmap.mmap) -> Checkpoint:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnreadableFile):
             raise
-        raise UnreadableFile(f"neither a checkpoint nor JSON ({str(error)[:80]})") from error
-    where = index.get("weight_map")
+        raise UnreadableFile("not a checkpoint: expected weights or the index of their shards, found text") from error
+    where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise UnreadableFile("JSON without a weight_map: not the index of a checkpoint; name the weights file itself")
+        raise UnreadableFile("not a checkpoint: expected weights or the index of their shards, found other JSON")
     files = list(dict.fromkeys(where.values()))
     if len(files) > MAX_SHARDS:
         raise UnreadableFile(f"an index of {len(files)} shards; expected at most {MAX_SHARDS}")

@@ -90,6 +90,11 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == COUNTER
 
 
+def is_statistic(name: str) -> bool:
+    """Return whether this is a running statistic of BatchNorm or its counter, in either framework."""
+    return name.rpartition(".")[2] in {*PADDLE_STATISTICS, *TORCH_STATISTICS, COUNTER}
+
+
 def entries(form: Form) -> dict[str, Entry]:
     """Every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
     return dict(_entries(form))

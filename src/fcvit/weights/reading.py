@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -104,6 +105,8 @@ def read_weights(
     """
     checkpoint = read_checkpoint(path)
     named, skipped, notes = checkpoint.select(ema, key)
+    if checkpoint.path != Path(path):
+        notes.insert(0, f"{path} is a folder: {checkpoint.path.name} in it is read")
     header = checkpoint.header
     layout = _layout(checkpoint, named)
     if backbone:
