@@ -1,4 +1,4 @@
-"""Which of the dictionaries and prefixes in a checkpoint are weights, which of them are averaged, and which is meant."""
+"""The sets of weights in a checkpoint: by dictionary, by prefix, raw and averaged."""
 
 import pickle
 
@@ -133,7 +133,7 @@ BOTH = {
 @pytest.mark.parametrize("program", BOTH)
 def test_raw_and_averaged_weights_are_told_apart(program, write, raw, ema):
     path = write(BOTH[program](raw, ema))
-    with pytest.raises(UsageError, match="averaged weights .* beside the raw ones: choose with --ema or --no-ema"):
+    with pytest.raises(UsageError, match=r"averaged weights .* beside the raw ones: choose with --ema or --no-ema"):
         read_weights(path)
     assert which(read_weights(path, ema=False), raw) == "raw"
     assert which(read_weights(path, ema=True), raw) == "averaged"
@@ -154,7 +154,7 @@ def test_other_programs_mean_by_ema_state_dict_what_it_says(write, raw, ema):
 def test_averaged_weights_alone_are_named_so(write, ema):
     path = write({"model_ema": ema})
     for choice in (None, False):
-        with pytest.raises(UsageError, match="averaged weights only.*--ema"):
+        with pytest.raises(UsageError, match=r"averaged weights only.*--ema"):
             read_weights(path, ema=choice)
     assert read_weights(path, ema=True)
 
@@ -176,9 +176,9 @@ SEVERAL = {
 def test_several_sets_are_named_and_chosen_by_key(layout, write, raw, ema):
     make, key = SEVERAL[layout]
     path = write(make(raw, ema))
-    with pytest.raises(UsageError, match="several sets of weights|averaged weights only") as caught:
+    with pytest.raises(UsageError, match=r"several sets of weights|averaged weights only") as caught:
         read_weights(path)
-    with pytest.raises(UsageError, match="several sets of weights.*--key") as caught:
+    with pytest.raises(UsageError, match=r"several sets of weights.*--key") as caught:
         read_weights(path, ema=True if layout == "two averages" else None)
     assert key in str(caught.value)
     assert which(read_weights(path, key=key), raw) == "averaged"
@@ -189,7 +189,7 @@ def test_several_sets_are_named_and_chosen_by_key(layout, write, raw, ema):
 def test_a_head_is_never_lost_with_a_prefix(write, raw):
     """The backbone alone would be an FCViT, but another part of the file may be its head."""
     headless = {name: a for name, a in raw.items() if not name.startswith("head.")}
-    with pytest.raises(DoesNotFit, match="classifier.weight"):
+    with pytest.raises(DoesNotFit, match=r"classifier.weight"):
         read_weights(write(under("backbone.", headless) | {"classifier.weight": np.ones((10, 48), np.float32)}))
 
 

@@ -52,8 +52,7 @@ def stated_preprocessing(
             try:
                 read = _READERS[field](_plain(value, array))
             except (ValueError, TypeError, OverflowError, UnreadableFile):
-                kind = value.name if isinstance(value, Opaque) else value
-                notes.append(f"{place} in the file states {name} {kind!r:.60}, which is not used; {_remedy(field)}")
+                notes.append(f"{place} in the file states {name} {_shown(value)}, which is not used; {_remedy(field)}")
                 continue
             if read not in stated.setdefault(field, []):
                 stated[field].append(read)
@@ -87,8 +86,9 @@ def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, bool]]
             continue
         yield place, arguments, True
         for name, part in arguments.items():
-            if not isinstance(part, str) and (inner := _mapping(part)) is not None:
-                yield f"{place}.{name:.40}", inner, False
+            named = isinstance(name, str) and name.isprintable()
+            if named and not isinstance(part, str) and (inner := _mapping(part)) is not None:
+                yield f"{place}.{name[:40]}", inner, False
 
 
 def _mapping(value: object) -> Mapping | None:
@@ -121,11 +121,25 @@ def _unset(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | tuple) and value in _NOTHING)
 
 
-def _plain(value: object, array: Callable[[object], np.ndarray]) -> object:
+def _shown(value: object) -> str:
+    """A value in a message: the file can make others enormous to print."""
+    match value:
+        case str():
+            return repr(value[:60])
+        case float():
+            return str(value)
+        case int() if -1 << 63 < value < 1 << 63:
+            return str(value)
+        case list() | tuple() if len(value) <= 4 and not any(isinstance(one, list | tuple) for one in value):
+            return f"[{', '.join(map(_shown, value))}]"
+    return f"a value of type {type(value).__name__}"
+
+
+def _plain(value: object, array: Callable[[object], np.ndarray], nested: bool = False) -> object:
     """Numbers and text as Python has them, out of arrays, NumPy's scalars and enumerations."""
     match value:
-        case list() | tuple() if len(value) <= 4:
-            return [_plain(one, array) for one in value]
+        case list() | tuple() if len(value) <= 4 and not nested:
+            return [_plain(one, array, nested=True) for one in value]
         case TensorRef() | ArrayRef() | np.ndarray():
             found = array(value)
             if found.size > 4:
@@ -138,7 +152,9 @@ def _plain(value: object, array: Callable[[object], np.ndarray]) -> object:
             return word
         case bool() | Opaque():
             raise ValueError("neither numbers nor text")
-        case int() | float() | str():
+        case int() | float():
+            return value
+        case str() if len(value) <= 200:
             return value
     raise ValueError("neither numbers nor text")
 

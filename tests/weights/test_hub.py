@@ -1,0 +1,142 @@
+"""Folders of the Hugging Face Hub, files in several shards, and files that are no checkpoint but stand beside one."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from conftest import needs_torch, write_pth
+from fcvit.errors import DoesNotFit, UnreadableFile
+from fcvit.frameworks import import_framework
+from fcvit.weights import safetensors_file
+from fcvit.weights.checkpoint import SAFETENSORS
+from fcvit.weights.reading import read_weights
+
+
+def same(weights, tensors):
+    assert list(weights.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(weights.tensors[name], tensor)
+
+
+@pytest.fixture
+def shards(tmp_path, digits_tensors):
+    """Two shards and their index; the names of tensors are moved between them by hand in some tests."""
+    names = list(digits_tensors)
+    where = {name: f"part-{1 + (place >= 100)}.safetensors" for place, name in enumerate(names)}
+    for file in set(where.values()):
+        part = {name: digits_tensors[name] for name in names if where[name] == file}
+        safetensors_file.write(tmp_path / file, part, {"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_the_hub_is_its_weights(tmp_path, digits_tensors, name):
+    if name.endswith(".bin"):
+        write_pth(tmp_path / name, digits_tensors)
+    else:
+        safetensors_file.write(tmp_path / name, digits_tensors, {"format": "pt"})
+    weights = read_weights(tmp_path)
+    same(weights, digits_tensors)
+    assert weights.source.path == tmp_path / name
+    assert weights.notes == (f"{tmp_path} is a folder: {name} in it is read",)
+
+
+def test_safetensors_are_preferred_as_the_hub_does(tmp_path, digits_tensors):
+    write_pth(tmp_path / "pytorch_model.bin", {"x": np.ones(3, np.float32)})
+    safetensors_file.write(tmp_path / "model.safetensors", digits_tensors, {})
+    same(read_weights(tmp_path), digits_tensors)
+
+
+def test_shards_are_read_by_their_index(tmp_path, shards, digits_tensors):
+    weights = read_weights(shards)
+    same(weights, digits_tensors)
+    assert weights.source.format == f"{SAFETENSORS} in 2 shards"
+    same(read_weights(tmp_path), digits_tensors)
+    sha256 = weights.source.sha256
+    (tmp_path / "part-2.safetensors").unlink()
+    changed = {**digits_tensors, "head.bias": digits_tensors["head.bias"] + 1}
+    part = {name: changed[name] for name in list(changed)[100:]}
+    safetensors_file.write(tmp_path / "part-2.safetensors", part, {"format": "pt"})
+    assert read_weights(shards).source.sha256 != sha256
+
+
+def test_a_missing_shard_is_named(tmp_path, shards):
+    (tmp_path / "part-2.safetensors").unlink()
+    with pytest.raises(UnreadableFile, match=r"part-2\.safetensors of the index is missing"):
+        read_weights(shards)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", "."])
+def test_an_index_names_only_what_is_below_its_folder(shards, name):
+    index = json.loads(shards.read_text())
+    index["weight_map"]["head.bias"] = name
+    shards.write_text(json.dumps(index))
+    with pytest.raises(UnreadableFile, match=r"not below its own folder|is missing"):
+        read_weights(shards)
+
+
+def test_an_index_and_its_shards_agree(tmp_path, shards, digits_tensors):
+    index = json.loads(shards.read_text())
+    index["weight_map"]["head.bias"] = "part-1.safetensors"
+    shards.write_text(json.dumps(index))
+    with pytest.raises(UnreadableFile, match=r"head\.bias is missing from the shard part-1\.safetensors"):
+        read_weights(shards)
+    safetensors_file.write(tmp_path / "part-1.safetensors", digits_tensors, {})
+    with pytest.raises(UnreadableFile, match=r"is in the shard part-1\.safetensors, other than the index says"):
+        read_weights(shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "not a checkpoint"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "one name twice"),
+        ('{"weight_map": {}}', "found other JSON"),
+        ('{"weight_map": {"a": 3}}', "found other JSON"),
+        ('{"epoch": 3}', "found other JSON"),
+        ("{broken", "found text"),
+        ("{" + '"a":{' * 50_000, "found text"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path, text, fault):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(UnreadableFile, match=fault):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("x.onnx", "the checkpoint that it was exported from"),
+        ("x.pdiparams", r"the \.pdparams of the training"),
+        ("x.pdmodel", r"the \.pdparams of the training"),
+    ],
+)
+def test_files_beside_weights_are_named_with_the_remedy(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(bytes(range(20)) * 9)
+    with pytest.raises(UnreadableFile, match=remedy):
+        read_weights(tmp_path / name)
+
+
+def test_the_state_of_an_optimizer_is_named_with_the_remedy(tmp_path):
+    state = {"conv2d_0.w_0_moment1_0": np.ones((2, 2), np.float32), "LR_Scheduler": {"last_epoch": 3}}
+    (tmp_path / "x.pdopt").write_bytes(pickle.dumps(state, 4))
+    with pytest.raises(UnreadableFile, match=r"Paddle's optimizer; the weights are in the \.pdparams beside it"):
+        read_weights(tmp_path / "x.pdopt")
+
+
+@needs_torch
+def test_arrays_in_a_file_of_pytorch_are_read_as_they_are(tmp_path, digits_tensors):
+    """Only Paddle means bfloat16 by uint16."""
+    torch = import_framework("torch")
+    changed = {**digits_tensors, "head.bias": np.zeros(10, np.uint16)}
+    torch.save(changed, tmp_path / "x.pth")
+    with pytest.raises(DoesNotFit, match=r"head\.bias: expected floating-point numbers, found uint16"):
+        read_weights(tmp_path / "x.pth")
+    torch.save(dict(digits_tensors), tmp_path / "y.pth")
+    same(read_weights(tmp_path / "y.pth"), digits_tensors)

@@ -1,0 +1,180 @@
+"""What the arguments of a training script in a checkpoint say of the preprocessing."""
+
+import argparse
+import pickle
+import re
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import write_pth
+from fcvit.errors import DoesNotFit
+from fcvit.variants import IMAGENET_MEAN, VARIANTS, Preprocessing
+from fcvit.weights.checkpoint import read_checkpoint, sidecar
+from fcvit.weights.header import Header
+from fcvit.weights.reading import read_weights
+from fcvit.weights.training_args import stated_preprocessing
+
+DIGITS = VARIANTS["fcvit_digits"].preprocessing
+
+
+@pytest.fixture
+def read(tmp_path, digits_tensors):
+    """The weights of a file with the given entries beside its state dict."""
+
+    def save_and_read(**entries):
+        path = tmp_path / "x.pdparams"
+        path.write_bytes(pickle.dumps({"state_dict": digits_tensors, **entries}, 4))
+        return read_weights(path)
+
+    return save_and_read
+
+
+def namespace(**values):
+    return argparse.Namespace(lr=1e-3, **values)
+
+
+STATED = {
+    "a namespace": {"args": namespace(mean=[0.5, 0.5, 0.5], std=(0.25, 0.25, 0.25))},
+    "a dictionary": {"args": {"mean": [0.5] * 3, "std": [0.25] * 3}},
+    "another object": {"cfg": types.SimpleNamespace(mean=[0.5] * 3, std=[0.25] * 3)},
+    "text": {"args": {"mean": "0.5 0.5 0.5", "std": "0.25, 0.25, 0.25"}},
+    "text like a tuple": {"args": {"mean": "(0.5, 0.5, 0.5)", "std": "[0.25, 0.25, 0.25]"}},
+    "one number": {"args": namespace(mean=0.5, std=[0.25])},
+    "arrays": {"args": {"mean": np.full(3, 0.5), "std": np.full((3, 1, 1), 0.25, np.float32)}},
+    "NumPy's numbers": {"args": {"mean": [np.float64(0.5)] * 3, "std": [np.float32(0.25)] * 3}},
+    "of images from 0 to 255": {"args": {"mean": [127.5] * 3, "std": [63.75] * 3}},
+    "YAML with lists": {"args": "lr: 0.1\nmean:\n- 0.5\n- 0.5\n- 0.5\nstd:\n  - 0.25\n  - 0.25\n  - 0.25\n"},
+    "YAML on a line": {"args": "mean: [0.5, 0.5, 0.5]\nstd: [0.25, 0.25, 0.25]\ninput_size: null\n"},
+    "JSON": {"args": '{"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}'},
+    "a part of the settings": {"config": {"data": {"mean": [0.5] * 3, "std": [0.25] * 3}, "lr": 0.1}},
+    "hyperparameters": {"hyper_parameters": {"args": namespace(mean=[0.5] * 3, std=[0.25] * 3)}},
+    "timm's settings": {"pretrained_cfg": {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 32, 32)}},
+    "beside the weights": {"mean": [0.5] * 3, "std": [0.25] * 3},
+}
+
+
+@pytest.mark.parametrize("form", STATED)
+def test_mean_and_std_are_used_and_reported(read, form):
+    weights = read(**STATED[form])
+    found = weights.preprocessing
+    np.testing.assert_allclose((found.mean, found.std), ((0.5,) * 3, (0.25,) * 3))
+    assert (found.input_size, found.crop_fraction) == (32, 1.0)
+    assert any("follows the training arguments in the file: mean (0.5" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        ({"img_size": 64}, "input_size", 64),
+        ({"img_size": "64"}, "input_size", 64),
+        ({"img_size": None, "input_size": [3, 64, 64]}, "input_size", 64),
+        ({"img_size": 32, "input_size": (64, 64)}, "input_size", 64),
+        ({"crop_pct": 0.875}, "crop_fraction", 0.875),
+        ({"crop_pct": "0.875"}, "crop_fraction", 0.875),
+        ({"eval_crop_ratio": 0.875}, "crop_fraction", 0.875),
+        ({"interpolation": "bilinear"}, "interpolation", "bilinear"),
+        ({"interpolation": "InterpolationMode.BILINEAR"}, "interpolation", "bilinear"),
+        ({"interpolation": 2}, "interpolation", "bilinear"),
+    ],
+)
+def test_other_fields_are_used_too(read, arguments, field, value):
+    weights = read(args=argparse.Namespace(**arguments))
+    assert getattr(weights.preprocessing, field) == value
+    assert any(f"{field} {value}" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mean": None, "std": None, "interpolation": "", "img_size": None}])
+def test_what_is_not_set_is_the_variants(read, arguments):
+    weights = read(args=namespace(**arguments))
+    assert weights.preprocessing is None and weights.notes == ()
+
+
+def test_what_agrees_with_the_variant_needs_no_note(read):
+    weights = read(args=namespace(img_size=32, mean=list(IMAGENET_MEAN), crop_pct=1.0))
+    assert weights.preprocessing == DIGITS and weights.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ({"args": {"interpolation": "lanczos"}}, "args in the file states interpolation 'lanczos', which is not used"),
+        ({"args": {"mean": [0.5, 0.5]}}, r"states mean \[0.5, 0.5\].*--mean"),
+        ({"args": {"input_size": [3, 32, 64]}}, "states input_size"),
+        ({"args": {"crop_pct": 1.5}}, "crop fraction 1.5.*--crop-fraction"),
+        ({"args": {"std": [0, 0, 0]}}, "std.*above 0.*--std"),
+        ({"args": {"mean": [0.5] * 3, "std": [58.0] * 3}}, "not of one range"),
+        ({"args": {"img_size": 64}, "cfg": {"img_size": 96}}, r"states input_size twice \(64 and 96\)"),
+    ],
+)
+def test_what_cannot_be_used_is_reported_with_the_option_that_states_it(read, entries, fault):
+    weights = read(**entries)
+    assert weights.preprocessing is None
+    assert any(re.search(fault, note) for note in weights.notes), weights.notes
+
+
+def test_other_means_are_none(read):
+    weights = read(metrics={"mean": 0.5, "std": 0.1}, args={"scores": {"mean": 0.4}}, mean=0.3)
+    assert weights.preprocessing is None and weights.notes == ()
+
+
+@pytest.mark.parametrize(("size", "fits"), [(64, True), (96, False)])
+def test_a_header_that_contradicts_the_arguments_is_refused(tmp_path, digits_tensors, size, fits):
+    path = tmp_path / "x.pdparams"
+    path.write_bytes(pickle.dumps({"state_dict": digits_tensors, "args": {"img_size": 64}}, 4))
+    form = read_weights(path).form
+    sha256 = read_checkpoint(path).sha256
+    header = Header(form, "torch", Preprocessing(size, 1.0), weights_sha256=sha256)
+    sidecar(path).write_text(header.to_json())
+    if fits:
+        assert read_weights(path).preprocessing.input_size == 64
+        return
+    with pytest.raises(DoesNotFit, match=r"state input_size 64, its header 96; remove or correct x\.pdparams"):
+        read_weights(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(["mean", "std", "input_size", "crop_pct", "interpolation"]), VALUES))
+def test_arguments_of_any_kind_are_used_or_left(arguments):
+    change, notes = stated_preprocessing({"args": arguments}, np.asarray)
+    assert Preprocessing(**change) and all(len(note) < 1000 for note in notes)
+
+
+def test_arguments_that_contain_themselves_end(read):
+    """A small file can describe a list that would be endless, or enormous, to print."""
+    itself, large = [], [0.5] * 4
+    itself += [itself, itself]
+    for _ in range(40):
+        large = [large] * 4
+    weights = read(args={"mean": itself, "std": large, "img_size": 10**5000, "crop_pct": {"a": large}})
+    assert weights.preprocessing is None
+    assert [note.split(" states ")[1].split(",")[0] for note in weights.notes] == [
+        "img_size a value of type int",
+        "crop_pct a value of type dict",
+        "mean a value of type list",
+        "std a value of type list",
+    ]
+
+
+def test_arguments_reach_what_is_written_and_options_come_first(tmp_path, digits_tensors):
+    from fcvit.tasks.convert import convert
+
+    source = tmp_path / "x.pdparams"
+    source.write_bytes(pickle.dumps({"state_dict": digits_tensors, "args": {"mean": [0.5] * 3, "img_size": 64}}, 4))
+    convert(source, tmp_path / "y.safetensors", preprocessing={"input_size": 48}, verify=False)
+    found = read_weights(tmp_path / "y.safetensors").preprocessing
+    assert (found.mean, found.input_size) == ((0.5,) * 3, 48)
+
+
+def test_a_bare_state_dict_states_nothing(tmp_path, digits_tensors):
+    assert read_weights(write_pth(tmp_path / "x.pth", digits_tensors)).preprocessing is None
