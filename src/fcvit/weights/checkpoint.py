@@ -1,13 +1,12 @@
 """Open a checkpoint of any format, told by content, and pick its weights: named NumPy tensors.
 
-Nothing in the file is executed, neither framework is needed, and the tensors are views into the
-mapped file.
+Nothing in the file is executed, neither framework is needed, and the tensors are views into the bytes
+of the file, which are read once: nobody can change or cut the file under them.
 """
 
 import dataclasses
 import functools
 import hashlib
-import mmap
 import os
 from pathlib import Path
 
@@ -32,6 +31,7 @@ _OTHERS = (
     (b"\x93NUMPY", "a single NumPy array, not a checkpoint"),
     (b"<", "a web page, probably the download's warning page; fetch the file itself"),
 )
+_HEAD = 512  # bytes at the beginning of a file that tell what it is
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _STATES = ("state_dict", "model")
@@ -46,7 +46,7 @@ class Checkpoint:
     format: str
     top: dict
     header: Header | None
-    data: mmap.mmap | bytes
+    data: bytes
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -144,21 +144,33 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
-            raise UnreadableFile(f"{path}: a directory or a device, not a file")
+            raise UnreadableFile("a directory or a device, not a file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise UnreadableFile(f"{path}: the file is empty")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnreadableFile):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
-    try:
-        return _parse(path, data)
+            _kind(file.read(_HEAD))  # before much memory is taken for something else
+        return _parse(path, read_file(path))
     except UnreadableFile as error:
         raise UnreadableFile(f"{path}: {_one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
+    except MemoryError as error:
+        raise UnreadableFile(f"{path}: larger than the free memory of this machine") from error
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file into memory at once.
+
+    Raises:
+        OSError: it cannot be read.
+        UnreadableFile: another program wrote to it meanwhile.
+    """
+    with path.open("rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        data = file.readall()
+        after = os.fstat(file.fileno())
+    if not before.st_size == len(data) == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+        raise UnreadableFile("the file changed while it was read; wait until it is written, then try again")
+    return data
 
 
 def _one_line(text: object) -> str:
@@ -166,26 +178,33 @@ def _one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
-def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
-    head = data[:64]
+def _kind(head: bytes) -> str:
+    """Tell the format by the first bytes of a file."""
+    if not head:
+        raise UnreadableFile("the file is empty")
+    if head.startswith(b"PK\3\4"):
+        return ZIP
+    if safetensors_file.looks_like(head):
+        return SAFETENSORS
+    if head.startswith(b"\x80"):
+        return LEGACY if _PICKLED_MAGIC in head[:32] else PDPARAMS
+    for magic, what in _OTHERS:
+        if head.lstrip().startswith(magic):
+            raise UnreadableFile(what)
+    if head[257:262] == b"ustar":
+        raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
+    raise UnreadableFile("not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
+
+
+def _parse(path: Path, data: bytes) -> Checkpoint:
+    kind = _kind(data[:_HEAD])
     header: Header | None = None
-    if head.startswith(b"PK\x03\x04"):
-        kind, top = ZIP, torch_file.read_zip(data)
-    elif safetensors_file.looks_like(head):
-        kind = SAFETENSORS
-        top, metadata = safetensors_file.read(path, data)
+    top: object
+    if kind == SAFETENSORS:
+        top, metadata = safetensors_file.read(data)
         header = Header.from_json(metadata[KEY]) if KEY in metadata else None
-    elif head.startswith(b"\x80") and _PICKLED_MAGIC in head[:32]:
-        kind, top = LEGACY, torch_file.read_legacy(data)
-    elif head.startswith(b"\x80"):
-        kind, top = PDPARAMS, pdparams.read(data)
     else:
-        for magic, what in _OTHERS:
-            if head.lstrip().startswith(magic):
-                raise UnreadableFile(what)
-        if data[257:262] == b"ustar":
-            raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
-        raise UnreadableFile("not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
+        top = {ZIP: torch_file.read_zip, LEGACY: torch_file.read_legacy, PDPARAMS: pdparams.read}[kind](data)
     if not isinstance(top, dict):
         what = top.name if isinstance(top, Opaque) else type(top).__name__
         raise UnreadableFile(

@@ -12,6 +12,7 @@ from fcvit.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.names import Form
+from fcvit.weights.safetensors_file import unique
 
 FORMAT_VERSION = 1
 KEY = "fcvit"  # of the text entry in a safetensors header
@@ -67,7 +68,8 @@ class Header:
             UnreadableFile: not such a header, or of a newer format.
         """
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=unique)
+            json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise UnreadableFile(
