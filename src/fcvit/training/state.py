@@ -60,7 +60,7 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, np.ndarray]]:
     path = folder / STATE
     try:
         tensors, metadata = safetensors_file.read(read_file(path))
-        progress = Progress(**json.loads(metadata[_KEY]))
+        progress = Progress(**json.loads(metadata[_KEY], object_pairs_hook=safetensors_file.unique))
         if not (type(progress.epoch) is int and type(progress.step) is int and isinstance(progress.rows, list)):
             raise TypeError("no counts in it")
     except OSError as error:

@@ -14,6 +14,7 @@ import pickletools
 import re
 import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from fcvit.errors import UnreadableFile
 
@@ -358,7 +359,7 @@ _READERS: dict[str, Callable[[Stream], object]] = {
     "GLOBAL": Stream.name,
     "INST": Stream.name,
 }
-_OPCODES = {
+_OPCODES: dict[bytes, tuple[str, Any]] = {
     opcode.code.encode("latin-1"): (opcode.name, _READERS.get(opcode.name) or (opcode.arg and opcode.arg.reader))
     for opcode in pickletools.opcodes
 }

@@ -54,7 +54,8 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except UnreadableFile:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnreadableFile(f"a damaged safetensors file ({str(error)[:200]}); fetch or copy it again") from error
+        message = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UnreadableFile(f"a damaged safetensors file ({message}); fetch or copy it again") from error
     return {name: tensors[name] for name in header}, metadata
 
 
