@@ -18,6 +18,7 @@ from fcvit.weights.dtypes import BFLOAT16, checked_shape, fixed
 from fcvit.weights.inert_pickle import Opaque, Stream
 
 _CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+PLAIN = (None, None, None, -1, -1, 0)  # the end of a type's state: no fields, no shape or size of its own
 NAME_TABLE = "StructuredToParameterName@@"  # Paddle's list of its internal names; no weights
 
 
@@ -32,14 +33,11 @@ class DtypeRef(Opaque):
         self.order = "<"
 
     def build(self, state: object) -> None:
-        match state:
-            case (int(), "<" | ">" | "|" | "=" as order, *rest) if len(rest) < 8 and all(
-                value in (None, -1, 0)
-                for value in rest  # neither fields nor a shape of its own
-            ):
-                self.order = order
-            case _:
-                self.name = "unknown"
+        known = isinstance(state, tuple) and len(state) <= 8
+        if known and state[1:2] in (("<",), (">",), ("|",), ("=",)) and state[2:] == PLAIN[: len(state) - 2]:
+            self.order = state[1]
+        else:
+            self.name = "unknown"
 
     def dtype(self) -> np.dtype:
         if self.name not in _CODES:
