@@ -656,7 +656,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "header large": (lambda: safetensors({"w": entry()}, length=1 << 22), "a safetensors header of 4194304 bytes"),
     "header absurdly large": (lambda: safetensors({"w": entry()}, length=1 << 63), "not a checkpoint: expected"),
     "header is not JSON": (lambda: safetensors(b'{"w": }   '), "a damaged safetensors file .*JSON"),
-    "header is not UTF-8": (lambda: safetensors(b'{"\xff": 1}   '), "a damaged safetensors file .*UTF-8"),
+    "header is not UTF-8": (lambda: safetensors(b'{"\xff": 1}   '), "a damaged safetensors file .*utf-8"),
     "header is deep": (
         lambda: safetensors(json.dumps({"w": entry() | {"x": 0}}).replace("0}", "[" * 9999).encode()),
         "a damaged safetensors file .*recursion",
@@ -674,12 +674,12 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "offsets beyond the end": (lambda: safetensors({"w": entry()}, bytes(15)), "a damaged safetensors file"),
     "offsets backwards": (lambda: safetensors({"w": entry(start=16, end=0)}), "a damaged safetensors file"),
     "offsets of another shape": (lambda: safetensors({"w": entry(shape=(5,))}), "a damaged safetensors file"),
-    "offsets that overflow": (lambda: safetensors({"w": entry(shape=(1 << 63, 2))}), "a damaged safetensors file"),
+    "offsets that overflow": (lambda: safetensors({"w": entry(shape=(1 << 63, 2))}), "w: a tensor with a side"),
     "nine dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 8))}), "w: a tensor with 9 dimensions"),
     "seventy dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 69))}), "w: a tensor with 70 dimensions"),
     "none of many": (lambda: safetensors({"w": entry(shape=(0, 1 << 62), end=0)}, b""), "w: .*absurd size"),
     "type float8": (lambda: safetensors({"w": entry("F8_E4M3", (16,))}), "w is of type F8_E4M3, which is not one"),
-    "type unknown": (lambda: safetensors({"w": entry("F33")}), "a damaged safetensors file .*F33"),
+    "type unknown": (lambda: safetensors({"w": entry("F33")}), "w is of type F33, which is not one"),
     "name that clears the screen": (lambda: safetensors({"w\x1b[2J": entry()}), r"not one of a tensor: w\?\[2J"),
 }
 
@@ -785,7 +785,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "text that is not UTF-8": (b"X\x01\0\0\0\xff", "damaged pickle .UnicodeDecodeError"),
     "text without quotes": (b"Sabc\n", "damaged pickle .*no string quotes"),
     "bytes beyond the end": (b"\x8e\0\0\0\0\0\0\1\0", "damaged pickle .*expected 281474976710656 bytes"),
-    "bytes beyond any memory": (b"\x8e" + b"\xff" * 8, "damaged pickle .*byte count > sys.maxsize"),
+    "bytes beyond any memory": (b"\x8e" + b"\xff" * 8, "damaged pickle .*expected 18446744073709551615 bytes"),
     "bytearray beyond the end": (b"\x96\0\0\0\0\0\0\1\0", "damaged pickle .*expected 281474976710656 bytes"),
     "number beyond the end": (b"\x8b\xff\xff\xff\x7f\x01", "damaged pickle .*not enough data"),
     "number of negative length": (b"\x8b\xff\xff\xff\xff", "damaged pickle .*byte count < 0"),

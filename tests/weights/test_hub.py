@@ -93,8 +93,8 @@ def test_an_index_and_its_shards_agree(tmp_path, shards, digits_tensors):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "not a checkpoint"),
-        ('{"weight_map": {"a": "x", "a": "y"}}', "one name twice"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "an index of shards in place of a shard"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "two entries of one name"),
         ('{"weight_map": {}}', "found other JSON"),
         ('{"weight_map": {"a": 3}}', "found other JSON"),
         ('{"epoch": 3}', "found other JSON"),

@@ -6,7 +6,6 @@ before, never half of each. Random numbers are not in it: all are drawn from see
 
 import dataclasses
 import json
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.weights import safetensors_file
+from fcvit.weights.checkpoint import read_file
 from fcvit.weights.writing import staged
 
 STATE = "state.safetensors"
@@ -59,10 +59,8 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, np.ndarray]]:
     """
     path = folder / STATE
     try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        tensors, metadata = safetensors_file.read(path, data)
-        progress = Progress(**json.loads(metadata[_KEY]))
+        tensors, metadata = safetensors_file.read(read_file(path))
+        progress = Progress(**json.loads(metadata[_KEY], object_pairs_hook=safetensors_file.unique))
         if not (type(progress.epoch) is int and type(progress.step) is int and isinstance(progress.rows, list)):
             raise TypeError("no counts in it")
     except OSError as error:

@@ -1,14 +1,13 @@
 """Open a checkpoint of any format, told by content, and pick its weights: named NumPy tensors.
 
-Nothing in the file is executed, neither framework is needed, and the tensors are views into the
-mapped file.
+Nothing in the file is executed, neither framework is needed, and the tensors are views into the bytes
+of the file, which are read once: nobody can change or cut the file under them.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from fcvit.weights.sets import (
 )
 
 ZIP, LEGACY, SAFETENSORS, PDPARAMS = "pytorch (zip)", "pytorch (older)", "safetensors", "pdparams"
+INDEX = "index of shards"
 MEMORY = "memory"  # no file at all: a model's
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of PyTorch's older format
 # What people put where a checkpoint should be, by its first bytes.
@@ -62,6 +62,7 @@ HUB_NAMES = (
 )
 _MOMENTS = ("_moment1_0", "_velocity_0", "LR_Scheduler")  # ends of names in the state of Paddle's optimizers
 MAX_SHARDS = 1000
+_HEAD = 512  # bytes at the beginning of a file that tell what it is
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _TENSORS = (np.ndarray, torch_file.TensorRef, pdparams.ArrayRef, torch_file.Refused, tuple)
@@ -87,7 +88,7 @@ class Checkpoint:
     format: str
     top: dict
     header: Header | None
-    data: mmap.mmap | bytes
+    data: bytes
     shards: "tuple[Checkpoint, ...]" = ()
 
     @functools.cached_property
@@ -297,21 +298,33 @@ def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Che
     path = _file_in(Path(path))
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
-            raise UnreadableFile(f"{path}: a directory or a device, not a file")
+            raise UnreadableFile("a directory or a device, not a file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise UnreadableFile(f"{path}: the file is empty")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnreadableFile):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
-    try:
-        return _parse(path, data, shards)
+            _kind(file.read(_HEAD), path.suffix)  # before much memory is taken for something else
+        return _parse(path, read_file(path), shards)
     except UnreadableFile as error:
         raise UnreadableFile(f"{path}: {_one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
+    except MemoryError as error:
+        raise UnreadableFile(f"{path}: larger than the free memory of this machine") from error
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file into memory at once.
+
+    Raises:
+        OSError: it cannot be read.
+        UnreadableFile: another program wrote to it meanwhile.
+    """
+    with path.open("rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        data = file.readall()
+        after = os.fstat(file.fileno())
+    if not before.st_size == len(data) == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+        raise UnreadableFile("the file changed while it was read; wait until it is written, then try again")
+    return data
 
 
 def _one_line(text: object) -> str:
@@ -329,30 +342,41 @@ def _file_in(path: Path) -> Path:
     raise UnreadableFile(f"{path}: a directory, and without {HUB_NAMES[0]} or {HUB_NAMES[2]}; name the weights file")
 
 
-def _parse(path: Path, data: mmap.mmap, shards: bool) -> Checkpoint:
-    head = data[:64]
+def _kind(head: bytes, suffix: str) -> str:
+    """Tell the format by the first bytes of a file; the ending of its name only says why it is none."""
+    if not head:
+        raise UnreadableFile("the file is empty")
+    if head.startswith(b"PK\3\4"):
+        return ZIP
+    if safetensors_file.looks_like(head):
+        return SAFETENSORS
+    if head.startswith(b"\x80"):
+        return LEGACY if _PICKLED_MAGIC in head[:32] else PDPARAMS
+    if head.lstrip().startswith(b"{"):
+        return INDEX
+    for magic, what in _OTHERS:
+        if head.lstrip().startswith(magic):
+            raise UnreadableFile(what)
+    if head[257:262] == b"ustar":
+        raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
+    raise UnreadableFile(
+        _ENDINGS.get(suffix, "not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
+    )
+
+
+def _parse(path: Path, data: bytes, shards: bool) -> Checkpoint:
+    kind = _kind(data[:_HEAD], path.suffix)
     header: Header | None = None
-    if head.startswith(b"PK\x03\x04"):
-        kind, top = ZIP, torch_file.read_zip(data)
-    elif safetensors_file.looks_like(head):
-        kind = SAFETENSORS
-        top, metadata = safetensors_file.read(path, data)
+    top: object
+    if kind == SAFETENSORS:
+        top, metadata = safetensors_file.read(data)
         header = Header.from_json(metadata[KEY]) if KEY in metadata else None
-    elif head.startswith(b"\x80") and _PICKLED_MAGIC in head[:32]:
-        kind, top = LEGACY, torch_file.read_legacy(data)
-    elif head.startswith(b"\x80"):
-        kind, top = PDPARAMS, pdparams.read(data)
-    elif head.lstrip().startswith(b"{") and shards:
+    elif kind == INDEX:
+        if not shards:
+            raise UnreadableFile("an index of shards in place of a shard")
         return _read_shards(path, data)
     else:
-        for magic, what in _OTHERS:
-            if head.lstrip().startswith(magic):
-                raise UnreadableFile(what)
-        if data[257:262] == b"ustar":
-            raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
-        if path.suffix in _ENDINGS:
-            raise UnreadableFile(_ENDINGS[path.suffix])
-        raise UnreadableFile("not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
+        top = {ZIP: torch_file.read_zip, LEGACY: torch_file.read_legacy, PDPARAMS: pdparams.read}[kind](data)
     if not isinstance(top, dict):
         what = top.name if isinstance(top, Opaque) else type(top).__name__
         raise UnreadableFile(
@@ -366,12 +390,12 @@ def _parse(path: Path, data: mmap.mmap, shards: bool) -> Checkpoint:
     return dataclasses.replace(checkpoint, header=header)
 
 
-def _read_shards(path: Path, data: mmap.mmap) -> Checkpoint:
+def _read_shards(path: Path, data: bytes) -> Checkpoint:
     """The tensors of all shards that an index of the Hugging Face Hub names, each checked to be where it says."""
     try:
         if len(data) > MAX_SIDECAR:
             raise UnreadableFile(f"JSON of over {MAX_SIDECAR >> 20} MiB: not the index of a checkpoint")
-        index = json.loads(data[:], object_pairs_hook=_unique)
+        index = json.loads(data, object_pairs_hook=safetensors_file.unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnreadableFile):
             raise
@@ -398,13 +422,6 @@ def _read_shards(path: Path, data: mmap.mmap) -> Checkpoint:
             )
         tensors |= {tensor: part.array(value) for tensor, value in part.top.items()}
     return Checkpoint(path, f"{parts[0].format} in {len(parts)} shards", tensors, None, data, parts)
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise UnreadableFile("an index with one name twice: refused, it could show other weights to others")
-    return result
 
 
 def sidecar(path: Path) -> Path:

@@ -69,3 +69,8 @@ def checked_shape(shape: object, dtype: np.dtype, file_size: int) -> tuple[int, 
     if math.prod(side or 1 for side in shape) * dtype.itemsize > file_size:
         raise UnreadableFile(f"a tensor of shape {list(shape)} in a file of {file_size} bytes: absurd size")
     return tuple(shape)
+
+
+def fixed(items: object) -> object:
+    """Return a short list as the tuple it is now, so that nothing can change it later; all else as it is."""
+    return tuple(items) if isinstance(items, list) and len(items) <= MAX_RANK else items

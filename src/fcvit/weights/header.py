@@ -12,6 +12,7 @@ from fcvit.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.names import Form
+from fcvit.weights.safetensors_file import unique
 
 FORMAT_VERSION = 1
 KEY = "fcvit"  # of the text entry in a safetensors header
@@ -67,7 +68,8 @@ class Header:
             UnreadableFile: not such a header, or of a newer format.
         """
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=unique)
+            json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise UnreadableFile(
@@ -117,7 +119,7 @@ def _check_kinds(name: str, found: object, example: object) -> None:
         for one in found:
             _check_kinds(name, one, example[0])
     elif isinstance(example, float) and isinstance(found, int | float):
-        if not -1e9 < found < 1e9:
+        if not 1e-12 < abs(found) < 1e9 and found != 0:  # a deviation near 0 would make every input infinite
             raise ValueError(f"{name} is {found!r:.40}")
     elif isinstance(example, str) and isinstance(found, str):
         if not found.isprintable() or len(found) > 100:

@@ -2,16 +2,19 @@
 
 Python's own unpickler executes whatever the file says, and even with every class forbidden a file
 can make it allocate without bound or overflow the C stack. This one interprets the opcodes that
-`pickletools` parses and never imports, looks up or calls anything the file names: a class or
+`pickletools` describes and never imports, looks up or calls anything the file names: a class or
 function becomes an `Opaque` with that name, unless the caller's table has a constructor for it.
 
 Every opcode takes a bounded time and memory, or one in proportion to its own bytes: nothing is
 copied, hashed, compared or printed whose size the file can choose by referring to it again.
+What would change an object after its construction is never ignored if it could change numbers.
 """
 
 import pickletools
+import re
+import struct
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any
 
 from fcvit.errors import UnreadableFile
 
@@ -22,13 +25,71 @@ FREE_OPCODES = 100_000
 BYTES_PER_OPCODE = 32
 MAX_ARGUMENTS = 16
 MAX_NAME = 256  # characters of a module's or class's name
+MAX_LINE = 128 << 10  # bytes of a number or text that a line break ends
+# Python keeps text with one letter beyond Latin-1 at two or four bytes a letter.
+MAX_WIDE = 4 << 20  # bytes of such texts, all together
+_WIDE = re.compile(rb"[\xc4-\xff]")  # begins a letter beyond Latin-1 in UTF-8
 
 
-class Stream(Protocol):
-    """What a pickle is read from; `mmap` has it, and never returns more than the file holds."""
+class Stream:
+    """Read bytes in memory from front to back; large parts of them are not copied.
 
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self) -> bytes: ...
+    Args:
+        data: the whole file.
+        start, end: the part of it that is read.
+    """
+
+    def __init__(self, data: bytes, start: int = 0, end: int | None = None):
+        self.data, self.position = data, start
+        self.end = len(data) if end is None else end
+        self._wide = 0
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, or as many as there are."""
+        start, self.position = self.position, min(self.position + size, self.end)
+        return self.data[start : self.position]
+
+    def readline(self) -> bytes:
+        """Return the bytes up to the next line break, this included."""
+        stop = self.data.find(b"\n", self.position, min(self.end, self.position + MAX_LINE)) + 1
+        if not stop:
+            raise UnreadableFile(f"damaged pickle (a line of over {MAX_LINE} bytes, or without an end)")
+        return self.read(stop - self.position)
+
+    def sized(self, layout: str) -> memoryview:
+        """Return a view of bytes that follow their count, which is stored as `layout` says."""
+        (size,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
+        if not 0 <= size <= self.end - self.position:
+            raise UnreadableFile(f"damaged pickle (expected {size} bytes, {self.end - self.position} are left)")
+        start, self.position = self.position, self.position + size
+        return memoryview(self.data)[start : self.position]
+
+    def text(self, layout: str) -> str:
+        """Return UTF-8 text that follows its size in bytes."""
+        view = self.sized(layout)
+        if _WIDE.search(self.data, self.position - len(view), self.position):
+            self._count_wide(len(view))
+        return str(view, "utf-8", "surrogatepass")
+
+    def escaped(self) -> str:
+        """Return a line of text with escapes, which may stand for any letter."""
+        line = self.readline()
+        self._count_wide(len(line))
+        return str(line[:-1], "raw-unicode-escape")
+
+    def _count_wide(self, size: int) -> None:
+        self._wide += size
+        if self._wide > MAX_WIDE:
+            raise UnreadableFile(f"pickle: over {MAX_WIDE >> 20} MiB of text beyond Latin-1: no checkpoint needs that")
+
+    def string(self, layout: str) -> str | bytes:
+        """Return a string of Python 2: text if it is ASCII; readers differ in the encoding of the rest."""
+        content = bytes(self.sized(layout))
+        return content.decode() if content.isascii() else content
+
+    def name(self) -> tuple[str, str]:
+        """Return the module and the name of a global."""
+        return self.readline()[:-1].decode(), self.readline()[:-1].decode()
 
 
 class Opaque:
@@ -59,10 +120,7 @@ def ordered_dict(*items: object) -> object:
 
 
 def load(
-    stream: Stream,
-    constructors: Mapping[str, Constructor],
-    file_size: int,
-    persistent: Callable[[object], object] | None = None,
+    stream: Stream, constructors: Mapping[str, Constructor], persistent: Callable[[object], object] | None = None
 ) -> object:
     """Interpret one pickle from the stream's position up to its STOP.
 
@@ -70,14 +128,14 @@ def load(
         stream: positioned at the pickle; left behind its end.
         constructors: "module.name" -> what to call for it, on arguments of any type. It must not
             do work in proportion to them: the file can hand over the same large one many times.
-        file_size: how large a file the pickle is part of, which bounds how long it may be.
+            Nor may it keep a list or dictionary of them, which the file can still change.
         persistent: turns a persistent id (how PyTorch refers to storages) into an object.
 
     Raises:
         UnreadableFile: truncated, malformed, too long, or using opcodes that no checkpoint needs.
     """
     try:
-        return _Machine(constructors, persistent).run(stream, file_size)
+        return _Machine(constructors, persistent).run(stream)
     except UnreadableFile:
         raise
     except Exception as error:  # what a malformed file can raise has no useful bound
@@ -91,14 +149,16 @@ class _Machine:
         self.stack: list = []
         self.memo: dict[int, object] = {}
 
-    def run(self, stream: Stream, file_size: int) -> object:
+    def run(self, stream: Stream) -> object:
+        file_size = len(stream.data)
         limit = min(FREE_OPCODES + file_size // BYTES_PER_OPCODE, MAX_OPCODES)
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
-            if count >= limit:
-                raise UnreadableFile(
-                    f"pickle of over {limit} opcodes in a file of {file_size} bytes: no FCViT checkpoint needs that"
-                )
-            name = opcode.name
+        for _ in range(limit):
+            code = stream.read(1)
+            if code not in _OPCODES:
+                what = f"opcode {code!r} unknown" if code else "it ends without STOP: truncated"
+                raise UnreadableFile(f"damaged pickle ({what})")
+            name, reader = _OPCODES[code]
+            argument = reader(stream) if reader else None
             if name in _PUSH_ARGUMENT:
                 self.stack.append(argument)
             elif name in _CONSTANTS:
@@ -110,7 +170,9 @@ class _Machine:
                 if step is None:
                     raise UnreadableFile(f"pickle opcode {name}: not used by any checkpoint, refused")
                 step(argument)
-        raise UnreadableFile("pickle ends without STOP: truncated")
+        raise UnreadableFile(
+            f"pickle of over {limit} opcodes in a file of {file_size} bytes: no FCViT checkpoint needs that"
+        )
 
     def pop_mark(self) -> list:
         """Everything above the topmost mark, which is removed too."""
@@ -205,6 +267,8 @@ class _Machine:
     def append(self, items: list) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
+        elif type(self.stack[-1]) is not Opaque:
+            raise UnreadableFile("pickle: items for something that has none")
 
     def op_setitem(self, _: object) -> None:
         value = self.stack.pop()
@@ -215,8 +279,10 @@ class _Machine:
 
     def set_items(self, items: list) -> None:
         target = self.stack[-1]
-        if not isinstance(target, dict):
+        if type(target) is Opaque:
             return  # a subclass of dict that is opaque to us
+        if not isinstance(target, dict):
+            raise UnreadableFile("pickle: items for something that has none")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Only text is safe as a key: nested tuples could exhaust the C stack, numbers all have one hash.
             key = key if isinstance(key, str) else Opaque("key", (key,))
@@ -224,19 +290,22 @@ class _Machine:
                 raise UnreadableFile(f"entry {key[:80]!r} stands twice in one dictionary")
             target[key] = value
 
-    def op_global(self, argument: str) -> None:
-        self.stack.append(Opaque(argument.replace(" ", ".")))
-
-    def op_stack_global(self, _: object) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
+    def op_global(self, argument: tuple[object, object]) -> None:
+        module, name = argument
         if not isinstance(name, str) or not isinstance(module, str):
             raise UnreadableFile("pickle: a global whose name is no text")
         if len(module) > MAX_NAME or len(name) > MAX_NAME:
             raise UnreadableFile(f"pickle: a global whose name has {len(module)} + {len(name)} characters")
         self.stack.append(Opaque(f"{module}.{name}"))
 
-    def op_inst(self, argument: str) -> None:
-        self.stack.append(self.construct(Opaque(argument.replace(" ", ".")), tuple(self.pop_mark())))
+    def op_stack_global(self, _: object) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.op_global((module, name))
+
+    def op_inst(self, argument: tuple[object, object]) -> None:
+        args = tuple(self.pop_mark())
+        self.op_global(argument)
+        self.stack[-1] = self.construct(self.stack[-1], args)
 
     def op_obj(self, _: object) -> None:
         what, *args = self.pop_mark()
@@ -254,8 +323,12 @@ class _Machine:
 
     def op_build(self, _: object) -> None:
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Opaque):
-            self.stack[-1].build(state)  # a dict's attributes (`_metadata`) are of no use here
+        if isinstance(self.stack[-1], dict):
+            return  # its attributes (`_metadata`) are of no use here
+        build = getattr(self.stack[-1], "build", None)
+        if build is None:
+            raise UnreadableFile("pickle: a state for something that has none")
+        build(state)
 
     def op_binpersid(self, _: object) -> None:
         if self.persistent is None:
@@ -271,3 +344,22 @@ _PUSH_ARGUMENT = frozenset(
         *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     )
 )
+# Where `pickletools` would copy or decode whatever the file says, or gives one text for two.
+_READERS: dict[str, Callable[[Stream], object]] = {
+    "SHORT_BINSTRING": lambda stream: stream.string("<B"),
+    "BINSTRING": lambda stream: stream.string("<i"),
+    "SHORT_BINUNICODE": lambda stream: stream.text("<B"),
+    "BINUNICODE": lambda stream: stream.text("<I"),
+    "BINUNICODE8": lambda stream: stream.text("<Q"),
+    "SHORT_BINBYTES": lambda stream: bytes(stream.sized("<B")),
+    "BINBYTES": lambda stream: stream.sized("<I"),
+    "BINBYTES8": lambda stream: stream.sized("<Q"),
+    "BYTEARRAY8": lambda stream: stream.sized("<Q"),
+    "UNICODE": Stream.escaped,
+    "GLOBAL": Stream.name,
+    "INST": Stream.name,
+}
+_OPCODES: dict[bytes, tuple[str, Any]] = {
+    opcode.code.encode("latin-1"): (opcode.name, _READERS.get(opcode.name) or (opcode.arg and opcode.arg.reader))
+    for opcode in pickletools.opcodes
+}

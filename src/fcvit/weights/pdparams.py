@@ -4,8 +4,8 @@
 """
 
 import contextlib
+import copy
 import math
-import mmap
 import pickle
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
@@ -14,25 +14,30 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.weights import inert_pickle
-from fcvit.weights.dtypes import BFLOAT16, checked_shape
-from fcvit.weights.inert_pickle import Opaque
+from fcvit.weights.dtypes import BFLOAT16, checked_shape, fixed
+from fcvit.weights.inert_pickle import Opaque, Stream
 
 _CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+PLAIN = (None, None, None, -1, -1, 0)  # the end of a type's state: no fields, no shape or size of its own
 NAME_TABLE = "StructuredToParameterName@@"  # Paddle's list of its internal names; no weights
 
 
 class DtypeRef(Opaque):
-    """`numpy.dtype('f4')`, to be completed by its byte order."""
+    """`numpy.dtype('f4', False, True)`, to be completed by its byte order."""
 
     __slots__ = ("order",)
 
-    def __init__(self, code: object, *_: object):
-        super().__init__(code if isinstance(code, str) else "unknown")
+    def __init__(self, code: object, _align: object = None, own: object = None, *_: object):
+        # NumPy ignores the state of a type that is not a copy of its own.
+        super().__init__(code if isinstance(code, str) and own in (True, 1) else "unknown")
         self.order = "<"
 
     def build(self, state: object) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
+        known = isinstance(state, tuple) and len(state) <= 8
+        if known and state[1:2] in (("<",), (">",), ("|",), ("=",)) and state[2:] == PLAIN[: len(state) - 2]:
             self.order = state[1]
+        else:
+            self.name = "unknown"
 
     def dtype(self) -> np.dtype:
         if self.name not in _CODES:
@@ -68,8 +73,14 @@ class ArrayRef(Opaque):
     def from_buffer(cls, content: object, kind: object, shape: object, order: object) -> "ArrayRef":
         """Pickle protocol 5's way to say it."""
         result = cls(Opaque("numpy.ndarray"))
-        result.build((1, shape, kind, order == "F", content))
+        result.build((1, shape, kind, order == "F" if order in ("C", "F") else order, content))
         return result
+
+    def build(self, state: object) -> None:
+        match state:
+            case (version, shape, DtypeRef() as kind, fortran, stored):  # the file can still change shape and type
+                state = (version, fixed(shape), copy.copy(kind), fortran, stored)
+        self.state = state
 
     def array(self, file_size: int) -> np.ndarray:
         """The numbers, as a read-only view where possible.
@@ -80,7 +91,7 @@ class ArrayRef(Opaque):
         if self.name != "numpy.ndarray":
             raise UnreadableFile(f"an array of the class {self.name[:60]}: refused")
         match self.state:
-            case (int(), shape, DtypeRef() as kind, bool(fortran), bytes() | bytearray() | Encoded() as stored):
+            case (int(), shape, DtypeRef() as kind, bool(fortran), bytes() | memoryview() | Encoded() as stored):
                 content = stored.content() if isinstance(stored, Encoded) else stored
             case _:
                 raise UnreadableFile("an array without plain contents (of Python objects?): refused")
@@ -96,8 +107,8 @@ class ArrayRef(Opaque):
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": inert_pickle.ordered_dict,
-    "builtins.tuple": lambda items=(): items,
-    "__builtin__.tuple": lambda items=(): items,
+    "builtins.tuple": lambda items=(): fixed(items),
+    "__builtin__.tuple": lambda items=(): fixed(items),
     "_codecs.encode": Encoded,
     "numpy.dtype": DtypeRef,
 }
@@ -106,14 +117,13 @@ for _core in ("numpy.core", "numpy._core"):
     CONSTRUCTORS[f"{_core}.numeric._frombuffer"] = ArrayRef.from_buffer
 
 
-def read(data: mmap.mmap) -> dict:
+def read(data: bytes) -> dict:
     """The dictionary in the file, arrays as `ArrayRef`s, or as Paddle's (name, array) pairs.
 
     Raises:
         UnreadableFile: damaged, unsafe, or not a dictionary.
     """
-    data.seek(0)
-    top = inert_pickle.load(data, CONSTRUCTORS, len(data))
+    top = inert_pickle.load(Stream(data), CONSTRUCTORS)
     if not isinstance(top, dict):
         raise UnreadableFile("a pickle, but not of a dictionary: not a checkpoint")
     if "UnpackBigParamInfor@@" in top:

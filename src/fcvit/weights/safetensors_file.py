@@ -1,7 +1,7 @@
-"""safetensors, without copying: the library checks the file, the tensors are views into it."""
+"""Read and write safetensors; the tensors that are read are views into the file's bytes."""
 
 import json
-import mmap
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,40 +19,52 @@ def looks_like(head: bytes) -> bool:
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
-def read(path: Path, data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name, and the header's text entries.
+def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors by name, and the header's text entries.
+
+    The library could check a path, which may hold another file by now, or copy all tensors.
 
     Raises:
-        UnreadableFile: the library refuses the file, or a type is not one of weights.
+        UnreadableFile: not exactly what the format prescribes, or a type is not one of weights.
     """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
         raise UnreadableFile(f"a safetensors header of {length} bytes: not a checkpoint, or damaged")
     try:
-        with safetensors.safe_open(path, "numpy") as checked:
-            metadata = checked.metadata() or {}
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
+        header = json.loads(str(data[8 : 8 + length], "utf-8"), object_pairs_hook=unique)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("an entry of its metadata is no text")
+        numbers = np.frombuffer(data, np.uint8)
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in SAFETENSORS:
+                raise UnreadableFile(f"{name[:80]} is of type {entry['dtype']:.40}, which is not one of weights")
+            dtype = SAFETENSORS[entry["dtype"]]
+            try:
+                shape = checked_shape(entry["shape"], dtype, len(data))
+            except UnreadableFile as error:
+                raise UnreadableFile(f"{name[:80]}: {error}") from error
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [start, end]:
+                raise ValueError(f"the place of {name[:80]} does not fit its shape or its neighbor")
+            tensors[name] = np.ndarray(shape, dtype, numbers, 8 + length + start)
+        if 8 + length + end != len(data):
+            raise ValueError(f"{len(data)} bytes, expected {8 + length + end}")
     except UnreadableFile:
         raise
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UnreadableFile(f"a damaged safetensors file ({error}); fetch or copy it again") from error
-    tensors = {}
-    numbers = np.frombuffer(data, np.uint8)
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in SAFETENSORS:
-            raise UnreadableFile(f"{name[:80]} is of type {entry['dtype']}, which is not one of weights")
-        dtype = SAFETENSORS[entry["dtype"]]
-        try:
-            shape = checked_shape(entry["shape"], dtype, len(data))
-        except UnreadableFile as error:
-            raise UnreadableFile(f"{name[:80]}: {error}") from error
-        tensors[name] = np.ndarray(shape, dtype, numbers, 8 + length + entry["data_offsets"][0])
-    return tensors, metadata
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        message = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UnreadableFile(f"a damaged safetensors file ({message}); fetch or copy it again") from error
+    return {name: tensors[name] for name in header}, metadata
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Build a dictionary of a JSON object's fields, for `json.loads`.
+
+    Raises:
+        UnreadableFile: a field stands there twice.
+    """
     result = dict(pairs)
     if len(result) != len(pairs):
         raise UnreadableFile("two entries of one name in the header: refused, it could show other weights to others")

@@ -1,27 +1,24 @@
 """PyTorch's files without PyTorch: the zip format and the older one, read; the zip format, written.
 
 A zip holds a pickle (`data.pkl`) that refers to raw storages (`data/0`, ...); the older format is
-four pickles in a row, then the storages. Tensors come back as read-only views into the mapped file.
+four pickles in a row, then the storages. Tensors come back as read-only views into the file's bytes.
+Whatever else a file says, it gets the numbers that PyTorch's safe loader gives, or a refusal.
 """
 
-import io
 import math
-import mmap
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import inert_pickle, pdparams
-from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape
-from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque
+from fcvit.weights import inert_pickle, pdparams, stored_zip
+from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape, fixed
+from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque, Stream
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_DIRECTORY = 2 << 20  # bytes of a zip's directory: the largest variant with optimiser and EMA has 0.6 MB
 _RESAVE = "save it again in PyTorch as plain dense tensors with torch.save(model.state_dict(), FILE)"
 
 
@@ -38,19 +35,37 @@ class Storage:
 class TensorRef:
     """A tensor as the pickle describes it: a strided view of a storage, not looked at yet."""
 
-    __slots__ = ("dtype", "offset", "shape", "storage", "strides")
+    __slots__ = ("dtype", "negative", "offset", "shape", "storage", "strides", "unsure")
 
-    def __init__(self, storage: object, offset: Any, shape: object, strides: object, dtype: object = None):
-        self.storage, self.offset, self.shape, self.strides, self.dtype = storage, offset, shape, strides, dtype
+    def __init__(
+        self,
+        storage: object,
+        offset: Any,
+        shape: object,
+        strides: object,
+        dtype: object = None,
+        metadata: object = None,
+    ):
+        self.storage, self.offset, self.dtype = storage, offset, dtype
+        self.shape, self.strides = fixed(shape), fixed(strides)
+        # PyTorch's lazy negation: its presence counts, not its value.
+        self.negative = isinstance(metadata, dict) and "neg" in metadata
+        self.unsure = bool(metadata) and (not isinstance(metadata, dict) or "conj" in metadata)
+
+    def build(self, _: object) -> None:
+        """Note that the file makes something else of the tensor, as only very old PyTorch did."""
+        self.unsure = True
 
     def array(self, file_size: int) -> np.ndarray:
-        """The numbers, as a read-only view into the file.
+        """The numbers, as a read-only view into the file where possible.
 
         Raises:
             UnreadableFile: no such view is possible: outside of its storage, larger than the file, ...
         """
         if not isinstance(self.storage, Storage) or self.storage.data is None:
             raise UnreadableFile("a tensor without a storage")
+        if self.unsure:
+            raise UnreadableFile(f"a tensor that is changed after it was made; {_RESAVE}")
         dtype = self.storage.dtype if self.dtype is None else _dtype(self.dtype)
         shape = checked_shape(self.shape, dtype, file_size)
         if not isinstance(self.strides, tuple | list) or len(self.strides) != len(shape):
@@ -64,8 +79,11 @@ class TensorRef:
         if last >= available:
             raise UnreadableFile(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
         strides = [stride * dtype.itemsize for stride in self.strides]
-        numbers = np.frombuffer(self.storage.data, np.uint8)  # keeps the file mapped as long as the view lives
-        return np.ndarray(shape, dtype, numbers, self.offset * dtype.itemsize, strides)
+        numbers = np.frombuffer(self.storage.data, np.uint8)
+        tensor = np.ndarray(shape, dtype, numbers, self.offset * dtype.itemsize, strides)
+        if self.negative and dtype.kind == "b":
+            raise UnreadableFile("a negated tensor of truth values")
+        return np.negative(tensor) if self.negative else tensor
 
 
 class Refused(Opaque):
@@ -85,27 +103,36 @@ def _refusal(kind: str) -> Callable[..., Refused]:
     return lambda *args: Refused(kind)
 
 
-def _rebuild_from_type(function: object, _type: object, args: object, *_state: object) -> object:
-    """A tensor with attributes of its own: what it was before they were added."""
+def _rebuild_parameter(data: object, _grad: object = None, _hooks: object = None, state: object = None) -> object:
+    """A tensor with attributes of its own: what it was before they were added, if they leave the numbers alone."""
+    for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+        if (part and not isinstance(part, dict)) or (isinstance(part, dict) and not part.keys().isdisjoint(_NUMBERS)):
+            raise UnreadableFile(f"a tensor whose attributes replace its numbers; {_RESAVE}")
+    return data
+
+
+def _rebuild_from_type(function: object, _type: object, args: object, state: object = None, *_: object) -> object:
     name = function.name if isinstance(function, Opaque) else ""
     constructor = CONSTRUCTORS.get(name) if name.startswith("torch._utils._rebuild_") else None
     if constructor is None or not isinstance(args, tuple) or len(args) > MAX_ARGUMENTS:
         return Refused("tensor subclass")
-    return constructor(*args)
+    return _rebuild_parameter(constructor(*args), state=state)
 
+
+_NUMBERS = frozenset({"data", "real", "imag", "__class__", "__dict__"})  # attributes that replace a tensor's numbers
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
     **pdparams.CONSTRUCTORS,  # NumPy's arrays
-    "torch.Size": lambda sides=(): sides,
+    "torch.Size": lambda sides=(): fixed(sides),
     "torch._utils._rebuild_tensor": TensorRef,
-    "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: TensorRef(
-        storage, offset, shape, strides
+    "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, _grad, _hooks, metadata=None: TensorRef(
+        storage, offset, shape, strides, metadata=metadata
     ),
-    "torch._utils._rebuild_tensor_v3": lambda storage, offset, shape, strides, _grad, _hooks, dtype, *_: TensorRef(
-        storage, offset, shape, strides, dtype
+    "torch._utils._rebuild_tensor_v3": lambda storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None: (
+        TensorRef(storage, offset, shape, strides, dtype, metadata)
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_sparse_tensor": _refusal("sparse tensor"),
     "torch._utils._rebuild_sparse_csr_tensor": _refusal("sparse tensor"),
@@ -152,112 +179,59 @@ class _Storages:
         return storage
 
 
-def read_zip(data: mmap.mmap) -> object:
+def read_zip(data: bytes) -> object:
     """The object in a zip-format file, tensors as `TensorRef`s.
 
     Raises:
         UnreadableFile: damaged or unsafe, a TorchScript archive, or not PyTorch's.
     """
-    directory = _directory(data)
-    pickles = [name for name in directory if name == "data.pkl" or name.endswith("/data.pkl")]
-    root = pickles[0][: -len("data.pkl")] if pickles else ""
-    if f"{root}constants.pkl" in directory or any(name.startswith(f"{root}code/") for name in directory):
+    entries, end = stored_zip.directory(data)
+    # PyTorch looks names up below the first entry's folder, whatever the case of their letters.
+    below = {name.partition(b"/")[2] or name: entry for name, entry in entries.items()}
+    if b"constants.pkl" in below or any(name.startswith(b"code/") for name in below):
         raise UnreadableFile(
             "a TorchScript archive (code, not weights); in PyTorch: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
-    if len(pickles) != 1:
-        kind = "a NumPy archive" if any(name.endswith(".npy") for name in directory) else "a zip"
+    if sum(name.rpartition(b"/")[2] == b"data.pkl" for name in entries) != 1 or b"data.pkl" not in below:
+        kind = "a NumPy archive" if any(name.endswith(b".npy") for name in below) else "a zip"
         raise UnreadableFile(f"{kind} without exactly one data.pkl: not a PyTorch checkpoint")
-    if f"{root}byteorder" in directory and bytes(_entry(data, directory[f"{root}byteorder"])) != b"little":
+    stored_zip.check_layout(data, entries, end)
+    if b"byteorder" in below and below[b"byteorder"].content(data) != b"little":
         raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
     storages = _Storages()
-    pickle = io.BytesIO(_entry(data, directory[pickles[0]]))
-    result = inert_pickle.load(pickle, CONSTRUCTORS, len(data), storages)
+    pickle = below[b"data.pkl"]
+    pickle.content(data)
+    result = inert_pickle.load(Stream(data, pickle.start, pickle.start + pickle.size), CONSTRUCTORS, storages)
     for storage in storages.by_key.values():
-        entry = directory.get(f"{root}data/{storage.key}")
+        entry = below.get(b"data/" + storage.key.encode(errors="replace").lower())
         if entry is None:
             raise UnreadableFile(f"storage data/{storage.key[:40]} is missing: truncated or damaged")
-        storage.data = _entry(data, entry)
-        if len(storage.data) < storage.size * storage.dtype.itemsize:
-            raise UnreadableFile(f"storage {entry.filename[:60]} is shorter than the {storage.size} elements announced")
+        storage.data = entry.content(data)
+        if entry.size < storage.size * storage.dtype.itemsize:
+            raise UnreadableFile(f"storage {entry} is shorter than the {storage.size} elements announced")
     return result
 
 
-def _directory(data: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
-    if data.rfind(b"PK\x05\x06") < 0:
-        raise UnreadableFile("a zip without its directory: truncated; fetch or copy the file again")
-    try:
-        with zipfile.ZipFile(_DirectoryReader(data)) as archive:  # type: ignore[arg-type]
-            infos = archive.infolist()
-    except UnreadableFile:
-        raise
-    except Exception as error:
-        raise UnreadableFile(f"a damaged zip ({error}); fetch or copy the file again") from error
-    directory = {info.filename: info for info in infos}
-    if len(directory) != len(infos):
-        raise UnreadableFile("a zip with two entries of one name: refused, it could show different weights to others")
-    # Entries that share their bytes would make a small file take long to check.
-    if sum(info.compress_size for info in infos) > len(data):
-        raise UnreadableFile("a zip whose entries are together larger than the file: damaged or manipulated")
-    return directory
-
-
-class _DirectoryReader:
-    """A mapped file as `zipfile` reads it, which takes the directory in one piece."""
-
-    def __init__(self, data: mmap.mmap):
-        self.seek, self.tell, self._read = data.seek, data.tell, data.read
-
-    def read(self, size: int = MAX_DIRECTORY) -> bytes:
-        if size > MAX_DIRECTORY:
-            raise UnreadableFile(f"a zip whose directory alone takes {size} bytes: not a checkpoint")
-        return self._read(size)
-
-
-def _entry(data: mmap.mmap, info: zipfile.ZipInfo) -> memoryview:
-    """The bytes of a stored entry, checked against the directory and its checksum."""
-    name = info.filename[:60]
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise UnreadableFile(f"{name} is compressed, which PyTorch never does; {_RESAVE}")
-    if info.flag_bits & 1:
-        raise UnreadableFile(f"{name} is encrypted")
-    start = info.header_offset
-    if start < 0 or start + 30 > len(data) or data[start : start + 4] != b"PK\x03\x04":
-        raise UnreadableFile(f"{name}: its place in the file is wrong; damaged or truncated")
-    name_length, extra_length = struct.unpack_from("<HH", data, start + 26)
-    if data[start + 30 : start + 30 + name_length] != info.orig_filename.encode():
-        raise UnreadableFile(f"{name} carries another name in its own header; damaged or manipulated")
-    start += 30 + name_length + extra_length
-    if start + info.file_size > len(data):
-        raise UnreadableFile(f"{name} reaches behind the end of the file; truncated")
-    view = memoryview(data)[start : start + info.file_size]
-    # Zero stands for a file saved with torch.serialization.set_crc32_options(False).
-    if info.CRC and zlib.crc32(view) != info.CRC:
-        raise UnreadableFile(f"{name} does not have the checksum on record; damaged, fetch or copy the file again")
-    return view
-
-
-def read_legacy(data: mmap.mmap) -> object:
+def read_legacy(data: bytes) -> object:
     """The object in a file of the older, non-zip format, tensors as `TensorRef`s.
 
     Raises:
         UnreadableFile: damaged or unsafe.
     """
-    data.seek(0)
-    magic = inert_pickle.load(data, {}, len(data))
-    version = inert_pickle.load(data, {}, len(data))
+    stream = Stream(data)
+    magic, version = inert_pickle.load(stream, {}), inert_pickle.load(stream, {})
     if magic != LEGACY_MAGIC or version != 1001:
         raise UnreadableFile("not a PyTorch checkpoint of a known version")
-    system = inert_pickle.load(data, {}, len(data))
+    system = inert_pickle.load(stream, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
     storages = _Storages()
-    result = inert_pickle.load(data, CONSTRUCTORS, len(data), storages)
-    keys = inert_pickle.load(data, {}, len(data))
+    result = inert_pickle.load(stream, CONSTRUCTORS, storages)
+    keys = inert_pickle.load(stream, {})
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
     if not isinstance(keys, list) or len(names) != len(keys) or sorted(names) != sorted(storages.by_key):
         raise UnreadableFile("the list of storages does not match the tensors; damaged")
-    position = data.tell()
+    position = stream.position
     for key in names:
         storage = storages.by_key[key]
         length = storage.size * storage.dtype.itemsize

@@ -1,0 +1,150 @@
+"""Read a zip of uncompressed files in the one layout that all programs read alike: PyTorch's own.
+
+That is one archive from the first byte to the last, its files in the order of the directory and without
+gaps, all below one folder, and no two names that differ only in the case of letters. Other zips can show
+different contents to different programs.
+"""
+
+import dataclasses
+import struct
+import zlib
+
+from fcvit.errors import UnreadableFile
+
+MAX_DIRECTORY = 2 << 20  # bytes: the largest variant with optimiser and EMA has 0.6 MB
+_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+_RECORD, _LOCAL = struct.Struct("<4s4x2H4x3L3H8xL"), struct.Struct("<4s22x2H")
+_UNLIKE = "not as PyTorch writes it, and other programs could read it differently; save it again with torch.save"
+
+
+@dataclasses.dataclass
+class Entry:
+    """Describe one file of the zip; `start` is set by `check_layout`."""
+
+    name: bytes
+    flags: int
+    method: int
+    crc: int
+    stored: int
+    size: int
+    header: int
+    start: int = 0
+
+    def __str__(self) -> str:
+        return self.name[:60].decode(errors="replace")
+
+    def content(self, data: bytes) -> memoryview:
+        """Return the file's bytes if they have the checksum on record."""
+        view = memoryview(data)[self.start : self.start + self.size]
+        # Zero stands for a file saved with torch.serialization.set_crc32_options(False).
+        if self.crc and zlib.crc32(view) != self.crc:
+            raise UnreadableFile(f"{self} does not have the checksum on record; damaged, fetch or copy the file again")
+        return view
+
+
+def directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
+    """Read the directory of the zip: its entries by name in lower case, and where it begins.
+
+    Raises:
+        UnreadableFile: truncated, damaged, too large, or with something behind it.
+    """
+    if data.rfind(b"PK\5\6") < 0:
+        raise UnreadableFile("a zip without its directory: truncated; fetch or copy the file again")
+    try:
+        return _directory(data)
+    except struct.error as error:
+        raise UnreadableFile(f"a damaged zip ({error}); fetch or copy the file again") from error
+
+
+def _directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
+    stop = len(data) - _END.size
+    signature, _, _, _, *told, comment = _END.unpack_from(data, stop)
+    if signature != b"PK\5\6" or comment:
+        raise UnreadableFile(f"a zip with something behind its directory: {_UNLIKE}")
+    count, size, start = told
+    locator = stop - _LOCATOR.size
+    if data[max(locator, 0) : stop].startswith(b"PK\6\7"):  # PyTorch always writes the 64-bit records, too
+        stop = locator - _END64.size
+        signature, length, *_, count, size, start = _END64.unpack_from(data, stop)
+        agree = all(t in (n, m) for t, n, m in zip(told, (count, size, start), (_MAX16, _MAX32, _MAX32), strict=True))
+        place = _LOCATOR.unpack_from(data, locator)[2]
+        if (signature, length, place) != (b"PK\6\6", _END64.size - 12, stop) or not agree:
+            raise UnreadableFile("a damaged zip (its end records disagree); fetch or copy the file again")
+    if size > MAX_DIRECTORY:
+        raise UnreadableFile(f"a zip whose directory alone takes {size} bytes: not a checkpoint")
+    if start + size != stop:
+        raise UnreadableFile(f"a damaged zip (its directory is in another place than it says): {_UNLIKE}")
+    entries: dict[bytes, Entry] = {}
+    position = start
+    while position < stop:
+        signature, flags, method, crc, stored, size, names, more, comment, header = _RECORD.unpack_from(data, position)
+        if signature != b"PK\1\2":
+            raise UnreadableFile("a damaged zip (a record of its directory is none); fetch or copy the file again")
+        position += _RECORD.size
+        name, extra = data[position : position + names], data[position + names : position + names + more]
+        position += names + more + comment
+        size, stored, header = _wide((size, stored, header), extra)
+        # PyTorch finds names whatever the case of their letters.
+        if (
+            entries.setdefault(name.lower(), entry := Entry(name, flags, method, crc, stored, size, header))
+            is not entry
+        ):
+            raise UnreadableFile(
+                "a zip with two entries of one name: refused, it could show different weights to others"
+            )
+    if position != stop or len(entries) != count:
+        raise UnreadableFile("a damaged zip (its directory has another length than it says); fetch or copy it again")
+    # Entries that share their bytes would make a small file take long to check.
+    if sum(entry.stored for entry in entries.values()) > len(data):
+        raise UnreadableFile("a zip whose entries are together larger than the file: damaged or manipulated")
+    return entries, start
+
+
+def _wide(numbers: tuple[int, ...], extra: bytes) -> tuple[int, ...]:
+    """Return size, stored size and place, each from the 64-bit field where it does not fit into 32."""
+    position = 0
+    while position < len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        if kind == 1:
+            values = iter(struct.unpack_from(f"<{length // 8}Q", extra, position + 4))
+            return tuple(next(values, number) if number == _MAX32 else number for number in numbers)
+        position += 4 + length
+    return numbers
+
+
+def check_layout(data: bytes, entries: dict[bytes, Entry], end: int) -> None:
+    """Find where each file starts; the headers and contents must fill the zip up to its directory at `end`.
+
+    Raises:
+        UnreadableFile: compressed, encrypted, damaged, or in another layout than PyTorch's.
+    """
+    position = 0
+    for entry in entries.values():
+        if entry.method or entry.size != entry.stored:
+            raise UnreadableFile(f"{entry} is compressed, which PyTorch never does; save it again with torch.save")
+        if entry.flags & 1:
+            raise UnreadableFile(f"{entry} is encrypted")
+        if entry.header != position or data[position : position + 4] != b"PK\3\4":
+            raise UnreadableFile(f"{entry}: its place in the file is wrong; damaged, truncated, or {_UNLIKE}")
+        _, names, more = _LOCAL.unpack_from(data, position)
+        position += _LOCAL.size
+        if data[position : position + names] != entry.name:
+            raise UnreadableFile(f"{entry} carries another name in its own header; damaged or manipulated")
+        entry.start = position + names + more
+        position = entry.start + entry.size
+        if position > end:
+            raise UnreadableFile(f"{entry} reaches behind the end of the file; truncated")
+        for layout in ("<4s3L", "<4sL2Q"):  # the sizes may stand behind the contents, again
+            sizes = (entry.size & _MAX32,) * 2 if layout == "<4s3L" else (entry.size,) * 2
+            again = struct.pack(layout, b"PK\7\x08", entry.crc, *sizes)
+            if entry.flags & 8 and data.startswith(again, position):
+                position += len(again)
+                break
+    folders = {entry.name.partition(b"/")[:2] for entry in entries.values()}
+    if (
+        position != end
+        or len(folders) != 1
+        or any(not entry.name.count(b"/") or b"\0" in entry.name for entry in entries.values())
+    ):
+        raise UnreadableFile(f"a zip with gaps, or with files outside of one folder: {_UNLIKE}")
