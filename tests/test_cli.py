@@ -396,6 +396,29 @@ def test_preprocessing_of_averaged_weights_can_be_stored(run, tmp_path, digits_t
     assert json.loads(run("inspect", "x.safetensors", "--json")[1])["crop_fraction"] == 0.5
 
 
+@pytest.mark.parametrize("mean", [["0.5", "0.4", "0.3"], ["0.5,0.4,0.3"]])
+def test_mean_and_std_can_be_stored(run, digits_pth, mean):
+    words = ["convert", digits_pth, "-o", "x.safetensors", "--no-verify", "--mean", *mean, "--std", "0.5"]
+    assert run(*words)[0] == 0
+    found = json.loads(run("inspect", "x.safetensors", "--json")[1])
+    assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.5, 0.5, 0.5])
+    code, _, err = run(*words, "--overwrite", "--mean", "123.7", "116.3", "103.5")
+    assert code == 2 and "from 0 to 1" in err
+
+
+def test_one_of_several_sets_is_chosen_by_key(run, tmp_path, digits_tensors):
+    import pickle
+
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"student": digits_tensors, "teacher": dict(digits_tensors)}, 4))
+    code, _, err = run("inspect", tmp_path / "x.pdparams")
+    assert code == 2 and "(student, teacher)" in err
+    code, out, _ = run("inspect", tmp_path / "x.pdparams", "--key", "teacher")
+    assert code == 0 and "teacher" in out
+    words = ["convert", tmp_path / "x.pdparams", "-o", "y.safetensors", "--no-verify"]
+    assert run(*words)[0] == 2
+    assert run(*words, "--key", "student")[0] == 0
+
+
 @needs_paddle
 @needs_torch
 @pytest.mark.slow

@@ -139,3 +139,11 @@ def test_what_is_stored_is_read_back(fields):
 
     recipe = Recipe(variant="fcvit_tiny", **fields)
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
+
+
+@pytest.mark.parametrize("text", ["[0.5, 0.4, 0.3]", "0.5,0.4,0.3", "0.5, 0.4, 0.3"])
+def test_mean_and_std_of_a_recipe_reach_the_preprocessing(text):
+    recipe = read_recipe("digits", {"data": "x", "mean": text, "std": "[1, 1, 1]"})
+    assert recipe.preprocessing() == {"mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)}
+    with pytest.raises(UsageError, match=r"mean = .*from 0 to 1"):
+        read_recipe("digits", {"data": "x", "mean": "123.7,116.3,103.5"})
