@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
-from fcvit.images.folder import ENDINGS, is_image
+from fcvit.images.folder import ENDINGS, is_image, legible
 from fcvit.images.lists import find_listed, read_list
 from fcvit.images.source import Location, Source, Tree, open_source
 from fcvit.images.splits import find_layout
@@ -141,10 +141,10 @@ def read_dataset(
         notes = listed.notes
     else:
         source, notes = (data, ()) if isinstance(data, Source) else _one_split(data, classes, num_classes)
-        folders, tree = source.folders(), source.tree()
+        folders, tree = sorted(map(legible, source.folders())), source.tree()
         _refuse_without_classes(source, folders, tree)
         assignment = assign_classes(folders, classes, num_classes, "class folders")
-        labels = {name: name.split("/")[0] for name in tree.files if "/" in name and is_image(name)}
+        labels = {name: legible(name.split("/")[0]) for name in tree.files if "/" in name and is_image(name)}
         if not labels:
             raise UnreadableFile(f"{source.path}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
         locations = tree.files
@@ -171,13 +171,17 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
     layout = find_layout(open_source(data), known_classes(classes, num_classes))
     if len(layout.splits) > 1:
         names = list(layout.splits)
-        one = next((name for name in layout.named("val") or layout.named("test")), names[-1])
+        labelled = [name for name in names if layout.splits[name].folders()]
+        one = next((name for name in (*layout.named("val"), *labelled[::-1]) if name in labelled), names[0])
         raise DoesNotFit(
             f"{layout.source.path} holds the splits {', '.join(names)}; name the folder of one, such as "
             f"{layout.source.path / one}"
         )
     for name, source in layout.splits.items():
-        return source, (*layout.notes, f"{layout.source.path} holds the split {name} alone: its folders are the classes")
+        return source, (
+            *layout.notes,
+            f"{layout.source.path} holds the split {name} alone: its folders are the classes",
+        )
     return layout.source, layout.notes
 
 

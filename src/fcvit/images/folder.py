@@ -62,6 +62,11 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
 
 
+def legible(name: str) -> str:
+    r"""Return a file name as text that can be written anywhere: bytes that are not UTF-8 are spelled out (\xe9)."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if not name.isascii() else name
+
+
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a plain file for reading. A pipe or device is an error at once: reading it would wait.
 

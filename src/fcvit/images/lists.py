@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import posixpath
 import re
 import unicodedata
@@ -11,20 +10,51 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fcvit.errors import DoesNotFit, UnreadableFile
-from fcvit.images.folder import is_image
+from fcvit.images.folder import is_image, legible
 from fcvit.images.source import Location, Source
 from fcvit.images.splits import role
 
 _SHOWN = 5
 _EXPECTED = "expected the path of an image and its class index"
 # Columns of a list with a header, the surest names first; compared without case, spaces and underscores.
-_PATHS = (
-    "filename filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid id"
-).split()
-_LABELS = (
-    "label labels class classes target category labelid classid targetid categoryid classindex labelname classname "
-    "categoryname wnid synset predictionstring breed species"
-).split()
+_PATHS = (  # fmt: skip
+    "filename",
+    "filepath",
+    "filepaths",
+    "path",
+    "imagepath",
+    "imgpath",
+    "imagefile",
+    "imagename",
+    "imgname",
+    "file",
+    "image",
+    "img",
+    "imageid",
+    "imgid",
+    "id",
+)
+_LABELS = (  # fmt: skip
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "target",
+    "category",
+    "labelid",
+    "classid",
+    "targetid",
+    "categoryid",
+    "classindex",
+    "labelname",
+    "classname",
+    "categoryname",
+    "wnid",
+    "synset",
+    "predictionstring",
+    "breed",
+    "species",
+)
 _BOXES = re.compile(r"(\S+)(?: -?[\d.]+){4}")  # of Kaggle's ImageNet lists: class, and a box
 
 
@@ -65,10 +95,11 @@ def read_list(path: Path) -> ImageList:
     for number, line in lines:
         if "\0" in line:
             raise _bad(path, number, line)
-    if lines[0][1][0] in "{[" and (rows := _json_rows(text)):
-        note = "read as JSON"
-    else:
+    rows, note = _json_rows(text), "read as JSON"
+    if rows is None:
         rows, note = _rows(path, lines)
+    elif not rows:
+        raise UnreadableFile(f"{path}: expected JSON of the form class -> images, or image -> class")
     labels: dict[str, str | None] = {}
     for number, name, label in rows:
         name = posixpath.normpath(name)
@@ -96,18 +127,22 @@ def _decode(path: Path, content: bytes) -> tuple[str, str]:
         return content.decode(encoding), ""
     except UnicodeDecodeError as error:
         if encoding != "utf-8-sig":
-            raise UnreadableFile(f"{path}: damaged {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
+            raise UnreadableFile(
+                f"{path}: damaged {encoding.upper()} text ({error.reason}); save it as UTF-8"
+            ) from error
     return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), "the list is not UTF-8 text"
 
 
-def _json_rows(text: str) -> list[_Row]:
-    """Read class -> images (Food-101), or image -> class; nothing else."""
+def _json_rows(text: str) -> list[_Row] | None:
+    """Read class -> images (Food-101), or image -> class; other JSON has no rows. None: not JSON."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
+        return None
+    except RecursionError:
         return []
     if not isinstance(content, dict):
-        return []
+        return [] if isinstance(content, list) else None
     if all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in content.values()):
         return [_Row(1, name, label) for label, names in content.items() for name in names]
     if all(isinstance(label, str | int) and not isinstance(label, bool) for label in content.values()):
@@ -135,11 +170,16 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
         return rows, f"read by its columns {named[column]} and {named[value]}"
     if all("\t" in line for _, line in lines):
         return _table(path, lines, "\t"), ""
-    spaced = [_Row(number, _unquoted(parts[0]), parts[-1]) for number, line in lines for parts in [line.rsplit(None, 1)]]
-    if all(is_image(line.strip("\"'")) and "/" in line.replace("\\", "/") for _, line in lines) and not all(
-        name.isdecimal() for name in (line.split(None, 1)[0] for _, line in lines)
-    ):
+    ended = all(is_image(line.strip("\"'")) for _, line in lines)
+    begun = [line.split(None, 1) for _, line in lines]
+    if ended and all(len(parts) == 2 and parts[0].isdecimal() for parts in begun):
+        rows = [_Row(number, _unquoted(name), label) for (number, _), (label, name) in zip(lines, begun, strict=True)]
+        return rows, "read as class index and path"
+    if ended and all(_has_folder(line) for _, line in lines):
         return _unlabelled(lines)
+    spaced = [
+        _Row(number, _unquoted(line[: -len(last)]), last) for number, line in lines for last in [line.split()[-1]]
+    ]
     for delimiter in ",;":
         # Paths and classes may have commas in them, and spaces.
         cut = [_fields(line, delimiter) for _, line in lines]
@@ -150,18 +190,16 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
             not pictures and not all(" " in line for _, line in lines)
         ):
             return _table(path, lines, delimiter), f"read as columns separated by {delimiter}"
-    alone = [" " not in line and "\t" not in line for _, line in lines]
-    if all(alone) and all("/" in line.replace("\\", "/") for _, line in lines):
+    if all(len(parts) == 1 and _has_folder(parts[0]) for parts in begun):
         return _unlabelled(lines)
-    for single, (number, line) in zip(alone, lines, strict=True):
-        if single or len(line.split(None, 1)) < 2:
+    for (number, line), parts in zip(lines, begun, strict=True):
+        if len(parts) == 1:
             raise _bad(path, number, line)
-    if all(row.name.isdecimal() for row in spaced) and all(is_image(row.label or "") for row in spaced):
-        swapped = [line.split(None, 1) for _, line in lines]
-        return [_Row(row.number, _unquoted(name), label) for row, (label, name) in zip(spaced, swapped, strict=True)], (
-            "read as class index and path"
-        )
     return spaced, ""
+
+
+def _has_folder(name: str) -> bool:
+    return "/" in name or "\\" in name
 
 
 def _unlabelled(lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
@@ -209,7 +247,9 @@ def _label(path: Path, number: int, text: str) -> str:
     if not found or _BOXES.sub("", text).strip():
         return text
     if len(set(found)) > 1:
-        raise UnreadableFile(f"{path}: line {number} has boxes of several classes: {', '.join(sorted(set(found))[:_SHOWN])}")
+        raise UnreadableFile(
+            f"{path}: line {number} has boxes of several classes: {', '.join(sorted(set(found))[:_SHOWN])}"
+        )
     return found[0]
 
 
@@ -258,7 +298,9 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
     def alike(name: str) -> str | None:
         candidates = every.get(_key(name, endless), [])
         if len(candidates) > 1:
-            raise DoesNotFit(f"{list_file}: {name} may be each of {_some(candidates)} in {source.path}; name it in full")
+            raise DoesNotFit(
+                f"{list_file}: {name} may be each of {_some(candidates)} in {source.path}; name it in full"
+            )
         return candidates[0] if candidates else None
 
     _refuse_elsewhere(names[0], list_file, source)
@@ -274,7 +316,9 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
             starts = {key[: -len(end)] for key in every if key.endswith(end)}
             whole = [start for start in sorted(starts) if all(f"{start}/{_key(n, endless)}" in every for n in names)]
             if len(whole) > 1:
-                raise DoesNotFit(f"{list_file}: its images are in {_some(whole)} of {source.path}; name one with --data")
+                raise DoesNotFit(
+                    f"{list_file}: its images are in {_some(whole)} of {source.path}; name one with --data"
+                )
             if whole:
                 below = whole[0]
                 found = find(lambda name: alike(f"{below}/{name}"), [""])
@@ -301,7 +345,7 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
         if label is None:
             rest = folder.removeprefix(common).strip("/")
             label = rest.split("/")[0] or posixpath.basename(folder)
-        labels[name] = label
+        labels[name] = legible(label)
     return locations, labels, remark
 
 
@@ -315,12 +359,12 @@ def _refuse_elsewhere(name: str, list_file: Path, source: Source) -> None:
     whole = name.startswith("/")
     if source.archive is not None or (not whole and source.locate(name) is not None):
         return
-    tops = os.path.abspath(source.path), os.path.realpath(source.path)
-    for above in (Path("/"),) if whole else Path(tops[0]).parents:
+    tops = Path(source.path).absolute(), Path(source.path).resolve()
+    for above in (Path("/"),) if whole else tops[0].parents:
         path = above / name
         if not path.is_file():
             continue
-        if Path(tops[0]) in path.parents or Path(tops[1]) in path.resolve().parents:
+        if tops[0] in path.parents or tops[1] in path.resolve().parents:
             return
         raise UnreadableFile(f"{list_file}: names {str(path)[:120]}: expected a path below --data {source.path}")
 

@@ -180,9 +180,7 @@ class Source:
         """
         if self.archive is None:
             folders, files = contents(self.path)
-            return Tree(
-                tuple(sorted(folders)), {name: Location(os.path.join(self.path, name)) for name in sorted(files)}
-            )
+            return Tree(tuple(sorted(folders)), {name: Location(f"{self.path}/{name}") for name in sorted(files)})
         whole = self.archive.tree
         if not self.inner:
             return whole
@@ -241,9 +239,7 @@ def _read_tar(path: Path) -> Archive:
             for magic, (kind, remedy) in _OTHERS.items():
                 if start.startswith(magic):
                     name = shlex.quote(path.name)
-                    raise UnreadableFile(
-                        f"{path}: not a tar that can be read: {kind}; {remedy.format(name=name)}"
-                    )
+                    raise UnreadableFile(f"{path}: not a tar that can be read: {kind}; {remedy.format(name=name)}")
             return _read_index(file, path, str(path), 0, os.fstat(file.fileno()).st_size, 0)
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror or error}") from error
@@ -274,7 +270,9 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
             raise UnreadableFile(f"{shown}: not a tar that can be read: {where}{error}") from error
         file.seek(stopped)
         if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
-            raise UnreadableFile(f"{shown}: damaged or cut off at byte {stopped - first} of {end - first}; fetch it again")
+            raise UnreadableFile(
+                f"{shown}: damaged or cut off at byte {stopped - first} of {end - first}; fetch it again"
+            )
         start = _skip_empty(file, stopped + _BLOCK, end)
     for name in links:
         target, steps = links[name], 0
@@ -334,7 +332,9 @@ def _joined(shown: str, tars: Mapping[str, Archive], beside: Collection[str]) ->
     """
     packed = [name for name in beside if posixpath.splitext(name)[1].lower() in _PACKED]
     if packed:
-        raise UnreadableFile(f"{shown}: has tars and other archives, which are not read ({packed[0]}); unpack them first")
+        raise UnreadableFile(
+            f"{shown}: has tars and other archives, which are not read ({packed[0]}); unpack them first"
+        )
     files: dict[str, Location] = {}
     folders: list[str] = []
     for name, archive in tars.items():

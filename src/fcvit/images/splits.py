@@ -9,14 +9,34 @@ from fcvit.images.source import Source
 
 Role = Literal["train", "val", "test"]
 # Words in the names of split folders.
-_WORDS: dict[str, Role] = {
-    **dict.fromkeys(("train", "training", "trn", "训练", "训练集"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "holdout", "验证", "验证集"), "val"),
-    **dict.fromkeys(("test", "testing", "tst", "测试", "测试集"), "test"),
+_NAMES: dict[Role, tuple[str, ...]] = {
+    "train": ("train", "training", "trn", "训练", "训练集"),
+    "val": ("val", "valid", "validation", "validate", "dev", "holdout", "验证", "验证集"),
+    "test": ("test", "testing", "tst", "测试", "测试集"),
 }
+_WORDS = {word: split for split, words in _NAMES.items() for word in words}
 # Words beside them that say nothing of the data.
 _FILLERS = frozenset(
-    "data dataset datasets dir folder folders image images img imgs photo photos pic pics pictures set sets split".split()
+    (  # fmt: skip
+        "data",
+        "dataset",
+        "datasets",
+        "dir",
+        "folder",
+        "folders",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "photo",
+        "photos",
+        "pic",
+        "pics",
+        "pictures",
+        "set",
+        "sets",
+        "split",
+    )
 )
 _WORD = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])")
 _GLUED = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))})({'|'.join(sorted(_FILLERS))})")
@@ -99,9 +119,13 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
     # A folder of images named train is a class, of railways, also where a class test is beside it.
     sets = [names for names in sets if all(name in deep or roles[name][0] != "train" for name in names) or not deep]
     if not sets:
-        return _of_one(nothing, folders, [name for name in roles if name in deep], {n: r for n, (r, _) in roles.items()})
-    order = ("train", "val", "test")
-    names = sorted(max(sets, key=len), key=lambda name: (order.index(roles[name][0]), name))
+        return _of_one(
+            nothing, folders, [name for name in roles if name in deep], {n: r for n, (r, _) in roles.items()}
+        )
+    order = list(_NAMES)
+    # Beside train and test, train_masks and test_masks are something else.
+    chosen = max(sets, key=lambda names: (not roles[names[0]][1], len(names)))
+    names = sorted(chosen, key=lambda name: (order.index(roles[name][0]), name))
     splits = {name: _repeated(source.child(name)) for name in names}
     return dataclasses.replace(
         nothing,
@@ -135,16 +159,23 @@ def _unwrap(source: Source, classes: Collection[str]) -> tuple[Source, tuple[str
             name
             for name in folders
             if len(folders) == 1
-            or _says_nothing(name)
-            and not any(inner.child(other).has_images_below() for other in folders if other != name)
+            or (
+                _says_nothing(name)
+                and not any(inner.child(other).has_images_below() for other in folders if other != name)
+            )
         ]
         if len(alone) != 1 or alone[0] in classes:
             break
         child = inner.child(alone[0])
         if child.has_images() or not child.folders():
             break
+        inside = child.folders()
+        if role(alone[0]) and len(inside) > 1 and sum(role(name) is not None for name in inside) < 2:
+            break  # a split without others, not the whole
         inner = child
-    return inner, (f"{source.path} holds its images in {inner.path}: taken for the data set",) if inner != source else ()
+    return inner, (
+        f"{source.path} holds its images in {inner.path}: taken for the data set",
+    ) if inner != source else ()
 
 
 def _repeated(split: Source) -> Source:
@@ -160,4 +191,5 @@ def _repeated(split: Source) -> Source:
 
 def _says_nothing(name: str) -> bool:
     """Report whether a folder's name has only words such as "images" and "data"."""
-    return {word.lower() for word in _WORD.findall(name)} <= _FILLERS and not name.isdecimal()
+    words = {word.lower() for word in _WORD.findall(name)}
+    return bool(words) and words <= _FILLERS

@@ -11,6 +11,7 @@ from fcvit.classes import Classes, ClassName, imagenet, read_classes
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.images.dataset import LabelledImages, known_classes, read_dataset
+from fcvit.images.folder import legible
 from fcvit.images.loader import Batch, Workers, batches
 from fcvit.images.mixing import mix
 from fcvit.images.preprocess import normalise
@@ -53,8 +54,8 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     if not recipe.data:
         raise UsageError("no data: expected the folder or tar of the training images in the recipe, or --data FOLDER")
     given = read_classes(Path(recipe.classes)) if recipe.classes else None
-    train_root, val_root, notes = _roots(recipe, given or (weights and weights.classes) or ())
-    folders = train_root.folders()
+    train_root, val_root, notes = _roots(recipe, given or (weights.classes if weights is not None else None))
+    folders = sorted(map(legible, train_root.folders()))
     known, count = given, len(given or ())
     if weights is not None and not recipe.new_head:
         known, count = given or weights.classes, weights.form.num_classes
@@ -93,7 +94,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     return Splits(train, val, classes, (*notes, f"{len(train)} training images{held}, {count} classes"))
 
 
-def _roots(recipe: Recipe, classes: Classes) -> tuple[Source, Source | Path | None, list[str]]:
+def _roots(recipe: Recipe, classes: Classes | None) -> tuple[Source, Source | Path | None, list[str]]:
     """Find where training and validation images are, and what to say of it.
 
     Raises:
@@ -112,8 +113,10 @@ def _roots(recipe: Recipe, classes: Classes) -> tuple[Source, Source | Path | No
         return root, val, notes
     train, valid = layout.named("train"), layout.named("val")
     if not train:
-        raise UnreadableFile(f"{root.path} has a folder {', '.join(layout.splits)} of class folders, but none train; "
-            "where are the others?")
+        raise UnreadableFile(
+            f"{root.path} has a folder {', '.join(layout.splits)} of class folders, but none train; "
+            "where are the others?"
+        )
     if len(train) > 1:
         raise UsageError(f"{root.path} has the folders {', '.join(train)}: name the one that trains with --data FOLDER")
     if val is None and len(valid) > 1:
