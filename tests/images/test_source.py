@@ -43,7 +43,7 @@ def test_tars_put_together_are_read_to_the_end(tmp_path):
     first, second = tar_of("a/1.png", "b/1.png", content=b"old"), tar_of("a/1.png", "c/2.png", content=b"new")
     path = tmp_path / "x.tar"
     assert files(path, first + second) == {"a/1.png": b"new", "b/1.png": b"old", "c/2.png": b"new"}
-    with pytest.raises(UnreadableFile, match="not a tar that can be read: no tar at byte 10240 of 20480|damaged"):
+    with pytest.raises(UnreadableFile, match=r"not a tar that can be read: no tar at byte 10240 of 20480|damaged"):
         files(path, first + b"\xff" * 300 + second[300:])
     for length in range(len(first) + 1, len(first) + 1537, 512):
         with pytest.raises(UnreadableFile):
@@ -57,7 +57,7 @@ def test_tars_in_a_tar_are_folders_and_read_in_place(tmp_path):
     nested = tar_with(rose_tar=rose, tulip_tar=tulip)
     assert files(path, nested) == inner
     assert files(path, tar_with(train_tar=nested)) == {f"train/{name}": data for name, data in inner.items()}
-    with pytest.raises(UnreadableFile, match="x.tar/rose.tar: damaged or cut off"):
+    with pytest.raises(UnreadableFile, match=r"x.tar/rose.tar: damaged or cut off"):
         files(path, tar_with(rose_tar=rose[:1800], tulip_tar=tulip))
     for _ in range(4):
         nested = tar_with(a_tar=nested)
@@ -129,7 +129,7 @@ def test_endings_are_those_of_the_formats_that_are_read(tmp_path):
 def test_a_pipe_is_an_image_that_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     assert images_below(tmp_path) == [tmp_path / "x.jpg"]
-    with pytest.raises(BadImages, match="x.jpg: not a plain file"):
+    with pytest.raises(BadImages, match=r"x.jpg: not a plain file"):
         decode(tmp_path / "x.jpg")
 
 

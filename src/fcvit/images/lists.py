@@ -17,43 +17,18 @@ from fcvit.images.splits import role
 _SHOWN = 5
 _EXPECTED = "expected the path of an image and its class index"
 # Columns of a list with a header, the surest names first; compared without case, spaces and underscores.
-_PATHS = (  # fmt: skip
-    "filename",
-    "filepath",
-    "filepaths",
-    "path",
-    "imagepath",
-    "imgpath",
-    "imagefile",
-    "imagename",
-    "imgname",
-    "file",
-    "image",
-    "img",
-    "imageid",
-    "imgid",
-    "id",
+_PATHS = re.findall(
+    r"\w+",
+    """
+    filename filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid id
+""",
 )
-_LABELS = (  # fmt: skip
-    "label",
-    "labels",
-    "class",
-    "classes",
-    "target",
-    "category",
-    "labelid",
-    "classid",
-    "targetid",
-    "categoryid",
-    "classindex",
-    "labelname",
-    "classname",
-    "categoryname",
-    "wnid",
-    "synset",
-    "predictionstring",
-    "breed",
-    "species",
+_LABELS = re.findall(
+    r"\w+",
+    """
+    label labels class classes target category labelid classid targetid categoryid classindex labelname classname
+    categoryname wnid synset predictionstring breed species
+""",
 )
 _BOXES = re.compile(r"(\S+)(?: -?[\d.]+){4}")  # of Kaggle's ImageNet lists: class, and a box
 

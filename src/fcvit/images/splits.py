@@ -17,25 +17,11 @@ _NAMES: dict[Role, tuple[str, ...]] = {
 _WORDS = {word: split for split, words in _NAMES.items() for word in words}
 # Words beside them that say nothing of the data.
 _FILLERS = frozenset(
-    (  # fmt: skip
-        "data",
-        "dataset",
-        "datasets",
-        "dir",
-        "folder",
-        "folders",
-        "image",
-        "images",
-        "img",
-        "imgs",
-        "photo",
-        "photos",
-        "pic",
-        "pics",
-        "pictures",
-        "set",
-        "sets",
-        "split",
+    re.findall(
+        r"\w+",
+        """
+    data dataset datasets dir folder folders image images img imgs photo photos pic pics pictures set sets split
+""",
     )
 )
 _WORD = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])")
