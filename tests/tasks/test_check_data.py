@@ -18,6 +18,7 @@ from fcvit.cli import main
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.images import similar
 from fcvit.images.similar import MAX_DIFFERENCE, SIDE, fingerprint, similar_pairs
+from fcvit.images.source import Source
 from fcvit.report import tables
 from fcvit.tasks import check_data as module
 from fcvit.tasks.check_data import check_data
@@ -122,14 +123,14 @@ def test_images_that_cannot_be_read(one, monkeypatch):
 
 
 def test_files_and_folders_that_are_out_of_place(one):
-    for name in ("cat/notes.TXT", "cat/sub/more.txt", "dog/clip.gif", "dog/README", "beside.txt", "dog/.hidden"):
+    for name in ("cat/notes.TXT", "cat/sub/more.txt", "dog/clip.svg", "dog/README", "beside.txt", "dog/.hidden"):
         (one / name).parent.mkdir(exist_ok=True)
         (one / name).touch()
     for name in ("empty", "bird/inner", ".git"):
         (one / name).mkdir(parents=True)
     save(one / "lonely.png", picture(50))
     assert findings(check_data(one)) == {
-        "other_files": {"train": {"": 1, ".gif": 1, ".txt": 2}},
+        "other_files": {"train": {"": 1, ".svg": 1, ".txt": 2}},
         "empty": {"train": ("bird", "empty")},
         "outside": {"train": ("lonely.png",)},
     }
@@ -283,12 +284,12 @@ class Deadly(NamedTuple):
 
 @pytest.mark.slow
 def test_an_image_that_crashes_its_decoder_does_not_end_the_check(one, monkeypatch):
-    def read_tree(data):
-        tree = read(data)
+    def deadly(source):
+        tree = read(source)
         return tree._replace(files=tree.files | {"cat/5.png": Deadly()})
 
-    read = module.read_tree
-    monkeypatch.setattr(module, "read_tree", read_tree)
+    read = Source.tree
+    monkeypatch.setattr(Source, "tree", deadly)
     found = check_data(one, workers=1)
     assert findings(found) == {"unreadable": [("cat/5.png", "the process that decodes it ends unexpectedly")]}
     assert found.modes == {"RGB": 19}

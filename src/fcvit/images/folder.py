@@ -1,31 +1,100 @@
 """Folders of images: which files are images."""
 
+import errno
 import glob
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
+
+from PIL import features
 
 from fcvit.errors import UnreadableFile, UsageError
 
 T = TypeVar("T")
-ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+# Formats that are decoded, by Pillow's names, and the file name endings by which they are found.
+# Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3, built with libavif
+    FORMATS["AVIF"] = (".avif", ".avifs")
+ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
+# Files and folders of operating systems, disk stations and tools, in lower case; hidden ones are left out besides.
+SYSTEM = frozenset(
+    (
+        "$recycle.bin",
+        "system volume information",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "__macosx",
+        "icon\r",
+        "network trash folder",
+        "temporary items",
+        "lost+found",
+        "@eadir",
+        "@tmp",
+        "@sharebin",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "__pycache__",
+    )
+)
 
 
-def contents(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders below a folder, and the files; both sorted, hidden ones left out.
+def left_out(name: str) -> bool:
+    """Report whether a file or folder of this name is hidden, or not the user's own (see `SYSTEM`)."""
+    return name.startswith(".") or name.lower() in SYSTEM
 
-    Links are followed, but none back to a folder that it is in.
+
+def is_image(name: str) -> bool:
+    """Report whether a file name has the ending of an image."""
+    return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
+
+
+def legible(name: str) -> str:
+    r"""Return a file name as text that can be written anywhere: bytes that are not UTF-8 are spelled out (\xe9)."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if not name.isascii() else name
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a plain file for reading. A pipe or device is an error at once: reading it would wait.
+
+    Raises:
+        OSError: it is no plain file, or cannot be opened.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, flags), "rb")  # noqa: PTH123, SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a plain file")
+    return file
+
+
+def contents(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the folders and the files below a folder, relative to it, with /, in the order of their parts.
+
+    Hidden ones and those of the system are left out. Links are followed, but none back to a folder that it is in.
 
     Raises:
         UnreadableFile: a folder in it cannot be read.
     """
-    folders: list[Path] = []
-    files: list[Path] = []
+    folders: list[str] = []
+    files: list[str] = []
 
-    def walk(directory: Path, above: frozenset[tuple[int, int]]) -> None:
+    def walk(directory: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
         try:
-            status = directory.stat()
+            status = os.stat(directory)  # noqa: PTH116
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
             raise UnreadableFile(f"{error.filename}: {error.strerror}") from error
@@ -33,25 +102,26 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
         if here in above:
             return
         for entry in entries:
-            if entry.name.startswith("."):
+            if left_out(entry.name):
                 continue
+            name = prefix + entry.name
             if entry.is_dir():
-                folders.append(directory / entry.name)
-                walk(directory / entry.name, above | {here})
+                folders.append(name)
+                walk(entry.path, f"{name}/", above | {here})
             else:
-                files.append(directory / entry.name)
+                files.append(name)
 
-    walk(folder, frozenset())
-    return sorted(folders), sorted(files)
+    walk(str(folder), "", frozenset())
+    return folders, files
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Image files in a folder and the folders in it, by their ending, sorted; as `contents` finds them.
+    """Return the image files in a folder and the folders in it, by their ending; as `contents` finds them.
 
     Raises:
         UnreadableFile: a folder in it cannot be read.
     """
-    return [path for path in contents(folder)[1] if path.suffix.lower() in ENDINGS]
+    return [folder / name for name in contents(folder)[1] if is_image(name)]
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:
@@ -72,6 +142,8 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
         else:
             images = []
             for match in sorted(glob.glob(argument, recursive=True)):
+                if any(part.lower() in SYSTEM for part in Path(match).parts if part not in path.parts):
+                    continue
                 images += images_below(Path(match)) if Path(match).is_dir() else [Path(match)]
         if not images:
             raise UnreadableFile(f"{argument}: no such image, and no folder or pattern with images in it")

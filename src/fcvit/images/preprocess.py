@@ -15,11 +15,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from fcvit.errors import BadImages
+from fcvit.images.folder import FORMATS, open_file
 from fcvit.variants import Preprocessing
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def decoders() -> dict[str, str]:
@@ -29,7 +28,7 @@ def decoders() -> dict[str, str]:
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image of one of `FORMATS` as RGB, as torchvision does: orientation tags are not applied.
+    """Read an image of a known format as RGB, as torchvision does: orientation tags are not applied.
 
     Args:
         source: its path, or a file that is open.
@@ -49,8 +48,12 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
     Raises:
         BadImages: as `decode`.
     """
+    shown = source if name is None else name
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, str | os.PathLike):
+                source = stack.enter_context(open_file(source))
+            image = stack.enter_context(Image.open(source, formats=list(FORMATS)))
             _check_area(image.width, image.height)
             yield image
     except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
@@ -60,7 +63,7 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
             reason = error.strerror
         else:
             reason = str(error)[:120]
-        raise BadImages(f"{source if name is None else name}: {reason}") from error
+        raise BadImages(f"{shown}: {reason}") from error
 
 
 def _check_area(width: int, height: int) -> None:

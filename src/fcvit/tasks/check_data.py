@@ -15,13 +15,14 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fcvit.errors import BadImages, UnreadableFile, UsageError
-from fcvit.images.dataset import Location, Tree, is_image, read_tree
+from fcvit.images.folder import is_image
 from fcvit.images.loader import each, read_file
 from fcvit.images.preprocess import opened
 from fcvit.images.similar import FLAT, MAX_DIFFERENCE, PASSES, SIDE, fingerprint, similar_pairs
+from fcvit.images.source import Location, Tree, open_source
+from fcvit.images.splits import find_layout
 from fcvit.report.progress import progress
 
-SPLITS = ("train", "val", "test")
 SMALL = 32  # pixels of the shorter side
 LONG = 4  # longer over shorter side
 # Kinds of images that networks learn from otherwise than people see them; none keeps one from training.
@@ -223,23 +224,24 @@ def _find_splits(
         raise UsageError("check-data: expected a folder or tar of class folders, or --split NAME=PATH")
     found: dict[str, tuple[Path, Tree]] = {}
     if data is not None:
-        tree = read_tree(data)
-        tops = tree.tops()
-        if {"train", "val"} <= set(tops):
-            names = [name for name in SPLITS if name in tops]
-            found = {name: (data / name, tree.below(name)) for name in names}
-            beside = sorted({name.split("/")[0] for name in (*tops, *filter(is_image, tree.files))} - set(names))
+        layout = find_layout(open_source(data))
+        source = layout.source
+        for note in layout.notes:
+            announce(note)
+        if layout.splits:
+            found = {name: (split.path, split.tree()) for name, split in layout.splits.items()}
+            beside = [*layout.others, *filter(is_image, source.files())]
             announce(
-                f"{data} has the folders {', '.join(names)}: each is a split"
+                f"{source.path} has the folders {', '.join(found)}: each is a split"
                 + (f"; not looked at: {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}" if beside else "")
             )
         else:
-            found = {data.resolve().name: (data, tree)}
-            announce(f"{data} has no folders train and val: it is one split, and its folders are the classes")
+            found = {source.path.resolve().name: (source.path, source.tree())}
+            announce(f"{source.path} has no folders train and val: it is one split, and its folders are the classes")
     for name, path in elsewhere.items():
         if name in found:
             raise UsageError(f"--split {name}={path}: {found[name][0]} is already the split {name}")
-        found[name] = (path, read_tree(path))
+        found[name] = (path, open_source(path).tree())
     return found
 
 

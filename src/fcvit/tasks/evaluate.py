@@ -169,8 +169,9 @@ def evaluate(
     place = processes.device(device)
     settings = with_engines_named(settings, loaded, place, said)
     plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)
-    if processes.first:
-        announce(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
+    for note in plan.images.notes:
+        said(note)
+    said(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
     plan.load_engines()  # what they miss is said before a folder is made
     if batch_size == "auto":
         found = fitting_batch_size(plan.jobs()) if processes.first else (0, "")

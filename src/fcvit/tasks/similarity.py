@@ -400,7 +400,8 @@ def _named(error: BadImages, path: Path) -> BadImages:
 
 def _free(stem: str, taken: set[str]) -> list[str]:
     """Names for the three files of an image: no other's, also where upper and lower case are one, nor too long."""
-    stem = stem.encode()[:_STEM].decode(errors="ignore")  # 255 bytes are what file systems allow
+    # 255 bytes are what file systems allow; bytes that are not UTF-8 are left out.
+    stem = os.fsencode(stem)[:_STEM].decode("utf-8", "ignore") or "image"
     number = 1
     while True:
         name = stem if number == 1 else f"{stem}-{number}"

@@ -10,15 +10,16 @@ from PIL import Image
 from fcvit.classes import Classes, ClassName, imagenet, read_classes
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
-from fcvit.images.dataset import LabelledImages, class_folders, read_dataset
+from fcvit.images.dataset import LabelledImages, known_classes, read_dataset
+from fcvit.images.folder import legible
 from fcvit.images.loader import Batch, Workers, batches
 from fcvit.images.mixing import mix
 from fcvit.images.preprocess import normalise
+from fcvit.images.source import Source, open_source
+from fcvit.images.splits import find_layout
 from fcvit.training.recipe import Recipe
 from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
-
-TRAIN, VAL = "train", ("val", "valid", "validation")  # folders that make a folder two splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     """
     if not recipe.data:
         raise UsageError("no data: expected the folder or tar of the training images in the recipe, or --data FOLDER")
-    train_root, val_root, notes = _roots(recipe)
-    folders = class_folders(train_root)
     given = read_classes(Path(recipe.classes)) if recipe.classes else None
+    train_root, val_root, notes = _roots(recipe, given or (weights.classes if weights is not None else None))
+    folders = sorted(map(legible, train_root.folders()))
     known, count = given, len(given or ())
     if weights is not None and not recipe.new_head:
         known, count = given or weights.classes, weights.form.num_classes
@@ -74,7 +75,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
             raise
         raise DoesNotFit(f"{error}; fcvit finetune (or new_head = true) gives the weights a new head") from error
     if count < 2:
-        raise DoesNotFit(f"{train_root}: one class, {known[0].id if known else '?'}; nothing is told apart by one")
+        raise DoesNotFit(f"{train_root.path}: one class, {known[0].id if known else '?'}; nothing is told apart by one")
     classes = known or tuple(ClassName(label, label) for label in train.mapping)
     val = None
     if val_root is not None:
@@ -84,6 +85,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
         notes.append(f"{len(val)} of {len(train) + len(val)} images are held out for validation (seed {recipe.seed})")
     else:
         notes.append("no validation images: neither val nor held_out is given")
+    notes += dict.fromkeys((*train.notes, *(val.notes if val is not None else ())))
     missing = [classes[index].id for index in sorted(set(range(count)) - set(train.labels))]
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -92,37 +94,40 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     return Splits(train, val, classes, (*notes, f"{len(train)} training images{held}, {count} classes"))
 
 
-def _roots(recipe: Recipe) -> tuple[Path, Path | None, list[str]]:
-    """Where training and validation images are, and what to say of it.
+def _roots(recipe: Recipe, classes: Classes | None) -> tuple[Source, Source | Path | None, list[str]]:
+    """Find where training and validation images are, and what to say of it.
 
-    A folder `train` with folders in it is a split; one with images only is a class, of railways.
+    Raises:
+        UsageError: two folders may be the training or the validation split.
+        UnreadableFile: there is no training split among the folders, or they may be splits or classes.
     """
-    root, val = Path(recipe.data), Path(recipe.val) if recipe.val else None
-    folders = class_folders(root)
-    if TRAIN not in folders or not _has_folders(root / TRAIN):
-        split = next((name for name in VAL if name in folders and _has_folders(root / name)), None)
-        if split is not None:
-            raise UnreadableFile(
-                f"{root} has a folder {split} of class folders, but none {TRAIN}; where are the others?"
-            )
-        return root, val, []
-    found = [name for name in VAL if name in folders]
-    if val is None and len(found) > 1:
-        raise UsageError(f"{root} has the folders {', '.join(found)}: say which one validates with --val FOLDER")
-    if val is None and found:
-        val = root / found[0]
-    others = [name for name in folders if name != TRAIN and root / name != val]
-    notes = [f"{root} has the folders {', '.join([TRAIN, *found])}: {'these are the splits' if found else 'a split'}"]
+    val = Path(recipe.val) if recipe.val else None
+    layout = find_layout(open_source(Path(recipe.data)), known_classes(classes, 0))
+    root, notes = layout.source, list(layout.notes)
+    if layout.doubt:
+        raise UnreadableFile(
+            f"{root.path} has folders of images beside {layout.doubt}: if that is a split, name its folder "
+            f"{root.path / layout.doubt}; if it is a class, rename it"
+        )
+    if not layout.splits:
+        return root, val, notes
+    train, valid = layout.named("train"), layout.named("val")
+    if not train:
+        raise UnreadableFile(
+            f"{root.path} has a folder {', '.join(layout.splits)} of class folders, but none train; "
+            "where are the others?"
+        )
+    if len(train) > 1:
+        raise UsageError(f"{root.path} has the folders {', '.join(train)}: name the one that trains with --data FOLDER")
+    if val is None and len(valid) > 1:
+        raise UsageError(f"{root.path} has the folders {', '.join(valid)}: say which one validates with --val FOLDER")
+    used = train + (valid if val is None else [])
+    kind = "these are the splits" if len(used) > 1 else "a split"
+    notes.append(f"{root.path} has the folders {', '.join(train + valid)}: {kind}")
+    others = sorted({*layout.splits, *layout.others} - set(used))
     if others:
-        notes.append(f"not used: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''} in {root}")
-    return root / TRAIN, val, notes
-
-
-def _has_folders(folder: Path) -> bool:
-    try:
-        return bool(class_folders(folder))
-    except UnreadableFile:
-        return False
+        notes.append(f"not used: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''} in {root.path}")
+    return layout.splits[train[0]], layout.splits[valid[0]] if val is None and valid else val, notes
 
 
 def _hold_out(images: LabelledImages, recipe: Recipe) -> tuple[LabelledImages, LabelledImages]:
