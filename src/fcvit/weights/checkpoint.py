@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.header import KEY, Header
 from fcvit.weights.inert_pickle import Opaque
@@ -21,17 +22,6 @@ from fcvit.weights.inert_pickle import Opaque
 ZIP, LEGACY, SAFETENSORS, PDPARAMS = "pytorch (zip)", "pytorch (older)", "safetensors", "pdparams"
 MEMORY = "memory"  # no file at all: a model's
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of PyTorch's older format
-# What people put where a checkpoint should be, by its first bytes.
-_OTHERS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"\x1f\x8b", "gzip-compressed; decompress it first"),
-    (b"BZh", "bzip2-compressed; decompress it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file (Keras?), which is not read"),
-    (b"\x93NUMPY", "a single NumPy array, not a checkpoint"),
-    (b"<", "a web page, probably the download's warning page; fetch the file itself"),
-)
 MAX_NAME = 256  # characters of a tensor's name
 MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _STATES = ("state_dict", "model")
@@ -180,12 +170,11 @@ def _parse(path: Path, data: mmap.mmap) -> Checkpoint:
     elif head.startswith(b"\x80"):
         kind, top = PDPARAMS, pdparams.read(data)
     else:
-        for magic, what in _OTHERS:
-            if head.lstrip().startswith(magic):
-                raise UnreadableFile(what)
         if data[257:262] == b"ustar":
             raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
-        raise UnreadableFile("not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
+        what = foreign_kind(data[:KIND_BYTES])
+        expected = "expected PyTorch's .pth, safetensors or Paddle's .pdparams"
+        raise UnreadableFile(f"not a checkpoint: {expected if what in (None, TEXT) else what}")
     if not isinstance(top, dict):
         what = top.name if isinstance(top, Opaque) else type(top).__name__
         raise UnreadableFile(
