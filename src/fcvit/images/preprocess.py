@@ -132,7 +132,8 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
     size = width, height = resized(image.size, target)
     if width * height > _limit():
         raise BadImages(
-            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, over the limit of {_limit():,}"
+            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, over the limit of "
+            f"{_limit():,}"
         )
     return image.resize(size, FILTERS[interpolation])
 
