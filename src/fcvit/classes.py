@@ -26,7 +26,7 @@ _NAME = ("name", "class_name", "label", "label_name", "class")
 _KEYS = ("id2label", "label2id", "names", "classes", "class_names", "class_to_idx", "categories")
 _STRUCTURED = re.compile(r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,\]]|$)", re.MULTILINE)
 _YAML = re.compile(
-    r"^names:[ \t]*(?:([\[{].*)|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))", re.MULTILINE | re.DOTALL
+    r"^names:[ \t]*(?:([\[{][^\]}]*[\]}])|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))", re.MULTILINE
 )
 _NUMBERED = re.compile(r"([0-9]+)(\s*[:;,=\t]\s*|[.)]?\s+)(.+)")
 _COUNTED = re.compile(r"(.+?)(?:\s*[:;,=\t]\s*|\s+)([0-9]+)")
@@ -127,7 +127,7 @@ def read_classes(path: Path) -> Classes:
         content = path.read_bytes()
         if len(content) > _LARGEST:
             raise UnreadableFile(f"{path}: over {_LARGEST >> 20} MiB: not a class list")
-        text = decode_text(content)
+        text = decode_text(content).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UnreadableFile(
             f"{path}: cannot read the class list: it is neither UTF-8 nor UTF-16; save it as UTF-8"

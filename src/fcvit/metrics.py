@@ -160,9 +160,6 @@ class OtherOrder:
     all: bool
 
 
-_SHUFFLES = 19  # the order must explain the answers better than 19 times chance
-
-
 def other_order(truth: np.ndarray, predicted: np.ndarray) -> OtherOrder | None:
     """Tell whether the classes look permuted: most mistakes follow one other order of the classes.
 
@@ -184,16 +181,19 @@ def other_order(truth: np.ndarray, predicted: np.ndarray) -> OtherOrder | None:
     whole = 2 * images >= len(truth)
     right = float((own_truth == answers).mean())
     if whole:
-        if explained < 0.3 or right > explained / 4:
+        if explained < 0.4 or right > explained / 4:
             return None
+        steps = answers - own_truth
+        if images >= 8 and max((steps == step).mean() for step in (-1, 1)) > 0.5:  # labels that count from 1, say
+            return OtherOrder(moved, images, 100 * explained, whole)
     elif set(moved) != set(moved.values()) or explained < 0.8 or right > 0.1 or images < 5 * len(moved):
         return None
     generator = np.random.default_rng(0)
     chance = 0.0
-    for _ in range(_SHUFFLES):
+    for _ in range(99 if images < 2000 else 9):  # of few images, chance explains many now and then
         shuffled = generator.permutation(answers)
         chance = max(chance, _explained(_best_order(own_truth, shuffled), own_truth, shuffled))
-    if explained <= chance + 0.4 * (1 - chance):
+    if explained <= chance + 0.3 * (1 - chance):
         return None
     return OtherOrder(moved, images, 100 * explained, whole)
 

@@ -657,7 +657,10 @@ def test_bad_images_are_listed_and_the_run_goes_on(folder, digits_pth):
     (folder / "0" / "00 empty.png").touch()
     found = evaluate(digits_pth, folder, batch_size=5, device="cpu")
     assert (found.results[0].images, found.results[0].unreadable) == (23, 2)
-    assert found.unreadable == ("0/00 empty.png: not an image", "3/broken.png: not an image")
+    assert found.unreadable == (
+        "0/00 empty.png: not an image that can be read: an empty file",
+        "3/broken.png: not an image that can be read: a text file",
+    )
     with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)
     with pytest.raises(BadImages, match=r"0/00 empty.png"):

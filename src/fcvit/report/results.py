@@ -97,8 +97,8 @@ class Result:
         standing: beside the published figure, where there is one.
         per_class: of every class with images.
         fingerprint: SHA-256 over contents and classes of the images, whatever their names and order.
-        hint: what looks wrong with the order of the classes; "" where nothing does.
         seconds: that this lane's engine computed, in all processes, decoding aside.
+        hint: what looks wrong with the order of the classes; "" where nothing does.
     """
 
     name: str
@@ -124,8 +124,8 @@ class Result:
     standing: Standing | None
     per_class: tuple[ClassFigures, ...]
     fingerprint: str
-    hint: str
     seconds: float
+    hint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
