@@ -28,8 +28,11 @@ def read(tmp_path, content, name="classes.txt"):
         "2 eel\n0 cat\n1 dog",
         "1: dog\n2: eel\n0: cat\n",
         "1,dog\n0,cat\n2,eel",
-        "2\teel\n1\tdog\n3\tcat".replace("3\tcat", "0\tcat"),
+        "2\teel\n1\tdog\n0\tcat",
         "1. cat\n3. eel\n2. dog",
+        "1) cat\n3) eel\n2) dog",
+        "[0] cat\n[2] eel\n[1] dog",
+        "1|dog\n0|cat\n2|eel",
         "0: 'cat',\n1: 'dog',\n2: 'eel'",
         "eel 2\ncat 0\ndog 1",
         "cat,0\neel,2\ndog,1",
@@ -40,7 +43,7 @@ def read(tmp_path, content, name="classes.txt"):
         "{2: 'eel',\n 0: 'cat',\n 1: \"dog\",\n}\n",
         '["cat", "dog", "eel"]',
         '[\n  "cat",\n  "dog",\n  "eel"\n]\n',
-        "('cat', 'dog', 'eel')".replace("(", "[").replace(")", "]"),
+        "['cat', 'dog', 'eel',]",
         '{"2": "eel", "0": "cat", "1": "dog"}',
         '{"eel": 2, "cat": 0, "dog": 1}',
         '{"id2label": {"1": "dog", "0": "cat", "2": "eel"}, "label2id": {"eel": 2, "cat": 0, "dog": 1}, "size": 3}',
@@ -79,6 +82,8 @@ def test_ids_stand_beside_names(tmp_path, text):
         ["1950", "1951"],
         ["001.cat", "002.dog"],
         ["01 apple", "02 pear"],
+        ["0_cat", "1_dog"],
+        ["1.5 mm", "0.5 mm"],
         ["2012 BMW", "1994 Ford"],
         ["digit 1", "digit 0"],
         ["[red]x", "{a} b"],
@@ -100,6 +105,7 @@ def test_a_name_that_stands_twice_gets_its_index(tmp_path):
         ("0 cat\n0 dog\n2 eel", DoesNotFit, "must count from 0 to 2, each once"),
         ("0: cat\n5: dog", DoesNotFit, "must count from 0 to 1"),
         ("002 cat\n000 dog\n001 eel", DoesNotFit, "must count from 0 to 2"),
+        ("1_cat\n0_dog", DoesNotFit, "must count from 0 to 1"),
         ("id,name\n1,cat\n0,dog", DoesNotFit, "are they indices. add a column index"),
         ('{"0": "cat", "0": "dog"}', DoesNotFit, "'0' stands twice"),
         ("{0: 'cat', 0: 'dog'}", DoesNotFit, "'0' stands twice"),
@@ -109,7 +115,7 @@ def test_a_name_that_stands_twice_gets_its_index(tmp_path):
         ('{"names": ["a", "b"], "label2id": {"b": 0, "a": 1}}', DoesNotFit, "do not list the same classes"),
         ("{0: 'cat', 1: print('x')}", UnreadableFile, "begins like JSON, but is none"),
         ("{0: 'cat', 1: 'dog'", UnreadableFile, "begins like JSON, but is none"),
-        ("[[" * 50_000, UnreadableFile, "cannot read the class list"),
+        pytest.param("[[" * 50_000, UnreadableFile, "cannot read the class list", id="nested"),
         ('["cat", null]', UnreadableFile, "expected a name, or id and name, not 'None'"),
         ('["a", "\\ud800"]', UnreadableFile, "half a character"),
         (b"caf\xe9\n", UnreadableFile, "neither UTF-8 nor UTF-16"),
@@ -137,6 +143,7 @@ def test_any_file_is_a_class_list_or_refused(tmp_path_factory, content):
 def test_a_thousand_names_are_read(tmp_path):
     names = [c.name for c in imagenet()]
     assert [c[1] for c in read(tmp_path, json.dumps(names))] == names
+    assert read(tmp_path, "\n".join(names)) == read(tmp_path, json.dumps(names))  # two pairs are equal
 
 
 def test_a_list_in_another_order_than_the_weights_is_reported():

@@ -24,11 +24,13 @@ _INDEX = ("index", "idx", "class_index", "class_idx")
 _ID = ("id", "wnid", "synset", "class_id")
 _NAME = ("name", "class_name", "label", "label_name", "class")
 _KEYS = ("id2label", "label2id", "names", "classes", "class_names", "class_to_idx", "categories")
-_STRUCTURED = re.compile(r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,\]]|$)", re.MULTILINE)
+_STRUCTURED = re.compile(
+    r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,]|-?[0-9]+\s*\]\s*$|$)", re.MULTILINE
+)  # not "[0] cat"
 _YAML = re.compile(
     r"^names:[ \t]*(?:([\[{][^\]}]*[\]}])|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))", re.MULTILINE
 )
-_NUMBERED = re.compile(r"([0-9]+)(\s*[:;,=\t]\s*|[.)]?\s+)(.+)")
+_NUMBERED = re.compile(r"[\[(]?([0-9]+)[\])]?(\s*[:;,=|\t]\s*|\.?\s+|[._-](?![0-9]))(.+)")
 _COUNTED = re.compile(r"(.+?)(?:\s*[:;,=\t]\s*|\s+)([0-9]+)")
 _WORDNET = re.compile(r"(n[0-9]{8})[\s,:;]+(.+)")
 
@@ -152,17 +154,20 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
     columns = [column.strip().lower() for column in next(csv.reader(lines[:1], delimiter=delimiter), [])]
     if sum(any(name in columns for name in names) for names in (_INDEX, _ID, _NAME)) > 1:
         return _from_rows(list(csv.DictReader(lines[1:], columns, delimiter=delimiter)), source)
-    numbered = [_NUMBERED.fullmatch(line) for line in lines]
-    if matches := [match for match in numbered if match]:
+    matches = [match for line in lines if (match := _NUMBERED.fullmatch(line))]
+    if matches and len(matches) == len(lines):
         numbers = [int(match[1][:9]) for match in matches]
-        spaced = all(match[2].isspace() and match[2] != "\t" for match in matches)
-        padded = spaced and any(re.match("0[0-9]", match[1]) for match in matches)
-        order = _order(numbers) if len(matches) == len(lines) else None
-        if order is not None and not padded:
-            return _from_values([_bare(matches[place][3]) for place in order])
+        order = _order(numbers)
+        spaced = all(not match[2].strip(" .") for match in matches)
         # Folders are called 001.cat and 01 cat; years and measures begin names, too.
-        counted = len(matches) == len(lines) and (not spaced or max(numbers) <= len(lines))
-        if counted and not (padded and numbers == sorted(set(numbers))):
+        folders = any(match[2] in "._-" or (spaced and re.match("0[0-9]", match[1])) for match in matches)
+        if order is not None and not folders:
+            return _from_values([_bare(matches[place][3]) for place in order])
+        if (
+            (order is not None and numbers != sorted(numbers))
+            if folders
+            else (not spaced or max(numbers) <= len(lines))
+        ):
             raise DoesNotFit(f"{source}: the numbers before the names must count from 0 to {len(lines) - 1}, each once")
     wordnet = [match for line in lines if (match := _WORDNET.fullmatch(line))]
     if wordnet and len(wordnet) == len(lines):
@@ -177,6 +182,8 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
         order = _order([int(match[2][:9]) for match in counted_names])
         if order is not None:
             return _from_values([_bare(counted_names[place][1]) for place in order])
+    if len(lines) == IMAGENET_CLASSES:
+        return _from_values(lines)  # two pairs of ImageNet's short names are equal
     return tuple(ClassName(line, line) for line in lines)
 
 
@@ -197,7 +204,7 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
                 "indices? add a column index that gives the order"
             )
     if not identity:
-        return _from_values([str(row.get(name) or "").strip() for row in rows])
+        return _from_values([str(row.get(name or "") or "").strip() for row in rows])
     name = name or identity
     return tuple(ClassName(str(row.get(identity) or "").strip(), str(row.get(name) or "").strip()) for row in rows)
 
