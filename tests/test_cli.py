@@ -17,6 +17,7 @@ from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, wri
 from fcvit import frameworks
 from fcvit.cli import app, main
 from fcvit.errors import FcvitError
+from fcvit.text import printable
 from fcvit.weights.lively import lively_tensors
 
 
@@ -335,6 +336,41 @@ sys.exit(main({words!r} + ["-o", "run"]))
     assert len([line for line in done.stderr.splitlines() if "note:" not in line]) == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert not list((tmp_path / "run").glob("*.csv"))
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+@needs_paddle
+def test_names_from_files_cannot_command_the_terminal(run, digits_pth, image):
+    """Of classes, images and weights: in tables, JSON, CSV, notes, and errors with and without a traceback."""
+    classes = image.parent / "classes.json"
+    classes.write_text(json.dumps([f"{ESCAPES}one\ntwo", "=1+1", *(f"{ESCAPES}{i}" for i in range(8))]))
+    weights = image.parent / f"w{ESCAPES}.safetensors"
+    try:
+        strange = image.rename(image.parent / f"{ESCAPES}.png")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    bad = image.parent / f"bad{ESCAPES}.png"
+    bad.touch()
+    shown = [
+        run("convert", digits_pth, "-o", weights, "--classes", classes, "--no-verify"),
+        run("convert", digits_pth, "-o", weights, "--no-verify"),
+        run("inspect", weights),
+        run("inspect", weights, "--json"),
+        run("predict", strange, bad, "--weights", weights, "--top-k", 10),
+        run("predict", strange, bad, "--weights", weights, "--top-k", 10, "--csv"),
+        run("predict", strange, bad, "--weights", weights, "--json"),
+        run("predict", image.parent / f"none{ESCAPES}.png", "--weights", weights),
+        run("inspect", image.parent / f"none{ESCAPES}", "--debug"),
+    ]
+    assert [code for code, _, _ in shown] == [0, 2, 0, 0, 6, 6, 6, 3, 3]
+    for _, out, err in shown:
+        assert printable(out + err, keep="\n") == out + err
+    assert r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202eone\ntwo" in shown[5][1]
+    rows = list(csv.DictReader(io.StringIO(shown[5][1])))
+    assert "'=1+1" in {row["name"] for row in rows}
+    assert list(json.loads(shown[6][1])["predictions"]) == [str(strange)]  # the value itself is kept
 
 
 STRANGE = ("[/b]", "[red]x", "dog:dog:", "a[b]c", "\\[/]")

@@ -10,8 +10,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
-    ("errors", "frameworks", "machine", "variants"),
-    ("classes", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
+    ("errors", "foreign", "frameworks", "machine", "text", "variants"),
+    ("classes", "class_indices", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),
     ("native",),

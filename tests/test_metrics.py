@@ -20,6 +20,7 @@ from fcvit.metrics import (
     confusion,
     cross_entropy,
     mcnemar,
+    other_order,
     paired_difference,
     rank_of_truth,
     share,
@@ -154,3 +155,58 @@ def test_the_paired_interval_keeps_its_level(probabilities):
         _, low, high = paired_difference(int(only_first), int(only_second), 400)
         inside += low <= truth <= high
     assert 0.935 <= inside / 2000 <= 0.985
+
+
+def answers(classes, each, right, seed=0):
+    """True classes, and the answers of a classifier that is right so often and else guesses."""
+    generator = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(classes), each)
+    guesses = generator.integers(0, classes, len(truth))
+    return truth, np.where(generator.random(len(truth)) < right, truth, guesses)
+
+
+def derangement(classes):
+    return np.roll(np.random.default_rng(1).permutation(classes), 1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "right"), [(10, 12, 0.9), (10, 5, 1), (37, 5, 0.8), (300, 2, 0.9), (2, 20, 1)]
+)
+def test_permuted_classes_are_noticed(classes, each, right):
+    truth, predicted = answers(classes, each, right)
+    order = np.arange(classes)[::-1] if classes == 2 else derangement(classes)
+    found = other_order(order[truth], predicted)
+    assert found is not None and found.all
+    assert sum(order[answer] == true for true, answer in found.moved.items()) > 0.8 * classes
+    assert found.explained > 100 * right - 15
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_labels_that_are_one_off_are_noticed_with_one_image_of_a_class(step):
+    truth = np.arange(20)
+    found = other_order(truth + step, truth)
+    assert found is not None and {answer - true for true, answer in found.moved.items()} == {-step}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("each", [1, 2, 20])
+@pytest.mark.parametrize("right", [0, 0.1, 0.5, 0.9, 1])
+def test_classes_in_their_order_give_no_hint(classes, each, right):
+    assert other_order(*answers(classes, each, right, seed=3)) is None
+
+
+def test_weak_answers_give_no_hint():
+    """All images taken for one class; ten different wrong classes of a thousand; one class taken for another."""
+    truth = np.repeat(np.arange(10), 20)
+    assert other_order(truth, np.full(200, 3)) is None
+    assert other_order(np.arange(10), np.random.default_rng(0).permutation(1000)[:10]) is None
+    assert other_order(truth, np.where(truth == 4, 9, truth)) is None
+
+
+def test_two_swapped_classes_of_ten_are_noticed():
+    truth, predicted = answers(10, 20, 1)
+    swapped = np.select([truth == 3, truth == 4], [4, 3], truth)
+    found = other_order(swapped, predicted)
+    assert found is not None and found.moved == {3: 4, 4: 3} and not found.all and found.images == 40
+    half = np.where(np.arange(200) % 2, swapped, truth)  # half of them wrong: a weak classifier, or wrong labels
+    assert other_order(half, predicted) is None

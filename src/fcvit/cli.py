@@ -26,6 +26,7 @@ from fcvit.errors import (
     UnreadableFile,
     UsageError,
 )
+from fcvit.text import csv_text, printable
 
 if TYPE_CHECKING:
     from fcvit.tasks.train import Training
@@ -71,10 +72,10 @@ def models(*, as_json: Json = False) -> None:
     from fcvit.report import tables
 
     _show(tables.variants())
-    print("The authors' checkpoints, to be fetched by hand (Apache-2.0, github.com/ma-xu/FCViT):")
+    _say("The authors' checkpoints, to be fetched by hand (Apache-2.0, github.com/ma-xu/FCViT):")
     for name, variant in VARIANTS.items():
         if row := published(variant):
-            print(f"  {name:<11} {row.url}")
+            _say(f"  {name:<11} {row.url}")
 
 
 @app.command
@@ -344,7 +345,7 @@ def bench(
     else:
         _show(*tables.speeds(found))
         if found.folder:
-            print(f"written to {found.folder}")
+            _say(f"written to {found.folder}")
     if csv is not None:
         runs.write_text(csv, as_csv(found))
     return NumbersDisagree.exit_code if any(speed.wrong for speed in found.speeds) else 0
@@ -522,7 +523,7 @@ def _print_result(found: Any, as_tables: Any, as_json: bool) -> int:
     else:
         _show(*as_tables(found))
         if found.folder:
-            print(f"written to {found.folder}")
+            _say(f"written to {found.folder}")
     if found.unreadable:
         _show(tables.unreadable(found.unreadable), error=True)
         return BadImages.exit_code
@@ -699,7 +700,7 @@ def evaluate(
         _print_json(dataclasses.asdict(found))
     else:
         _show(*tables.evaluation(found))
-        print(f"written to {found.folder}")
+        _say(f"written to {found.folder}")
     if found.unreadable:
         _show(tables.unreadable(found.unreadable), error=True)
         return BadImages.exit_code
@@ -817,7 +818,7 @@ def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool)
         raise UsageError("--preview draws a picture and trains nothing; leave --output and --json out")
     from fcvit.tasks.preview import preview
 
-    print(f"written to {preview(recipe, path)}")
+    _say(f"written to {preview(recipe, path)}")
     return 0
 
 
@@ -832,7 +833,7 @@ def _trained(done: "Training", as_json: bool) -> int:
         from fcvit.report import tables
 
         _show(tables.training(done))
-        print(f"weights: {done.weights}")
+        _say(f"weights: {done.weights}")
     if done.unreadable:
         from fcvit.report import tables
 
@@ -865,7 +866,7 @@ def compare(
 
     _show(*tables.comparison(found))
     if output is not None:
-        print(f"written to {output}")
+        _say(f"written to {output}")
 
 
 @app.command
@@ -916,22 +917,19 @@ def predict(
     results = predict_files(read, paths, **options, threads=threads, announce=_note)
     if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:
         _note("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
-    writer = None
     if csv:
-        import csv as csv_module
-
-        writer = csv_module.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", "place", "index", "id", "name", "probability"])
+        print("path,place,index,id,name,probability")
     good, bad = [], []
     with progress("predicting", len(paths)) as advance:
         for path, found in results:
             if isinstance(found, BadImages):
                 bad.append(found)
-            elif writer is None:
+            elif not csv:
                 good.append((path, found))
             else:
                 for place, row in enumerate(found, 1):
-                    writer.writerow([path, place, row.index, row.id, row.name, f"{row.probability:.6f}"])
+                    names = printable(str(path)), place, row.index, printable(row.id), printable(row.name)
+                    print(csv_text([(*names, f"{row.probability:.6f}")], "\n"), end="")
             advance(1)
     if as_json:
         import dataclasses
@@ -965,9 +963,9 @@ def quickstart(*, output: Annotated[Path | None, Output] = None) -> None:
     if done.conversion.verification:
         _show(tables.verification(done.conversion.verification)[0])
     _show(tables.quickstart(done), tables.predictions(done.predictions[:3]))
-    print("This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works.")
-    print(f"Picture: {done.sheet}")
-    print(f"All of it: {done.folder}   ({done.seconds:.0f} s)")
+    _say("This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works.")
+    _say(f"Picture: {done.sheet}")
+    _say(f"All of it: {done.folder}   ({done.seconds:.0f} s)")
 
 
 @app.command
@@ -1038,12 +1036,17 @@ def _show(*parts: object, error: bool = False) -> None:
         raise BrokenPipeError from end
 
 
+def _say(text: str, error: bool = False) -> None:
+    """Print a line, with what a terminal would obey in names from files as its escape."""
+    print(printable(text), file=sys.stderr if error else sys.stdout)
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _note(str(message))
 
 
 def _note(text: str) -> None:
-    print(f"fcvit: note: {text}", file=sys.stderr)
+    _say(f"fcvit: note: {text}", error=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1093,6 +1096,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:
     """One line for a person, with --debug the traceback before it; the exit code."""
     if debug:
-        traceback.print_exc()
-    print(f"fcvit: {' '.join(str(message).split())}", file=sys.stderr)
+        print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
+    _say(f"fcvit: {' '.join(str(message).split())}", error=True)
     return kind.exit_code

@@ -141,3 +141,79 @@ def paired_difference(
     centre = (second - first) / total
     half = z * math.sqrt(max(0.0, (first + second) / total - centre * centre) / total)
     return 100 * (only_second - only_first) / count, 100 * max(-1.0, centre - half), 100 * min(1.0, centre + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherOrder:
+    """An order of the classes that explains the answers better than the one that was used.
+
+    Attributes:
+        moved: true class -> class that its images are taken for, of all classes that would change.
+        images: of the moved classes.
+        explained: per cent of these images that are taken for that class.
+        all: whether they are at least half of all images, so that the whole order is in doubt.
+    """
+
+    moved: dict[int, int]
+    images: int
+    explained: float
+    all: bool
+
+
+def other_order(truth: np.ndarray, predicted: np.ndarray) -> OtherOrder | None:
+    """Tell whether the classes look permuted: most mistakes follow one other order of the classes.
+
+    Any classifier has an order that explains its answers best, and of few images it explains many by chance.
+    So the order must explain clearly more than the best order of the same answers, shuffled. If it moves less
+    than half of the images, the moved classes must also be taken for one another, nearly always.
+
+    Args:
+        truth, predicted: class indices (N,).
+    """
+    best = _best_order(truth, predicted)
+    moved = {true: answer for true, answer in best.items() if true != answer}
+    members = np.isin(truth, [true for true in np.unique(truth).tolist() if best.get(true) != true])
+    images = int(members.sum())
+    if len(moved) < 2 or not images:
+        return None
+    own_truth, answers = truth[members], predicted[members]
+    explained = _explained(moved, own_truth, answers)
+    whole = 2 * images >= len(truth)
+    right = float((own_truth == answers).mean())
+    if whole:
+        if explained < 0.4 or right > explained / 4:
+            return None
+        steps = answers - own_truth
+        if images >= 8 and max((steps == step).mean() for step in (-1, 1)) > 0.5:  # labels that count from 1, say
+            return OtherOrder(moved, images, 100 * explained, whole)
+    elif set(moved) != set(moved.values()) or explained < 0.8 or right > 0.1 or images < 5 * len(moved):
+        return None
+    generator = np.random.default_rng(0)
+    chance = 0.0
+    for _ in range(99 if images < 2000 else 9):  # of few images, chance explains many now and then
+        shuffled = generator.permutation(answers)
+        chance = max(chance, _explained(_best_order(own_truth, shuffled), own_truth, shuffled))
+    if explained <= chance + 0.3 * (1 - chance):
+        return None
+    return OtherOrder(moved, images, 100 * explained, whole)
+
+
+def _best_order(truth: np.ndarray, predicted: np.ndarray) -> dict[int, int]:
+    """Give each true class the answer it gets most often, none twice: the most frequent pairs first."""
+    pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+    # Of equally frequent pairs the right ones are first.
+    ranked = np.lexsort((pairs[0] != pairs[1], -counts))
+    order: dict[int, int] = {}
+    taken: set[int] = set()
+    for true, answer in pairs[:, ranked].T.tolist():
+        if true not in order and answer not in taken:
+            order[true] = answer
+            taken.add(answer)
+    return order
+
+
+def _explained(order: dict[int, int], truth: np.ndarray, predicted: np.ndarray) -> float:
+    """The share of answers that follow an order."""
+    return sum(
+        order.get(true) == answer for true, answer in zip(truth.tolist(), predicted.tolist(), strict=True)
+    ) / len(truth)

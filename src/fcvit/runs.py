@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
+from fcvit.text import escape_json
 
 try:
     import fcntl
@@ -75,7 +76,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def to_json(content: object) -> str:
     """Readable JSON; infinite numbers and NaN, which JSON does not have, become null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+    return escape_json(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False)) + "\n"
 
 
 def _finite(content: object) -> object:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from conftest import golden_json, image_by_rule, sha256
 from fcvit.errors import BadImages
-from fcvit.images.preprocess import crop, decode, normalise, preprocess
+from fcvit.images.preprocess import as_rgb, crop, decode, normalise, preprocess
 from fcvit.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing
 
 GOLDEN = golden_json("preprocess_synthetic.json")["images"]
@@ -73,6 +73,40 @@ def test_other_colour_modes_are_converted(tmp_path, mode):
     assert preprocess(tmp_path / f"x.{ending}", Preprocessing(input_size=32)).shape == (3, 32, 32)
 
 
+DEEP = np.linspace(0, 65535, 48 * 40, dtype=np.uint16).reshape(40, 48)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_as_16_bit_colour_is(tmp_path, ending):
+    """By the upper 8 bits, as Pillow decodes colour; `convert` alone would cut it off at 255."""
+    path = tmp_path / f"x.{ending}"
+    if ending == "pgm":
+        path.write_bytes(b"P5 48 40 65535\n" + DEEP.astype(">u2").tobytes())
+    else:
+        Image.fromarray(DEEP).save(path)
+    for found in (decode(path), as_rgb(Image.open(path))):
+        assert found.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(found), np.repeat((DEEP >> 8)[..., None], 3, axis=2))
+    Image.fromarray(DEEP // 257).save(tmp_path / "low.png")  # 8-bit values in 16 bits
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "low.png"))[..., 0], DEEP // 257)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_are_read_where_their_range_is_known(tmp_path, kind):
+    Image.fromarray((DEEP // 257).astype(kind)).save(tmp_path / "x.tif")
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "x.tif"))[..., 1], DEEP // 257)
+
+
+@pytest.mark.parametrize("values", [DEEP.astype(np.int32), -DEEP.astype(np.float32), (DEEP / 65535).astype(np.float32)])
+def test_32_bits_of_unknown_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(BadImages, match=r"x\.tif: (32-bit integers|floats) from .* save it with 8 or 16 bits"):
+        decode(tmp_path / "x.tif")
+    if values.dtype == np.float32:
+        with pytest.raises(BadImages, match="image: floats from"):
+            preprocess(Image.fromarray(values), Preprocessing())
+
+
 def test_orientation_tags_are_not_applied(tmp_path):
     """As in the authors' pipeline: the top of the stored pixels stays the top."""
     image = Image.new("RGB", (64, 64), "white")
@@ -87,8 +121,11 @@ def test_orientation_tags_are_not_applied(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not an image"),
-        (b"hello", "not an image"),
+        (b"", "not an image that can be read: an empty file"),
+        (b"hello", "not an image that can be read: a text file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* git lfs pull"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "a JPEG image that is damaged or cut off"),
+        (b"\x01\x02\x03\xfe", "of no known kind"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, ""),
         (None, "No such file"),
     ],
@@ -109,10 +146,17 @@ def test_a_truncated_image_is_bad(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_photographs_over_pillows_warning_are_read(tmp_path, monkeypatch):
+    Image.new("1", (300, 300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
+    assert decode(tmp_path / "x.png").size == (300, 300)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80_000)
-    with pytest.raises(BadImages, match="300 x 300 pixels, over the limit"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    with pytest.raises(BadImages, match="over the limit of 80,000 pixels; make it smaller"):
         decode(tmp_path / "x.png")
     thin = Image.new("RGB", (1, 3000))
     with pytest.raises(BadImages, match="1 x 3000 pixels would be resized to"):

@@ -171,11 +171,15 @@ def shape_of_a_plain_page():
 @example("' onmouseover='alert(1)")
 @example("</style></title></table><!--")
 @example("{{ 7 * 7 }}{% raw %}&lt;&#60;")
-@example("bytes-\udcff.jpg \x00 \x1b[31m \x85")
+@example("bytes-\udcff.jpg \x00 \x1b[31m \x85 \u202e \u2066")
 def test_texts_stay_texts(text):
     document = check(render_page(a_page(text)))
     assert [(tag, within) for tag, _, within in document.elements] == shape_of_a_plain_page()
-    shown = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), text)
+    shown = re.sub(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda c: c[0].encode("unicode_escape").decode(),
+        text,
+    )
     for tag in ("title", "h1", "dt", "caption", "footer", "td"):
         assert document.text(tag)[0] == shown
     assert document.all("img")[0]["alt"] == shown

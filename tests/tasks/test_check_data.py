@@ -110,14 +110,14 @@ def test_images_that_cannot_be_read(one, monkeypatch):
     (one / "dog" / "4.png").write_bytes(b"no image")
     (one / "dog" / "gone.png").symlink_to("nowhere")
     save(one / "dog" / "huge.png", picture(50, (300, 200)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 200)
     found = findings(check_data(one, few=0))
     assert [name for name, _ in found["unreadable"]] == ["cat/3.png", "dog/4.png", "dog/gone.png", "dog/huge.png"]
     reasons = [reason for _, reason in found["unreadable"]]
     assert "truncated" in reasons[0] and reasons[1:] == [
-        "not an image",
+        "not an image that can be read: a text file",
         "No such file or directory",
-        "300 x 200 pixels, over the limit of 40000",
+        "over the limit of 40,000 pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS",
     ]
     assert list(found) == ["unreadable"]
 
@@ -328,7 +328,9 @@ def test_the_command_line(data, capsys):
     assert code == 6 and "train/cat/0.png: not an image" in out and ".txt (1)" in out
     code, out, _ = run(capsys, data, "--json")
     found = json.loads(out)
-    assert code == 6 and found["unreadable"] == [{"image": "train/cat/0.png", "reason": "not an image"}]
+    assert code == 6 and found["unreadable"] == [
+        {"image": "train/cat/0.png", "reason": "not an image that can be read: a text file"}
+    ]
     assert found == json.loads(json.dumps(dataclasses.asdict(check_data(data)), default=str))
     code, out, _ = run(capsys, "--split", f"a={data / 'train'}", "--split", f"b={data / 'val'}", "--few", 0, "--json")
     assert [split["name"] for split in json.loads(out)["splits"]] == ["a", "b"] and json.loads(out)["few"] == 0

@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import fcvit
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit import frameworks
 from fcvit.classes import ClassName
@@ -344,6 +346,66 @@ def test_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth
     assert compare(tmp_path / "run", tmp_path / "again").differing == ()
 
 
+STRANGE = ("=1+1", "@x", "-2", "'=y", "a\nb", "\x1b[2J", "$\\frac{$", "[red]z", "\u202ee", "<b>")
+
+
+@needs_paddle
+def test_class_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
+    """Formulas of a spreadsheet, lines, escapes: the sheet is drawn, and the result can be compared and continued."""
+    (tmp_path / "classes.json").write_text(json.dumps(STRANGE))
+    lines = "".join(f"{path.relative_to(folder)} {path.parent.name}\n" for path in folder.rglob("*.png"))
+    (tmp_path / "list.txt").write_text(lines)
+    (folder / "=3").mkdir()
+    shutil.copyfile(folder / "3" / "03 with space.png", folder / "=3" / "x.png")
+    (tmp_path / "list.txt").write_text(f"{lines}=3/x.png 3\n")
+    options = {"list_file": tmp_path / "list.txt", "classes": tmp_path / "classes.json", "device": "cpu"}
+    for run in ("run", "again"):
+        evaluate(digits_pth, folder, folder=tmp_path / run, **options)
+    assert {row["truth"] for row in rows(tmp_path / "run")} >= {"'=1+1", "'@x", "'-2", "''=y", "a\nb"}
+    read = results.read_lane(tmp_path / "run")
+    assert set(read.truth) == set(STRANGE) == set(read.names) and "=3/x.png" in {path for _, path in read.images}
+    assert compare(tmp_path / "run", tmp_path / "again").differing == ()
+    before = files(tmp_path / "run")
+    resume(tmp_path / "run")
+    assert files(tmp_path / "run") == before
+
+
+@needs_paddle
+def test_folders_whose_names_are_no_text_name_the_classes(tmp_path, folder):
+    try:
+        (folder / "0").rename(folder / os.fsdecode(b"\xff"))
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    for label in range(2, 10):
+        shutil.rmtree(folder / str(label))
+    two = write_pth(tmp_path / "two.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=2)))
+    evaluate(two, folder, device="cpu", folder=tmp_path / "run")
+    evaluate(two, folder, device="cpu", folder=tmp_path / "again")
+    assert compare(tmp_path / "run", tmp_path / "again").images == 6
+
+
+@needs_paddle
+def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch):
+    """In a note, the figures and the table; labels that count from 1 are called so."""
+    with np.load(Path(fcvit.__file__).parent / "assets" / "digits_held_out.npz") as held_out:
+        images, truth = held_out["images"], held_out["labels"]
+    for index in np.concatenate([np.flatnonzero(truth == digit)[:6] for digit in range(9)]):
+        Image.fromarray(images[index]).save(folder / f"{index}.png")
+    weights = Path(fcvit.__file__).parent / "assets" / "digits.pth.tar"
+    for name, label in (
+        ("right", lambda digit: digit),
+        ("from1", lambda digit: digit + 1),
+        ("other", (8 - np.arange(9)).item),
+    ):
+        listed = [f"{path.name} {label(truth[int(path.stem)])}\n" for path in folder.glob("*.png")]
+        (tmp_path / name).write_text("".join(listed))
+        notes = []
+        result = evaluate(weights, folder, list_file=tmp_path / name, device="cpu", announce=notes.append).results[0]
+        noticed = [note for note in notes if "look permuted" in note]
+        assert noticed == ([result.hint] if name != "right" else [])
+        assert ("count from 1" in result.hint) == (name == "from1")
+
+
 @needs_paddle
 def test_folders_that_are_all_that_is_known_name_the_classes(tmp_path, folder):
     for label, name in enumerate(("cat", "cow", "dog")):
@@ -657,7 +719,10 @@ def test_bad_images_are_listed_and_the_run_goes_on(folder, digits_pth):
     (folder / "0" / "00 empty.png").touch()
     found = evaluate(digits_pth, folder, batch_size=5, device="cpu")
     assert (found.results[0].images, found.results[0].unreadable) == (23, 2)
-    assert found.unreadable == ("0/00 empty.png: not an image", "3/broken.png: not an image")
+    assert found.unreadable == (
+        "0/00 empty.png: not an image that can be read: an empty file",
+        "3/broken.png: not an image that can be read: a text file",
+    )
     with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)
     with pytest.raises(BadImages, match=r"0/00 empty.png"):

@@ -578,7 +578,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "the file is empty"),
     "one byte": (lambda: b"\x80", "damaged pickle"),
     "one letter": (lambda: b"P", "not a checkpoint: expected"),
-    "zeros": (lambda: bytes(4096), "not a checkpoint: expected"),
+    "zeros": (lambda: bytes(4096), "not a checkpoint: zeros only"),
     "random bytes": (lambda: random.Random(5).randbytes(4096), "not a checkpoint: expected"),
     "text": (lambda: b"some notes on training\n" * 40, "not a checkpoint: expected"),
     "JSON": (lambda: b'{"epoch": 3}', "not a checkpoint: expected"),

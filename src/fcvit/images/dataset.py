@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
+from fcvit.class_indices import assign_classes, assign_labels
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.images.folder import ENDINGS, is_image, legible
@@ -106,14 +106,6 @@ def _draw(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
 
 
-class Assignment(NamedTuple):
-    """Label -> class index; in words, by which rule; whether labels were only counted."""
-
-    mapping: dict[str, int]
-    rule: str
-    counted: bool = False
-
-
 def read_dataset(
     data: Path | Source, list_file: Path | None, classes: Classes | None, num_classes: int
 ) -> LabelledImages:
@@ -136,7 +128,7 @@ def read_dataset(
         source = open_source(data) if isinstance(data, Path) else data
         listed = read_list(list_file)
         locations, labels, remark = find_listed(listed, list_file, source)
-        assignment = assign_listed(sorted(set(labels.values())), list_file, classes, num_classes)
+        assignment = assign_labels(sorted(set(labels.values())), classes, num_classes, list_file)
         assignment = assignment._replace(rule=assignment.rule + remark)
         notes = listed.notes
     else:
@@ -214,81 +206,6 @@ def _left_out_notes(path: Path, tree: Tree) -> tuple[str, ...]:
     if outside:
         notes.append(f"{path}: left out {outside} images that are in no class folder")
     return tuple(notes)
-
-
-def assign_listed(labels: Sequence[str], list_file: Path, classes: Classes | None, num_classes: int) -> Assignment:
-    """Find the class index of each label of a list.
-
-    Args:
-        labels: sorted.
-
-    Raises:
-        DoesNotFit: numbers are no indices of the model's classes, or as `assign_classes`.
-    """
-    if all(label.isdecimal() and label.isascii() for label in labels):
-        mapping = {label: int(label) for label in labels}
-        outside = sorted({index for index in mapping.values() if index >= num_classes})
-        if outside:
-            raise DoesNotFit(
-                f"{list_file}: class {_some(outside)} for a model with {num_classes} outputs; expected 0 to "
-                f"{num_classes - 1}"
-            )
-        ids = {c.id: index for index, c in enumerate(classes or ())}
-        open_label = next((label for label in labels if ids.get(label, mapping[label]) != mapping[label]), None)
-        if open_label is not None:
-            raise DoesNotFit(
-                f"{list_file}: is {open_label} the index of a class, or the id of class {ids[open_label]}? give the "
-                "classes ids that are no numbers with --classes FILE"
-            )
-        return Assignment(mapping, f"the numbers in {list_file.name} are class indices")
-    return assign_classes(labels, classes, num_classes, "labels of the list")
-
-
-def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: int, what: str) -> Assignment:
-    """The one rule by which names of classes become indices, and in words which part of it applied.
-
-    1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where
-       those are unique; a subset may be there.
-    2. Else, for 1,000 outputs, ImageNet's WordNet ids; a subset may be there.
-    3. Else, where no classes are known, the sorted names (as torchvision counts them), if there are as
-       many as outputs, and unless they are numbers that sort otherwise as text.
-
-    Args:
-        labels: sorted.
-        what: they are, for messages.
-
-    Raises:
-        DoesNotFit: none of this applies, or some labels are known classes and others are not.
-    """
-    tables: list[tuple[str, dict[str, int]]] = []
-    if classes:
-        names = collections.Counter(c.name for c in classes)
-        tables.append(("the model's class ids", {c.id: index for index, c in enumerate(classes)}))
-        unique = {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
-        tables.append(("the model's class names", unique))
-    if num_classes == IMAGENET_CLASSES:
-        tables.append(("ImageNet's WordNet ids", {c.id: index for index, c in enumerate(imagenet())}))
-    for table_name, table in tables:
-        unknown = [label for label in labels if label not in table]
-        if not unknown:
-            return Assignment({label: table[label] for label in labels}, f"{what} are {table_name}")
-        if len(unknown) < len(labels):
-            raise DoesNotFit(f"{len(unknown)} of {len(labels)} {what} are not among {table_name}: {_some(unknown)}")
-    remedy = "name the model's classes, in its order, with --classes FILE"
-    if classes:
-        raise DoesNotFit(
-            f"no {what} ({_some(labels)}) are classes of the model ({_some([c.id for c in classes])}); "
-            f"rename them, or {remedy}"
-        )
-    if len(labels) != num_classes:
-        raise DoesNotFit(f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; {remedy}")
-    if all(label.isdecimal() for label in labels) and list(labels) != sorted(labels, key=int):
-        raise DoesNotFit(
-            f"{what} are numbers, and sorted as text (0, 1, 10, 2) they are other classes than counted; {remedy}"
-        )
-    mapping = {label: index for index, label in enumerate(labels)}
-    rule = f"the weights name no classes: the {num_classes} {what} are counted in sorted order"
-    return Assignment(mapping, rule, counted=True)
 
 
 def read_real(path: Path, images: LabelledImages) -> list[frozenset[int]]:

@@ -15,10 +15,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from fcvit.errors import BadImages
+from fcvit.foreign import IMAGE_KINDS, KIND_BYTES, foreign_kind
 from fcvit.images.folder import FORMATS, open_file
 from fcvit.variants import Preprocessing
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel begin so; all are grey
 
 
 def decoders() -> dict[str, str]:
@@ -38,7 +40,29 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
         BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
     """
     with opened(source, name) as image:
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB of 8 bits a channel, as torchvision does, but 16-bit grey by its upper 8 bits.
+
+    So does Pillow itself with 16-bit colour; 16-bit grey it would cut off at 255, and nearly all of a
+    photograph would be white. Values up to 255 stay as they are, whatever the type.
+
+    Raises:
+        ValueError: 32 bits, or floats, with values that are not from 0 to 255: their range is not known.
+    """
+    if not image.mode.startswith(DEEP):
         return image.convert("RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        if high > 255:
+            return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    elif not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"{kind} from {low:g} to {high:g}, whose range is not known; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -51,25 +75,38 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
     shown = source if name is None else name
     try:
         with contextlib.ExitStack() as stack:
-            if isinstance(source, str | os.PathLike):
-                source = stack.enter_context(open_file(source))
-            image = stack.enter_context(Image.open(source, formats=list(FORMATS)))
-            _check_area(image.width, image.height)
+            named = isinstance(source, str | os.PathLike)
+            file = stack.enter_context(open_file(source)) if named else source
+            image = stack.enter_context(Image.open(file, formats=list(FORMATS)))
             yield image
     except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
         if isinstance(error, UnidentifiedImageError):
-            reason = "not an image"
+            what = foreign_kind(_head(source)) or "of no known kind"
+            reason = f"not an image that can be read: {what}"
+            reason += " that is damaged or cut off" if what in IMAGE_KINDS else ""
+        elif isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, found before the size is known
+            reason = f"over the limit of {_limit():,} pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         else:
-            reason = str(error)[:120]
+            reason = str(error)[:160]
         raise BadImages(f"{shown}: {reason}") from error
 
 
-def _check_area(width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+def _head(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """The first bytes of what is no image."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(source, str | os.PathLike):
+            with open_file(source) as file:
+                return file.read(KIND_BYTES)
+        source.seek(0)
+        return source.read(KIND_BYTES)
+    return b""
+
+
+def _limit() -> float:
+    """Pixels up to which Pillow opens an image: 179 million, twice the number at which it warns."""
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else float("inf")
 
 
 def resized(size: tuple[int, int], target: int) -> tuple[int, int]:
@@ -95,11 +132,12 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
     """
     if min(image.size) == target:
         return image
-    size = resized(image.size, target)
-    try:
-        _check_area(*size)
-    except ValueError as error:
-        raise BadImages(f"{image.width} x {image.height} pixels would be resized to {error}") from error
+    size = width, height = resized(image.size, target)
+    if width * height > _limit():
+        raise BadImages(
+            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, over the limit of "
+            f"{_limit():,}"
+        )
     return image.resize(size, FILTERS[interpolation])
 
 
@@ -162,4 +200,9 @@ def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Prepr
     Raises:
         BadImages: it cannot be read.
     """
-    return crop(image.convert("RGB") if isinstance(image, Image.Image) else decode(image), preprocessing)
+    if not isinstance(image, Image.Image):
+        return crop(decode(image), preprocessing)
+    try:
+        return crop(as_rgb(image), preprocessing)
+    except ValueError as error:
+        raise error if isinstance(error, BadImages) else BadImages(f"image: {error}") from error

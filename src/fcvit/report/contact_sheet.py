@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fcvit.text import printable
+
 # Okabe and Ito's blue and vermilion: told apart by the colour-blind too; a mark repeats it in shape.
 RIGHT, WRONG, INK, PAPER = "#0072B2", "#D55E00", "#222222", "#ffffff"
 TILE, GAP = 128, 16  # pixels: side of an image's place, space between two
@@ -24,6 +26,7 @@ class Tile:
 
 def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     """A grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
+    title = printable(title)
     columns = max(1, min(columns, len(tiles)))
     rows = -(-len(tiles) // columns)
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
@@ -59,6 +62,7 @@ def paste_tile(sheet: Image.Image, image: Image.Image, x: int, y: int) -> None:
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """What of a text fits into so many pixels, with three points where something is missing."""
+    text = printable(text)  # Pillow measures single lines of whole characters only
     if font.getlength(text) <= width:
         return text
     fitting = bisect.bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fcvit.errors import MissingExtra
+from fcvit.text import printable
 
 LONG = 50  # rows; a longer listing is folded up
 
@@ -118,10 +119,5 @@ def render_page(page: Page) -> str:
 
 
 def _legible(value: Any) -> Any:
-    """Text without what HTML or UTF-8 cannot hold, such as bytes of file names: each is shown as its code."""
-    done = not isinstance(value, str) or value.isprintable() or hasattr(value, "__html__")
-    return value if done else "".join(c if _allowed(c) else c.encode("unicode_escape").decode() for c in value)
-
-
-def _allowed(c: str) -> bool:
-    return c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff")
+    """Text without what HTML or UTF-8 cannot hold, or what turns the text after it around, each as its code."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value

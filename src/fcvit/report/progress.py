@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fcvit.text import printable
+
 
 class _Rate(ProgressColumn):
     def __init__(self, unit: str):
@@ -36,11 +38,18 @@ def progress(what: str, total: int, unit: str = "images", every: float = 10) -> 
     Args:
         every: seconds between lines where the standard error is no terminal; shorter work has none.
     """
+    what = printable(what)
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(what, total, unit, every)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, advance=done)

@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fcvit.classes import Classes
 from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.protocols import Protocol, Standing
 from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.text import csv_text, csv_value
 
 METRICS, PREDICTIONS, PER_CLASS, PAGE = "metrics.json", "predictions.csv", "per_class.csv", "report.html"
 _WORST = 24
@@ -97,6 +98,7 @@ class Result:
         per_class: of every class with images.
         fingerprint: SHA-256 over contents and classes of the images, whatever their names and order.
         seconds: that this lane's engine computed, in all processes, decoding aside.
+        hint: what looks wrong with the order of the classes; "" where nothing does.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Result:
     per_class: tuple[ClassFigures, ...]
     fingerprint: str
     seconds: float
+    hint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +203,7 @@ def write_lane(
         [c.id, c.name, c.images, f"{c.top1:.4f}", f"{c.top_k:.4f}", c.mistaken_for, c.times] for c in result.per_class
     ]
     header = ["class", "name", "images", "top1", f"top{result.k}", "mistaken_for", "times"]
-    runs.write_text(folder / PER_CLASS, _csv([header, *rows]))
+    runs.write_text(folder / PER_CLASS, csv_text([header, *rows]))
     wrong = np.flatnonzero(~records.correct)
     worst = wrong[np.argsort(-records.probability[wrong, 0], kind="stable")][:_WORST]
     tiles = [
@@ -234,13 +237,7 @@ def _predictions(records: Records) -> str:
         for index, probability in zip(records.top[i], records.probability[i], strict=True):
             row += [records.classes[index].id, f"{probability:.6f}"]
         rows.append(row)
-    return _csv(rows)
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -293,7 +290,9 @@ def read_lane(folder: Path) -> Saved:
         path = folder / PREDICTIONS
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: (row["image"], row["truth"], row["path"]))
-        columns = [tuple(row[key] for row in rows) for key in ("image", "path", "truth", "class_1")]
+        columns = [
+            tuple(row[key] and csv_value(row[key]) for row in rows) for key in ("image", "path", "truth", "class_1")
+        ]
         if not rows or None in columns[3] or figures["images"] != len(rows):
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")
     except OSError as error:

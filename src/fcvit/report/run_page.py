@@ -123,6 +123,8 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
         ("loss", f"{result.loss:.4f}"),
         ("expected calibration error", f"{result.calibration.error:.4f} in {len(result.calibration.counts)} bins"),
     ]
+    if result.hint:
+        facts.append(("the order of the classes", result.hint))
     if result.real:
         facts.append(("ImageNet-ReaL", f"{result.real.top1:.2f} % of {result.real.images:,} images with labels"))
     if result.standing:

@@ -1,7 +1,7 @@
 """What the commands print, as rich tables: one function for one thing to show.
 
-Texts from files and paths stand in them as they are: the console that shows them must not read
-markup or emoji codes out of them (see `console`).
+Texts from files and paths stand in them as they are: neither rich nor the terminal may read commands
+out of them (see `console` and `table`).
 """
 
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +30,7 @@ from fcvit.tasks.similarity import Written
 from fcvit.tasks.train import Training
 from fcvit.tasks.trust import Estimate, Trust
 from fcvit.tasks.verify import Comparison, Place, Verification
+from fcvit.text import printable
 from fcvit.variants import VARIANTS, published
 from fcvit.weights.names import Form, parameter_count
 from fcvit.weights.reading import Problem
@@ -46,13 +47,26 @@ def console(error: bool = False) -> Console:
     return terminal if terminal.is_terminal else Console(**plain, width=140)
 
 
+class _Table(Table):
+    """A table whose cells hold texts from anywhere; only a `Text` can have several lines."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row, with control characters as their escapes."""
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
     """An empty table in the one style; columns named in `right` are aligned there; no columns: pairs."""
-    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    result = _Table(title=title and printable(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     result.show_header = bool(columns)
     for column in columns or ("", ""):
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return result
+
+
+def _lines(texts: Iterable[str]) -> Text:
+    """One text below the other in a cell."""
+    return Text("\n".join(map(printable, texts)))
 
 
 def verdict(passed: bool, limit: str = "") -> Text:
@@ -268,6 +282,8 @@ def evaluation(found: Evaluation) -> list[Table]:
         computed = f"{row.engine} ({row.device}), {row.precision}"
         about.add_row(row.name, f"protocol {row.protocol.name}: {what}{changed}; {computed}")
         about.add_row("", f"{row.classes} classes told apart, batches of {row.batch_size}")
+        if row.hint:
+            about.add_row("", row.hint)
         if row.unreadable:
             about.add_row("", f"{row.unreadable} images that cannot be read are left out")
         if row.standing:
@@ -467,9 +483,8 @@ def _groups(groups: Sequence[Same]) -> Table:
     )
     ordered = sorted(groups, key=lambda group: -(len(group.classes) > 1) - (len(group.splits) > 1))
     for group in ordered[:_SHOWN]:
-        names = "\n".join(group.images[:_EXAMPLES])
-        if len(group.images) > _EXAMPLES:
-            names += f"\n... and {len(group.images) - _EXAMPLES} more"
+        more = [f"... and {len(group.images) - _EXAMPLES} more"] if len(group.images) > _EXAMPLES else []
+        names = _lines([*group.images[:_EXAMPLES], *more])
         difference = f"{group.difference:.2f}" if group.match == "near" else ""
         listing.add_row(group.match, names, ", ".join(group.splits), ", ".join(group.classes), difference)
     if len(ordered) > _SHOWN:
@@ -486,8 +501,8 @@ def inspection(found: Mapping[str, Any]) -> list[Table]:
         if isinstance(value, list):
             parts = [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value]
             more = [f"... ({len(parts)})"] if len(parts) > _SHOWN else []
-            value = ("\n" if name == "problems" else ", ").join(parts[:_SHOWN] + more)
-        listing.add_row(name.replace("_", " "), str(value))
+            value = _lines(parts[:_SHOWN] + more) if name == "problems" else ", ".join(parts[:_SHOWN] + more)
+        listing.add_row(name.replace("_", " "), value if isinstance(value, Text) else str(value))
     if "entries" not in found:
         return [listing]
     entries = table("tensor", "shape", "type")

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.images.folder import is_image
 from fcvit.images.loader import each, read_file
-from fcvit.images.preprocess import opened
+from fcvit.images.preprocess import DEEP, as_rgb, opened
 from fcvit.images.similar import FLAT, MAX_DIFFERENCE, PASSES, SIDE, fingerprint, similar_pairs
 from fcvit.images.source import Location, Tree, open_source
 from fcvit.images.splits import find_layout
@@ -32,7 +32,7 @@ ODD = {
     "flat": "almost of one colour",
     "cmyk": "CMYK, converted without its colour profile",
     "transparent": "transparency, which is dropped",
-    "deep": "16 or 32 bits a channel, cut to 8",
+    "deep": "16 or 32 bits a channel, reduced to 8",
     "rotated": "an EXIF orientation, which is not applied",
 }
 
@@ -297,7 +297,7 @@ def examine(_: int, name: str, location: Location) -> Facts:
         warnings.simplefilter("ignore")  # Pillow's about odd images: what is odd is in the result
         with opened(io.BytesIO(content), name) as image:
             mode, transparent = image.mode, image.has_transparency_data
-            rgb = image.convert("RGB")
+            rgb = as_rgb(image)
             orientation = 1
             with contextlib.suppress(Exception):  # damaged tags do not keep an image from being read
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -309,7 +309,7 @@ def examine(_: int, name: str, location: Location) -> Facts:
         "flat": mark.contrast < FLAT,
         "cmyk": mode == "CMYK",
         "transparent": transparent,
-        "deep": mode.startswith(("I", "F")),
+        "deep": mode.startswith(DEEP),
         "rotated": orientation in range(2, 9),
     }
     tells = shorter >= SIDE and not kinds["flat"]

@@ -1,9 +1,7 @@
 """Two evaluations over the same images: is the difference real, and where does it lie?"""
 
 import collections
-import csv
 import dataclasses
-import io
 import os
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 from fcvit import metrics, runs
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.report.results import Saved, read_lane
+from fcvit.text import csv_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +91,8 @@ def compare(
     if folder is not None:
         with runs.run_folder(Path(folder), "compare") as target:
             runs.write_json(target / "comparison.json", dataclasses.asdict(found))
-            text = io.StringIO()
-            writer = csv.writer(text)
-            writer.writerow(["path", "truth", "first", "second"])
-            writer.writerows(dataclasses.astuple(row) for row in found.differing)
-            runs.write_text(target / "differing.csv", text.getvalue(), "surrogateescape")
+            rows = [("path", "truth", "first", "second"), *map(dataclasses.astuple, found.differing)]
+            runs.write_text(target / "differing.csv", csv_text(rows), "surrogateescape")
     return found
 
 

@@ -299,6 +299,7 @@ def _run(
     announce: Callable[[str], None],
     began: float,
 ) -> Evaluation:
+    said = announce if processes.first else lambda _: None
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
     try:
         journal = Journal(plan.dtype, key, folder and folder / JOURNALS, processes.rank)
@@ -313,6 +314,8 @@ def _run(
             lost = [number for number in plan.batches if number not in journal.frames]
             assert not lost, f"no process did batches {lost[:5]}"
             found = figures(plan, journal)
+            for hint in dict.fromkeys(result.hint for result in found.results if result.hint):
+                said(hint)
             if processes.first and folder is not None:
                 if logits is not None:
                     logits.finish(journal, announce)

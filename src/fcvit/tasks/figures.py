@@ -1,5 +1,6 @@
 """From the records of an evaluation to its figures, all at once and in the order of the data set."""
 
+import collections
 import dataclasses
 import hashlib
 
@@ -101,6 +102,7 @@ def _result(plan: Plan, place: int, frames: list[Frame], rows: np.ndarray, recor
         ),
         per_class=results.class_figures(records, plan.k),
         fingerprint=_fingerprint(records),
+        hint=_hint(plan, records),
         seconds=sum(frame.extra["seconds"][place] for frame in frames),
     )
 
@@ -118,7 +120,29 @@ def _fingerprint(records: Records) -> str:
     """SHA-256 over contents and classes, whatever the names and the order."""
     ids = [records.classes[label].id for label in records.truth]
     pairs = sorted(f"{digest} {name}" for digest, name in zip(records.digests, ids, strict=True))
-    return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
+    return hashlib.sha256("\n".join(pairs).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hint(plan: Plan, records: Records) -> str:
+    """Say that the classes look permuted, and which."""
+    order = metrics.other_order(plan.columns[records.truth], plan.columns[records.top[:, 0]])
+    if order is None:
+        return ""
+    named = [f"{plan.classes[true].id[:40]} as {plan.classes[answer].id[:40]}" for true, answer in order.moved.items()]
+    some = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+    if not order.all:
+        return (
+            f"{len(order.moved)} classes look permuted: {order.explained:.0f} % of their images are taken for another "
+            f"one of them ({some}); are they in the model's order?"
+        )
+    steps = collections.Counter(answer - true for true, answer in order.moved.items())
+    step, times = steps.most_common(1)[0]
+    shift = {-1: "do the labels count from 1? ", 1: "are the labels one too low? "}.get(step, "")
+    return (
+        f"the classes look permuted: one other order of them explains {order.explained:.0f} % of the answers ({some}); "
+        f"{shift if times > 0.8 * len(named) else ''}name the model's classes, in its order, with --classes FILE, or "
+        "mend the labels"
+    )
 
 
 def _agreements(plan: Plan, rows: np.ndarray) -> list[Agreement]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
+from fcvit.class_indices import composed
 from fcvit.processes import join
 from fcvit.tasks.train import Training, train
 from fcvit.training.data import find_splits
@@ -41,7 +42,8 @@ def finetune_recipe(
     notes = []
     if "new_head" not in given:
         # In whatever order: the head keeps that of the weights.
-        keep = loaded.classes is not None and {c.id for c in loaded.classes} == {c.id for c in splits.classes}
+        sets = [{composed(c.id) for c in classes} for classes in (loaded.classes or (), splits.classes)]
+        keep = sets[0] == sets[1]
         if keep:
             notes.append(
                 "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from fcvit import runs
+from fcvit.class_indices import assign_classes
 from fcvit.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.deploy.cache import PACKAGES
 from fcvit.deploy.engines import AUTO, Engine, create_engine
 from fcvit.deploy.quantise import calibration_images
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
+from fcvit.images.dataset import LabelledImages, read_dataset, read_real
 from fcvit.images.loader import DIGEST, Workers
 from fcvit.images.preprocess import decoders
 from fcvit.protocols import AUTHORS, Protocol, protocols
@@ -148,7 +149,7 @@ class Plan:
         list_file = Path(settings.list_file) if settings.list_file else None
         if images is None:
             images = read_dataset(Path(settings.data), list_file, known, count)
-        self.classes = named = resolve_classes(given, loaded[0].classes, count)
+        self.classes = named = resolve_classes(given, loaded[0].classes, count, announce)
         if images.counted:  # the folders are all that is known of the classes
             self.classes = tuple(ClassName(label, label) for label in images.mapping)
         for weights in loaded[1:]:

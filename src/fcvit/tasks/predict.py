@@ -119,7 +119,7 @@ def predict_files(
     form = _with_classes(weights)
     _check_top_k(top_k)
     chosen = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
-    names = resolve_classes(classes, weights.classes, form.num_classes)
+    names = resolve_classes(classes, weights.classes, form.num_classes, announce)
     engine: Engine = create_engine(engine_name, weights, chosen, device, threads=threads, announce=announce)
     return _predict(engine, chosen, names, images, top_k)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header
@@ -35,17 +36,6 @@ ZIP, LEGACY, SAFETENSORS, PDPARAMS = "pytorch (zip)", "pytorch (older)", "safete
 INDEX = "index of shards"
 MEMORY = "memory"  # no file at all: a model's
 _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of PyTorch's older format
-# What people put where a checkpoint should be, by its first bytes.
-_OTHERS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"\x1f\x8b", "gzip-compressed; decompress it first"),
-    (b"BZh", "bzip2-compressed; decompress it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file (Keras?), which is not read"),
-    (b"\x93NUMPY", "a single NumPy array, not a checkpoint"),
-    (b"<", "a web page, probably the download's warning page; fetch the file itself"),
-)
 # Files beside weights, by the endings of their names -> what they are and what to give instead.
 _ENDINGS = {
     ".onnx": "an exported ONNX graph, without the names of the weights; give the checkpoint that it was exported from",
@@ -354,14 +344,12 @@ def _kind(head: bytes, suffix: str) -> str:
         return LEGACY if _PICKLED_MAGIC in head[:32] else PDPARAMS
     if head.lstrip().startswith(b"{"):
         return INDEX
-    for magic, what in _OTHERS:
-        if head.lstrip().startswith(magic):
-            raise UnreadableFile(what)
     if head[257:262] == b"ustar":
         raise UnreadableFile("a tar archive (or PyTorch's format of before 2017); unpack it, or save it again")
-    raise UnreadableFile(
-        _ENDINGS.get(suffix, "not a checkpoint: expected PyTorch's .pth, safetensors or Paddle's .pdparams")
-    )
+    what = foreign_kind(head[:KIND_BYTES])
+    if what in (None, TEXT):
+        what = "expected PyTorch's .pth, safetensors or Paddle's .pdparams"
+    raise UnreadableFile(_ENDINGS.get(suffix, f"not a checkpoint: {what}"))
 
 
 def _parse(path: Path, data: bytes, shards: bool) -> Checkpoint:

@@ -1,0 +1,63 @@
+"""Text from files, and text for people: encodings, what a terminal obeys, what a spreadsheet executes."""
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Control characters, line separators, overrides of the writing direction, and halves of characters.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# A spreadsheet takes a cell that begins so for a formula. The quotes make the mark itself reversible.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n]")
+
+
+def decode_text(content: bytes) -> str:
+    """Decode UTF-8, or UTF-16 or UTF-32 with a byte-order mark; also UTF-16 without one, if it begins with ASCII.
+
+    Raises:
+        UnicodeDecodeError: it is none of these.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding)
+    if b"\0" in content[:2]:
+        return content.decode("utf-16-be" if content[:1] == b"\0" else "utf-16-le")
+    return content.decode("utf-8")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Replace what a terminal obeys instead of showing it by its escape, such as \x1b.
+
+    Args:
+        text: anything, such as a name from a file.
+        keep: unsafe characters that stay, such as a line feed in text of several lines.
+    """
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def escape_json(text: str) -> str:
+    """Escape in JSON what `printable` replaces; the values stay the same."""
+    return re.sub(_UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:
+    """Write rows as CSV that a spreadsheet opens without executing a cell; `csv_value` gives the cells back."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=line_end)
+    writer.writerows(
+        [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row] for row in rows
+    )
+    return text.getvalue()
+
+
+def csv_value(cell: str) -> str:
+    """Return a cell of `csv_text` as it was before."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
