@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
-    ("errors", "frameworks", "machine", "variants"),
+    ("errors", "frameworks", "interrupts", "machine", "variants"),
     ("classes", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),

@@ -4,13 +4,16 @@ Tables and JSON go to the standard output; progress, notes and errors to the sta
 codes stand in `fcvit.errors` and docs/cli.md.
 """
 
+import contextlib
 import io
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -1031,10 +1034,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run ends in order, and says how to go on
     try:
-        with warnings.catch_warnings():
+        with _interruptions(keep=arguments is None), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if not debug:
                 warnings.simplefilter("ignore")
@@ -1065,6 +1066,43 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+@contextlib.contextmanager
+def _interruptions(keep: bool) -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: in order, and saying how to go on.
+
+    An error after a signal is taken for its consequence: a library whose loading is interrupted looks as if it were
+    missing. Signals within a second are one, as where Paddle's launcher passes on what the terminal has sent already.
+
+    Args:
+        keep: leave the handlers to the process, which ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[float] = []
+
+    def interrupt(*_: object) -> None:
+        now = time.monotonic()
+        if not came or now - came[-1] > 1:
+            came.append(now)
+            raise KeyboardInterrupt
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if not keep:
+            for number, handler in before.items():
+                if handler is not None:  # None: not Python's
+                    signal.signal(number, handler)
 
 
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:

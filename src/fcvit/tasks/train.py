@@ -563,10 +563,10 @@ class _Run:
 
 def _clean(folder: Path) -> None:
     """Remove what a process that was killed was writing."""
-    for path in folder.glob(".*"):
+    for path in folder.glob(f"{runs.TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.endswith(".tmp"):
+        else:
             path.unlink(missing_ok=True)
 
 
