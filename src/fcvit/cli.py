@@ -6,6 +6,7 @@ codes stand in `fcvit.errors` and docs/cli.md.
 
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fcvit import __version__
+from fcvit import __version__, interrupts
 from fcvit.errors import (
     INTERRUPTED,
     BadImages,
@@ -1072,37 +1073,31 @@ def main(arguments: list[str] | None = None) -> int:
 def _interruptions(keep: bool) -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does: in order, and saying how to go on.
 
-    An error after a signal is taken for its consequence: a library whose loading is interrupted looks as if it were
-    missing. Signals within a second are one, as where Paddle's launcher passes on what the terminal has sent already.
+    Signals within a second are one: Paddle's launcher passes on what the terminal has sent already.
 
     Args:
         keep: leave the handlers to the process, which ends.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[float] = []
+    came = -math.inf
 
     def interrupt(*_: object) -> None:
-        now = time.monotonic()
-        if not came or now - came[-1] > 1:
-            came.append(now)
+        nonlocal came
+        now, before = time.monotonic(), came
+        if now - before > 1:
+            came = now
             raise KeyboardInterrupt
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                # A shell lets processes in the background ignore Ctrl-C.
+                if before is not None and (number == signal.SIGTERM or before is signal.default_int_handler):
+                    signal.signal(number, interrupt)
+                    if not keep:
+                        stack.callback(signal.signal, number, before)
+        stack.enter_context(interrupts.kept())
         yield
-    except Exception as error:
-        if came:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        if not keep:
-            for number, handler in before.items():
-                if handler is not None:  # None: not Python's
-                    signal.signal(number, handler)
 
 
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.interrupts import held_back
+from fcvit.interrupts import check, held_back, kept
 
 try:
     import fcntl
@@ -176,8 +176,10 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
 
     with _locked(folder):
         try:
-            write(status="running")
-            yield
+            with kept():
+                write(status="running")
+                yield
+                check()
         except KeyboardInterrupt:
             write(status="interrupted")
             raise

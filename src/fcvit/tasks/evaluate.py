@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from fcvit import metrics, runs
+from fcvit import interrupts, metrics, runs
 from fcvit.classes import labels
 from fcvit.deploy.batch_size import fitting_batch_size
 from fcvit.deploy.engines import AUTO, Engine
@@ -299,7 +299,7 @@ def _run(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
     try:
         journal = Journal(plan.dtype, key, folder and folder / JOURNALS, processes.rank)
-        with _logit_files(plan, folder) as logits, contextlib.closing(journal):
+        with interrupts.kept(), _logit_files(plan, folder) as logits, contextlib.closing(journal):
             # By number, not by what is left: what another process has already done must not shift the shares.
             mine = [number for number in plan.batches if number % processes.count == processes.rank]
             missing = [number for number in mine if number not in journal.frames]
@@ -314,6 +314,7 @@ def _run(
                 if logits is not None:
                     logits.finish(journal, announce)
                 _write(plan, found, folder, announce)
+            interrupts.check()
     except KeyboardInterrupt:
         if folder is not None and processes.first:
             announce(f"go on with: fcvit eval --resume {shlex.quote(str(folder))}")
@@ -358,6 +359,7 @@ def _compute(
             if batch.bad and strict:
                 raise BadImages(f"{batch.bad[0][1]} (--strict stops at the first image that cannot be read)")
             journal.append(_frame(plan, engines, batch, logits))
+            interrupts.check()
             advance(len(batch.indices) + len(batch.bad))
 
 

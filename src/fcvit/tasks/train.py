@@ -7,7 +7,6 @@ moment from which the epoch counts.
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -26,9 +25,10 @@ from fcvit.errors import DoesNotFit, MissingExtra, NumbersDisagree, TrainingStop
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.loader import Workers
 from fcvit.images.preprocess import decoders
+from fcvit.interrupts import check, held_back, kept
 from fcvit.loading import build_classifier, create_model, weights_of
 from fcvit.processes import Processes, join
-from fcvit.report.progress import progress
+from fcvit.report.progress import duration, progress
 from fcvit.tasks.evaluate import Evaluation, evaluate
 from fcvit.training.data import (
     Division,
@@ -169,7 +169,7 @@ def extend(
     with _Run.prepared(recipe, known["device"], workers, announce, _start(source)) as run:
         run.check_same(source, known)
         run.restore(source)
-        run.began_after = run.progress.epoch
+        run.began_after, run.kept = run.progress.epoch, 0
         with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
             run.take_over(source)
             return run.finish()
@@ -241,6 +241,7 @@ class _Run:
         self.progress.first_updates = _updates(weights)
         self.began_after = 0  # epochs of a run that this one extends
         self.unreadable: dict[str, None] = {}
+        self.seconds: list[float] = []  # of each epoch that this process trained
         self.identity = self._identity(weights, place)
         if start is not None:
             del self.identity["weights"]
@@ -329,7 +330,9 @@ class _Run:
             if self.processes.first:
                 path = Path(folder) if folder is not None else None
                 self._refuse_inside(Path("runs") if path is None else path)
-                self.folder = stack.enter_context(runs.run_folder(path, "train", record))
+                with held_back():  # from the moment that there is a folder, an interruption says how to go on
+                    self.folder = stack.enter_context(runs.run_folder(path, "train", record))
+                    stack.enter_context(self._ending_explained())
                 runs.write_text(self.folder / _RECIPE, self.recipe.to_toml())
             self._share_folder()
             yield
@@ -338,15 +341,36 @@ class _Run:
     def continued(self, folder: Path, known: Mapping[str, Any]) -> Iterator[None]:
         """In the folder of a run that was interrupted."""
         with contextlib.ExitStack() as stack:
+            with held_back():
+                if self.processes.first:
+                    self.folder = stack.enter_context(runs.continued_run(folder, known))
+                self.began_after = int(known.get("began_after", 0))
+                if (folder / STATE).exists():
+                    self.restore(folder)
+                if self.processes.first:
+                    stack.enter_context(self._ending_explained())
             if self.processes.first:
-                self.folder = stack.enter_context(runs.continued_run(folder, known))
                 _clean(folder)
             self._share_folder(folder)
-            self.began_after = int(known.get("began_after", 0))
-            if (folder / STATE).exists():
-                self.restore(folder)
+            if self.kept:
                 self.announce(f"{self.progress.epoch} of {self.recipe.total_epochs} epochs are done already")
             yield
+
+    @contextlib.contextmanager
+    def _ending_explained(self) -> Iterator[None]:
+        """Tell how to go on, however the run ends."""
+        try:
+            with kept():
+                yield
+                check()
+        except TrainingStopped as error:
+            raise TrainingStopped(f"{error}; {self._what_stands(error.again)}") from error
+        except UnreadableFile as error:
+            raise UnreadableFile(f"{error}; {self._what_stands()}") from error
+        except KeyboardInterrupt:
+            with held_back():
+                self.announce(self._what_stands())
+            raise
 
     def take_over(self, source: Path) -> None:
         """The weights of the run that this one extends, so that a run always has its best and last."""
@@ -387,7 +411,6 @@ class _Run:
             else None
         )
         rows = self.progress.rows
-        seconds: list[float] = []
         try:
             if log:
                 log.write(rows)
@@ -397,17 +420,10 @@ class _Run:
                 row = self._epoch(self.progress.epoch)
                 if log:
                     log.write(rows)
-                seconds.append(time.perf_counter() - began)
-                left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(seconds))
-                self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {_duration(left)} left at most")
+                self.seconds.append(time.perf_counter() - began)
+                left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(self.seconds))
+                self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {duration(left)} left at most")
                 self.processes.broadcast(b"")
-        except TrainingStopped as error:
-            raise TrainingStopped(f"{error}; {self._what_stands(error.again)}") from error
-        except UnreadableFile as error:
-            raise UnreadableFile(f"{error}; {self._what_stands()}") from error
-        except KeyboardInterrupt:
-            self.announce(self._what_stands())
-            raise
         finally:
             if log:
                 log.close()
@@ -428,6 +444,8 @@ class _Run:
         return bool(best and patience and self.progress.epoch - since >= patience)
 
     def _what_stands(self, again: bool = True) -> str:
+        if self.began_after and not self.kept:
+            return f"{self.folder} has not taken over the state of the run that it extends; extend that one again"
         stands = f"epoch {self.kept} stands in {self.folder}" if self.kept else "no epoch was finished"
         return f"{stands}; go on with: fcvit train --resume {shlex.quote(str(self.folder))}" if again else stands
 
@@ -442,11 +460,13 @@ class _Run:
         rate = 0.0
         with contextlib.ExitStack() as stack:
             images = self.steps * recipe.batch_size
-            advance = stack.enter_context(progress(what, images)) if self.processes.first else lambda _: None
+            shown = progress(what, images, after=self._seconds_after) if self.processes.first else None
+            advance = stack.enter_context(shown) if shown else lambda _: None
             parts = stack.enter_context(contextlib.closing(self._parts(epoch)))
             for step in range(self.steps):
                 rate = learning_rate(recipe, epoch + step / self.steps)
                 losses.append(trainer.run(parts, rate))
+                check()
                 advance(recipe.batch_size)
         trainer.end_epoch()
         self._gather_unreadable()
@@ -462,6 +482,17 @@ class _Run:
         else:
             self._note_best(row)
         return row
+
+    def _seconds_after(self, rate: float) -> float:
+        """The time that follows the training images of an epoch: its validation, and the epochs to come.
+
+        A step is about three forward passes; once an epoch was measured, its time stands for the rest.
+        """
+        validated = len(self.splits.val) * (2 if self.trainer.average else 1) if self.splits.val else 0
+        validation = validated / (3 * rate)
+        whole = self.steps * self.recipe.batch_size / rate + validation
+        to_come = self.recipe.total_epochs - self.progress.epoch - 1
+        return validation + to_come * (float(np.median(self.seconds)) if self.seconds else whole)
 
     def _parts(self, epoch: int) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """Inputs and targets of this process's parts."""
@@ -634,7 +665,3 @@ def _in_words(row: Mapping[str, Any], total: int) -> str:
         if key in row:
             parts.append(f"{name} {row[key]:.2f} %")
     return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s"])
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
