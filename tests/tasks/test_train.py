@@ -620,12 +620,14 @@ def test_a_preview_shows_what_the_network_sees(small, tmp_path):
     assert (pictures["plain"] != pictures["erased"]).any()
 
 
-def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys):
-    """40 seeded moments: in the native operators of a step or of the validation, and while a file is replaced."""
+@pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
+    """At seeded moments, in the native operators of a step or of the validation, or while a file is replaced."""
     from fcvit.cli import main
     from fcvit.native import operators
 
-    (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=8, ema_decay=0.5).to_toml())
+    epochs = 2 + moments // 8
+    (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=epochs).to_toml())
     command = ["train", str(tmp_path / "recipe.toml"), "--device", "cpu", "-o"]
     calls, moment, number = 0, 0, signal.SIGINT
 
@@ -642,19 +644,19 @@ def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp
     monkeypatch.setattr(operators, "_run", interrupting(operators._run))
     monkeypatch.setattr(os, "replace", interrupting(os.replace))
     assert main([*command, str(tmp_path / "whole")]) == 0
-    each_epoch = calls // 8
+    each_epoch = calls // epochs
     words = [*command, str(run := tmp_path / "cut")]
     generator = np.random.default_rng(0)
-    for place in range(40):
+    for place in range(moments):
         number = (signal.SIGINT, signal.SIGTERM)[place % 2]
         # An epoch has to end now and then, but not the run.
-        calls, moment = 0, 2 + int(generator.integers(each_epoch * (1.2 if place % 8 == 0 else 0.9)))
+        calls, moment = 0, each_epoch * 5 // 4 if place % 8 == 4 else 2 + int(generator.integers(each_epoch))
         capsys.readouterr()
         assert main(words) == 130, (place, moment)
         assert f"go on with: fcvit train --resume {run}" in capsys.readouterr().err, (place, moment)
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (place, moment)
         words = ["train", "--resume", str(run)]
     moment = 0
-    assert 1 <= read_state(run)[0].epoch < 8
+    assert 1 <= read_state(run)[0].epoch < epochs
     assert main(words) == 0
     assert state_of(run) == state_of(tmp_path / "whole")
