@@ -381,7 +381,7 @@ def test_what_cannot_go_together_is_refused(run, digits_pth, image):
     code, _, err = run(*words, "--crop-fraction", 0.5)
     assert code == 2 and "is fixed" in err
     words = ["eval", "--resume", "runs/eval"]
-    for more in (["--weights", digits_pth], ["--batch-size", 4], ["--no-ema"], ["--seed", 0]):
+    for more in (["--protocol", "both"], ["--batch-size", 4], ["--no-ema"], ["--seed", 0]):
         code, _, err = run(*words, *more)
         assert code == 2 and "goes on as the run began" in err
     assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]

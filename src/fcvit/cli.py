@@ -626,7 +626,8 @@ def evaluate(
         engine: auto (default: the fastest that is right), onnxruntime, openvino, paddle, paddle-inference,
             native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
         output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
+        resume: Go on with the run in this folder; takes no other option but --workers, --strict, --json, and
+            --weights, --data, --list, --classes, --real, --calibrate for what is elsewhere now.
         batch_size: Images at a time (default: 32); auto tries what fits.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         device: auto (default), cpu, gpu or gpu:N.
@@ -672,9 +673,12 @@ def evaluate(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     workers = _workers() if workers is None else workers
     if resume is not None:
-        if weights or data is not None or given:
+        moved = {name: given.pop(name) for name in ("list_file", "classes", "real", "calibration") if name in given}
+        moved |= {"weights": weights} if weights else {}
+        moved |= {"data": data} if data is not None else {}
+        if given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        found = go_on(resume, workers=workers, strict=strict, announce=_note)
+        found = go_on(resume, moved=moved, workers=workers, strict=strict, announce=_note)
     elif not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
     else:
@@ -716,7 +720,8 @@ def train(
     Args:
         recipe: A TOML file, or the name of a recipe that comes with the package: digits, fcvit_tiny, ...
         output: Folder of the run (default: runs/train, or the first free one after it).
-        resume: Go on with the run in this folder after its last epoch; takes no recipe.
+        resume: Go on with the run in this folder after its last epoch; takes no recipe. What it reads may be
+            elsewhere now: --data, --val, --classes, --weights say where.
         extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
         preview: Draw what the network would see of some training images into this .png, and do not train.
         option: An option of the architecture, as in --option competition=false; may stand several times.
@@ -735,15 +740,18 @@ def train(
     processes = _train_workers(workers, device)
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
+    moved = {name: place for name, place in overrides.items() if name in task.PLACES}
+    others = {name: value for name, value in overrides.items() if name not in task.PLACES}
+    places = f"where they are elsewhere now, --{', --'.join(task.PLACES)}"
     if resume is not None:
-        if output or overrides or preview or device != "auto":
-            raise UsageError("train: --resume goes on as the run began; leave out what else decides it")
-        return _trained(task.resume(resume, workers=processes, announce=_note), as_json)
+        if output or others or preview or device != "auto":
+            raise UsageError(f"train: --resume goes on as the run began; it takes {places}, and no other field")
+        return _trained(task.resume(resume, moved=moved, workers=processes, announce=_note), as_json)
     if extend is not None:
-        if set(overrides) != {"epochs"} or not overrides["epochs"].isdecimal() or preview or device != "auto":
-            raise UsageError("train: --extend RUN takes --epochs N, of the longer schedule, and no other field")
-        epochs = int(overrides["epochs"])
-        return _trained(task.extend(extend, epochs, folder=output, workers=processes, announce=_note), as_json)
+        if set(others) != {"epochs"} or not others["epochs"].isdecimal() or preview or device != "auto":
+            raise UsageError(f"train: --extend RUN takes --epochs N, of the longer schedule, and {places}")
+        options = {"folder": output, "moved": moved, "workers": processes, "announce": _note}
+        return _trained(task.extend(extend, int(others["epochs"]), **options), as_json)
     from fcvit.training.recipe import read_recipe
 
     assert recipe is not None
