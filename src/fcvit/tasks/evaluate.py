@@ -262,6 +262,9 @@ def _moved(settings: Settings, moved: Mapping[str, Any]) -> Settings:
         places["weights"] = tuple(map(_absolute, moved["weights"]))
         if len(places["weights"]) != len(settings.weights):
             raise UsageError(f"--weights: {len(places['weights'])} given, the run is of {len(settings.weights)}")
+        for before, now in zip(settings.weights, places["weights"], strict=True):
+            if Path(now).name != Path(before).name:
+                raise UsageError(f"--weights {now}: expected the name {Path(before).name}, which the results have too")
     if absent := [name for name in places if getattr(settings, name) is None]:
         raise UsageError(f"{', '.join(absent)}: the run began without; it goes on as it began")
     return dataclasses.replace(settings, **places)
