@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
 from fcvit.cli import app, main
-from fcvit.errors import FcvitError
+from fcvit.errors import FcvitError, MissingExtra
 from fcvit.text import printable
 from fcvit.weights.lively import lively_tensors
 
@@ -257,6 +258,33 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     monkeypatch.setattr("fcvit.tasks.doctor.doctor", interrupted)
     assert run("doctor")[0] == 130
 
+    def became_another_error(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise MissingExtra("install paddlepaddle") from error
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("fcvit.tasks.doctor.doctor", became_another_error)
+    code, _, err = run("doctor")
+    assert (code, err) == (130, "fcvit: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_at_the_same_time_are_one(run, monkeypatch):
+    """A launcher passes on what the terminal has sent already; the cleaning up is not interrupted."""
+    cleaned = []
+
+    def twice(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(1)
+
+    monkeypatch.setattr("fcvit.tasks.doctor.doctor", twice)
+    assert run("doctor")[0] == 130 and cleaned
+
 
 def test_exit_codes_are_those_of_the_docs():
     from pathlib import Path
@@ -417,7 +445,7 @@ def test_what_cannot_go_together_is_refused(run, digits_pth, image):
     code, _, err = run(*words, "--crop-fraction", 0.5)
     assert code == 2 and "is fixed" in err
     words = ["eval", "--resume", "runs/eval"]
-    for more in (["--weights", digits_pth], ["--batch-size", 4], ["--no-ema"], ["--seed", 0]):
+    for more in (["--protocol", "both"], ["--batch-size", 4], ["--no-ema"], ["--seed", 0]):
         code, _, err = run(*words, *more)
         assert code == 2 and "goes on as the run began" in err
     assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the ground up: a module may import from its own floor and those below.
 FLOORS = (
-    ("errors", "foreign", "frameworks", "machine", "text", "variants"),
+    ("errors", "foreign", "frameworks", "interrupts", "machine", "text", "variants"),
     ("classes", "class_indices", "runs", "metrics", "gates", "journal", "maps", "processes", "protocols"),
     ("weights", "images"),
     ("model", "torch_twin", "loading"),

@@ -1,12 +1,15 @@
 """Run folders: one a run, never half-told."""
 
+import fcntl
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.runs import run_folder, to_json, versions, write_text
+from fcvit.runs import _locked, run_folder, to_json, versions, write_text
 
 
 def status(folder):
@@ -74,3 +77,54 @@ def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 def test_versions():
     assert versions()["fcvit"]
+
+
+def test_one_process_at_a_time_works_on_a_run(tmp_path):
+    with _locked(tmp_path), pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+        pass
+    with _locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_is_none(tmp_path, monkeypatch):
+    """Another process has opened the file of a lock; its holder removes it and ends; a third one locks a new file."""
+    flock, third = fcntl.flock, []
+
+    def late(file, how):
+        if not third:
+            (tmp_path / ".lock").unlink()
+            third.append((tmp_path / ".lock").open("w"))
+            flock(third[0], how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+        pass
+    third[0].close()
+    with _locked(tmp_path):
+        pass
+
+
+def test_a_second_signal_does_not_leave_a_run_running(tmp_path, monkeypatch):
+    """It comes while the end of the run is written."""
+    replace = os.replace
+
+    def interrupted(*paths):
+        if "interrupted" in Path(paths[0]).read_text():
+            signal.raise_signal(signal.SIGINT)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "a", "eval"):
+        raise KeyboardInterrupt
+    assert status(tmp_path / "a")["status"] == "interrupted"
+
+
+def test_an_error_that_an_interrupt_has_caused_is_an_interruption(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "a", "eval"):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise OSError("(External)") from error
+    assert status(tmp_path / "a")["status"] == "interrupted"

@@ -4,19 +4,23 @@ Tables and JSON go to the standard output; progress, notes and errors to the sta
 codes stand in `fcvit.errors` and docs/cli.md.
 """
 
+import contextlib
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fcvit import __version__
+from fcvit import __version__, interrupts
 from fcvit.errors import (
     INTERRUPTED,
     BadImages,
@@ -635,7 +639,8 @@ def evaluate(
         engine: auto (default: the fastest that is right), onnxruntime, openvino, paddle, paddle-inference,
             native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
         output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers, --strict and --json.
+        resume: Go on with the run in this folder; takes no other option but --workers, --strict, --json, and
+            --weights, --data, --list, --classes, --real, --calibrate for what is elsewhere now.
         batch_size: Images at a time (default: 32); auto tries what fits.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         device: auto (default), cpu, gpu or gpu:N.
@@ -683,9 +688,12 @@ def evaluate(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     workers = _workers() if workers is None else workers
     if resume is not None:
-        if weights or data is not None or given:
+        moved = {name: given.pop(name) for name in ("list_file", "classes", "real", "calibration") if name in given}
+        moved |= {"weights": weights} if weights else {}
+        moved |= {"data": data} if data is not None else {}
+        if given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        found = go_on(resume, workers=workers, strict=strict, announce=_note)
+        found = go_on(resume, moved=moved, workers=workers, strict=strict, announce=_note)
     elif not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
     else:
@@ -727,7 +735,8 @@ def train(
     Args:
         recipe: A TOML file, or the name of a recipe that comes with the package: digits, fcvit_tiny, ...
         output: Folder of the run (default: runs/train, or the first free one after it).
-        resume: Go on with the run in this folder after its last epoch; takes no recipe.
+        resume: Go on with the run in this folder after its last epoch; takes no recipe. What it reads may be
+            elsewhere now: --data, --val, --classes, --weights say where.
         extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
         preview: Draw what the network would see of some training images into this .png, and do not train.
         option: An option of the architecture, as in --option competition=false; may stand several times.
@@ -746,15 +755,18 @@ def train(
     processes = _train_workers(workers, device)
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
+    moved = {name: place for name, place in overrides.items() if name in task.PLACES}
+    others = {name: value for name, value in overrides.items() if name not in task.PLACES}
+    places = f"where they are elsewhere now, --{', --'.join(task.PLACES)}"
     if resume is not None:
-        if output or overrides or preview or device != "auto":
-            raise UsageError("train: --resume goes on as the run began; leave out what else decides it")
-        return _trained(task.resume(resume, workers=processes, announce=_note), as_json)
+        if output or others or preview or device != "auto":
+            raise UsageError(f"train: --resume goes on as the run began; it takes {places}, and no other field")
+        return _trained(task.resume(resume, moved=moved, workers=processes, announce=_note), as_json)
     if extend is not None:
-        if set(overrides) != {"epochs"} or not overrides["epochs"].isdecimal() or preview or device != "auto":
-            raise UsageError("train: --extend RUN takes --epochs N, of the longer schedule, and no other field")
-        epochs = int(overrides["epochs"])
-        return _trained(task.extend(extend, epochs, folder=output, workers=processes, announce=_note), as_json)
+        if set(others) != {"epochs"} or not others["epochs"].isdecimal() or preview or device != "auto":
+            raise UsageError(f"train: --extend RUN takes --epochs N, of the longer schedule, and {places}")
+        options = {"folder": output, "moved": moved, "workers": processes, "announce": _note}
+        return _trained(task.extend(extend, int(others["epochs"]), **options), as_json)
     from fcvit.training.recipe import read_recipe
 
     assert recipe is not None
@@ -1057,10 +1069,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run ends in order, and says how to go on
     try:
-        with warnings.catch_warnings():
+        with _interruptions(keep=arguments is None), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if not debug:
                 warnings.simplefilter("ignore")
@@ -1091,6 +1101,37 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+@contextlib.contextmanager
+def _interruptions(keep: bool) -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: in order, and saying how to go on.
+
+    Signals within a second are one: Paddle's launcher passes on what the terminal has sent already.
+
+    Args:
+        keep: leave the handlers to the process, which ends.
+    """
+    came = -math.inf
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        now, before = time.monotonic(), came
+        if now - before > 1:
+            came = now
+            raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                # A shell lets processes in the background ignore Ctrl-C.
+                if before is not None and (number == signal.SIGTERM or before is signal.default_int_handler):
+                    signal.signal(number, interrupt)
+                    if not keep:
+                        stack.callback(signal.signal, number, before)
+        stack.enter_context(interrupts.kept())
+        yield
 
 
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:

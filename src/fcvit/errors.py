@@ -64,3 +64,9 @@ class FreshWeights(UserWarning):
 
 
 INTERRUPTED = 130
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 image", "1,000 images", "2 classes"."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"

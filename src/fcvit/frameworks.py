@@ -20,11 +20,21 @@ from pathlib import Path
 from types import ModuleType
 
 from fcvit.errors import MissingExtra, UsageError
+from fcvit.interrupts import held_back
 
 INSTALL = {
     "paddle": "pip install paddlepaddle (on a GPU: paddlepaddle-gpu from Paddle's own package index)",
     "torch": "pip install torch",
 }
+
+
+_PADDLE_HANDLES = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGSEGV", "SIGILL", "SIGFPE", "SIGABRT", "SIGBUS")
+    if hasattr(signal, name)  # Windows has no SIGBUS
+]
+_handlers_are_ours = False  # whether what Paddle's import did to them is undone
+_SIGACTION = 512  # bytes, more than any system's `struct sigaction`
 
 
 def installed(framework: str) -> bool:
@@ -37,6 +47,7 @@ def import_framework(framework: str) -> ModuleType:
 
     Raises:
         MissingExtra: it is not installed, or does not load on this machine.
+        KeyboardInterrupt: after the import, which an interruption would damage.
     """
     # The libraries read these once, when they load; a user's own setting wins.
     os.environ.setdefault("GLOG_minloglevel", "2")
@@ -46,12 +57,13 @@ def import_framework(framework: str) -> ModuleType:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = importlib.import_module(framework)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(held_back())
             if framework == "paddle":
-                _take_back_signals(module)
-            return module
+                stack.enter_context(_sigterm_taken_back() if framework in sys.modules else _signal_handlers_kept())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            return importlib.import_module(framework)
     except ImportError as error:
         if error.name == framework:
             reason = f"{framework} is not installed"
@@ -64,12 +76,48 @@ def import_framework(framework: str) -> ModuleType:
         root.handlers[:], root.level = handlers, level
 
 
-def _take_back_signals(paddle: ModuleType) -> None:
-    """Undo Paddle's signal handlers, which print a banner to the standard output and end the process."""
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Undo the signal handlers that Paddle's import sets, which print to the standard output and end the process.
+
+    By the C library, since Python sets handlers in the main thread only and does not know those of other libraries.
+    Each module that Paddle looks for is an occasion to undo them: else they would be in force for half a second.
+    """
+    global _handlers_are_ours
+    if os.name != "posix":
+        with _sigterm_taken_back():
+            yield
+        return
+    _handlers_are_ours = True
+    sigaction = ctypes.CDLL(None).sigaction
+    actions = {number: ctypes.create_string_buffer(_SIGACTION) for number in _PADDLE_HANDLES}
+    for number, action in actions.items():
+        sigaction(number, None, action)
+
+    class Finder:
+        @staticmethod
+        def find_spec(*_: object) -> None:
+            for number, action in actions.items():
+                sigaction(number, action, None)
+
+    sys.meta_path.insert(0, Finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Finder)
+        Finder.find_spec()
+
+
+@contextlib.contextmanager
+def _sigterm_taken_back() -> Iterator[None]:
+    """Once, put the handler of SIGTERM that Python knows of back into force, where others imported Paddle before us."""
+    global _handlers_are_ours
     before = signal.getsignal(signal.SIGTERM)
-    paddle.disable_signal_handler()  # this leaves the system's default
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    yield
+    if not _handlers_are_ours and threading.current_thread() is threading.main_thread():
+        _handlers_are_ours = True
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

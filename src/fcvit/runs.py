@@ -14,15 +14,19 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fcvit.errors import UnreadableFile, UsageError
+from fcvit.interrupts import check, held_back, kept
 from fcvit.text import escape_json
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+TEMPORARY = ".fcvit-tmp-"
+"""Names of what is being written begin so: what a process that was killed has left is known by it."""
 
 PACKAGES = (
     "fcvit",
@@ -62,7 +66,7 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The same with bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -166,18 +170,25 @@ def read_run(folder: Path, command: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
     path = folder / "run.json"
+
+    def write(**ended: object) -> None:
+        with held_back():  # a second signal must not leave "running" behind
+            write_json(path, {**record, **ended})
+
     with _locked(folder):
-        write_json(path, {**record, "status": "running"})
         try:
-            yield
+            with kept():
+                write(status="running")
+                yield
+                check()
         except KeyboardInterrupt:
-            write_json(path, {**record, "status": "interrupted"})
+            write(status="interrupted")
             raise
         except BaseException as error:
             with contextlib.suppress(UnreadableFile):  # the disk may be what failed
-                write_json(path, {**record, "status": "failed", "reason": str(error)})
+                write(status="failed", reason=str(error))
             raise
-        write_json(path, {**record, "status": "finished"})
+        write(status="finished")
 
 
 @contextlib.contextmanager
@@ -187,21 +198,33 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / ".lock"
-    try:
-        file = path.open("w")
-    except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process is at work on this run") from error
-        except OSError:
-            pass  # a network disk without locks
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(path.open("a"))
+            except OSError as error:
+                raise UnreadableFile(f"{path}: cannot be written: {error.strerror}") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"{folder}: another process is at work on this run") from error
+            except OSError:
+                break  # a network disk without locks
+            if _is_at(file, path):
+                break
+            # Who had the lock has removed the file since it was opened: others lock a new one.
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # while the lock is held, so that it is no other's
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _now() -> str:

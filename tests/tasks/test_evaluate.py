@@ -150,6 +150,38 @@ def test_a_finished_run_is_only_written_again(folder, digits_pth, tmp_path, monk
 
 
 @needs_paddle
+def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits_pth, tmp_path, monkeypatch, no_charts):
+    evaluate(digits_pth, folder, batch_size=4, device="cpu", folder=tmp_path / "whole")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        count_calls(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(digits_pth, folder, batch_size=4, device="cpu", folder=run)
+    data = folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "other").mkdir()
+    weights = digits_pth.rename(tmp_path / "other" / digits_pth.name)
+    resized = shutil.copytree(data, tmp_path / "resized")
+    for path in resized.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((40, 40)).save(path)
+    with pytest.raises(DoesNotFit, match="is not the image that the run in"):
+        resume(run, moved={"data": resized, "weights": [weights]})
+    with pytest.raises(UsageError, match="--weights: 2 given, the run is of 1"):
+        resume(run, moved={"data": data, "weights": [weights, weights]})
+    with pytest.raises(UsageError, match="expected the name digits.pth"):
+        resume(run, moved={"weights": [data]})
+    with pytest.raises(UsageError, match="list_file: the run began without"):
+        resume(run, moved={"data": data, "weights": [weights], "list_file": weights})
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    from fcvit.cli import main
+
+    words = ["eval", "--resume", str(run), "--data", str(data), "--weights", str(weights), "--workers", "0"]
+    assert main(words) == 0 and rows(run) == rows(tmp_path / "whole")
+    assert json.loads((run / "run.json").read_text())["settings"]["data"] == str(data)
+    assert main(words[:3]) == 0, "from now on it is known where they are"
+
+
+@needs_paddle
 def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path, monkeypatch, digits_tensors):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

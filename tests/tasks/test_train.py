@@ -3,9 +3,12 @@
 import csv
 import dataclasses
 import errno
+import functools
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from fcvit.tasks.evaluate import evaluate
 from fcvit.tasks.finetune import finetune, finetune_recipe
 from fcvit.tasks.preview import preview
 from fcvit.tasks.train import extend, resume, train
+from fcvit.training.schedule import learning_rate
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 
@@ -327,12 +331,70 @@ def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, square
     assert counted == 6 + done.rows[-1]["step"], "counted on from the weights it began with"
     kept = state_of(done.folder)
     trained.unlink()
-    (done.folder / ".last.safetensors.cut").mkdir()
     assert len(resume(done.folder).rows) == 2 and state_of(done.folder) == kept
-    assert not (done.folder / ".last.safetensors.cut").exists(), "what a killed process was writing"
     longer = extend(done.folder, 3, folder=tmp_path / "longer")
     tensors = read_weights(longer.folder / "last.safetensors").tensors
     assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
+
+
+def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(small, tmp_path):
+    run = train(small(epochs=1), folder=tmp_path / "run", device="cpu").folder
+    (run / ".fcvit-tmp-x1").mkdir()
+    (run / ".fcvit-tmp-x1" / "last.safetensors").touch()
+    (run / ".fcvit-tmp-run.json").touch()
+    for name in (".git", ".dvc", ".last.safetensors.old"):
+        (run / name).mkdir()
+    (run / ".notes.tmp").touch()
+    resume(run)
+    hidden = {path.name for path in run.iterdir() if path.name.startswith(".")}
+    assert hidden == {".git", ".dvc", ".last.safetensors.old", ".notes.tmp"}
+
+
+def test_a_run_goes_on_with_the_same_images_elsewhere(small, squares, tmp_path, monkeypatch, capsys):
+    """By names, classes and the content of the files; the new place is recorded."""
+    from fcvit.cli import main
+
+    recipe = small(epochs=2)
+    train(recipe, folder=tmp_path / "whole", device="cpu")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder=tmp_path / "run", device="cpu")
+    moved = squares.rename(tmp_path / "elsewhere")
+    words = ["train", "--resume", str(tmp_path / "run")]
+    assert main(words) == 3 and "say where with --data" in capsys.readouterr().err
+    resized, missing = shutil.copytree(moved, tmp_path / "resized"), shutil.copytree(moved, tmp_path / "missing")
+    for path in resized.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((32, 32)).save(path)
+    (missing / "train" / "left" / "00.png").unlink()
+    assert main([*words, "--data", str(resized)]) == 4 and "other content than" in capsys.readouterr().err
+    assert main([*words, "--data", str(missing)]) == 4 and "training images changed" in capsys.readouterr().err
+    assert main([*words, "--weights", str(moved)]) != 0
+    assert main([*words, "--data", str(moved), "--lr", "1"]) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert main([*words, "--data", str(moved)]) == 0
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["data"] == str(moved)
+    assert str(moved) in (tmp_path / "run" / "recipe.toml").read_text()
+    assert main(words) == 0, "from now on it is known where they are"
+
+
+def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, monkeypatch):
+    """An interruption in the first epoch: the weights are needed again."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(small(weights=str(trained), epochs=1), folder=tmp_path / "run", device="cpu")
+    moved = trained.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(UnreadableFile, match="say where with --weights"):
+        resume(tmp_path / "run")
+    with pytest.raises(UsageError, match="only data, val, classes, weights"):
+        resume(tmp_path / "run", moved={"lr": "1"})
+    assert len(resume(tmp_path / "run", moved={"weights": moved}).rows) == 1
+    other = shutil.copy(tmp_path / "run" / "last.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(DoesNotFit, match="other content than"):
+        resume(tmp_path / "run", moved={"weights": other})
 
 
 def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares):
@@ -512,6 +574,41 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
     assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
 
 
+def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path):
+    """Else the learning rate would not reach its value; what is asked for stays, with a note."""
+    recipe, notes = finetune_recipe(trained, squares, {"epochs": "1"})
+    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in notes
+    assert learning_rate(recipe, 0) < learning_rate(recipe, 0.1) < learning_rate(recipe, 0.2)
+    assert learning_rate(recipe, 0.2) > 0.9 * recipe.peak_lr
+    assert finetune_recipe(trained, squares, {"epochs": "1", "lr-update": "epoch"})[0].warmup_epochs == 0
+    for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
+        recipe, notes = finetune_recipe(trained, squares, words)
+        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in notes)
+    said = []
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
+
+
+def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkeypatch, capsys):
+    from fcvit.report import progress as module
+
+    monkeypatch.setattr("fcvit.tasks.train.progress", functools.partial(module.progress, every=0))
+    train(small(epochs=2), folder=tmp_path / "run", device="cpu")
+    lines = capsys.readouterr().err.splitlines()
+    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in all"
+    assert re.fullmatch(expected, lines[0]), lines
+
+
+def test_the_time_of_all_counts_validation_and_later_epochs(small):
+    from fcvit.tasks.train import _Run
+
+    with _Run.prepared(small(epochs=3), "cpu", 0, lambda _: None) as run:
+        # 6 images are validated, at three times the rate; then two epochs of 16 images each.
+        assert run._seconds_after(1.0) == 2 + 2 * (16 + 2)
+        run.seconds.append(5.0)
+        assert run._seconds_after(1.0) == 2 + 2 * 5
+
+
 @pytest.mark.slow
 def test_drop_rates_hold_for_weights_too(trained, small):
     from fcvit.tasks.train import _network
@@ -616,3 +713,45 @@ def test_a_preview_shows_what_the_network_sees(small, tmp_path):
             pictures[name] = np.asarray(picture.convert("RGB"), np.int16)
     assert pictures["plain"].shape == pictures["erased"].shape
     assert (pictures["plain"] != pictures["erased"]).any()
+
+
+@pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
+    """At seeded moments, in the native operators of a step or of the validation, or while a file is replaced."""
+    from fcvit.cli import main
+    from fcvit.native import operators
+
+    epochs = 2 + moments // 8
+    (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=epochs).to_toml())
+    command = ["train", str(tmp_path / "recipe.toml"), "--device", "cpu", "-o"]
+    calls, moment, number = 0, 0, signal.SIGINT
+
+    def interrupting(function):
+        def wrapped(*given):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                signal.raise_signal(number)
+            return function(*given)
+
+        return wrapped
+
+    monkeypatch.setattr(operators, "_run", interrupting(operators._run))
+    monkeypatch.setattr(os, "replace", interrupting(os.replace))
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    each_epoch = calls // epochs
+    words = [*command, str(run := tmp_path / "cut")]
+    generator = np.random.default_rng(0)
+    for place in range(moments):
+        number = (signal.SIGINT, signal.SIGTERM)[place % 2]
+        # An epoch has to end now and then, but not the run.
+        calls, moment = 0, each_epoch * 5 // 4 if place % 8 == 4 else 2 + int(generator.integers(each_epoch))
+        capsys.readouterr()
+        assert main(words) == 130, (place, moment)
+        assert f"go on with: fcvit train --resume {run}" in capsys.readouterr().err, (place, moment)
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (place, moment)
+        words = ["train", "--resume", str(run)]
+    moment = 0
+    assert 1 <= read_state(run)[0].epoch < epochs
+    assert main(words) == 0
+    assert state_of(run) == state_of(tmp_path / "whole")

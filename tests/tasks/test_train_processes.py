@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
     kill_when(first, lambda: epochs_done(run) == 1)
     assert first.returncode == -signal.SIGKILL and epochs_done(run) == 1
     again = start(work, "--resume", run)
-    kill_when(again, lambda: epochs_done(run) == 2 and any(".last.safetensors." in p.name for p in run.iterdir()))
+    kill_when(again, lambda: epochs_done(run) == 2 and any(run.glob(".fcvit-tmp-*/last.safetensors")))
     finish(start(work, "--resume", run))
     assert numbers(run) == numbers(work / "whole")
     same_files(run, work / "whole")

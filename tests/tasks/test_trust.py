@@ -264,6 +264,21 @@ def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_
 
 
 @needs_paddle
+def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypatch):
+    """By the number of images that go through the network, which is exact."""
+    done, told = [], []
+
+    def compute(batch):
+        done.append(len(batch))
+        return np.zeros((len(batch), 10), np.float32)
+
+    monkeypatch.setattr(task, "create_engine", lambda *_, **__: compute)
+    trust(digits_pth, photos, announce=told.append)
+    passes = (sum(done) - 1 - 2 * STEPS) // len(photos)  # without those that the time was taken of
+    (note,) = told
+    assert note.startswith(f"10 images, each {passes:,} times through the network: about 0:00:0")
+
+
 def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, tmp_path):
     with pytest.raises(UsageError, match=f"9 image.* expected at least {LEAST}"):
         trust(digits_pth, photos[:9])

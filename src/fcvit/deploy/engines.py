@@ -18,6 +18,7 @@ from fcvit.deploy.runtimes import RUNTIMES, Runtime
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, torch_place
 from fcvit.images.preprocess import normalise
+from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights
@@ -175,7 +176,7 @@ class PaddleEngine:
             return np.zeros((0, self.model.num_classes), np.float32)
         half = self.precision != "float32"
         cast = self.paddle.amp.auto_cast(enable=half, dtype=self.precision if half else "float16")
-        with on_paddle_device(self.device), self.paddle.no_grad(), cast:
+        with held_back(), on_paddle_device(self.device), self.paddle.no_grad(), cast:
             logits = self.model(self.paddle.to_tensor(given))
             return logits.astype("float32").numpy()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fcvit.classes import Classes
-from fcvit.errors import DoesNotFit
+from fcvit.errors import DoesNotFit, counted
 from fcvit.metrics import Calibration, wilson
 from fcvit.report.contact_sheet import INK, PAPER, RIGHT, WRONG
 from fcvit.report.page import require_report
@@ -191,7 +191,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     panels = [panel for panel in _CURVES if any(key in row for row in rows for key, _ in panel[1])]
     panel_height, gap = 1.9, 0.45
     height = 1.15 + len(panels) * (panel_height + gap)
-    subtitle = _plural(len(rows), "epoch")
+    subtitle = counted(len(rows), "epoch")
     scored = [row for row in rows if "top1" in row]
     if scored:
         best = max(scored, key=lambda row: row["top1"])
@@ -280,9 +280,9 @@ def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     totals = matrix.sum(axis=1)
     texts = [f"{_grouped(n)}   ({_percent(n, totals[i])})" for n, (i, _) in zip(counts, pairs, strict=True)]
     shown, every = int(counts.sum()), int(np.count_nonzero(mistakes))
-    extent = f"the {len(pairs)} most frequent of {_grouped(every)} pairs of classes, {_plural(shown, 'mistake')}"
+    extent = f"the {len(pairs)} most frequent of {_grouped(every)} pairs of classes, {counted(shown, 'mistake')}"
     if every == len(pairs):
-        extent = f"all of them, in {_plural(every, 'pair')} of classes"
+        extent = f"all of them, in {counted(every, 'pair')} of classes"
     left = _MARGIN + max(_width(label) for label in labels) + 0.1
     room = max(_width(text) for text in texts) + 0.15
     width, row = 9.0, 0.26
@@ -313,8 +313,8 @@ def _reliability(calibration: Calibration, title: str) -> "Figure":
     counts, accuracy, confidence = (
         np.array(values)[filled] for values in (calibration.counts, calibration.accuracy, calibration.confidence)
     )
-    error = f"Expected calibration error (ECE): {100 * calibration.error:.2f} %, {_plural(total, 'image')}"
-    figure = canvas(_WIDTH, 7.0, title, f"{error} in {_plural(bins, 'bin')}" if total else "No images")
+    error = f"Expected calibration error (ECE): {100 * calibration.error:.2f} %, {counted(total, 'image')}"
+    figure = canvas(_WIDTH, 7.0, title, f"{error} in {counted(bins, 'bin')}" if total else "No images")
     left, inner = 0.85, _WIDTH - 0.85 - _MARGIN
     above = axes_at(figure, left, 2.05, inner, 3.6)
     below = axes_at(figure, left, 0.65, inner, 1.15)
@@ -436,11 +436,7 @@ def _tally(matrix: np.ndarray) -> str:
     images, mistakes = int(matrix.sum()), int(matrix.sum() - np.trace(matrix))
     if not images:
         return "No images"
-    return f"{_plural(mistakes, 'mistake') if mistakes else 'No mistakes'} in {_plural(images, 'image')}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{_grouped(count)} {noun}{'' if count == 1 else 's'}"
+    return f"{counted(mistakes, 'mistake') if mistakes else 'No mistakes'} in {counted(images, 'image')}"
 
 
 def _grouped(number: int) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fcvit.errors import BadImages
+from fcvit.errors import BadImages, counted
 from fcvit.gates import GATE_A, GATE_B
 from fcvit.maps import short
 from fcvit.tasks.bench import Bench
@@ -87,7 +87,7 @@ def exported(done: Export) -> Table:
     for what, checks in (("", done.checks), ("weights by rule, ", done.lively)):
         for check in checks:
             count, height, width = check.images
-            where = f"{what}{count} images of {height} x {width}, run by {done.runtime}"
+            where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {done.runtime}"
             result.add_row(f"gate B ({check.yardstick})", verdict(check.passed, f"{GATE_B}"))
             result.add_row("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}")
     if done.precision == "int8":
@@ -281,11 +281,11 @@ def evaluation(found: Evaluation) -> list[Table]:
         changed = "".join(f", {field} {own} for {usual}" for field, (usual, own) in row.protocol.changed.items())
         computed = f"{row.engine} ({row.device}), {row.precision}"
         about.add_row(row.name, f"protocol {row.protocol.name}: {what}{changed}; {computed}")
-        about.add_row("", f"{row.classes} classes told apart, batches of {row.batch_size}")
+        about.add_row("", f"{counted(row.classes, 'class')} told apart, batches of {row.batch_size}")
         if row.hint:
             about.add_row("", row.hint)
         if row.unreadable:
-            about.add_row("", f"{row.unreadable} images that cannot be read are left out")
+            about.add_row("", f"left out: {counted(row.unreadable, 'image')} that cannot be read")
         if row.standing:
             about.add_row("", f"{row.standing.whose}: {row.standing.reason}")
     tables = [result, about]
@@ -311,7 +311,7 @@ def interval(bounds: tuple[float, float]) -> str:
 
 def comparison(found: ResultComparison) -> list[Table]:
     """Two results over the same images: the difference, classes that gained and lost, images that differ."""
-    figures = table(title=f"{found.first} and {found.second}, the same {found.images} images")
+    figures = table(title=f"{found.first} and {found.second}, the same {counted(found.images, 'image')}")
     for what, (ours, theirs) in found.settings.items():
         figures.add_row(what.replace("_", " "), f"{ours:.16} and {theirs:.16}")
     figures.add_row("top-1 of the first", f"{found.top1[0]:.2f} %")
@@ -320,7 +320,7 @@ def comparison(found: ResultComparison) -> list[Table]:
     figures.add_row("only the first is right", str(found.only_first))
     figures.add_row("only the second is right", str(found.only_second))
     figures.add_row("exact McNemar test", f"p = {found.p_value:.2g}")
-    figures.add_row("another top-1 class", f"{len(found.differing)} images")
+    figures.add_row("another top-1 class", counted(len(found.differing), "image"))
     tables = [figures]
     moved = [change for change in found.classes if change.gained]
     for title, rows in (
@@ -351,7 +351,7 @@ def training(done: Training) -> Table:
     shown = [row for row in rows if row["epoch"] in (1, best) or row["epoch"] > len(rows) - 3]
     keys = [key for key in _TRAINING if any(key in row for row in rows)]
     ended = "; stopped early, it no longer got better" if done.stopped_early else ""
-    title = f"{len(rows)} epochs in {done.folder}{ended}"
+    title = f"{counted(len(rows), 'epoch')} in {done.folder}{ended}"
     grid = table("epoch", *(_TRAINING[key][0] for key in keys), "", title=title, right=("epoch",))
     for row in shown:
         cells = [_TRAINING[key][1].format(row[key]) if key in row else "" for key in keys]
@@ -418,7 +418,7 @@ def unreadable(found: Sequence[str | BadImages]) -> Table:
 def data_check(found: DataCheck) -> list[Table]:
     """Counts of each split, what was found with examples, groups of images that show one picture."""
     counts = ("images", "classes", "smallest", "largest", "imbalance")
-    splits = table("split", *counts, title=f"{found.images} images", right=counts)
+    splits = table("split", *counts, title=counted(found.images, "image"), right=counts)
     for split in found.splits:
         sizes = [count for count in split.classes.values() if count]
         cells = [str(min(sizes)), str(max(sizes)), f"{split.imbalance:.1f}"] if sizes else ["", "", ""]

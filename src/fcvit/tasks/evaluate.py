@@ -20,13 +20,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from fcvit import metrics, runs
+from fcvit import interrupts, metrics, runs
 from fcvit.classes import labels
 from fcvit.deploy.batch_size import fitting_batch_size
 from fcvit.deploy.engines import AUTO, Engine
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.images.dataset import LabelledImages
-from fcvit.images.loader import DIGEST, Batch, Workers, batches
+from fcvit.images.loader import DIGEST, Batch, Workers, batches, read_file
 from fcvit.images.preprocess import Centre, decode, decoders
 from fcvit.journal import Frame, Journal
 from fcvit.processes import Processes, join
@@ -41,6 +41,7 @@ from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
 
 JOURNALS = "journals"
+_SAMPLE = 64  # images whose files are compared where they are elsewhere now
 _MAPS = 2  # images of which maps are drawn, wrong and right ones each
 
 
@@ -201,6 +202,7 @@ def evaluate(
 def resume(
     folder: str | os.PathLike[str],
     *,
+    moved: Mapping[str, Any] | None = None,
     workers: int = 0,
     strict: bool = False,
     announce: Callable[[str], None] = lambda _: None,
@@ -211,6 +213,9 @@ def resume(
 
     Args:
         folder: of the run.
+        moved: where what the run reads is now, by the names of the arguments of `evaluate` (weights: of all files, in
+            their order), if it is no longer where it was. The content must be the same: images by their names and
+            the content of a sample of those that were evaluated, files by what is read from them.
         workers, strict, announce: as in `evaluate`.
 
     Raises:
@@ -232,6 +237,9 @@ def resume(
         raise UnreadableFile(f"{path}: without the settings of the run; start a new one") from error
     if not same:
         raise UnreadableFile(f"{path}: its settings are not those that the run began with; start a new one")
+    if moved:
+        settings = _moved(settings, moved)
+        known |= {"settings": dataclasses.asdict(settings), "settings_sha256": settings.sha256()}
     check(settings, workers)
     loaded = [read_weights(path, settings.ema) for path in settings.weights]
     plan = Plan(settings, loaded, processes.device(settings.device))
@@ -242,10 +250,47 @@ def resume(
                 f"{folder}: {_change(what, identity.get(what), now[what])} since the run began: it cannot end with "
                 "the numbers that it would have had; start a new one"
             )
+    if moved:
+        _check_files(plan, identity, folder)
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, known))
         return _run(plan, now, processes, _shared_folder(folder, processes), workers, strict, announce, began)
+
+
+def _moved(settings: Settings, moved: Mapping[str, Any]) -> Settings:
+    """The settings of a run with other places of what it reads."""
+    places: dict[str, Any] = {name: _absolute(place) for name, place in moved.items() if name != "weights"}
+    if "weights" in moved:
+        places["weights"] = tuple(map(_absolute, moved["weights"]))
+        if len(places["weights"]) != len(settings.weights):
+            raise UsageError(f"--weights: {len(places['weights'])} given, the run is of {len(settings.weights)}")
+        for before, now in zip(settings.weights, places["weights"], strict=True):
+            if Path(now).name != Path(before).name:
+                raise UsageError(f"--weights {now}: expected the name {Path(before).name}, which the results have too")
+    if absent := [name for name in places if getattr(settings, name) is None]:
+        raise UsageError(f"{', '.join(absent)}: the run began without; it goes on as it began")
+    return dataclasses.replace(settings, **places)
+
+
+def _check_files(plan: Plan, identity: Mapping[str, object], folder: Path) -> None:
+    """Compare images that the run has evaluated with the files of today, a sample of them.
+
+    Raises:
+        DoesNotFit: one is not what it was.
+    """
+    frames = Journal(plan.dtype, _key(identity), folder / JOURNALS).frames.values()
+    records = [record for frame in frames for record in frame.records]
+    for record in records[:: -(-len(records) // _SAMPLE) or 1]:
+        name = plan.images.names[record["index"]]
+        content = read_file(name, plan.images.locations[record["index"]])
+        if hashlib.sha256(content).digest()[:DIGEST] != record["digest"].tobytes():
+            raise DoesNotFit(f"{plan.images.root}: {name} is not the image that the run in {folder} evaluated")
+
+
+def _key(identity: Mapping[str, object]) -> bytes:
+    """The key of a run's journals."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
 
 
 def _change(what: str, before: object, now: object) -> str:
@@ -300,10 +345,9 @@ def _run(
     began: float,
 ) -> Evaluation:
     said = announce if processes.first else lambda _: None
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
     try:
-        journal = Journal(plan.dtype, key, folder and folder / JOURNALS, processes.rank)
-        with _logit_files(plan, folder) as logits, contextlib.closing(journal):
+        journal = Journal(plan.dtype, _key(identity), folder and folder / JOURNALS, processes.rank)
+        with interrupts.kept(), _logit_files(plan, folder) as logits, contextlib.closing(journal):
             # By number, not by what is left: what another process has already done must not shift the shares.
             mine = [number for number in plan.batches if number % processes.count == processes.rank]
             missing = [number for number in mine if number not in journal.frames]
@@ -320,6 +364,7 @@ def _run(
                 if logits is not None:
                     logits.finish(journal, announce)
                 _write(plan, found, folder, announce)
+            interrupts.check()
     except KeyboardInterrupt:
         if folder is not None and processes.first:
             announce(f"go on with: fcvit eval --resume {shlex.quote(str(folder))}")
@@ -364,6 +409,7 @@ def _compute(
             if batch.bad and strict:
                 raise BadImages(f"{batch.bad[0][1]} (--strict stops at the first image that cannot be read)")
             journal.append(_frame(plan, engines, batch, logits))
+            interrupts.check()
             advance(len(batch.indices) + len(batch.bad))
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from fcvit.class_indices import composed
+from fcvit.errors import counted
 from fcvit.processes import join
 from fcvit.tasks.train import Training, train
 from fcvit.training.data import find_splits
@@ -21,7 +22,7 @@ def finetune_recipe(
     """The recipe of a fine-tuning, and what a person should know of the choices in it.
 
     The head is new unless the folders are the classes that the weights name. A batch is at most a quarter of
-    the training images, so that an epoch has some steps.
+    the training images, so that an epoch has some steps; the warm-up at most a fifth of the epochs.
 
     Args:
         weights: a checkpoint of any format.
@@ -56,6 +57,10 @@ def finetune_recipe(
         if size != recipe.batch_size:
             recipe = dataclasses.replace(recipe, batch_size=size)
             notes.append(f"batch_size {size}: a quarter of the training images")
+    longest = recipe.epochs / 5 if recipe.lr_update == "step" else recipe.epochs // 5
+    if "warmup_epochs" not in given and recipe.warmup_epochs > longest:
+        recipe = dataclasses.replace(recipe, warmup_epochs=longest)
+        notes.append(f"warmup_epochs {longest:g}: a fifth of {counted(recipe.epochs, 'epoch')}")
     return recipe, tuple(notes)
 
 

@@ -7,7 +7,6 @@ moment from which the epoch counts.
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -15,20 +14,29 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcvit import runs
-from fcvit.errors import DoesNotFit, MissingExtra, NumbersDisagree, TrainingStopped, UnreadableFile, UsageError
+from fcvit.errors import (
+    DoesNotFit,
+    MissingExtra,
+    NumbersDisagree,
+    TrainingStopped,
+    UnreadableFile,
+    UsageError,
+    counted,
+)
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.loader import Workers
 from fcvit.images.preprocess import decoders
+from fcvit.interrupts import check, held_back, kept
 from fcvit.loading import build_classifier, create_model, weights_of
 from fcvit.processes import Processes, join
-from fcvit.report.progress import progress
+from fcvit.report.progress import duration, progress
 from fcvit.tasks.evaluate import Evaluation, evaluate
 from fcvit.training.data import (
     Division,
@@ -48,7 +56,8 @@ from fcvit.weights.writing import staged, write_weights
 
 LAST, BEST, LAST_EMA = "last.safetensors", "best.safetensors", "last-ema.safetensors"
 _RECIPE = "recipe.toml"
-_PATHS = ("data", "val", "classes", "weights")  # fields that are made absolute, for whoever continues the run
+PLACES = ("data", "val", "classes", "weights")  # fields that are made absolute, for whoever continues the run
+_SAMPLE = 64  # image files of a split whose content tells whether images that are elsewhere now are the same
 
 Announce = Callable[[str], None]
 
@@ -104,19 +113,24 @@ def train(
         TrainingStopped: the loss is no finite number, or images vanished; the last checkpoint stands.
         UnreadableFile: nothing more can be written; the last checkpoint stands.
     """
-    absolute: dict[str, Any] = {
-        name: str(Path(value).absolute()) for name in _PATHS if (value := getattr(recipe, name))
-    }
-    recipe = dataclasses.replace(recipe, **absolute)
+    recipe = _placed(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
     with _Run.prepared(recipe, device, workers, announce) as run, run.opened(folder, {}):
         return run.finish()
 
 
-def resume(folder: str | os.PathLike[str], *, workers: int = 0, announce: Announce = lambda _: None) -> Training:
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    moved: Mapping[str, str | os.PathLike[str]] | None = None,
+    workers: int = 0,
+    announce: Announce = lambda _: None,
+) -> Training:
     """Go on with a run after its last finished epoch; on a CPU it ends with the bits of an uninterrupted one.
 
     Args:
         folder: of the run.
+        moved: where data, val, classes or weights are now, by these names, if they are no longer where they were.
+            Names and classes of the images must be the same, and the content of a sample of the files.
         workers, announce: as in `train`.
 
     Raises:
@@ -124,14 +138,14 @@ def resume(folder: str | os.PathLike[str], *, workers: int = 0, announce: Announ
         And what `train` raises.
     """
     folder = Path(folder)
-    known, recipe = _read(folder)
+    known, recipe = _read(folder, moved)
     start = _start(folder)
     if start is None and known.get("extends"):  # it would begin from nothing
         raise UnreadableFile(
             f"{folder}: ended before it took over the state of {known['extends']}; extend that run again"
         )
-    with _Run.prepared(recipe, known["device"], workers, announce, start) as run:
-        run.check_same(folder, known)
+    with _found(recipe), _Run.prepared(recipe, known["device"], workers, announce, start) as run:
+        run.check_same(folder, known, moved)
         with run.continued(folder, known):
             return run.finish()
 
@@ -141,6 +155,7 @@ def extend(
     epochs: int,
     *,
     folder: str | os.PathLike[str] | None = None,
+    moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
     announce: Announce = lambda _: None,
 ) -> Training:
@@ -154,29 +169,51 @@ def extend(
         source: folder of the run to go on from.
         epochs: of the new schedule, more than are done.
         folder, workers, announce: as in `train`.
+        moved: as in `resume`.
 
     Raises:
         As `resume`.
     """
     source = Path(source)
-    known, recipe = _read(source)
+    known, recipe = _read(source, moved)
     recipe = dataclasses.replace(recipe, epochs=epochs)
     done, _ = read_state(source)
     if recipe.total_epochs <= done.epoch:
         raise UsageError(
             f"--epochs {epochs}: with {recipe.cooldown_epochs} of cool-down no more than the {done.epoch} that are done"
         )
-    with _Run.prepared(recipe, known["device"], workers, announce, _start(source)) as run:
-        run.check_same(source, known)
+    prepared = _Run.prepared(recipe, known["device"], workers, announce, _start(source))
+    with _found(recipe), prepared as run:
+        run.check_same(source, known, moved)
         run.restore(source)
-        run.began_after = run.progress.epoch
+        run.began_after, run.kept = run.progress.epoch, 0
         with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
             run.take_over(source)
             return run.finish()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Recipe]:
-    """The record and recipe of a run."""
+def _placed(recipe: Recipe, places: Mapping[str, str | os.PathLike[str]]) -> Recipe:
+    """The recipe with other places of what it reads, made absolute."""
+    if wrong := [name for name in places if name not in PLACES]:
+        raise UsageError(f"{', '.join(wrong)}: only {', '.join(PLACES)} may be elsewhere; the run goes on as it began")
+    absolute: dict[str, Any] = {name: str(Path(place).absolute()) for name, place in places.items()}
+    return dataclasses.replace(recipe, **absolute)
+
+
+@contextlib.contextmanager
+def _found(recipe: Recipe) -> Iterator[None]:
+    """Where something that the run reads is gone, name the option that tells where it is now."""
+    try:
+        yield
+    except UnreadableFile as error:
+        gone = [name for name in PLACES if (place := getattr(recipe, name)) and str(error).startswith(f"{place}:")]
+        if not gone:
+            raise
+        raise UnreadableFile(f"{error}; if it is elsewhere now, say where with --{gone[0]}") from error
+
+
+def _read(folder: Path, moved: Mapping[str, str | os.PathLike[str]] | None = None) -> tuple[dict[str, Any], Recipe]:
+    """The record and recipe of a run, with what it reads at the places of `moved`."""
     known = runs.read_run(folder, "train")
     path = folder / "run.json"
     try:
@@ -187,6 +224,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], Recipe]:
             raise TypeError("no identity")
     except (KeyError, TypeError, UsageError) as error:
         raise UnreadableFile(f"{path}: without the recipe of the run ({error}); begin a new one") from error
+    if moved:
+        recipe = _placed(recipe, moved)
+        known["recipe"] |= {name: getattr(recipe, name) for name in moved}
     return known, recipe
 
 
@@ -203,6 +243,8 @@ def _start(folder: Path) -> Path | None:
 
 class _Run:
     """A training from its preparation to its end."""
+
+    folder: Path  # set when the run is in it
 
     def __init__(
         self,
@@ -226,6 +268,11 @@ class _Run:
         self.splits = find_splits(given, weights)
         for note in (*(weights.notes if weights is not None and start is None else ()), *self.splits.notes):
             self.announce(note)
+        if recipe.warmup_epochs >= recipe.epochs:
+            self.announce(
+                f"the warm-up takes all of the {counted(recipe.epochs, 'epoch')}: the learning rate does not reach "
+                f"{recipe.peak_lr:g}; a lower --warmup-epochs lets it"
+            )
         self.steps = steps_per_epoch(len(self.splits.train), recipe.batch_size)
         if recipe.patience and self.splits.val is None:
             raise UsageError(f"patience = {recipe.patience}: without validation images nothing tells when to stop")
@@ -239,8 +286,10 @@ class _Run:
         self.progress = Progress()
         self.kept = 0  # epochs in the state that is on the disk
         self.progress.first_updates = _updates(weights)
+        self.moved = False  # whether something that a run goes on with is elsewhere now
         self.began_after = 0  # epochs of a run that this one extends
         self.unreadable: dict[str, None] = {}
+        self.seconds: list[float] = []  # of each epoch that this process trained
         self.identity = self._identity(weights, place)
         if start is not None:
             del self.identity["weights"]
@@ -291,8 +340,8 @@ class _Run:
         }
         return json.loads(json.dumps(listed))
 
-    def check_same(self, folder: Path, known: Mapping[str, Any]) -> None:
-        """Go on only with what the run in `folder` began with.
+    def check_same(self, folder: Path, known: Mapping[str, Any], moved: Collection[str] | None) -> None:
+        """Go on only with what the run in `folder` began with; `moved`: what is elsewhere now.
 
         Raises:
             DoesNotFit: something else is there now.
@@ -302,7 +351,28 @@ class _Run:
                 f"{folder}: {', '.join(changed).replace('_', ' ')} changed since the run began; it cannot go on as it "
                 "would have. Put it back, or begin a new run from its weights"
             )
-        self.identity = known["identity"]
+        self.identity, self.moved = known["identity"], bool(moved)
+        for name in moved or ():
+            place = getattr(self.recipe, name)
+            if name == "weights":
+                same = read_weights(place, self.recipe.ema).source.sha256 == self.identity.get("weights")
+            else:  # a class list is in the identity; a run of an earlier version has no sample
+                same = known.get("sample") in (None, self.sample())
+            if not same:
+                raise DoesNotFit(f"--{name} {place}: other content than the run in {folder} began with")
+
+    def sample(self) -> str:
+        """SHA-256 of some image files of both splits, evenly sampled, so that a large data set costs no time."""
+        content = hashlib.sha256()
+        for images in (self.splits.train, self.splits.val):
+            places = images.locations if images else ()
+            for index in np.linspace(0, len(places) - 1, min(len(places), _SAMPLE)).round().astype(int):
+                try:
+                    read = places[index].read()
+                except OSError:
+                    read = b""
+                content.update(hashlib.sha256(read).digest())
+        return content.hexdigest()
 
     def _agree(self) -> None:
         """All processes train the same network on the same images.
@@ -322,6 +392,7 @@ class _Run:
         record = {
             "recipe": {name: value for name, value in dataclasses.asdict(self.recipe).items() if value is not None},
             "identity": self.identity,
+            "sample": self.sample(),
             "device": self.device,
             **details,
         }
@@ -329,6 +400,7 @@ class _Run:
             if self.processes.first:
                 path = Path(folder) if folder is not None else None
                 self._refuse_inside(Path("runs") if path is None else path)
+                stack.enter_context(self._ending_explained())
                 self.folder = stack.enter_context(runs.run_folder(path, "train", record))
                 runs.write_text(self.folder / _RECIPE, self.recipe.to_toml())
             self._share_folder()
@@ -339,14 +411,41 @@ class _Run:
         """In the folder of a run that was interrupted."""
         with contextlib.ExitStack() as stack:
             if self.processes.first:
-                self.folder = stack.enter_context(runs.continued_run(folder, known))
-                _clean(folder)
-            self._share_folder(folder)
+                stack.enter_context(self._ending_explained())
+                stack.enter_context(runs.continued_run(folder, known))
             self.began_after = int(known.get("began_after", 0))
-            if (folder / STATE).exists():
-                self.restore(folder)
-                self.announce(f"{self.progress.epoch} of {self.recipe.total_epochs} epochs are done already")
+            with held_back():
+                if (folder / STATE).exists():
+                    self.restore(folder)
+                self.folder = folder  # from now on an end is explained by what was restored
+            if self.processes.first:
+                _clean(folder)
+                if self.moved:
+                    runs.write_text(folder / _RECIPE, self.recipe.to_toml())
+            self._share_folder(folder)
+            if self.kept:
+                done = f"{self.progress.epoch} of {counted(self.recipe.total_epochs, 'epoch')}"
+                self.announce(f"done already: {done}")
             yield
+
+    @contextlib.contextmanager
+    def _ending_explained(self) -> Iterator[None]:
+        """Tell how to go on, however the run ends, once there is something to go on with."""
+        try:
+            with kept():
+                yield
+                check()
+        except TrainingStopped as error:
+            raise TrainingStopped(f"{error}; {self._what_stands(error.again)}") from error
+        except UnreadableFile as error:
+            if not hasattr(self, "folder"):
+                raise
+            raise UnreadableFile(f"{error}; {self._what_stands()}") from error
+        except KeyboardInterrupt:
+            if hasattr(self, "folder"):
+                with held_back():
+                    self.announce(self._what_stands())
+            raise
 
     def take_over(self, source: Path) -> None:
         """The weights of the run that this one extends, so that a run always has its best and last."""
@@ -387,7 +486,6 @@ class _Run:
             else None
         )
         rows = self.progress.rows
-        seconds: list[float] = []
         try:
             if log:
                 log.write(rows)
@@ -397,17 +495,10 @@ class _Run:
                 row = self._epoch(self.progress.epoch)
                 if log:
                     log.write(rows)
-                seconds.append(time.perf_counter() - began)
-                left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(seconds))
-                self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {_duration(left)} left at most")
+                self.seconds.append(time.perf_counter() - began)
+                left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(self.seconds))
+                self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {duration(left)} left at most")
                 self.processes.broadcast(b"")
-        except TrainingStopped as error:
-            raise TrainingStopped(f"{error}; {self._what_stands(error.again)}") from error
-        except UnreadableFile as error:
-            raise UnreadableFile(f"{error}; {self._what_stands()}") from error
-        except KeyboardInterrupt:
-            self.announce(self._what_stands())
-            raise
         finally:
             if log:
                 log.close()
@@ -428,6 +519,8 @@ class _Run:
         return bool(best and patience and self.progress.epoch - since >= patience)
 
     def _what_stands(self, again: bool = True) -> str:
+        if self.began_after and not self.kept:
+            return f"{self.folder} has not taken over the state of the run that it extends; extend that one again"
         stands = f"epoch {self.kept} stands in {self.folder}" if self.kept else "no epoch was finished"
         return f"{stands}; go on with: fcvit train --resume {shlex.quote(str(self.folder))}" if again else stands
 
@@ -442,11 +535,13 @@ class _Run:
         rate = 0.0
         with contextlib.ExitStack() as stack:
             images = self.steps * recipe.batch_size
-            advance = stack.enter_context(progress(what, images)) if self.processes.first else lambda _: None
+            shown = progress(what, images, after=self._seconds_after) if self.processes.first else None
+            advance = stack.enter_context(shown) if shown else lambda _: None
             parts = stack.enter_context(contextlib.closing(self._parts(epoch)))
             for step in range(self.steps):
                 rate = learning_rate(recipe, epoch + step / self.steps)
                 losses.append(trainer.run(parts, rate))
+                check()
                 advance(recipe.batch_size)
         trainer.end_epoch()
         self._gather_unreadable()
@@ -462,6 +557,17 @@ class _Run:
         else:
             self._note_best(row)
         return row
+
+    def _seconds_after(self, rate: float) -> float:
+        """The time that follows the training images of an epoch: its validation, and the epochs to come.
+
+        A step is about three forward passes; once an epoch was measured, its time stands for the rest.
+        """
+        validated = len(self.splits.val) * (2 if self.trainer.average else 1) if self.splits.val else 0
+        validation = validated / (3 * rate)
+        whole = self.steps * self.recipe.batch_size / rate + validation
+        to_come = self.recipe.total_epochs - self.progress.epoch - 1
+        return validation + to_come * (float(np.median(self.seconds)) if self.seconds else whole)
 
     def _parts(self, epoch: int) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """Inputs and targets of this process's parts."""
@@ -563,10 +669,10 @@ class _Run:
 
 def _clean(folder: Path) -> None:
     """Remove what a process that was killed was writing."""
-    for path in folder.glob(".*"):
+    for path in folder.glob(f"{runs.TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.endswith(".tmp"):
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -634,7 +740,3 @@ def _in_words(row: Mapping[str, Any], total: int) -> str:
         if key in row:
             parts.append(f"{name} {row[key]:.2f} %")
     return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s"])
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

@@ -13,6 +13,7 @@ measure that owes nothing to the curves.
 import contextlib
 import dataclasses
 import os
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +22,12 @@ import numpy as np
 
 from fcvit import runs
 from fcvit.deploy.engines import AUTO, create_engine
-from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError, counted
 from fcvit.images.placement import place
 from fcvit.maps import Place, SimilarityMap, places
 from fcvit.metrics import softmax
 from fcvit.report.map_charts import trust_chart
-from fcvit.report.progress import progress
+from fcvit.report.progress import duration, progress
 from fcvit.tasks.similarity import Viewer, check_heads, choose_heads, each_readable
 from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights, read_weights
@@ -143,6 +144,7 @@ def trust(
             pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
         if len(pixels) < LEAST:
             raise BadImages(f"{len(pixels)} image(s) can be read: expected at least {LEAST}; first: {bad[0]}")
+        announce(_expected(viewer, compute, pixels, chosen, heads, absolute))
         seen: dict[int, Looked] = {}
         marks: dict[str, list[Marks]] = {}
 
@@ -172,6 +174,24 @@ def trust(
                 announce(f"interrupted: the figures of {done} of {len(pixels)} images are in {target}")
             raise
         return result()
+
+
+def _expected(
+    viewer: Viewer, compute: Compute, pixels: Sequence[np.ndarray], chosen: Sequence[Place], heads: str, absolute: bool
+) -> str:
+    """How long the measuring will take, by the time of one batch as large as that of a curve."""
+    similar = viewer.similarity(pixels[0][None])
+    maps = [m for where in chosen for m in named_maps(similar.at(*where), heads, absolute).values()]
+    # A map has its own curves and those of another image's; each shape, occlusion's too, has random ones.
+    curves = 2 * (len(maps) + 1) + RANDOM * (len({one.shape for one in maps}) + 1)
+    passes = curves * 2 * STEPS + PATCHES**2 + 1
+    batch = np.stack([pixels[0]] * (2 * STEPS))
+    compute(batch[:1])  # the first call may prepare something
+    began = time.perf_counter()
+    compute(batch)
+    seconds = len(pixels) * passes * (time.perf_counter() - began) / len(batch)
+    of = f"{counted(len(pixels), 'image')}, each {passes:,} times through the network"
+    return f"{of}: about {duration(seconds)}; fewer images (--most) take less"
 
 
 def _write(target: Path, found: Trust, announce: Callable[[str], None]) -> None:

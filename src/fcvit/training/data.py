@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit.classes import Classes, ClassName, imagenet, other_order, read_classes
-from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.images.dataset import LabelledImages, known_classes, read_dataset
 from fcvit.images.folder import legible
@@ -92,8 +92,10 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         notes.append(f"{len(missing)} of {count} classes have no training images: {some}")
-    held = f", {len(val)} validation images" if val is not None else ""
-    return Splits(train, val, classes, (*notes, f"{len(train)} training images{held}, {count} classes"))
+    held = f", {counted(len(val), 'validation image')}" if val is not None else ""
+    return Splits(
+        train, val, classes, (*notes, f"{counted(len(train), 'training image')}{held}, {counted(count, 'class')}")
+    )
 
 
 def _roots(recipe: Recipe, classes: Classes | None) -> tuple[Source, Source | Path | None, list[str]]:

@@ -50,7 +50,7 @@ class Recipe:
     Schedule: a cosine over `epochs` from `lr` to `min_lr`, the first `warmup_epochs` replaced by a line
     from `warmup_lr`, then `cooldown_epochs` at `min_lr`.
         lr: for `lr_batch` images a step, and in proportion for others; lr_batch 0: as it stands.
-        lr_update: the rate is set once an "epoch" (the authors) or every "step".
+        lr_update: the rate is set once an "epoch" (the authors) or every "step", where a warm-up may end within one.
 
     Optimiser: AdamW, no decay on parameters of fewer than two dimensions.
         batch_size: images a step, of all processes together.
@@ -106,7 +106,7 @@ class Recipe:
     label_smoothing: float = 0.1
     class_weights: Literal["none", "balanced"] = "none"
     epochs: int = 300
-    warmup_epochs: int = 5
+    warmup_epochs: float = 5
     cooldown_epochs: int = 10
     lr: float = 1e-3
     lr_batch: int = 1024

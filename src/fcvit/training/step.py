@@ -9,6 +9,7 @@ import numpy as np
 
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
+from fcvit.interrupts import held_back
 from fcvit.model import FCViT
 from fcvit.training.data import Division
 from fcvit.training.optimiser import (
@@ -100,6 +101,7 @@ class Trainer:
 
         Raises:
             TrainingStopped: the loss is no finite number; the weights are as they were before the step.
+            KeyboardInterrupt: after the part in which the signal came.
         """
         self.optimiser.set_lr(rate)
         total = 0.0
@@ -108,10 +110,12 @@ class Trainer:
             self.statistics.use(part)
             # Drop path and dropout draw from here: the same whoever does the part, and after a resume.
             paddle.seed(_draw(self.recipe.seed, self.step, self.division.rank * self.division.parts + part))
-            loss = self._timed("forward", lambda i=images, t=targets: self._loss(i, t))
-            self._timed("backward", lambda loss=loss: self.scaler.scale(loss / self.division.slots).backward())
-            total += float(loss.item()) / self.division.slots
-        return self._timed("optimiser", lambda: self._update(total))
+            with held_back():
+                loss = self._timed("forward", lambda i=images, t=targets: self._loss(i, t))
+                self._timed("backward", lambda loss=loss: self.scaler.scale(loss / self.division.slots).backward())
+                total += float(loss.item()) / self.division.slots
+        with held_back():
+            return self._timed("optimiser", lambda: self._update(total))
 
     def _loss(self, images: np.ndarray, targets: np.ndarray) -> Tensor:
         half = self.recipe.precision != "float32"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fcvit.errors import DoesNotFit
+from fcvit.errors import DoesNotFit, counted
 from fcvit.variants import VARIANTS, Variant, published
 
 CONV, LINEAR, NORM, BATCHNORM, SCALE = "conv", "linear", "norm", "batchnorm", "scale"
@@ -53,7 +53,7 @@ class Form:
     dense: bool = False
 
     def __str__(self) -> str:
-        what = f"{self.num_classes} classes" if self.num_classes else "no head"
+        what = counted(self.num_classes, "class") if self.num_classes else "no head"
         if self.dense:
             what = "dense-prediction backbone"
         return f"{self.variant.name}{_changes(self.variant)} ({what})"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.runs import TEMPORARY
 from fcvit.variants import resolve_preprocessing
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
@@ -60,7 +61,7 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
             raise UsageError(f"{part} is there already; choose another name or allow it with --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+        folder = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent)
     except OSError as error:
         raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
     with folder as name:

@@ -1,0 +1,130 @@
+"""SIGINT and SIGTERM: held back where their exception would be lost, and raised again where it was."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fcvit import interrupts
+from fcvit.interrupts import check, held_back, kept
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def both_interrupt():
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    handlers = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert set(handlers.values()) == {signal.default_int_handler} and not interrupts._raised
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_for_the_end_of_the_block(number):
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        done.append(1)
+    assert done
+
+
+def test_blocks_lie_in_each_other():
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back():
+        with held_back():
+            signal.raise_signal(signal.SIGTERM)
+        done.append(1)
+    assert done
+
+
+def test_an_error_in_the_block_does_not_hide_the_signal():
+    with pytest.raises(KeyboardInterrupt) as raised, held_back():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("lost connection")
+    assert isinstance(raised.value.__context__, OSError)
+
+
+def test_a_handler_that_raises_nothing_is_called_after_the_block():
+    calls = []
+    signal.signal(signal.SIGTERM, lambda *given: calls.append(given))
+    with held_back():
+        signal.raise_signal(signal.SIGTERM)
+        assert not calls
+    assert len(calls) == 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def test_an_ignored_signal_stays_ignored_and_a_default_one_ends_the_process():
+    code = (
+        "import signal\nfrom fcvit.interrupts import held_back\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "with held_back():\n"
+        "    signal.raise_signal(signal.SIGINT); print('here', flush=True)\n"
+        "    signal.raise_signal(signal.SIGTERM); print('not here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "here\n" and done.returncode == -signal.SIGTERM
+
+
+def test_the_third_interrupt_ends_a_block_that_does_not_end():
+    code = (
+        "import signal, time\nfrom fcvit.interrupts import held_back\n"
+        "with held_back():\n"
+        "    for _ in range(3):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.count("the next Ctrl-C ends the process at once") == 1
+
+
+def test_other_threads_hold_nothing_back():
+    errors = []
+
+    def work():
+        try:
+            with held_back(), kept():
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+def test_an_interrupt_that_became_another_error_is_raised_again():
+    """As by `__set_name__`, of which a class that is being made makes a RuntimeError until Python 3.12."""
+    with pytest.raises(KeyboardInterrupt), kept():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("paddle") from error
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_check():
+    class Swallows:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    sys.unraisablehook, hook = lambda _: None, sys.unraisablehook
+    try:
+        with pytest.raises(KeyboardInterrupt), kept():
+            check()
+            Swallows()
+            with held_back():
+                pass
+            check()
+    finally:
+        sys.unraisablehook = hook
+
+
+def test_another_error_stays_what_it_is():
+    with pytest.raises(OSError, match="disk"), kept():
+        raise OSError("disk")
+    check()
