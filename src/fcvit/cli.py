@@ -4,6 +4,7 @@ Tables and JSON go to the standard output; progress, notes and errors to the sta
 codes stand in `fcvit.errors` and docs/cli.md.
 """
 
+import functools
 import io
 import os
 import signal
@@ -208,7 +209,7 @@ def export(
     /,
     *,
     output: Annotated[Path, Output],
-    form: Annotated[Literal["onnx", "paddle", "openvino"], Parameter(name="--format")] = "onnx",
+    form: Annotated[Literal["onnx", "paddle", "openvino"] | None, Parameter(name="--format")] = None,
     size: str | None = None,
     dynamic: Annotated[bool, Parameter(negative=())] = False,
     uint8: Annotated[bool, Parameter(negative=())] = False,
@@ -225,7 +226,7 @@ def export(
     Args:
         weights: A checkpoint of any format.
         output: The file for the runtime: .onnx, .json (paddle, with .pdiparams beside) or .xml (openvino, with .bin).
-        form: onnx (default), paddle or openvino.
+        form: onnx, paddle or openvino (default: by the output's ending).
         size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
         dynamic: Take images of any size (onnx, openvino).
         uint8: Take uint8 RGB images and normalise them inside.
@@ -643,6 +644,7 @@ def evaluate(
         as_json: Print JSON.
     """
     from fcvit.report import tables
+    from fcvit.tasks.evaluate import NotWritten
     from fcvit.tasks.evaluate import evaluate as run
     from fcvit.tasks.evaluate import resume as go_on
 
@@ -670,13 +672,18 @@ def evaluate(
     if resume is not None:
         if weights or data is not None or given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        found = go_on(resume, workers=workers, strict=strict, announce=_note)
+        start = functools.partial(go_on, resume)
     elif not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
     else:
         if seed is not None and subset is None:
             raise UsageError("eval: --seed draws a --subset; there is none")
-        found = run(weights, data, workers=workers, strict=strict, record=True, announce=_note, **given)
+        start = functools.partial(run, weights, data, record=True, **given)
+    unwritten = None
+    try:
+        found = start(workers=workers, strict=strict, announce=_note)
+    except NotWritten as error:  # the figures are there all the same
+        found, unwritten = error.evaluation, error
     if not found.first:
         return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
     if as_json:
@@ -685,7 +692,10 @@ def evaluate(
         _print_json(dataclasses.asdict(found))
     else:
         _show(*tables.evaluation(found))
-        print(f"written to {found.folder}")
+        if not unwritten:
+            print(f"written to {found.folder}")
+    if unwritten:
+        raise unwritten
     if found.unreadable:
         _show(tables.unreadable(found.unreadable), error=True)
         return BadImages.exit_code
@@ -862,6 +872,7 @@ def predict(
     engine: str = "auto",
     classes: Classes = None,
     device: Device = "auto",
+    batch_size: int = 32,
     threads: int | None = None,
     ema: bool | None = None,
     as_json: Json = False,
@@ -876,6 +887,7 @@ def predict(
         engine: auto (the fastest that is right), onnxruntime, openvino, paddle, paddle-inference, native, torch.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
+        batch_size: Images at a time.
         threads: Threads that compute on a CPU (default: one for each core).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
@@ -885,21 +897,18 @@ def predict(
     from fcvit.images.folder import find_images
     from fcvit.report import tables
     from fcvit.report.progress import progress
-    from fcvit.tasks.predict import predict_files
-    from fcvit.variants import IMAGENET_CLASSES
-    from fcvit.weights.reading import read_weights
+    from fcvit.tasks.predict import check_counts, load
 
     if not images:
         raise UsageError("predict: name at least one image, folder or pattern")
     if as_json and csv:
         raise UsageError("predict: --json and --csv are two answers; choose one")
+    check_counts(top_k, batch_size)
     paths = find_images(images)
     named = read_classes(classes) if classes else None
-    read = read_weights(weights, ema)
-    options: dict[str, Any] = {"top_k": top_k, "engine_name": engine, "classes": named, "device": device}
-    results = predict_files(read, paths, **options, threads=threads, announce=_note)
-    if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:
-        _note("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
+    options: dict[str, Any] = {"ema": ema, "classes": named, "device": device, "engine": engine, "threads": threads}
+    classifier = load(weights, **options, announce=_note)
+    results = zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True)
     writer = None
     if csv:
         import csv as csv_module

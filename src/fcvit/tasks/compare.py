@@ -28,12 +28,15 @@ class ClassChange:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """An image that the two take for different classes."""
+    """An image that the two take for different classes: ids, and names where they are known."""
 
     path: str
     truth: str
     first: str
     second: str
+    truth_name: str
+    first_name: str
+    second_name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def compare(
             runs.write_json(target / "comparison.json", dataclasses.asdict(found))
             text = io.StringIO()
             writer = csv.writer(text)
-            writer.writerow(["path", "truth", "first", "second"])
+            writer.writerow([field.name for field in dataclasses.fields(Difference)])
             writer.writerows(dataclasses.astuple(row) for row in found.differing)
             runs.write_text(target / "differing.csv", text.getvalue(), "surrogateescape")
     return found
@@ -133,8 +136,9 @@ def _compare(one: Saved, other: Saved) -> ResultComparison:
         changes.append(
             ClassChange(name, one.names.get(name, name), int(members.sum()), *shares, gained=hits[1] - hits[0])
         )
+    names = {**other.names, **one.names}
     differing = [
-        Difference(path, *three)
+        Difference(path, *three, *(names.get(name, name) for name in three))
         for (_, path), *three in zip(one.images, one.truth, one.predicted, other.predicted, strict=True)
         if three[1] != three[2]
     ]

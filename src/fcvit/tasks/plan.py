@@ -93,7 +93,6 @@ def with_engines_named(
     pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
     precision = "float32" if settings.precision == "int8" else settings.precision
     found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce).name
-    announce(f"engine: {found}")
     named = dataclasses.replace(settings, engines=tuple(found if e == AUTO else e for e in settings.engines))
     check(named, 0)
     return named
@@ -130,7 +129,8 @@ class Plan:
         images: LabelledImages | None = None,
         announce: Callable[[str], None] = lambda _: None,
     ):
-        self.settings, self.device, self.announce = settings, device, announce
+        self.device, self.announce = device, announce
+        self.settings = settings
         # A lower precision is never measured alone: what it costs is the difference.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         given = read_classes(Path(settings.classes)) if settings.classes else None
@@ -170,6 +170,8 @@ class Plan:
                 "--real: its labels are ImageNet's 1,000 classes in their usual order, which the model's are not, by "
                 "their ids; --classes FILE gives it others"
             )
+        # What may take an export comes last, when images and classes are known to fit.
+        self.settings = with_engines_named(settings, loaded, device, announce)
         self.lanes, self.crops = self._lanes(loaded)
 
     def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
