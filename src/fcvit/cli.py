@@ -7,6 +7,7 @@ codes stand in `fcvit.errors` and docs/cli.md.
 import functools
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
 from fcvit import __version__
 from fcvit.errors import (
@@ -1052,7 +1053,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
-        return _fail(f"{error} (fcvit --help lists the commands, fcvit COMMAND --help its options)", UsageError, debug)
+        return _fail(_usage(error, words), UsageError, debug)
     except FcvitError as error:
         code = _fail(error, type(error), debug)
         problems = getattr(error, "problems", ())
@@ -1076,9 +1077,93 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
 
 
+# What a command line needs: arguments by their place, then options; FILE of --weights is told by its ending.
+_FORMS = {
+    "convert": ("SOURCE", "-o FILE"),
+    "verify": ("FILE", "--against FILE"),
+    "inspect": ("FILE",),
+    "export": ("FILE", "-o FILE.onnx"),
+    "bench": ("--weights FILE",),
+    "similarity": ("IMAGE...", "--weights FILE"),
+    "heads": ("IMAGE...", "--weights FILE"),
+    "trust": ("IMAGE...", "--weights FILE"),
+    "demo": ("--weights FILE",),
+    "check-data": ("FOLDER",),
+    "eval": ("--weights FILE", "--data FOLDER"),
+    "train": ("RECIPE",),
+    "finetune": ("--weights FILE", "--data FOLDER"),
+    "compare": ("FIRST", "SECOND"),
+    "predict": ("IMAGE...", "--weights FILE"),
+}
+_LONGEST = 1500  # characters of an error
+_WEIGHTS = (".pth", ".tar", ".pt", ".safetensors", ".pdparams", ".bin", ".ckpt")
+
+
+def _usage(error: CycloptsError, words: list[str]) -> str:
+    """What is wrong with a command line, and how it is meant to be."""
+    text = str(error)
+    command = words[0] if words else ""
+    if command.startswith("-"):
+        later = next((place for place, word in enumerate(words) if word in _FORMS), None)
+        if later is not None:
+            return f"the command comes first: {_line([words[later], *words[:later], *words[later + 1 :]])}"
+    form = _FORMS.get(command)
+    missing = error.argument if type(error) is MissingArgumentError else None
+    if missing or isinstance(error, UnusedCliTokensError):
+        if missing:
+            name = missing.name
+            given = any(word.partition("=")[0] in missing.names for word in words[1:])
+            text = f"{command}: {name} has no value" if given else f"{command}: {name} is missing"
+        else:
+            extra = error.unused_tokens or []
+            text = f"{command}: {' '.join(map(shlex.quote, extra)):.80} stands where no argument is expected"
+        if form:
+            return f"{text}; as in: {_example(command, form, words[1:])} (fcvit {command} --help has all options)"
+    where = f"fcvit {command} --help lists its options" if form else "fcvit --help lists the commands"
+    return f"{text} ({where})"
+
+
+def _example(command: str, form: tuple[str, ...], words: list[str]) -> str:
+    """The form of a command, filled with the words that were given."""
+    loose = [word for before, word in zip(["", *words], words, strict=False) if word[:1] != "-" and before[:1] != "-"]
+    options = {word.partition("=")[0] for word in words if word[:1] == "-"}
+    kept = [word for word in words if word not in loose]
+    files = [word for word in loose if word.lower().endswith(_WEIGHTS) and not Path(word).is_dir()]
+    if "--weights FILE" in form and "--weights" not in options:
+        if not files and "IMAGE..." not in form:
+            files = [word for word in loose if not Path(word).is_dir()]
+        weights = files[0] if files else "FILE"
+        loose = [word for word in loose if word != weights]
+    else:
+        weights = ""
+    filled: list[str] = []
+    for slot in form:
+        option, _, placeholder = slot.partition(" ")
+        if slot == "IMAGE...":
+            filled += loose or [slot]
+        elif not placeholder:
+            filled.append(loose.pop(0) if loose else slot)
+        elif option == "--weights":
+            filled += [option, weights] if weights else []
+        elif not options & ({"-o", "--output"} if option == "-o" else {option}):
+            filled += [option, loose.pop(0) if loose else placeholder]
+    if kept and kept[-1][:1] == "-" and "=" not in kept[-1]:  # the one without its value
+        value = next((slot.partition(" ")[2] for slot in form if slot.startswith(f"{kept[-1]} ")), "VALUE")
+        kept.append(value)
+    return _line([command, *filled, *kept])
+
+
+def _line(words: list[str]) -> str:
+    line = shlex.join(["fcvit", *words]).replace("'IMAGE...'", "IMAGE...")
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:
     """One line for a person, with --debug the traceback before it; the exit code."""
     if debug:
         traceback.print_exc()
-    print(f"fcvit: {' '.join(str(message).split())}", file=sys.stderr)
+    text = " ".join(str(message).split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    print(f"fcvit: {text}", file=sys.stderr)
     return kind.exit_code
