@@ -174,10 +174,6 @@ def evaluate(
     ]
     said = announce if processes.first else lambda _: None
     place = processes.device(device)
-    recorded = folder is not None or record
-    if processes.first and recorded and list_file is None:
-        where = Path("runs") if folder is None else Path(folder)
-        runs.refuse_inside(where, Path(settings.data), f"--data {settings.data}")
     plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)
     settings = plan.settings
     if processes.first:
@@ -192,8 +188,11 @@ def evaluate(
     identity = _agreed(plan, processes)
     with contextlib.ExitStack() as stack:
         target = None
-        if recorded:
+        if folder is not None or record:
             if processes.first:
+                if settings.list_file is None:
+                    where = Path("runs") if folder is None else Path(folder)
+                    runs.refuse_inside(where, Path(settings.data), f"--data {settings.data}")
                 details = {
                     "settings": dataclasses.asdict(settings),
                     "settings_sha256": settings.sha256(),
