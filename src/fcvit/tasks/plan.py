@@ -80,22 +80,22 @@ def check(settings: Settings, workers: int | Workers) -> None:
 
 def with_engines_named(
     settings: Settings, loaded: Sequence[Weights], device: str, announce: Callable[[str], None]
-) -> Settings:
-    """The settings with "auto" replaced by the engine that it is here, for the first weights.
+) -> tuple[Settings, Engine | None]:
+    """Replace "auto" in the settings by the engine that it is here, for the first weights; return that engine too.
 
     Raises:
         As `create_engine`; UsageError: it is one that was named besides.
     """
     if AUTO not in settings.engines:
-        return settings
+        return settings, None
     weights = loaded[0]
     pixels = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
     pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
     precision = "float32" if settings.precision == "int8" else settings.precision
-    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce).name
-    named = dataclasses.replace(settings, engines=tuple(found if e == AUTO else e for e in settings.engines))
+    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce)
+    named = dataclasses.replace(settings, engines=tuple(found.name if e == AUTO else e for e in settings.engines))
     check(named, 0)
-    return named
+    return named, found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,7 @@ class Plan:
         images: LabelledImages | None = None,
         announce: Callable[[str], None] = lambda _: None,
     ):
-        self.device, self.announce = device, announce
-        self.settings = settings
+        self.settings, self.device, self.announce = settings, device, announce
         # A lower precision is never measured alone: what it costs is the difference.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         given = read_classes(Path(settings.classes)) if settings.classes else None
@@ -171,7 +170,8 @@ class Plan:
                 "their ids; --classes FILE gives it others"
             )
         # What may take an export comes last, when images and classes are known to fit.
-        self.settings = with_engines_named(settings, loaded, device, announce)
+        self.settings, auto = with_engines_named(settings, loaded, device, announce)
+        self._made = {} if auto is None else {(id(loaded[0]), auto.name, auto.precision): auto}
         self.lanes, self.crops = self._lanes(loaded)
 
     def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
@@ -231,7 +231,7 @@ class Plan:
     @functools.cached_property
     def engines(self) -> list[Engine]:
         """One for each lane; protocols of the same weights share theirs."""
-        made: dict[tuple[int, str, str], Engine] = {}
+        made = self._made
         found = []
         for lane in self.lanes:
             key = (id(lane.weights), lane.engine_name, lane.precision)
