@@ -14,11 +14,13 @@ from sklearn.calibration import calibration_curve
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
+from fcvit.errors import NumbersDisagree
 from fcvit.metrics import (
     BINS,
     calibration,
     confusion,
     cross_entropy,
+    first_not_finite,
     mcnemar,
     paired_difference,
     rank_of_truth,
@@ -154,3 +156,13 @@ def test_the_paired_interval_keeps_its_level(probabilities):
         _, low, high = paired_difference(int(only_first), int(only_second), 400)
         inside += low <= truth <= high
     assert 0.935 <= inside / 2000 <= 0.985
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_logits_that_are_not_finite_have_no_probabilities(value):
+    logits = np.ones((3, 4), np.float32)
+    assert first_not_finite(logits) is None and first_not_finite(logits[:0]) is None
+    logits[1:, 2] = value
+    assert first_not_finite(logits) == 1
+    with pytest.raises(NumbersDisagree, match="logits are not finite"):
+        softmax(logits)
