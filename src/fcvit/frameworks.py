@@ -133,6 +133,7 @@ def parse_device(device: str) -> tuple[str, int]:
     Raises:
         UsageError: another name; the message says which one is meant, where that is clear.
     """
+    device = str(device)
     kind, _, index = device.partition(":")
     if kind in ("auto", "cpu", "gpu") and (not index or (kind == "gpu" and _NUMBER.fullmatch(index))):
         return kind, int(index or 0)

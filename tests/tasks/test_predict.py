@@ -128,6 +128,7 @@ def test_bad_images_stand_in_their_place(classifier, pictures, tmp_path):
         ([b"x" * 200_000], "image 1: an object of type bytes is no image; expected a path, a PIL image, .*BytesIO"),
         (b"x" * 200_000, "an object of type bytes is no image"),
         (None, "an object of type NoneType"),
+        (io.BytesIO(b"x"), "predict: an object of type BytesIO is no image; .*BytesIO"),
         ([3], "image 1: an object of type int"),
         ([np.zeros((40, 50, 3))], r"image 1: an array \(40, 50, 3\) of float64; expected uint8"),
         (np.zeros((3, 40, 50), np.uint8), r"an array \(3, 40, 50\) of uint8; expected .*height, width, 3"),
@@ -203,6 +204,10 @@ def test_wrong_requests(digits_pth, classifier, pictures):
             classifier.predict(pictures, **option)
     with pytest.raises(DoesNotFit, match="3 classes are listed"):
         load(digits_pth, classes=NAMES[:3])
+    with pytest.raises(UsageError, match="--threads '2'"):
+        load(digits_pth, threads="2")
+    with pytest.raises(UsageError, match="--device 'None'"):
+        load(digits_pth, device=None)
     with pytest.raises(UsageError, match="--engine 'tensorflow'"):
         load(digits_pth, engine="tensorflow")
     with pytest.raises(DoesNotFit, match="2 outputs, but 10 class names"):

@@ -76,8 +76,8 @@ def create_engine(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected at least 1")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"--threads {threads!r:.40}: expected a whole number, at least 1")
     parse_device(device)
     given = (weights, preprocessing, device, precision, threads)
     if name == AUTO:

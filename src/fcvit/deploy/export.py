@@ -43,7 +43,7 @@ def files(path: Path, target: str) -> list[Path]:
         raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
     main = ENDINGS[target][-1]
     if path.suffix != main:
-        raise UsageError(f"{path}: --format {target} writes a file that ends in {main}; change one of the two")
+        raise UsageError(f"{path}: the {target} format is a file that ends in {main}; change the ending or --format")
     beside = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
     return beside + [path.with_suffix(ending) for ending in ENDINGS[target]]
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fcvit.model import FCViT
 
 BATCH_SIZE = 32
+_ENCODED = (bytes, bytearray, memoryview, io.IOBase)
 _LONGEST = 1000  # characters of a message
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 _ACCEPTED = "a path, a PIL image, a uint8 array (height, width, 3) in RGB, or several of these"
@@ -151,8 +153,8 @@ def _several(images: "ImageLike | Iterable[ImageLike]") -> Iterable[ImageLike]:
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4 and images.dtype.kind not in "UO":  # those would be paths
         return [images]
-    if isinstance(images, bytes | bytearray | memoryview) or not isinstance(images, Iterable):
-        raise UsageError(f"predict: {_kind(images)} is no image; expected {_ACCEPTED}")
+    if isinstance(images, _ENCODED) or not isinstance(images, Iterable):
+        raise UsageError(f"predict: {_no_image(images)}")
     return images
 
 
@@ -177,12 +179,12 @@ def _check_image(image: object, number: int) -> None:
                 "width, 3) in RGB"
             )
     elif not isinstance(image, str | os.PathLike | Image.Image):
-        remedy = "; PIL.Image.open(io.BytesIO(...)) reads an encoded one" if isinstance(image, bytes) else ""
-        raise UsageError(f"image {number}: {_kind(image)} is no image; expected {_ACCEPTED}{remedy}")
+        raise UsageError(f"image {number}: {_no_image(image)}")
 
 
-def _kind(thing: object) -> str:
-    return f"an object of type {type(thing).__name__:.60}"
+def _no_image(thing: object) -> str:
+    remedy = "; PIL.Image.open(io.BytesIO(...)) reads an encoded one" if isinstance(thing, _ENCODED) else ""
+    return f"an object of type {type(thing).__name__:.60} is no image; expected {_ACCEPTED}{remedy}"
 
 
 def _name(image: object, number: int) -> str:
