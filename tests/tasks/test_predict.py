@@ -99,6 +99,8 @@ def test_an_image_is_the_same_whatever_holds_it(classifier, pictures):
     assert len(expected) == 1 and [p.name for p in expected[0]] == [p.name for p in expected[0] if p.probability]
     for alone in (path, str(path), Image.open(path), array, array[None], np.array([str(path)])):
         assert classifier.predict(alone) == expected
+    opened = Image.open(path)
+    assert classifier.predict([opened] * 20) == 20 * expected, "one file, several threads"
     several = [path, str(path), Image.open(path), array]
     assert classifier.predict(several) == classifier.predict(iter(several)) == 4 * expected
     assert classifier.predict(np.stack([array, array])) == classifier.predict((array, array)) == 2 * expected

@@ -345,7 +345,7 @@ def _run(
             announce(f"go on with: {again}")
         raise
     except OSError as error:
-        if folder is None:
+        if folder is None or isinstance(error, BrokenPipeError):  # the reader of our output is gone
             raise
         raise UnreadableFile(f"{_failed(error, folder)}; go on with: {again}") from error
     processes.gather(b"")  # the first one keeps the store for the others

@@ -16,6 +16,7 @@ from fcvit.deploy.cache import PACKAGES
 from fcvit.deploy.engines import AUTO, Engine, create_engine
 from fcvit.deploy.quantise import calibration_images
 from fcvit.errors import DoesNotFit, UsageError
+from fcvit.frameworks import parse_device
 from fcvit.images.dataset import LabelledImages, assign_classes, read_dataset, read_real
 from fcvit.images.loader import DIGEST, Workers
 from fcvit.images.preprocess import decoders
@@ -63,6 +64,7 @@ def check(settings: Settings, workers: int | Workers) -> None:
     Raises:
         UsageError: it was one of the arguments.
     """
+    parse_device(settings.device)
     size, engines = settings.batch_size, settings.engines
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise UsageError(f"--batch-size {size}: expected auto or at least 1")

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fcvit.model import FCViT
 
 BATCH_SIZE = 32
+_READING = threading.Lock()  # a PIL image, or two of one file, must not be read by two threads
 _ENCODED = (bytes, bytearray, memoryview, io.IOBase)
 _LONGEST = 1000  # characters of a message
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
@@ -65,8 +67,10 @@ class Classifier:
     @functools.cached_property
     def model(self) -> "FCViT":
         """The Paddle network, in evaluation mode; built when it is first asked for."""
-        engine = self.engine
-        return (engine if type(engine) is PaddleEngine else PaddleEngine(self.weights, self.preprocessing)).model
+        if type(self.engine) is PaddleEngine:
+            return self.engine.model
+        device = "cpu" if self.engine.device == "cpu" else "auto"
+        return PaddleEngine(self.weights, self.preprocessing, device).model
 
     def predict(
         self,
@@ -136,6 +140,9 @@ class Classifier:
         try:
             if isinstance(image, np.ndarray):
                 image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+            elif isinstance(image, Image.Image):
+                with _READING:
+                    image.load()
             return preprocess(image, self.preprocessing)
         except BadImages as error:
             if isinstance(image, str | os.PathLike) and os.path.isdir(image):  # noqa: PTH112 -- never raises
