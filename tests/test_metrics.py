@@ -14,11 +14,13 @@ from sklearn.calibration import calibration_curve
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
+from fcvit.errors import NumbersDisagree
 from fcvit.metrics import (
     BINS,
     calibration,
     confusion,
     cross_entropy,
+    first_not_finite,
     mcnemar,
     other_order,
     paired_difference,
@@ -210,3 +212,13 @@ def test_two_swapped_classes_of_ten_are_noticed():
     assert found is not None and found.moved == {3: 4, 4: 3} and not found.all and found.images == 40
     half = np.where(np.arange(200) % 2, swapped, truth)  # half of them wrong: a weak classifier, or wrong labels
     assert other_order(half, predicted) is None
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_logits_that_are_not_finite_have_no_probabilities(value):
+    logits = np.ones((3, 4), np.float32)
+    assert first_not_finite(logits) is None and first_not_finite(logits[:0]) is None
+    logits[1:, 2] = value
+    assert first_not_finite(logits) == 1
+    with pytest.raises(NumbersDisagree, match="logits are not finite"):
+        softmax(logits)

@@ -5,9 +5,11 @@ codes stand in `fcvit.errors` and docs/cli.md.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
 from fcvit import __version__, interrupts
 from fcvit.errors import (
@@ -223,7 +225,7 @@ def export(
     /,
     *,
     output: Annotated[Path, Output],
-    form: Annotated[Literal["onnx", "paddle", "openvino"], Parameter(name="--format")] = "onnx",
+    form: Annotated[Literal["onnx", "paddle", "openvino"] | None, Parameter(name="--format")] = None,
     size: str | None = None,
     dynamic: Annotated[bool, Parameter(negative=())] = False,
     uint8: Annotated[bool, Parameter(negative=())] = False,
@@ -240,7 +242,7 @@ def export(
     Args:
         weights: A checkpoint of any format.
         output: The file for the runtime: .onnx, .json (paddle, with .pdiparams beside) or .xml (openvino, with .bin).
-        form: onnx (default), paddle or openvino.
+        form: onnx, paddle or openvino (default: by the output's ending).
         size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
         dynamic: Take images of any size (onnx, openvino).
         uint8: Take uint8 RGB images and normalise them inside.
@@ -663,6 +665,7 @@ def evaluate(
         as_json: Print JSON.
     """
     from fcvit.report import tables
+    from fcvit.tasks.evaluate import NotWritten
     from fcvit.tasks.evaluate import evaluate as run
     from fcvit.tasks.evaluate import resume as go_on
 
@@ -693,13 +696,18 @@ def evaluate(
         moved |= {"data": data} if data is not None else {}
         if given:
             raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        found = go_on(resume, moved=moved, workers=workers, strict=strict, announce=_note)
+        start = functools.partial(go_on, resume, moved=moved)
     elif not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
     else:
         if seed is not None and subset is None:
             raise UsageError("eval: --seed draws a --subset; there is none")
-        found = run(weights, data, workers=workers, strict=strict, record=True, announce=_note, **given)
+        start = functools.partial(run, weights, data, record=True, **given)
+    unwritten = None
+    try:
+        found = start(workers=workers, strict=strict, announce=_note)
+    except NotWritten as error:  # the figures are there all the same
+        found, unwritten = error.evaluation, error
     if not found.first:
         return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
     if as_json:
@@ -708,7 +716,10 @@ def evaluate(
         _print_json(dataclasses.asdict(found))
     else:
         _show(*tables.evaluation(found))
-        _say(f"written to {found.folder}")
+        if not unwritten:
+            _say(f"written to {found.folder}")
+    if unwritten:
+        raise unwritten
     if found.unreadable:
         _show(tables.unreadable(found.unreadable), error=True)
         return BadImages.exit_code
@@ -889,6 +900,7 @@ def predict(
     engine: str = "auto",
     classes: Classes = None,
     device: Device = "auto",
+    batch_size: int = 32,
     threads: int | None = None,
     ema: bool | None = None,
     as_json: Json = False,
@@ -903,6 +915,7 @@ def predict(
         engine: auto (the fastest that is right), onnxruntime, openvino, paddle, paddle-inference, native, torch.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
+        batch_size: Images at a time.
         threads: Threads that compute on a CPU (default: one for each core).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
@@ -912,23 +925,18 @@ def predict(
     from fcvit.images.folder import find_images
     from fcvit.report import tables
     from fcvit.report.progress import progress
-    from fcvit.tasks.predict import predict_files
-    from fcvit.variants import IMAGENET_CLASSES
-    from fcvit.weights.reading import read_weights
+    from fcvit.tasks.predict import check_counts, load
 
     if not images:
         raise UsageError("predict: name at least one image, folder or pattern")
     if as_json and csv:
         raise UsageError("predict: --json and --csv are two answers; choose one")
+    check_counts(top_k, batch_size)
     paths = find_images(images)
     named = read_classes(classes) if classes else None
-    read = read_weights(weights, ema)
-    for note in read.notes:
-        _note(note)
-    options: dict[str, Any] = {"top_k": top_k, "engine_name": engine, "classes": named, "device": device}
-    results = predict_files(read, paths, **options, threads=threads, announce=_note)
-    if named is None and read.classes is None and read.form.num_classes == IMAGENET_CLASSES:
-        _note("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
+    options: dict[str, Any] = {"ema": ema, "classes": named, "device": device, "engine": engine, "threads": threads}
+    classifier = load(weights, **options, announce=_note)
+    results = zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True)
     if csv:
         print("path,place,index,id,name,probability")
     good, bad = [], []
@@ -1079,7 +1087,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
-        return _fail(f"{error} (fcvit --help lists the commands, fcvit COMMAND --help its options)", UsageError, debug)
+        return _fail(_usage(error, words), UsageError, debug)
     except FcvitError as error:
         code = _fail(error, type(error), debug)
         problems = getattr(error, "problems", ())
@@ -1134,9 +1142,93 @@ def _interruptions(keep: bool) -> Iterator[None]:
         yield
 
 
+# What a command line needs: arguments by their place, then options; FILE of --weights is told by its ending.
+_FORMS = {
+    "convert": ("SOURCE", "-o FILE"),
+    "verify": ("FILE", "--against FILE"),
+    "inspect": ("FILE",),
+    "export": ("FILE", "-o FILE.onnx"),
+    "bench": ("--weights FILE",),
+    "similarity": ("IMAGE...", "--weights FILE"),
+    "heads": ("IMAGE...", "--weights FILE"),
+    "trust": ("IMAGE...", "--weights FILE"),
+    "demo": ("--weights FILE",),
+    "check-data": ("FOLDER",),
+    "eval": ("--weights FILE", "--data FOLDER"),
+    "train": ("RECIPE",),
+    "finetune": ("--weights FILE", "--data FOLDER"),
+    "compare": ("FIRST", "SECOND"),
+    "predict": ("IMAGE...", "--weights FILE"),
+}
+_LONGEST = 1500  # characters of an error
+_WEIGHTS = (".pth", ".tar", ".pt", ".safetensors", ".pdparams", ".bin", ".ckpt")
+
+
+def _usage(error: CycloptsError, words: list[str]) -> str:
+    """What is wrong with a command line, and how it is meant to be."""
+    text = str(error)
+    command = words[0] if words else ""
+    if command.startswith("-"):
+        later = next((place for place, word in enumerate(words) if word in _FORMS), None)
+        if later is not None:
+            return f"the command comes first: {_line([words[later], *words[:later], *words[later + 1 :]])}"
+    form = _FORMS.get(command)
+    missing = error.argument if type(error) is MissingArgumentError else None
+    if missing or isinstance(error, UnusedCliTokensError):
+        if missing:
+            name = missing.name
+            given = any(word.partition("=")[0] in missing.names for word in words[1:])
+            text = f"{command}: {name} has no value" if given else f"{command}: {name} is missing"
+        else:
+            extra = error.unused_tokens or []
+            text = f"{command}: {' '.join(map(shlex.quote, extra)):.80} stands where no argument is expected"
+        if form:
+            return f"{text}; as in: {_example(command, form, words[1:])} (fcvit {command} --help has all options)"
+    where = f"fcvit {command} --help lists its options" if form else "fcvit --help lists the commands"
+    return f"{text} ({where})"
+
+
+def _example(command: str, form: tuple[str, ...], words: list[str]) -> str:
+    """The form of a command, filled with the words that were given."""
+    loose = [word for before, word in zip(["", *words], words, strict=False) if word[:1] != "-" and before[:1] != "-"]
+    options = {word.partition("=")[0] for word in words if word[:1] == "-"}
+    kept = [word for word in words if word not in loose]
+    files = [word for word in loose if word.lower().endswith(_WEIGHTS) and not Path(word).is_dir()]
+    if "--weights FILE" in form and "--weights" not in options:
+        if not files and "IMAGE..." not in form:
+            files = [word for word in loose if not Path(word).is_dir()]
+        weights = files[0] if files else "FILE"
+        loose = [word for word in loose if word != weights]
+    else:
+        weights = ""
+    filled: list[str] = []
+    for slot in form:
+        option, _, placeholder = slot.partition(" ")
+        if slot == "IMAGE...":
+            filled += loose or [slot]
+        elif not placeholder:
+            filled.append(loose.pop(0) if loose else slot)
+        elif option == "--weights":
+            filled += [option, weights] if weights else []
+        elif not options & ({"-o", "--output"} if option == "-o" else {option}):
+            filled += [option, loose.pop(0) if loose else placeholder]
+    if kept and kept[-1][:1] == "-" and "=" not in kept[-1]:  # the one without its value
+        value = next((slot.partition(" ")[2] for slot in form if slot.startswith(f"{kept[-1]} ")), "VALUE")
+        kept.append(value)
+    return _line([command, *filled, *kept])
+
+
+def _line(words: list[str]) -> str:
+    line = shlex.join(["fcvit", *words]).replace("'IMAGE...'", "IMAGE...")
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
 def _fail(message: object, kind: type[FcvitError], debug: bool) -> int:
     """One line for a person, with --debug the traceback before it; the exit code."""
     if debug:
         print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
-    _say(f"fcvit: {' '.join(str(message).split())}", error=True)
+    text = " ".join(str(message).split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    _say(f"fcvit: {text}", error=True)
     return kind.exit_code

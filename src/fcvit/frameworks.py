@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -144,9 +145,9 @@ def paddle_place(device: str = "auto") -> str:
     Raises:
         UsageError: the name is unknown, or the machine has no such device.
     """
-    kind, index = _parse(device)
+    kind, index = parse_device(device)
     paddle = import_framework("paddle")
-    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else None
     return _place(device, kind, index, gpus, "gpu", "Paddle")
 
 
@@ -168,22 +169,51 @@ def torch_place(device: str = "auto") -> str:
     Raises:
         UsageError: the name is unknown, or the machine has no such device.
     """
-    kind, index = _parse(device)
+    kind, index = parse_device(device)
     torch = import_framework("torch")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if torch.version.cuda or torch.version.hip else None
     return _place(device, kind, index, gpus, "cuda", "PyTorch")
 
 
-def _parse(device: str) -> tuple[str, int]:
+def parse_device(device: str) -> tuple[str, int]:
+    """Split `--device` (auto, cpu, gpu, gpu:N) into its kind and the number of the GPU.
+
+    Raises:
+        UsageError: another name; the message says which one is meant, where that is clear.
+    """
+    device = str(device)
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "gpu") or (index and (kind != "gpu" or not index.isdecimal())):
-        raise UsageError(f"--device {device!r}: expected auto, cpu, gpu or gpu:N")
-    return kind, int(index or 0)
+    if kind in ("auto", "cpu", "gpu") and (not index or (kind == "gpu" and _NUMBER.fullmatch(index))):
+        return kind, int(index or 0)
+    meant = _GPU.fullmatch(device.strip())
+    remedy = ""
+    if meant and device:
+        remedy = f"; a GPU is called gpu{f':{int(meant[1])}' if meant[1] else ''} here"
+    elif kind.lower() in ("mps", "metal", "xpu", "npu", "tpu", "rocm", "hip"):
+        remedy = "; only NVIDIA's GPUs are supported, use cpu"
+    raise UsageError(f"--device {device[:40]!r}: expected auto, cpu, gpu or gpu:N{remedy}")
 
 
-def _place(device: str, kind: str, index: int, gpus: int, gpu_name: str, framework: str) -> str:
+_NUMBER = re.compile(r"[0-9]{1,3}")
+_GPU = re.compile(r"(?:cuda|gpu|nvidia)?[:_ -]?([0-9]{1,3})?", re.IGNORECASE)
+_GPU_BUILD = {
+    "Paddle": "the way that www.paddlepaddle.org.cn/en/install/quick describes for your CUDA "
+    "(paddlepaddle-gpu from Paddle's own package index, in place of paddlepaddle)",
+    "PyTorch": "the way that pytorch.org/get-started/locally describes for your CUDA",
+}
+
+
+def _place(device: str, kind: str, index: int, gpus: int | None, gpu_name: str, framework: str) -> str:
+    """The framework's name of a place; `gpus`: how many it sees, None in a build for CPUs only."""
     if kind == "cpu" or (kind == "auto" and not gpus):
         return "cpu"
+    if gpus is None:
+        raise UsageError(
+            f"--device {device}: the CPU build of {framework} is installed, which uses no GPU; install the GPU build "
+            f"{_GPU_BUILD[framework]}, or use --device cpu"
+        )
     if index >= gpus:
-        raise UsageError(f"--device {device}: {framework} sees {gpus} GPU(s) here; use --device cpu")
+        sees = f"{framework} sees {gpus} GPU(s) here" if gpus else f"{framework} sees no GPU or no driver of one here"
+        remedy = f"use gpu:0 to gpu:{gpus - 1}" if gpus else "nvidia-smi should list it; else use --device cpu"
+        raise UsageError(f"--device {device}: {sees}; {remedy}")
     return f"{gpu_name}:{index}"

@@ -113,8 +113,12 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         left = memoryview(content)
-        while left:  # a disk that gets full takes a part without an error
-            left = left[self._file.write(left) :]
+        try:
+            while left:  # a disk that gets full takes a part without an error
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
     def _create(self, folder: Path) -> Any:
         """A new file: a frame that was torn off in an old one would hide whatever follows it."""

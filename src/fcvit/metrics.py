@@ -10,6 +10,8 @@ import statistics
 
 import numpy as np
 
+from fcvit.errors import NumbersDisagree
+
 CONFIDENCE = 0.95
 BINS = 15  # of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)
 
@@ -21,8 +23,20 @@ def rank_of_truth(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((logits > truth) | ((logits == truth) & before)).sum(axis=1)
 
 
+def first_not_finite(logits: np.ndarray) -> int | None:
+    """Return the first row of (B, C) with a number that is not finite; None: all are finite."""
+    rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    return int(rows[0]) if len(rows) else None
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, (B, C) -> (B, C)."""
+    """Probabilities in float64, (B, C) -> (B, C).
+
+    Raises:
+        NumbersDisagree: logits that are not finite, which have no order.
+    """
+    if first_not_finite(logits) is not None:
+        raise NumbersDisagree("logits are not finite; the weights are damaged, or float32 is too narrow for them")
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -123,8 +124,38 @@ def test_a_folder_that_cannot_be_written_costs_time_only(weights, tmp_path, monk
     with exported(weights, INTERFACE, "onnxruntime", announce=said.append) as path:
         assert path.stat().st_size > 1000
     assert not path.exists() and any("cannot be written" in text and "XDG_CACHE_HOME" in text for text in said)
+    assert len(said) == 1 and "it is kept" not in said[0]
     take(weights)
     assert len(writes) == 2
+
+
+def test_without_a_home_folder_the_cache_is_done_without(weights, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    said = []
+    assert len(take(weights, announce=said.append)[1]) > 1000 and "it is not kept" in said[0]
+
+
+@pytest.mark.parametrize("fault", ["full", "deleted"])
+def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault):
+    """A full disk, or somebody empties the cache: the export is made again elsewhere, with a note."""
+    write = cache.write_export
+
+    def failing(weights, interface, target, path):
+        monkeypatch.setattr(cache, "write_export", write)
+        if fault == "full":
+            raise OSError(28, "No space left on device")
+        write(weights, interface, target, path)
+        shutil.rmtree(home)
+
+    monkeypatch.setattr(cache, "write_export", failing)
+    said = []
+    path, content = take(weights, announce=said.append)
+    assert len(content) > 1000 and not path.exists()
+    assert said[1].endswith("the export is made again in a temporary folder and not kept")
+    assert ("No space left on device" in said[1]) == (fault == "full")
+    assert not home.exists() or not list(home.iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes to any folder")

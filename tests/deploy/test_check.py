@@ -1,12 +1,16 @@
 """The check of an export by itself: what it pools, and what it does not let pass."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from conftest import DIGITS
+from conftest import DIGITS, needs_torch
 from fcvit.deploy import check as task
 from fcvit.deploy.interface import Interface
+from fcvit.errors import NumbersDisagree
 from fcvit.gates import GATE_B
+from fcvit.weights.reading import read_weights
 
 INTERFACE = Interface((32, 32), uint8=True, probabilities=False, preprocessing=DIGITS.variant.preprocessing)
 IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 3, 32, 32), np.uint8)
@@ -42,3 +46,11 @@ def test_what_is_wrong_in_a_batch_or_alone_is_seen(yardstick, wrong):
 def test_outputs_of_another_shape_or_none_never_pass(yardstick, give):
     found = task.check_export(lambda images: [give(outputs(images)[0])], None, INTERFACE, IMAGES)
     assert not found.passed
+
+
+@needs_torch
+def test_weights_that_overflow_are_told_from_a_wrong_export(digits_tensors, digits_pth, monkeypatch):
+    weights = read_weights(digits_pth)
+    large = {**digits_tensors, "head.weight": np.full((10, 48), 3e38, np.float32)}
+    with pytest.raises(NumbersDisagree, match=r"digits\.pth: what it computes is not finite in float32"):
+        task.reference(dataclasses.replace(weights, tensors=large), INTERFACE, IMAGES)

@@ -1,11 +1,15 @@
 """Engines: the same numbers whoever computes them, and the fastest one that is right."""
 
 import dataclasses
+import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from conftest import DIGITS, needs_paddle, needs_torch
+from fcvit import frameworks
 from fcvit.deploy import cache, engines
 from fcvit.deploy.engines import ENGINES, create_engine
 from fcvit.deploy.runtimes import RUNTIMES, pieces
@@ -116,7 +120,13 @@ def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch):
     monkeypatch.setattr(engines, "NativeEngine", lambda *rest: Fake("native", *rest))
     assert create_engine("auto", weights, PIXELS, announce=said.append).name == "native"
     assert made == ["onnxruntime", "openvino", "native"]
-    assert said == ["engine openvino is passed over: wrong"]
+    assert said == [
+        "engine openvino is passed over: wrong",
+        "engine: native; a faster one: pip install 'fcvit[onnx]'",
+    ]
+    results["onnxruntime"] = "onnxruntime"
+    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "onnxruntime"
+    assert said[2:] == ["engine: onnxruntime"]
 
 
 def test_auto_without_any_engine_names_a_remedy(weights, monkeypatch):
@@ -132,9 +142,10 @@ def test_auto_without_any_engine_names_a_remedy(weights, monkeypatch):
 @needs_paddle
 def test_auto_on_a_gpu_is_paddle(weights, monkeypatch):
     seen = []
-    monkeypatch.setattr(engines, "PaddleEngine", lambda *given: seen.append(given[2]))
-    create_engine("auto", weights, PIXELS, "gpu:1")
-    assert seen == ["gpu:1"]
+    paddle = types.SimpleNamespace(name="paddle")
+    monkeypatch.setattr(engines, "PaddleEngine", lambda *given: seen.append(given[2]) or paddle)
+    create_engine("auto", weights, PIXELS, "gpu:1", announce=seen.append)
+    assert seen == ["gpu:1", "engine: paddle"]
 
 
 def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_path):
@@ -147,10 +158,94 @@ def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_p
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(runtimes.importlib, "import_module", missing)
+    said = []
     for name, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
         with pytest.raises(MissingExtra, match=rf"{name} cannot be had .*pip install 'fcvit\[{extra}\]'"):
-            create_engine(name, weights, PIXELS)
-    assert not list((tmp_path / "fcvit" / "engines").glob("*")), "an export that was never run must not be kept"
+            create_engine(name, weights, PIXELS, announce=said.append)
+    assert not said and not (tmp_path / "fcvit").exists(), "nothing is exported for a runtime that is missing"
+
+
+@pytest.mark.parametrize("package", ["onnx", "a framework to check with"])
+def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weights, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if package == "onnx":
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        monkeypatch.delitem(sys.modules, "fcvit.deploy.onnx_graph", raising=False)
+    else:
+        monkeypatch.setattr("fcvit.deploy.check.installed", lambda name: False)
+    said = []
+    with pytest.raises(MissingExtra, match="install"):
+        create_engine("onnxruntime", weights, PIXELS, announce=said.append)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "paddle-inference"))]
+)
+def test_a_loaded_export_needs_no_file(name, weights, images, tmp_path, monkeypatch):
+    """A cache that cannot be written, or is deleted in use: single images and batches by several threads go on."""
+    expected = engine_or_skip(name, weights, PIXELS, threads=2)(images)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = []
+    engine = create_engine(name, weights, PIXELS, threads=2, announce=said.append)
+    assert np.array_equal(engine(images), expected) and engine(images[:1]).shape == (1, 10)
+    (note,) = said
+    assert "is not kept" in note and "cannot be written (Not a directory)" in note and "XDG_CACHE_HOME" in note
+
+
+def test_an_entry_that_is_deleted_before_it_is_loaded_is_made_elsewhere(weights, images, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = create_engine("onnxruntime", weights, PIXELS)(images)
+    load = RUNTIMES["onnxruntime"]
+
+    def deleted(path, *rest):
+        shutil.rmtree(tmp_path / "fcvit", ignore_errors=True)
+        return load(path, *rest)
+
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", deleted)
+    assert np.array_equal(create_engine("onnxruntime", weights, PIXELS)(images), expected)
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:1", "CUDA", "gpu0", "GPU:2", "1", "nvidia", "mps", "tpu", "cpu:0", ""]
+)
+@pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
+def test_other_names_of_devices_say_what_is_meant(name, device, weights):
+    meant = {
+        "cuda": "a GPU is called gpu here",
+        "CUDA": "a GPU is called gpu here",
+        "nvidia": "a GPU is called gpu here",
+        "cuda:1": "a GPU is called gpu:1 here",
+        "gpu0": "a GPU is called gpu:0 here",
+        "GPU:2": "a GPU is called gpu:2 here",
+        "1": "a GPU is called gpu:1 here",
+        "mps": "only NVIDIA's GPUs",
+        "tpu": "only NVIDIA's GPUs",
+    }
+    with pytest.raises(UsageError, match=f"--device '{device}': expected auto, cpu, gpu or gpu:N") as error:
+        create_engine(name, weights, PIXELS, device)
+    assert meant.get(device, "") in str(error.value)
+
+
+@pytest.mark.parametrize("framework", ["Paddle", "PyTorch"])
+def test_a_build_without_gpus_is_told_from_a_machine_without(framework):
+    with pytest.raises(
+        UsageError, match=rf"CPU build of {framework} is installed.*install the GPU build.*https?|www|org"
+    ):
+        frameworks._place("gpu", "gpu", 0, None, "gpu", framework)
+    with pytest.raises(UsageError, match="sees no GPU or no driver"):
+        frameworks._place("gpu", "gpu", 0, 0, "gpu", framework)
+    with pytest.raises(UsageError, match=r"sees 2 GPU\(s\) here; use gpu:0 to gpu:1"):
+        frameworks._place("gpu:2", "gpu", 2, 2, "gpu", framework)
+    assert frameworks._place("gpu:1", "gpu", 1, 2, "cuda", framework) == "cuda:1"
+    assert [frameworks._place("auto", "auto", 0, gpus, "gpu", framework) for gpus in (None, 0, 1)] == [
+        "cpu",
+        "cpu",
+        "gpu:0",
+    ]
 
 
 def test_the_threads_of_the_process_are_changed_only_on_request(weights, monkeypatch):

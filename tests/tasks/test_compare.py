@@ -89,7 +89,8 @@ def test_a_comparison_by_hand(tmp_path):
     assert [d.path for d in found.differing] == [f"{i:03d}.png" for i in (8, 9, 10, 11, 12, 13, 39)]
     with (tmp_path / "out" / "differing.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1] == {"path": "039.png", "truth": "n3", "first": "n0", "second": "n1"}
+    names = {"truth_name": "name 3", "first_name": "name 0", "second_name": "name 1"}
+    assert rows[-1] == {"path": "039.png", "truth": "n3", "first": "n0", "second": "n1"} | names
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["p_value"] == found.p_value and len(written["differing"]) == 7
 
@@ -100,6 +101,25 @@ def test_the_tables_begin_with_what_changed_most(tmp_path):
     columns = {table.title: list(table.columns[0].cells) for table in tables}
     assert columns["classes that gained most"] == ["n1", "n3"]
     assert columns["classes that lost most"] == ["n0", "n2"]
+
+
+def test_the_tables_show_texts_whole_and_classes_by_name(tmp_path):
+    """Settings are not cut, and a class that is only ever predicted has its name too."""
+    one, other = lane(tmp_path / "a", FIRST[:20], TRUTH[:20]), lane(tmp_path / "b", [3] * 20, TRUTH[:20])
+    for folder, network in ((one, "fcvit_b12 with 4 classes and a long story"), (other, "fcvit_b12 with 4 classes")):
+        path = folder / "a-authors" / "metrics.json"
+        figures = json.loads(path.read_text()) | {"network": network, "weights_sha256": network[::-1] * 2}
+        path.write_text(json.dumps(figures | {"predicted": {"n3": "name 3"}}))
+    tables = comparison(compare(one, other))
+    cells = {table.title: [list(column.cells) for column in table.columns] for table in tables}
+    assert cells["settings that differ"][1][1] == "fcvit_b12 with 4 classes and a long story"
+    assert cells["settings that differ"][1][0] == 2 * "fcvit_b12 with 4 classes and a long story"[::-1]
+    assert [column[0] for column in cells["images on which they differ"]] == [
+        "000.png",
+        "name 0 (n0)",
+        "name 0 (n0)",
+        "name 3 (n3)",
+    ]
 
 
 def test_other_settings_are_named_and_another_task_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The page, driven by a real browser: an image, its classes, another head, a bad file."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -50,6 +51,92 @@ def test_two_checkpoints_are_the_most(monkeypatch, tmp_path):
 
 def test_a_file_name_is_no_markup():
     assert task._plain("<b>[x](y)*") == r"\<b\>\[x\]\(y\)\*"
+
+
+class Application:
+    """What stands behind the guard: it reads the body, and keeps it as a file."""
+
+    def __init__(self, folder):
+        self.folder, self.calls = folder, 0
+
+    async def __call__(self, scope, receive, send):
+        self.calls += 1
+        if scope["method"] == "POST":
+            path = self.folder / f"{self.calls}.png"
+            path.write_bytes(b"x" * int(dict(scope["headers"])[b"content-length"]))
+            os.utime(path, (self.calls, self.calls))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def ask(guard, method="GET", kind="http", **headers):
+    """The status that a request gets."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    listed = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(guard({"type": kind, "method": method, "path": "/", "headers": listed}, None, send))
+    return sent[0].get("status", sent[0]["type"])
+
+
+OURS = ("127.0.0.1:7860", "localhost:7860", "[::1]:7860", "LocalHost:7860")
+STRANGERS = (
+    "evil.example:7860",
+    "evil.example",
+    "127.0.0.1",
+    "127.0.0.1:7861",
+    "localhost",
+    "127.0.0.1:7860.evil.example",
+)
+STRANGERS += ("127.0.0.1:7860@evil.example", "0.0.0.0:7860", "", "null", "localhost:7860/", " localhost:7860")
+
+
+@pytest.fixture
+def guard(tmp_path):
+    return task._Guard(Application(tmp_path), 7860, tmp_path)
+
+
+def test_the_page_answers_only_to_its_own_address_and_only_itself(guard):
+    for host in OURS:
+        assert ask(guard, host=host) == 200
+        for origin in OURS:
+            assert ask(guard, "POST", host=host, origin=f"http://{origin}", content_length="1") == 200
+    calls = guard.app.calls
+    for stranger in STRANGERS:
+        assert ask(guard, host=stranger) == ask(guard, "OPTIONS", host=stranger) == 403
+        assert ask(guard, kind="websocket", host=stranger) == "websocket.close"
+        for origin in (stranger, f"http://{stranger}", f"https://{OURS[0]}"):
+            for method in ("GET", "POST", "OPTIONS", "PUT"):
+                assert ask(guard, method, host=OURS[0], origin=origin, content_length="1") == 403
+    assert ask(guard) == 403 and guard.app.calls == calls
+
+
+def test_a_request_says_its_length_which_is_bounded(guard):
+    own = {"host": OURS[0]}
+    assert ask(guard, "POST", **own) == ask(guard, "POST", **own, content_length="-1") == 411
+    assert ask(guard, "POST", **own, content_length="5", transfer_encoding="chunked") == 411
+    assert ask(guard, "POST", **own, content_length=str(task.MOST_BYTES + 1)) == 413
+    assert ask(guard, "POST", **own, content_length="9" * 5000) == 413
+    assert guard.app.calls == 0
+    guard.active = task.UPLOADS
+    assert ask(guard, "POST", **own, content_length="5") == 429 and ask(guard, **own) == 200
+
+
+def test_all_uploads_together_are_bounded_and_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(task, "KEPT_FILES", 5)
+    example = tmp_path / "examples" / "digit-1.png"
+    example.parent.mkdir()
+    example.write_bytes(b"x" * 5000)  # the page's own do not count
+    guard = task._Guard(Application(tmp_path), 7860, tmp_path)
+    for size, expected in ((300, {1}), (300, {1, 2}), (300, {1, 2, 3}), (300, {2, 3, 4}), (900, {5}), (10, {5, 6})):
+        assert ask(guard, "POST", host=OURS[0], content_length=str(size)) == 200
+        assert {int(path.stem) for path in tmp_path.glob("*.png")} == expected
+    for _ in range(5):
+        ask(guard, "POST", host=OURS[0], content_length="1")
+    assert {int(path.stem) for path in tmp_path.glob("*.png")} == {7, 8, 9, 10, 11}
+    assert example.exists() and guard.active == 0
 
 
 @contextlib.contextmanager
@@ -305,6 +392,18 @@ def test_a_file_over_the_limit_is_refused(address):
         except urllib.error.HTTPError as error:
             status = error.code
         assert status == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["", "config", "theme.css", "gradio_api/upload", "gradio_api/queue/join"])
+def test_the_guard_stands_before_every_route(address, path):
+    for headers in ({"Host": "evil.example:7860"}, {"Origin": "http://evil.example"}):
+        for body in (None, b"{}"):
+            request = urllib.request.Request(f"{address}{path}", body, headers)
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(request, timeout=20)
+            error.value.close()
+            assert error.value.code == 403 and not error.value.headers.get("access-control-allow-origin")
 
 
 @pytest.mark.slow

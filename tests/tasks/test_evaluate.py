@@ -19,6 +19,7 @@ import fcvit
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit import frameworks
 from fcvit.classes import ClassName
+from fcvit.cli import main
 from fcvit.deploy.engines import PaddleEngine, TorchEngine
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.metrics import calibration, wilson
@@ -139,6 +140,79 @@ def test_logits_that_are_kept_are_those_of_the_predictions(folder, digits_pth, t
 
 
 @needs_paddle
+@pytest.mark.parametrize("shared", [True, False])
+def test_logits_of_zero_are_logits(folder, digits_tensors, tmp_path, monkeypatch, shared):
+    """A row of zeros may be a result; what went to a disk of another machine is noticed all the same."""
+    zero = {name: np.zeros_like(t) if name.startswith("head.") else t for name, t in digits_tensors.items()}
+    path = write_pth(tmp_path / "zero.pth", zero)
+    if not shared:
+        for method in ("write", "mark"):
+            monkeypatch.setattr(evaluation._LogitFiles, method, lambda *_: None)
+    said = []
+    options = {"batch_size": 12, "device": "cpu", "folder": tmp_path / "run", "save_logits": True}
+    evaluate(path, folder, **options, announce=said.append)
+    kept = tmp_path / "run" / "zero-authors" / "logits.npy"
+    assert kept.exists() == shared and any("does not share the folder" in text for text in said) != shared
+    if shared:
+        assert np.load(kept).shape == (23, 10) and not np.load(kept).any()
+        resume(tmp_path / "run")
+        assert kept.exists()
+
+
+@needs_paddle
+def test_a_full_disk_at_the_end_loses_no_figure(folder, digits_pth, tmp_path, monkeypatch, capsys):
+    """Figures are given, the file and the way to go on are named, and nothing is computed twice."""
+    usual, run = results.write_lane, tmp_path / "a run"
+
+    def full(lane, *_rest):
+        raise UnreadableFile(f"{lane}/predictions.csv: cannot be written: No space left on device")
+
+    monkeypatch.setattr(results, "write_lane", full)
+    again = f"to write them: fcvit eval --resume '{run}'"
+    with pytest.raises(evaluation.NotWritten, match=f"predictions.csv: .*No space left.*{again}") as error:
+        evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=run)
+    expected = error.value.evaluation.results
+    assert json.loads((run / "run.json").read_text())["status"] == "failed" and expected[0].images == 23
+
+    assert main(["eval", "--resume", str(run), "--workers", "0"]) == 3
+    out, err = capsys.readouterr()
+    assert f"{expected[0].top1:.2f}" in out and "written to" not in out
+    assert err.splitlines()[-1].startswith(f"fcvit: {run}/digits-authors/predictions.csv: ") and again in err
+    monkeypatch.setattr(results, "write_lane", usual)
+    calls = count_calls(monkeypatch, None)
+    assert [r.top1 for r in resume(run).results] == [r.top1 for r in expected] and not calls
+
+
+@needs_paddle
+@pytest.mark.parametrize("what", ["journal", "logits", "page"])
+def test_a_full_disk_is_named_with_the_way_to_go_on(folder, digits_pth, tmp_path, monkeypatch, what):
+    usual = os.pwrite
+
+    def full(*_rest):
+        raise OSError(28, "No space left on device")
+
+    match what:
+        case "journal":
+            monkeypatch.setattr("fcvit.journal.Journal._create", lambda *_: FullFile(tmp_path / "0-0.journal", "w"))
+            expected = r"0-0.journal: No space left on device; go on with: fcvit eval --resume"
+        case "logits":
+            monkeypatch.setattr(os, "pwrite", lambda f, content, at: full() if at > 200 else usual(f, content, at))
+            expected = r"logits.npy: No space left on device; go on with: fcvit eval --resume"
+        case "page":
+            monkeypatch.setattr(evaluation.run_page, "write_page", full)
+            expected = r"run: No space left on device; the figures are complete; to write them: fcvit eval --resume"
+    with pytest.raises(UnreadableFile, match=expected):
+        evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=tmp_path / "run", save_logits=True)
+
+
+class FullFile(io.FileIO):
+    """A file on a full disk."""
+
+    def write(self, _content):
+        raise OSError(28, "No space left on device")
+
+
+@needs_paddle
 def test_a_finished_run_is_only_written_again(folder, digits_pth, tmp_path, monkeypatch):
     evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
     whole = files(tmp_path / "run")
@@ -168,7 +242,7 @@ def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits
         resume(run, moved={"data": resized, "weights": [weights]})
     with pytest.raises(UsageError, match="--weights: 2 given, the run is of 1"):
         resume(run, moved={"data": data, "weights": [weights, weights]})
-    with pytest.raises(UsageError, match="expected the name digits.pth"):
+    with pytest.raises(UsageError, match=r"expected the name digits\.pth"):
         resume(run, moved={"weights": [data]})
     with pytest.raises(UsageError, match="list_file: the run began without"):
         resume(run, moved={"data": data, "weights": [weights], "list_file": weights})
@@ -658,9 +732,11 @@ def test_only_the_classes_of_the_data_are_told_apart(folder, digits_pth, tmp_pat
 @needs_paddle
 def test_the_first_batch_is_not_computed_for_classes_that_do_not_fit(folder, digits_pth, monkeypatch):
     calls = count_calls(monkeypatch, None)
+    monkeypatch.setattr("fcvit.tasks.plan.create_engine", lambda *_: calls.append("an engine is made") or 1 / 0)
     (folder / "eleven").mkdir()
-    with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
-        evaluate(digits_pth, folder)
+    for engines in ("auto", ("paddle",)):
+        with pytest.raises(DoesNotFit, match=r"11 class folders .* 10 outputs"):
+            evaluate_by(digits_pth, folder, engines=engines)
     assert not calls
 
 

@@ -57,7 +57,7 @@ def test_every_format_is_run_and_right(target, weights, images, tmp_path):
     if target == "openvino":
         pytest.importorskip("openvino")
     path = tmp_path / "out" / f"network{ENDINGS[target][-1]}"
-    done = export(weights, path, target)
+    done = export(weights, path)  # the format by the ending
     assert done.runtime == RUNTIME[target] and done.format == target and done.files[-1] == str(path)
     assert left(path.parent) == sorted(file.rpartition("/")[2] for file in done.files)
     (check,) = done.checks
@@ -192,7 +192,10 @@ def test_int8_takes_its_scales_from_a_folder(weights, tmp_path, images):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"output": "a.xml"}, UsageError, "ends in .onnx"),
+        ({"output": "a.xml", "format": "onnx"}, UsageError, "ends in .onnx"),
+        ({"output": "a.json", "format": "openvino"}, UsageError, "ends in .xml"),
+        ({"output": "a.pb"}, UsageError, r"a.pb: the ending says no format; expected .onnx \(onnx\), .json \(paddle\)"),
+        ({"output": "model"}, UsageError, "the ending says no format"),
         ({"output": "a.pdmodel", "format": "paddle"}, UsageError, "ends in .json"),
         ({"format": "tensorrt"}, UsageError, "--format 'tensorrt'"),
         ({"size": (32, 32), "dynamic": True}, UsageError, "leave out --size"),

@@ -3,8 +3,9 @@
 An entry is a folder named by a hash of all that its numbers depend on: every tensor, the network, the
 interface, the versions of what wrote it and of what runs it, the processor. It holds the files of the export and
 `entry.json` with their hashes; it is made elsewhere, checked (gate B) and renamed into place as a whole, so
-two processes at once do the work twice and keep one result. An entry that is damaged is made again. A cache that
-cannot be written is done without, aloud. Anything in it may be deleted at any time.
+two processes at once do the work twice and keep one result. An entry that is damaged is made again. Where the cache
+cannot be written, or goes away while an export is made, the export is made in a temporary folder, and a note says
+so. Anything in it may be deleted at any time.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from fcvit import __version__
-from fcvit.deploy.check import check_export, require, sample_images
-from fcvit.deploy.export import files, write_export
+from fcvit.deploy.check import check_export, require, require_reference, sample_images
+from fcvit.deploy.export import files, require_writer, write_export
 from fcvit.deploy.interface import Interface
 from fcvit.deploy.quantise import quantise
-from fcvit.deploy.runtimes import RUNTIMES
+from fcvit.deploy.runtimes import RUNTIMES, import_runtime
+from fcvit.errors import FcvitError
 from fcvit.machine import processor_identity
 from fcvit.weights.names import is_counter
 from fcvit.weights.reading import Weights
@@ -43,8 +45,9 @@ LAYOUT = 1  # of an entry
 
 
 def cache_folder() -> Path:
-    """Where the entries are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fcvit" / "engines"
+    """Return the folder of the entries; without a home folder it is one that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
+    return (Path(os.devnull) if home.startswith("~") else Path(home)) / "fcvit" / "engines"
 
 
 @contextlib.contextmanager
@@ -54,8 +57,9 @@ def exported(
     runtime: str,
     calibration: np.ndarray | None = None,
     announce: Callable[[str], None] = lambda _: None,
+    use_cache: bool = True,
 ) -> Iterator[Path]:
-    """The file that a runtime is to load, from the cache or made now; it is there while the block runs.
+    """Yield the file that a runtime is to load, from the cache or made now; temporary ones end with the block.
 
     Args:
         weights: of any form.
@@ -63,27 +67,65 @@ def exported(
         runtime: a key of `RUNTIMES`.
         calibration: uint8 images: quantise to int8 by them. Gate B is then held before that.
         announce: is told of an export that takes time, and of a cache that cannot be used.
+        use_cache: False makes the export in a temporary folder.
 
     Raises:
         NumbersDisagree: what the runtime computes is not what the weights say.
         MissingExtra, UsageError: see `write_export`, `check_export`.
     """
+    import_runtime(runtime)  # what is missing is said before any work is announced
     key = entry_key(weights, interface, runtime, calibration)
     main = MAIN[FORMAT_OF[runtime]]
     entry = cache_folder() / key
-    if _intact(entry, main):
+    if use_cache and _intact(entry, main):
         yield entry / main
         return
-    announce(f"exporting {weights.form} for {runtime}, once: it is kept in {cache_folder()}")
-    with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
-        kept = _scratch(key, announce)
-        made = kept or Path(spare)
+    require_writer(FORMAT_OF[runtime])
+    require_reference()
+    exporting = f"exporting {weights.form} for {runtime}"
+    if use_cache:
         try:
-            _make(weights, interface, runtime, calibration, made / main)
-            yield (entry if kept and _publish(kept, entry, main) else made) / main
-        finally:
-            if kept is not None:
-                shutil.rmtree(kept, ignore_errors=True)  # unless it was renamed
+            made = _scratch(key)
+        except OSError as error:
+            announce(f"{exporting}; it is not kept: {_not_written(error)}")
+        else:
+            announce(f"{exporting}, once: it is kept in {cache_folder()}")
+            try:
+                if _filled(made, weights, interface, runtime, calibration, main, announce):
+                    yield (entry if _publish(made, entry, main) else made) / main
+                    return
+            finally:
+                shutil.rmtree(made, ignore_errors=True)  # unless it was renamed
+    with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
+        _make(weights, interface, runtime, calibration, Path(spare) / main)
+        yield Path(spare) / main
+
+
+def _filled(
+    made: Path,
+    weights: Weights,
+    interface: Interface,
+    runtime: str,
+    calibration: np.ndarray | None,
+    main: str,
+    announce: Callable[[str], None],
+) -> bool:
+    """Make an entry; False where the folder is full or went away, whatever error that ends in."""
+    try:
+        _make(weights, interface, runtime, calibration, made / main)
+    except FcvitError:
+        raise
+    except Exception as error:
+        if made.exists() and not isinstance(error, OSError):
+            raise
+        announce(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
+        return False
+    return True
+
+
+def _not_written(error: Exception) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or "it was deleted"
+    return f"{cache_folder()} cannot be written ({reason}); XDG_CACHE_HOME names another"
 
 
 def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
@@ -136,15 +178,10 @@ def _make(weights: Weights, interface: Interface, runtime: str, calibration: np.
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
 
 
-def _scratch(key: str, announce: Callable[[str], None]) -> Path | None:
-    """A folder beside the entries, or None where they cannot be written."""
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_folder()))
-    except OSError as error:
-        reason = error.strerror or error
-        announce(f"{cache_folder()} cannot be written ({reason}): the export is not kept; XDG_CACHE_HOME names another")
-        return None
+def _scratch(key: str) -> Path:
+    """Make a folder beside the entries."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_folder()))
 
 
 def _publish(made: Path, entry: Path, main: str) -> bool:

@@ -104,15 +104,33 @@ def normalised(images: np.ndarray, interface: Interface) -> np.ndarray:
     return (images / 255 - mean) / std
 
 
+def require_reference() -> None:
+    """Check that PyTorch or Paddle is installed.
+
+    Raises:
+        MissingExtra: neither is.
+    """
+    if not (installed("torch") or installed("paddle")):
+        raise MissingExtra(f"an export is checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
+
+
 def reference(
     weights: Weights, interface: Interface, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    """The outputs in float64 and in float32, and who computed them."""
-    if not (installed("torch") or installed("paddle")):
-        raise MissingExtra(f"an export is checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
+    """Return the outputs in float64 and in float32, and who computed them.
+
+    Raises:
+        MissingExtra: nobody can.
+        NumbersDisagree: numbers that are not finite in float32, which no runtime can be measured by.
+    """
+    require_reference()
     framework = "torch" if installed("torch") else "paddle"
     compute = _torch if framework == "torch" else _paddle
     found = [compute(weights, normalised(images, interface).astype(dtype)) for dtype in ("float64", "float32")]
+    if not all(np.isfinite(output).all() for output in found[1]):
+        raise NumbersDisagree(
+            f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
+        )
     if interface.probabilities:
         found = [[softmax(outputs[0]).astype(outputs[0].dtype)] for outputs in found]
     return found[0], found[1], framework

@@ -14,9 +14,9 @@ import numpy as np
 
 from fcvit.deploy import cache
 from fcvit.deploy.interface import Interface
-from fcvit.deploy.runtimes import RUNTIMES, Runtime
+from fcvit.deploy.runtimes import INSTALL, RUNTIMES, Runtime
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
-from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, torch_place
+from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.images.preprocess import normalise
 from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
@@ -67,7 +67,8 @@ def create_engine(
         threads: that compute on a CPU, in the whole process where a framework knows no other way; None: those of the
             framework as it stands, for an export one for each core.
         calibration: uint8 images (B, 3, H, W) for int8, which only engines on exports have.
-        announce: is told of an export that takes time, and why "auto" passes an engine over.
+        announce: is told of an export that takes time, which engine "auto" is, why it passes one over that is
+            installed, and what to install for a faster one.
 
     Raises:
         UsageError: no such engine, device or precision, or the device does not have the precision.
@@ -76,8 +77,9 @@ def create_engine(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected at least 1")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"--threads {threads!r:.40}: expected a whole number, at least 1")
+    parse_device(device)
     given = (weights, preprocessing, device, precision, threads)
     if name == AUTO:
         return _fastest(*given, announce)
@@ -99,15 +101,23 @@ def _fastest(
 ) -> Engine:
     given = (weights, preprocessing, device, precision, threads)
     if device.startswith("gpu") or (device == "auto" and _has_gpu()):
-        return PaddleEngine(*given)
+        engine = PaddleEngine(*given)
+        announce(f"engine: {engine.name}")
+        return engine
     refused: list[str] = []
+    faster = ""
     for name in _FASTEST.get(precision, ("paddle",)):
         try:
-            return create_engine(name, *given, announce=announce)
+            engine = create_engine(name, *given, announce=announce)
         except (MissingExtra, NumbersDisagree) as error:
             refused.append(f"{name}: {error}")
             if isinstance(error, NumbersDisagree):
                 announce(f"engine {name} is passed over: {error}")
+            elif name in INSTALL and not faster:
+                faster = f"; a faster one: {INSTALL[name]}"
+        else:
+            announce(f"engine: {name}{faster}")
+            return engine
     raise MissingExtra(f"no engine can compute in {precision} here; {refused[-1]}")
 
 
@@ -274,7 +284,15 @@ class ExportedEngine:
 
     def _load(self, size: tuple[int, int], uint8: bool) -> Runtime:
         interface = Interface(size, uint8, False, self.preprocessing)
-        with cache.exported(self.weights, interface, self.name, self.calibration, self.announce) as path:
+        given = (self.weights, interface, self.name, self.calibration, self.announce)
+        with cache.exported(*given) as path:
+            try:
+                return RUNTIMES[self.name](path, self.threads, self.precision)
+            except Exception:
+                if path.exists():
+                    raise
+        # Somebody deleted the entry after it was checked.
+        with cache.exported(*given, use_cache=False) as path:
             return RUNTIMES[self.name](path, self.threads, self.precision)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

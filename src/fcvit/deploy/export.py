@@ -43,9 +43,34 @@ def files(path: Path, target: str) -> list[Path]:
         raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
     main = ENDINGS[target][-1]
     if path.suffix != main:
-        raise UsageError(f"{path}: the {target} format is a file that ends in {main}")
+        raise UsageError(f"{path}: the {target} format is a file that ends in {main}; change the ending or --format")
     beside = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
     return beside + [path.with_suffix(ending) for ending in ENDINGS[target]]
+
+
+def infer_format(path: Path) -> str:
+    """Return the format that the ending of a file stands for.
+
+    Raises:
+        UsageError: none.
+    """
+    for target, endings in ENDINGS.items():
+        if path.suffix.lower() == endings[-1]:
+            return target
+    known = ", ".join(f"{endings[-1]} ({target})" for target, endings in ENDINGS.items())
+    raise UsageError(f"{path}: the ending says no format; expected {known}")
+
+
+def require_writer(target: str) -> None:
+    """Import the package that writes a format.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if target == "paddle":
+        import_framework("paddle")
+    else:
+        importlib.import_module("fcvit.deploy.onnx_graph")
 
 
 def write_export(weights: Weights, interface: Interface, target: str, path: Path) -> None:

@@ -3,7 +3,8 @@
 Each takes the images as the file wants them (float32 normalised or uint8, see `Interface`), (B, 3, H, W) with B
 from 1, and gives the outputs in the order of the file. A batch is cut into pieces, each computed by one
 thread: images share nothing, so threads need not wait for each other after every layer, and a piece's
-feature maps stay in the cache of its core. A single image gets all threads.
+feature maps stay in the cache of its core. A single image gets all threads. The file may be deleted
+once it is loaded.
 """
 
 import contextlib
@@ -49,16 +50,17 @@ class OnnxRuntime:
     def __init__(self, path: Path, threads: int, precision: str = "float32"):
         if precision not in ("float32", "int8"):
             raise UsageError(f"--precision {precision}: ONNX Runtime has only float32 and int8 on a CPU")
-        self.path, self.threads = path, threads
-        self.package = _import("onnxruntime")
-        self.whole = self._session(threads)  # loaded now: a damaged file is found here
+        self.threads = threads
+        self.package = import_runtime("onnxruntime")
+        self.content = path.read_bytes()  # the file may be gone when `single` is made
+        self.whole = self._session(threads)
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def _session(self, threads: int) -> Any:
         options = self.package.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors; they are raised besides
-        return self.package.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        return self.package.InferenceSession(self.content, options, providers=["CPUExecutionProvider"])
 
     @functools.cached_property
     def single(self) -> Any:
@@ -85,8 +87,8 @@ class OpenVino:
     def __init__(self, path: Path, threads: int, precision: str = "float32"):
         if precision not in _OPENVINO_TYPES:
             raise UsageError(f"--precision {precision}: OpenVINO has float32, bfloat16 and int8 on a CPU")
-        self.path, self.threads, self.precision = path, threads, precision
-        self.package = _import("openvino")
+        self.threads, self.precision = threads, precision
+        self.package = import_runtime("openvino")
         core = self.package.Core()
         wanted = {"bfloat16": "BF16"}.get(precision)
         if wanted and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -156,12 +158,21 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
 }
 
 
-def _import(package: str) -> ModuleType:
+def import_runtime(package: str) -> ModuleType:
+    """Import the package of a runtime.
+
+    Raises:
+        MissingExtra: it is not installed, or does not load on this machine.
+    """
     # ONNX Runtime 1.32 reports its use to Microsoft from the import on, unless this is set.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
+        if package == "paddle-inference":
+            return import_framework("paddle")
         return importlib.import_module(package)
     except ImportError as error:
+        if isinstance(error, MissingExtra):
+            raise
         raise MissingExtra(f"{package} cannot be had ({error}); install it with: {INSTALL[package]}") from error
 
 

@@ -284,7 +284,7 @@ def read_lane(folder: Path) -> Saved:
     path = folder / METRICS
     try:
         figures = json.loads(path.read_bytes())
-        names = {row["id"]: row["name"] for row in figures["per_class"]}
+        names = {row["id"]: row["name"] for row in figures["per_class"]} | dict(figures.get("predicted", {}))
         if not isinstance(figures["fingerprint"], str) or not isinstance(figures["name"], str):
             raise ValueError("no fingerprint")
         path = folder / PREDICTIONS

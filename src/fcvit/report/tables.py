@@ -311,9 +311,13 @@ def interval(bounds: tuple[float, float]) -> str:
 
 def comparison(found: ResultComparison) -> list[Table]:
     """Two results over the same images: the difference, classes that gained and lost, images that differ."""
+    tables = []
+    if found.settings:
+        settings = table("", "first", "second", title="settings that differ")
+        for what, both in found.settings.items():
+            settings.add_row(what.replace("_", " "), *both)
+        tables.append(settings)
     figures = table(title=f"{found.first} and {found.second}, the same {counted(found.images, 'image')}")
-    for what, (ours, theirs) in found.settings.items():
-        figures.add_row(what.replace("_", " "), f"{ours:.16} and {theirs:.16}")
     figures.add_row("top-1 of the first", f"{found.top1[0]:.2f} %")
     figures.add_row("top-1 of the second", f"{found.top1[1]:.2f} %")
     figures.add_row("difference", f"{found.difference:+.2f} points (95 % interval {interval(found.interval)})")
@@ -321,7 +325,7 @@ def comparison(found: ResultComparison) -> list[Table]:
     figures.add_row("only the second is right", str(found.only_second))
     figures.add_row("exact McNemar test", f"p = {found.p_value:.2g}")
     figures.add_row("another top-1 class", counted(len(found.differing), "image"))
-    tables = [figures]
+    tables.append(figures)
     moved = [change for change in found.classes if change.gained]
     for title, rows in (
         ("classes that gained most", [change for change in moved if change.gained > 0][:_CLASSES]),
@@ -337,7 +341,8 @@ def comparison(found: ResultComparison) -> list[Table]:
     if found.differing:
         listing = table("image", "truth", "first", "second", title="images on which they differ")
         for row in found.differing[:_SHOWN]:
-            listing.add_row(row.path, row.truth, row.first, row.second)
+            pairs = ((row.truth, row.truth_name), (row.first, row.first_name), (row.second, row.second_name))
+            listing.add_row(row.path, *(id if name == id else f"{name} ({id})" for id, name in pairs))
         if len(found.differing) > _SHOWN:
             listing.add_row(f"... and {len(found.differing) - _SHOWN} more", "", "", "")
         tables.append(listing)

@@ -27,12 +27,15 @@ class ClassChange:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """An image that the two take for different classes."""
+    """An image that the two take for different classes: ids, and names where they are known."""
 
     path: str
     truth: str
     first: str
     second: str
+    truth_name: str
+    first_name: str
+    second_name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,8 @@ def compare(
     if folder is not None:
         with runs.run_folder(Path(folder), "compare") as target:
             runs.write_json(target / "comparison.json", dataclasses.asdict(found))
-            rows = [("path", "truth", "first", "second"), *map(dataclasses.astuple, found.differing)]
+            header = [field.name for field in dataclasses.fields(Difference)]
+            rows = [header, *map(dataclasses.astuple, found.differing)]
             runs.write_text(target / "differing.csv", csv_text(rows), "surrogateescape")
     return found
 
@@ -129,8 +133,9 @@ def _compare(one: Saved, other: Saved) -> ResultComparison:
         changes.append(
             ClassChange(name, one.names.get(name, name), int(members.sum()), *shares, gained=hits[1] - hits[0])
         )
+    names = {**other.names, **one.names}
     differing = [
-        Difference(path, *three)
+        Difference(path, *three, *(names.get(name, name) for name in three))
         for (_, path), *three in zip(one.images, one.truth, one.predicted, other.predicted, strict=True)
         if three[1] != three[2]
     ]

@@ -1,20 +1,23 @@
 """A local page: drop an image, see what it is taken for and the similarity maps, slide through blocks and heads.
 
-The page is Gradio's, the library that the field demonstrates models with. It is bound to this machine, shares and
-reports nothing, takes files up to `LIMIT`, keeps them no longer than it is served, and computes with
-`fcvit.tasks.similarity`, as the command line does.
+The page is Gradio's, the library that the field demonstrates models with. It is bound to this machine, answers only
+itself (see `_Guard`), shares and reports nothing, takes files up to `LIMIT`, keeps at most `KEPT_BYTES` of them and
+none longer than it is served, and computes with `fcvit.tasks.similarity`, as the command line does.
 """
 
+import contextlib
 import importlib
 import io
 import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import webbrowser
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -28,6 +31,9 @@ from fcvit.weights.reading import read_weights
 
 HOST = "127.0.0.1"
 LIMIT = "20 MB"
+MOST_BYTES = 21 * 1024**2  # of a request: a file of `LIMIT`, with what a form adds
+KEPT_BYTES, KEPT_FILES = 200 * 1024**2, 500  # of all that is uploaded and drawn
+UPLOADS = 4  # requests with a body at the same time
 _SHIPPED = "assets/digits.pth.tar"
 _SHIPPED_NAME = "handwritten digits"
 _EXAMPLES = 6
@@ -59,9 +65,11 @@ def demo(
     """
     if port is not None:
         _require_free(port)
-    with tempfile.TemporaryDirectory(prefix="fcvit-demo-") as folder:
+    chosen = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+    Path(chosen).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fcvit-demo-", dir=chosen) as folder:
         page = build(weights, Path(folder), device, ema)
-        address = serve(page, port, open_browser)
+        address = serve(page, Path(folder), port, open_browser)
         announce(f"the page is at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()
@@ -78,10 +86,9 @@ def build(
 
     Args:
         weights, device, ema: as for `demo`.
-        folder: for what is uploaded and drawn, unless the environment's GRADIO_TEMP_DIR names another.
+        folder: for what is uploaded and drawn.
     """
-    if not os.environ.get("GRADIO_TEMP_DIR"):
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported
     gradio = _gradio()
     from fcvit.report.page import require_report
 
@@ -96,8 +103,8 @@ def build(
     return _page(gradio, viewers, [_SHIPPED_NAME], _examples(folder))
 
 
-def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str:
-    """Begin to serve on this machine only: the address.
+def serve(page: Any, folder: Path, port: int | None = None, open_browser: bool = False) -> str:
+    """Begin to serve on this machine only; return the address. `folder` is the one that the page was built with.
 
     Raises:
         UsageError: no free port.
@@ -105,12 +112,11 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str
     # The page asks itself whether it is there: not by way of a proxy.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
     try:
-        _, address, shared = page.launch(
+        app, address, shared = page.launch(
             server_name=HOST,
             server_port=port,
             share=False,
             quiet=True,
-            inbrowser=open_browser,
             prevent_thread_lock=True,
             max_file_size=LIMIT.replace(" ", "").lower(),
             footer_links=["settings"],
@@ -118,7 +124,81 @@ def serve(page: Any, port: int | None = None, open_browser: bool = False) -> str
     except OSError as error:
         raise UsageError(f"no free port ({str(error).splitlines()[0]}); choose one with --port") from error
     assert shared is None
+    # Before all that Gradio puts there itself, so that nothing answers a stranger.
+    app.middleware_stack = _Guard(app.middleware_stack, urlsplit(address).port, folder)
+    if open_browser:
+        webbrowser.open(address)
     return address
+
+
+class _Guard:
+    """Let only the page itself through, and bound what it uploads; an ASGI application around another.
+
+    A page of somebody else can send requests here: with its own name in Host, where that name was made to mean this
+    machine, or with its own address in Origin.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], port: int | None, folder: Path):
+        self.app, self.folder = app, folder
+        self.hosts = {f"{name}:{port}" for name in (HOST, "localhost", "[::1]")}
+        self.own = {path for path in folder.rglob("*") if path.is_file()}  # examples
+        self.active = 0
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        hosts, origins, lengths = (_header(scope, name) for name in (b"host", b"origin", b"content-length"))
+        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
+            return await _refuse(scope, send, 403, _STRANGER)
+        if any(origin.lower().removeprefix("http://") not in self.hosts for origin in origins):
+            return await _refuse(scope, send, 403, "this page takes no requests of other pages")
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return await self.app(scope, receive, send)
+        if len(lengths) != 1 or not lengths[0].isdecimal() or _header(scope, b"transfer-encoding"):
+            return await _refuse(scope, send, 411, "expected a request that says its length")
+        if len(lengths[0]) > 12 or int(lengths[0]) > MOST_BYTES:
+            return await _refuse(scope, send, 413, f"expected an image of at most {LIMIT}")
+        if self.active >= UPLOADS:
+            return await _refuse(scope, send, 429, f"{UPLOADS} files are on their way already; try again")
+        self.active += 1
+        try:
+            self._make_room(int(lengths[0]))
+            await self.app(scope, receive, send)
+        finally:
+            self.active -= 1
+            self._make_room(0)
+
+    def _make_room(self, coming: int) -> None:
+        """Delete the oldest files where there are too many; the newest are those that are shown."""
+        files = []
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                if path not in self.own and path.is_file():
+                    status = path.stat()
+                    files.append((status.st_mtime_ns, status.st_size, path))
+        files.sort(reverse=True)
+        total = coming
+        for count, (_, size, path) in enumerate(files, 1):
+            total += size
+            if total > KEPT_BYTES or count > KEPT_FILES:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+_STRANGER = "this page answers only to the address that fcvit demo printed; forward it under the same port"
+
+
+def _header(scope: Mapping[str, Any], name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+async def _refuse(scope: Mapping[str, Any], send: Any, status: int, reason: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": f"fcvit demo: {reason}\n".encode()})
 
 
 def _require_free(port: int) -> None:

@@ -35,7 +35,7 @@ from fcvit.report import page, results, run_page
 from fcvit.report.progress import progress
 from fcvit.report.results import Agreement, Effect, Records, Result
 from fcvit.tasks.figures import Figures, figures
-from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check, with_engines_named
+from fcvit.tasks.plan import PRESENT, Lane, Plan, Settings, check
 from fcvit.tasks.similarity import Viewer, overview, panel
 from fcvit.variants import Preprocessing, PreprocessingChange
 from fcvit.weights.reading import Weights, read_weights
@@ -68,6 +68,14 @@ class Evaluation:
     folder: Path | None
     first: bool
     seconds: float
+
+
+class NotWritten(UnreadableFile):
+    """The figures are complete, but not all of them could be written; `evaluation` has them."""
+
+    def __init__(self, message: str, evaluation: Evaluation):
+        super().__init__(message)
+        self.evaluation = evaluation
 
 
 def evaluate(
@@ -131,6 +139,7 @@ def evaluate(
         BadImages: not a single image can be read, or with `strict` one cannot. Single bad ones are
             listed in the result.
         NumbersDisagree: logits that are no finite numbers.
+        NotWritten: the disk is full; the figures are in the error.
     """
     several = (weights,) if isinstance(weights, Weights | str | os.PathLike) else tuple(weights)
     settings = Settings(
@@ -168,8 +177,8 @@ def evaluate(
     for note in dict.fromkeys(note for w in loaded for note in w.notes):
         said(note)
     place = processes.device(device)
-    settings = with_engines_named(settings, loaded, place, said)
     plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)
+    settings = plan.settings
     for note in plan.images.notes:
         said(note)
     said(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
@@ -345,6 +354,7 @@ def _run(
     began: float,
 ) -> Evaluation:
     said = announce if processes.first else lambda _: None
+    again = f"fcvit eval --resume {shlex.quote(str(folder))}"
     try:
         journal = Journal(plan.dtype, _key(identity), folder and folder / JOURNALS, processes.rank)
         with interrupts.kept(), _logit_files(plan, folder) as logits, contextlib.closing(journal):
@@ -360,26 +370,51 @@ def _run(
             found = figures(plan, journal)
             for hint in dict.fromkeys(result.hint for result in found.results if result.hint):
                 said(hint)
+            evaluation = Evaluation(
+                found.results,
+                found.agreements,
+                found.effects,
+                tuple(f"{name}: {reason}" for name, reason in found.left_out),
+                plan.images.rule,
+                folder,
+                processes.first,
+                time.perf_counter() - began,
+            )
             if processes.first and folder is not None:
-                if logits is not None:
-                    logits.finish(journal, announce)
-                _write(plan, found, folder, announce)
+                try:
+                    if logits is not None:
+                        logits.finish(journal, announce)
+                    _write(plan, found, folder, announce)
+                except (UnreadableFile, OSError) as error:
+                    reason = error if isinstance(error, UnreadableFile) else _failed(error, folder)
+                    raise NotWritten(
+                        f"{reason}; the figures are complete; to write them: {again}", evaluation
+                    ) from error
             interrupts.check()
     except KeyboardInterrupt:
         if folder is not None and processes.first:
-            announce(f"go on with: fcvit eval --resume {shlex.quote(str(folder))}")
+            announce(f"go on with: {again}")
         raise
+    except OSError as error:
+        if folder is None or isinstance(error, BrokenPipeError):  # the reader of our output is gone
+            raise
+        raise UnreadableFile(f"{_failed(error, folder)}; go on with: {again}") from error
     processes.gather(b"")  # the first one keeps the store for the others
-    return Evaluation(
-        found.results,
-        found.agreements,
-        found.effects,
-        tuple(f"{name}: {reason}" for name, reason in found.left_out),
-        plan.images.rule,
-        folder,
-        processes.first,
-        time.perf_counter() - began,
-    )
+    return dataclasses.replace(evaluation, seconds=time.perf_counter() - began)
+
+
+def _failed(error: OSError, folder: Path) -> str:
+    return f"{error.filename or folder}: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system, which knows only its number."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _compute(
@@ -426,14 +461,14 @@ def _frame(plan: Plan, engines: Sequence[Engine], batch: Batch, logits: "_LogitF
             began = time.perf_counter()
             out = engine(batch.pixels[lane.crop])
             seconds[place] = time.perf_counter() - began
-            if not np.isfinite(out).all():  # NaN compares as if the true class were first
-                row = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
+            if (row := metrics.first_not_finite(out)) is not None:  # NaN compares as if the true class were first
                 raise NumbersDisagree(
                     f"{lane.name}: logits of {plan.images.names[batch.indices[row]]} are not finite; the weights "
                     f"are damaged, or {engine.precision} is too narrow for them"
                 )
             if logits is not None:
-                logits.write(place, batch.indices, out)
+                with _naming(logits.paths[place]):
+                    logits.write(place, batch.indices, out)
             out = out[:, plan.columns]
             made.append(out)
             part = records["lanes"][:, place]
@@ -444,6 +479,9 @@ def _frame(plan: Plan, engines: Sequence[Engine], batch: Batch, logits: "_LogitF
             if lane.reference is not None:
                 difference = np.abs(out.astype(np.float64) - made[lane.reference])
                 part["largest"], part["total"] = difference.max(axis=1), difference.sum(axis=1)
+    if logits is not None:
+        with _naming(logits.marks):
+            logits.mark(batch.number)
     devices = [engine.device for engine in engines]
     return Frame(batch.number, records, {"bad": batch.bad, "seconds": seconds, "devices": devices})
 
@@ -467,17 +505,19 @@ class _LogitFiles:
     def __init__(self, plan: Plan, folder: Path):
         self.shape = (len(plan.images), len(plan.classes))
         self.paths = [folder / lane.name / "logits.npy" for lane in plan.lanes]
+        self.marks = folder / JOURNALS / "logits.done"  # a byte for each batch whose rows are in the files
         head = io.BytesIO()
         np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
         self.head = head.getvalue()
         self.row = 4 * self.shape[1]
         self.files: list[int] = []
-        for path in self.paths:
+        for path in (*self.paths, self.marks):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.files.append(file)
-            os.pwrite(file, self.head, 0)
-            os.ftruncate(file, len(self.head) + self.shape[0] * self.row)
+            self.files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+        for path, file in zip(self.paths, self.files[:-1], strict=True):
+            with _naming(path):
+                os.pwrite(file, self.head, 0)
+                os.ftruncate(file, len(self.head) + self.shape[0] * self.row)
 
     def write(self, lane: int, indices: np.ndarray, logits: np.ndarray) -> None:
         """Rows of one batch; on the disk before the journal says that they are there."""
@@ -485,14 +525,22 @@ class _LogitFiles:
             os.pwrite(self.files[lane], row.tobytes(), len(self.head) + int(index) * self.row)
         os.fsync(self.files[lane])
 
+    def mark(self, batch: int) -> None:
+        """Remember that the rows of a batch are in these files: a row of zeros may be a result."""
+        os.pwrite(self.files[-1], b"\1", batch)
+        os.fsync(self.files[-1])
+
     def finish(self, journal: Journal, announce: Callable[[str], None]) -> None:
         """Mark what was left out; keep no file that lacks the rows of another machine."""
         nothing = bytes(self.row)
-        for path, file in zip(self.paths, self.files, strict=True):
+        marks = os.pread(self.files[-1], max(journal.frames, default=0) + 1, 0)
+        for path, file in zip(self.paths, self.files[:-1], strict=True):
             lost = 0
             for frame in journal.frames.values():
                 for index, _ in frame.extra["bad"]:
                     os.pwrite(file, np.full(self.shape[1], np.nan, "<f4").tobytes(), len(self.head) + index * self.row)
+                if marks[frame.number : frame.number + 1] == b"\1":
+                    continue
                 for index in frame.records["index"]:
                     lost += os.pread(file, self.row, len(self.head) + int(index) * self.row) == nothing
             if lost:
@@ -527,7 +575,8 @@ def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], N
     }
     for lane, result, kept in zip(plan.lanes, found.results, found.records, strict=True):
         _draw_maps(plan, lane, kept, folder / result.name, read, announce)
-        results.write_lane(folder / result.name, result, kept, about, read)
+        best = [kept.classes[index] for index in np.unique(kept.top[:, 0])]
+        results.write_lane(folder / result.name, result, kept, about | {"predicted": dict(best)}, read)
     try:
         run_page.write_page(folder, found.results, found.records, found.agreements, found.effects, about)
     except MissingExtra as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fcvit.deploy.check import Check, check_export, require, sample_images
-from fcvit.deploy.export import RUNTIME, files, write_export
+from fcvit.deploy.export import RUNTIME, files, infer_format, write_export
 from fcvit.deploy.interface import Interface, output_names
 from fcvit.deploy.quantise import calibration_images, quantise
 from fcvit.deploy.runtimes import RUNTIMES
@@ -57,7 +57,7 @@ class Export:
 def export(
     weights: "Weights | str | os.PathLike[str]",
     output: str | os.PathLike[str],
-    format: str = "onnx",
+    format: str | None = None,
     *,
     size: tuple[int, int] | None = None,
     dynamic: bool = False,
@@ -76,7 +76,7 @@ def export(
     Args:
         weights: a file of any format, or weights in memory.
         output: the file for the runtime: .onnx, .json (paddle), .xml (openvino); others lie beside it.
-        format: "onnx", "paddle" or "openvino".
+        format: "onnx", "paddle" or "openvino"; None: by the ending of `output`.
         size: height and width in pixels; None: the input size of the preprocessing, squared.
         dynamic: any size, from `.onnx` and OpenVINO.
         uint8: take uint8 RGB and normalise inside.
@@ -96,6 +96,7 @@ def export(
         NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
     """
     path = Path(output)
+    format = format or infer_format(path)
     names = files(path, format)
     if precision not in PRECISIONS or (precision == "int8" and format != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")

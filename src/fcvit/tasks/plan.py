@@ -17,6 +17,7 @@ from fcvit.deploy.cache import PACKAGES
 from fcvit.deploy.engines import AUTO, Engine, create_engine
 from fcvit.deploy.quantise import calibration_images
 from fcvit.errors import DoesNotFit, UsageError
+from fcvit.frameworks import parse_device
 from fcvit.images.dataset import LabelledImages, read_dataset, read_real
 from fcvit.images.loader import DIGEST, Workers
 from fcvit.images.preprocess import decoders
@@ -64,6 +65,7 @@ def check(settings: Settings, workers: int | Workers) -> None:
     Raises:
         UsageError: it was one of the arguments.
     """
+    parse_device(settings.device)
     size, engines = settings.batch_size, settings.engines
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise UsageError(f"--batch-size {size}: expected auto or at least 1")
@@ -81,23 +83,22 @@ def check(settings: Settings, workers: int | Workers) -> None:
 
 def with_engines_named(
     settings: Settings, loaded: Sequence[Weights], device: str, announce: Callable[[str], None]
-) -> Settings:
-    """The settings with "auto" replaced by the engine that it is here, for the first weights.
+) -> tuple[Settings, Engine | None]:
+    """Replace "auto" in the settings by the engine that it is here, for the first weights; return that engine too.
 
     Raises:
         As `create_engine`; UsageError: it is one that was named besides.
     """
     if AUTO not in settings.engines:
-        return settings
+        return settings, None
     weights = loaded[0]
     pixels = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
     pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
     precision = "float32" if settings.precision == "int8" else settings.precision
-    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce).name
-    announce(f"engine: {found}")
-    named = dataclasses.replace(settings, engines=tuple(found if e == AUTO else e for e in settings.engines))
+    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce)
+    named = dataclasses.replace(settings, engines=tuple(found.name if e == AUTO else e for e in settings.engines))
     check(named, 0)
-    return named
+    return named, found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,9 @@ class Plan:
                 "--real: its labels are ImageNet's 1,000 classes in their usual order, which the model's are not, by "
                 "their ids; --classes FILE gives it others"
             )
+        # What may take an export comes last, when images and classes are known to fit.
+        self.settings, auto = with_engines_named(settings, loaded, device, announce)
+        self._made = {} if auto is None else {(id(loaded[0]), auto.name, auto.precision): auto}
         self.lanes, self.crops = self._lanes(loaded)
 
     def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
@@ -230,7 +234,7 @@ class Plan:
     @functools.cached_property
     def engines(self) -> list[Engine]:
         """One for each lane; protocols of the same weights share theirs."""
-        made: dict[tuple[int, str, str], Engine] = {}
+        made = self._made
         found = []
         for lane in self.lanes:
             key = (id(lane.weights), lane.engine_name, lane.precision)
