@@ -21,7 +21,8 @@ CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 BIN := $(VENV)/bin
-# In the environment, because -c does not reach what builds the project: pip before 25.3 reads the first, later the second.
+# In the environment, because -c does not reach the packages that build the project. There pip before 25.3 reads the
+# first variable, and later ones read the second.
 CONSTRAIN = $(if $(CONSTRAINTS),PIP_CONSTRAINT='$(CONSTRAINTS)' PIP_BUILD_CONSTRAINT='$(CONSTRAINTS)')
 PIP_INSTALL = $(CONSTRAIN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
   $(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
