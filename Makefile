@@ -4,19 +4,30 @@
 #   make finetune-digits       teach the shipped network even against odd on the same images
 #   make test                  all tests (installs PyTorch too)
 #   make test-fast             the tests to run while working
+#   make test-lowest           the same with the oldest versions that pyproject.toml allows, in .venv-lowest
 #   make lint                  style and types
+#   make constraints           the newest versions into constraints.txt, if they pass lint and all tests
 # Extra options for pip, for example to get PyTorch's CPU build where pip would take the CUDA one:
 #   make test PIP_OPTIONS="--extra-index-url URL"
+# The packages have the versions in constraints.txt. Where pip cannot install one of them, leave it out of a copy of
+# the file, or take the newest versions of all:
+#   make quickstart CONSTRAINTS=my.txt
+#   make quickstart CONSTRAINTS=
 PYTHON ?= python3
 PIP_OPTIONS ?=
 PYTEST_OPTIONS ?= --numprocesses auto
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
+# In the environment, because -c does not reach the packages that build the project. There pip before 25.3 reads the
+# first variable, and later ones read the second.
+CONSTRAIN = $(if $(CONSTRAINTS),PIP_CONSTRAINT='$(CONSTRAINTS)' PIP_BUILD_CONSTRAINT='$(CONSTRAINTS)')
+PIP_INSTALL = $(CONSTRAIN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
+  $(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
 
-.PHONY: quickstart train-digits finetune-digits test test-fast lint clean
+.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint constraints clean FORCE
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
@@ -38,24 +49,49 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS)
 
+test-lowest: $(BIN)/uv
+	$(BIN)/uv pip compile --quiet --python $(BIN)/python --only-binary :all: --resolution lowest-direct \
+	  --no-header --no-annotate --extra cpu --extra dev pyproject.toml > $(VENV)/lowest.txt
+	$(MAKE) test-fast VENV=.venv-lowest CONSTRAINTS=$(VENV)/lowest.txt
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
+# One version for all Pythons and systems, with wheels for each Python on Linux. Not PyTorch and what it pins itself:
+# TORCH chooses it.
+constraints: $(BIN)/uv
+	printf '%s\n' '$(TORCH)' hatchling editables uv > $(VENV)/others.txt
+	$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
+	  --no-header --no-annotate --extra cpu --extra dev pyproject.toml $(VENV)/others.txt > $(VENV)/all.txt
+	grep -vE '^(torch|triton|nvidia-|cuda-)' $(VENV)/all.txt > $(VENV)/newest.txt
+	for version in 3.11 3.12 3.13; do \
+	  $(BIN)/uv pip compile --quiet --only-binary :all: --python-platform linux --python-version $$version \
+	    --constraints $(VENV)/newest.txt --extra cpu --extra dev pyproject.toml > $(VENV)/all.txt || exit 1; \
+	done
+	$(MAKE) lint test CONSTRAINTS=$(VENV)/newest.txt
+	{ echo '# The versions that passed lint and all tests, by `make constraints`.'; cat $(VENV)/newest.txt; } > $@.txt
+
 clean:
-	rm -rf $(VENV) dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .venv-lowest dist .pytest_cache .hypothesis .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is not; choose one with make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would pass for a whole one
 
-# A stamp for each set of packages: installed again when the project's metadata changes.
-$(VENV)/.cpu: pyproject.toml | $(VENV)/bin/python
+# A stamp for each set of packages: installed again when the project's metadata, the versions or the settings change.
+$(VENV)/.cpu: pyproject.toml $(CONSTRAINTS) $(VENV)/.settings
 	$(PIP_INSTALL) --editable '.[cpu,report]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.settings
 	$(PIP_INSTALL) --editable '.[cpu,dev]' '$(TORCH)'
 	@touch $@ $(VENV)/.cpu
+
+$(VENV)/.settings: FORCE | $(VENV)/bin/python
+	@echo '$(CONSTRAINTS) $(TORCH)' | cmp -s - $@ || echo '$(CONSTRAINTS) $(TORCH)' > $@
+
+$(BIN)/uv: | $(VENV)/bin/python
+	$(PIP_INSTALL) uv

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 import types
 
@@ -51,6 +52,36 @@ def test_all_engines_agree_at_every_batch_and_size(name, weights, images):
         found, expected = engine(batch), reference(batch)
         assert found.dtype == np.float32 and found.shape == (len(batch), 10)
         assert np.allclose(found, expected, atol=1e-4) and (not len(batch) or np.ptp(found) > 0.1)
+
+
+_TWO_THREADS = """
+import builtins, sys, time
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.deploy.runtimes import OpenVino
+
+runtime = OpenVino(Path(sys.argv[1]), threads=2)
+imported = builtins.__import__
+
+def slow_import(name, *arguments, **options):
+    time.sleep(0.2 if name.startswith("numpy") else 0)  # the other thread comes in between
+    return imported(name, *arguments, **options)
+
+builtins.__import__ = slow_import
+print(len(runtime(np.zeros((4, 1), np.float32))[0]))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_openvino_in_two_threads_ends(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    images = openvino.opset13.parameter([-1, 1], np.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), tmp_path / "network.xml")
+    command = [sys.executable, "-c", _TWO_THREADS, str(tmp_path / "network.xml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "4\n"), ended.stderr
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])

@@ -128,3 +128,16 @@ def test_a_part_of_the_image_has_the_maps_of_that_part(size):
     large = place(maps, size, AUTHORS, (factor * width, factor * height), window)
     middle = large[:, factor * height // 2, factor * width // 2]
     assert not np.isnan(middle).any(), "what was seen is in the middle"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (71, 40), (500, 375)])
+def test_bits_depend_on_the_values_alone(size):
+    """Not on how they lie in memory, nor on the version of NumPy: `trust` orders pixels by them."""
+    maps = np.random.default_rng(0).random((2, 7, 7))
+    expected = place(maps, size, AUTHORS)
+    layouts = np.asfortranarray(maps), maps.repeat(3, 1).repeat(2, 2)[:, ::3, ::2], maps[:, ::-1].copy()[:, ::-1]
+    assert all(np.array_equal(place(layout, size, AUTHORS), expected, equal_nan=True) for layout in layouts)
+    seen = expected[~np.isnan(expected)]
+    assert maps.min() <= seen.min() and seen.max() <= maps.max()
+    flat = place(np.full((7, 7), 0.1), size, AUTHORS)
+    assert set(flat[~np.isnan(flat)]) == {0.1}, "what a map marks alike stays alike, to the bit"

@@ -104,7 +104,7 @@ def spoil_epsilon(model):
     for tensor in model.graph.initializer:
         value = onnx.numpy_helper.to_array(tensor)
         if value.ndim == 0 and 0 < value < 1e-4:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value * 10), tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value * 10, value.dtype), tensor.name))
             return
     raise AssertionError("no epsilon")
 

@@ -93,6 +93,8 @@ class OpenVino:
         wanted = {"bfloat16": "BF16"}.get(precision)
         if wanted and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError(f"--precision {precision}: this processor does not have it; use float32")
+        # OpenVINO looks for NumPy at its first array; two threads that do so at once wait for each other forever.
+        _ = self.package.Tensor(np.zeros(1, np.float32)).data
         self.model = core.read_model(str(path))
         self.core = core
         self.whole = self._compiled(1)

@@ -70,7 +70,7 @@ def place(
     """
     side = preprocessing.input_size
     across, down = _in_crop(size, preprocessing, shown, window)
-    return _weights(maps.shape[-2], down, side) @ maps @ _weights(maps.shape[-1], across, side).T
+    return _interpolate(_interpolate(maps, down, side, -2), across, side, -1)
 
 
 def seen(
@@ -108,23 +108,24 @@ def _in_crop(
     return found
 
 
-def _weights(cells: int, pixels: np.ndarray, side: int) -> np.ndarray:
-    """How much each cell counts for each pixel, along one axis: (shown, cells); rows of NaN where nothing was seen.
+def _interpolate(maps: np.ndarray, pixels: np.ndarray, side: int, axis: int) -> np.ndarray:
+    """Interpolate maps linearly along one axis; NaN where nothing was seen.
+
+    This is no matrix product, whose rounding depends on NumPy's version, the processor and the layout in memory.
+    `trust` removes pixels in the order of these values: the last bit decides between pixels that a map marks alike.
 
     Args:
-        cells: of the map.
+        maps: (..., h, w).
         pixels: of the crop, as `_in_crop` gives them, (shown,).
         side: of the crop, in its pixels.
+        axis: -2 or -1.
     """
-    cell = np.clip(np.nan_to_num(pixels) / _stride(cells, side), 0, cells - 1)
-    lower = np.minimum(cell.astype(int), max(cells - 2, 0))
-    share = cell - lower
-    weights = np.zeros((len(pixels), cells))
-    rows = np.arange(len(pixels))
-    weights[rows, lower] += 1 - share
-    weights[rows, np.minimum(lower + 1, cells - 1)] += share
-    weights[np.isnan(pixels)] = np.nan
-    return weights
+    last = maps.shape[axis] - 1
+    cell = np.clip(pixels / _stride(last + 1, side), 0, last)
+    lower = np.nan_to_num(cell).astype(int)
+    share = (cell - lower).reshape(-1, *[1] * (-1 - axis))
+    before, after = maps.take(lower, axis), maps.take(np.minimum(lower + 1, last), axis)
+    return before + share * (after - before)
 
 
 def _stride(cells: int, pixels: int) -> int:
