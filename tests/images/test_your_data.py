@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL
+from fcvit.class_indices import Assignment
 from fcvit.errors import FcvitError
 from fcvit.images.dataset import read_dataset
 from fcvit.images.folder import ENDINGS, SYSTEM
@@ -62,10 +63,10 @@ def any_number_of_classes(monkeypatch, tmp_path):
     from fcvit.images import dataset
 
     def counted(labels, classes, count, what):
-        return dataset.Assignment({label: index for index, label in enumerate(labels)}, what)
+        return Assignment({label: index for index, label in enumerate(labels)}, what)
 
     monkeypatch.setattr(dataset, "assign_classes", counted)
-    monkeypatch.setattr(dataset, "assign_listed", lambda labels, *_: counted(labels, None, 0, ""))
+    monkeypatch.setattr(dataset, "assign_labels", lambda labels, *_: counted(labels, None, 0, ""))
     monkeypatch.chdir(tmp_path)
 
 
