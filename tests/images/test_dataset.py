@@ -26,7 +26,7 @@ def make(root, *names):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
+        path.write_bytes(os.fsencode(name))
     return root
 
 
@@ -40,7 +40,7 @@ def make_tar(path, *names, prefix=""):
 
 
 def contents(images):
-    return [location.read().decode() for location in images.locations]
+    return [location.read().decode(errors="surrogateescape") for location in images.locations]
 
 
 def content(images):
@@ -77,6 +77,35 @@ def test_a_class_folder_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "b").chmod(0)
     with pytest.raises(UnreadableFile, match="Permission denied"):
         read_dataset(tmp_path, None, None, 2)
+
+
+def test_what_is_left_out_of_class_folders_is_counted(tmp_path):
+    root = make(tmp_path, "a/1.png", "a/2.HEIC", "b/3.heic", "b/README", "b/Thumbs.db", "b/.x", "top.png", "top.txt")
+    assert read_dataset(root, None, None, 2).notes == (
+        f"{root}: left out 3 files that are no images by their ending: 2 .heic, 1 no ending",
+        f"{root}: left out 1 images that are in no class folder",
+    )
+
+
+def test_splits_are_never_classes(tmp_path):
+    root = make(tmp_path, "up/train/a/1.png", "up/train/b/1.png", "up/val/a/2.png", "up/val/b/2.png")
+    tar = make_tar(tmp_path / "x.tar", "train/a/1.png", "val/a/2.png", prefix="up/")
+    for data in (root / "up", root, tar):
+        with pytest.raises(DoesNotFit, match=f"holds the splits train, val; name the folder of one, such as {data}"):
+            read_dataset(data, None, None, 2)
+    alone = read_dataset(make(tmp_path / "alone", "val/a/1.png", "val/b/2.png"), None, None, 2)
+    assert alone.names == ("a/1.png", "b/2.png") and "holds the split val alone" in alone.notes[0]
+
+
+def test_class_folders_that_are_not_utf8_get_names_that_are(tmp_path):
+    """The same names in a list; the files keep theirs."""
+    root = make(tmp_path / "d", "caf\udce9/\udcfc.png", "zwei/2.png")
+    found = read_dataset(root, None, None, 2)
+    assert found.mapping == {"caf\\xe9": 0, "zwei": 1} and found.names[0] == "caf\udce9/\udcfc.png"
+    assert found.listing() and contents(found)[1] == "zwei/2.png"
+    (tmp_path / "l").write_bytes(b"caf\xe9/\xfc.png caf\xe9\nzwei/2.png zwei\n")
+    listed = read_dataset(root, tmp_path / "l", None, 2)
+    assert listed.mapping == found.mapping and listed.names == found.names
 
 
 # Tar

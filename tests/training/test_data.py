@@ -47,6 +47,36 @@ def test_other_names_of_the_validation_split(small, squares, name):
         find_splits(small(), None)
 
 
+@pytest.mark.parametrize("names", [("Training", "Validation"), ("seg_train/seg_train", "seg_val/seg_val")])
+def test_splits_of_other_names_below_a_folder(small, squares, names):
+    for old, new in zip(("train", "val"), names, strict=True):
+        (squares / "up" / new).parent.mkdir(parents=True, exist_ok=True)
+        (squares / old).rename(squares / "up" / new)
+    splits = find_splits(small(), None)
+    assert (len(splits.train), len(splits.val), splits.classes) == (20, 6, LEFT_RIGHT)
+    assert "taken for the data set" in splits.notes[0] and "these are the splits" in splits.notes[1]
+
+
+def test_a_folder_that_may_be_a_split_or_a_class_is_not_guessed(small, squares):
+    shutil.move(squares / "val" / "left", squares / "more")
+    shutil.rmtree(squares / "val")
+    with pytest.raises(UnreadableFile, match="if that is a split, name its folder .*train; if it is a class, rename"):
+        find_splits(small(), None)
+    shutil.move(squares / "train", squares / "val")
+    with pytest.raises(UnreadableFile, match="beside val"):
+        find_splits(small(), None)
+    shutil.rmtree(squares / "more")
+    with pytest.raises(UnreadableFile, match="a folder val of class folders, but none train"):
+        find_splits(small(), None)
+
+
+def test_classes_of_folders_that_are_not_utf8_can_be_written(small, squares):
+    for split in ("train", "val"):
+        (squares / split / "left").rename(squares / split / "caf\udce9")
+    splits = find_splits(small(), None)
+    assert [c.id for c in splits.classes] == ["caf\\xe9", "right"] and splits.counts().tolist() == [11, 9]
+
+
 def test_a_train_may_be_a_class(small, squares):
     """A folder `train` with images in it is one of vehicles, not a split."""
     (squares / "train" / "right").rename(squares / "train" / "train")
