@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
 from fcvit.cli import app, main
-from fcvit.errors import FcvitError, MissingExtra
+from fcvit.errors import FcvitError, MissingExtra, counted
 from fcvit.text import printable
 from fcvit.weights.lively import lively_tensors
 
@@ -329,6 +329,11 @@ def test_signals_at_the_same_time_are_one(run, monkeypatch):
 
     monkeypatch.setattr("fcvit.tasks.doctor.doctor", twice)
     assert run("doctor")[0] == 130 and cleaned
+
+
+def test_counts_agree_with_their_nouns():
+    given = [(0, "image"), (1, "image"), (1, "class"), (2, "class"), (1000, "epoch")]
+    assert [counted(*each) for each in given] == ["0 images", "1 image", "1 class", "2 classes", "1,000 epochs"]
 
 
 def test_exit_codes_are_those_of_the_docs():
