@@ -237,7 +237,7 @@ class Checkpoint:
                 array = self.array(value)
             except UnreadableFile as error:
                 raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
-            if foreign and array.size == 1:
+            if foreign and array.size == 1 and "." not in name:  # such as n_averaged or steps; not of a layer
                 rest.append(name)
                 continue
             tensors[name] = array
