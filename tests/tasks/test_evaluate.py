@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits
         resume(run, moved={"data": resized, "weights": [weights]})
     with pytest.raises(UsageError, match="--weights: 2 given, the run is of 1"):
         resume(run, moved={"data": data, "weights": [weights, weights]})
-    with pytest.raises(UsageError, match="expected the name digits.pth"):
+    with pytest.raises(UsageError, match=r"expected the name digits\.pth"):
         resume(run, moved={"weights": [data]})
     with pytest.raises(UsageError, match="list_file: the run began without"):
         resume(run, moved={"data": data, "weights": [weights], "list_file": weights})
