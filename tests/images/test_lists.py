@@ -35,6 +35,8 @@ def read(path, text):
         ("a b.jpg\tgreat white\n", {"a b.jpg": "great white"}),
         ("id,breed\n000bec,husky\n", {"000bec": "husky"}),
         ("class id,filepaths,labels,data set\n0,t/x y.jpg,RED BIRD,test\n", {"t/x y.jpg": "RED BIRD"}),
+        ("file_name label\na b.jpg 1\n", {"a b.jpg": "1"}),
+        ("sep=;\nfile;class\na.jpg;1\n", {"a.jpg": "1"}),
         ("Image Name;Category\na.jpg;1\n", {"a.jpg": "1"}),
         ("0 a/b.jpg\n1 a/c d.jpg\n", {"a/b.jpg": "0", "a/c d.jpg": "1"}),
         ("rose,a.jpg\ntulip,b.jpg\n", {"a.jpg": "rose", "b.jpg": "tulip"}),

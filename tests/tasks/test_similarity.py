@@ -293,7 +293,7 @@ def test_maps_that_are_no_numbers_are_an_error(tmp_path, digits_tensors):
 
 def test_no_image_takes_the_files_of_another():
     taken = {"overview.png"}
-    given = ["a", "a-depth", "A", "a", "overview", "é" * 150, "é" * 151]
+    given = ["a", "a-depth", "A", "a", "overview", "é" * 150, "é" * 151, "b\udcfc", "\udcff"]
     files = [file for stem in given for file in task._free(stem, taken)]
     assert len({file.casefold() for file in files}) == len(files) == 3 * len(given)
     assert files[:3] == ["a.png", "a-depth.png", "a.npz"] and "overview.png" not in files

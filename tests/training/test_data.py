@@ -60,7 +60,7 @@ def test_splits_of_other_names_below_a_folder(small, squares, names):
 def test_a_folder_that_may_be_a_split_or_a_class_is_not_guessed(small, squares):
     shutil.move(squares / "val" / "left", squares / "more")
     shutil.rmtree(squares / "val")
-    with pytest.raises(UnreadableFile, match="if that is a split, name its folder .*train; if it is a class, rename"):
+    with pytest.raises(UnreadableFile, match=r"if that is a split, name its folder .*train; if it is a class, rename"):
         find_splits(small(), None)
     shutil.move(squares / "train", squares / "val")
     with pytest.raises(UnreadableFile, match="beside val"):

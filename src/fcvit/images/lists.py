@@ -127,6 +127,9 @@ def _json_rows(text: str) -> list[_Row] | None:
 
 def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
     """Find the form in which all lines are written, and split them; in words, which form."""
+    first = lines[0][1].lower()
+    if len(lines) > 1 and (first.startswith("sep=") or _is_header(first.split())):
+        lines = lines[1:]
     for delimiter in ",;\t":
         header = ["".join(filter(str.isalnum, field.lower())) for field in _fields(lines[0][1], delimiter)]
         column = next((header.index(name) for name in _PATHS if name in header), None)
@@ -171,6 +174,12 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
         if len(parts) == 1:
             raise _bad(path, number, line)
     return spaced, ""
+
+
+def _is_header(words: Sequence[str]) -> bool:
+    """Report whether a line is the header of a list with white space between path and class."""
+    names = [word.replace("_", "") for word in words]
+    return len(names) == 2 and names[0] in _PATHS and names[1] in _LABELS
 
 
 def _has_folder(name: str) -> bool:
