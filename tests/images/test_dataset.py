@@ -82,8 +82,8 @@ def test_a_class_folder_that_cannot_be_read_is_an_error(tmp_path):
 def test_what_is_left_out_of_class_folders_is_counted(tmp_path):
     root = make(tmp_path, "a/1.png", "a/2.HEIC", "b/3.heic", "b/README", "b/Thumbs.db", "b/.x", "top.png", "top.txt")
     assert read_dataset(root, None, None, 2).notes == (
-        f"{root}: left out 3 files that are no images by their ending: 2 .heic, 1 no ending",
-        f"{root}: left out 1 images that are in no class folder",
+        f"{root}: left out 3 files without an image's ending: 2 .heic, 1 no ending",
+        f"{root}: left out 1 image outside of class folders",
     )
 
 

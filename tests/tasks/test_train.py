@@ -533,7 +533,7 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
     words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
     done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu", announce=said.append)
     assert any("a new head for 3 classes" in text for text in said)
-    assert any("4 of 20 images are held out" in text for text in said)
+    assert any("held out for validation: 4 of 20 images" in text for text in said)
     assert any("batch_size 4: a quarter" in text for text in said)
     kept = read_weights(done.weights)
     assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.form.variant == read_weights(trained).form.variant

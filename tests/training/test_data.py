@@ -235,3 +235,10 @@ def test_the_networks_input_is_mixed_normalised_and_erased(small):
     assert len(shares) == 5, "another share in each epoch"
     _, mixed = network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, 0, 2)
     assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1
+
+
+def test_classes_of_numbered_folders_are_in_the_order_of_the_numbers(small, squares):
+    for split in ("train", "val"):
+        (squares / split / "left").rename(squares / split / "10")
+        (squares / split / "right").rename(squares / split / "2")
+    assert [c.id for c in find_splits(small(), None).classes] == ["2", "10"]

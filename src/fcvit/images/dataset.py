@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fcvit.class_indices import assign_classes, assign_labels
 from fcvit.classes import Classes, imagenet
-from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.images.folder import ENDINGS, is_image, legible
 from fcvit.images.lists import find_listed, read_list
 from fcvit.images.source import Location, Source, Tree, open_source
@@ -202,9 +202,9 @@ def _left_out_notes(path: Path, tree: Tree) -> tuple[str, ...]:
     parts = [f"{count} {ending}" for ending, count in endings.most_common()]
     notes = []
     if parts:
-        notes.append(f"{path}: left out {endings.total()} files that are no images by their ending: {_some(parts)}")
+        notes.append(f"{path}: left out {counted(endings.total(), 'file')} without an image's ending: {_some(parts)}")
     if outside:
-        notes.append(f"{path}: left out {outside} images that are in no class folder")
+        notes.append(f"{path}: left out {counted(outside, 'image')} outside of class folders")
     return tuple(notes)
 
 

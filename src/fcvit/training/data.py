@@ -84,7 +84,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
         val = read_dataset(val_root, None, classes, count)
     elif recipe.held_out:
         train, val = _hold_out(train, recipe)
-        notes.append(f"{len(val)} of {len(train) + len(val)} images are held out for validation (seed {recipe.seed})")
+        notes.append(f"held out for validation: {len(val)} of {len(train) + len(val)} images (seed {recipe.seed})")
     else:
         notes.append("no validation images: neither val nor held_out is given")
     notes += dict.fromkeys((*train.notes, *(val.notes if val is not None else ())))
@@ -161,7 +161,9 @@ def input_preprocessing(recipe: Recipe, weights: Weights | None) -> Preprocessin
 
 
 def _named(folders: list[str]) -> Classes:
-    """Class folders as classes; WordNet ids get ImageNet's names."""
+    """Return class folders as classes, numbers in the order of their values. WordNet ids get ImageNet's names."""
+    if all(folder.isascii() and folder.isdecimal() for folder in folders):
+        folders = sorted(folders, key=lambda folder: (int(folder), folder))
     names = {c.id: c.name for c in imagenet()}
     if len(folders) == IMAGENET_CLASSES and set(folders) == set(names):
         return imagenet()
