@@ -1513,8 +1513,6 @@ NASTY: dict[str, tuple[Callable[[], bytes], int, str]] = {
         "with 90000 arguments",
     ),
     "wide text": (lambda: paddle(mapping({"w": text(WIDE)})), 0, "over 4 MiB of text beyond Latin-1"),
-    "wide text in a zip": (lambda: zipped(mapping({"w": text(WIDE)})), 0, "over 4 MiB of text beyond Latin-1"),
-    "wide text in an older file": (lambda: legacy(mapping({"w": text(WIDE)})), 0, "over 4 MiB of text beyond Latin-1"),
     "wide name": (lambda: paddle(b"}" + text(WIDE) + NONE + b"s"), 0, "over 4 MiB of text beyond Latin-1"),
     "wide texts, many": (
         lambda: paddle(listed(*[text(WIDE[: 64 << 10])] * 512)),
@@ -1533,7 +1531,6 @@ NASTY: dict[str, tuple[Callable[[], bytes], int, str]] = {
         "over 4 MiB of text beyond Latin-1",
     ),
     "narrow text": (lambda: paddle(mapping({"w": text("\xe9" * (16 * MIB))})), 0, "w: is a str"),
-    "line of a name": (lambda: paddle(b"c" + "\xe9".encode() * (16 * MIB) + b"\nb\n"), 0, "a line of over 131072"),
     "number of many bytes": (lambda: paddle(b"}" + text("w") + HUGE_BYTES + b"s"), 0, "w: is a int"),
     "bytes beyond the end": (lambda: paddle(b"\x8e\0\0\0\0\0\0\1\0"), 0, "expected 281474976710656 bytes"),
     "number beyond the end": (lambda: paddle(b"\x8b\xff\xff\xff\x7f"), 0, "not enough data"),
