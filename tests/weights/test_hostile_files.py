@@ -9,6 +9,7 @@ import contextlib
 import copyreg
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pickletools
 import random
 import re
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -32,8 +34,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
+from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.variants import VARIANTS
-from fcvit.weights import pdparams, safetensors_file, torch_file
+from fcvit.weights import checkpoint, pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import Header
 from fcvit.weights.lively import lively_tensors
@@ -108,6 +111,7 @@ def numbers(*values: int) -> bytes:
 
 NONE, FALSE, TRUE = b"N", b"\x89", b"\x88"
 RECONSTRUCT = "numpy.core.multiarray._reconstruct"
+REBUILD_V2 = "torch._utils._rebuild_tensor_v2"
 REBUILD_TYPE = "torch._tensor._rebuild_from_type_v2"
 HUGE_NUMBER = number(1 << 20000)  # has more digits than Python is willing to print
 # Sixty lists, each holding the one before twice: as text it would have 2^60 parts.
@@ -559,6 +563,28 @@ def large_directory_zip64() -> bytes:
     return file + record + b"PK\x06\x07" + struct.pack("<LQL", 0, len(file), 1) + end_record(0, 0)
 
 
+DIRECTORY = TINY.index(b"PK\1\2")
+
+
+def swapped_directory() -> bytes:
+    """The zip with its directory's records in the opposite order."""
+    records = TINY[DIRECTORY:-22].split(b"PK\1\2")[1:]
+    return TINY[:DIRECTORY] + b"".join(b"PK\1\2" + record for record in reversed(records)) + TINY[-22:]
+
+
+def bytes_between() -> bytes:
+    """The zip with bytes between its last file and its directory, which knows where it is."""
+    return TINY[:DIRECTORY] + b"more" + TINY[DIRECTORY:-6] + struct.pack("<LH", DIRECTORY + 4, 0)
+
+
+def two_end_records() -> bytes:
+    """A zip with two 64-bit end records; some programs take the one that is pointed at, others the nearest."""
+    count, size = TINY.count(b"PK\1\2"), len(TINY) - 22 - DIRECTORY
+    record = b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, DIRECTORY)
+    file = TINY[:-22] + record * 2 + b"PK\6\7" + struct.pack("<LQL", 0, len(TINY) - 22, 1)
+    return file + b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+
+
 def tar() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -631,6 +657,33 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: TINY[:-22] + b"PK\6\7" + struct.pack("<LQL", 0, 1 << 60, 9) + TINY[-22:],
         "a damaged zip",
     ),
+    # Zips in which other programs could find other weights.
+    "zip behind a zip": (lambda: TINY + zipped(**{"data/0": bytes(16)}), "directory is in another place"),
+    "bytes in front": (lambda: TINY[:30] + TINY, "directory is in another place"),
+    "bytes behind": (lambda: TINY + b"PK\5\6", "a zip with something behind its directory"),
+    "comment": (lambda: TINY[:-2] + b"\1\0x", "a zip with something behind its directory"),
+    "bytes between": (bytes_between, "a zip with gaps"),
+    "name in other letters": (lambda: zipped(**{"DATA/0": bytes(16)}), "a zip with two entries of one name"),
+    "byte order in other letters": (
+        lambda: plain_zip(
+            {"a/data.pkl": whole(mapping({"w": tensor()})), "a/data/0": SIXTEEN, "a/BYTEORDER": b"big"},
+        ),
+        "stored on a big-endian machine",
+    ),
+    "two folders": (
+        lambda: plain_zip({"a/x": b"", "b/data.pkl": whole(mapping({"w": tensor()})), "b/data/0": SIXTEEN}),
+        "files outside of one folder",
+    ),
+    "no folder": (
+        lambda: plain_zip({"data.pkl": whole(mapping({"w": tensor()})), "data/0": SIXTEEN}),
+        "files outside of one folder",
+    ),
+    "name that ends early": (
+        lambda: zipped(**{"data/0_x": SIXTEEN}).replace(b"data/0_x", b"data/0\0x"),
+        "files outside of one folder",
+    ),
+    "entries in another order": (swapped_directory, "its place in the file is wrong"),
+    "two end records": (two_end_records, "its end records disagree"),
     # PyTorch's older format.
     "older: other version": (lambda: legacy(version=999), "not a PyTorch checkpoint of a known version"),
     "older: big-endian": (lambda: legacy(system=mapping({"little_endian": FALSE})), "big-endian"),
@@ -738,6 +791,39 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     ),
     "too many arguments": (call("torch._utils._rebuild_qtensor", NONE * 17), "_rebuild_qtensor with 17 arguments"),
     "too few arguments": (call("torch._utils._rebuild_tensor_v2", NONE), "damaged pickle .TypeError"),
+    "conjugated": (tensor(more=mapping({"conj": TRUE})), "changed after it was made"),
+    "with notes of another kind": (tensor(more=many(text("neg"))), "changed after it was made"),
+    "truth values negated": (
+        tensor(storage("torch.BoolStorage", size=number(16)), more=mapping({"neg": TRUE})),
+        "a negated tensor of truth values",
+    ),
+    "set to another storage": (
+        tensor() + many(storage(key="1"), number(0), numbers(4), numbers(1)) + b"b",
+        "storage data/1 is missing",
+    ),
+    "set to another part": (
+        tensor() + many(storage(), number(1), numbers(2), numbers(1)) + b"b",
+        "w: a tensor that is changed after it was made",
+    ),
+    "storage set to another type": (
+        tensor(storage() + mapping({"dtype": name("torch.int32")}) + b"b"),
+        "a state for something that has none",
+    ),
+    "number in it set": (tensor() + number(0) + number(7) + b"s", "items for something that has none"),
+    "appended to": (tensor() + number(7) + b"a", "items for something that has none"),
+    **{
+        f"{kind} in its {where}": (call(*arguments), "attributes replace its numbers")
+        for kind, state in {
+            "data": mapping({"data": tensor()}),
+            "imaginary part": mapping({"imag": tensor()}),
+            "data in slots": many(NONE, mapping({"data": tensor()})),
+            "data in an ordered dictionary": call("collections.OrderedDict", listed(many(text("data"), tensor()))),
+        }.items()
+        for where, arguments in {
+            "parameter": ("torch._utils._rebuild_parameter_with_state", tensor(), FALSE, NONE, state),
+            "type": (REBUILD_TYPE, name("torch._utils._rebuild_parameter"), NONE, many(tensor(), FALSE), state),
+        }.items()
+    },
     "number": (number(3), "w: is a int, expected a tensor"),
     "dictionary": (b"}", "w: is a dict, expected a tensor"),
     "list of itself": (b"]q\x00h\x00a", "w: is a list, expected a tensor"),
@@ -782,6 +868,11 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "class is a number": (number(1) * 2 + b"\x93", "a global whose name is no text"),
     "class of endless name": (text("a" * 99_999) + text("b") + b"\x93", r"a global whose name has 99999 \+ 1 char"),
     "text beyond the end": (b"X\xff\xff\xff\xffabc", "damaged pickle .*expected 4294967295 bytes"),
+    "line without end": (b"c" + b"a" * 300_000, "damaged pickle .a line of over 131072 bytes"),
+    "line of an endless name": (b"c" + b"a" * 999 + b"\nb\n", r"a global whose name has 999 \+ 1 char"),
+    "item of a tuple": (b"(NtK\0Ns", "items for something that has none"),
+    "numbers in an array set": (array() + number(0) + number(7) + b"s", "items for something that has none"),
+    "state of a text": (text("a") + b"}b", "a state for something that has none"),
     "text that is not UTF-8": (b"X\x01\0\0\0\xff", "damaged pickle .UnicodeDecodeError"),
     "text without quotes": (b"Sabc\n", "damaged pickle .*no string quotes"),
     "bytes beyond the end": (b"\x8e\0\0\0\0\0\0\1\0", "damaged pickle .*expected 281474976710656 bytes"),
@@ -800,6 +891,24 @@ ARRAYS: dict[str, tuple[bytes, str]] = {
     "objects from bytes": (array(code="O8", order="|"), "an array of type 'O8': not numbers"),
     "texts": (array(code="U4"), "an array of type 'U4': not numbers"),
     "type that doubles": (array(code=None), "an array of type 'unknown': not numbers"),
+    "type that is no copy": (
+        array().replace(text("f4") + FALSE + TRUE, text("f4") + FALSE + FALSE),
+        "an array of type 'unknown'",
+    ),
+    "type with a shape of its own": (
+        array().replace(text("<") + NONE, text("<") + many(name("numpy.dtype"), numbers(2))),
+        "an array of type 'unknown'",
+    ),
+    "in an unknown order": (
+        call(
+            "numpy.core.numeric._frombuffer",
+            b"C\4abcd",
+            call("numpy.dtype", text("f4"), FALSE, TRUE),
+            numbers(1),
+            text("f"),
+        ),
+        "an array without plain contents",
+    ),
     "never filled": (call(RECONSTRUCT, name("numpy.ndarray"), numbers(0)), "an array without plain contents"),
     "of another class": (array(kind="subprocess.Popen"), r"an array of the class subprocess\.Popen: refused"),
     "of a matrix": (array(kind="numpy.matrix"), r"an array of the class numpy\.matrix: refused"),
@@ -813,6 +922,8 @@ ARRAYS: dict[str, tuple[bytes, str]] = {
 }
 
 # Our own header in a safetensors file, with other values in it -> the fault.
+DIGITS = [[str(digit), str(digit)] for digit in range(10)]
+PREPROCESSING = json.loads(Header(FORM, "torch").to_json())["variant"]["preprocessing"]
 HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "too few kernels": (
         {"variant__kernel_sizes": [11]},
@@ -830,12 +941,19 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "negative class count": ({"num_classes": -1}, "header is damaged .*-1 is not a whole number"),
     "too few classes": ({"classes": [["a", "a"]]}, "header with 1 classes for 10 outputs"),
     "one class twice": ({"classes": [["a", "a"]] * 10}, "header is damaged .*class id 'a' stands twice"),
+    "half a character in a name": (
+        {"classes": [*DIGITS[:9], ["9", "\ud800"]]},
+        "header is damaged .UnicodeEncodeError",
+    ),
+    "half a character in an id": ({"classes": [*DIGITS[:9], ["\udc80", "9"]]}, "header is damaged .UnicodeEncodeError"),
+    "deviation near 0": ({"variant__preprocessing": {**PREPROCESSING, "std": [1e-300] * 3}}, "std is 1e-300"),
     "counter that is none": ({"counters": {"x": -3}}, "header is damaged .*-3 is not a whole number"),
 }
 TEXT_HEADERS: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "header is damaged .JSONDecodeError"),
     "a list": ("[1]", "header is damaged .TypeError"),
     "deep": ("[" * 99_999, "header is damaged .RecursionError"),
+    "one field twice": (header_json()[:-1] + ', "classes": null}', "two entries of one name in the header"),
     "without fields": ('{"format_version": 1}', "header is damaged .KeyError"),
     "large number": ('{"format_version": 1%s}' % ("0" * 9999), "header is damaged .*Exceeds the limit"),
 }
@@ -1002,6 +1120,7 @@ SIDECARS: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut": (lambda: header_json()[:-9].encode(), "header is damaged .JSONDecodeError"),
     "not UTF-8": (lambda: b'{"\xff": 1}', r"suspect\.pdparams\.json beside it cannot be read"),
     "deep": (lambda: b"[" * 100_000, "header is damaged .RecursionError"),
+    "one field twice": (lambda: header_json().encode()[:-1] + b', "layout": "torch"}', "two entries of one name"),
     "newer": (lambda: header_json(format_version=7).encode(), "header of format version 7"),
     "large": (lambda: b" " * (2 * MIB + 1), r"suspect\.pdparams\.json beside it is over 2 MiB"),
 }
@@ -1021,6 +1140,95 @@ def test_a_sidecar_that_is_a_pipe_is_none(tmp_path):
     path = write(tmp_path, good_paddle(), ".pdparams")
     os.mkfifo(tmp_path / "suspect.pdparams.json")
     assert same_numbers(read_weights(path).tensors)
+
+
+def test_control_characters_in_class_names_are_read(tmp_path):
+    """They are no harm in memory; whatever prints them has to care."""
+    classes = [["0", "\x1b[2Jzero\u202e"], *DIGITS[1:]]
+    read = read_weights(write(tmp_path, good_safetensors(header_json(classes=classes)))).classes
+    assert read is not None
+    assert read[0].name == "\x1b[2Jzero\u202e"
+
+
+# --- What becomes of a tensor after its construction -------------------------------------------------
+
+NUMBERS = np.frombuffer(SIXTEEN, "<f4")
+
+
+@pytest.mark.parametrize("build", [zipped, legacy])
+@pytest.mark.parametrize("value", [TRUE, FALSE])
+def test_negated_tensors_have_the_numbers_that_pytorch_gives_them(build, value, tmp_path):
+    """It is the presence of its negative bit that counts."""
+    notes = mapping({"neg": value})
+    untyped = storage("torch.storage.UntypedStorage", size=number(16))
+    for content in (tensor(more=notes), tensor(untyped, version=3, more=name("torch.float32") + notes)):
+        if build is legacy and untyped in content:
+            continue
+        tensors = read_checkpoint(write(tmp_path, build(mapping({"w": content})))).select()[0]
+        assert np.array_equal(tensors["w"], -NUMBERS)
+        assert np.signbit(tensors["w"]).all()
+
+
+@pytest.mark.parametrize("state", [NONE, mapping({"tag": text("mine")}), many(mapping({"tag": NONE}), mapping({}))])
+def test_other_attributes_of_a_tensor_are_ignored(state, tmp_path):
+    parameter = call("torch._utils._rebuild_parameter_with_state", tensor(), FALSE, NONE, state)
+    subclass = call(
+        REBUILD_TYPE, name("torch._utils._rebuild_tensor_v2"), NONE, tensor()[len(name(REBUILD_V2)) : -1], state
+    )
+    path = write(tmp_path, zipped(mapping({"p": parameter, "s": subclass})))
+    tensors = read_checkpoint(path).select()[0]
+    assert np.array_equal(tensors["p"], NUMBERS)
+    assert np.array_equal(tensors["s"], NUMBERS)
+
+
+def test_lists_that_grow_later_change_no_tensor(tmp_path):
+    """Its shape, strides and type are those that it was made with."""
+    grown = tensor(shape=b"]q\x05K\2a", strides=b"]q\x06K\1a") + b"h\5K\1a0h\6K\1a0"
+    assert np.array_equal(read_checkpoint(write(tmp_path, zipped(mapping({"w": grown})))).select()[0]["w"], NUMBERS[:2])
+    kind = call("numpy.dtype", text("f4"), FALSE, TRUE) + b"q\7"
+    late = (
+        array().replace(call("numpy.dtype", text("f4"), FALSE, TRUE), kind)
+        + b"h\7"
+        + many(number(3), text(">"))
+        + b"b0"
+    )
+    assert np.array_equal(read_checkpoint(write(tmp_path, paddle(mapping({"w": late})))).select()[0]["w"], np.zeros(4))
+
+
+# --- Files that change while they are read -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [good_zip, good_paddle, good_safetensors, lambda: legacy_around(state_pickle())])
+def test_what_happens_to_the_file_later_changes_nothing(content, tmp_path):
+    """Neither numbers nor the SHA-256, which is asked for last."""
+    path = write(tmp_path, content())
+    weights = read_weights(path)
+    with path.open("r+b") as file:
+        file.write(bytes(len(content())))
+    assert same_numbers(weights.tensors)
+    assert weights.source.sha256 == hashlib.sha256(content()).hexdigest()
+
+
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 99), lambda path: path.write_bytes(good_zip() * 2)])
+def test_a_file_that_changes_while_it_is_read_is_refused(change, tmp_path, monkeypatch):
+    path = write(tmp_path, good_zip())
+    measure, times = os.fstat, []
+
+    def changed_meanwhile(descriptor: int) -> os.stat_result:
+        result = measure(descriptor)
+        times.append(change(path) if stat.S_ISREG(result.st_mode) and result.st_size > 99 and not times else None)
+        return result
+
+    monkeypatch.setattr(checkpoint.os, "fstat", changed_meanwhile)
+    assert "changed while it was read; wait until it is written" in the_error(path)
+
+
+def test_the_state_of_a_training_is_read_at_once(tmp_path):
+    numbers = {"w": np.arange(5, dtype=np.float32)}
+    write_state(tmp_path, Progress(epoch=1), numbers)
+    _, tensors = read_state(tmp_path)
+    os.truncate(tmp_path / STATE, 8)
+    assert np.array_equal(tensors["w"], numbers["w"])
 
 
 # --- Truncation and random mutations ---------------------------------------------------------------
@@ -1221,6 +1429,8 @@ LARGE_TEXT = numbered(text("a" * MIB), 0)
 LARGE_TUPLE = b"(" + NONE * 90_000 + b"t"
 DEEP = b")" + b"\x85" * DEPTH  # a tuple in a tuple in a tuple ...
 COLLIDING = [index * sys.hash_info.modulus for index in range(1, 40_000)]  # all numbers with the hash 0
+HUGE_BYTES = b"\x8b" + struct.pack("<l", 32 * MIB) + b"\x7f" * (32 * MIB)
+WIDE = "\U0001f600" + "a" * (32 * MIB)  # one letter makes Python keep four bytes for each
 HOLE = 4 * MIB  # at the end of a file: takes no disk, but allows for more opcodes
 
 # Each kind -> how to make it, to how many bytes it is lengthened, the fault.
@@ -1302,6 +1512,26 @@ NASTY: dict[str, tuple[Callable[[], bytes], int, str]] = {
         0,
         "with 90000 arguments",
     ),
+    "wide text": (lambda: paddle(mapping({"w": text(WIDE)})), 0, "over 4 MiB of text beyond Latin-1"),
+    "wide name": (lambda: paddle(b"}" + text(WIDE) + NONE + b"s"), 0, "over 4 MiB of text beyond Latin-1"),
+    "wide texts, many": (
+        lambda: paddle(listed(*[text(WIDE[: 64 << 10])] * 512)),
+        0,
+        "over 4 MiB of text beyond Latin-1",
+    ),
+    "wide text, encoded": (
+        lambda: paddle(mapping({"w": array(call("_codecs.encode", text(WIDE), text("latin1")))})),
+        0,
+        "over 4 MiB of text beyond Latin-1",
+    ),
+    "wide text with escapes": (lambda: paddle(b"V\\U0001f600" + b"a" * (32 * MIB) + b"\n"), 0, "a line of over 131072"),
+    "wide texts with escapes": (
+        lambda: paddle(listed(*[b"V\\U0001f600" + b"a" * (120 << 10) + b"\n"] * 256)),
+        0,
+        "over 4 MiB of text beyond Latin-1",
+    ),
+    "narrow text": (lambda: paddle(mapping({"w": text("\xe9" * (16 * MIB))})), 0, "w: is a str"),
+    "number of many bytes": (lambda: paddle(b"}" + text("w") + HUGE_BYTES + b"s"), 0, "w: is a int"),
     "bytes beyond the end": (lambda: paddle(b"\x8e\0\0\0\0\0\0\1\0"), 0, "expected 281474976710656 bytes"),
     "number beyond the end": (lambda: paddle(b"\x8b\xff\xff\xff\x7f"), 0, "not enough data"),
     "absurd tensor": (lambda: zipped(mapping({"w": tensor(shape=numbers(1 << 40), strides=numbers(0))})), 0, "absurd"),

@@ -46,9 +46,9 @@ def state_dict() -> dict[str, object]:
     draw = torch.Generator().manual_seed(5)
     base = torch.randn(24, generator=draw)
     parameter = torch.nn.Parameter(torch.randn(3, generator=draw))
-    parameter.tag = "mine"
+    parameter.tag = torch.randn(3, generator=draw)
     tensor = torch.randn(2, generator=draw)
-    tensor.note = "mine"
+    tensor.tag = torch.randn(2, generator=draw)
     return {
         "a.weight": base.reshape(4, 6),
         "a.part": base[5:11],
@@ -108,7 +108,24 @@ NAMES = (
 )
 TEXTS = (
     *("storage", "cpu", "0", "1", "2", "3", "neg", "conj", "data", "real", "imag", "tag", "dtype", "_untyped_storage"),
-    *("a.weight", "a.part", "c.count", "f2", "f4", "i4", "u2", "<", ">", "|", "=", "C", "F", "latin1", "_metadata"),
+    *(
+        "a.weight",
+        "a.part",
+        "c.count",
+        "f2",
+        "f4",
+        "i4",
+        "u2",
+        "<",
+        ">",
+        "|",
+        "=",
+        "C",
+        "F",
+        "f",
+        "latin1",
+        "_metadata",
+    ),
 )
 NUMBERS = (0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 12, 24, 25, -1, 255, 65535, (1 << 31) - 1)
 VALUES = (b"N", b"\x88", b"\x89", b")", b"}", b"]", b"\x8f", *map(text, TEXTS), *map(reference, NAMES))
@@ -119,6 +136,7 @@ FLAGS = tuple(
 AFTER = (
     *(state + b"b" for state in (b"}", b")", b"N", *FLAGS)),
     *(b"K\0" + value + b"s" for value in (b"K\7", b"N")),
+    *(b"}" + text("dtype") + reference(kind) + b"sb" for kind in ("torch.float16", "torch.int32")),
     *(b"Na", b"K\1a", b"K\2a", b")R", b"}\x85R", b"\x85R", b"(K\1K\2e"),
 )
 CODES = tuple(opcode.code.encode("latin-1") for opcode in pickletools.opcodes if opcode.arg is None)
@@ -134,11 +152,24 @@ def counted(value: int) -> bytes:
     return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + struct.pack("<i", value)
 
 
-def build_with_other(rng: random.Random, parts: list[bytes]) -> None:
-    """Give one object's arguments to another as its state, as PyTorch's oldest files did."""
-    memo = [part for part in parts if part[:1] in b"hj"]
-    at = rng.randrange(len(parts))
-    parts.insert(at, rng.choice((*memo, b"h\0")) + rng.choice((b"b", b"a", b"\x85b")))
+ORDER = b"(K\3" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"  # the state of a NumPy type
+
+
+def change_what_was_made(rng: random.Random, parts: list[bytes]) -> None:
+    """Change an earlier object, where a tensor's hooks are expected (they may be anything), or between two entries."""
+    hooks = [i for i in range(len(parts) - 2) if parts[i - 1] == b"\x89" and parts[i + 1 : i + 3] == [b")", b"R"]]
+    keys = [i for i, part in enumerate(parts) if part[:1] in b"X\x8c" and b"." in part]
+    at = rng.choice(hooks or keys or [len(parts) - 1])
+    memo = [b"h" + part[1:] for part in parts[:at] if part[:1] == b"q"]
+    memo = memo or [b"h" + bytes([index]) for index in range(parts[:at].count(b"\x94"))]
+    effect = rng.choice((*AFTER, *FLAGS, ORDER + b"b", ORDER + b"b"))
+    short = [i for i in range(at) if parts[i] == b"\x85" and parts[i + 1][:1] == b"q" and parts[i - 1][:1] == b"K"]
+    if short and rng.random() < 0.4:  # a tuple becomes a list that grows
+        which = rng.choice(short)
+        memo, effect = [b"h" + parts[which + 1][1:]], b"K\1a"
+        parts[which - 1 : which + 1] = [b"]" + parts[which - 1] + b"a"]
+        at -= 1
+    parts[at : at + 3 * bool(hooks)] = [rng.choice(memo or [b"N"]), effect, b"" if hooks else b"0"]
 
 
 def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
@@ -147,7 +178,8 @@ def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 1, 1, 2, 3))):
         at = rng.randrange(1, len(parts) - 1)
         code = parts[at][:1]
-        choice = rng.randrange(10)
+        attributes = [i for i, part in enumerate(parts) if part == text("tag")]
+        choice = rng.randrange(11)
         if choice < 4:  # another argument of the same kind
             numeric = [i for i, part in enumerate(parts) if part[:1] in b"KMJ"]
             spelled = [i for i, part in enumerate(parts) if part[:1] in b"XUB\x8cC"]
@@ -168,7 +200,9 @@ def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
             calls = [i for i, part in enumerate(parts) if part[:1] in b"RQb\x85\x86\x87t"]
             parts.insert(rng.choice(calls or [at]) + 1, rng.choice(AFTER))
         elif choice == 6:
-            build_with_other(rng, parts)
+            change_what_was_made(rng, parts)
+        elif choice == 10 and attributes:
+            parts[rng.choice(attributes)] = text(rng.choice(("data", "grad", "real", "imag", "shape", "requires_grad")))
         elif choice == 7:
             other = rng.randrange(1, len(parts) - 1)
             parts[at], parts[other] = parts[other], parts[at]
@@ -215,7 +249,6 @@ class Member:
     extra: bytes = b""
     flags: int = 0
     method: int = 0
-    again: bytes = b""
     before: bytes = b""
     local_name: bytes | None = None
     place: int | None = None
@@ -239,38 +272,48 @@ class Zip:
     between: bytes = b""
     comment: bytes = b""
     shift: int = 0
-    decoy: bytes = b""
+    second: "Zip | None" = None
 
     def build(self) -> bytes:
-        body, records = bytearray(self.front), []
+        body = bytearray(self.front)
+        directories = [self._files(body)] + ([self.second._files(body)] if self.second else [])
+        body += self.between
+        ends = []
+        for count, directory in directories:
+            start = len(body) + self.shift
+            body += directory
+            ends.append((count, len(directory), start))
+            if self.wide:
+                body += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, *ends[-1])
+        count, size, start = ends[0]
+        if self.wide:
+            body += struct.pack("<4sLQL", b"PK\6\7", 0, start - self.shift + size, 1)
+        if self.second:
+            count, size, start = 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF
+        body += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, start, len(self.comment))
+        return bytes(body + self.comment)
+
+    def _files(self, body: bytearray) -> tuple[int, bytes]:
+        """Append the files to the body, and give the number and the text of their records."""
+        records = []
         for member in self.members:
             body += member.before
             place = len(body) if member.place is None else member.place
             size = len(member.content) if member.told is None else member.told
             crc = zlib.crc32(member.content)
             name = member.name if member.local_name is None else member.local_name
-            head = struct.pack(
-                "<2x2H4x3L2H", member.flags, member.method, crc, size, size, len(name), len(member.extra)
-            )
-            body += b"PK\3\4" + head + name + member.extra + member.content
+            local = (member.flags, member.method, crc, size, size, len(name), len(member.extra))
+            body += b"PK\3\4" + struct.pack("<2x2H4x3L2H", *local) + name + member.extra + member.content
             if member.flags & 8:
-                body += member.again or struct.pack("<4s3L", b"PK\7\x08", crc, size, size)
+                body += struct.pack("<4s3L", b"PK\7\x08", crc, size, size)
             sizes, extra = (size, size, place), b""
             if member.wide:
                 sizes, extra = (0xFFFFFFFF,) * 3, struct.pack("<2H3Q", 1, 24, size, size, place)
-            record = struct.pack("<4x2H4xL", member.flags, member.method, crc) + struct.pack("<2L", *sizes[:2])
+            record = struct.pack("<4x2H4xL2L", member.flags, member.method, crc, *sizes[:2])
             record += struct.pack("<5HLL", len(member.name), len(extra), 0, 0, 0, 0, sizes[2])
             records.append(b"PK\1\2" + record + member.name + extra)
-        body += self.between
-        directory = b"".join(records[i] for i in self.order or range(len(records)))
-        start, count = len(body) + self.shift, len(self.order or records)
-        body += directory + self.decoy
-        if self.wide:
-            place = len(body)
-            body += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), start)
-            body += struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
-        body += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), start, len(self.comment))
-        return bytes(body + self.comment)
+        order = self.order or range(len(records))
+        return len(order), b"".join(records[i] for i in order)
 
 
 def mutate_zip(rng: random.Random, content: bytes) -> bytes:
@@ -316,7 +359,8 @@ def mutate_zip(rng: random.Random, content: bytes) -> bytes:
             case 14:
                 archive.shift = rng.choice((-1, 1, 46))
             case 15:
-                archive.decoy = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 46, 0)
+                others = {m.name: m for m in other}
+                archive.second = Zip([others.get(m.name, m) for m in archive.members])
             case 16:
                 member.content = rng.choice((b"big", b"little", bytes(len(member.content)), twin.content))
             case 17:

@@ -93,11 +93,11 @@ def _directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
             raise UnreadableFile(
                 "a zip with two entries of one name: refused, it could show different weights to others"
             )
-    if position != stop or len(entries) != count:
-        raise UnreadableFile("a damaged zip (its directory has another length than it says); fetch or copy it again")
     # Entries that share their bytes would make a small file take long to check.
     if sum(entry.stored for entry in entries.values()) > len(data):
         raise UnreadableFile("a zip whose entries are together larger than the file: damaged or manipulated")
+    if position != stop or len(entries) != count:
+        raise UnreadableFile("a damaged zip (its directory has another length than it says); fetch or copy it again")
     return entries, start
 
 
