@@ -247,7 +247,7 @@ class Checkpoint:
                 array = self.array(value)
             except UnreadableFile as error:
                 raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
-            if foreign and array.size == 1:
+            if foreign and array.size == 1 and ("." not in name or not array.shape or array.dtype.kind in "iub"):
                 rest.append(name)
                 continue
             tensors[name] = array
