@@ -127,6 +127,11 @@ BOTH = {
         under("model.", r)
         | {"ema." + name: a for name, a in e.items() if "running_" not in name and not is_counter(name)}
     ),
+    "averaged parameters in buffers, without dots": lambda r, e: {
+        "state_dict": under("model.", r)
+        | {"model_ema." + n.replace(".", ""): a for n, a in e.items() if "running_" not in n and not is_counter(n)}
+        | {"model_ema.decay": np.array(0.99, np.float32), "model_ema.num_updates": np.array(3)}
+    },
 }
 
 

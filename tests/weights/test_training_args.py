@@ -93,6 +93,11 @@ def test_what_is_not_set_is_the_variants(read, arguments):
     assert weights.preprocessing is None and weights.notes == ()
 
 
+def test_narrow_numbers_are_taken_as_they_were_written(read):
+    weights = read(args={"mean": np.array([0.485, 0.456, 0.406], np.float32), "std": np.full(3, 0.2, np.float32)})
+    assert (weights.preprocessing.mean, weights.preprocessing.std) == (IMAGENET_MEAN, (0.2, 0.2, 0.2))
+
+
 def test_what_agrees_with_the_variant_needs_no_note(read):
     weights = read(args=namespace(img_size=32, mean=list(IMAGENET_MEAN), crop_pct=1.0))
     assert weights.preprocessing == DIGITS and weights.notes == ()

@@ -237,7 +237,8 @@ class Checkpoint:
                 array = self.array(value)
             except UnreadableFile as error:
                 raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
-            if foreign and array.size == 1 and "." not in name:  # such as n_averaged or steps; not of a layer
+            # Such as n_averaged or steps; a number of a layer may be a parameter of another architecture.
+            if foreign and array.size == 1 and ("." not in name or array.dtype.kind in "iub"):
                 rest.append(name)
                 continue
             tensors[name] = array

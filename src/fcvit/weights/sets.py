@@ -13,6 +13,7 @@ from fcvit.errors import DoesNotFit
 from fcvit.weights.names import entries, is_counter, recognise, torch_shapes
 
 PROBE = "patch_embed.proj.weight"
+_DOTLESS = PROBE.replace(".", "")
 # Wrappers' prefixes, which may also stand before some names only (a head beside a backbone).
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
 # Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
@@ -67,7 +68,8 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
     """Return the sets of weights in the object of a file, the nearest first, and not more than `MAX_SETS`."""
     raw_key = _raw_key_of_swapped(top)
     found: dict[tuple[int, str, bool], WeightSet] = {}
-    for keys, state in _dictionaries(top):
+    for keys, stored in _dictionaries(top):
+        state = _with_dots(stored)
         prefixes = [
             name.removesuffix(PROBE)
             for name, value in state.items()
@@ -96,7 +98,7 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
                 averaged,
                 any(prefix.startswith(stem) for stem in stems),
             )
-            found.setdefault((id(state), prefix, averaged), one)  # one object under two keys is one set
+            found.setdefault((id(stored), prefix, averaged), one)  # one object under two keys is one set
     sets = list(found.values())[:MAX_SETS]
     if len(sets) > 1 and not raw_key:
         sets = [dataclasses.replace(one, averaged=one.averaged or one.counted) for one in sets]
@@ -173,6 +175,21 @@ def _dictionaries(top: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], 
                 visits[id(value)] += 1
                 if visits[id(value)] <= MAX_VISITS:
                     queue.append(((*keys, key), value))
+
+
+def _with_dots(state: Mapping) -> Mapping:
+    """Give the names of an average their dots back, which some wrappers take out to store it in buffers.
+
+    `model_ema.patch_embedprojweight` becomes `model_ema.patch_embed.proj.weight`, by the names of the raw weights.
+    """
+    names = [name for name in state if isinstance(name, str)]
+    stems = [name.removesuffix(_DOTLESS) for name in names if name.endswith(_DOTLESS)]
+    prefixes = [name.removesuffix(PROBE) for name in names if name.endswith(PROBE)]
+    if len(stems) != 1 or len(prefixes) != 1:
+        return state
+    parts = [name.removeprefix(prefixes[0]) for name in names if name.startswith(prefixes[0])]
+    dotted = {stems[0] + part.replace(".", ""): f"{stems[0].rstrip('.')}.{part}" for part in parts}
+    return {dotted.get(name, name) if isinstance(name, str) else name: value for name, value in state.items()}
 
 
 def _words(text: str) -> set[str]:
