@@ -505,7 +505,7 @@ class _LogitFiles:
     def __init__(self, plan: Plan, folder: Path):
         self.shape = (len(plan.images), len(plan.classes))
         self.paths = [folder / lane.name / "logits.npy" for lane in plan.lanes]
-        self.marks = folder / JOURNALS / "logits.done"  # a byte for each batch whose rows are in the files
+        self.marks = folder / ".logits.done"  # a byte for each batch whose rows are in the files
         head = io.BytesIO()
         np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
         self.head = head.getvalue()
