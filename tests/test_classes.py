@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcvit.classes import ClassName, imagenet, other_order, read_classes, resolve_classes
+from fcvit.classes import ClassName, imagenet, order_note, read_classes, resolve_classes
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile
 
 PLAIN = (("cat", "cat"), ("dog", "dog"), ("eel", "eel"))
@@ -149,10 +149,10 @@ def test_a_thousand_names_are_read(tmp_path):
 def test_a_list_in_another_order_than_the_weights_is_reported():
     own = tuple(ClassName(f"c{i}", name) for i, name in enumerate(("cat", "dog", "eel")))
     named = tuple(ClassName(name, name) for name in ("dog", "Cat", "eel"))
-    assert "2 of 3 stand elsewhere, first output 0, 'dog' in the list and 'cat' before" in other_order(named, own)
+    assert "2 of 3 stand elsewhere, first output 0, 'dog' in the list and 'cat' before" in order_note(named, own)
     notes = []
     assert resolve_classes(named, own, 3, notes.append) == named and "another order" in notes[0]
     for listed in (own, tuple(ClassName(c.name, c.name) for c in own), tuple(ClassName(x, x) for x in "abc")):
-        assert other_order(listed, own) == ""
-    assert "ImageNet's classes in another order" in other_order(imagenet()[::-1], None)
-    assert other_order(imagenet(), None) == other_order(named, None) == ""
+        assert order_note(listed, own) == ""
+    assert "ImageNet's classes in another order" in order_note(imagenet()[::-1], None)
+    assert order_note(imagenet(), None) == order_note(named, None) == ""

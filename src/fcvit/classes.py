@@ -71,7 +71,7 @@ def resolve_classes(
     """
     if argument is not None and len(argument) != num_classes:
         raise DoesNotFit(f"{len(argument)} classes are listed, but the model has {num_classes} outputs")
-    if argument is not None and (note := other_order(argument, file)):
+    if argument is not None and (note := order_note(argument, file)):
         announce(note)
     if argument or file:
         return argument or file or ()
@@ -86,7 +86,7 @@ def labels(classes: Classes) -> list[str]:
     return [f"{c.name} ({c.id})" if times[c.name] > 1 else c.name for c in classes]
 
 
-def other_order(listed: Classes, own: Classes | None) -> str:
+def order_note(listed: Classes, own: Classes | None) -> str:
     """Say where a list names the weights' classes at other outputs than the weights do; else nothing.
 
     Args:

@@ -2,7 +2,7 @@
 
 KIND_BYTES = 512  # that `foreign_kind` looks at
 TEXT = "a text file"
-_WEB_PAGE = "a web page, probably the download's warning or error page; fetch the file itself"
+_WEB_PAGE = "a web page or XML, probably the warning or error page of a download; fetch the file itself"
 _VIDEO = "a video"
 # Offset, bytes there, and what they say; the first that fits counts.
 _KINDS = (

@@ -303,8 +303,10 @@ def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares
     (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
     said = []
     done = train(small(epochs=6), folder=tmp_path / "run", device="cpu", announce=said.append)
-    assert done.unreadable == ("left/00.png: not an image",)
-    assert said.count("left out: left/00.png: not an image") == 1
+    assert done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
+    assert (
+        said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off") == 1
+    )
 
 
 @pytest.mark.slow
@@ -401,7 +403,11 @@ def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, square
     (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
     said = []
     done = train(small(epochs=2), folder=tmp_path / "run", device="cpu", announce=said.append)
-    assert done.unreadable == ("left/00.png: not an image",) and said.count("left out: left/00.png: not an image") == 1
+    assert (
+        done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
+        and said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off")
+        == 1
+    )
 
 
 def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.classes import ClassName, as_classes, other_order
+from fcvit.classes import ClassName, as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.tasks import verify as verification
@@ -107,7 +107,7 @@ def convert(
                 f"{len(listed)} classes are listed, but {source} has {weights.form.num_classes} outputs; "
                 "give the right list, or ask for a fresh head with --new-head"
             )
-        if new_head is None and (note := other_order(listed, weights.classes)):
+        if new_head is None and (note := order_note(listed, weights.classes)):
             notes.append(note)
         weights = dataclasses.replace(weights, classes=listed)
     if preprocessing:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit import runs
-from fcvit.classes import Classes, labels, other_order, resolve_classes
+from fcvit.classes import Classes, labels, order_note, resolve_classes
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.images.folder import evenly
@@ -350,7 +350,7 @@ def similarity(
     require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, classes, preprocessing, device)
-    if classes and (note := other_order(classes, read.classes)):
+    if classes and (note := order_note(classes, read.classes)):
         announce(note)
     where = choose(places(viewer.variant), viewer.stage if stage is None else stage, block, context)
     check_heads(viewer.variant, heads)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.classes import Classes, ClassName, imagenet, other_order, read_classes
+from fcvit.classes import Classes, ClassName, imagenet, order_note, read_classes
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.images.dataset import LabelledImages, known_classes, read_dataset
@@ -65,7 +65,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
             raise DoesNotFit(
                 f"{recipe.classes} lists {len(given)} classes, the weights have {count}; or new_head = true"
             )
-        if given is not None and (note := other_order(given, weights.classes)):
+        if given is not None and (note := order_note(given, weights.classes)):
             notes.append(note)
     elif given is None:
         known = _named(folders)
