@@ -362,7 +362,7 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
     reason = "SystemError: a library" if "System" in error else "its process ended by SIGKILL; out of memory?"
     assert done.stdout.strip() == f"['paddle'] (('native, batch 1, 1 thread(s)', '{reason}'),) []"
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if not line.startswith("measuring: ")] == []
 
 
 @needs_paddle

@@ -69,6 +69,7 @@ def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos,
     done = similarity(digits_pth, [named], tmp_path / "one")
     assert done.images[0][1][0] == "overview-2.png" and not (tmp_path / "one" / "overview.png").exists()
     drawn = []
+    monkeypatch.setattr(task, "maps_sheet", lambda *_: b"png")
     monkeypatch.setattr(task, "overview", lambda panels, title, *_: drawn.append((panels, title)) or b"png")
     similarity(digits_pth, [named, *photos], tmp_path / "all")
     monkeypatch.setattr(task, "MOST", 2)
