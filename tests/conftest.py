@@ -38,6 +38,15 @@ needs_paddle = pytest.mark.skipif(not installed("paddle"), reason="PaddlePaddle 
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="PyTorch is not installed")
 
 
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """A test that leaves a handler changes what a signal does in the tests after it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @pytest.fixture
 def no_charts(monkeypatch):
     """As if the extra `report` were not installed: charts take a second for each result."""
