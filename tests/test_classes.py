@@ -58,7 +58,6 @@ def read(tmp_path, content, name="classes.txt"):
         "'1': 'dog',\n'0': 'cat',\n'2': 'eel'\n",
         "ClassId,SignName\n1,dog\n0,cat\n2,eel\n",
         "category\tnumber\ndog\t1\ncat\t0\neel\t2\n",
-        "index,name\n3,eel\n1,cat\n2,dog\n",
         "index,name\n2.0,eel\n0.0,cat\n1.0,dog\n",
         '"cat"\n"dog"\n"eel"\n',
         "- cat\n- dog\n- eel\n",

@@ -24,7 +24,9 @@ _INDEX = ("index", "idx", "class_index", "class_idx")
 _ID = ("id", "wnid", "synset", "class_id")
 _NAME = ("name", "class_name", "label", "label_name", "class")
 _KEYS = tuple(
-    "id2label label2id names classes labels class_names label_names class_to_idx idx_to_class categories".split()
+    re.findall(
+        r"\w+", "id2label label2id names classes labels class_names label_names class_to_idx idx_to_class categories"
+    )
 )
 _STRUCTURED = re.compile(
     r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,]|-?[0-9]+\s*\]\s*$|$)", re.MULTILINE
@@ -211,8 +213,9 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
     index, identity, name = (next((c for c in names if c in present), None) for names in (_INDEX, _ID, _NAME))
     rows = list(rows)
     if index:
-        order = _order([_whole(row[index]) for row in rows])
-        if order is None:
+        numbers = [_whole(row[index]) for row in rows]
+        order = _order(numbers)
+        if order is None or 0 not in numbers:
             raise DoesNotFit(f"{source}: the column {index} must count from 0 to {len(rows) - 1}, each once")
         rows = [rows[place] for place in order]
     elif identity and name:
@@ -329,7 +332,9 @@ def _order(numbers: Sequence[int | None]) -> list[int] | None:
 def _whole(value: object) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.0+)?", value.strip()):
         return int(float(value))
-    return int(value) if type(value) in (int, float) and value == value // 1 else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _bare(text: str) -> str:
