@@ -100,6 +100,7 @@ def test_ids_stand_beside_names(tmp_path, text):
         ["0_cat", "1_dog"],
         ["1.5 mm", "0.5 mm"],
         ["2012 BMW", "1994 Ford"],
+        ["2012 - BMW", "1994 - Ford"],
         ["digit 1", "digit 0"],
         ["[red]x", "{a} b"],
         ["tench, Tinca tinca", "crane"],

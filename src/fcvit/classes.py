@@ -173,7 +173,7 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
     if matches and len(matches) == len(lines):
         numbers = [int(match[1][:9]) for match in matches]
         order = _order(numbers)
-        spaced = all(not match[2].strip(" .") for match in matches)
+        spaced = all(not match[2].strip(" .-") for match in matches)
         # Folders are called 001.cat and 01 cat; years and measures begin names, too.
         folders = any(match[2] in "._-" or (spaced and re.match("0[0-9]", match[1])) for match in matches)
         if order is not None and not folders:
