@@ -176,8 +176,8 @@ class Checkpoint:
         if not averaged and ema is not False and (where := self._nameless_average()):
             raise UsageError(
                 f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names "
-                "and is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy the "
-                "averaged ones into the model and save its state_dict()"
+                "and is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
+                "the averaged ones into the model and save its state_dict()"
             )
         if ema and not averaged and not raw[0].counted:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
@@ -198,9 +198,9 @@ class Checkpoint:
         def weights(value: object) -> bool:
             if isinstance(value, dict):
                 return bool(find_sets(value))
-            with contextlib.suppress(UnreadableFile):
-                return isinstance(value, _TENSORS) and self.array(value).ndim == 4  # of a convolution
-            return False
+            state = value.state if isinstance(value, pdparams.ArrayRef) else None
+            shape = state[1] if isinstance(state, tuple) and len(state) > 1 else getattr(value, "shape", None)
+            return isinstance(shape, tuple) and len(shape) == 4  # of a convolution
 
         return next((where for where, values in averaged_lists(self.top) if any(map(weights, values))), None)
 

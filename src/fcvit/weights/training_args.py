@@ -33,6 +33,7 @@ NAMES = {
     "std": tuple(f"{what}std" for what in _OF_IMAGES),
 }
 MAX_DEPTH = 5  # of dictionaries in arguments
+MAX_PARTS = 10_000  # dictionaries and lists in arguments, or names in one of them
 MAX_NAME = 100  # characters
 MAX_TEXT = 1 << 20  # characters of arguments that stand as text
 _NOTHING = ("", "null", "None", "~", [], ())
@@ -95,26 +96,22 @@ def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
     named = [(key, value) for key, value in top.items() if isinstance(key, str) and words(key) & PLACES]
     queue = collections.deque((key, value, 1) for key, value in named)
     seen: set[int] = set()
-    while queue:
+    while queue and len(seen) < MAX_PARTS:
         place, value, depth = queue.popleft()
         if id(value) in seen or (depth > 1 and isinstance(value, str)):
             continue
         seen.add(id(value))
-        listed = isinstance(value, list | tuple)
-        arguments = dict(enumerate(value)) if listed else _mapping(value)
-        if arguments is None:
-            continue
-        if not listed:
+        if isinstance(value, list | tuple):
+            inner = [(place, part, depth) for part in value[:MAX_PARTS]]
+        elif (arguments := _mapping(value)) is not None:
             yield "".join(c if c.isprintable() else "?" for c in place), arguments, depth
-        for key, inner in arguments.items() if listed or depth < MAX_DEPTH else ():
-            if isinstance(inner, dict | list | tuple | Opaque):
-                queue.append(
-                    (
-                        place if listed or not isinstance(key, str) else f"{place}.{key[:40]}",
-                        inner,
-                        depth + (not listed),
-                    )
-                )
+            inner = [
+                (f"{place}.{key[:40]}", part, depth + 1) for key, part in arguments.items() if isinstance(key, str)
+            ]
+        else:
+            continue
+        if depth < MAX_DEPTH and len(queue) < MAX_PARTS:
+            queue += [one for one in inner if isinstance(one[1], dict | list | tuple | Opaque)]
 
 
 def _mapping(value: object) -> Mapping | None:
@@ -130,7 +127,7 @@ def _mapping(value: object) -> Mapping | None:
         value = inner if isinstance(inner, dict) else value
     if isinstance(value, str):
         value = _text(value[:MAX_TEXT])
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or len(value) > MAX_PARTS:
         return None
     return {name.lower() if isinstance(name, str) and len(name) < MAX_NAME else name: v for name, v in value.items()}
 
