@@ -175,8 +175,8 @@ class Checkpoint:
             )
         if not averaged and ema is not False and (where := self._nameless_average()):
             raise UsageError(
-                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names "
-                "and is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
+                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their "
+                "names and is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
                 "the averaged ones into the model and save its state_dict()"
             )
         if ema and not averaged and not raw[0].counted:
