@@ -291,3 +291,8 @@ def test_dictionaries_that_share_and_contain_each_other_cost_little(write, raw):
     deep["itself"] = deep
     with pytest.raises((UsageError, DoesNotFit, UnreadableFile)):
         read_weights(write(deep))
+
+
+def test_paddles_table_of_names_needs_no_note(write, raw):
+    weights = read_weights(write({**raw, "StructuredToParameterName@@": {name: name for name in raw}}))
+    assert weights.notes == () and weights.skipped == ("StructuredToParameterName@@",)

@@ -145,8 +145,8 @@ class Checkpoint:
             if len(raw) == 1:  # such averages are evaluated so
                 tensors |= {name: t for name, t in self._tensors(raw[0])[0].items() if is_statistic(name)}
                 notes.append("the averaged weights are stored without BatchNorm's statistics: the raw ones' are used")
-        if chosen.probed and rest:
-            shown = ", ".join(map(_one_line, rest[:3])) + (f", ... ({len(rest)})" if len(rest) > 3 else "")
+        if chosen.probed and (foreign := [name for name in rest if name != pdparams.NAME_TABLE]):
+            shown = ", ".join(map(_one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
             notes.append(f"entries that are no weights of the network were left out: {shown}")
         skipped, here = [], self.top
         for depth, part in enumerate(chosen.keys):
@@ -175,8 +175,8 @@ class Checkpoint:
             )
         if not averaged and ema is not False and (where := self._nameless_average()):
             raise UsageError(
-                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their "
-                "names and is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
+                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names and "
+                "is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
                 "the averaged ones into the model and save its state_dict()"
             )
         if ema and not averaged and not raw[0].counted:
