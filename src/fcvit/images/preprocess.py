@@ -200,9 +200,8 @@ def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Prepr
     Raises:
         BadImages: it cannot be read.
     """
-    alone = isinstance(image, Image.Image)
-    rgb = None if alone else decode(image)
+    name, decoded = ("image", image) if isinstance(image, Image.Image) else (image, decode(image))
     try:
-        return crop(as_rgb(image) if rgb is None else rgb, preprocessing)
+        return crop(decoded if decoded.mode == "RGB" else as_rgb(decoded), preprocessing)
     except ValueError as error:
-        raise BadImages(f"{'image' if alone else image}: {error}") from error
+        raise BadImages(f"{name}: {error}") from error
