@@ -143,7 +143,7 @@ def trust(
         with progress("reading", len(images)) as advance:
             pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
         if len(pixels) < LEAST:
-            raise BadImages(f"{counted(len(pixels), 'image')} to be read: expected at least {LEAST}; first: {bad[0]}")
+            raise BadImages(f"{counted(len(pixels), 'image')} can be read: expected at least {LEAST}; first: {bad[0]}")
         announce(_expected(viewer, compute, pixels, chosen, heads, absolute))
         seen: dict[int, Looked] = {}
         marks: dict[str, list[Marks]] = {}
