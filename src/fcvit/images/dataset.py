@@ -4,11 +4,9 @@ Wherever the images are, each has a name relative to the folder or tar, and name
 images under the same names are the same data set.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
-import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,7 +15,7 @@ from pathlib import Path
 from fcvit.class_indices import assign_classes, assign_labels
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
-from fcvit.images.folder import ENDINGS, is_image, legible
+from fcvit.images.folder import ENDINGS, is_image, legible, no_images
 from fcvit.images.lists import find_listed, read_list
 from fcvit.images.source import PACKED, Location, Source, Tree, open_source
 from fcvit.images.splits import find_layout
@@ -208,10 +206,7 @@ def _refuse_without_classes(source: Source, folders: Sequence[str], tree: Tree) 
 def _left_out_notes(source: Source, tree: Tree) -> tuple[str, ...]:
     """Say what is left out: files in class folders that are no images, and images and archives that are in none."""
     path = source.path
-    inside = (name for name in tree.files if "/" in name and not is_image(name))
-    endings = collections.Counter(posixpath.splitext(name)[1].lower() or "no ending" for name in inside)
     outside = sum("/" not in name and is_image(name) for name in tree.files)
-    parts = [f"{count} {ending}" for ending, count in endings.most_common()]
     notes = []
     packed = [name for name in tree.files if "/" not in name and name.lower().endswith((".tar", *PACKED))]
     if packed:
@@ -221,8 +216,8 @@ def _left_out_notes(source: Source, tree: Tree) -> tuple[str, ...]:
     )
     if astray:
         notes.append(f"{path}: left out {counted(astray, 'image')} whose names lead out of the tar (/ or ..)")
-    if parts:
-        notes.append(f"{path}: left out {counted(endings.total(), 'file')} without an image's ending: {_some(parts)}")
+    if others := no_images(name for name in tree.files if "/" in name):
+        notes.append(f"{path}: {others}")
     if outside:
         notes.append(f"{path}: left out {counted(outside, 'image')} outside of class folders")
     return tuple(notes)
