@@ -91,3 +91,9 @@ def test_letters_match_composed_or_not():
     both = named(composed[0], apart[0])  # two classes: only the exact form tells them apart
     found = assign_classes(sorted([apart[0], composed[0]]), both, 2, "class folders")
     assert found.mapping == {composed[0]: 0, apart[0]: 1}
+
+
+def test_the_rule_says_where_numbers_in_names_are_sorted_as_text():
+    labels = sorted(f"class_{number}" for number in range(12))
+    assert assign_classes(labels, None, 12, "class folders").rule.endswith("as text: class_10 before class_2")
+    assert assign_classes(["a", "b"], None, 2, "class folders").rule.endswith("are counted in sorted order")

@@ -133,6 +133,7 @@ def test_errors_are_one_line_with_their_code(run, words, code, message):
         ("eval --weights w --engine", "--engine has no value", "eval --data FOLDER --weights w --engine VALUE"),
         ("finetune data w", "--weights is missing", "finetune --weights w --data data"),
         ("finetune --weights w", "--data is missing", "finetune --data FOLDER --weights w"),
+        ("train digits --lr", "--lr has no value", "train digits --lr VALUE"),
         ("predict", "--weights is missing", "predict IMAGE... --weights FILE"),
         ("predict a.jpg b.jpg", "--weights is missing", "predict a.jpg b.jpg --weights FILE"),
         ("predict w.safetensors data", "--weights is missing", "predict data --weights w.safetensors"),
@@ -651,7 +652,7 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
-    assert "1 image(s) cannot be read" in err and "bad.png" in err
+    assert "1 image left out: cannot be read" in err and "bad.png" in err
     assert asked == [((3, 1, 1), "mean", "rescaled", "head")] * 10
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
     (path, files, best) = json.loads(out)["images"][0]
@@ -683,7 +684,7 @@ def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_chart
     found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert code == 0 and len(found["curves"]) == 9 and found["folder"] == "t"
     code, out, err = run("trust", images, "--weights", digits_pth, "--most", "9")
-    assert code == 2 and "9 image(s): expected at least 10" in err
+    assert code == 2 and "9 images: expected at least 10" in err
     code, out, err = run("heads", images, "--weights", digits_pth, "--vit", "vit_small_patch16_224")
     assert code == 2 and "--vit-weights FILE" in err
 

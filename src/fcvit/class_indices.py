@@ -115,6 +115,9 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
         )
     mapping = {label: index for index, label in enumerate(labels)}
     rule = f"the weights name no classes: the {num_classes} {what} are counted in sorted order"
+    by_value = sorted(labels, key=lambda label: re.sub(r"\d+", lambda number: number[0].zfill(20), label))
+    if moved := [label for label, other in zip(labels, by_value, strict=True) if label != other]:
+        rule += f", as text: {moved[0][:_LENGTH]} before {by_value[labels.index(moved[0])][:_LENGTH]}"
     return Assignment(mapping, rule, counted=True)
 
 

@@ -23,15 +23,21 @@ _LARGEST, _LARGEST_LITERAL = 16 << 20, 1 << 20  # bytes of a list; characters th
 _INDEX = ("index", "idx", "class_index", "class_idx")
 _ID = ("id", "wnid", "synset", "class_id")
 _NAME = ("name", "class_name", "label", "label_name", "class")
-_KEYS = ("id2label", "label2id", "names", "classes", "class_names", "class_to_idx", "categories")
+_KEYS = tuple(
+    re.findall(
+        r"\w+", "id2label label2id names classes labels class_names label_names class_to_idx idx_to_class categories"
+    )
+)
 _STRUCTURED = re.compile(
     r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,]|-?[0-9]+\s*\]\s*$|$)", re.MULTILINE
 )  # not "[0] cat"
 _YAML = re.compile(
-    r"^names:[ \t]*(?:([\[{][^\]}]*[\]}])|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))", re.MULTILINE
+    "^(?:" + "|".join(_KEYS) + r"):[ \t]*(?:([\[{][^\]}]*[\]}])|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))",
+    re.MULTILINE,
 )
-_NUMBERED = re.compile(r"[\[(]?([0-9]+)[\])]?(\s*[:;,=|\t]\s*|\.?\s+|[._-](?![0-9]))(.+)")
-_COUNTED = re.compile(r"(.+?)(?:\s*[:;,=\t]\s*|\s+)([0-9]+)")
+_NUMBERED = re.compile(r"#?[\[('\"]?([0-9]+)[\])'\"]?(\s*(?:[-=]+>|[:;,=|\t])\s*|\s+-\s+|\.?\s+|[._-](?![0-9]))(.+)")
+_COUNTED = re.compile(r"(.+?)(?:\s*(?:[-=]+>|[:;,=|\t])\s*|\s+)([0-9]+)")
+_ASSIGNED = re.compile(r"\A\s*\w+\s*=\s*(?=[\[{])")  # of Python
 _WORDNET = re.compile(r"(n[0-9]{8})[\s,:;]+(.+)")
 
 
@@ -129,7 +135,7 @@ def read_classes(path: Path) -> Classes:
         content = path.read_bytes()
         if len(content) > _LARGEST:
             raise UnreadableFile(f"{path}: over {_LARGEST >> 20} MiB: not a class list")
-        text = decode_text(content).replace("\r\n", "\n")
+        text = _ASSIGNED.sub("", decode_text(content).replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UnreadableFile(
             f"{path}: cannot read the class list: it is neither UTF-8 nor UTF-16; save it as UTF-8"
@@ -140,7 +146,7 @@ def read_classes(path: Path) -> Classes:
         classes = _from_value(_literal(text, path), path)
     elif yaml := _YAML.search(text):
         flow, block = yaml.groups()
-        lines = [line.strip().removeprefix("- ").strip() for line in (block or "").splitlines()]
+        lines = [re.sub(r"\s+#.*", "", line).strip().removeprefix("- ").strip() for line in (block or "").splitlines()]
         classes = _from_value(_literal(flow, path), path) if flow else _from_lines([_bare(x) for x in lines], path)
     else:
         classes = _from_lines(text.splitlines(), path)
@@ -150,15 +156,24 @@ def read_classes(path: Path) -> Classes:
 def _from_lines(lines: Iterable[str], source: Path) -> Classes:
     """Read a table with a header, lines with numbers or WordNet ids, or plain lines."""
     lines = [line.strip() for line in lines if line.strip()]
+    if all(line.startswith("- ") for line in lines):
+        lines = [line.removeprefix("- ").strip() for line in lines]
     delimiter = next((mark for mark in "\t;" if mark in "".join(lines[:1])), ",")
     columns = [column.strip().lower() for column in next(csv.reader(lines[:1], delimiter=delimiter), [])]
     if sum(any(name in columns for name in names) for names in (_INDEX, _ID, _NAME)) > 1:
         return _from_rows(list(csv.DictReader(lines[1:], columns, delimiter=delimiter)), source)
+    if len(lines) > 2 and len(columns) == 2:
+        # Other headers, such as ClassId,SignName: the numbers below them count.
+        for form, group in ((_NUMBERED, 1), (_COUNTED, 2)):
+            below = [match for line in lines[1:] if (match := form.fullmatch(line))]
+            order = _order([int(match[group][:9]) for match in below]) if len(below) == len(lines) - 1 else None
+            if order is not None and not form.fullmatch(lines[0]):
+                return _from_lines(lines[1:], source)
     matches = [match for line in lines if (match := _NUMBERED.fullmatch(line))]
     if matches and len(matches) == len(lines):
         numbers = [int(match[1][:9]) for match in matches]
         order = _order(numbers)
-        spaced = all(not match[2].strip(" .") for match in matches)
+        spaced = all(not match[2].strip(" .-") for match in matches)
         # Folders are called 001.cat and 01 cat; years and measures begin names, too.
         folders = any(match[2] in "._-" or (spaced and re.match("0[0-9]", match[1])) for match in matches)
         if order is not None and not folders:
@@ -168,7 +183,10 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
             if folders
             else (not spaced or max(numbers) <= len(lines))
         ):
-            raise DoesNotFit(f"{source}: the numbers before the names must count from 0 to {len(lines) - 1}, each once")
+            raise DoesNotFit(
+                f"{source}: the numbers before the names must count from 0 to {len(lines) - 1}, each once"
+                + ("; where they are no part of the names, write 7 in place of 007" if folders else "")
+            )
     wordnet = [match for line in lines if (match := _WORDNET.fullmatch(line))]
     if wordnet and len(wordnet) == len(lines):
         # As the devkit's map_clsloc.txt has it: id, number, name.
@@ -184,6 +202,8 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
             return _from_values([_bare(counted_names[place][1]) for place in order])
     if len(lines) == IMAGENET_CLASSES:
         return _from_values(lines)  # two pairs of ImageNet's short names are equal
+    if all(_bare(line) != line for line in lines):
+        lines = [_bare(line) for line in lines]
     return tuple(ClassName(line, line) for line in lines)
 
 
@@ -193,9 +213,11 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
     index, identity, name = (next((c for c in names if c in present), None) for names in (_INDEX, _ID, _NAME))
     rows = list(rows)
     if index:
-        rows.sort(key=lambda row: int(text) if (text := str(row[index])).isdecimal() else -1)
-        if [str(row[index]) for row in rows] != [str(place) for place in range(len(rows))]:
+        numbers = [_whole(row[index]) for row in rows]
+        order = _order(numbers)
+        if order is None or 0 not in numbers:
             raise DoesNotFit(f"{source}: the column {index} must count from 0 to {len(rows) - 1}, each once")
+        rows = [rows[place] for place in order]
     elif identity and name:
         numbers = [_whole(row[identity]) for row in rows]
         if sorted(n for n in numbers if n is not None) == list(range(len(rows))) != numbers:
@@ -253,6 +275,8 @@ def _from_value(value: object, source: Path) -> Classes:
             if len(set(found.values())) > 1:
                 raise DoesNotFit(f"{source}: {' and '.join(found)} do not list the same classes; leave one of them")
             return next(iter(found.values()))
+        if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict | list) and _whole(*value) is None:
+            return _from_value(inner, source)
         forward, backward = (_order([_whole(x) for x in side]) for side in (value.keys(), value.values()))
         if forward is not None and backward is not None and forward != backward:
             raise DoesNotFit(
@@ -264,9 +288,9 @@ def _from_value(value: object, source: Path) -> Classes:
                 "the order of the outputs"
             )
         entries = list(value.values() if forward is not None else value.keys())
-        return _from_values([entries[place] for place in forward or backward or ()], source)
-    if isinstance(value, list | tuple) and value:
-        if all(isinstance(row, dict) for row in value):
+        return _from_value([entries[place] for place in forward or backward or ()], source)
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(row, dict) for row in value):
             rows = [{str(key).lower(): cell for key, cell in row.items()} for row in value]
             if rows[0].keys() & {*_ID, *_NAME}:
                 return _from_rows(rows, source)
@@ -306,7 +330,9 @@ def _order(numbers: Sequence[int | None]) -> list[int] | None:
 
 
 def _whole(value: object) -> int | None:
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.0+)?", value.strip()):
+        return int(float(value))
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is int else None
 

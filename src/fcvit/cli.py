@@ -9,6 +9,7 @@ import functools
 import io
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -268,7 +269,7 @@ def export(
         probabilities=probabilities,
         precision=precision,
         calibration=calibrate,
-        images=find_images(images) if images else (),
+        images=find_images(images, _note) if images else (),
         ema=ema,
         overwrite=overwrite,
         announce=_note,
@@ -515,7 +516,7 @@ def _found_images(command: str, arguments: tuple[str, ...], output: Path | None)
     if output is not None:
         for argument in arguments:
             runs.refuse_inside(output, Path(argument), argument)
-    return find_images(arguments)
+    return find_images(arguments, _note)
 
 
 def _print_result(found: Any, as_tables: Any, as_json: bool) -> int:
@@ -932,7 +933,7 @@ def predict(
     if as_json and csv:
         raise UsageError("predict: --json and --csv are two answers; choose one")
     check_counts(top_k, batch_size)
-    paths = find_images(images)
+    paths = find_images(images, _note)
     named = read_classes(classes) if classes else None
     options: dict[str, Any] = {"ema": ema, "classes": named, "device": device, "engine": engine, "threads": threads}
     classifier = load(weights, **options, announce=_note)
@@ -1176,8 +1177,10 @@ def _usage(error: CycloptsError, words: list[str]) -> str:
     missing = error.argument if type(error) is MissingArgumentError else None
     if missing or isinstance(error, UnusedCliTokensError):
         if missing:
-            name = missing.name
-            given = any(word.partition("=")[0] in missing.names for word in words[1:])
+            # A field of a recipe has no parameter of its own; only the text names it.
+            field = re.search(r"parameter (--[\w.-]+) requires an argument", text)
+            name = field[1] if field and missing.name.startswith("--[") else missing.name
+            given = any(word.partition("=")[0] in (name, *missing.names) for word in words[1:])
             text = f"{command}: {name} has no value" if given else f"{command}: {name} is missing"
         else:
             extra = error.unused_tokens or []

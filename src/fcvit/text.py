@@ -20,7 +20,7 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 
 
 def decode_text(content: bytes) -> str:
-    """Decode UTF-8, or UTF-16 or UTF-32 with a byte-order mark; also UTF-16 without one, if it begins with ASCII.
+    """Decode UTF-8, or UTF-16 or UTF-32 with a byte-order mark; also UTF-16 without one, if it has ASCII in it.
 
     Raises:
         UnicodeDecodeError: it is none of these.
@@ -28,8 +28,8 @@ def decode_text(content: bytes) -> str:
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding)
-    if b"\0" in content[:2]:
-        return content.decode("utf-16-be" if content[:1] == b"\0" else "utf-16-le")
+    if b"\0" in content[:2] or 8 * content.count(0) > len(content):
+        return content.decode("utf-16-be" if content[::2].count(0) > content[1::2].count(0) else "utf-16-le")
     return content.decode("utf-8")
 
 

@@ -155,6 +155,25 @@ def test_only_files_of_a_tar_are_images(tmp_path):
     found = read_dataset(path, None, None, 3)
     assert found.names == ("a/1.png", "b/2.png") and contents(found) == ["a/1.png", "new"]
     assert found.mapping == {"a": 0, "b": 1, "empty": 2}
+    assert found.notes == (f"{path}: left out 2 images whose names lead out of the tar (/ or ..)",)
+
+
+def test_archives_beside_class_folders_are_noted(tmp_path):
+    for name in ("a/1.png", "b/2.png", "c.tar", "d.ZIP"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    notes = read_dataset(tmp_path, None, None, 2).notes
+    assert notes == (f"{tmp_path}: left out 2 archives beside the class folders: c.tar, d.ZIP",)
+
+
+def test_a_folder_that_may_be_a_split_is_not_taken_for_a_class(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "extra/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DoesNotFit, match=r"is train a split or a class\? if a split, name .*/train; if a class"):
+        read_dataset(tmp_path, None, None, 2)
+    known = tuple(ClassName(name, name) for name in ("extra", "train"))
+    assert len(read_dataset(tmp_path, None, known, 2)) == 3
 
 
 def test_a_sparse_file_of_a_tar_is_listed_as_unreadable(tmp_path):

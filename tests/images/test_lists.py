@@ -44,6 +44,18 @@ def read(path, text):
         ('{"a.jpg": 3, "b.jpg": "x"}', {"a.jpg": "3", "b.jpg": "x"}),
         ("a.jpg 0\r\nb.jpg 1\r\n".encode("utf-16-be"), {"a.jpg": "0", "b.jpg": "1"}),
         (b"b\xfc.jpg 0\n", {"b\udcfc.jpg": "0"}),
+        ("a.jpg red lily\nb.jpg 'rose'\n", {"a.jpg": "red lily", "b.jpg": "rose"}),
+        ("a.jpg|0\nb.jpg|1\n", {"a.jpg": "0", "b.jpg": "1"}),
+        ("x,y\na.jpg,rose\nb.jpg,tulip\n", {"a.jpg": "rose", "b.jpg": "tulip"}),
+        ("# path class\na.jpg 0\nb.jpg 1\n", {"a.jpg": "0", "b.jpg": "1"}),
+        ("id_code,diagnosis\na,0\nb,2\n", {"a": "0", "b": "2"}),
+        ("a 0\nb.jpg 1\n", {"a": "0", "b.jpg": "1"}),
+        ("a.jpg 0\rb.jpg 1\r", {"a.jpg": "0", "b.jpg": "1"}),
+        ("a.jpg 0\nb.jpg 1\n".encode("utf-32"), {"a.jpg": "0", "b.jpg": "1"}),
+        ("\u82b1.jpg 0\nb.jpg 1\n".encode("utf-16-le"), {"\u82b1.jpg": "0", "b.jpg": "1"}),
+        ('[["a.jpg", 0], ["b.jpg", 1.0]]', {"a.jpg": "0", "b.jpg": "1.0"}),
+        ('[{"width": 9, "file_name": "a.jpg", "label": "x"}]', {"a.jpg": "x"}),
+        ('{"file_name": "a.jpg", "label": 0}\n{"file_name": "b.jpg", "label": 1}\n', {"a.jpg": "0", "b.jpg": "1"}),
     ],
 )
 def test_forms_of_lists(tmp_path, text, expected):
@@ -58,6 +70,9 @@ def test_forms_of_lists(tmp_path, text, expected):
         ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", "boxes of several classes: n1, n2"),
         (b"\xff\xfea\x00\x00\xd8b\x00", "damaged UTF-16"),
         ("[1, 2]", "expected JSON of the form class -> images"),
+        ('{"a.jpg": 0, "a.jpg": 1}', "a.jpg stands there twice"),
+        ("a.jpg,0,1\nb.jpg,1,0\n", "a column of 0 and 1 for each class"),
+        ("1 x/a.jpg\n2 y/b.jpg\n", "do the numbers before the paths count the lines"),
         ("a/1.jpg 0\na/2.jpg\n", "line 2 is 'a/2.jpg'"),
     ],
 )
@@ -83,6 +98,14 @@ def test_the_shortest_leading_part_is_left_out_of_all_paths(tmp_path):
         find(root, "images/val/1.jpg 0\nimages/val/3.jpg 1\n", tmp_path)
     with pytest.raises(DoesNotFit, match="are not in"):  # two leading parts
         find(root, "a/val/1.jpg 0\nb/val/2.jpg 1\n", tmp_path)
+
+
+@pytest.mark.parametrize("start", ["C:/some\\where\\", "\\\\server\\share\\", "val\\", "val/"])
+def test_paths_of_windows(tmp_path, start):
+    root = make(tmp_path / "d", "val/a/1.jpg", "val/b/2.jpg")
+    start += "" if start.startswith("val") else "val\\"
+    found, _ = find(root, f"{start}a\\1.jpg 0\n{start}b\\2.jpg 1\n", tmp_path)
+    assert found == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
 
 
 def test_images_of_another_split_are_not_taken(tmp_path):

@@ -161,6 +161,9 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     thin = Image.new("RGB", (1, 3000))
     with pytest.raises(BadImages, match="1 x 3000 pixels would be resized to"):
         crop(thin, Preprocessing())
+    Image.new("1", (1, 3000)).save(tmp_path / "thin.png")
+    with pytest.raises(BadImages, match=r"thin\.png: 1 x 3000 pixels would be .* limit of 80,000 pixels; crop it"):
+        preprocess(tmp_path / "thin.png", Preprocessing())
 
 
 @pytest.mark.parametrize(

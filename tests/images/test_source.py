@@ -114,6 +114,24 @@ def test_what_is_the_systems_is_left_out_in_folders_and_tars(tmp_path, name):
     assert find_images([f"{tmp_path}/d/**/*.png"]) == [tmp_path / "d/a/1.png"]
 
 
+def test_names_that_begin_with_two_points_count_as_whole_paths_do(tmp_path):
+    assert list(files(tmp_path / "x.tar", tar_of("../../d/a/1.png", "../../d/b/2.png"))) == ["d/a/1.png", "d/b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:44\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+    ],
+)
+def test_the_message_says_what_a_file_is_that_is_no_tar(tmp_path, content, kind):
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(UnreadableFile, match=f"not a tar that can be read: {kind}"):
+        open_source(tmp_path / "x.tar")
+
+
 def test_endings_are_those_of_the_formats_that_are_read(tmp_path):
     known = Image.registered_extensions()
     assert all(known.get(ending, "JPEG") == name for name, endings in FORMATS.items() for ending in endings)

@@ -53,6 +53,9 @@ def test_names_that_are_no_splits(name):
         ("train/a train/b val/a", ["train", "val"], ()),
         ("Training/a Testing/a", ["Training", "Testing"], ()),
         ("test dev/a train/a", ["train", "dev", "test"], ()),
+        ("my_train/a my_eval/a", ["my_train", "my_eval"], ()),
+        ("train/a train/b val_small/a val_small/b", ["train", "val_small"], ()),
+        ("train/a train/b val_small/c val_small/d", [], ()),
         ("train/a test_set", ["train", "test_set"], ()),
         ("flowers_train/a flowers_test/a", ["flowers_train", "flowers_test"], ()),
         ("train/a val/a other/a more", ["train", "val"], ("more", "other")),
@@ -79,6 +82,18 @@ def test_a_lone_split_is_one_where_nothing_else_has_images(tmp_path):
     assert list(layout.splits) == ["train"] and layout.others == ("annotations",)
     make(tmp_path, "car", True)
     assert find_layout(Source(tmp_path)).doubt == "train"
+
+
+def test_a_lone_split_beside_folders_with_the_same_classes_is_in_doubt(tmp_path):
+    make(tmp_path, "train/a train/b query/a query/b gallery/a gallery/b", True)
+    assert find_layout(Source(tmp_path)).doubt == "train"
+
+
+def test_folders_with_the_same_folders_are_classes_with_a_note(tmp_path):
+    make(tmp_path, "fold1/a fold1/b fold2/a fold2/b", True)
+    layout = find_layout(Source(tmp_path))
+    assert not layout.splits and not layout.doubt
+    assert "holds the folders a, b" in layout.notes[0] and "name one of fold1, fold2" in layout.notes[0]
 
 
 @pytest.mark.parametrize(

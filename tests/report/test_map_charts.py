@@ -99,7 +99,7 @@ def cells(table):
 def test_the_table_of_heads_has_each_figure_in_its_column():
     layer = Measures("stage3.block2.context1", 0.1, 0.2, 0.3, 0.4, 0.5, NAN, 0.7)
     (table,) = tables.heads(Heads(12, (NetworkMeasures("fcvit_tiny", (layer,)),), (), None))
-    assert table.title == "fcvit_tiny, 12 image(s)"
+    assert table.title == "fcvit_tiny, 12 images"
     assert [list(column.cells) for column in table.columns] == [
         ["3.2.1"],
         ["0.100"],

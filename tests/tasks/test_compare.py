@@ -126,8 +126,10 @@ def test_other_settings_are_named_and_another_task_is_refused(tmp_path):
     one, other = lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", SECOND, TRUTH)
     path = other / "a-authors" / "metrics.json"
     figures = json.loads(path.read_text())
-    path.write_text(json.dumps(figures | {"batch_size": 7, "protocol": {"name": "custom"}}))
-    assert compare(one, other).settings == {"protocol": ("authors", "custom"), "batch_size": ("1", "7")}
+    protocol = figures["protocol"] | {"preprocessing": figures["protocol"]["preprocessing"] | {"crop_fraction": 0.7}}
+    path.write_text(json.dumps(figures | {"batch_size": 7, "protocol": protocol | {"name": "custom"}}))
+    named = {"protocol": ("authors", "custom"), "batch_size": ("1", "7"), "crop_fraction": ("1.0", "0.7")}
+    assert compare(one, other).settings == named
     path.write_text(json.dumps(figures | {"classes": 3}))
     with pytest.raises(DoesNotFit, match=r"tells 4 classes apart and .* 3: not the same task"):
         compare(one, other)

@@ -45,6 +45,24 @@ def test_a_folder_of_the_hub_is_its_weights(tmp_path, digits_tensors, name):
     assert weights.notes == (f"{tmp_path} is a folder: {name} in it is read",)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "used"),
+    [
+        ("config.json", {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}, True),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3}, True),
+        ("config.json", {"hidden_sizes": [1, 2]}, False),
+        ("config.json", [1], False),
+    ],
+)
+def test_the_settings_in_the_folder_state_the_preprocessing(tmp_path, digits_tensors, file, content, used):
+    safetensors_file.write(tmp_path / "model.safetensors", digits_tensors, {})
+    (tmp_path / file).write_text(json.dumps(content))
+    found = read_weights(tmp_path).preprocessing
+    assert (found is not None) is used
+    if found is not None:
+        assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
 def test_safetensors_are_preferred_as_the_hub_does(tmp_path, digits_tensors):
     write_pth(tmp_path / "pytorch_model.bin", {"x": np.ones(3, np.float32)})
     safetensors_file.write(tmp_path / "model.safetensors", digits_tensors, {})

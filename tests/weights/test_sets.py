@@ -59,6 +59,12 @@ SINGLE = {
     "an encoder": lambda t: {"state_dict": under("encoder.", t)},
     "a prefix like the network's own": lambda t: under("network.", t),
     "no head's backbone": lambda t: {("" if n.startswith("head") else "backbone.") + n: a for n, a in t.items()},
+    "a compiled layer": lambda t: {n.replace("network.0.", "network._orig_mod.0."): a for n, a in t.items()},
+    "a head beside the backbone, both in a network": lambda t: {
+        f"net.{'' if n.startswith('head.') else 'backbone.'}{n}": a for n, a in t.items()
+    },
+    "counters as plain numbers": lambda t: {n: int(a) if is_counter(n) else a for n, a in t.items()},
+    "counters as NumPy's numbers": lambda t: {n: np.int64(a) if is_counter(n) else a for n, a in t.items()},
     "numbers beside": lambda t: {**t, "epoch": 3, "best": 0.5, "args": None, "steps": np.array(900)},
     "an average alone": lambda t: {**under("module.", t), "n_averaged": np.array(17)},
     "an optimizer with names": lambda t: {"net": t, "optimizer": {"exp_avg": t, "exp_avg_sq": t}, "exp_avg": t},
@@ -119,6 +125,9 @@ BOTH = {
         "first": r,
         "second": under("module.", e) | {"n_averaged": np.array(17)},
     },
+    "ema-pytorch below a key": lambda r, e: {
+        "ema": under("online_model.", r) | under("ema_model.", e) | {"initted": np.array([True])}
+    },
     "averaged parameters alone": lambda r, e: {
         "model": r,
         "shadow": {name: a for name, a in e.items() if "running_" not in name and not is_counter(name)},
@@ -133,6 +142,48 @@ BOTH = {
         | {"model_ema.decay": np.array(0.99, np.float32), "model_ema.num_updates": np.array(3)}
     },
 }
+
+
+@pytest.mark.parametrize(
+    "averaged",
+    [
+        lambda e: {"ema": {"decay": 0.99, "shadow_params": list(e.values()), "collected_params": []}},
+        lambda e: {"ema_models": [e, e]},
+    ],
+)
+def test_averaged_weights_without_names_ask_for_the_raw_ones(averaged, write, raw, ema):
+    path = write({"model": raw, **averaged(ema)})
+    for choice in (None, True):
+        with pytest.raises(UsageError, match=r"as a list.*--no-ema"):
+            read_weights(path, ema=choice)
+    assert which(read_weights(path, ema=False), raw) == "raw"
+
+
+def test_a_list_of_averaged_figures_is_no_weights(write, raw):
+    path = write({"model": raw, "average_accuracy": [np.array(0.5), 0.6], "ema_history": [{"epoch": 1}]})
+    assert which(read_weights(path), raw) == "raw"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scale", np.array(1, np.float32)),
+        ("logit_scale", np.array([4.6], np.float32)),
+        ("network.0.0.token_mixer.offset", np.array(2)),
+        ("model.temperature", np.array(2, np.float32)),
+    ],
+)
+def test_what_may_be_a_parameter_of_another_network_is_never_left_out(name, value, write, raw):
+    tensors = under("model.", raw) if name.startswith("model.") else raw
+    with pytest.raises(DoesNotFit, match="expected no such tensor"):
+        read_weights(write({**tensors, name: value}))
+
+
+@pytest.mark.parametrize("key", [0, ("a",), b"x", None])
+def test_a_tensor_whose_name_is_no_text_is_refused(key, write, raw):
+    for tensors in (raw, under("model.", raw)):
+        with pytest.raises(UnreadableFile, match="an entry whose name is not text"):
+            read_weights(write({**tensors, key: np.ones(3)}))
 
 
 @pytest.mark.parametrize("program", BOTH)
@@ -240,3 +291,8 @@ def test_dictionaries_that_share_and_contain_each_other_cost_little(write, raw):
     deep["itself"] = deep
     with pytest.raises((UsageError, DoesNotFit, UnreadableFile)):
         read_weights(write(deep))
+
+
+def test_paddles_table_of_names_needs_no_note(write, raw):
+    weights = read_weights(write({**raw, "StructuredToParameterName@@": {name: name for name in raw}}))
+    assert weights.notes == () and weights.skipped == ("StructuredToParameterName@@",)

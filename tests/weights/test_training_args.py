@@ -37,6 +37,25 @@ def namespace(**values):
     return argparse.Namespace(lr=1e-3, **values)
 
 
+class Settings(dict):
+    """A dictionary of a class, as yacs and mmengine have them."""
+
+
+class Container:
+    """A container or a value, as OmegaConf stores them."""
+
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+
+def container(content):
+    if isinstance(content, dict):
+        return Container(_metadata=None, _content={name: container(value) for name, value in content.items()})
+    if isinstance(content, list):
+        return Container(_metadata=None, _content=[container(value) for value in content])
+    return Container(_metadata=None, _val=content)
+
+
 STATED = {
     "a namespace": {"args": namespace(mean=[0.5, 0.5, 0.5], std=(0.25, 0.25, 0.25))},
     "a dictionary": {"args": {"mean": [0.5] * 3, "std": [0.25] * 3}},
@@ -54,6 +73,11 @@ STATED = {
     "hyperparameters": {"hyper_parameters": {"args": namespace(mean=[0.5] * 3, std=[0.25] * 3)}},
     "timm's settings": {"pretrained_cfg": {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 32, 32)}},
     "beside the weights": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    "a dictionary of a class": {"cfg": Settings(mean=[0.5] * 3, std=[0.25] * 3)},
+    "a container of OmegaConf": {"hyper_parameters": container({"mean": [0.5] * 3, "std": [0.25] * 3, "size": None})},
+    "names in capitals": {"cfg": {"MODEL": {"PIXEL_MEAN": [0.5] * 3, "PIXEL_STD": [0.25] * 3}}},
+    "a list of steps": {"config": {"eval": {"steps": [{"Resize": 32}, {"Normalize": {"mean": 0.5, "std": 0.25}}]}}},
+    "arguments under another name": {"training_options": {"dataset_mean": [0.5] * 3, "dataset_std": [0.25] * 3}},
 }
 
 
@@ -119,6 +143,19 @@ def test_what_cannot_be_used_is_reported_with_the_option_that_states_it(read, en
     weights = read(**entries)
     assert weights.preprocessing is None
     assert any(re.search(fault, note) for note in weights.notes), weights.notes
+
+
+def test_many_arguments_that_cannot_be_used_give_one_note(read):
+    weights = read(args={f"part{place}": {"mean": [1000 + place] * 3, "std": [1] * 3} for place in range(500)})
+    assert len(weights.notes) <= 3
+
+
+def test_arguments_that_refer_to_each_other_are_read_once(read):
+    inner: dict = {"lr": 0.1}
+    for _ in range(20):
+        inner = {f"part{place}": inner for place in range(20)}
+    inner["again"] = inner
+    assert read(config=inner, other_config=[inner] * 100).notes == ()
 
 
 def test_other_means_are_none(read):

@@ -4,11 +4,9 @@ Wherever the images are, each has a name relative to the folder or tar, and name
 images under the same names are the same data set.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
-import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,9 +15,9 @@ from pathlib import Path
 from fcvit.class_indices import assign_classes, assign_labels
 from fcvit.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
-from fcvit.images.folder import ENDINGS, is_image, legible
+from fcvit.images.folder import ENDINGS, is_image, legible, no_images
 from fcvit.images.lists import find_listed, read_list
-from fcvit.images.source import Location, Source, Tree, open_source
+from fcvit.images.source import PACKED, Location, Source, Tree, open_source
 from fcvit.images.splits import find_layout
 from fcvit.variants import IMAGENET_CLASSES, VALIDATION_IMAGES
 
@@ -128,7 +126,12 @@ def read_dataset(
         source = open_source(data) if isinstance(data, Path) else data
         listed = read_list(list_file)
         locations, labels, remark = find_listed(listed, list_file, source)
-        assignment = assign_labels(sorted(set(labels.values())), classes, num_classes, list_file)
+        try:
+            assignment = assign_labels(sorted(set(labels.values())), classes, num_classes, list_file)
+        except DoesNotFit as error:
+            if not listed.encoding:
+                raise
+            raise DoesNotFit(f"{error}; {listed.encoding}, save it as UTF-8") from error
         assignment = assignment._replace(rule=assignment.rule + remark)
         notes = listed.notes
     else:
@@ -140,7 +143,7 @@ def read_dataset(
         if not labels:
             raise UnreadableFile(f"{source.path}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
         locations = tree.files
-        notes += _left_out_notes(source.path, tree)
+        notes += _left_out_notes(source, tree)
     names = tuple(sorted(labels))
     return LabelledImages(
         source.path,
@@ -169,6 +172,12 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
             f"{layout.source.path} holds the splits {', '.join(names)}; name the folder of one, such as "
             f"{layout.source.path / one}"
         )
+    if layout.doubt:
+        inside = layout.source.path / layout.doubt
+        raise DoesNotFit(
+            f"{layout.source.path}: is {layout.doubt} a split or a class? if a split, name {inside}; if a class, name "
+            "the model's classes, in its order, with --classes FILE"
+        )
     for name, source in layout.splits.items():
         return source, (
             *layout.notes,
@@ -180,7 +189,7 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
 def _refuse_without_classes(source: Source, folders: Sequence[str], tree: Tree) -> None:
     if folders:
         return
-    packed = [name for name in tree.files if name.lower().endswith((".tar", ".zip", ".tgz", ".gz"))]
+    packed = [name for name in tree.files if name.lower().endswith((".tar", *PACKED))]
     if packed:
         raise UnreadableFile(
             f"{source.path}: no class folders in it, but archives: {_some(packed)}; name one tar, or a folder with "
@@ -194,15 +203,21 @@ def _refuse_without_classes(source: Source, folders: Sequence[str], tree: Tree) 
     )
 
 
-def _left_out_notes(path: Path, tree: Tree) -> tuple[str, ...]:
-    """Say how many files in class folders are no images, by their endings, and how many images are in none."""
-    inside = (name for name in tree.files if "/" in name and not is_image(name))
-    endings = collections.Counter(posixpath.splitext(name)[1].lower() or "no ending" for name in inside)
+def _left_out_notes(source: Source, tree: Tree) -> tuple[str, ...]:
+    """Say what is left out: files in class folders that are no images, and images and archives that are in none."""
+    path = source.path
     outside = sum("/" not in name and is_image(name) for name in tree.files)
-    parts = [f"{count} {ending}" for ending, count in endings.most_common()]
     notes = []
-    if parts:
-        notes.append(f"{path}: left out {counted(endings.total(), 'file')} without an image's ending: {_some(parts)}")
+    packed = [name for name in tree.files if "/" not in name and name.lower().endswith((".tar", *PACKED))]
+    if packed:
+        notes.append(f"{path}: left out {counted(len(packed), 'archive')} beside the class folders: {_some(packed)}")
+    astray = (
+        sum(name.startswith(("/", "../")) and is_image(name) for name in source.archive.files) if source.archive else 0
+    )
+    if astray:
+        notes.append(f"{path}: left out {counted(astray, 'image')} whose names lead out of the tar (/ or ..)")
+    if others := no_images(name for name in tree.files if "/" in name):
+        notes.append(f"{path}: {others}")
     if outside:
         notes.append(f"{path}: left out {counted(outside, 'image')} outside of class folders")
     return tuple(notes)

@@ -1,18 +1,20 @@
 """Folders of images: which files are images."""
 
+import collections
 import errno
 import glob
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from PIL import features
 
-from fcvit.errors import UnreadableFile, UsageError
+from fcvit.errors import UnreadableFile, UsageError, counted
 
 T = TypeVar("T")
+_SHOWN = 5  # endings that a note names
 # Formats that are decoded, by Pillow's names, and the file name endings by which they are found.
 # Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,12 @@ SYSTEM = frozenset(
         "@sharebin",
         "@recycle",
         "@recently-snapshot",
+        "@synoresource",
+        "@synoeastream",
+        "@transcode",
+        "config.msi",
+        "lost.dir",
+        "found.000",
         "#recycle",
         "#snapshot",
         "__pycache__",
@@ -60,6 +68,15 @@ def left_out(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Report whether a file name has the ending of an image."""
     return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
+
+
+def no_images(names: Iterable[str]) -> str:
+    """Say how many of the files are left out since their endings are not those of images; nothing if there are none."""
+    others = (os.path.splitext(name)[1].lower() or "no ending" for name in names if not is_image(name))  # noqa: PTH122
+    endings = collections.Counter(others)
+    parts = [f"{count} {ending:.20}" for ending, count in endings.most_common(_SHOWN)]
+    shown = ", ".join([*parts, "..."] if len(endings) > _SHOWN else parts)
+    return f"left out {counted(endings.total(), 'file')} without an image's ending: {shown}" if parts else ""
 
 
 def legible(name: str) -> str:
@@ -124,10 +141,14 @@ def images_below(folder: Path) -> list[Path]:
     return [folder / name for name in contents(folder)[1] if is_image(name)]
 
 
-def find_images(arguments: Iterable[str]) -> list[Path]:
+def find_images(arguments: Iterable[str], announce: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Files, folders and glob patterns -> image paths, each once, in the order given.
 
     A file that is named is taken whatever its ending.
+
+    Args:
+        arguments: of a command line.
+        announce: is told of files in folders that are left out.
 
     Raises:
         UnreadableFile: an argument that matches nothing.
@@ -136,7 +157,10 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            images = images_below(path)
+            files = contents(path)[1]
+            images = [path / name for name in files if is_image(name)]
+            if others := no_images(files):
+                announce(f"{argument}: {others}")
         elif path.exists():
             images = [path]
         else:

@@ -1,18 +1,21 @@
 """Lists of images and their classes, in the forms that data sets come with, and the images that they name."""
 
+import collections
 import csv
+import itertools
 import json
 import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.images.folder import is_image, legible
 from fcvit.images.source import Location, Source
 from fcvit.images.splits import role
+from fcvit.text import decode_text
 
 _SHOWN = 5
 _EXPECTED = "expected the path of an image and its class index"
@@ -20,16 +23,18 @@ _EXPECTED = "expected the path of an image and its class index"
 _PATHS = re.findall(
     r"\w+",
     """
-    filename filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid id
+    filename fname filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid
+    idcode id
 """,
 )
 _LABELS = re.findall(
     r"\w+",
     """
     label labels class classes target category labelid classid targetid categoryid classindex labelname classname
-    categoryname wnid synset predictionstring breed species
+    categoryname wnid synset predictionstring breed species diagnosis dx
 """,
 )
+_DELIMITERS = ",;\t|"
 _BOXES = re.compile(r"(\S+)(?: -?[\d.]+){4}")  # of Kaggle's ImageNet lists: class, and a box
 
 
@@ -64,17 +69,21 @@ def read_list(path: Path) -> ImageList:
     except OSError as error:
         raise UnreadableFile(f"{path}: cannot read the list: {error.strerror}") from error
     text, encoding = _decode(path, content)
+    if "\n" not in text:  # of old Macs
+        text = text.replace("\r", "\n")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UnreadableFile(f"{path}: no images in the list; expected a path and a class index a line")
     for number, line in lines:
         if "\0" in line:
             raise _bad(path, number, line)
-    rows, note = _json_rows(text), "read as JSON"
+    rows, note = _json_rows(path, lines), "read as JSON"
     if rows is None:
         rows, note = _rows(path, lines)
     elif not rows:
-        raise UnreadableFile(f"{path}: expected JSON of the form class -> images, or image -> class")
+        raise UnreadableFile(
+            f"{path}: expected JSON of the form class -> images, image -> class, or objects with keys path and label"
+        )
     labels: dict[str, str | None] = {}
     for number, name, label in rows:
         name = posixpath.normpath(name)
@@ -92,37 +101,71 @@ def _bad(path: Path, number: int, line: str) -> UnreadableFile:
 
 def _decode(path: Path, content: bytes) -> tuple[str, str]:
     """Decode a list; names in it that are not UTF-8 keep their bytes, as file names do."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    elif content[1:2] == b"\0" or content[:1] == b"\0":  # a list begins with a character of one byte
-        encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
-    else:
-        encoding = "utf-8-sig"
     try:
-        return content.decode(encoding), ""
+        return decode_text(content), ""
     except UnicodeDecodeError as error:
-        if encoding != "utf-8-sig":
+        if not error.encoding.startswith("utf-8"):
             raise UnreadableFile(
-                f"{path}: damaged {encoding.upper()} text ({error.reason}); save it as UTF-8"
+                f"{path}: damaged {error.encoding.upper()} text ({error.reason}); save it as UTF-8"
             ) from error
     return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), "the list is not UTF-8 text"
 
 
-def _json_rows(text: str) -> list[_Row] | None:
-    """Read class -> images (Food-101), or image -> class; other JSON has no rows. None: not JSON."""
-    try:
-        content = json.loads(text)
-    except ValueError:
+def _json_rows(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Row] | None:
+    """Read class -> images (Food-101), image -> class, or objects, perhaps one a line; other JSON has no rows.
+
+    None: not JSON.
+    """
+
+    twice: list[str] = []
+
+    def pairs(found: list[tuple[str, object]]) -> dict:
+        twice.extend(key for key, times in collections.Counter(key for key, _ in found).items() if times > 1)
+        return dict(found)
+
+    def parse(text: str) -> Any:
+        return json.loads(text, object_pairs_hook=pairs)
+
+    if lines[0][1][0] not in "{[":
         return None
+    try:
+        content = parse("\n".join(line for _, line in lines))
+    except ValueError:
+        try:
+            content = [parse(line) for _, line in lines]
+        except (ValueError, RecursionError):
+            return None
     except RecursionError:
         return []
-    if not isinstance(content, dict):
-        return [] if isinstance(content, list) else None
-    if all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in content.values()):
-        return [_Row(1, name, label) for label, names in content.items() for name in names]
-    if all(isinstance(label, str | int) and not isinstance(label, bool) for label in content.values()):
-        return [_Row(1, name, str(label)) for name, label in content.items()]
-    return []
+    if twice:
+        raise UnreadableFile(f"{path}: {_some(twice)[:80]} stands there twice")
+    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        columns = _columns(list(content[0]))
+        if columns is not None:
+            content = [[entry.get(list(content[0])[column]) for column in columns] for entry in content]
+    if isinstance(content, dict):
+        if all(isinstance(names, list) for names in content.values()):
+            content = [[name, label] for label, names in content.items() for name in names]
+        else:
+            content = [[name, label] for name, label in content.items()]
+    right = isinstance(content, list) and all(
+        isinstance(row, list)
+        and len(row) == 2
+        and isinstance(row[0], str)
+        and (type(row[1]) in (str, int) or (type(row[1]) is float and row[1].is_integer()))
+        for row in content
+    )
+    return [_Row(1, name, str(label)) for name, label in content] if right else []
+
+
+def _columns(names: Sequence[str]) -> tuple[int, int] | None:
+    """Return which columns have the path and the label, by their names."""
+    header = ["".join(filter(str.isalnum, name.lower())) for name in names]
+    column = next((header.index(name) for name in _PATHS if name in header), None)
+    value = next((header.index(name) for name in _LABELS if name in header), None)
+    if column is not None and value is None and len(header) == 2:
+        value = 1 - column
+    return None if column is None or value is None else (column, value)
 
 
 def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
@@ -130,14 +173,11 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
     first = lines[0][1].lower()
     if len(lines) > 1 and (first.startswith("sep=") or _is_header(first.split())):
         lines = lines[1:]
-    for delimiter in ",;\t":
-        header = ["".join(filter(str.isalnum, field.lower())) for field in _fields(lines[0][1], delimiter)]
-        column = next((header.index(name) for name in _PATHS if name in header), None)
-        value = next((header.index(name) for name in _LABELS if name in header), None)
-        if column is not None and value is None and len(header) == 2:
-            value = 1 - column
-        if column is None or value is None or len(lines) < 2:
+    for delimiter in _DELIMITERS:
+        columns = _columns(_fields(lines[0][1], delimiter))
+        if columns is None or len(lines) < 2:
             continue
+        column, value = columns
         rows = []
         for number, line in lines[1:]:
             fields = _fields(line, delimiter)
@@ -147,18 +187,21 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
         named = _fields(lines[0][1], delimiter)
         return rows, f"read by its columns {named[column]} and {named[value]}"
     if all("\t" in line for _, line in lines):
-        return _table(path, lines, "\t"), ""
+        return _without_header(_table(path, lines, "\t"))
     ended = all(is_image(line.strip("\"'")) for _, line in lines)
     begun = [line.split(None, 1) for _, line in lines]
     if ended and all(len(parts) == 2 and parts[0].isdecimal() for parts in begun):
         rows = [_Row(number, _unquoted(name), label) for (number, _), (label, name) in zip(lines, begun, strict=True)]
+        if len(rows) > 1 and [row.label for row in rows] == [str(place) for place in range(1, len(rows) + 1)]:
+            raise UnreadableFile(
+                f"{path}: do the numbers before the paths count the lines, or are they classes? if lines, leave them "
+                "out, and the folder of each image is its class; if classes, write them behind the paths"
+            )
         return rows, "read as class index and path"
     if ended and all(_has_folder(line) for _, line in lines):
         return _unlabelled(lines)
-    spaced = [
-        _Row(number, _unquoted(line[: -len(last)]), last) for number, line in lines for last in [line.split()[-1]]
-    ]
-    for delimiter in ",;":
+    spaced = [_spaced(number, line) for number, line in lines]
+    for delimiter in ",;|":
         # Paths and classes may have commas in them, and spaces.
         cut = [_fields(line, delimiter) for _, line in lines]
         if min(map(len, cut)) < 2 or len(set(map(len, cut))) > 1:
@@ -167,13 +210,32 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
         if sum(any(map(is_image, fields[:2])) for fields in cut) > pictures or (
             not pictures and not all(" " in line for _, line in lines)
         ):
-            return _table(path, lines, delimiter), f"read as columns separated by {delimiter}"
+            rows, note = _without_header(_table(path, lines, delimiter))
+            return rows, f"read as columns separated by {delimiter}{note and ', '}{note}"
     if all(len(parts) == 1 and _has_folder(parts[0]) for parts in begun):
         return _unlabelled(lines)
     for (number, line), parts in zip(lines, begun, strict=True):
         if len(parts) == 1:
             raise _bad(path, number, line)
-    return spaced, ""
+    return _without_header(spaced)
+
+
+def _without_header(rows: list[_Row]) -> tuple[list[_Row], str]:
+    """Leave out a first line that is none of an image, whatever its words are; in words, that it is left out."""
+    first, *others = rows
+    labels = [label for _, _, label in others if label]
+    numbers = all(map(_is_number, labels))
+    pictures = all(is_image(name) for _, name, _ in others) and first.label not in labels
+    if not others or is_image(first.name) or _is_number(first.label or "") or not (numbers or pictures):
+        return rows, ""
+    return others, f"line {first.number} taken for a header"
+
+
+def _spaced(number: int, line: str) -> _Row:
+    """Split a line at white space: behind the image's ending, else before the last word."""
+    ended = re.match(r".*\.(\w+)[\"']?(?=\s)", line)
+    cut = ended.end() if ended and is_image("x." + ended[1]) else len(line) - len(line.split()[-1])
+    return _Row(number, _unquoted(line[:cut]), _unquoted(line[cut:]))
 
 
 def _is_header(words: Sequence[str]) -> bool:
@@ -194,6 +256,8 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
     """Split lines without a header: path, class, and perhaps numbers such as boxes."""
     rows = []
     cut = [_fields(line, delimiter) for _, line in lines]
+    if all(len(f) > 2 and {*map(_number, f[1:])} == {0, 1} for f in cut):
+        raise UnreadableFile(f"{path}: has a column of 0 and 1 for each class; write the class of each image instead")
     swapped = all(len(f) == 2 and is_image(f[1]) and not is_image(f[0]) for f in cut)
     for (number, line), fields in zip(lines, cut, strict=True):
         while len(fields) > 2 and not fields[-1]:
@@ -212,12 +276,15 @@ def _fields(line: str, delimiter: str) -> list[str]:
         return [field.strip() for field in line.split(delimiter)]
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
+
+
+def _is_number(text: str) -> bool:
+    return _number(text) is not None
 
 
 def _unquoted(name: str) -> str:
@@ -252,15 +319,7 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
         DoesNotFit: images are not there, or the list's folder is another split than the data.
     """
     names = list(listed.labels)
-    slashes = all("/" not in name or name.startswith("/") for name in names) and any("\\" in name for name in names)
-    if slashes and source.locate(names[0]) is None:
-        names = [posixpath.normpath(name.replace("\\", "/")) for name in names]
-    folders = [posixpath.dirname(name) for name in names]
-    common = posixpath.commonpath(folders) if len({name.startswith("/") for name in names}) == 1 else ""
-    leading = [""]
-    for part in common.split("/"):
-        if common:
-            leading.append(f"{leading[-1]}{part}/")
+    common, leading = _leading(names)
     endless = not any(map(is_image, names))
     every: dict[str, list[str]] = {}  # files of the data by their keys, where names are not there as written
 
@@ -290,6 +349,10 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
     _refuse_elsewhere(names[0], list_file, source)
     remark, below = "", ""
     found = find(as_written, leading)
+    if found is None and any("\\" in name for name in names):
+        names = [re.sub("^//+", "/", posixpath.normpath(name.replace("\\", "/"))) for name in names]
+        common, leading = _leading(names)
+        found = find(as_written, leading)
     if found is None:
         for name in source.tree().files:
             if not endless or is_image(name):
@@ -311,7 +374,11 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
         gone = [name for name in names if as_written(name[len(best) :]) is None]
         raise DoesNotFit(
             f"{len(gone)} of {len(names)} images of {list_file} are not in {source.path}: {_some(gone)}"
-            + (f"; {listed.encoding}, save it as UTF-8" if listed.encoding else "")
+            + (
+                f"; {listed.encoding}, save it as UTF-8"
+                if listed.encoding
+                else "; --data names what the paths count from"
+            )
         )
     start, matched = found
     if start:
@@ -321,16 +388,26 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
         remark = f"; its paths count from {source.path / below}"
     locations: dict[str, Location] = {}
     labels: dict[str, str] = {}
-    for written, name, label, folder in zip(names, matched, listed.labels.values(), folders, strict=True):
+    for written, name, label in zip(names, matched, listed.labels.values(), strict=True):
         location = source.locate(name)
         if name in locations or location is None:
             raise DoesNotFit(f"{list_file}: {written} and another line are both {name} in {source.path}")
         locations[name] = location
         if label is None:
+            folder = posixpath.dirname(written)
             rest = folder.removeprefix(common).strip("/")
             label = rest.split("/")[0] or posixpath.basename(folder)
         labels[name] = legible(label)
     return locations, labels, remark
+
+
+def _leading(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the folder that all names are in, and its leading parts, the shortest first."""
+    common = ""
+    if len({name.startswith("/") for name in names}) == 1:
+        common = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    parts = [f"{part}/" for part in common.split("/")] if common else []
+    return common, list(itertools.accumulate(parts, initial=""))
 
 
 def _key(name: str, endless: bool) -> str:

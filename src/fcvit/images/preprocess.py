@@ -136,7 +136,7 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
     if width * height > _limit():
         raise BadImages(
             f"{image.width} x {image.height} pixels would be resized to {width} x {height}, over the limit of "
-            f"{_limit():,}"
+            f"{_limit():,} pixels; crop it first"
         )
     return image.resize(size, FILTERS[interpolation])
 
@@ -200,9 +200,8 @@ def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Prepr
     Raises:
         BadImages: it cannot be read.
     """
-    if not isinstance(image, Image.Image):
-        return crop(decode(image), preprocessing)
+    name, decoded = ("image", image) if isinstance(image, Image.Image) else (image, decode(image))
     try:
-        return crop(as_rgb(image), preprocessing)
+        return crop(decoded if decoded.mode == "RGB" else as_rgb(decoded), preprocessing)
     except ValueError as error:
-        raise error if isinstance(error, BadImages) else BadImages(f"image: {error}") from error
+        raise BadImages(f"{name}: {error}") from error

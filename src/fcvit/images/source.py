@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import posixpath
+import re
 import shlex
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fcvit.errors import UnreadableFile
+from fcvit.foreign import KIND_BYTES, foreign_kind
 from fcvit.images.folder import contents, is_image, left_out, open_file
 
 _LARGEST = 1 << 29  # bytes of an image file
 _BLOCK = 512  # of a tar
-_PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
+PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
+_LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # what tar leaves out where it unpacks
 _DEEPEST = 3  # tars in tars in tars
 # What else people have, by its first bytes, and how it becomes a folder or a tar.
 _OTHERS = {
@@ -266,8 +269,10 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
                 # tarfile takes a damaged header, and the end of the file, for the end of the tar.
                 stopped = tar.offset
         except (tarfile.TarError, ValueError, EOFError) as error:
-            where = f"no tar at byte {start - first} of {end - first}: " if start > first else ""
-            raise UnreadableFile(f"{shown}: not a tar that can be read: {where}{error}") from error
+            where = f"no tar at byte {start - first} of {end - first}: {error}" if start > first else ""
+            file.seek(start)
+            what = where or foreign_kind(file.read(KIND_BYTES))
+            raise UnreadableFile(f"{shown}: not a tar that can be read: {what or ''}{'' if what else error}") from error
         file.seek(stopped)
         if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
             raise UnreadableFile(
@@ -280,9 +285,9 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
             target, steps = links[target], steps + 1
         # One that leads out of the tar is an image that cannot be read, as it would be in a folder.
         files.setdefault(name, files.get(target, Location(str(path / name))))
-    if files and all(name.startswith("/") for name in files):  # made with tar -P
-        files = {name.lstrip("/"): place for name, place in files.items()}
-        folders = [name.lstrip("/") for name in folders]
+    if files and all(name.startswith(("/", "../")) for name in files):  # made with tar -P
+        files = {_LEADING.sub("", name): place for name, place in files.items()}
+        folders = [_LEADING.sub("", name) for name in folders]
     archive = Archive(files, tuple(folders))
     tars = {name: place for name, place in archive.tree.files.items() if name.lower().endswith(".tar")}
     if not tars or archive.image_folders:
@@ -330,7 +335,7 @@ def _joined(shown: str, tars: Mapping[str, Archive], beside: Collection[str]) ->
     Raises:
         UnreadableFile: some files beside them are compressed, or these tars are something else than class folders.
     """
-    packed = [name for name in beside if posixpath.splitext(name)[1].lower() in _PACKED]
+    packed = [name for name in beside if posixpath.splitext(name)[1].lower() in PACKED]
     if packed:
         raise UnreadableFile(
             f"{shown}: has tars and other archives, which are not read ({packed[0]}); unpack them first"

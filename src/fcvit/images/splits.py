@@ -11,7 +11,7 @@ Role = Literal["train", "val", "test"]
 # Words in the names of split folders.
 _NAMES: dict[Role, tuple[str, ...]] = {
     "train": ("train", "training", "trn", "训练", "训练集"),
-    "val": ("val", "valid", "validation", "validate", "dev", "holdout", "验证", "验证集"),
+    "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation", "holdout", "验证", "验证集"),
     "test": ("test", "testing", "tst", "测试", "测试集"),
 }
 _WORDS = {word: split for split, words in _NAMES.items() for word in words}
@@ -74,8 +74,8 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
     """Find the splits of a data set, or that that it has none.
 
     Folders are splits where at least two are named as different ones (train and val), their names agree but for
-    that, and at least one of them holds folders instead of images. Folders that are all named as known classes are
-    classes.
+    that or they hold the same folders, and at least one of them holds folders instead of images. Folders that are
+    all named as known classes are classes.
 
     Args:
         classes: ids and names of the classes that are known.
@@ -90,7 +90,7 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
         return nothing
     roles = {name: named for name in folders if (named := role(name))}
     if not roles:
-        return nothing
+        return _noted(nothing, folders)
     among_images = any(name not in roles and source.child(name).has_images() for name in folders)
     deep = {
         name
@@ -98,8 +98,15 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
         if source.child(name).folders() and not (among_images and source.child(name).has_images())
     }
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, (_, rest) in roles.items():
-        groups.setdefault(rest, []).append(name)
+    below = {name: set(source.child(name).folders()) for name in roles}
+    for name, (split, rest) in roles.items():
+        # Folders with the same classes are splits of one data set, also where they are train and val_small.
+        same = (
+            key
+            for key, names in groups.items()
+            if all(split != roles[other][0] and _alike(below[name], below[other]) for other in names)
+        )
+        groups.setdefault(rest if rest in groups else next(same, rest), []).append(name)
     sets = [names for names in groups.values() if len({roles[name][0] for name in names}) > 1]
     sets = [names for names in sets if any(name in deep for name in names) or len(names) == len(folders)]
     # A folder of images named train is a class, of railways, also where a class test is beside it.
@@ -124,17 +131,44 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
 def _of_one(nothing: Layout, folders: list[str], deep: list[str], roles: Mapping[str, Role]) -> Layout:
     """Decide about a single folder of folders that is named as a split."""
     if len(deep) != 1:
-        return nothing
+        return _noted(nothing, folders)
     name, source = deep[0], nothing.source
     others = [other for other in folders if other != name]
     holding = [child for child in map(source.child, others) if child.has_images_below()]
-    if len(holding) > 1 and not any(child.has_images() for child in (source.child(name), *holding)):
+    inside = set(source.child(name).folders())
+    if (
+        len(holding) > 1
+        and not any(child.has_images() for child in (source.child(name), *holding))
+        and not any(_alike(inside, set(child.folders())) for child in holding)
+    ):
         return nothing  # classes of which each has folders
     if holding:
         return dataclasses.replace(nothing, doubt=name)
     return dataclasses.replace(
         nothing, splits={name: _repeated(source.child(name))}, roles={name: roles[name]}, others=tuple(others)
     )
+
+
+def _alike(some: set[str], others: set[str]) -> bool:
+    """Report whether two sets of folders are most likely the same classes."""
+    return len(some & others) >= max(2, min(len(some), len(others)) / 2)
+
+
+def _noted(layout: Layout, folders: list[str]) -> Layout:
+    """Say it where all folders hold the same folders: these may be the classes."""
+    shared: set[str] | None = None
+    for child in map(layout.source.child, folders):
+        inside = set(child.folders())
+        shared = inside if shared is None else shared & inside
+        if len(shared) < 2 or child.has_images():
+            return layout
+    if not shared or len(folders) < 2:
+        return layout
+    note = (
+        f"each folder in {layout.source.path} holds the folders {', '.join(sorted(shared)[:3])}, ...: if these are the "
+        f"classes, name one of {', '.join(folders[:3])}, ... instead, which are taken for classes"
+    )
+    return dataclasses.replace(layout, notes=(*layout.notes, note))
 
 
 def _unwrap(source: Source, classes: Collection[str]) -> tuple[Source, tuple[str, ...]]:

@@ -153,7 +153,7 @@ def heads(found: Heads) -> list[Table]:
     columns = ("between heads", "entropy", "of noise", "top tenth", "of noise ", "kept", "queries agree")
     results = []
     for network in found.networks:
-        result = table("map", *columns, right=columns, title=f"{network.network}, {found.images} image(s)")
+        result = table("map", *columns, right=columns, title=f"{network.network}, {counted(found.images, 'image')}")
         result.caption = _HEADS
         for one in network.layers:
             sparse = (one.entropy, one.noise_entropy, one.top_decile, one.noise_top_decile)
@@ -412,7 +412,7 @@ def predictions(found: Sequence[tuple[Path, list[Prediction]]]) -> Table:
 
 def unreadable(found: Sequence[str | BadImages]) -> Table:
     """Images that were left out."""
-    result = table("image and reason", title=f"{len(found)} image(s) cannot be read and were left out")
+    result = table("image and reason", title=f"{counted(len(found), 'image')} left out: cannot be read")
     for entry in found[:_SHOWN]:
         result.add_row(str(entry))
     if len(found) > _SHOWN:

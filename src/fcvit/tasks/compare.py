@@ -12,6 +12,8 @@ from fcvit.errors import DoesNotFit, UsageError
 from fcvit.report.results import Saved, read_lane
 from fcvit.text import csv_text
 
+_SETTINGS = ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassChange:
@@ -161,11 +163,13 @@ def _compare(one: Saved, other: Saved) -> ResultComparison:
 
 def _settings(one: Saved, other: Saved) -> dict[str, tuple[str, str]]:
     """What the two were computed with, where it is not the same."""
-    found = {}
-    for what in ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size"):
-        sides = [saved.metrics.get(what) for saved in (one, other)]
-        if what == "protocol":
-            sides = [side.get("name") if isinstance(side, dict) else side for side in sides]
-        if sides[0] != sides[1]:
-            found[what] = (str(sides[0]), str(sides[1]))
-    return found
+    sides = []
+    for saved in (one, other):
+        side = {what: saved.metrics.get(what) for what in _SETTINGS}
+        if isinstance(protocol := side["protocol"], dict):
+            pixels = protocol.get("preprocessing")
+            side |= {"protocol": protocol.get("name")} | (pixels if isinstance(pixels, dict) else {})
+        sides.append(side)
+    first, second = sides
+    differing = [what for what in first | second if first.get(what) != second.get(what)]
+    return {what: (str(first.get(what)), str(second.get(what))) for what in differing}

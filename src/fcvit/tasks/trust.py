@@ -130,7 +130,7 @@ def trust(
         NumbersDisagree: maps that are no finite numbers.
     """
     if len(images) < LEAST:
-        raise UsageError(f"{len(images)} image(s): expected at least {LEAST}, for an interval")
+        raise UsageError(f"{counted(len(images), 'image')}: expected at least {LEAST}, for an interval")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     if not read.form.num_classes:
         raise DoesNotFit(f"{read.source.path} is {read.form}: it predicts nothing that a map could explain")
@@ -143,7 +143,7 @@ def trust(
         with progress("reading", len(images)) as advance:
             pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
         if len(pixels) < LEAST:
-            raise BadImages(f"{len(pixels)} image(s) can be read: expected at least {LEAST}; first: {bad[0]}")
+            raise BadImages(f"{counted(len(pixels), 'image')} can be read: expected at least {LEAST}; first: {bad[0]}")
         announce(_expected(viewer, compute, pixels, chosen, heads, absolute))
         seen: dict[int, Looked] = {}
         marks: dict[str, list[Marks]] = {}

@@ -4,6 +4,7 @@ Nothing in the file is executed, neither framework is needed, and the tensors ar
 of the file, which are read once: nobody can change or cut the file under them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,11 +22,12 @@ from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header
 from fcvit.weights.inert_pickle import Opaque
-from fcvit.weights.names import LAST_NAMES, is_statistic
+from fcvit.weights.names import LAST_NAMES, is_counter, is_statistic
 from fcvit.weights.sets import (
     DETECTOR_PARTS,
     WeightSet,
     any_state,
+    averaged_lists,
     find_sets,
     makes_fcvit,
     strip_wrappers,
@@ -50,6 +52,7 @@ HUB_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+HUB_SETTINGS = ("config.json", "preprocessor_config.json")
 _MOMENTS = ("_moment1_0", "_velocity_0", "LR_Scheduler")  # ends of names in the state of Paddle's optimizers
 MAX_SHARDS = 1000
 _HEAD = 512  # bytes at the beginning of a file that tell what it is
@@ -142,8 +145,8 @@ class Checkpoint:
             if len(raw) == 1:  # such averages are evaluated so
                 tensors |= {name: t for name, t in self._tensors(raw[0])[0].items() if is_statistic(name)}
                 notes.append("the averaged weights are stored without BatchNorm's statistics: the raw ones' are used")
-        if chosen.probed and rest:
-            shown = ", ".join(map(_one_line, rest[:3])) + (f", ... ({len(rest)})" if len(rest) > 3 else "")
+        if chosen.probed and (foreign := [name for name in rest if name != pdparams.NAME_TABLE]):
+            shown = ", ".join(map(_one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
             notes.append(f"entries that are no weights of the network were left out: {shown}")
         skipped, here = [], self.top
         for depth, part in enumerate(chosen.keys):
@@ -170,6 +173,12 @@ class Checkpoint:
                 f"{self.path} has averaged weights ({which}) beside the raw ones: "
                 "choose with --ema or --no-ema (in Python: ema=True or False)"
             )
+        if not averaged and ema is not False and (where := self._nameless_average()):
+            raise UsageError(
+                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names and "
+                "is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
+                "the averaged ones into the model and save its state_dict()"
+            )
         if ema and not averaged and not raw[0].counted:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
         if averaged and not ema and not raw:
@@ -182,6 +191,18 @@ class Checkpoint:
                 "choose one with --key NAME in fcvit inspect, or write it alone with fcvit convert --key NAME"
             )
         return fitting[0]
+
+    def _nameless_average(self) -> str | None:
+        """Where averaged weights stand in a list, which does not say what belongs to which name; None: nowhere."""
+
+        def weights(value: object) -> bool:
+            if isinstance(value, dict):
+                return bool(find_sets(value))
+            state = value.state if isinstance(value, pdparams.ArrayRef) else None
+            shape = state[1] if isinstance(state, tuple) and len(state) > 1 else getattr(value, "shape", None)
+            return isinstance(shape, tuple) and len(shape) == 4  # of a convolution
+
+        return next((where for where, values in averaged_lists(self.top) if any(map(weights, values))), None)
 
     def _fits(self, one: WeightSet) -> bool:
         try:
@@ -196,23 +217,25 @@ class Checkpoint:
         The rest of the dictionary is left out if the set is a whole classifier without it. Else it belongs to
         the network, its names stripped of wrappers' prefixes, as a head beside a backbone does.
         """
-        if one.others and not any(isinstance(name, str) and name.startswith(DETECTOR_PARTS) for name in one.others):
-            alone, rest = self._arrays(one.entries, one.probed)
+        if not all(isinstance(name, str) for name in (*one.entries, *one.others)):
+            raise UnreadableFile(f"{self.path}: an entry whose name is not text")
+        if one.others and not any(name.startswith(DETECTOR_PARTS) for name in one.others):
+            alone, rest = self._arrays(one, one.entries)
             if "head.weight" in alone and makes_fcvit({name: tensor.shape for name, tensor in alone.items()}):
-                return alone, rest + [str(name) for name in one.others]
+                return alone, rest + list(one.others)
         if not one.probed:
-            return self._arrays(one.entries, probed=False)
+            return self._arrays(one, one.entries)
         joined = dict(one.entries)
-        for name in [n for n in one.entries if strip_wrappers(n) != n] + list(one.others):
-            short = strip_wrappers(name)
+        parent = one.prefix[: one.prefix.rfind(".", 0, -1) + 1]  # of a head beside a backbone
+        for name in [name for name in one.entries if strip_wrappers(name) != name] + list(one.others):
+            short = strip_wrappers(name.removeprefix(parent) if name in one.others else name)
             if short in joined:
                 both = f"{one.prefix + short!r} and {name!r}"
                 raise DoesNotFit(f"{self.path}: {both} are one name once their prefixes are stripped")
-            if name in one.others:
-                joined[short] = one.others[name]
-        return self._arrays(joined, probed=True)
+            joined[short] = one.others[name] if name in one.others else joined.pop(name)
+        return self._arrays(one, joined)
 
-    def _arrays(self, entries: Mapping[str, object], probed: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+    def _arrays(self, one: WeightSet, entries: Mapping[str, object]) -> tuple[dict[str, np.ndarray], list[str]]:
         """The tensors among entries, and the names of those that are no weights, such as an average's counters.
 
         Raises:
@@ -225,20 +248,20 @@ class Checkpoint:
             if name == pdparams.NAME_TABLE:
                 rest.append(name)
                 continue
-            if not isinstance(name, str):
-                raise UnreadableFile(f"{self.path}: an entry whose name is not text")
             if len(name) > MAX_NAME or not name.isprintable():
                 raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {_one_line(name)}")
-            foreign = probed and name.rpartition(".")[2] not in LAST_NAMES
+            foreign = one.probed and name.rpartition(".")[2] not in LAST_NAMES
             if foreign and not isinstance(value, _TENSORS):
                 rest.append(name)
                 continue
             try:
-                array = self.array(value)
+                number = pdparams.single(value) if is_counter(name) else None
+                array = self.array(value) if number is None else number
             except UnreadableFile as error:
                 raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
-            # Such as n_averaged or steps; a number of a layer may be a parameter of another architecture.
-            if foreign and array.size == 1 and ("." not in name or array.dtype.kind in "iub"):
+            # Such as n_averaged or steps. A fraction may be a parameter of another architecture; that of an
+            # average is its decay.
+            if foreign and array.size == 1 and "." not in name and (one.averaged or array.dtype.kind in "iub"):
                 rest.append(name)
                 continue
             tensors[name] = array
@@ -331,6 +354,17 @@ def _file_in(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UnreadableFile(f"{path}: a directory, and without {HUB_NAMES[0]} or {HUB_NAMES[2]}; name the weights file")
+
+
+def hub_settings(path: Path) -> dict[str, object]:
+    """Read what stands beside the weights in a folder of the Hugging Face Hub, by the names of the files."""
+    found: dict[str, object] = {}
+    for name in HUB_SETTINGS if path.name in HUB_NAMES else ():
+        beside = path.with_name(name)
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # of a pipe, too: it has no size
+            if 0 < beside.stat().st_size <= MAX_SIDECAR and isinstance(read := json.loads(beside.read_bytes()), dict):
+                found[name] = read
+    return found
 
 
 def _kind(head: bytes, suffix: str) -> str:

@@ -95,11 +95,12 @@ class Stream:
 class Opaque:
     """Something the file names that is not data: kept by name, never executed."""
 
-    __slots__ = ("args", "name", "state")
+    __slots__ = ("args", "items", "name", "state")
 
     def __init__(self, name: str, args: tuple = ()):
         self.name = name
         self.args = args
+        self.items: dict | None = None  # of a subclass of dict
         self.state: object = None
 
     def build(self, state: object) -> None:
@@ -280,7 +281,7 @@ class _Machine:
     def set_items(self, items: list) -> None:
         target = self.stack[-1]
         if type(target) is Opaque:
-            return  # a subclass of dict that is opaque to us
+            target.items = target = {} if target.items is None else target.items
         if not isinstance(target, dict):
             raise UnreadableFile("pickle: items for something that has none")
         for key, value in zip(items[::2], items[1::2], strict=True):

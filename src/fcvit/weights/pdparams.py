@@ -105,6 +105,21 @@ class ArrayRef(Opaque):
         return array.view(BFLOAT16) if array.dtype == np.uint16 else array
 
 
+def single(value: object) -> np.ndarray | None:
+    """Return a single number, Python's or NumPy's, as an array without a dimension; None: it is none."""
+    match value:
+        case bool():
+            return None
+        case int() if -1 << 63 <= value < 1 << 63:
+            return np.array(value, np.int64)
+        case float():
+            return np.array(value, np.float64)
+        case Opaque(args=(DtypeRef() as kind, bytes() | Encoded() as stored)) if value.name.endswith(".scalar"):
+            content, dtype = stored.content() if isinstance(stored, Encoded) else stored, kind.dtype()
+            return np.frombuffer(content, dtype).reshape(()) if len(content) == dtype.itemsize else None
+    return None
+
+
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": inert_pickle.ordered_dict,
     "builtins.tuple": lambda items=(): fixed(items),

@@ -10,7 +10,7 @@ import numpy as np
 from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
-from fcvit.weights.checkpoint import Checkpoint, read_checkpoint, sidecar
+from fcvit.weights.checkpoint import Checkpoint, hub_settings, read_checkpoint, sidecar
 from fcvit.weights.dtypes import FLOATS, is_float
 from fcvit.weights.names import (
     PADDLE_STATISTICS,
@@ -156,7 +156,8 @@ def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -
         DoesNotFit: the two contradict each other.
     """
     header, assumed = checkpoint.header, variant.preprocessing
-    change, remarks = stated_preprocessing(checkpoint.top, checkpoint.array)
+    beside = hub_settings(checkpoint.path) if header is None else {}
+    change, remarks = stated_preprocessing({**checkpoint.top, **beside}, checkpoint.array)
     notes += remarks
     known = header.preprocessing if header else None
     for field, value in change.items():

@@ -16,6 +16,8 @@ PROBE = "patch_embed.proj.weight"
 _DOTLESS = PROBE.replace(".", "")
 # Wrappers' prefixes, which may also stand before some names only (a head beside a backbone).
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
+# What `torch.compile` and the like put into the names of the layers that they wrap.
+_INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
 DETECTOR_PARTS = (
     "neck.",
@@ -31,7 +33,7 @@ MAX_DEPTH = 6
 MAX_SETS = 16
 MAX_VISITS = 4  # of one dictionary that stands at several places
 
-_AVERAGED = {"ema", "emas", "modelema", "emamodel", "swa", "avg", "average", "averaged", "shadow", "polyak"}
+_AVERAGED = {"ema", "emas", "modelema", "emamodel", "swa", "avg", "average", "averages", "averaged", "shadow", "polyak"}
 _OPTIMIZER = {"optim", "optims", "opt", "grad", "grads", "gradient", "gradients", "velocity", "moment"}
 _MOMENTUM = {"momentum", "buffer", "buffers", "state"}
 
@@ -86,8 +88,10 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
             else:
                 owners[prefix][name.removeprefix(prefix)] = value
         stems = [n.removesuffix("n_averaged") for n in state if isinstance(n, str) and n.endswith("n_averaged")]
+        both = any(map(_is_averaged, prefixes)) and not all(map(_is_averaged, prefixes))
         for prefix in prefixes:
-            averaged = any(map(_is_averaged, (*keys, prefix)))
+            # A wrapper that averages may hold the raw weights, too; then the nearer name counts.
+            averaged = any(map(_is_averaged, (prefix,) if both else (*keys, prefix)))
             if raw_key and keys[:1] in ((raw_key,), ("state_dict",)):
                 averaged = keys[0] != raw_key
             one = WeightSet(
@@ -123,6 +127,14 @@ def any_state(top: Mapping[str, object], tensors: tuple[type, ...]) -> list[Weig
     return [one for count, one in counts if 2 * count > most]
 
 
+def averaged_lists(top: Mapping[str, object]) -> Iterator[tuple[str, list | tuple]]:
+    """Lists that may hold averaged weights without their names, and where they stand."""
+    for keys, here in _dictionaries(top):
+        for key, value in here.items():
+            if isinstance(value, list | tuple) and isinstance(key, str) and any(map(_is_averaged, (*keys, key))):
+                yield ".".join((*keys, key)), value
+
+
 def swapped_by(top: Mapping[str, object]) -> str | None:
     """Return a note on files whose `state_dict` holds the averaged weights; None: not one of them."""
     raw_key = _raw_key_of_swapped(top)
@@ -131,6 +143,7 @@ def swapped_by(top: Mapping[str, object]) -> str | None:
 
 def strip_wrappers(name: str) -> str:
     """Return a name without the prefixes of wrappers, in any nesting."""
+    name = _INSIDE.sub("", name)
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
@@ -192,19 +205,20 @@ def _with_dots(state: Mapping) -> Mapping:
     return {dotted.get(name, name) if isinstance(name, str) else name: value for name, value in state.items()}
 
 
-def _words(text: str) -> set[str]:
+def words(text: str) -> set[str]:
+    """Return the words of a name, in lower case."""
     return set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", text[:200]).lower()))
 
 
 def _is_averaged(text: str) -> bool:
-    return bool(_words(text) & _AVERAGED)
+    return bool(words(text) & _AVERAGED)
 
 
 def _is_optimizer(text: str) -> bool:
-    words = _words(text)
+    found = words(text)
     named = (
-        bool(words & _OPTIMIZER)
-        or words >= {"exp", "avg"}
-        or any(word.startswith(("optimizer", "optimiser")) for word in words)
+        bool(found & _OPTIMIZER)
+        or found >= {"exp", "avg"}
+        or any(word.startswith(("optimizer", "optimiser")) for word in found)
     )
-    return named or ("momentum" in words and words <= _MOMENTUM)
+    return named or ("momentum" in found and found <= _MOMENTUM)

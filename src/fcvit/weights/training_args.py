@@ -1,5 +1,6 @@
 """Find what the arguments of a training script, stored in a checkpoint, say of the preprocessing."""
 
+import collections
 import contextlib
 import json
 import re
@@ -11,22 +12,29 @@ import numpy as np
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.variants import Preprocessing, PreprocessingChange, three_channels
 from fcvit.weights.inert_pickle import Opaque
-from fcvit.weights.pdparams import ArrayRef, DtypeRef, Encoded
+from fcvit.weights.pdparams import ArrayRef, single
+from fcvit.weights.sets import words
 from fcvit.weights.torch_file import TensorRef
 
 # Keys of a checkpoint under which training scripts keep their arguments or the settings of their data.
-PLACES = (
-    *("args", "opt", "opts", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "train_args"),
-    *("pretrained_cfg", "default_cfg", "data_config", "data_cfg", "preprocessing", "preprocess", "normalization"),
-)
-# Field -> what scripts call it; the first that is set counts, as in timm.
+PLACES = {
+    *("args", "arguments", "opt", "opts", "option", "options", "config", "configs", "cfg", "settings", "hparams"),
+    *("hyper", "hyperparameters", "preprocess", "preprocessing", "preprocessor", "normalize", "normalization"),
+    *("transform", "transforms", "data", "dataset"),
+}
+"""Words in the keys of a checkpoint under which training scripts keep their arguments or the settings of their data."""
+_OF_IMAGES = ("", "image_", "img_", "pixel_", "norm_", "normalize_", "dataset_", "data_", "rgb_")
+# Field -> what scripts call it, in any case; the first that is set counts, as in timm.
 NAMES = {
     "input_size": ("input_size", "img_size", "image_size"),
     "crop_fraction": ("crop_pct", "eval_crop_ratio", "crop_fraction"),
-    "interpolation": ("interpolation",),
-    "mean": ("mean", "image_mean", "img_mean"),
-    "std": ("std", "image_std", "img_std"),
+    "interpolation": ("interpolation", "resample"),
+    "mean": tuple(f"{what}mean" for what in _OF_IMAGES),
+    "std": tuple(f"{what}std" for what in _OF_IMAGES),
 }
+MAX_DEPTH = 5  # of dictionaries in arguments
+MAX_PARTS = 10_000  # dictionaries and lists in arguments, or names in one of them
+MAX_NAME = 100  # characters
 MAX_TEXT = 1 << 20  # characters of arguments that stand as text
 _NOTHING = ("", "null", "None", "~", [], ())
 _PILLOW = {2: "bilinear", 3: "bicubic"}
@@ -42,21 +50,26 @@ def stated_preprocessing(
         array: reads a tensor of it.
     """
     stated: dict[str, list[object]] = {}
-    notes = []
-    for place, arguments, direct in _arguments(top):
-        for field, names in NAMES.items():
-            name = next((n for n in names if not _unset(arguments.get(n))), None)
-            if name is None or (not direct and not {"mean", "std"} <= set(arguments) and field in ("mean", "std")):
+    unread: dict[str, str] = {}
+    for place, arguments, depth in _arguments(top):
+        called = {f: next((n for n in names if not _unset(arguments.get(n))), None) for f, names in NAMES.items()}
+        both = called["mean"] is not None and called["std"] is not None
+        for field, name in called.items():
+            # Not every mean, nor every size somewhere below, is that of the images.
+            if name is None or not (both or depth == 1 or (depth <= 2 and field not in ("mean", "std"))):
                 continue
             value = arguments[name]
             try:
                 read = _READERS[field](_plain(value, array))
             except (ValueError, TypeError, OverflowError, UnreadableFile):
-                notes.append(f"{place} in the file states {name} {_shown(value)}, which is not used; {_remedy(field)}")
+                unread.setdefault(
+                    field, f"{place} in the file states {name} {_shown(value)}, which is not used; {_remedy(field)}"
+                )
                 continue
             if read not in stated.setdefault(field, []):
                 stated[field].append(read)
     change: Any = {}
+    notes = list(unread.values())
     for field, values in stated.items():
         if len(values) == 1:
             change[field] = values[0]
@@ -77,27 +90,46 @@ def _remedy(field: str) -> str:
     return f"state it with --{field.replace('_', '-')}"
 
 
-def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, bool]]:
-    """Everything that may be arguments: where it stands, what it says, and whether it is the arguments themselves."""
-    yield "the top", top, False
-    for place in PLACES:
-        arguments = _mapping(top.get(place))
-        if arguments is None:
+def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
+    """Everything that may be arguments: where it stands, what it says, and how deep: 1 for the arguments themselves."""
+    yield "the top", top, 0
+    named = [(key, value) for key, value in top.items() if isinstance(key, str) and words(key) & PLACES]
+    queue = collections.deque((key, value, 1) for key, value in named)
+    seen: set[int] = set()
+    while queue and len(seen) < MAX_PARTS:
+        place, value, depth = queue.popleft()
+        if id(value) in seen or (depth > 1 and isinstance(value, str)):
             continue
-        yield place, arguments, True
-        for name, part in arguments.items():
-            named = isinstance(name, str) and name.isprintable()
-            if named and not isinstance(part, str) and (inner := _mapping(part)) is not None:
-                yield f"{place}.{name[:40]}", inner, False
+        seen.add(id(value))
+        if isinstance(value, list | tuple):
+            inner = [(place, part, depth) for part in value[:MAX_PARTS]]
+        elif (arguments := _mapping(value)) is not None:
+            yield "".join(c if c.isprintable() else "?" for c in place), arguments, depth
+            inner = [
+                (f"{place}.{key[:40]}", part, depth + 1) for key, part in arguments.items() if isinstance(key, str)
+            ]
+        else:
+            continue
+        if depth < MAX_DEPTH and len(queue) < MAX_PARTS:
+            queue += [one for one in inner if isinstance(one[1], dict | list | tuple | Opaque)]
 
 
 def _mapping(value: object) -> Mapping | None:
-    """A dictionary, the attributes of a Namespace or the like, or YAML or JSON text, as a mapping."""
+    """A dictionary, the attributes and items of an object, or YAML or JSON text, by names in lower case."""
     if isinstance(value, Opaque):
-        value = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+        state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+        attributes = state if isinstance(state, dict) else {}
+        if value.items is None and attributes is not state:
+            return None
+        value = {**attributes, **(value.items or {})}
+        # OmegaConf and ml_collections keep what they hold in an attribute.
+        inner = value.get("_content", value.get("_fields", value))
+        value = inner if isinstance(inner, dict) else value
     if isinstance(value, str):
-        return _text(value[:MAX_TEXT])
-    return value if isinstance(value, dict) else None
+        value = _text(value[:MAX_TEXT])
+    if not isinstance(value, dict) or len(value) > MAX_PARTS:
+        return None
+    return {name.lower() if isinstance(name, str) and len(name) < MAX_NAME else name: v for name, v in value.items()}
 
 
 def _text(text: str) -> Mapping:
@@ -117,7 +149,15 @@ def _text(text: str) -> Mapping:
     return result
 
 
+def _held(value: object) -> object:
+    """What a value or list of OmegaConf holds; anything else is its own."""
+    if isinstance(value, Opaque) and isinstance(value.state, dict):
+        return value.state.get("_val", value.state.get("_content", value))
+    return value
+
+
 def _unset(value: object) -> bool:
+    value = _held(value)
     return value is None or value is False or (isinstance(value, str | list | tuple) and value in _NOTHING)
 
 
@@ -137,6 +177,7 @@ def _shown(value: object) -> str:
 
 def _plain(value: object, array: Callable[[object], np.ndarray], nested: bool = False) -> object:
     """Numbers and text as Python has them, out of arrays, NumPy's scalars and enumerations."""
+    value = _held(value)
     match value:
         case list() | tuple() if len(value) <= 4 and not nested:
             return [_plain(one, array, nested=True) for one in value]
@@ -145,9 +186,8 @@ def _plain(value: object, array: Callable[[object], np.ndarray], nested: bool = 
             if found.size > 4:
                 raise ValueError("too many numbers")
             return [float(str(number)) for number in found.reshape(-1)]  # 0.2 of float32 is 0.2
-        case Opaque(args=(DtypeRef() as kind, bytes() | Encoded() as stored)):
-            content = stored.content() if isinstance(stored, Encoded) else stored
-            return np.frombuffer(content, kind.dtype(), 1).item()
+        case Opaque() if (number := single(value)) is not None:
+            return number.item()
         case Opaque(args=(str(word),)):
             return word
         case bool() | Opaque():
