@@ -7,6 +7,7 @@ C an ImportError.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _NOTE = b"fcvit: note: ending as soon as this step is done; the next Ctrl-C ends the process at once\n"
+_STACK = 64  # bytes, more than any system's `stack_t`
 _raised: list[BaseException] = []  # by signal handlers, in the `kept` blocks that are open
 
 
@@ -78,6 +80,22 @@ def check() -> None:
     """Raise what a signal handler has raised in a `kept` block that is still open."""
     if _raised and _in_main_thread():
         raise _raised[0]
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Put the stack that signal handlers of this thread run on back at the end of a block.
+
+    A library that leaves its own there may free it later: then the next Ctrl-C ends the process by SIGSEGV.
+    """
+    change = None if os.name == "nt" else ctypes.CDLL(None).sigaltstack
+    before = ctypes.create_string_buffer(_STACK)
+    known = change is not None and change(None, before) == 0
+    try:
+        yield
+    finally:
+        if change is not None and known:
+            change(before, None)
 
 
 def _in_main_thread() -> bool:

@@ -84,6 +84,32 @@ def test_the_first_batch_of_openvino_in_two_threads_ends(tmp_path):
     assert (ended.returncode, ended.stdout) == (0, "4\n"), ended.stderr
 
 
+_TWO_CORES = """
+import gc, openvino, pathlib, signal, sys
+from fcvit.deploy.runtimes import OpenVino
+first = OpenVino(pathlib.Path(sys.argv[1]), 1)
+second = OpenVino(pathlib.Path(sys.argv[1]), 1)
+for runtime in ("first", "second"):
+    del globals()[runtime]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_an_interruption_after_openvino_is_one(tmp_path):
+    """Each core of OpenVINO leaves the stack of the signal handlers that it found, which another has freed."""
+    openvino = pytest.importorskip("openvino")
+    images = openvino.opset13.parameter([-1, 1], np.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), tmp_path / "network.xml")
+    command = [sys.executable, "-c", _TWO_CORES, str(tmp_path / "network.xml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
+
+
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
 def test_what_is_no_image_is_refused(name, weights):
     engine = engine_or_skip(name, weights, PIXELS)

@@ -21,6 +21,7 @@ import numpy as np
 
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.frameworks import import_framework, quiet_standard_output
+from fcvit.interrupts import signal_stack_kept
 
 INSTALL = {
     "onnxruntime": "pip install 'fcvit[onnx]'",
@@ -106,7 +107,8 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": streams,
         }
-        return self.core.compile_model(self.model, "CPU", options)
+        with signal_stack_kept():  # OpenVINO makes one, and frees it together with the core
+            return self.core.compile_model(self.model, "CPU", options)
 
     @functools.cached_property
     def single(self) -> Any:
