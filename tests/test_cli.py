@@ -704,3 +704,19 @@ def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
         monkeypatch.undo()
         code, _, err = run("demo", "--port", port)
         assert (code, err) == (2, f"fcvit: --port {port}: expected 1 to 65535\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_an_interruption():
+    code = """
+import signal, sys
+class Interrupting:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "cyclopts":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting)
+from fcvit.__main__ import main
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "fcvit: interrupted\n")

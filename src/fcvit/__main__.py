@@ -1,7 +1,18 @@
-"""`python -m fcvit` is the command `fcvit`."""
+"""The command `fcvit`, also as `python -m fcvit`."""
 
 import sys
 
-from fcvit.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line of this process. Ctrl-C ends it in order also while its modules are imported."""
+    try:
+        from fcvit import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        print("fcvit: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

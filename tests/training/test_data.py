@@ -242,3 +242,11 @@ def test_classes_of_numbered_folders_are_in_the_order_of_the_numbers(small, squa
         (squares / split / "left").rename(squares / split / "10")
         (squares / split / "right").rename(squares / split / "2")
     assert [c.id for c in find_splits(small(), None).classes] == ["2", "10"]
+
+
+def test_a_validation_split_without_its_classes_says_how_to_train_without_it(small, squares):
+    """Tiny-ImageNet has its validation images in one folder, with a list of their classes beside."""
+    shutil.move(squares / "val" / "left", squares / "val" / "images")
+    shutil.rmtree(squares / "val" / "right")
+    with pytest.raises(DoesNotFit, match=r"validation images: .* or train without it: --data .*train"):
+        find_splits(small(), None)

@@ -81,7 +81,11 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     classes = known or tuple(ClassName(label, label) for label in train.mapping)
     val = None
     if val_root is not None:
-        val = read_dataset(val_root, None, classes, count)
+        try:
+            val = read_dataset(val_root, None, classes, count)
+        except (DoesNotFit, UnreadableFile) as error:
+            way = "name another with --val FOLDER" if recipe.val else f"train without it: --data {train_root.path}"
+            raise type(error)(f"validation images: {error}; or {way}") from error
     elif recipe.held_out:
         train, val = _hold_out(train, recipe)
         notes.append(f"held out for validation: {len(val)} of {len(train) + len(val)} images (seed {recipe.seed})")
