@@ -54,6 +54,17 @@ def test_all_engines_agree_at_every_batch_and_size(name, weights, images):
         assert np.allclose(found, expected, atol=1e-4) and (not len(batch) or np.ptp(found) > 0.1)
 
 
+def printed_by_openvino(code, folder):
+    """Run code in a process of its own, with the path of a small network as its argument; return what it prints."""
+    openvino = pytest.importorskip("openvino")
+    images = openvino.opset13.parameter([-1, 1], np.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), folder / "network.xml")
+    command = [sys.executable, "-c", code, str(folder / "network.xml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 _TWO_THREADS = """
 import builtins, sys, time
 from pathlib import Path
@@ -76,12 +87,7 @@ print(len(runtime(np.zeros((4, 1), np.float32))[0]))
 
 @pytest.mark.slow
 def test_the_first_batch_of_openvino_in_two_threads_ends(tmp_path):
-    openvino = pytest.importorskip("openvino")
-    images = openvino.opset13.parameter([-1, 1], np.float32)
-    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), tmp_path / "network.xml")
-    command = [sys.executable, "-c", _TWO_THREADS, str(tmp_path / "network.xml")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (0, "4\n"), ended.stderr
+    assert printed_by_openvino(_TWO_THREADS, tmp_path) == "4\n"
 
 
 _TWO_CORES = """
@@ -102,12 +108,7 @@ except KeyboardInterrupt:
 @pytest.mark.slow
 def test_an_interruption_after_openvino_is_one(tmp_path):
     """Each core of OpenVINO leaves the stack of the signal handlers that it found, which another has freed."""
-    openvino = pytest.importorskip("openvino")
-    images = openvino.opset13.parameter([-1, 1], np.float32)
-    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), tmp_path / "network.xml")
-    command = [sys.executable, "-c", _TWO_CORES, str(tmp_path / "network.xml")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
+    assert printed_by_openvino(_TWO_CORES, tmp_path) == "interrupted\n"
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])

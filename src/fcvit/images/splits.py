@@ -71,7 +71,7 @@ class Layout:
 
 
 def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
-    """Find the splits of a data set, or that that it has none.
+    """Find the splits of a data set, or that it has none.
 
     Folders are splits where at least two are named as different ones (train and val), their names agree but for
     that or they hold the same folders, and at least one of them holds folders instead of images. Folders that are

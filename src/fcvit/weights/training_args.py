@@ -16,13 +16,12 @@ from fcvit.weights.pdparams import ArrayRef, single
 from fcvit.weights.sets import words
 from fcvit.weights.torch_file import TensorRef
 
-# Keys of a checkpoint under which training scripts keep their arguments or the settings of their data.
+# Words in the keys of a checkpoint under which training scripts keep their arguments or the settings of their data.
 PLACES = {
     *("args", "arguments", "opt", "opts", "option", "options", "config", "configs", "cfg", "settings", "hparams"),
     *("hyper", "hyperparameters", "preprocess", "preprocessing", "preprocessor", "normalize", "normalization"),
     *("transform", "transforms", "data", "dataset"),
 }
-"""Words in the keys of a checkpoint under which training scripts keep their arguments or the settings of their data."""
 _OF_IMAGES = ("", "image_", "img_", "pixel_", "norm_", "normalize_", "dataset_", "data_", "rgb_")
 # Field -> what scripts call it, in any case; the first that is set counts, as in timm.
 NAMES = {
