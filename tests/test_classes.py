@@ -19,7 +19,6 @@ def read(tmp_path, content, name="classes.txt"):
     return tuple(map(tuple, read_classes(path)))
 
 
-# docs/your-data.md shows these forms.
 @pytest.mark.parametrize(
     "text",
     [

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from fcvit.errors import UsageError
+from fcvit.errors import UsageError, counted
 from fcvit.variants import IMAGENET_CLASSES, RESIZE256_BILINEAR, VALIDATION_IMAGES, Preprocessing, Variant, published
 
 AUTHORS, RESIZE256, BOTH, CUSTOM = "authors", "resize256-bilinear", "both", "custom"
@@ -116,5 +116,5 @@ def stand(
     near = abs(top1 - figure) <= bound + 1e-9
     reason = f"{top1 - figure:+.2f} points; {ROUNDING} for rounding and {DECODER_SLACK} for decoders are allowed"
     if unreadable:
-        reason += f", {100 * unreadable / VALIDATION_IMAGES:.3f} for {unreadable} images left out"
+        reason += f", {100 * unreadable / VALIDATION_IMAGES:.3f} for {counted(unreadable, 'image')} left out"
     return Standing(whose, figure, "reproduced" if near else "differs", reason)

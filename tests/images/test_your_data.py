@@ -1,4 +1,4 @@
-"""Each layout, list and archive that docs/your-data.md shows is read, or refused, as the page says."""
+"""Each layout, list, class list and archive that docs/your-data.md shows is read, or refused, as the page says."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 
 from conftest import SMALL
 from fcvit.class_indices import Assignment
+from fcvit.classes import read_classes
 from fcvit.errors import FcvitError
 from fcvit.images.dataset import read_dataset
 from fcvit.images.folder import ENDINGS, SYSTEM
@@ -18,7 +19,7 @@ from fcvit.training.recipe import Recipe
 PAGE = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text("utf-8")
 BLOCKS = {
     kind: [(match[1], match[2]) for match in re.finditer(rf"^```{kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)]
-    for kind in ("tree", "list", "archive")
+    for kind in ("tree", "list", "classes", "archive")
 }
 
 
@@ -86,6 +87,15 @@ def test_lists(text, expectations, encoding, tmp_path):
     assert dict(zip(images.names, images.labels, strict=True)) == {name: images.mapping[label] for name, label in pairs}
 
 
+@pytest.mark.parametrize(("text", "expectations"), BLOCKS["classes"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_lists(text, expectations, encoding, tmp_path):
+    (tmp_path / "classes").write_text(text, encoding)
+    read = read_classes(tmp_path / "classes")
+    found = [f"→ {i} is {c.name}" + (f" ({c.id})" if c.id != c.name else "") for i, c in enumerate(read)]
+    assert found == expectations.splitlines()
+
+
 @pytest.mark.parametrize(("command", "expectations"), BLOCKS["archive"])
 def test_archives(command, expectations, tmp_path):
     make(tmp_path, [f"flowers/{name}" for name in ("rose/1.jpg", "rose/2.jpg", "tulip/3.png", "tulip/4.png")])
@@ -94,6 +104,6 @@ def test_archives(command, expectations, tmp_path):
 
 
 def test_the_page_shows_blocks_of_all_kinds_and_names_what_is_found_and_left_out():
-    assert [len(blocks) for blocks in BLOCKS.values()] == [5, 11, 7]
+    assert [len(blocks) for blocks in BLOCKS.values()] == [5, 11, 9, 7]
     assert all(f"`{ending}`" in PAGE for ending in ENDINGS)
     assert all(f"`{name.strip()}`" in PAGE.lower() for name in SYSTEM)

@@ -809,7 +809,7 @@ def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monk
     assert evaluate(thousand, validation, **options).results[0].standing.verdict == "differs"
     (validation / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")  # one left out makes no sample of it
     found = evaluate(thousand, validation, **options).results[0]
-    assert found.standing.verdict == "differs" and "1 images left out" in found.standing.reason
+    assert found.standing.verdict == "differs" and "1 image left out" in found.standing.reason
     found = evaluate(thousand, validation, **options, subset=11).results[0]
     assert found.standing.verdict == "inconsistent" and found.images + found.unreadable == 11
     (validation / "ILSVRC2012_val_00000004.JPEG").rename(validation / "x.JPEG")
