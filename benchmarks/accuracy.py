@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.gates import gate_a, gate_b
-from fcvit.tasks.verify import trace_paddle, trace_torch
-from fcvit.variants import VARIANTS, published
-from fcvit.weights.lively import lively_input, lively_tensors
-from fcvit.weights.names import Form
+from fcvit.commands.verify import trace_paddle, trace_torch
+from fcvit.models.spec import Form
+from fcvit.models.variants import VARIANTS, published
+from fcvit.verification.gates import gate_a, gate_b
 from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 

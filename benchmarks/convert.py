@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from fcvit.machine import processor_name
-from fcvit.variants import VARIANTS
-from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form
+from fcvit.models.spec import Form
+from fcvit.models.variants import VARIANTS
+from fcvit.weights.synthetic import lively_tensors
 from fcvit.weights.torch_file import write_zip
 
 CONVERT = """

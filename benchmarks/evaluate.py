@@ -29,23 +29,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.deploy.engines import create_engine
-from fcvit.images.dataset import read_dataset
-from fcvit.images.loader import batches
-from fcvit.images.preprocess import Centre
+from fcvit.data.labelled import read_dataset
+from fcvit.data.loader import batches
+from fcvit.data.transforms.preprocess import Centre
+from fcvit.evaluation.runner import evaluate
+from fcvit.inference.engines import create_engine
 from fcvit.machine import processor_name
-from fcvit.tasks.evaluate import evaluate
-from fcvit.variants import VARIANTS, Preprocessing
-from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form
+from fcvit.models.spec import Form
+from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import lively_tensors
 from fcvit.weights.torch_file import write_zip
 
 BATCH = 16
 PIXELS = Preprocessing()  # the authors': 224 x 224
 PEAK = """
 import resource, sys
-from fcvit.tasks.evaluate import evaluate
+from fcvit.evaluation.runner import evaluate
 evaluate(sys.argv[1], sys.argv[2], engines=sys.argv[3], device="cpu", workers=2, batch_size=16,
          preprocessing={"input_size": 64}, folder=sys.argv[4])
 own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -175,7 +175,7 @@ def model(weights: Path, engine: str) -> float:
 def whole(weights: Path, folder: Path, engine: str, cores: int) -> float:
     """From the first batch that is done to the last."""
     times: list[float] = []
-    from fcvit.tasks import evaluate as module
+    from fcvit.evaluation import runner as module
 
     frame = module._frame
 

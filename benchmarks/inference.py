@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from fcvit.commands.bench import CONTENDERS, as_json_ready, bench
 from fcvit.report.tables import console, speeds
-from fcvit.tasks.bench import CONTENDERS, as_json_ready, bench
 
 ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # too slow to wait for
 

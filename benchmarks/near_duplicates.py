@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fcvit.images.folder import images_below
-from fcvit.images.preprocess import decode
-from fcvit.images.similar import SIDE, Pair, fingerprint, similar_pairs
+from fcvit.data.folders import images_below
+from fcvit.data.near_duplicates import SIDE, Pair, fingerprint, similar_pairs
+from fcvit.data.transforms.preprocess import decode
 
 
 def encoded(image: Image.Image, quality: int = 70) -> Image.Image:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fcvit.commands.bench import weights_by_rule
 from fcvit.frameworks import import_framework
 from fcvit.machine import available_threads, processor_name
-from fcvit.tasks.bench import weights_by_rule
-from fcvit.variants import VARIANTS
+from fcvit.models.variants import VARIANTS
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
 
 def paddle_passes(weights, images):
     paddle = import_framework("paddle")
-    from fcvit.loading import build_classifier
+    from fcvit.models.build import build_classifier
 
     model, x = build_classifier(weights), paddle.to_tensor(images)
 
@@ -72,7 +72,7 @@ def paddle_passes(weights, images):
 
 def torch_passes(weights, images):
     torch = import_framework("torch")
-    from fcvit.torch_twin import build_twin
+    from fcvit.reference.network import build_twin
 
     model, x = build_twin(weights.form, weights.tensors), torch.from_numpy(images)
 

@@ -3,7 +3,7 @@
 Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N] [--batch N] [--rounds N]
           [--classes N] [--one-thread] [--json FILE]
 
-Paddle plain (`fcvit.model`), the same with the allocator keeping its memory, native (`accelerate`), and
+Paddle plain (`fcvit.models.network`), the same with the allocator keeping its memory, native (`accelerate`), and
 PyTorch's twin in its default format and in channels_last, each in a process of its own that waits while
 another computes: they share no allocator and no pool of threads. They step in turn, so that a noisy minute
 hits all alike. Times are medians; ratios those of neighbours in time, then their median.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.machine import processor_name
-from fcvit.variants import VARIANTS
+from fcvit.models.variants import VARIANTS
 
 CONTENDERS = ("paddle", "paddle + allocator", "native", "torch", "torch channels_last")
 STEPS = 2  # in a row: the first finds caches cold and threads asleep, the second is timed
@@ -111,7 +111,7 @@ def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
-    from fcvit.model import FCViT, paddle
+    from fcvit.models.network import FCViT, paddle
     from fcvit.native.allocator import keep_memory
     from fcvit.native.network import accelerate
 
@@ -138,7 +138,7 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
 
 
 def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
-    from fcvit.torch_twin import FCViT, torch
+    from fcvit.reference.network import FCViT, torch
 
     memory_format = torch.channels_last if "channels_last" in contender else torch.contiguous_format
     model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1).to(memory_format=memory_format).train()

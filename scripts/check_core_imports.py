@@ -13,11 +13,11 @@ from fcvit.errors import MissingExtra
 from fcvit.frameworks import installed
 
 NEED_AN_EXTRA = {
-    "fcvit.deploy.onnx_graph",
-    "fcvit.model",
+    "fcvit.inference.onnx_graph",
+    "fcvit.models.network",
     "fcvit.native.network",
     "fcvit.native.operators",
-    "fcvit.torch_twin",
+    "fcvit.reference.network",
     "fcvit.training.optimiser",
     "fcvit.training.statistics",
     "fcvit.training.step",

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.classes import imagenet
-from fcvit.tasks.quickstart import CHECKPOINT, HELD_OUT, write_images
-from fcvit.variants import VARIANTS
-from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form
+from fcvit.commands.quickstart import CHECKPOINT, HELD_OUT, write_images
+from fcvit.models.classes import imagenet
+from fcvit.models.spec import Form
+from fcvit.models.variants import VARIANTS
+from fcvit.weights.synthetic import lively_tensors
 from fcvit.weights.torch_file import write_zip
 
 PROGRAM = Path(sys.executable).with_name("fcvit")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.images.preprocess import crop, decode, normalise
-from fcvit.variants import Preprocessing
+from fcvit.data.transforms.preprocess import crop, decode, normalise
+from fcvit.models.variants import Preprocessing
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from fcvit.images.preprocess import normalise, preprocess
-from fcvit.torch_twin import FCViT
-from fcvit.variants import VARIANTS
+from fcvit.data.transforms.preprocess import normalise, preprocess
+from fcvit.models.variants import VARIANTS
+from fcvit.reference.network import FCViT
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "fcvit" / "assets"
 VARIANT = VARIANTS["fcvit_digits"]

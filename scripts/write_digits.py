@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.tasks.quickstart import write_images
+from fcvit.commands.quickstart import write_images
 
 SPLITS = {"train": "digits_train.npz", "val": "digits_held_out.npz"}
 

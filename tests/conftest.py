@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from fcvit.frameworks import installed
+from fcvit.models.spec import Form, is_counter
+from fcvit.models.variants import VARIANTS
 from fcvit.training.recipe import Recipe
-from fcvit.variants import VARIANTS
 from fcvit.weights import pdparams, torch_file
-from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form, is_counter
+from fcvit.weights.synthetic import lively_tensors
 
 # The networks here are small and the tests run side by side: threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -19,7 +19,7 @@ from fcvit import frameworks
 from fcvit.cli import app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
 from fcvit.text import printable
-from fcvit.weights.lively import lively_tensors
+from fcvit.weights.synthetic import lively_tensors
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a line\nand another")
 
-    monkeypatch.setattr("fcvit.tasks.doctor.doctor", broken)
+    monkeypatch.setattr("fcvit.commands.doctor.doctor", broken)
     code, _, err = run("doctor")
     assert code == 1 and err.count("\n") == 1 and "internal error: ZeroDivisionError: a line and another" in err
     code, _, err = run("doctor", "--debug")
@@ -301,7 +301,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fcvit.tasks.doctor.doctor", interrupted)
+    monkeypatch.setattr("fcvit.commands.doctor.doctor", interrupted)
     assert run("doctor")[0] == 130
 
     def became_another_error(*_):
@@ -311,7 +311,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
             raise MissingExtra("install paddlepaddle") from error
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("fcvit.tasks.doctor.doctor", became_another_error)
+    monkeypatch.setattr("fcvit.commands.doctor.doctor", became_another_error)
     code, _, err = run("doctor")
     assert (code, err) == (130, "fcvit: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -328,7 +328,7 @@ def test_signals_at_the_same_time_are_one(run, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
             cleaned.append(1)
 
-    monkeypatch.setattr("fcvit.tasks.doctor.doctor", twice)
+    monkeypatch.setattr("fcvit.commands.doctor.doctor", twice)
     assert run("doctor")[0] == 130 and cleaned
 
 
@@ -604,7 +604,7 @@ def test_exporting(run, digits_pth, tmp_path):
 @needs_paddle
 @pytest.mark.slow
 def test_benching(run, digits_pth, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcvit.tasks.bench._SECONDS", 0)
+    monkeypatch.setattr("fcvit.commands.bench._SECONDS", 0)
     words = (
         "bench",
         "--weights",
@@ -643,7 +643,7 @@ def images(tmp_path):
 @pytest.mark.charts
 @pytest.mark.slow
 def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
-    from fcvit.tasks import similarity as task
+    from fcvit.analysis import similarity as task
 
     asked = []
     monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
@@ -690,7 +690,7 @@ def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_chart
 
 
 def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
-    from fcvit.tasks import demo
+    from fcvit.commands import demo
 
     asked = []
     monkeypatch.setattr(demo, "demo", lambda weights, **options: asked.append((weights, options)))

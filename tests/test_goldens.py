@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
-from fcvit.gates import GATE_A, GATE_B, gate_b
-from fcvit.tasks.verify import trace_paddle, trace_torch
-from fcvit.variants import VARIANTS, Variant
-from fcvit.weights.lively import lively_input, lively_tensors
-from fcvit.weights.names import Form, entries, recognise
+from fcvit.commands.verify import trace_paddle, trace_torch
+from fcvit.models.spec import Form, entries, recognise
+from fcvit.models.variants import VARIANTS, Variant
+from fcvit.verification.gates import GATE_A, GATE_B, gate_b
 from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
 
 OPTIONS = golden_json("options.json")
 SIDES = [

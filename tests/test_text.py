@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcvit.foreign import foreign_kind
-from fcvit.runs import to_json
+from fcvit.run_folder import to_json
 from fcvit.text import csv_text, csv_value, printable
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\n\u202ex\u2066\u2028\ud800"

@@ -11,32 +11,32 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fcvit.analysis.heads import heads as heads
+    from fcvit.analysis.similarity import Viewer as Viewer
+    from fcvit.analysis.similarity import similarity as similarity
+    from fcvit.analysis.trust import trust as trust
+    from fcvit.commands.bench import bench as bench
+    from fcvit.commands.check_data import check_data as check_data
+    from fcvit.commands.convert import convert as convert
+    from fcvit.commands.export import export as export
+    from fcvit.commands.finetune import finetune as finetune
+    from fcvit.commands.inspect import inspect as inspect
+    from fcvit.commands.verify import verify_files as verify  # noqa: F401
     from fcvit.errors import FcvitError as FcvitError
     from fcvit.errors import FreshWeights as FreshWeights
-    from fcvit.loading import create_backbone as create_backbone
-    from fcvit.loading import create_model as create_model
-    from fcvit.tasks.bench import bench as bench
-    from fcvit.tasks.check_data import check_data as check_data
-    from fcvit.tasks.compare import compare as compare
-    from fcvit.tasks.convert import convert as convert
-    from fcvit.tasks.evaluate import evaluate as evaluate
-    from fcvit.tasks.evaluate import resume as resume
-    from fcvit.tasks.export import export as export
-    from fcvit.tasks.finetune import finetune as finetune
-    from fcvit.tasks.heads import heads as heads
-    from fcvit.tasks.inspect import inspect as inspect
-    from fcvit.tasks.predict import Classifier as Classifier
-    from fcvit.tasks.predict import load as load
-    from fcvit.tasks.similarity import Viewer as Viewer
-    from fcvit.tasks.similarity import similarity as similarity
-    from fcvit.tasks.train import train as train
-    from fcvit.tasks.trust import trust as trust
-    from fcvit.tasks.verify import verify_files as verify  # noqa: F401
+    from fcvit.evaluation.comparison import compare as compare
+    from fcvit.evaluation.runner import evaluate as evaluate
+    from fcvit.evaluation.runner import resume as resume
+    from fcvit.inference.predict import Classifier as Classifier
+    from fcvit.inference.predict import load as load
+    from fcvit.models.build import create_backbone as create_backbone
+    from fcvit.models.build import create_model as create_model
+    from fcvit.models.variants import VARIANTS as VARIANTS
+    from fcvit.models.variants import Preprocessing as Preprocessing
+    from fcvit.models.variants import Variant as Variant
     from fcvit.training.recipe import Recipe as Recipe
     from fcvit.training.recipe import read_recipe as read_recipe
-    from fcvit.variants import VARIANTS as VARIANTS
-    from fcvit.variants import Preprocessing as Preprocessing
-    from fcvit.variants import Variant as Variant
+    from fcvit.training.run import train as train
     from fcvit.weights.reading import read_weights as read_weights
 
 __version__ = "0.1.0"
@@ -44,30 +44,30 @@ __version__ = "0.1.0"
 _HOMES = {
     "FcvitError": "fcvit.errors",
     "FreshWeights": "fcvit.errors",
-    "create_backbone": "fcvit.loading",
-    "create_model": "fcvit.loading",
-    "check_data": "fcvit.tasks.check_data",
-    "compare": "fcvit.tasks.compare",
-    "convert": "fcvit.tasks.convert",
-    "evaluate": "fcvit.tasks.evaluate",
-    "resume": "fcvit.tasks.evaluate",
-    "inspect": "fcvit.tasks.inspect",
-    "Classifier": "fcvit.tasks.predict",
-    "load": "fcvit.tasks.predict",
-    "finetune": "fcvit.tasks.finetune",
-    "train": "fcvit.tasks.train",
-    "export": "fcvit.tasks.export",
-    "bench": "fcvit.tasks.bench",
-    "similarity": "fcvit.tasks.similarity",
-    "Viewer": "fcvit.tasks.similarity",
-    "heads": "fcvit.tasks.heads",
-    "trust": "fcvit.tasks.trust",
+    "create_backbone": "fcvit.models.build",
+    "create_model": "fcvit.models.build",
+    "check_data": "fcvit.commands.check_data",
+    "compare": "fcvit.evaluation.comparison",
+    "convert": "fcvit.commands.convert",
+    "evaluate": "fcvit.evaluation.runner",
+    "resume": "fcvit.evaluation.runner",
+    "inspect": "fcvit.commands.inspect",
+    "Classifier": "fcvit.inference.predict",
+    "load": "fcvit.inference.predict",
+    "finetune": "fcvit.commands.finetune",
+    "train": "fcvit.training.run",
+    "export": "fcvit.commands.export",
+    "bench": "fcvit.commands.bench",
+    "similarity": "fcvit.analysis.similarity",
+    "Viewer": "fcvit.analysis.similarity",
+    "heads": "fcvit.analysis.heads",
+    "trust": "fcvit.analysis.trust",
     "Recipe": "fcvit.training.recipe",
     "read_recipe": "fcvit.training.recipe",
-    "verify": "fcvit.tasks.verify",
-    "VARIANTS": "fcvit.variants",
-    "Preprocessing": "fcvit.variants",
-    "Variant": "fcvit.variants",
+    "verify": "fcvit.commands.verify",
+    "VARIANTS": "fcvit.models.variants",
+    "Preprocessing": "fcvit.models.variants",
+    "Variant": "fcvit.models.variants",
     "read_weights": "fcvit.weights.reading",
 }
 __all__ = [*_HOMES]

@@ -36,10 +36,10 @@ from fcvit.errors import (
 from fcvit.text import csv_text, printable
 
 if TYPE_CHECKING:
-    from fcvit.tasks.train import Training
-    from fcvit.tasks.verify import Verification
+    from fcvit.commands.verify import Verification
+    from fcvit.models.variants import PreprocessingChange
     from fcvit.training.recipe import Recipe
-    from fcvit.variants import PreprocessingChange
+    from fcvit.training.run import Training
 
 app = App(
     name="fcvit",
@@ -63,7 +63,7 @@ def models(*, as_json: Json = False) -> None:
     Args:
         as_json: Print JSON.
     """
-    from fcvit.variants import VARIANTS, published
+    from fcvit.models.variants import VARIANTS, published
 
     if as_json:
         import dataclasses
@@ -128,8 +128,8 @@ def convert(
         overwrite: Replace the output if it is there.
         as_json: Print JSON.
     """
+    from fcvit.commands.convert import convert as run
     from fcvit.report import tables
-    from fcvit.tasks.convert import convert as run
 
     done = run(
         source,
@@ -177,8 +177,8 @@ def verify(
         blocks: Show the drift after every block, not only by stage.
         as_json: Print JSON.
     """
+    from fcvit.commands.verify import require, verify_files
     from fcvit.report import tables
-    from fcvit.tasks.verify import require, verify_files
 
     proof = verify_files(converted, against, ema, variant)
     if as_json:
@@ -207,7 +207,7 @@ def inspect(
         tensors: List every tensor.
         as_json: Print JSON.
     """
-    from fcvit.tasks.inspect import inspect as run
+    from fcvit.commands.inspect import inspect as run
 
     found = run(file, ema, tensors, key)
     code = 4 if found["problems"] else 0
@@ -255,9 +255,9 @@ def export(
         overwrite: Replace the output if it is there.
         as_json: Print JSON.
     """
-    from fcvit.images.folder import find_images
+    from fcvit.commands.export import export as run
+    from fcvit.data.folders import find_images
     from fcvit.report import tables
-    from fcvit.tasks.export import export as run
 
     done = run(
         weights,
@@ -326,10 +326,10 @@ def bench(
         csv: Write the table into this file.
         as_json: Print JSON.
     """
-    from fcvit import runs
+    from fcvit import run_folder as runs
+    from fcvit.commands.bench import as_csv, as_json_ready
+    from fcvit.commands.bench import bench as run
     from fcvit.report import tables
-    from fcvit.tasks.bench import as_csv, as_json_ready
-    from fcvit.tasks.bench import bench as run
 
     if csv is not None and not csv.absolute().parent.is_dir():
         raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
@@ -400,9 +400,9 @@ def similarity(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
     """
-    from fcvit.classes import read_classes
+    from fcvit.analysis.similarity import similarity as run
+    from fcvit.models.classes import read_classes
     from fcvit.report import tables
-    from fcvit.tasks.similarity import similarity as run
 
     found = run(
         weights,
@@ -449,9 +449,9 @@ def heads(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
     """
-    from fcvit.images.folder import evenly
+    from fcvit.analysis.heads import heads as run
+    from fcvit.data.folders import evenly
     from fcvit.report import tables
-    from fcvit.tasks.heads import heads as run
 
     options: dict[str, Any] = {"vit": vit, "vit_weights": vit_weights, "device": device, "ema": ema}
     found = run(weights, evenly(_found_images("heads", images, output), most), output, **options, announce=_note)
@@ -489,9 +489,9 @@ def trust(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         as_json: Print JSON.
     """
-    from fcvit.images.folder import evenly
+    from fcvit.analysis.trust import trust as run
+    from fcvit.data.folders import evenly
     from fcvit.report import tables
-    from fcvit.tasks.trust import trust as run
 
     options: dict[str, Any] = {
         "absolute": absolute,
@@ -508,8 +508,8 @@ def trust(
 
 def _found_images(command: str, arguments: tuple[str, ...], output: Path | None) -> list[Path]:
     """Those that the arguments name; the folder that is written, if one is, must not be among them."""
-    from fcvit import runs
-    from fcvit.images.folder import find_images
+    from fcvit import run_folder as runs
+    from fcvit.data.folders import find_images
 
     if not arguments:
         raise UsageError(f"{command}: name at least one image, folder or pattern")
@@ -555,7 +555,7 @@ def demo(
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
         open_browser: Show the page at once.
     """
-    from fcvit.tasks.demo import demo as run
+    from fcvit.commands.demo import demo as run
 
     run(weights or (), port=port, device=device, ema=ema, open_browser=open_browser, announce=_note)
 
@@ -581,7 +581,7 @@ def check_data(
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         as_json: Print JSON, with all that the tables shorten.
     """
-    from fcvit.tasks.check_data import check_data as run
+    from fcvit.commands.check_data import check_data as run
 
     splits: dict[str, Path] = {}
     for text in split or ():
@@ -665,10 +665,10 @@ def evaluate(
         save_logits: Keep logits.npy beside the predictions.
         as_json: Print JSON.
     """
+    from fcvit.evaluation.runner import NotWritten
+    from fcvit.evaluation.runner import evaluate as run
+    from fcvit.evaluation.runner import resume as go_on
     from fcvit.report import tables
-    from fcvit.tasks.evaluate import NotWritten
-    from fcvit.tasks.evaluate import evaluate as run
-    from fcvit.tasks.evaluate import resume as go_on
 
     options = {
         "list_file": list_file,
@@ -757,7 +757,7 @@ def train(
         as_json: Print JSON.
         overrides: Fields of the recipe (docs/training.md lists them), such as --data FOLDER, --epochs 10.
     """
-    from fcvit.tasks import train as task
+    from fcvit.training import run as task
 
     for word in option or ():
         name, equals, value = word.partition("=")
@@ -813,8 +813,8 @@ def finetune(
         as_json: Print JSON.
         overrides: Fields of the recipe (docs/training.md lists them), such as --epochs 10, --freeze true.
     """
-    from fcvit.tasks import finetune as task
-    from fcvit.tasks.train import train as run
+    from fcvit.commands import finetune as task
+    from fcvit.training.run import train as run
 
     resolved, notes = task.finetune_recipe(weights, data, overrides)
     for note in notes:
@@ -840,7 +840,7 @@ def _train_workers(workers: int | None, device: str) -> int:
 def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool) -> int:
     if output is not None or as_json:
         raise UsageError("--preview draws a picture and trains nothing; leave --output and --json out")
-    from fcvit.tasks.preview import preview
+    from fcvit.commands.preview import preview
 
     _say(f"written to {preview(recipe, path)}")
     return 0
@@ -878,7 +878,7 @@ def compare(
         output: New folder for comparison.json and differing.csv, the images on which they differ.
         as_json: Print JSON.
     """
-    from fcvit.tasks.compare import compare as run
+    from fcvit.evaluation.comparison import compare as run
 
     found = run(first, second, output)
     if as_json:
@@ -922,11 +922,11 @@ def predict(
         as_json: Print JSON.
         csv: Print CSV.
     """
-    from fcvit.classes import read_classes
-    from fcvit.images.folder import find_images
+    from fcvit.data.folders import find_images
+    from fcvit.inference.predict import check_counts, load
+    from fcvit.models.classes import read_classes
     from fcvit.report import tables
     from fcvit.report.progress import progress
-    from fcvit.tasks.predict import check_counts, load
 
     if not images:
         raise UsageError("predict: name at least one image, folder or pattern")
@@ -976,8 +976,8 @@ def quickstart(*, output: Annotated[Path | None, Output] = None) -> None:
     Args:
         output: Folder of the run (default: runs/quickstart, or the first free one after it).
     """
+    from fcvit.commands.quickstart import quickstart as run
     from fcvit.report import tables
-    from fcvit.tasks.quickstart import quickstart as run
 
     done = run(output)
     _show(tables.conversion(done.conversion))
@@ -996,7 +996,7 @@ def doctor(*, as_json: Json = False) -> None:
     Args:
         as_json: Print JSON.
     """
-    from fcvit.tasks.doctor import doctor as run
+    from fcvit.commands.doctor import doctor as run
 
     found = run()
     if as_json:
@@ -1021,7 +1021,7 @@ def _changes(
     std: list[str] | None,
 ) -> "PreprocessingChange | None":
     """The fields of the preprocessing that were asked for; None: none."""
-    from fcvit.variants import three_channels
+    from fcvit.models.variants import three_channels
 
     options = {"input_size": input_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
     changes: Any = {name: value for name, value in options.items() if value is not None}
@@ -1041,7 +1041,7 @@ def _proof(proof: "Verification") -> dict:
 
 
 def _print_json(content: object) -> None:
-    from fcvit.runs import to_json
+    from fcvit.run_folder import to_json
 
     print(to_json(content), end="")
 

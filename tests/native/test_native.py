@@ -14,11 +14,11 @@ import pytest
 from conftest import golden_arrays, golden_json, needs_paddle
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.frameworks import import_framework, installed
+from fcvit.models.spec import Form, recognise
+from fcvit.models.variants import VARIANTS
 from fcvit.native import build
-from fcvit.variants import VARIANTS
-from fcvit.weights.lively import lively_input, lively_tensors
-from fcvit.weights.names import Form, recognise
 from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
 
 pytestmark = [
     needs_paddle,
@@ -119,7 +119,7 @@ def test_linear(library, rows, inputs, outputs, transposed, activated, dtype, to
 @precisions
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 1, 1, 16), (5, 16, 16, 40)])
 def test_layer_norm(library, shape, dtype, tolerance):
-    from fcvit.model import LayerNorm2D
+    from fcvit.models.network import LayerNorm2D
     from fcvit.native import operators
 
     def plain(x, weight, bias):
@@ -138,7 +138,7 @@ def test_layer_norm(library, shape, dtype, tolerance):
     ("shape", "heads"), [((2, 5, 7, 24), 8), ((3, 1, 1, 16), 8), ((2, 3, 4, 30), 5), ((5, 13, 16, 40), 8)]
 )
 def test_context(library, shape, heads, dtype, tolerance):
-    from fcvit.model import SIMILARITY_EPS, GlobalContext
+    from fcvit.models.network import SIMILARITY_EPS, GlobalContext
     from fcvit.native import operators
 
     width, inner = shape[3], shape[3] // 8
@@ -234,7 +234,7 @@ def test_gradients_are_only_made_for_those_that_want_them(library):
 
 def lively_model(variant, dtype="float64", backbone=False, **rates):
     """Every parameter moved away from its first value, so that none leaves another without effect."""
-    from fcvit.model import FCViT, FCViTBackbone
+    from fcvit.models.network import FCViT, FCViTBackbone
 
     paddle.seed(0)
     model = FCViTBackbone(variant, **rates) if backbone else FCViT(variant, 10, **rates)
@@ -368,9 +368,9 @@ def test_what_is_not_a_number_stays_so(library):
 
 def test_published_variant_in_float32(library):
     """The logits are as near to the exact ones as PyTorch's own."""
-    from fcvit.gates import GATE_B, gate_b
-    from fcvit.loading import build_network
+    from fcvit.models.build import build_network
     from fcvit.native.network import accelerate
+    from fcvit.verification.gates import GATE_B, gate_b
 
     form = Form(VARIANTS["fcvit_tiny"], 1000)
     model = build_network(Weights(form, lively_tensors(form), None, "torch", None, None, (), ()), "float32")
@@ -382,7 +382,7 @@ def test_published_variant_in_float32(library):
 
 
 def test_accelerating(library):
-    from fcvit.model import FCViT
+    from fcvit.models.network import FCViT
     from fcvit.native.network import accelerate
 
     model = lively_model(SMALL, "float32")

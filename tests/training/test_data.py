@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from conftest import DIGITS
-from fcvit.classes import ClassName
+from fcvit.data.loader import Batch
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
-from fcvit.images.loader import Batch
+from fcvit.models.classes import ClassName
+from fcvit.models.variants import Preprocessing
 from fcvit.training.data import Division, epoch_parts, find_splits, network_input, steps_per_epoch
-from fcvit.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
 LEFT_RIGHT = (ClassName("left", "left"), ClassName("right", "right"))

@@ -12,7 +12,7 @@ pytestmark = needs_paddle
 
 @pytest.fixture
 def model(small):
-    from fcvit.loading import create_model
+    from fcvit.models.build import create_model
 
     return create_model(small().network(), None, 2)
 
@@ -57,9 +57,9 @@ def test_lower_blocks_learn_more_slowly(model, small):
 
 
 def test_deep_stages_are_counted_block_by_block():
-    from fcvit.model import FCViT
+    from fcvit.models.network import FCViT
+    from fcvit.models.variants import VARIANTS
     from fcvit.training.optimiser import depth_of
-    from fcvit.variants import VARIANTS
 
     model = FCViT(VARIANTS["fcvit_tiny"], 2)  # depths 3, 3, 5, 2
     names = ["patch_embed.norm.bias", "network.0.2.norm1.bias", "network.3.proj.bias", "network.4.0.norm1.bias"]
@@ -69,7 +69,7 @@ def test_deep_stages_are_counted_block_by_block():
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     paddle = import_framework("paddle")
-    from fcvit.loading import create_model
+    from fcvit.models.build import create_model
     from fcvit.training.data import Division
     from fcvit.training.optimiser import freeze_backbone
     from fcvit.training.step import Trainer
@@ -122,7 +122,7 @@ def test_the_average_follows_the_weights(model):
 
 def test_the_optimiser_goes_on_as_it_was(small):
     """Three steps in a row, or two, then a new optimiser with the state of the old one, and one more."""
-    from fcvit.loading import create_model
+    from fcvit.models.build import create_model
     from fcvit.training.optimiser import create_optimiser, optimiser_tensors, restore_optimiser
 
     paddle = import_framework("paddle")

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fcvit.data.transforms.augment import Augmentation
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.images.augment import Augmentation
+from fcvit.models.variants import VARIANTS
 from fcvit.training.recipe import Recipe, build_recipe, read_recipe, shipped
-from fcvit.variants import VARIANTS
 
 DROP_PATH = {"fcvit_tiny": 0.1, "fcvit_b12": 0.1, "fcvit_b24": 0.1, "fcvit_b48": 0.2}
 

@@ -5,10 +5,10 @@ import pytest
 
 from conftest import golden_json, needs_paddle
 from fcvit.frameworks import import_framework
-from fcvit.variants import VARIANTS
-from fcvit.weights.lively import lively_input, lively_tensors
-from fcvit.weights.names import Form, entries, is_counter, paddle_name
+from fcvit.models.spec import Form, entries, is_counter, paddle_name
+from fcvit.models.variants import VARIANTS
 from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
 
 pytestmark = needs_paddle
 GOLDEN = golden_json("train_step.json")
@@ -27,7 +27,7 @@ def ends(array):
 @pytest.mark.slow
 def test_three_steps_of_the_authors_code():
     paddle = import_framework("paddle")
-    from fcvit.loading import build_network
+    from fcvit.models.build import build_network
     from fcvit.training.optimiser import create_optimiser
     from fcvit.training.recipe import Recipe
     from fcvit.training.step import soft_cross_entropy
@@ -67,7 +67,7 @@ def test_three_steps_of_the_authors_code():
 def test_the_running_variance_is_the_unbiased_one():
     """As PyTorch keeps it; what it normalises by within a batch is the biased one."""
     paddle = import_framework("paddle")
-    from fcvit.model import BatchNorm
+    from fcvit.models.network import BatchNorm
 
     x = np.random.default_rng(0).standard_normal((3, 2, 2, 1))
     norm = BatchNorm(2)
@@ -83,7 +83,7 @@ def test_the_running_variance_is_the_unbiased_one():
 def test_batchnorm_says_that_one_position_is_too_little():
     paddle = import_framework("paddle")
     from fcvit.errors import UsageError
-    from fcvit.model import BatchNorm
+    from fcvit.models.network import BatchNorm
 
     with pytest.raises(UsageError, match="at least two images"):
         BatchNorm(2)(paddle.ones([1, 2, 1, 1]))

@@ -34,14 +34,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
+from fcvit.models.spec import Form, entries, paddle_name
+from fcvit.models.variants import VARIANTS
 from fcvit.training.state import STATE, Progress, read_state, write_state
-from fcvit.variants import VARIANTS
 from fcvit.weights import checkpoint, pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import Header
-from fcvit.weights.lively import lively_tensors
-from fcvit.weights.names import Form, entries, paddle_name
 from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import lively_tensors
 
 FORM = Form(VARIANTS["fcvit_digits"], 10)
 PATIENCE = 40  # seconds of the processor, whatever else the machine does; the slowest file takes 3

@@ -13,10 +13,10 @@ import pytest
 from conftest import DIGITS, needs_torch, write_pdparams, write_pth
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.variants import VARIANTS
+from fcvit.models.spec import entries, is_counter, paddle_name
+from fcvit.models.variants import VARIANTS
 from fcvit.weights import safetensors_file
 from fcvit.weights.checkpoint import LEGACY, PDPARAMS, SAFETENSORS, ZIP
-from fcvit.weights.names import entries, is_counter, paddle_name
 from fcvit.weights.reading import WeightsDoNotFit, cast, read_weights
 
 
@@ -98,7 +98,7 @@ def test_every_problem_is_reported_together(tmp_path, digits_tensors):
 
 def test_a_square_linear_is_transposed_by_the_type_of_its_layer(tmp_path):
     """A head with as many classes as the last width: shapes cannot tell, the layer does."""
-    from fcvit.weights.lively import lively_tensors
+    from fcvit.weights.synthetic import lively_tensors
 
     form = dataclasses.replace(DIGITS, num_classes=48)
     tensors = lively_tensors(form)
@@ -112,7 +112,7 @@ def test_a_square_linear_is_transposed_by_the_type_of_its_layer(tmp_path):
 
 
 def test_a_variant_of_ones_own_is_recognised(tmp_path):
-    from fcvit.weights.lively import lively_tensors
+    from fcvit.weights.synthetic import lively_tensors
 
     own = dataclasses.replace(VARIANTS["fcvit_digits"], name="mine", competition=False, kernel_sizes=(5, 7), heads=4)
     form = dataclasses.replace(DIGITS, variant=own)
@@ -122,7 +122,7 @@ def test_a_variant_of_ones_own_is_recognised(tmp_path):
 
 def test_a_guess_is_said_aloud(tmp_path):
     """Tensors do not show the preprocessing; an ablation is not called by the plain name."""
-    from fcvit.weights.lively import lively_tensors
+    from fcvit.weights.synthetic import lively_tensors
 
     own = dataclasses.replace(VARIANTS["fcvit_digits"], heads=4)
     form = dataclasses.replace(DIGITS, variant=own)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
-from fcvit.weights.names import is_counter
+from fcvit.models.spec import is_counter
 from fcvit.weights.reading import read_weights
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import write_pth
 from fcvit.errors import DoesNotFit
-from fcvit.variants import IMAGENET_MEAN, VARIANTS, Preprocessing
+from fcvit.models.variants import IMAGENET_MEAN, VARIANTS, Preprocessing
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
 from fcvit.weights.header import Header
 from fcvit.weights.reading import read_weights
@@ -209,7 +209,7 @@ def test_arguments_that_contain_themselves_end(read):
 
 
 def test_arguments_reach_what_is_written_and_options_come_first(tmp_path, digits_tensors):
-    from fcvit.tasks.convert import convert
+    from fcvit.commands.convert import convert
 
     source = tmp_path / "x.pdparams"
     source.write_bytes(pickle.dumps({"state_dict": digits_tensors, "args": {"mean": [0.5] * 3, "img_size": 64}}, 4))

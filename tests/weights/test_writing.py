@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
-from fcvit.classes import ClassName
+from fcvit.commands.convert import convert
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.tasks.convert import convert
-from fcvit.variants import VARIANTS, Preprocessing
+from fcvit.models.classes import ClassName
+from fcvit.models.spec import Form, is_counter
+from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
 from fcvit.weights.header import Header
-from fcvit.weights.names import Form, is_counter
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import differing_tensors, staged, write_weights
 
@@ -122,7 +122,7 @@ def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
 @needs_torch
 def test_the_twin_loads_a_pth_strictly(tmp_path, digits_pth):
     torch = import_framework("torch")
-    from fcvit.torch_twin import FCViT
+    from fcvit.reference.network import FCViT
 
     convert(digits_pth, tmp_path / "a.safetensors", verify=False)
     convert(tmp_path / "a.safetensors", tmp_path / "b.pth", verify=False)

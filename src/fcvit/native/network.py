@@ -1,6 +1,6 @@
 """Run an existing FCViT by the native operators, channels last, with its own parameters.
 
-`fcvit.model` is what is computed, and what computes it wherever the operators cannot: on other devices, in
+`fcvit.models.network` is what is computed, and what computes it wherever the operators cannot: on other devices, in
 other precisions, while a graph is traced.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
-from fcvit.model import (
+from fcvit.models.network import (
     NORM_EPS,
     SIMILARITY_EPS,
     Block,

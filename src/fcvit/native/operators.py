@@ -48,7 +48,7 @@ def strided(x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first
 
 
 def context(x: Tensor, fc1: Pair, fc2: Pair, rescale: Pair, eps: float) -> Tensor:
-    """x plus its global context, weighted and with competition, as `fcvit.model.GlobalContext` has it."""
+    """x plus its global context, weighted and with competition, as `fcvit.models.network.GlobalContext` has it."""
     return Context.apply(x, *fc1, *fc2, *rescale, eps)
 
 

@@ -14,25 +14,25 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fcvit.analysis.heads import Heads
+from fcvit.analysis.similarity import Written
+from fcvit.analysis.trust import Estimate, Trust
+from fcvit.commands.bench import Bench
+from fcvit.commands.check_data import ODD, DataCheck, Same
+from fcvit.commands.convert import Conversion
+from fcvit.commands.export import Export
+from fcvit.commands.quickstart import Quickstart
+from fcvit.commands.verify import Comparison, Place, Verification
 from fcvit.errors import BadImages, counted
-from fcvit.gates import GATE_A, GATE_B
-from fcvit.maps import short
-from fcvit.tasks.bench import Bench
-from fcvit.tasks.check_data import ODD, DataCheck, Same
-from fcvit.tasks.compare import ResultComparison
-from fcvit.tasks.convert import Conversion
-from fcvit.tasks.evaluate import Evaluation
-from fcvit.tasks.export import Export
-from fcvit.tasks.heads import Heads
-from fcvit.tasks.predict import Prediction
-from fcvit.tasks.quickstart import Quickstart
-from fcvit.tasks.similarity import Written
-from fcvit.tasks.train import Training
-from fcvit.tasks.trust import Estimate, Trust
-from fcvit.tasks.verify import Comparison, Place, Verification
+from fcvit.evaluation.comparison import ResultComparison
+from fcvit.evaluation.runner import Evaluation
+from fcvit.inference.predict import Prediction
+from fcvit.models.maps import short
+from fcvit.models.spec import Form, parameter_count
+from fcvit.models.variants import VARIANTS, published
 from fcvit.text import printable
-from fcvit.variants import VARIANTS, published
-from fcvit.weights.names import Form, parameter_count
+from fcvit.training.run import Training
+from fcvit.verification.gates import GATE_A, GATE_B
 from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.classes import Classes, ClassName, imagenet, order_note, read_classes
+from fcvit.data.folders import legible
+from fcvit.data.labelled import LabelledImages, known_classes, read_dataset
+from fcvit.data.loader import Batch, Workers, batches
+from fcvit.data.sources import Source, open_source
+from fcvit.data.splits import find_layout
+from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
+from fcvit.data.transforms.mixing import mix
+from fcvit.data.transforms.preprocess import normalise
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
-from fcvit.images.augment import Augmentation, augment, erase, pixel_generator
-from fcvit.images.dataset import LabelledImages, known_classes, read_dataset
-from fcvit.images.folder import legible
-from fcvit.images.loader import Batch, Workers, batches
-from fcvit.images.mixing import mix
-from fcvit.images.preprocess import normalise
-from fcvit.images.source import Source, open_source
-from fcvit.images.splits import find_layout
+from fcvit.models.classes import Classes, ClassName, imagenet, order_note, read_classes
+from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.training.recipe import Recipe
-from fcvit.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
 
 
@@ -176,7 +176,7 @@ def _named(folders: list[str]) -> Classes:
 
 @dataclasses.dataclass(frozen=True)
 class Augmented:
-    """The view of a training image (see `fcvit.images.loader.View`): decided by seed, epoch and place in it."""
+    """The view of a training image (see `fcvit.data.loader.View`): decided by seed, epoch and place in it."""
 
     augmentation: Augmentation
     seed: int

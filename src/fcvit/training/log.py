@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcvit import runs
+from fcvit import run_folder as runs
 from fcvit.errors import MissingExtra
 from fcvit.report.charts import training_curves
 

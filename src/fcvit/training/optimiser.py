@@ -6,7 +6,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.frameworks import import_framework
-from fcvit.model import FCViT
+from fcvit.models.network import FCViT
 from fcvit.training.recipe import Recipe
 
 import_framework("paddle")

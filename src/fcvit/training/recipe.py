@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fcvit.data.transforms.augment import Augmentation
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.images.augment import Augmentation
-from fcvit.variants import Preprocessing, PreprocessingChange, Variant, get_variant, three_channels
+from fcvit.models.variants import Preprocessing, PreprocessingChange, Variant, get_variant, three_channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Recipe:
         drop_path_rate, drop_rate: 0 <= rate < 1; stochastic depth of the last block, dropout in the mixers.
         input_size, crop_fraction, interpolation, mean, std: of the preprocessing; None: that of weights or variant.
 
-    Images (see `fcvit.images.augment.Augmentation` and `fcvit.images.mixing.mix`):
+    Images (see `fcvit.data.transforms.augment.Augmentation` and `fcvit.data.transforms.mixing.mix`):
         crop, crop_scale, crop_ratio, crop_interpolation, padding, flip, rand_augment, magnitude,
         magnitude_std, operation_probability, erasing, mixup, cutmix, mix_switch.
 

@@ -10,7 +10,7 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
-from fcvit.model import FCViT
+from fcvit.models.network import FCViT
 from fcvit.training.data import Division
 from fcvit.training.optimiser import (
     Average,

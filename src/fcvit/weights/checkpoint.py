@@ -18,11 +18,11 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
+from fcvit.models.spec import LAST_NAMES, is_counter, is_statistic
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header
-from fcvit.weights.inert_pickle import Opaque
-from fcvit.weights.names import LAST_NAMES, is_counter, is_statistic
+from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import (
     DETECTOR_PARTS,
     WeightSet,

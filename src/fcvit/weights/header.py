@@ -8,10 +8,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from fcvit.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
-from fcvit.variants import VARIANTS, Preprocessing, Variant
-from fcvit.weights.names import Form
+from fcvit.models.classes import Classes, ClassName, check_classes
+from fcvit.models.spec import Form
+from fcvit.models.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.safetensors_file import unique
 
 FORMAT_VERSION = 1

@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import inert_pickle
+from fcvit.weights import safe_unpickler as inert_pickle
 from fcvit.weights.dtypes import BFLOAT16, checked_shape, fixed
-from fcvit.weights.inert_pickle import Opaque, Stream
+from fcvit.weights.safe_unpickler import Opaque, Stream
 
 _CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 PLAIN = (None, None, None, -1, -1, 0)  # the end of a type's state: no fields, no shape or size of its own

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
-from fcvit.weights.checkpoint import Checkpoint, hub_settings, read_checkpoint, sidecar
-from fcvit.weights.dtypes import FLOATS, is_float
-from fcvit.weights.names import (
+from fcvit.models.classes import Classes
+from fcvit.models.spec import (
     PADDLE_STATISTICS,
     Entry,
     Form,
@@ -23,6 +20,9 @@ from fcvit.weights.names import (
     torch_name,
     torch_shapes,
 )
+from fcvit.models.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
+from fcvit.weights.checkpoint import Checkpoint, hub_settings, read_checkpoint, sidecar
+from fcvit.weights.dtypes import FLOATS, is_float
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from fcvit.errors import DoesNotFit
-from fcvit.weights.names import entries, is_counter, recognise, torch_shapes
+from fcvit.models.spec import entries, is_counter, recognise, torch_shapes
 
 PROBE = "patch_embed.proj.weight"
 _DOTLESS = PROBE.replace(".", "")

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import inert_pickle, pdparams, stored_zip
+from fcvit.weights import pdparams, stored_zip
+from fcvit.weights import safe_unpickler as inert_pickle
 from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape, fixed
-from fcvit.weights.inert_pickle import MAX_ARGUMENTS, Opaque, Stream
+from fcvit.weights.safe_unpickler import MAX_ARGUMENTS, Opaque, Stream
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _RESAVE = "save it again in PyTorch as plain dense tensors with torch.save(model.state_dict(), FILE)"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.variants import Preprocessing, PreprocessingChange, three_channels
-from fcvit.weights.inert_pickle import Opaque
+from fcvit.models.variants import Preprocessing, PreprocessingChange, three_channels
 from fcvit.weights.pdparams import ArrayRef, single
+from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import words
 from fcvit.weights.torch_file import TensorRef
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
-from fcvit.runs import TEMPORARY
-from fcvit.variants import resolve_preprocessing
+from fcvit.models.spec import is_counter
+from fcvit.models.variants import resolve_preprocessing
+from fcvit.run_folder import TEMPORARY
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
 from fcvit.weights.header import KEY, LAYOUTS, Header
-from fcvit.weights.names import is_counter
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.

@@ -1,0 +1,211 @@
+"""Export a network for a runtime; reported only after the runtime computed the right numbers with it."""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fcvit.data.transforms.preprocess import preprocess
+from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.inference.check import Check, check_export, require, sample_images
+from fcvit.inference.export import RUNTIME, files, infer_format, write_export
+from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.quantise import calibration_images, quantise
+from fcvit.inference.runtimes import RUNTIMES
+from fcvit.machine import available_threads
+from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.weights.reading import Weights, read_weights
+from fcvit.weights.synthetic import is_dormant, lively_tensors
+
+PRECISIONS = ("float32", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What was written, and the proof.
+
+    Attributes:
+        network: in words.
+        format, files: the one for the runtime is the last.
+        bytes: of all files.
+        inputs, outputs: names, types and shapes; None: free.
+        runtime: what it was run with; version in `fcvit doctor`.
+        checks: gate B on the weights themselves, at each size; of int8 before it was quantised.
+        lively: gate B of the same export of weights by rule, where the file's own hide the blocks; else empty.
+        seconds: to write, without the checks.
+    """
+
+    network: str
+    format: str
+    files: tuple[str, ...]
+    bytes: int
+    input: dict[str, Any]
+    outputs: tuple[str, ...]
+    runtime: str
+    precision: str
+    checks: tuple[Check, ...]
+    lively: tuple[Check, ...]
+    seconds: float
+
+
+def export(
+    weights: "Weights | str | os.PathLike[str]",
+    output: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    dynamic: bool = False,
+    uint8: bool = False,
+    probabilities: bool = False,
+    precision: str = "float32",
+    calibration: str | os.PathLike[str] | None = None,
+    images: Sequence[str | os.PathLike[str]] = (),
+    preprocessing: Preprocessing | None = None,
+    ema: bool | None = None,
+    overwrite: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Export:
+    """Write, load with the runtime, compare with the float64 reference, then rename into place.
+
+    Args:
+        weights: a file of any format, or weights in memory.
+        output: the file for the runtime: .onnx, .json (paddle), .xml (openvino); others lie beside it.
+        format: "onnx", "paddle" or "openvino"; None: by the ending of `output`.
+        size: height and width in pixels; None: the input size of the preprocessing, squared.
+        dynamic: any size, from `.onnx` and OpenVINO.
+        uint8: take uint8 RGB and normalise inside.
+        probabilities: give the softmax of the logits.
+        precision: "float32", or "int8" (onnx only) with scales found on the images of `calibration`.
+        calibration: a folder of images.
+        images: to check with; empty: the handwritten digits of the package, enlarged.
+        preprocessing: another one than the weights'.
+        ema: choose the averaged or raw weights of a file that has both.
+        overwrite: replace files that are there.
+        announce: is told what takes time, or weakens the proof.
+
+    Raises:
+        UnreadableFile, UsageError, DoesNotFit: a file or an option.
+        MissingExtra: a package that writes or runs the format is not installed.
+        BadImages: an image cannot be read.
+        NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
+    """
+    path = Path(output)
+    format = format or infer_format(path)
+    names = files(path, format)
+    if precision not in PRECISIONS or (precision == "int8" and format != "onnx"):
+        raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
+    if (precision == "int8") != (calibration is not None):
+        raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
+    if dynamic and size is not None:
+        raise UsageError("--dynamic takes any size; leave out --size")
+    if dynamic and precision == "int8":
+        raise UsageError("--precision int8 is calibrated for one size; leave out --dynamic")
+    read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
+    chosen = resolve_preprocessing(preprocessing, read.preprocessing, read.form.variant)
+    size = size or (chosen.input_size, chosen.input_size)
+    interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
+    output_names(read.form, probabilities)
+    given = _check_images(read, images, size, chosen)
+    if precision == "int8" and size[0] != size[1]:
+        raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
+    square = dataclasses.replace(chosen, input_size=size[0])
+    scales = calibration_images(Path(calibration), square) if calibration else None
+    with _published(names, overwrite) as folder:
+        made = folder / path.name
+        began = time.perf_counter()
+        write_export(read, interface, format, made)
+        seconds = time.perf_counter() - began
+        announce(f"checking {path.name} with {RUNTIME[format]}")
+        checks = _checks(read, interface, format, made, given)
+        lively: tuple[Check, ...] = ()
+        if is_dormant(read.tensors):
+            announce(
+                "the weights are nearly untrained and hide their blocks: weights by rule are exported and checked too"
+            )
+            rule = dataclasses.replace(read, tensors=lively_tensors(read.form))
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                other = Path(name) / path.name
+                write_export(rule, interface, format, other)
+                lively = _checks(rule, interface, format, other, given)
+        if scales is not None:
+            began = time.perf_counter()
+            quantise(made, scales, interface)
+            seconds += time.perf_counter() - began
+            _require_finite(made, format, given, interface)
+        written = sum((folder / name.name).stat().st_size for name in names)
+    return Export(
+        str(read.form),
+        format,
+        tuple(map(str, names)),
+        written,
+        {
+            "type": "uint8" if uint8 else "float32, normalised",
+            "shape": [None, 3, *((None, None) if dynamic else size)],
+        },
+        tuple(output_names(read.form, probabilities)),
+        RUNTIME[format],
+        precision,
+        checks,
+        lively,
+        seconds,
+    )
+
+
+def _check_images(
+    weights: Weights, images: Sequence[str | os.PathLike[str]], size: tuple[int, int], chosen: Preprocessing
+) -> np.ndarray:
+    if not images:
+        return sample_images(weights.form, size)
+    side = max(size)
+    square = np.stack([preprocess(path, dataclasses.replace(chosen, input_size=side)) for path in images])
+    return square[:, :, : size[0], : size[1]]
+
+
+def _checks(weights: Weights, interface: Interface, target: str, path: Path, images: np.ndarray) -> tuple[Check, ...]:
+    """At the size; where any will do, at a smaller one as well that is odd and not square."""
+    runtime = RUNTIMES[RUNTIME[target]](path, available_threads())
+    batches = [images]
+    if interface.size is None:
+        height, width = images.shape[2:]
+        batches.append(images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1])
+    found = []
+    for batch in batches:
+        found.append(check_export(runtime, weights, interface, batch))
+        require(found[-1], path.name)
+    return tuple(found)
+
+
+def _require_finite(path: Path, target: str, images: np.ndarray, interface: Interface) -> None:
+    from fcvit.data.transforms.preprocess import normalise
+
+    given = images if interface.uint8 else normalise(images, interface.preprocessing)
+    outputs = RUNTIMES[RUNTIME[target]](path, available_threads(), "int8")(given)
+    if not all(np.isfinite(value).all() for value in outputs):
+        raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")
+
+
+@contextlib.contextmanager
+def _published(names: Sequence[Path], overwrite: bool) -> Iterator[Path]:
+    """A folder beside the files, moved to their names if the block ends well: the one for the runtime last."""
+    for path in names:
+        if os.path.lexists(path) and not (overwrite and path.is_file()):
+            raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
+    parent = names[-1].parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{names[-1].name}.", dir=parent) as name:
+            folder = Path(name)
+            yield folder
+            for path in names:
+                with (folder / path.name).open("rb+") as file:
+                    os.fsync(file.fileno())
+            for path in names:
+                (folder / path.name).replace(path)
+    except OSError as error:
+        raise UnreadableFile(f"{names[-1]}: cannot be written: {error.strerror or error}") from error

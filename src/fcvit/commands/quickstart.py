@@ -1,0 +1,182 @@
+"""The whole path on real input, without a network: convert, verify, evaluate, predict, show.
+
+The checkpoint is small and ours (`scripts/make_digits_checkpoint.py` trained it on scikit-learn's
+handwritten digits), in the format of the authors' training script. PyTorch's side of every
+comparison was recorded when it was made; where PyTorch is installed it is computed live instead.
+"""
+
+import dataclasses
+import importlib.resources
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fcvit import run_folder as runs
+from fcvit.commands import verify as verification
+from fcvit.commands.convert import Conversion, convert
+from fcvit.data.transforms.preprocess import decode, normalise, preprocess
+from fcvit.errors import NumbersDisagree
+from fcvit.evaluation.runner import Evaluation, evaluate
+from fcvit.frameworks import import_framework, installed, on_paddle_device
+from fcvit.inference.engines import PaddleEngine
+from fcvit.inference.predict import Prediction, rank
+from fcvit.models.classes import digits
+from fcvit.models.variants import resolve_preprocessing
+from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.weights.reading import Weights, read_weights
+
+CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
+_SHEET = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """What came out; the figures are over the same held-out images.
+
+    Attributes:
+        conversion: of the shipped checkpoint, with its verification where PyTorch is installed.
+        evaluation: Paddle's.
+        torch_side: "computed now" or "recorded".
+        torch_top1, agreement: per cent.
+        max_difference, mean_difference: absolute, float32 logits.
+        gate_a, gate_b: over the held-out images.
+        predictions: of every held-out image, the three best classes.
+        sheet: the picture.
+        folder: everything.
+        seconds: all of it.
+    """
+
+    conversion: Conversion
+    evaluation: Evaluation
+    torch_side: str
+    torch_top1: float
+    agreement: float
+    max_difference: float
+    mean_difference: float
+    gate_a: float
+    gate_b: float
+    predictions: tuple[tuple[Path, list[Prediction]], ...]
+    sheet: Path
+    folder: Path
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gate_a <= verification.GATE_A and self.gate_b <= verification.GATE_B
+
+
+def quickstart(folder: Path | None = None) -> Quickstart:
+    """Run everything; about ten seconds.
+
+    Args:
+        folder: a new folder; None: `runs/quickstart`, or the first free one after it.
+
+    Raises:
+        NumbersDisagree: Paddle does not compute what PyTorch does on this machine.
+        MissingExtra: Paddle is not installed.
+    """
+    began = time.perf_counter()
+    import_framework("paddle")
+    with runs.run_folder(folder, "quickstart") as folder:
+        source = folder / CHECKPOINT
+        with importlib.resources.as_file(importlib.resources.files("fcvit") / "assets") as assets:
+            shutil.copyfile(assets / CHECKPOINT, source)
+            with np.load(assets / HELD_OUT, allow_pickle=False) as archive:
+                held_out = {name: archive[name] for name in archive.files}
+        paths = write_images(held_out["images"], held_out["labels"], folder / "held-out")
+        converted = folder / "fcvit_digits.safetensors"
+        conversion = convert(source, converted, classes=digits())
+        if conversion.verification is None:
+            note = "PyTorch is not installed: the numbers are compared with its recorded logits, below"
+            conversion = dataclasses.replace(conversion, notes=(note,))
+        weights = read_weights(converted)
+        evaluation = evaluate(
+            weights, folder / "held-out", engines="paddle", batch_size=60, device="cpu", folder=folder / "eval"
+        )
+        preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+        batch = np.stack([preprocess(path, preprocessing) for path in paths])
+        logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
+        predictions = tuple(zip(paths, rank(logits, digits(), 3), strict=True))
+        exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
+        ours_64 = _paddle_float64(weights, batch)
+        difference = np.abs(logits.astype(np.float64) - torch_32)
+        result = Quickstart(
+            conversion,
+            evaluation,
+            side,
+            100 * float((torch_32.argmax(1) == held_out["labels"]).mean()),
+            100 * float((torch_32.argmax(1) == logits.argmax(1)).mean()),
+            float(difference.max()),
+            float(difference.mean()),
+            verification.gate_a(ours_64, exact),
+            verification.gate_b(logits, torch_32, exact),
+            predictions,
+            folder / "predictions.png",
+            folder,
+            time.perf_counter() - began,
+        )
+        _draw(predictions, held_out["labels"], result.sheet)
+        runs.write_json(folder / "summary.json", dataclasses.asdict(result) | {"predictions": "eval/predictions.csv"})
+        if not result.passed:
+            raise NumbersDisagree(
+                f"Paddle and PyTorch differ on the held-out digits: "
+                f"gate A {result.gate_a:.1e}, gate B {result.gate_b:.2f}"
+            )
+    return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Path]:
+    """(N, 8, 8) grey images as PNG files in class folders; their paths in the same order."""
+    paths = []
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / str(label) / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        paths.append(path)
+    return paths
+
+
+def torch_logits(
+    source: Weights, batch: np.ndarray, record: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """PyTorch's logits for uint8 images in float64 and float32, and whether they were computed now."""
+    if not installed("torch"):
+        return record["logits_float64"], record["logits_float32"], "recorded"
+    torch = import_framework("torch")
+    from fcvit.reference.network import build_twin
+
+    preprocessing = resolve_preprocessing(None, source.preprocessing, source.form.variant)
+    images = torch.from_numpy(normalise(batch, preprocessing))
+    with torch.inference_mode():
+        exact, single = (
+            build_twin(source.form, source.tensors, dtype)(images.to(dtype)).numpy()
+            for dtype in (torch.float64, torch.float32)
+        )
+    return exact, single, "computed now"
+
+
+def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
+    paddle = import_framework("paddle")
+    from fcvit.models.build import build_network
+
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+    images = normalise(batch, preprocessing).astype(np.float64)
+    with on_paddle_device("cpu"), paddle.no_grad():
+        return build_network(weights, "float64")(paddle.to_tensor(images)).numpy()
+
+
+def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
+    """The mistakes first, then the first images, up to a sheetful."""
+    found = list(zip(predictions, map(str, labels), strict=True))
+    wrong = [row for row in found if row[0][1][0].id != row[1]]
+    right = [row for row in found if row[0][1][0].id == row[1]]
+    tiles = [
+        Tile(decode(path), ranked[0].id, ranked[0].probability, truth)
+        for (path, ranked), truth in [*wrong, *right][:_SHEET]
+    ]
+    title = f"fcvit_digits on held-out handwritten digits: {len(wrong)} of {len(labels)} wrong (shown first)"
+    contact_sheet(tiles, title).save(sheet)

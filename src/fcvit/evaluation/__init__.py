@@ -1,0 +1,1 @@
+"""Accuracy of weights on labelled images: one pass, records, figures, results."""

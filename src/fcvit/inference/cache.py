@@ -1,0 +1,212 @@
+"""Exports for the engines, made once and kept: `$XDG_CACHE_HOME/fcvit/engines` (`~/.cache/...`).
+
+An entry is a folder named by a hash of all that its numbers depend on: every tensor, the network, the
+interface, the versions of what wrote it and of what runs it, the processor. It holds the files of the export and
+`entry.json` with their hashes; it is made elsewhere, checked (gate B) and renamed into place as a whole, so
+two processes at once do the work twice and keep one result. An entry that is damaged is made again. Where the cache
+cannot be written, or goes away while an export is made, the export is made in a temporary folder, and a note says
+so. Anything in it may be deleted at any time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fcvit import __version__
+from fcvit.errors import FcvitError
+from fcvit.inference.check import check_export, require, require_reference, sample_images
+from fcvit.inference.export import files, require_writer, write_export
+from fcvit.inference.interface import Interface
+from fcvit.inference.quantise import quantise
+from fcvit.inference.runtimes import RUNTIMES, import_runtime
+from fcvit.machine import processor_identity
+from fcvit.models.spec import is_counter
+from fcvit.weights.reading import Weights
+
+FORMAT_OF = {"onnxruntime": "onnx", "openvino": "onnx", "paddle-inference": "paddle"}
+MAIN = {"onnx": "network.onnx", "paddle": "network.json"}
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+    "paddle-inference": ("paddlepaddle", "paddlepaddle-gpu"),
+}
+ENTRY = "entry.json"
+LAYOUT = 1  # of an entry
+
+
+def cache_folder() -> Path:
+    """Return the folder of the entries; without a home folder it is one that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
+    return (Path(os.devnull) if home.startswith("~") else Path(home)) / "fcvit" / "engines"
+
+
+@contextlib.contextmanager
+def exported(
+    weights: Weights,
+    interface: Interface,
+    runtime: str,
+    calibration: np.ndarray | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    use_cache: bool = True,
+) -> Iterator[Path]:
+    """Yield the file that a runtime is to load, from the cache or made now; temporary ones end with the block.
+
+    Args:
+        weights: of any form.
+        interface: with a fixed size.
+        runtime: a key of `RUNTIMES`.
+        calibration: uint8 images: quantise to int8 by them. Gate B is then held before that.
+        announce: is told of an export that takes time, and of a cache that cannot be used.
+        use_cache: False makes the export in a temporary folder.
+
+    Raises:
+        NumbersDisagree: what the runtime computes is not what the weights say.
+        MissingExtra, UsageError: see `write_export`, `check_export`.
+    """
+    import_runtime(runtime)  # what is missing is said before any work is announced
+    key = entry_key(weights, interface, runtime, calibration)
+    main = MAIN[FORMAT_OF[runtime]]
+    entry = cache_folder() / key
+    if use_cache and _intact(entry, main):
+        yield entry / main
+        return
+    require_writer(FORMAT_OF[runtime])
+    require_reference()
+    exporting = f"exporting {weights.form} for {runtime}"
+    if use_cache:
+        try:
+            made = _scratch(key)
+        except OSError as error:
+            announce(f"{exporting}; it is not kept: {_not_written(error)}")
+        else:
+            announce(f"{exporting}, once: it is kept in {cache_folder()}")
+            try:
+                if _filled(made, weights, interface, runtime, calibration, main, announce):
+                    yield (entry if _publish(made, entry, main) else made) / main
+                    return
+            finally:
+                shutil.rmtree(made, ignore_errors=True)  # unless it was renamed
+    with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
+        _make(weights, interface, runtime, calibration, Path(spare) / main)
+        yield Path(spare) / main
+
+
+def _filled(
+    made: Path,
+    weights: Weights,
+    interface: Interface,
+    runtime: str,
+    calibration: np.ndarray | None,
+    main: str,
+    announce: Callable[[str], None],
+) -> bool:
+    """Make an entry; False where the folder is full or went away, whatever error that ends in."""
+    try:
+        _make(weights, interface, runtime, calibration, made / main)
+    except FcvitError:
+        raise
+    except Exception as error:
+        if made.exists() and not isinstance(error, OSError):
+            raise
+        announce(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
+        return False
+    return True
+
+
+def _not_written(error: Exception) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or "it was deleted"
+    return f"{cache_folder()} cannot be written ({reason}); XDG_CACHE_HOME names another"
+
+
+def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
+    """Name of the entry: all that the numbers depend on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.tensors.items()):
+        if not is_counter(name):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\0".encode())
+            digest.update(tensor.tobytes())
+    about = {
+        "layout": LAYOUT,
+        "form": dataclasses.asdict(weights.form),
+        "interface": dataclasses.asdict(interface),
+        "runtime": runtime,
+        "versions": _versions(runtime),
+        "processor": processor_identity(),
+        "calibration": calibration is not None and hashlib.sha256(calibration.tobytes()).hexdigest(),
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def _versions(runtime: str) -> dict[str, str]:
+    found = {"fcvit": __version__, "sources": _sources()}
+    for package in PACKAGES[runtime]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def _sources() -> str:
+    """Hash of what writes an export: between two releases it may change too."""
+    digest = hashlib.sha256()
+    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantise.py", "../models/network.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _make(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
+    """Write the export and check it, then quantise it if asked."""
+    assert interface.size is not None
+    write_export(weights, interface, FORMAT_OF[runtime], path)
+    loaded = RUNTIMES[runtime](path, 1)
+    what = f"{weights.source.path} exported for {runtime}"
+    require(check_export(loaded, weights, interface, sample_images(weights.form, interface.size)), what)
+    if calibration is not None:
+        quantise(path, calibration, interface)
+    hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
+    (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
+
+
+def _scratch(key: str) -> Path:
+    """Make a folder beside the entries."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_folder()))
+
+
+def _publish(made: Path, entry: Path, main: str) -> bool:
+    """Rename the folder to its place; whether the entry there is good now, ours or another process's."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):  # it is there already: another process was faster, or it is damaged
+            made.rename(entry)
+        if _intact(entry, main):
+            return True
+        with contextlib.suppress(OSError):
+            aside = tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent)
+            entry.rename(Path(aside) / "entry")
+            shutil.rmtree(aside, ignore_errors=True)
+    return False
+
+
+def _intact(entry: Path, main: str) -> bool:
+    """Whether all files are there with the numbers that were written."""
+    try:
+        hashes = json.loads((entry / ENTRY).read_bytes())
+        return main in hashes and all(_sha256(entry / Path(name).name) == known for name, known in hashes.items())
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,155 @@
+"""Whether an exported network computes what its weights say: gate B, on real images.
+
+Exporters and runtimes have written and computed wrong numbers without an error; so nothing is used or
+handed out that was not run. The reference is the network itself in float64, the yardstick its float32,
+by PyTorch where it is installed and else by Paddle (whose own error is the larger one, so the limit for the
+same file is then wider by about half).
+"""
+
+import dataclasses
+from importlib import resources
+
+import numpy as np
+from PIL import Image
+
+from fcvit.errors import MissingExtra, NumbersDisagree
+from fcvit.frameworks import INSTALL, import_framework, installed, on_paddle_device
+from fcvit.inference.interface import Interface
+from fcvit.inference.runtimes import Runtime
+from fcvit.metrics.classification import softmax
+from fcvit.models.spec import Form
+from fcvit.verification.gates import GATE_B, gate_b, images_needed
+from fcvit.weights.reading import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What the comparison found.
+
+    Attributes:
+        images: how many, and their size in pixels.
+        yardstick: whose float32 the error is measured by: "torch" or "paddle".
+        ratio: rms error of the export over that of the yardstick, over all images; the larger one of the images
+            in one batch and each alone.
+        largest: absolute difference from float64.
+    """
+
+    images: tuple[int, int, int]
+    yardstick: str
+    ratio: float
+    largest: float
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= GATE_B
+
+
+def check_export(runtime: Runtime, weights: Weights, interface: Interface, images: np.ndarray) -> Check:
+    """Run `images` through an export and through the network.
+
+    Args:
+        runtime: the export, loaded.
+        weights: what it was made from.
+        interface: how it was made.
+        images: uint8 RGB (B, 3, H, W), B from 1.
+
+    Raises:
+        MissingExtra: neither PyTorch nor Paddle is installed.
+    """
+    exact, single, yardstick = reference(weights, interface, images)
+    expected, measure = (np.concatenate([o.ravel() for o in run]) for run in (exact, single))
+    given = images if interface.uint8 else normalised(images, interface).astype(np.float32)
+    together = runtime(given)
+    # All of them alone: the error of a single image's few logits over that of another's few is a matter of luck.
+    alone = [np.concatenate(parts) for parts in zip(*(runtime(image[None]) for image in given), strict=True)]
+    ratio = largest = 0.0
+    for outputs in (together, alone):
+        if [o.shape for o in outputs] != [o.shape for o in exact]:
+            found = np.full(expected.shape, np.nan, np.float32)
+        else:
+            found = np.concatenate([o.ravel() for o in outputs])
+        ratio = max(ratio, gate_b(found, measure, expected))
+        largest = max(largest, float(np.abs(found - expected).max()))
+    return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
+
+
+def require(check: Check, what: str) -> None:
+    """Nothing, if it passed.
+
+    Raises:
+        NumbersDisagree: it did not.
+    """
+    if not check.passed:
+        raise NumbersDisagree(
+            f"{what} computes other numbers than its weights: {check.ratio:.3g} times the rounding error of "
+            f"{check.yardstick}'s float32 (limit {GATE_B}), largest difference {check.largest:.2g}"
+        )
+
+
+def sample_images(form: Form, size: tuple[int, int]) -> np.ndarray:
+    """Real images, as many as gate B needs: the handwritten digits of the package, enlarged; uint8 (B, 3, H, W)."""
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        digits = np.load(file, allow_pickle=False)["images"]
+    height, width = size
+    count = images_needed(form.num_classes or form.variant.widths[-1], height * width)
+    chosen = [Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC) for digit in digits[:count]]
+    grey = np.stack([np.asarray(image) for image in chosen])
+    # Each channel of its own, or the network would see but one.
+    return np.stack([grey, 255 - grey, np.roll(grey, 1, axis=0)], axis=1)
+
+
+def normalised(images: np.ndarray, interface: Interface) -> np.ndarray:
+    """uint8 -> float64: to [0, 1], less the mean, over the standard deviation."""
+    mean, std = (np.array(v)[:, None, None] for v in (interface.preprocessing.mean, interface.preprocessing.std))
+    return (images / 255 - mean) / std
+
+
+def require_reference() -> None:
+    """Check that PyTorch or Paddle is installed.
+
+    Raises:
+        MissingExtra: neither is.
+    """
+    if not (installed("torch") or installed("paddle")):
+        raise MissingExtra(f"an export is checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
+
+
+def reference(
+    weights: Weights, interface: Interface, images: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """Return the outputs in float64 and in float32, and who computed them.
+
+    Raises:
+        MissingExtra: nobody can.
+        NumbersDisagree: numbers that are not finite in float32, which no runtime can be measured by.
+    """
+    require_reference()
+    framework = "torch" if installed("torch") else "paddle"
+    compute = _torch if framework == "torch" else _paddle
+    found = [compute(weights, normalised(images, interface).astype(dtype)) for dtype in ("float64", "float32")]
+    if not all(np.isfinite(output).all() for output in found[1]):
+        raise NumbersDisagree(
+            f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
+        )
+    if interface.probabilities:
+        found = [[softmax(outputs[0]).astype(outputs[0].dtype)] for outputs in found]
+    return found[0], found[1], framework
+
+
+def _torch(weights: Weights, images: np.ndarray) -> list[np.ndarray]:
+    torch = import_framework("torch")
+    from fcvit.reference.network import build_twin
+
+    model = build_twin(weights.form, weights.tensors, getattr(torch, images.dtype.name))
+    with torch.inference_mode():
+        found = model(torch.from_numpy(images))
+    return [value.numpy() for value in (found if isinstance(found, list | tuple) else [found])]
+
+
+def _paddle(weights: Weights, images: np.ndarray) -> list[np.ndarray]:
+    paddle = import_framework("paddle")
+    from fcvit.models.build import build_network
+
+    with on_paddle_device("cpu"), paddle.no_grad():
+        found = build_network(weights, images.dtype.name)(paddle.to_tensor(images))
+    return [value.numpy() for value in (found if isinstance(found, list | tuple) else [found])]

@@ -1,0 +1,163 @@
+"""Write a network in the formats of runtimes.
+
+| format   | files, for a path NAME.EXT                                    | run by                     |
+| -------- | ------------------------------------------------------------- | -------------------------- |
+| onnx     | NAME.onnx, all in one                                         | ONNX Runtime, OpenVINO ... |
+| paddle   | NAME.json (program), NAME.pdiparams (weights), NAME.json.fcvit.json | Paddle Inference      |
+| openvino | NAME.xml (network), NAME.bin (weights), NAME.xml.fcvit.json   | OpenVINO                   |
+
+Paddle 2 wrote NAME.pdmodel where Paddle 3 writes NAME.json. What the numbers mean (variant, preprocessing,
+class names, input and outputs) travels as JSON: in the metadata of an ONNX file under `fcvit`, else in
+NAME.EXT.fcvit.json.
+"""
+
+import dataclasses
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fcvit import __version__
+from fcvit.errors import MissingExtra, UsageError
+from fcvit.frameworks import import_framework, on_paddle_device
+from fcvit.inference.interface import Interface, output_names
+from fcvit.models.build import build_network
+from fcvit.weights.reading import Weights
+
+ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
+"""Format -> endings of its files; the last is the one that a runtime is given."""
+RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "openvino"}
+"""Format -> the runtime that an export is checked with."""
+SIDECAR = ".fcvit.json"  # behind the name of the file for the runtime
+KEY = "fcvit"
+
+
+def files(path: Path, target: str) -> list[Path]:
+    """The files of an export, the one for the runtime last. `path` ends as that one does.
+
+    Raises:
+        UsageError: an unknown format, or another ending.
+    """
+    if target not in ENDINGS:
+        raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
+    main = ENDINGS[target][-1]
+    if path.suffix != main:
+        raise UsageError(f"{path}: the {target} format is a file that ends in {main}; change the ending or --format")
+    beside = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
+    return beside + [path.with_suffix(ending) for ending in ENDINGS[target]]
+
+
+def infer_format(path: Path) -> str:
+    """Return the format that the ending of a file stands for.
+
+    Raises:
+        UsageError: none.
+    """
+    for target, endings in ENDINGS.items():
+        if path.suffix.lower() == endings[-1]:
+            return target
+    known = ", ".join(f"{endings[-1]} ({target})" for target, endings in ENDINGS.items())
+    raise UsageError(f"{path}: the ending says no format; expected {known}")
+
+
+def require_writer(target: str) -> None:
+    """Import the package that writes a format.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if target == "paddle":
+        import_framework("paddle")
+    else:
+        importlib.import_module("fcvit.inference.onnx_graph")
+
+
+def write_export(weights: Weights, interface: Interface, target: str, path: Path) -> None:
+    """Write the files of a format; not checked and not atomic by itself.
+
+    Args:
+        weights: of any form.
+        interface: what goes in and comes out.
+        target: a key of `ENDINGS`.
+        path: of the file for the runtime, in a folder that is there.
+
+    Raises:
+        UsageError: the format does not have that interface, or the ending is another.
+        MissingExtra: a package is not installed.
+    """
+    *beside, _ = files(path, target)
+    about = json.dumps(description(weights, interface), ensure_ascii=False)
+    if target == "paddle":
+        _write_paddle(weights, interface, path)
+    else:
+        from fcvit.inference.onnx_graph import onnx_model
+
+        model = onnx_model(weights, interface, {KEY: about} if target == "onnx" else None)
+        if target == "onnx":
+            path.write_bytes(model.SerializeToString(deterministic=True))
+        else:
+            openvino = _openvino()
+            openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
+    if target != "onnx":
+        beside[0].write_text(about, "utf-8")
+
+
+def description(weights: Weights, interface: Interface) -> dict[str, Any]:
+    """What the numbers that go in and come out mean."""
+    form = weights.form
+    return {
+        "format_version": 1,
+        "fcvit": __version__,
+        "variant": dataclasses.asdict(form.variant),
+        "num_classes": form.num_classes,
+        "dense": form.dense,
+        "input": {
+            "layout": "batch, RGB, height, width",
+            "type": "uint8" if interface.uint8 else "float32",
+            "values": "0 to 255" if interface.uint8 else "(pixel / 255 - mean) / std",
+            "size": interface.size and list(interface.size),
+        },
+        "outputs": output_names(form, interface.probabilities),
+        "preprocessing": dataclasses.asdict(interface.preprocessing),
+        "classes": weights.classes and [list(c) for c in weights.classes],
+        "source_sha256": weights.source.sha256,
+    }
+
+
+def _openvino() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise MissingExtra(
+            f"openvino cannot be had ({error}); install it with: pip install 'fcvit[openvino]'"
+        ) from error
+
+
+def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
+    if interface.size is None:
+        raise UsageError("--format paddle has one image size; leave out --dynamic, or use onnx")
+    paddle = import_framework("paddle")
+
+    class Served(paddle.nn.Layer):
+        """The network with what the interface adds."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = build_network(weights)
+            pixels = interface.preprocessing
+            self.mean = paddle.to_tensor([255 * mean for mean in pixels.mean]).reshape([1, 3, 1, 1])
+            self.std = paddle.to_tensor([255 * std for std in pixels.std]).reshape([1, 3, 1, 1])
+
+        def forward(self, images):  # noqa: ANN001, ANN202 -- traced
+            if interface.uint8:
+                images = (images.astype("float32") - self.mean) / self.std
+            found = self.network(images)
+            return paddle.nn.functional.softmax(found, axis=1) if interface.probabilities else found
+
+    with on_paddle_device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about itself
+        model = Served()
+        model.eval()
+        spec = paddle.static.InputSpec([None, 3, *interface.size], "uint8" if interface.uint8 else "float32", "images")
+        paddle.jit.save(model, str(path.with_suffix("")), input_spec=[spec])

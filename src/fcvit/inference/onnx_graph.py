@@ -1,0 +1,337 @@
+"""The network as an ONNX graph, written node by node from the weights.
+
+Tracing leaves chains of Shape, Gather and Identity behind, and exporters have written wrong constants;
+here every node is meant, and the algebra of `fcvit.inference.algebra` is in the numbers: no BatchNorm is left,
+the affine part of a norm in front of a 1x1 convolution or of the head, the second layer scale and the
+division by the standard deviation of an image all sit in the weights of their neighbours.
+
+`fcvit.models.network` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
+GELU as one operator.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fcvit.errors import MissingExtra
+from fcvit.inference import algebra
+from fcvit.inference.interface import Interface, output_names
+from fcvit.models.spec import is_counter
+from fcvit.weights.reading import Weights
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as error:
+    raise MissingExtra(
+        f"ONNX graphs need the package onnx ({error}); install it with: pip install 'fcvit[onnx]'"
+    ) from None
+
+OPSET = 20
+IR_VERSION = 9  # the oldest that has the opset: older runtimes refuse newer ones
+PRODUCER = "fcvit"
+INPUT = "images"
+EPS = 1e-5  # of all norms, and of the similarity's standard deviation
+_SPATIAL = np.array([1, 2, 3], np.int64)
+_CHANNELS = np.array([1], np.int64)
+# Bytes of a hidden feature map of the channel mixer, one image: what fits in a core's second-level cache.
+_HIDDEN_BYTES = 1 << 20
+
+
+def onnx_model(weights: Weights, interface: Interface, metadata: dict[str, str] | None = None, dtype: str = "float32"):  # noqa: ANN201
+    """The graph as an `onnx.ModelProto`; the batch is free.
+
+    Args:
+        weights: of any form; the folding is computed in float64.
+        interface: see `Interface`.
+        metadata: texts that travel inside.
+        dtype: float32, or float64 for a proof by onnx's own evaluator.
+
+    Raises:
+        UsageError: probabilities of a network without classes.
+    """
+    model = _Writer(weights, interface, np.dtype(dtype)).model()
+    helper.set_model_props(model, metadata or {})
+    onnx.checker.check_model(model)
+    return model
+
+
+class _Writer:
+    """Nodes and constants as they accumulate. Values are names; every method gives the name of its result."""
+
+    def __init__(self, weights: Weights, interface: Interface, dtype: np.dtype):
+        self.form, self.v, self.interface, self.dtype = weights.form, weights.form.variant, interface, dtype
+        self.tensors = {n: t.astype(np.float64) for n, t in weights.tensors.items() if not is_counter(n)}
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[tuple, str] = {}
+        self.initializers: list[onnx.TensorProto] = []
+        self.place = ""  # the layer that is being written
+        self.sides: tuple[int, int] | None = None  # of the current stage, where they are known
+        self.shape = ""  # where they are not: a value that holds (H, W)
+
+    def model(self) -> "onnx.ModelProto":
+        size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
+        results = self.network(INPUT)
+        names = output_names(self.form, self.interface.probabilities)
+        for name, result in zip(names, results, strict=True):
+            self.rename(result, name)
+        pixels = TensorProto.UINT8 if self.interface.uint8 else kind
+        shape = ["batch", 3, *(size or ("height", "width"))]
+        graph = helper.make_graph(
+            self.nodes,
+            self.v.name,
+            [helper.make_tensor_value_info(INPUT, pixels, shape)],
+            [helper.make_tensor_value_info(name, kind, shape) for name, shape in self.output_shapes(names)],
+            self.initializers,
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
+
+    def output_shapes(self, names: list[str]) -> list[tuple[str, list]]:
+        if not self.form.dense:
+            return [(names[0], ["batch", self.form.num_classes or self.v.widths[-1]])]
+        shapes = []
+        sides: list = list(self.interface.size or ())
+        for stage, (name, width) in enumerate(zip(names, self.v.widths, strict=True)):
+            sides = [-(-side // (2 if stage else 4)) for side in sides]
+            shapes.append((name, ["batch", width, *(sides or (f"height_{stage}", f"width_{stage}"))]))
+        return shapes
+
+    # Single nodes
+
+    def op(self, kind: str, *inputs: "str | np.ndarray", **attributes: Any) -> str:
+        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
+        output = f"{self.place}.{kind}_{len(self.nodes)}".lstrip(".")
+        self.nodes.append(helper.make_node(kind, names, [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: np.ndarray) -> str:
+        """Equal ones are kept once; floating-point ones in the type of the graph."""
+        value = np.asarray(value, self.dtype if np.asarray(value).dtype.kind == "f" else None, order="C")
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self.constants:
+            name = self.constants[key] = f"{self.place}.constant_{len(self.constants)}".lstrip(".")
+            self.initializers.append(numpy_helper.from_array(value, name))
+        return self.constants[key]
+
+    def rename(self, value: str, name: str) -> None:
+        node = next(node for node in self.nodes if node.output[0] == value)
+        node.output[0] = name
+        for later in self.nodes:
+            for place, given in enumerate(later.input):
+                if given == value:
+                    later.input[place] = name
+
+    def pair(self, name: str) -> algebra.Pair:
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+
+    def conv(self, x: str, layer: algebra.Pair, stride: int = 1, groups: int = 1) -> str:
+        """Padded by half the kernel, in one dimension or two."""
+        weight, bias = layer
+        kernel = list(weight.shape[2:])
+        pads = [side // 2 for side in kernel] * 2
+        steps = [stride] * len(kernel)
+        return self.op("Conv", x, weight, bias, kernel_shape=kernel, pads=pads, strides=steps, group=groups)
+
+    def linear(self, x: str, layer: algebra.Pair) -> str:
+        weight, bias = layer
+        return self.op("Gemm", x, weight, bias, transB=1)
+
+    def gelu(self, x: str) -> str:
+        return self.op("Gelu", x)
+
+    def mean(self, x: str) -> str:
+        """Of all channels and positions: (B, 1, 1, 1). Positions first: a long sum in float32 is inexact."""
+        return self.op("ReduceMean", self.op("GlobalAveragePool", x), _CHANNELS)
+
+    def scale(self, x: str, scale: np.ndarray) -> str:
+        return self.op("Mul", x, _column(scale))
+
+    # The layers of `fcvit.models.network`
+
+    def network(self, x: str) -> list[str]:
+        """All outputs."""
+        self.place = "patch_embed"
+        if self.interface.uint8:
+            x = self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(self.dtype))
+            # Less the mean, here: the padding of the stem stands for the mean, and must stay 0.
+            x = self.op("Sub", x, _column(255 * np.array(self.interface.preprocessing.mean)))
+        self.sides = self.interface.size
+        x = self.conv_norm(x, self.place, 4)
+        maps = []
+        for stage in range(4):
+            if stage:
+                self.place = f"network.{2 * stage - 1}"
+                x = self.conv_norm(x, self.place, 2)
+            if self.sides is None and self.v.global_context and self.v.weighted_context:
+                self.shape = self.op("Shape", x, start=2)
+            for block in range(self.v.depths[stage]):
+                x = self.block(x, stage, f"network.{2 * stage}.{block}")
+            maps.append(x)
+        if self.form.dense:
+            return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
+        return [self.head(x)]
+
+    def head(self, x: str) -> str:
+        scale, shift = self.pair("norm")
+        if not self.form.num_classes:
+            return self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))
+        x = self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, None, "norm")))
+        self.place = "head"
+        x = self.linear(x, algebra.scale_inputs(algebra.shift_inputs(self.pair("head"), shift), scale))
+        return self.op("Softmax", x, axis=1) if self.interface.probabilities else x
+
+    def conv_norm(self, x: str, name: str, stride: int) -> str:
+        norm = f"{name}.norm"
+        statistics = self.tensors[f"{norm}.running_mean"], self.tensors[f"{norm}.running_var"]
+        layer = algebra.scale_outputs(
+            self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, EPS)
+        )
+        if name == "patch_embed" and self.interface.uint8:
+            layer = algebra.scale_inputs(layer, 1 / (255 * np.array(self.interface.preprocessing.std)))
+        if self.sides is not None:
+            self.sides = (-(-self.sides[0] // stride), -(-self.sides[1] // stride))
+        return self.conv(x, layer, stride)
+
+    def norm(self, x: str, affine: algebra.Pair | None, name: str) -> str:
+        """Layer norm over channels and positions; None: its affine part is in the layer behind it."""
+        self.place = name
+        centred = self.op("Sub", x, self.mean(x))
+        variance = self.mean(self.op("Mul", centred, centred))
+        factor = self.op("Reciprocal", self.op("Sqrt", self.op("Add", variance, np.array(EPS))))
+        if affine is None:
+            return self.op("Mul", centred, factor)
+        scale, shift = affine
+        return self.op("Add", self.op("Mul", centred, self.scale(factor, scale)), _column(shift))
+
+    def block(self, x: str, stage: int, name: str) -> str:
+        scales = [self.tensors.get(f"{name}.layer_scale_{branch}") for branch in (1, 2)]
+        tokens = self.token_mixer(
+            self.norm(x, self.pair(f"{name}.norm1"), f"{name}.norm1"), stage, f"{name}.token_mixer"
+        )
+        if scales[0] is not None:
+            tokens = self.scale(tokens, scales[0])
+        x = self.op("Add", x, tokens)
+        return self.channel_mixer(x, stage, name, scales[1])
+
+    def token_mixer(self, x: str, stage: int, name: str) -> str:
+        width = self.v.widths[stage]
+        for mix in (1, 2) if self.v.second_mix else (1,):
+            if self.v.global_context:
+                x = self.context(x, width, f"{name}.gc{mix}")
+            self.place = f"{name}.dw{mix}"
+            x = self.conv(x, self.pair(self.place), groups=width)
+            bottleneck = self.v.token_width(width) is not None
+            for layer in (f"{name}.fc{mix}.0", f"{name}.fc{mix}.2") if bottleneck else (f"{name}.fc{mix}",):
+                self.place = layer
+                x = self.gelu(self.conv(x, self.pair(layer)))
+        return self.spatial_attention(x, width, f"{name}.spatial_att.spatial_att") if self.v.spatial_attention else x
+
+    def context(self, x: str, width: int, name: str) -> str:
+        """x and its global context."""
+        self.place = name
+        heads, share = self.v.heads, width // self.v.heads
+        context = self.op("Flatten", self.op("GlobalAveragePool", x))
+        value = self.bottleneck(context, width // self.v.reduction, name)
+        if not self.v.weighted_context:
+            return self.op("Add", x, self.op("Reshape", value, _target(0, width, 1, 1)))
+        flat = self.op("Reshape", x, _target(0, heads, share, -1))
+        similarity = self.op("MatMul", self.op("Reshape", context, _target(0, heads, 1, share)), flat)
+        centred = self.op("Sub", similarity, self.op("ReduceMean", similarity, _SPATIAL))  # (B, heads, 1, positions)
+        variance = self.unbiased(self.op("ReduceMean", self.op("Mul", centred, centred), _SPATIAL))
+        # The similarity has a factor of share ** -0.5, which the epsilon takes instead.
+        deviation = self.op("Add", self.op("Sqrt", variance), np.array(EPS * share**0.5))
+        weight = self.scale(self.op("Div", centred, deviation), self.tensors[f"{name}.rescale_weight"])
+        weight = self.op("Add", weight, _column(self.tensors[f"{name}.rescale_bias"]))
+        value = self.op("Reshape", value, _target(0, heads, share, 1))
+        return self.spread(self.op("Add", flat, self.op("Mul", weight, value)), width)
+
+    def unbiased(self, variance: str) -> str:
+        """From the mean of squares to the unbiased variance: over heads and positions together."""
+        heads = self.v.heads
+        if self.sides is not None:
+            count = heads * self.sides[0] * self.sides[1]
+            return self.op("Mul", variance, np.array(count / max(count - 1, 1)))
+        kind = helper.np_dtype_to_tensor_dtype(self.dtype)
+        positions = self.op("Cast", self.op("ReduceProd", self.shape, keepdims=0), to=kind)
+        count = self.op("Mul", positions, np.array(float(heads)))
+        others = self.op("Max", self.op("Sub", count, np.array(1.0)), np.array(1.0))
+        return self.op("Mul", variance, self.op("Div", count, others))
+
+    def spread(self, x: str, width: int) -> str:
+        """(B, heads, share, positions) -> (B, C, H, W)."""
+        if self.sides is not None:
+            return self.op("Reshape", x, _target(0, width, *self.sides))
+        return self.op("Reshape", x, self.op("Concat", _target(0, width), self.shape, axis=0))
+
+    def bottleneck(self, x: str, inner: int, name: str) -> str:
+        if not self.v.competition:
+            return self.linear(self.gelu(self.linear(x, self.pair(f"{name}.fc.0"))), self.pair(f"{name}.fc.2"))
+        weight, bias = self.pair(f"{name}.fc1")
+        halves = [self.linear(x, (weight[part], bias[part])) for part in (slice(inner), slice(inner, None))]
+        return self.linear(self.op("Max", *halves), self.pair(f"{name}.fc2"))
+
+    def channel_mixer(self, x: str, stage: int, block: str, layer_scale: np.ndarray | None) -> str:
+        """x and its channel mixer, the norm before and the scale behind it in the weights."""
+        name = f"{block}.channel_mixer"
+        scale, shift = self.pair(f"{block}.norm2")
+        first = algebra.scale_inputs(algebra.shift_inputs(self.pair(f"{name}.fc1"), shift), scale)
+        last = self.pair(f"{name}.fc2")
+        attention = self.v.channel_attention
+        if layer_scale is not None and not attention:
+            last = algebra.scale_outputs(last, layer_scale)
+        normed = self.norm(x, None, f"{block}.norm2")
+        result = None if attention else x
+        for part in self.parts(self.v.widths[stage] * self.v.mlp_ratios[stage]):
+            hidden = self.hidden(normed, first, part, name)
+            self.place = f"{name}.fc2"
+            piece = self.conv(hidden, (last[0][:, part], last[1] * (part.start == 0)))  # the bias once
+            result = piece if result is None else self.op("Add", piece, result)
+        assert result is not None
+        if not attention:
+            return result
+        result = self.channel_attention(result, f"{name}.channel_att")
+        return self.op("Add", x, result if layer_scale is None else self.scale(result, layer_scale))
+
+    def hidden(self, x: str, first: algebra.Pair, part: slice, name: str) -> str:
+        """Some of the hidden channels."""
+        self.place = f"{name}.fc1"
+        x = self.conv(x, (first[0][part], first[1][part]))
+        if self.v.channel_dwconv:
+            self.place = f"{name}.dwconv"
+            weight, bias = self.pair(self.place)
+            x = self.conv(x, (weight[part], bias[part]), groups=len(bias[part]))
+        return self.gelu(x)
+
+    def parts(self, channels: int) -> list[slice]:
+        """The hidden channels in groups, each so small that it stays in a core's cache; whole vectors of 16."""
+        count = 1
+        if self.sides is not None:
+            size = channels * self.sides[0] * self.sides[1] * self.dtype.itemsize
+            while size > count * _HIDDEN_BYTES and channels % (2 * count) == 0 and channels // (2 * count) % 16 == 0:
+                count *= 2
+        step = channels // count
+        return [slice(start, start + step) for start in range(0, channels, step)]
+
+    def spatial_attention(self, x: str, width: int, name: str) -> str:
+        self.place = name
+        mask = self.conv(x, self.pair(f"{name}.0"), groups=width)
+        mask = self.conv(self.gelu(self.conv(mask, self.pair(f"{name}.1"))), self.pair(f"{name}.3"))
+        return self.op("Mul", x, self.op("Sigmoid", mask))
+
+    def channel_attention(self, x: str, name: str) -> str:
+        self.place = name
+        pooled = self.op("GlobalAveragePool", self.gelu(x))  # (B, C, 1, 1), for the convolution (B, 1, C)
+        gate = self.conv(self.op("Reshape", pooled, _target(0, 1, -1)), self.pair(f"{name}.channelConv1"))
+        gate = self.conv(self.gelu(gate), self.pair(f"{name}.channelConv2"))
+        return self.op("Add", x, self.op("Reshape", gate, _target(0, -1, 1, 1)))
+
+
+def _column(vector: np.ndarray) -> np.ndarray:
+    """(C,) -> (C, 1, 1), to meet (B, C, H, W)."""
+    return np.asarray(vector)[:, None, None]
+
+
+def _target(*shape: int) -> np.ndarray:
+    """A shape for Reshape: 0 keeps a dimension, -1 is what is left."""
+    return np.array(shape, np.int64)

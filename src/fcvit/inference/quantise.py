@@ -1,0 +1,81 @@
+"""int8: an ONNX file quantised statically, its scales found on the user's images.
+
+By ONNX Runtime's own quantiser, which the field uses: weights per output channel, activations per tensor,
+QuantizeLinear and DequantizeLinear around the convolutions and matrix products, so that any runtime can read it.
+"""
+
+import importlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.data.folders import evenly, images_below
+from fcvit.data.transforms.preprocess import normalise, preprocess
+from fcvit.errors import MissingExtra, UsageError
+from fcvit.inference.interface import Interface
+from fcvit.models.variants import Preprocessing
+
+MOST = 64  # images; the scales hardly move beyond
+_OPERATORS = ["Conv", "Gemm", "MatMul"]
+
+
+def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Up to `MOST` images of a folder and those below it, evenly over their sorted names: uint8 (B, 3, S, S).
+
+    Raises:
+        UsageError: there are none.
+        BadImages: one cannot be read.
+    """
+    paths = images_below(folder)
+    if not paths:
+        raise UsageError(f"{folder}: no images to calibrate int8 on")
+    return np.stack([preprocess(path, preprocessing) for path in evenly(paths, MOST)])
+
+
+def quantise(path: Path, images: np.ndarray, interface: Interface) -> None:
+    """Replace a float32 .onnx file by its int8 form.
+
+    Args:
+        path: the file.
+        images: uint8 (B, 3, H, W) of the file's size.
+        interface: how the file was made.
+
+    Raises:
+        UsageError: images of another size.
+        MissingExtra: onnxruntime is not installed.
+    """
+    if interface.size is not None and images.shape[2:] != interface.size:
+        raise UsageError(f"calibration images of {images.shape[2:]} pixels for a network of {interface.size}")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        package = importlib.import_module("onnxruntime.quantization")
+    except ImportError as error:
+        raise MissingExtra(f"int8 needs onnxruntime ({error}); install it with: pip install 'fcvit[onnx]'") from error
+    given = iter(images[:, None] if interface.uint8 else normalise(images, interface.preprocessing)[:, None])
+
+    class Reader(package.CalibrationDataReader):
+        def get_next(self):  # noqa: ANN202 -- what the library calls
+            batch = next(given, None)
+            return None if batch is None else {"images": batch}
+
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing that this graph does not need
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as name:
+            made = Path(name) / path.name
+            package.quantize_static(
+                str(path),
+                str(made),
+                Reader(),
+                quant_format=package.QuantFormat.QDQ,
+                activation_type=package.QuantType.QUInt8,
+                weight_type=package.QuantType.QInt8,
+                per_channel=True,
+                op_types_to_quantize=_OPERATORS,
+            )
+            made.replace(path)
+    finally:
+        logging.getLogger().setLevel(level)

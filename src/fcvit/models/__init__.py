@@ -1,0 +1,1 @@
+"""The PaddlePaddle networks, and what describes them."""

@@ -1,0 +1,186 @@
+"""Networks in Paddle, empty or with the weights of a file; strictly, and aloud where something starts fresh."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fcvit.errors import DoesNotFit, FreshWeights
+from fcvit.frameworks import import_framework
+from fcvit.models.classes import Classes
+from fcvit.models.spec import Form, entries, is_counter, paddle_name
+from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
+from fcvit.weights.checkpoint import MEMORY, Checkpoint
+from fcvit.weights.reading import Weights, paddle_tensors, read_weights
+
+if TYPE_CHECKING:
+    from paddle import Tensor, nn
+
+    from fcvit.models.network import FCViT, FCViTBackbone
+
+DENSE_LAYER_SCALE = 1e-6  # where the authors' dense-prediction backbones start it
+
+
+def create_model(
+    variant: str | Variant,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    drop_rate: float = 0.0,
+    *,
+    ema: bool | None = None,
+) -> "FCViT":
+    """An FCViT classifier in evaluation mode.
+
+    Args:
+        variant: a name of `fcvit.VARIANTS`, or a `Variant` of one's own.
+        weights: a checkpoint of any format and layout; None: the authors' initialisation.
+        num_classes: None: the file's, else 1,000; 0: no head, the model gives pooled embeddings;
+            another number than the file's asks for a fresh head, which is said with a warning.
+        drop_path_rate, drop_rate: 0 <= rate < 1, for training.
+        ema: choose the averaged (True) or raw (False) weights of a file that has both.
+
+    Raises:
+        UsageError: unknown variant (the nearest is suggested) or option out of range.
+        UnreadableFile, DoesNotFit: the file; see `fcvit.weights.reading.read_weights`.
+    """
+    from fcvit.models.network import FCViT
+
+    variant = get_variant(variant)
+    if weights is None:
+        model = FCViT(variant, IMAGENET_CLASSES if num_classes is None else num_classes, drop_path_rate, drop_rate)
+        model.eval()
+        return model
+    return build_classifier(read_weights(weights, ema, variant), num_classes, drop_path_rate, drop_rate)
+
+
+def build_classifier(
+    weights: Weights, num_classes: int | None = None, drop_path_rate: float = 0.0, drop_rate: float = 0.0
+) -> "FCViT":
+    """The classifier that weights in memory belong to; arguments as in `create_model`.
+
+    Raises:
+        DoesNotFit: they are a dense-prediction backbone's.
+    """
+    from fcvit.models.network import FCViT
+
+    form = weights.form
+    if form.dense:
+        raise DoesNotFit(
+            f"{weights.source.path} is a dense-prediction backbone, not a classifier; use fcvit.create_backbone"
+        )
+    num_classes = form.num_classes if num_classes is None else num_classes
+    model = FCViT(form.variant, num_classes, drop_path_rate, drop_rate)
+    tensors = paddle_tensors(weights)
+    if num_classes != form.num_classes:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    fresh = _set_tensors(model, tensors)
+    if fresh:
+        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes}) starts", stacklevel=4)
+    model.eval()
+    return model
+
+
+def weights_of(
+    model: "FCViT",
+    *,
+    name: str = "model",
+    preprocessing: Preprocessing | None = None,
+    classes: Classes | None = None,
+    tensors: "Mapping[str, Tensor] | None" = None,
+    updates: int = 0,
+) -> Weights:
+    """The weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
+
+    Args:
+        name: what messages and results call them.
+        preprocessing, classes: what a file of them shall say.
+        tensors: other numbers under the names of its `state_dict`, such as averaged ones.
+        updates: how often BatchNorm's statistics were updated, PyTorch's `num_batches_tracked`.
+    """
+    form = Form(model.variant, model.num_classes)
+    state = tensors or model.state_dict()
+    found: dict[str, np.ndarray] = {}
+    for key, entry in entries(form).items():
+        if is_counter(key):
+            found[key] = np.array(updates, np.int64)
+        else:
+            array = state[paddle_name(key)].numpy()
+            found[key] = array.T if entry.transposed_in_paddle else array
+    source = Checkpoint(Path(name), MEMORY, {}, None, b"")
+    return Weights(form, found, source, "paddle", preprocessing, classes, (), ())
+
+
+def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
+    """The network that weights belong to, classifier or dense backbone, computing in `dtype`."""
+    from fcvit.models.network import FCViT, FCViTBackbone
+
+    form = weights.form
+    model = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
+    model.to(dtype=getattr(import_framework("paddle"), dtype))
+    fresh = _set_tensors(model, paddle_tensors(weights))
+    assert not fresh, fresh
+    model.eval()
+    return model
+
+
+def create_backbone(
+    variant: str | Variant,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    ema: bool | None = None,
+    drop_path_rate: float = 0.0,
+    drop_rate: float = 0.0,
+) -> "FCViTBackbone":
+    """The dense-prediction form in evaluation mode: four maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`.
+
+    Args:
+        variant: as in `create_model`. A named one starts its layer scale at 1e-6, as the authors'
+            dense backbones do; one of one's own as it says.
+        weights: the authors' dense checkpoint (a full detector's neck and heads are skipped), or a
+            classification checkpoint: then the four norms start fresh, said with a warning.
+
+    Raises:
+        As `create_model`.
+    """
+    from fcvit.models.network import FCViTBackbone
+
+    form = get_variant(variant)
+    loaded = read_weights(weights, ema, form, backbone=True) if weights is not None else None
+    if isinstance(variant, str) and form.layer_scale is not None:
+        form = dataclasses.replace(form, layer_scale=DENSE_LAYER_SCALE)
+    model = FCViTBackbone(form, drop_path_rate, drop_rate)
+    if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
+        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) start", stacklevel=3)
+    model.eval()
+    return model
+
+
+def _warn(weights: Weights, what: str, stacklevel: int) -> None:
+    """Point at the caller of `create_model` or `create_backbone`."""
+    message = f"{weights.source.path}: {what} fresh and must be trained"
+    warnings.warn(message, FreshWeights, stacklevel=stacklevel)
+
+
+def _set_tensors(model: "nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Copy tensors (Paddle's names and layout) into a model; the names that the model has besides.
+
+    `set_state_dict` only warns where a tensor is missing or ill-shaped, so all is checked first.
+    """
+    paddle = import_framework("paddle")
+    state = model.state_dict()
+    assert not set(tensors) - set(state), sorted(set(tensors) - set(state))
+    for name, tensor in tensors.items():
+        assert tuple(state[name].shape) == tensor.shape, name
+    values = {}
+    for name, tensor in tensors.items():
+        dtype = str(state[name].dtype).rpartition(".")[2]
+        values[name] = paddle.to_tensor(np.ascontiguousarray(tensor, dtype=dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the fresh ones, which the caller reports
+        model.set_state_dict(values)
+    return [name for name in state if name not in tensors]

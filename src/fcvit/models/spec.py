@@ -1,0 +1,323 @@
+"""Names, shapes and layouts of the parameters of a variant, as data.
+
+The common form of weights inside this package is the authors': PyTorch's names and layouts. How
+Paddle differs is decided by the kind of the layer a tensor belongs to, never by its shape or by a
+part of its name: a square Linear must be transposed, and `fc1` is a Linear in `gc1` and a
+convolution elsewhere. Tests hold this table against the layers of both networks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fcvit.errors import DoesNotFit, counted
+from fcvit.models.variants import VARIANTS, Variant, published
+
+CONV, LINEAR, NORM, BATCHNORM, SCALE = "conv", "linear", "norm", "batchnorm", "scale"
+COUNTER = "num_batches_tracked"
+
+# Paddle's names of BatchNorm's statistics; every other name is the same in both frameworks.
+PADDLE_STATISTICS = {"running_mean": "_mean", "running_var": "_variance"}
+LAST_NAMES = {"weight", "bias", "layer_scale_1", "layer_scale_2", "rescale_weight", "rescale_bias", COUNTER} | {
+    *PADDLE_STATISTICS,
+    *PADDLE_STATISTICS.values(),
+}
+"""Last parts of the names of an FCViT's tensors, in both frameworks."""
+TORCH_STATISTICS = {paddle: torch for torch, paddle in PADDLE_STATISTICS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor: its shape in PyTorch's layout and the kind of layer it belongs to."""
+
+    shape: tuple[int, ...]
+    layer: str
+
+    @property
+    def transposed_in_paddle(self) -> bool:
+        """Paddle keeps the weight of a Linear as [in, out], PyTorch as [out, in]."""
+        return self.layer == LINEAR and len(self.shape) == 2
+
+    @property
+    def paddle_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed_in_paddle else self.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a set of tensors belongs to: a classifier, embeddings (0 classes) or a dense backbone."""
+
+    variant: Variant
+    num_classes: int = 0
+    dense: bool = False
+
+    def __str__(self) -> str:
+        what = counted(self.num_classes, "class") if self.num_classes else "no head"
+        if self.dense:
+            what = "dense-prediction backbone"
+        return f"{self.variant.name}{_changes(self.variant)} ({what})"
+
+
+def _changes(variant: Variant) -> str:
+    """What makes a variant another one than the table's of its name."""
+    known = VARIANTS.get(variant.name, variant)
+    fields = (f.name for f in dataclasses.fields(variant) if f.name not in ("preprocessing", "layer_scale"))
+    changed = [f"{name}={getattr(variant, name)}" for name in fields if getattr(variant, name) != getattr(known, name)]
+    return f" with {', '.join(changed)}" if changed else ""
+
+
+def paddle_name(name: str) -> str:
+    """The authors' name of a tensor -> its name in the Paddle network."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{PADDLE_STATISTICS[last]}" if last in PADDLE_STATISTICS else name
+
+
+def torch_name(name: str) -> str:
+    """The inverse of `paddle_name`."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{TORCH_STATISTICS[last]}" if last in TORCH_STATISTICS else name
+
+
+def torch_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return shapes by the authors' names in PyTorch's layout, from those of either layout."""
+    paddle = any(name.rpartition(".")[2] in TORCH_STATISTICS for name in shapes)
+    return {torch_name(n): shape[::-1] if paddle and len(shape) == 2 else shape for n, shape in shapes.items()}
+
+
+def is_counter(name: str) -> bool:
+    """Whether this is BatchNorm's `num_batches_tracked`, which Paddle does not have."""
+    return name.rpartition(".")[2] == COUNTER
+
+
+def is_statistic(name: str) -> bool:
+    """Return whether this is a running statistic of BatchNorm or its counter, in either framework."""
+    return name.rpartition(".")[2] in {*PADDLE_STATISTICS, *TORCH_STATISTICS, COUNTER}
+
+
+def entries(form: Form) -> dict[str, Entry]:
+    """Every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
+    return dict(_entries(form))
+
+
+def parameter_count(form: Form) -> int:
+    """Trainable numbers: running statistics and counters are none."""
+    total = 0
+    for name, entry in entries(form).items():
+        if not name.endswith((*PADDLE_STATISTICS, COUNTER)):
+            total += math.prod(entry.shape)
+    return total
+
+
+def multiply_accumulates(form: Form, height: int, width: int) -> int:
+    """Multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
+    positions = []
+    for stage in range(4):
+        height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
+        positions.append(height * width)
+    total = 0
+    for name, entry in entries(form).items():
+        weights = math.prod(entry.shape)
+        if not name.endswith(".weight") or entry.layer not in (CONV, LINEAR):
+            continue
+        if entry.layer == LINEAR:
+            total += weights  # of the context and the head: once an image
+        elif len(entry.shape) == 3:  # along the channels
+            total += weights * form.variant.widths[_stage(name)]
+        else:
+            total += weights * positions[_stage(name)]
+    return total
+
+
+def _stage(name: str) -> int:
+    """Whose size the output of a layer has: 0 to 3. `network.1`, between the first two stages, makes the second's."""
+    first, number, *_ = name.split(".")
+    return (int(number) + 1) // 2 if first == "network" else 0
+
+
+def _entries(form: Form) -> Iterator[tuple[str, Entry]]:
+    v = form.variant
+    yield from _conv_norm("patch_embed", 3, v.widths[0], 7)
+    for stage, (depth, width) in enumerate(zip(v.depths, v.widths, strict=True)):
+        if stage:
+            yield from _conv_norm(f"network.{2 * stage - 1}", v.widths[stage - 1], width, 3)
+        for block in range(depth):
+            yield from _block(v, f"network.{2 * stage}.{block}", width, width * v.mlp_ratios[stage])
+    if form.dense:
+        for stage, width in enumerate(v.widths):
+            yield from _layer(f"norm{2 * stage}", NORM, (width,))
+        return
+    yield from _layer("norm", NORM, (v.widths[-1],))
+    if form.num_classes:
+        yield from _layer("head", LINEAR, (form.num_classes, v.widths[-1]))
+
+
+def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tuple[str, Entry]]:
+    if v.layer_scale is not None:
+        yield f"{prefix}.layer_scale_1", Entry((width,), SCALE)
+        yield f"{prefix}.layer_scale_2", Entry((width,), SCALE)
+    yield from _layer(f"{prefix}.norm1", NORM, (width,))
+    for mix in (1, 2) if v.second_mix else (1,):
+        if v.global_context:
+            yield from _context(v, f"{prefix}.token_mixer.gc{mix}", width)
+        kernel = v.kernel_sizes[mix - 1]
+        yield from _layer(f"{prefix}.token_mixer.dw{mix}", CONV, (width, 1, kernel, kernel))
+        inner = v.token_width(width)
+        if inner is None:
+            yield from _layer(f"{prefix}.token_mixer.fc{mix}", CONV, (width, width, 1, 1))
+        else:
+            yield from _layer(f"{prefix}.token_mixer.fc{mix}.0", CONV, (inner, width, 1, 1))
+            yield from _layer(f"{prefix}.token_mixer.fc{mix}.2", CONV, (width, inner, 1, 1))
+    if v.spatial_attention:
+        att, kernel = f"{prefix}.token_mixer.spatial_att.spatial_att", v.spatial_attention_kernel
+        inner = width // v.spatial_attention_reduction
+        yield from _layer(f"{att}.0", CONV, (width, 1, kernel, kernel))
+        yield from _layer(f"{att}.1", CONV, (inner, width, 1, 1))
+        yield from _layer(f"{att}.3", CONV, (width, inner, 1, 1))
+    yield from _layer(f"{prefix}.norm2", NORM, (width,))
+    yield from _layer(f"{prefix}.channel_mixer.fc1", CONV, (mlp_width, width, 1, 1))
+    if v.channel_dwconv:
+        yield from _layer(f"{prefix}.channel_mixer.dwconv", CONV, (mlp_width, 1, v.channel_kernel, v.channel_kernel))
+    yield from _layer(f"{prefix}.channel_mixer.fc2", CONV, (width, mlp_width, 1, 1))
+    if v.channel_attention:
+        for index, kernel in enumerate(v.channel_attention_kernels, 1):
+            yield from _layer(f"{prefix}.channel_mixer.channel_att.channelConv{index}", CONV, (1, 1, kernel))
+
+
+def _context(v: Variant, prefix: str, width: int) -> Iterator[tuple[str, Entry]]:
+    inner = width // v.reduction
+    if v.weighted_context:
+        yield f"{prefix}.rescale_weight", Entry((v.heads,), SCALE)
+        yield f"{prefix}.rescale_bias", Entry((v.heads,), SCALE)
+    if v.competition:
+        yield from _layer(f"{prefix}.fc1", LINEAR, (2 * inner, width))
+        yield from _layer(f"{prefix}.fc2", LINEAR, (width, inner))
+    else:
+        yield from _layer(f"{prefix}.fc.0", LINEAR, (inner, width))
+        yield from _layer(f"{prefix}.fc.2", LINEAR, (width, inner))
+
+
+def _conv_norm(prefix: str, width_in: int, width_out: int, kernel: int) -> Iterator[tuple[str, Entry]]:
+    yield from _layer(f"{prefix}.proj", CONV, (width_out, width_in, kernel, kernel))
+    yield from _layer(f"{prefix}.norm", BATCHNORM, (width_out,))
+    yield f"{prefix}.norm.running_mean", Entry((width_out,), BATCHNORM)
+    yield f"{prefix}.norm.running_var", Entry((width_out,), BATCHNORM)
+    yield f"{prefix}.norm.{COUNTER}", Entry((), BATCHNORM)
+
+
+def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Entry]]:
+    out = shape[0]
+    yield f"{prefix}.weight", Entry(shape, layer)
+    yield f"{prefix}.bias", Entry((out,), layer)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = None) -> Form:
+    """The form that tensors with these names and shapes (authors' names, PyTorch's layout) belong to.
+
+    What a tensor cannot show (initial layer scale, preprocessing; heads where the context is not
+    weighted) comes from `expected`, else from the named variant of that architecture, else from
+    the published setting. The result is a reading: only a strict match of all names and shapes
+    makes it true.
+
+    Raises:
+        DoesNotFit: the tensors are not an FCViT's; the message names what is missing.
+    """
+    dense = "norm0.weight" in shapes and "norm.weight" not in shapes
+    head = shapes.get("head.weight", (0,))
+    num_classes = 0 if dense else head[0] if head else 0
+    if expected is not None:
+        return Form(expected, num_classes, dense)
+    read = _read_variant(shapes)
+    # A named variant that gives the very same tensors is what was meant.
+    architecture = entries(Form(read, num_classes, dense))
+    for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
+        same_size = (known.depths, known.widths) == (read.depths, read.widths)
+        if same_size and entries(Form(known, num_classes, dense)) == architecture:
+            return Form(known, num_classes, dense)
+    return Form(read, num_classes, dense)
+
+
+def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        found = shapes.get(name)
+        if found is None or len(found) != rank or not all(found):
+            state = "is missing" if found is None else f"has shape {list(found)}"
+            raise DoesNotFit(
+                f"not an FCViT: {name} {state}, expected a tensor with {rank} dimension(s); "
+                "the file needs the authors' names (see docs/checkpoints.md)"
+            )
+        return found
+
+    depths = []
+    for stage in range(4):
+        shape(f"network.{2 * stage}.0.norm1.weight", 1)
+        blocks = 0
+        while f"network.{2 * stage}.{blocks}.norm1.weight" in shapes:
+            blocks += 1
+        depths.append(blocks)
+    block, mixer = "network.{}.0", "network.{}.0.token_mixer"
+    widths = [shape(f"{block.format(2 * s)}.norm1.weight", 1)[0] for s in range(4)]
+    if max(widths) > 1 << 16:
+        raise DoesNotFit(f"not an FCViT: widths {widths}")
+    hidden = [shape(f"{block.format(2 * s)}.channel_mixer.fc1.weight", 4)[0] for s in range(4)]
+    ratios = [max(h // w, 1) for h, w in zip(hidden, widths, strict=True)]
+    first = mixer.format(0)
+    options: dict[str, Any] = {}
+    options["layer_scale"] = 1e-5 if "network.0.0.layer_scale_1" in shapes else None
+    options["global_context"] = any(name.startswith(f"{first}.gc1.") for name in shapes)
+    options["second_mix"] = f"{first}.dw2.weight" in shapes
+    kernel_1 = shape(f"{first}.dw1.weight", 4)[2]
+    kernel_2 = shape(f"{first}.dw2.weight", 4)[2] if options["second_mix"] else 11
+    options["kernel_sizes"] = (kernel_1, kernel_2)
+    if options["global_context"]:
+        options["weighted_context"] = f"{first}.gc1.rescale_weight" in shapes
+        if options["weighted_context"]:
+            options["heads"] = shape(f"{first}.gc1.rescale_weight", 1)[0]
+        options["competition"] = f"{first}.gc1.fc.0.weight" not in shapes
+        last = "fc2" if options["competition"] else "fc.2"
+        inner = [shape(f"{mixer.format(2 * s)}.gc1.{last}.weight", 2)[1] for s in range(4)]
+        options["reduction"] = _divisor(widths, inner, preferred=8)
+    if not options.get("weighted_context", False):
+        options["heads"] = next(h for h in (8, 4, 2, 1) if all(w % h == 0 for w in widths))
+    if f"{first}.fc1.weight" in shapes:
+        options["token_factor"] = 1
+    else:
+        inner = [shape(f"{mixer.format(2 * s)}.fc1.0.weight", 4)[0] for s in range(4)]
+        options["token_factor"], options["token_minimum"] = _bottleneck(widths, inner)
+    attention = "spatial_att.spatial_att"
+    options["spatial_attention"] = f"{first}.{attention}.0.weight" in shapes
+    if options["spatial_attention"]:
+        options["spatial_attention_kernel"] = shape(f"{first}.{attention}.0.weight", 4)[2]
+        inner = [shape(f"{mixer.format(2 * s)}.{attention}.1.weight", 4)[0] for s in range(4)]
+        options["spatial_attention_reduction"] = _divisor(widths, inner, preferred=8)
+    elif min(widths) < 8:
+        options["spatial_attention_reduction"] = 1
+    options["channel_dwconv"] = "network.0.0.channel_mixer.dwconv.weight" in shapes
+    if options["channel_dwconv"]:
+        options["channel_kernel"] = shape("network.0.0.channel_mixer.dwconv.weight", 4)[2]
+    attention = "network.0.0.channel_mixer.channel_att.channelConv"
+    options["channel_attention"] = f"{attention}1.weight" in shapes
+    if options["channel_attention"]:
+        options["channel_attention_kernels"] = tuple(shape(f"{attention}{i}.weight", 3)[2] for i in (1, 2))
+    sizes: dict[str, Any] = {"depths": tuple(depths), "widths": tuple(widths), "mlp_ratios": tuple(ratios)}
+    try:
+        return Variant("custom", **sizes, **options)
+    except ValueError as error:
+        raise DoesNotFit(f"not an FCViT: {error}") from None
+
+
+def _divisor(widths: list[int], inner: list[int], preferred: int) -> int:
+    """The r with `width // r == inner` in every stage; several give the same network, any serves."""
+    fitting = [r for r in range(1, min(widths) + 1) if [w // r for w in widths] == inner]
+    if not fitting:
+        raise DoesNotFit(f"not an FCViT: no reduction turns the widths {widths} into the bottlenecks {inner}")
+    return preferred if preferred in fitting else fitting[0]
+
+
+def _bottleneck(widths: list[int], inner: list[int]) -> tuple[int, int]:
+    """The (factor, minimum) with `max(width // factor, minimum) == inner` in every stage."""
+    candidates = [(8, 16), *((f, m) for m in (16, min(inner), 1) for f in range(2, max(widths) + 1))]
+    for factor, minimum in candidates:
+        if [max(w // factor, minimum) for w in widths] == inner:
+            return factor, minimum
+    raise DoesNotFit(f"not an FCViT: no factor and minimum turn the widths {widths} into the bottlenecks {inner}")

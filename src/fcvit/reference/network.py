@@ -1,0 +1,311 @@
+"""The same FCViT in PyTorch, under the authors' parameter names: the reference of every proof.
+
+It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is
+written against the paper and the behaviour of the authors' code, not against `fcvit.models.network`, and
+must meet the goldens by itself: a twin that merely copied the Paddle network would prove nothing.
+This is the only file that imports PyTorch. Shapes are written as in `fcvit.models.network`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
+from fcvit.models.maps import Recorder, Similarity, require_maps
+from fcvit.models.spec import Form, is_counter
+from fcvit.models.variants import IMAGENET_CLASSES, Variant
+
+import_framework("torch")  # or the remedy where it is missing
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+
+class FCViT(nn.Module):
+    """The classifier: (B, 3, H, W) -> (B, num_classes) logits; 0 classes: pooled embeddings.
+
+    Args:
+        variant: the architecture.
+        num_classes: logits per image, or 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        drop_rate: dropout in the channel mixers.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        num_classes: int = IMAGENET_CLASSES,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.variant = variant
+        self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
+        self.norm = layer_norm(variant.widths[-1])
+        if num_classes < 0:
+            raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
+        self.head = nn.Linear(variant.widths[-1], num_classes) if num_classes else nn.Identity()
+        self.apply(initialise)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Raw outputs of the four stages."""
+        return run_stages(self.patch_embed(x), self.network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.features(x))
+
+    def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
+        """As `fcvit.models.network.FCViT.similarity`."""
+        require_maps(self.variant)
+        recorder: Recorder[Tensor] = Recorder(tokens)
+        output = self.classify(run_stages(self.patch_embed(x), self.network, recorder))
+        return Similarity(output, tuple(recorder.maps))
+
+    def classify(self, stages: list[Tensor]) -> Tensor:
+        return self.head(self.norm(stages[-1]).mean((-2, -1)))
+
+
+class FCViTBackbone(nn.Module):
+    """The dense-prediction form: four feature maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`."""
+
+    def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
+        super().__init__()
+        self.variant = variant
+        self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
+        self.norm0, self.norm2, self.norm4, self.norm6 = map(layer_norm, variant.widths)
+        self.apply(initialise)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stage0, stage2, stage4, stage6 = run_stages(self.patch_embed(x), self.network)
+        return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
+
+
+def build_twin(form: Form, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The twin of that form with these weights (authors' names, PyTorch's layout), in evaluation mode.
+
+    Floating-point tensors are cast to `dtype`; names and shapes must match strictly.
+    """
+    twin = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
+    state = {}
+    for name, tensor in tensors.items():
+        # Float64 holds every stored type exactly, bfloat16 (which PyTorch does not take from NumPy) included.
+        exact = np.array(tensor, np.int64 if is_counter(name) else np.float64)
+        state[name] = torch.from_numpy(exact) if is_counter(name) else torch.from_numpy(exact).to(dtype)
+    twin.to(dtype).load_state_dict(state, strict=True)
+    return twin.eval()
+
+
+def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:
+    """Stem, and the seven parts of `network`: stages at even, downsampling at odd indices."""
+    rates = torch.linspace(0, drop_path_rate, sum(variant.depths), dtype=torch.float64).tolist()
+    parts: list[nn.Module] = []
+    for stage, depth in enumerate(variant.depths):
+        if stage:
+            parts.append(Downsample(variant.widths[stage - 1], variant.widths[stage], size=3, stride=2))
+        parts.append(nn.Sequential(*[Block(variant, stage, rates.pop(0), drop_rate) for _ in range(depth)]))
+    return Downsample(3, variant.widths[0], size=7, stride=4), nn.ModuleList(parts)
+
+
+def run_stages(x: Tensor, network: nn.ModuleList, recorder: Recorder[Tensor] | None = None) -> list[Tensor]:
+    outputs = []
+    for part in network:
+        if not isinstance(part, nn.Sequential):
+            x = part(x)
+            continue
+        if recorder is None:
+            x = part(x)
+        else:
+            recorder.enter_stage()
+            for block in part:
+                recorder.enter_block()
+                x = block(x, recorder)
+        outputs.append(x)
+    return outputs
+
+
+def layer_norm(width: int) -> nn.GroupNorm:
+    """The authors' "layer norm": over channels and positions together."""
+    return nn.GroupNorm(1, width)
+
+
+def depthwise(width: int, size: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, size, padding=size // 2, groups=width)
+
+
+class Downsample(nn.Module):
+    """Stem and downsampling, BatchNorm behind: (B, C, H, W) -> (B, C', H / stride, W / stride), rounded up."""
+
+    def __init__(self, width_in: int, width_out: int, size: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(width_in, width_out, size, stride, size // 2)
+        self.norm = nn.BatchNorm2d(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class Block(nn.Module):
+    """Two residual branches: token mixer and channel mixer; (B, C, H, W) stays."""
+
+    def __init__(self, variant: Variant, stage: int, drop_path: float, drop_rate: float):
+        super().__init__()
+        width = variant.widths[stage]
+        self.norm1 = layer_norm(width)
+        self.token_mixer = TokenMixer(variant, width)
+        self.norm2 = layer_norm(width)
+        self.channel_mixer = ChannelMixer(variant, width, width * variant.mlp_ratios[stage], drop_rate)
+        self.drop_path = drop_path
+        if variant.layer_scale is None:
+            self.layer_scale_1 = self.layer_scale_2 = None
+        else:
+            self.layer_scale_1 = nn.Parameter(torch.full((width,), variant.layer_scale))
+            self.layer_scale_2 = nn.Parameter(torch.full((width,), variant.layer_scale))
+
+    def branch(self, x: Tensor, scale: nn.Parameter | None) -> Tensor:
+        """Layer scale, then stochastic depth."""
+        if scale is not None:
+            x = x * scale[:, None, None]
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            x = x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep) / keep
+        return x
+
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        x = x + self.branch(self.token_mixer(self.norm1(x), recorder), self.layer_scale_1)
+        return x + self.branch(self.channel_mixer(self.norm2(x)), self.layer_scale_2)
+
+
+class TokenMixer(nn.Module):
+    """Context, depthwise convolution and bottleneck, once or twice; (B, C, H, W) stays."""
+
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+
+        def context() -> nn.Module:
+            return GlobalContext(variant, width) if variant.global_context else NoContext()
+
+        def pointwise() -> nn.Module:
+            inner = variant.token_width(width)
+            if inner is None:
+                return nn.Conv2d(width, width, 1)
+            return nn.Sequential(nn.Conv2d(width, inner, 1), nn.GELU(), nn.Conv2d(inner, width, 1))
+
+        self.gc1, self.dw1, self.fc1 = context(), depthwise(width, variant.kernel_sizes[0]), pointwise()
+        self.second_mix = variant.second_mix
+        if self.second_mix:
+            self.gc2, self.dw2, self.fc2 = context(), depthwise(width, variant.kernel_sizes[1]), pointwise()
+        self.spatial_att = SpatialAttention(variant, width) if variant.spatial_attention else nn.Identity()
+
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        x = F.gelu(self.fc1(self.dw1(x + self.gc1(x, recorder))))
+        if self.second_mix:
+            x = F.gelu(self.fc2(self.dw2(x + self.gc2(x, recorder))))
+        return self.spatial_att(x)
+
+
+class NoContext(nn.Module):
+    """The global context switched off: it adds nothing and brings no names."""
+
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> float:
+        return 0.0
+
+
+class GlobalContext(nn.Module):
+    """What is added at each position: (B, C, H, W) -> the same, or (B, C, 1, 1) without weighting."""
+
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+        self.variant = variant
+        inner = width // variant.reduction
+        if variant.weighted_context:
+            self.rescale_weight = nn.Parameter(torch.ones(variant.heads))
+            self.rescale_bias = nn.Parameter(torch.zeros(variant.heads))
+        if variant.competition:
+            self.fc1 = nn.Linear(width, 2 * inner)
+            self.fc2 = nn.Linear(inner, width)
+        else:
+            self.fc = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
+        context = x.mean((-2, -1))  # (B, C)
+        if self.variant.competition:
+            value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))
+        else:
+            value = self.fc(context)
+        value = value[:, :, None, None]
+        if not self.variant.weighted_context:
+            return value
+        heads = (self.variant.heads, -1)
+        per_head = (x * context[:, :, None, None]).unflatten(1, heads).sum(2)  # (B, h, H, W)
+        similarity = per_head / (x.shape[1] // self.variant.heads) ** 0.5
+        others = max(similarity[0].numel() - 1, 1)  # one head at one position has no deviation
+        correction = similarity[0].numel() - others
+        deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
+        standardised = (similarity - mean) / (deviation + 1e-5)
+        rescaled = standardised * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
+        if recorder is not None:
+            recorder.take(x, standardised, rescaled)
+        return (rescaled[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
+
+
+class ChannelMixer(nn.Module):
+    """The MLP over channels with its depthwise convolution; (B, C, H, W) stays."""
+
+    def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, mlp_width, 1)
+        self.dwconv = depthwise(mlp_width, variant.channel_kernel) if variant.channel_dwconv else nn.Identity()
+        self.fc2 = nn.Conv2d(mlp_width, width, 1)
+        self.drop = nn.Dropout(drop_rate)
+        self.channel_att = ChannelAttention(variant) if variant.channel_attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(F.gelu(self.dwconv(self.fc1(x))))
+        return self.channel_att(self.drop(self.fc2(x)))
+
+
+class SpatialAttention(nn.Module):
+    """Option: a sigmoid mask over positions and channels; (B, C, H, W) stays."""
+
+    def __init__(self, variant: Variant, width: int):
+        super().__init__()
+        inner = width // variant.spatial_attention_reduction
+        self.spatial_att = nn.Sequential(
+            depthwise(width, variant.spatial_attention_kernel),
+            nn.Conv2d(width, inner, 1),
+            nn.GELU(),
+            nn.Conv2d(inner, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.spatial_att(x).sigmoid()
+
+
+class ChannelAttention(nn.Module):
+    """Option: the pooled channels, convolved along their axis and added; (B, C, H, W) stays."""
+
+    def __init__(self, variant: Variant):
+        super().__init__()
+        first, second = variant.channel_attention_kernels
+        self.channelConv1 = nn.Conv1d(1, 1, first, padding=first // 2)
+        self.channelConv2 = nn.Conv1d(1, 1, second, padding=second // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.gelu(x).mean((-2, -1)).unsqueeze(1)  # (B, 1, C)
+        gate = self.channelConv2(F.gelu(self.channelConv1(pooled)))
+        return x + gate.squeeze(1)[:, :, None, None]
+
+
+def initialise(module: nn.Module) -> None:
+    """The authors' initialisation; norms start at 1 and 0 by themselves."""
+    if isinstance(module, nn.Conv2d | nn.Conv1d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

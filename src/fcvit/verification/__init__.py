@@ -1,0 +1,1 @@
+"""Checks that two networks compute the same."""

@@ -1,0 +1,59 @@
+"""Weights by rule that let every parameter matter.
+
+Freshly initialised weights prove little: a layer scale of 1e-5 hides every block behind it. These
+follow from the names alone, so any framework can rebuild them; the goldens are computed on them.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from fcvit.models.spec import COUNTER, Form, entries
+
+DORMANT = 1e-3  # a layer scale below this hides its block from the logits
+
+
+def lively_tensors(form: Form, salt: str = "") -> dict[str, np.ndarray]:
+    """Every tensor of the form, float32, from the generator seeded with its name (authors' names)."""
+    return {name: _tensor(name, entry.shape, salt) for name, entry in entries(form).items()}
+
+
+def is_dormant(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether the layer scales are so small that the blocks cannot be seen in the outputs."""
+    scales = [np.abs(t.astype(np.float64)) for name, t in tensors.items() if "layer_scale" in name]
+    return bool(scales) and float(np.median(np.concatenate(scales))) < DORMANT
+
+
+def lively_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
+    """Standard normal numbers of that shape, float32."""
+    return _normal(salt + "input", shape).astype(np.float32)
+
+
+def _normal(seed: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(zlib.crc32(seed.encode()))).standard_normal(shape)
+
+
+def _tensor(name: str, shape: tuple[int, ...], salt: str) -> np.ndarray:
+    last = name.rpartition(".")[2]
+    if last == COUNTER:
+        return np.array(1, np.int64)
+    z = _normal(salt + name, shape)
+    if last == "running_mean":
+        value = 0.1 * z
+    elif last == "running_var":
+        value = np.exp(0.2 * z)
+    elif last.startswith("layer_scale"):
+        value = 0.3 + 0.1 * z
+    elif last == "rescale_weight":
+        value = 1 + 0.2 * z
+    elif last == "rescale_bias":
+        value = 0.2 * z
+    elif last == "bias":
+        value = 0.1 * z
+    elif len(shape) == 1:
+        value = 1 + 0.1 * z
+    else:
+        value = z / math.sqrt(math.prod(shape[1:]))
+    return value.astype(np.float32)

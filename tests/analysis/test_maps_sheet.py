@@ -1,0 +1,216 @@
+"""Pictures of maps, read back: what is where, in which colour, under which name."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcvit.analysis import maps_sheet as task
+from fcvit.analysis.maps_sheet import Scene
+from fcvit.report.charts import drawing, joined
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+RAMP = np.linspace(0, 255, 40)[:, None, None] + np.zeros((40, 60, 3))  # from black at the top to white
+SEEN = np.arange(60) + 0 * np.arange(40)[:, None] < 50  # nothing in the last ten columns
+SCENE = Scene(RAMP.round().astype(np.uint8), SEEN)
+
+
+def level(row, column, low=0.0, high=1.0):
+    """A map of `low` with a corner of `high`."""
+    one = np.full((40, 60), float(low))
+    one[row : row + 10, column : column + 10] = high
+    one[:, 50:] = np.nan
+    return one
+
+
+def sheet(rows, title=("a.png", ": stage 1"), subtitle=("cat", " 90 %"), columns=4, scene=SCENE):
+    with drawing():
+        return task._sheet(scene, rows, title, subtitle, "similarity", columns)
+
+
+def tiles(figure):
+    """Name and pixels of everything that is drawn, but the colour bar."""
+    return {axes.get_title(loc="left"): np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images}
+
+
+def texts(figure):
+    return [text.get_text().replace("\u200e", "") for text in figure.texts]
+
+
+def drawn(figure):
+    """Its renderer, which knows how large texts are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
+def viridis(value):
+    from matplotlib import colormaps
+
+    return np.array(colormaps["viridis"](value)[:3])
+
+
+def grey(row):
+    """What is under a map in that row of the ramp."""
+    return 165 + 90 * np.clip((RAMP[row, 0, 0] - np.percentile(RAMP, 1)) / np.ptp(np.percentile(RAMP, [1, 99])), 0, 1)
+
+
+def test_each_map_is_where_it_says_in_viridis_over_grey():
+    rows = [task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), level(30, 40, 0.0, 0.5)]))]
+    drawn = tiles(sheet(rows))
+    assert list(drawn) == ["image, what was seen", "head 1", "head 2"]
+    for name, corner, value in (("head 1", (5, 5), 1.0), ("head 2", (35, 45), 0.5), ("head 1", (35, 45), 0.0)):
+        expected = 0.7 * 255 * viridis(value) + 0.3 * grey(corner[0])
+        assert np.abs(drawn[name][corner] - expected).max() <= 2, (name, corner)
+    unseen = drawn["head 1"][5, 55]
+    assert unseen[0] == unseen[1] == unseen[2] > 230, "no colour"
+    assert (drawn["image, what was seen"][20, 5] == SCENE.image[20, 5]).all()
+    assert (drawn["image, what was seen"][20, 55] == (SCENE.image[20, 55].astype(int) + 3 * 255) // 4).all(), "pale"
+
+
+@pytest.mark.parametrize("contrast", [1.0, 0.1])
+def test_no_place_of_a_photograph_looks_like_another_value(contrast):
+    """Black and white under one value are nearer to each other than a fifth of the scale is long."""
+    from matplotlib.colors import Normalize
+
+    scene, scale = Scene((RAMP * contrast).round().astype(np.uint8), SEEN), Normalize(0, 1)
+    low, high = (task.overlay(scene, np.full((40, 60), value), scale).astype(float) for value in (0.0, 1.0))
+    for value in (0.0, 0.5, 1.0):
+        shown = task.overlay(scene, np.full((40, 60), value), scale).astype(float)
+        apart = np.abs(shown[0, 5] - shown[39, 5]).max()
+        assert 20 < apart <= 28, "a dark photograph is as visible as any other"
+    assert np.abs(low - high).max() > 5 * 28
+
+
+def test_a_single_position_is_no_map_and_says_so():
+    nothing = np.full((40, 60), np.nan)
+    figure = sheet([task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), nothing]))])
+    tile = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 2")
+    assert [text.get_text() for text in tile.texts] == ["one position:\nno map"]
+    shown = np.asarray(tile.images[0].get_array()).astype(int)
+    assert np.ptp(shown, axis=2).max() == 0, "no colour"
+    assert shown[20, 5, 0] < shown[20, 55, 0], "what was not seen is paler"
+    other = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 1")
+    assert not other.texts
+
+
+@pytest.mark.parametrize("values", [np.zeros((40, 60)), np.full((40, 60), 0.238697) + 1e-8 * RAMP[..., 0]])
+def test_a_flat_map_is_not_stretched_to_its_rounding_errors(values):
+    (bar,) = [axes for axes in sheet([task.Row("", ["head 1"], values[None])]).axes if not axes.images]
+    low, high = bar.get_xlim()
+    assert high - low == pytest.approx(0.1, rel=1e-3)
+    assert all("e" not in text.get_text() for text in bar.get_xticklabels())
+
+
+def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
+    rows = [task.Row(f"stage {n}", ["head 1"], level(0, 0, 0.0, high)[None]) for n, high in ((1, 1.0), (2, 4.0))]
+    figure = sheet(rows)
+    (bar,) = [axes for axes in figure.axes if not axes.images]
+    assert bar.get_xlabel() == "similarity"
+    low, high = bar.get_xlim()
+    assert low == pytest.approx(0) and high == pytest.approx(4)
+    assert "stage 1" in texts(figure) and "stage 2" in texts(figure)
+    one, four = [np.asarray(axes.images[0].get_array())[5, 5] for axes in figure.axes[1:3]]
+    assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * grey(5))).max() <= 3
+    assert four[0] > one[0]
+
+
+def test_each_head_may_have_its_own_range():
+    nothing = np.full((40, 60), np.nan)
+    row = task.Row(
+        "x",
+        ["head 1", "head 2", "head 3", "head 4"],
+        np.stack([level(0, 0, -2, 6), level(0, 0, 0, 0.5), level(0, 0, 3, 3), nothing]),
+    )
+    found = task.own_range(row)
+    assert found.names == ["head 1 (-2.0 to 6.0)", "head 2 (0.0 to 0.5)", "head 3 (3.0 to 3.1)", "head 4"]
+    assert np.allclose(found.maps[:2, 5, 5], 1) and np.allclose(found.maps[:3, 35, 45], 0), "each from 0 to 1"
+    assert found.name == "x" and np.isnan(found.maps[3]).all()
+
+
+def test_what_is_not_finite_takes_the_colour_of_nothing_else():
+    rows = [task.Row("", ["a", "b"], np.stack([level(0, 0), np.full((40, 60), np.nan)]))]
+    drawn = tiles(sheet(rows))
+    assert np.abs(drawn["a"][5, 5] - drawn["a"][35, 45].astype(float)).max() > 50
+
+
+def test_a_single_row_is_broken_and_columns_run_across():
+    rows = [task.Row("", [f"head {n}" for n in range(1, 9)], np.stack([level(0, 0)] * 8))]
+    figure = sheet(rows)
+    place = {axes.get_title(loc="left"): axes.get_position() for axes in figure.axes}
+    assert place["head 1"].y0 == place["head 4"].y0 > place["head 5"].y0 == place["head 8"].y0
+    assert (
+        place["head 1"].x0 == place["head 5"].x0 < place["head 2"].x0
+        and place["head 1"].x0 > place["image, what was seen"].x1
+    )
+    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in place.values())
+
+
+@pytest.mark.parametrize("shape", [(40, 21), (21, 40), (40, 40)])
+def test_names_have_room_whatever_the_shape(shape):
+    maps = np.zeros((8, *shape))
+    scene = Scene(np.zeros((*shape, 3), np.uint8), np.ones(shape, bool))
+    figure = sheet([task.Row("", [f"head {n}" for n in range(1, 9)], maps)], scene=scene)
+    renderer = drawn(figure)
+    boxes = [axes._left_title.get_window_extent(renderer) for axes in figure.axes if axes.get_title(loc="left")]
+    for one in boxes:
+        for other in boxes:
+            assert one is other or not one.overlaps(other)
+
+
+def test_titles_that_do_not_fit_keep_what_the_file_name_would_push_away():
+    long = "a name of very many letters " * 12
+    figure = sheet([task.Row("", ["head 1"], level(0, 0)[None])], (f"{long}.jpg", ": stage 4, block 2"), (long, " 3 %"))
+    title, subtitle = texts(figure)[:2]
+    assert title.endswith("…: stage 4, block 2") and subtitle.endswith("… 3 %")
+    renderer = drawn(figure)
+    for text in figure.texts[:2]:
+        assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
+
+
+def test_names_of_other_scripts_and_odd_characters_do_not_move_their_neighbours():
+    with drawing():
+        line = joined(("שלום.png", ": stage 1"), 5)
+        assert line == "\u200eשלום.png\u200e\u200e: stage 1\u200e"
+        assert joined(("cost\n$1$", " 5 %"), 5).replace("\u200e", "") == "cost $1$ 5 %"
+        long = "many letters " * 20
+        both = joined((long, ": ", long, " 3 %", ", ", "cat", " 2 %"), 5).replace("\u200e", "")
+        assert both.count("…") == 2 and both.endswith("… 3 %, cat 2 %"), "the longest give way alike"
+        assert joined(("a",), 5) == "a" and joined(("", " b"), 5).replace("\u200e", "") == " b"
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 30])
+def test_an_overview_has_a_line_for_each_image_and_one_bar(count):
+    panels = [
+        task.Panel(
+            (f"{n}.png", ": cat 5 %"),
+            Scene(np.full((40, 60, 3), n, np.uint8), SEEN),
+            np.stack([level(0, 0, 0, n + 1)] * 4),
+        )
+        for n in range(count)
+    ]
+    names = [f"stage {n}" for n in range(1, 5)]
+    with drawing():
+        figure = task._overview(panels, names, "thirty", "similarity")
+    assert len(figure.axes) == 5 * count + 1 and figure.axes[0].get_xlabel() == "similarity"
+    found = texts(figure)
+    assert [f"{n}.png: cat 5 %" in found for n in range(count)] == [True] * count
+    assert found.count("stage 1") == (1 if count <= 6 else 2)
+    boxes = [axes.get_position() for axes in figure.axes[1:]]
+    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    first = [np.asarray(axes.images[0].get_array())[5, 5].tolist() for axes in figure.axes[1::5]]
+    assert first == [[n] * 3 for n in range(count)], "each image at its line"
+
+
+def test_the_file_is_a_png_of_that_figure():
+    row = task.Row("", ["head 1"], level(0, 0)[None])
+    with Image.open(io.BytesIO(task.maps_sheet(SCENE, [row], ("a",), ("b",), "c"))) as image:
+        assert image.format == "PNG" and image.width > 900
+    panel = task.Panel(("a",), SCENE, level(0, 0)[None])
+    with Image.open(io.BytesIO(task.maps_overview([panel], ["stage 1"], "a", "b"))) as image:
+        assert image.format == "PNG"

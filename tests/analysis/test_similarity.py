@@ -1,0 +1,345 @@
+"""Maps of images: pictures and arrays."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
+from fcvit.analysis import similarity as task
+from fcvit.analysis.placement import place
+from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.data.transforms.preprocess import crop, normalise
+from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
+from fcvit.frameworks import import_framework
+from fcvit.inference.predict import Prediction
+from fcvit.metrics.classification import softmax
+from fcvit.models.classes import ClassName
+from fcvit.models.maps import Similarity, SimilarityMap
+from fcvit.models.spec import Form
+from fcvit.models.variants import Preprocessing
+from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import lively_tensors
+
+PIXELS = DIGITS.variant.preprocessing
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of odd sizes."""
+    paths = [tmp_path / "a" / "wide.png", tmp_path / "a" / "high.png", tmp_path / "b" / "wide.png"]
+    for path, size in zip(paths, ((71, 40), (33, 90), (32, 32)), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        image_by_rule(*size).save(path)
+    return paths
+
+
+# Pictures and arrays
+
+
+@needs_paddle
+@pytest.mark.charts
+@pytest.mark.slow
+def test_what_the_command_leaves(digits_pth, photos, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"?")
+    done = similarity(digits_pth, [*photos, tmp_path / "bad.png"], tmp_path / "run", stage=1)
+    names = [files for _, files, _ in done.images]
+    assert names[0] == ("wide.png", "wide-depth.png", "wide.npz") and names[2][0] == "wide-2.png"
+    assert [error.partition(":")[0] for error in done.unreadable] == [str(tmp_path / "bad.png")]
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {"run.json", "overview.png", *(file for files in names for file in files)}
+    viewer = Viewer(read_weights(digits_pth))
+    expected = viewer.similarity(crop(Image.open(photos[1]).convert("RGB"), PIXELS)[None])
+    with np.load(tmp_path / "run" / "high.npz", allow_pickle=False) as kept:
+        assert set(kept) == {f"{one.name}.{which}" for one in expected for which in ("standardised", "rescaled")}
+        for one in expected:
+            assert np.array_equal(kept[f"{one.name}.rescaled"], one.rescaled[0])
+    with Image.open(tmp_path / "run" / "wide-depth.png") as depth, Image.open(tmp_path / "run" / "wide.png") as sheet:
+        assert depth.height > sheet.height > 300 and depth.width > 1000
+        assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 200, "colours of a map"
+
+
+@needs_paddle
+@pytest.mark.charts
+@pytest.mark.slow
+def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos, tmp_path, monkeypatch):
+    """Of one image there is none; of very many some, evenly over them."""
+    (named := photos[0].with_name("overview.png")).write_bytes(photos[0].read_bytes())
+    done = similarity(digits_pth, [named], tmp_path / "one")
+    assert done.images[0][1][0] == "overview-2.png" and not (tmp_path / "one" / "overview.png").exists()
+    drawn = []
+    monkeypatch.setattr(task, "maps_sheet", lambda *_: b"png")
+    monkeypatch.setattr(task, "overview", lambda panels, title, *_: drawn.append((panels, title)) or b"png")
+    similarity(digits_pth, [named, *photos], tmp_path / "all")
+    monkeypatch.setattr(task, "MOST", 2)
+    similarity(digits_pth, [named, *photos], tmp_path / "some")
+    (every, title), (some, of_how_many) = drawn
+    assert title == f"{digits_pth.name}: 4 images" and of_how_many == f"{digits_pth.name}: 2 of 4 images"
+    assert [one.title[0] for one in every] == [path.name for path in (named, *photos)]
+    assert [one.title for one in some] == [every[0].title, every[2].title]
+    assert all(one.maps.shape == (4, *one.scene.seen.shape) for one in every)
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_not_one_image_is_an_error(digits_pth, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"?")
+    with pytest.raises(BadImages, match="none of 1 images"):
+        similarity(digits_pth, [tmp_path / "bad.png"], tmp_path / "run")
+
+
+@needs_paddle
+@pytest.mark.charts
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": 5}, "stage 5: expected 1 to 4"),
+        ({"heads": "9"}, "--heads 9: expected each, mean, or a number from 1 to 8"),
+        ({"heads": "some"}, "--heads some"),
+        ({"which": "raw"}, "--values raw"),
+        ({"scale": "each"}, "--scale each: expected picture or head"),
+        ({"top_k": 0}, "--top-k 0: expected at least 1"),
+        ({"images": []}, "at least one image"),
+    ],
+)
+def test_requests_that_cannot_be(options, message, digits_pth, photos, tmp_path):
+    given = {"weights": digits_pth, "images": photos, "folder": tmp_path / "run", **options}
+    with pytest.raises(UsageError, match=message):
+        similarity(given.pop("weights"), given.pop("images"), given.pop("folder"), **given)
+    assert not list(tmp_path.glob("run/*.png"))
+
+
+@needs_paddle
+def test_without_the_extra_the_command_is_named(digits_pth, photos, tmp_path, no_charts):
+    with pytest.raises(MissingExtra, match=r"fcvit\[report\]"):
+        similarity(digits_pth, photos, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_paddle
+def test_a_dense_backbone_has_no_viewer(tmp_path):
+    form = Form(DIGITS.variant, dense=True)
+    with pytest.raises(DoesNotFit, match="maps come from a classifier"):
+        Viewer(read_weights(write_pth(tmp_path / "dense.pth", lively_tensors(form))))
+
+
+def test_heads_are_chosen_and_named():
+    maps = np.arange(24.0).reshape(2, 3, 4)
+    assert choose_heads(maps, "each")[1] == ["head 1", "head 2"]
+    assert np.array_equal(choose_heads(maps, "2")[0], maps[1:])
+    assert np.array_equal(choose_heads(maps, "mean")[0], maps.mean(0, keepdims=True))
+
+
+# What the pictures show
+
+
+STAGES = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (3, 1, 1), (3, 1, 2), (3, 2, 1), (3, 2, 2), (4, 1, 1), (4, 1, 2))
+
+
+def coded(image):
+    """An image as seen by a network whose every map tells where it is: places in the hundreds, heads in the ones."""
+    maps = []
+    for number, (stage, block, context) in enumerate(STAGES):
+        side = (8, 4, 2, 1)[stage - 1]
+        ramp = np.arange(side * side).reshape(side, side) / 1000
+        values = 100.0 * number + np.arange(8.0)[:, None, None] + ramp
+        maps.append(SimilarityMap(stage, block, context, values, values + 5000))
+    predictions = (Prediction(0, "0", "cat", 0.25), Prediction(1, "1", "dog", 0.125))
+    return Seen(image, predictions, Similarity(np.zeros(10), tuple(maps)))
+
+
+@pytest.fixture
+def viewer(digits_pth):
+    return Viewer(read_weights(digits_pth), device="cpu")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What `maps_sheet` was asked to draw."""
+    calls = []
+    monkeypatch.setattr(task, "maps_sheet", lambda *given: calls.append(given) or b"png")
+    return calls
+
+
+@needs_paddle
+@pytest.mark.parametrize("which", ["standardised", "rescaled"])
+@pytest.mark.parametrize("where", [(1, 1, 1), (3, 1, 2), (3, 2, 1)])
+def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
+    image = image_by_rule(71, 40)
+    seen = coded(image)
+    task.picture(viewer, seen, "a.png", where, "each", which)
+    ((scene, (row,), title, subtitle, label),) = drawn
+    shown = scene.image
+    values = getattr(seen.found.maps[STAGES.index(where)], which)
+    assert title == ("a.png", f": stage {where[0]}, block {where[1]}, context {where[2]}")
+    assert "".join(subtitle) == "digits.pth: cat: 25.0 %, dog: 12.5 %" and label == f"{which} similarity"
+    assert row.names == [f"head {n}" for n in range(1, 9)]
+    scale = shown.shape[1] // 71
+    assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))
+    expected = place(values, image.size, PIXELS, (71 * scale, 40 * scale))
+    assert np.allclose(row.maps, expected, equal_nan=True) and np.array_equal(scene.seen, ~np.isnan(expected[0]))
+
+
+@needs_paddle
+def test_heads_with_colours_of_their_own(viewer, drawn):
+    seen = coded(image_by_rule(32, 32))
+    task.picture(viewer, seen, "a.png", (1, 1, 1), "each", "standardised", "head")
+    task.depth_picture(viewer, seen, "a.png", 1, "each", "standardised", "head")
+    for _, rows, *_, label in drawn:
+        assert label == "standardised similarity, from the lowest to the highest of each head"
+        for row in rows[:3]:
+            assert -0.2 < np.nanmin(row.maps) < 0.1 and row.names[7].startswith("head 8 (")
+            assert np.allclose(row.maps[0], row.maps[7], atol=1e-6, equal_nan=True), "they differ by a constant"
+
+
+@needs_paddle
+@pytest.mark.parametrize(("heads", "expected"), [("mean", 3.5), ("1", 0), ("8", 7)])
+def test_one_head_or_their_mean(heads, expected, viewer, drawn):
+    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (3, 2, 1), heads, "standardised")
+    assert np.allclose(drawn[0][1][0].maps, 100 * STAGES.index((3, 2, 1)) + expected, atol=0.01)
+
+
+@needs_paddle
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_picture_over_depth_has_one_context_of_the_last_block_of_each_stage(context, viewer, drawn):
+    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", context, "each", "rescaled")
+    rows = drawn[0][1]
+    last = [(1, 1, context), (2, 1, context), (3, 2, context), (4, 1, context)]
+    assert [row.name for row in rows] == ["stage {}\nblock {}\ncontext {}".format(*where) for where in last]
+    for row, where in list(zip(rows, last, strict=True))[:3]:
+        assert np.array_equal(row.maps[:, 16, 16] // 1, 5000 + 100 * STAGES.index(where) + np.arange(8))
+    assert rows[3].maps.shape == rows[0].maps.shape and np.isnan(rows[3].maps).all(), "one position is no map"
+
+
+@needs_paddle
+@pytest.mark.parametrize(
+    ("choice", "offset"),
+    [
+        ((), 3.5),
+        ((2,), 3.5),
+        ((1, "each"), 3.5),
+        ((2, "4"), 3),
+        ((1, "mean", "rescaled"), 5003.5),
+    ],
+)
+def test_a_panel_has_what_was_chosen_of_the_last_block_of_each_stage(choice, offset, viewer, monkeypatch):
+    found = task.panel(viewer, coded(image_by_rule(32, 32)), ("a.png",), *choice)
+    context = choice[0] if choice else 1
+    last = [(1, 1, context), (2, 1, context), (3, 2, context)]
+    assert found.maps.shape[0] == 4 and found.title == ("a.png",)
+    expected = [100 * STAGES.index(where) + offset for where in last]
+    assert np.allclose(found.maps[:3, 0, 0], expected, atol=0.01) and np.isnan(found.maps[3]).all()
+    asked = []
+    monkeypatch.setattr(task, "maps_overview", lambda *given: asked.append(given) or b"")
+    task.overview([found], "title", viewer.variant, *choice)
+    ((_, names, title, label),) = asked
+    assert names == ["stage 1, block 1", "stage 2, block 1", "stage 3, block 2", "stage 4, block 1"]
+    which = choice[2] if len(choice) > 2 else "standardised"
+    heads = "head 4" if "4" in choice else "mean over heads"
+    assert (title, label) == ("title", f"{which} similarity, context {context}, {heads}")
+
+
+@needs_paddle
+@pytest.mark.parametrize(("size", "stage"), [(32, 3), (33, 4), (224, 4), (16, 2), (4, 4)])
+def test_what_is_shown_without_a_choice_has_several_positions(size, stage, digits_pth):
+    viewer = Viewer(read_weights(digits_pth), preprocessing=Preprocessing(size, 1.0), device="cpu")
+    assert viewer.stage == stage
+
+
+@needs_paddle
+@needs_torch
+def test_a_viewer_and_the_arrays_have_what_the_twin_computes(viewer, digits_tensors):
+    """Standardised and rescaled, each under its own name, in the shapes of the network."""
+    torch = import_framework("torch")
+    from fcvit.reference.network import build_twin
+
+    image = image_by_rule(71, 40)
+    batch = crop(image, PIXELS)[None]
+    with torch.inference_mode():
+        expected = build_twin(DIGITS, digits_tensors).similarity(torch.from_numpy(normalise(batch, PIXELS)), True)
+    found = viewer.similarity(batch, tokens=True)
+    seen = viewer.see(image)
+    with np.load(io.BytesIO(task._arrays(seen)), allow_pickle=False) as kept:
+        assert len(kept) == 2 * len(expected.maps)
+        for one, other in zip(found, expected, strict=True):
+            assert one.name == other.name
+            assert np.allclose(one.tokens, other.tokens.numpy(), atol=1e-4)
+            for what in ("standardised", "rescaled"):
+                assert np.allclose(getattr(one, what), getattr(other, what).numpy(), atol=1e-4), (one.name, what)
+                assert np.allclose(kept[f"{one.name}.{what}"], getattr(other, what).numpy()[0], atol=1e-4)
+    probabilities = softmax(expected.output.numpy())[0]
+    assert [row.index for row in seen.predictions] == np.argsort(-probabilities)[:5].tolist()
+    assert seen.predictions[0].probability == pytest.approx(probabilities.max(), abs=1e-4)
+
+
+@needs_paddle
+def test_names_that_two_classes_have_come_with_the_id(digits_pth):
+    classes = tuple(ClassName(f"n{i}", "crane" if i < 9 else "other") for i in range(10))
+    seen = Viewer(read_weights(digits_pth), classes, device="cpu").see(image_by_rule(32, 32), 10)
+    assert {one.name for one in seen.predictions} == {*(f"crane (n{i})" for i in range(9)), "other"}
+
+
+@needs_paddle
+def test_maps_that_are_no_numbers_are_an_error(tmp_path, digits_tensors):
+    name = "network.4.1.norm1.weight"
+    broken = digits_tensors | {name: digits_tensors[name] * np.float32(1e30)}
+    viewer = Viewer(read_weights(write_pth(tmp_path / "broken.pth", broken)), device="cpu")
+    with pytest.raises(NumbersDisagree, match=r"broken.pth: (output|stage3.block2.context\d) is not finite"):
+        viewer.see(image_by_rule(32, 32))
+
+
+# Names of files
+
+
+def test_no_image_takes_the_files_of_another():
+    taken = {"overview.png"}
+    given = ["a", "a-depth", "A", "a", "overview", "é" * 150, "é" * 151, "b\udcfc", "\udcff"]
+    files = [file for stem in given for file in task._free(stem, taken)]
+    assert len({file.casefold() for file in files}) == len(files) == 3 * len(given)
+    assert files[:3] == ["a.png", "a-depth.png", "a.npz"] and "overview.png" not in files
+    assert all(len(file.encode()) < 255 for file in files)
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path):
+    for wrong, message in (({"context": 3}, "context 3"), ({"heads": "9"}, "--heads 9")):
+        with pytest.raises(UsageError, match=message):
+            similarity(digits_pth, photos, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn):
+    """Whole images only: their files, and no overview."""
+    see, told = Viewer.see, []
+
+    def interrupted(viewer, image, top_k):
+        if image.size == (33, 90):
+            raise KeyboardInterrupt
+        return see(viewer, image, top_k)
+
+    monkeypatch.setattr(Viewer, "see", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        similarity(digits_pth, photos, tmp_path / "run", announce=told.append)
+    assert told == [f"the files of 1 of 3 images are in {tmp_path / 'run'}"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "run.json",
+        "wide.png",
+        "wide-depth.png",
+        "wide.npz",
+    }
+    assert '"interrupted"' in (tmp_path / "run" / "run.json").read_text()
+
+
+@needs_paddle
+@pytest.mark.charts
+def test_an_image_that_cannot_be_resized_is_named(digits_pth, photos, tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    Image.new("RGB", (60000, 1)).save(tmp_path / "longer.png")
+    bad = []
+    readable = task.each_readable([tmp_path / "longer.png", *photos], Preprocessing(4000), bad, lambda _: None)
+    assert [number for number, _ in readable] == [1, 2, 3]
+    assert str(bad[0]).startswith(f"{tmp_path / 'longer.png'}: 60000 x 1 pixels would be resized")

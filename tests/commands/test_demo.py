@@ -1,0 +1,426 @@
+"""The page, driven by a real browser: an image, its classes, another head, a bad file."""
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import DIGITS, needs_paddle, write_pth
+from fcvit.analysis.similarity import Viewer, picture
+from fcvit.commands import demo as task
+from fcvit.data.transforms.preprocess import decode
+from fcvit.errors import MissingExtra, UsageError
+from fcvit.models.classes import digits
+from fcvit.models.spec import Form
+from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import lively_tensors
+
+pytestmark = needs_paddle
+
+
+def test_without_gradio_the_command_is_named(monkeypatch, tmp_path):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(task.importlib, "import_module", missing)
+    with pytest.raises(MissingExtra, match=r"pip install 'fcvit\[demo\]'"):
+        task.build((), tmp_path)
+
+
+def test_two_checkpoints_are_the_most(monkeypatch, tmp_path):
+    monkeypatch.setattr(task, "_gradio", lambda: None)
+    with pytest.raises(UsageError, match="3 checkpoints: expected one, or two"):
+        task.build(["a", "b", "c"], tmp_path)
+
+
+def test_a_file_name_is_no_markup():
+    assert task._plain("<b>[x](y)*") == r"\<b\>\[x\]\(y\)\*"
+
+
+class Application:
+    """What stands behind the guard: it reads the body, and keeps it as a file."""
+
+    def __init__(self, folder):
+        self.folder, self.calls = folder, 0
+
+    async def __call__(self, scope, receive, send):
+        self.calls += 1
+        if scope["method"] == "POST":
+            path = self.folder / f"{self.calls}.png"
+            path.write_bytes(b"x" * int(dict(scope["headers"])[b"content-length"]))
+            os.utime(path, (self.calls, self.calls))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def ask(guard, method="GET", kind="http", **headers):
+    """The status that a request gets."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    listed = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(guard({"type": kind, "method": method, "path": "/", "headers": listed}, None, send))
+    return sent[0].get("status", sent[0]["type"])
+
+
+OURS = ("127.0.0.1:7860", "localhost:7860", "[::1]:7860", "LocalHost:7860")
+STRANGERS = (
+    "evil.example:7860",
+    "evil.example",
+    "127.0.0.1",
+    "127.0.0.1:7861",
+    "localhost",
+    "127.0.0.1:7860.evil.example",
+)
+STRANGERS += ("127.0.0.1:7860@evil.example", "0.0.0.0:7860", "", "null", "localhost:7860/", " localhost:7860")
+
+
+@pytest.fixture
+def guard(tmp_path):
+    return task._Guard(Application(tmp_path), 7860, tmp_path)
+
+
+def test_the_page_answers_only_to_its_own_address_and_only_itself(guard):
+    for host in OURS:
+        assert ask(guard, host=host) == 200
+        for origin in OURS:
+            assert ask(guard, "POST", host=host, origin=f"http://{origin}", content_length="1") == 200
+    calls = guard.app.calls
+    for stranger in STRANGERS:
+        assert ask(guard, host=stranger) == ask(guard, "OPTIONS", host=stranger) == 403
+        assert ask(guard, kind="websocket", host=stranger) == "websocket.close"
+        for origin in (stranger, f"http://{stranger}", f"https://{OURS[0]}"):
+            for method in ("GET", "POST", "OPTIONS", "PUT"):
+                assert ask(guard, method, host=OURS[0], origin=origin, content_length="1") == 403
+    assert ask(guard) == 403 and guard.app.calls == calls
+
+
+def test_a_request_says_its_length_which_is_bounded(guard):
+    own = {"host": OURS[0]}
+    assert ask(guard, "POST", **own) == ask(guard, "POST", **own, content_length="-1") == 411
+    assert ask(guard, "POST", **own, content_length="5", transfer_encoding="chunked") == 411
+    assert ask(guard, "POST", **own, content_length=str(task.MOST_BYTES + 1)) == 413
+    assert ask(guard, "POST", **own, content_length="9" * 5000) == 413
+    assert guard.app.calls == 0
+    guard.active = task.UPLOADS
+    assert ask(guard, "POST", **own, content_length="5") == 429 and ask(guard, **own) == 200
+
+
+def test_all_uploads_together_are_bounded_and_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(task, "KEPT_FILES", 5)
+    example = tmp_path / "examples" / "digit-1.png"
+    example.parent.mkdir()
+    example.write_bytes(b"x" * 5000)  # the page's own do not count
+    guard = task._Guard(Application(tmp_path), 7860, tmp_path)
+    for size, expected in ((300, {1}), (300, {1, 2}), (300, {1, 2, 3}), (300, {2, 3, 4}), (900, {5}), (10, {5, 6})):
+        assert ask(guard, "POST", host=OURS[0], content_length=str(size)) == 200
+        assert {int(path.stem) for path in tmp_path.glob("*.png")} == expected
+    for _ in range(5):
+        ask(guard, "POST", host=OURS[0], content_length="1")
+    assert {int(path.stem) for path in tmp_path.glob("*.png")} == {7, 8, 9, 10, 11}
+    assert example.exists() and guard.active == 0
+
+
+@contextlib.contextmanager
+def served(*words, **environment):
+    """The command in a process of its own, as Gradio leaves event loops behind: the process, and the address."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    program = [sys.executable, "-m", "fcvit", "demo", "--device", "cpu", *map(str, words)]
+    with subprocess.Popen(
+        program, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = process.stderr.readline()
+            found = re.search(r"the page is at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)", line)
+            assert found, line + process.stderr.read()
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of the page as it is without weights."""
+    with served() as (_, found):
+        yield found
+
+
+def shipped_file():
+    """The checkpoint of the package, which the tests have as a file."""
+    return Path(str(resources.files("fcvit").joinpath("assets/digits.pth.tar")))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Viewer(read_weights(shipped_file()), digits(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A handwritten 3 of the held-out images."""
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        held_out = np.load(file, allow_pickle=False)
+        image = held_out["images"][np.flatnonzero(held_out["labels"] == 3)[0]]
+    path = tmp_path_factory.mktemp("three") / "three.png"
+    Image.fromarray(image).save(path)
+    return path
+
+
+@pytest.fixture
+def browser(tmp_path):
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with its driver is installed")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
+        options.add_argument(f"--{word}")
+    options.add_argument("--window-size=1500,1100")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    found = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def until(condition, what, seconds=40):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if found := condition():
+                return found
+        except Exception:  # the page is being built
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+class Page:
+    """The page as somebody sees it who looks at it in a browser."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        self.field = until(lambda: self.find("#image input[type=file]"), "the page")[0]
+
+    def find(self, css):
+        from selenium.webdriver.common.by import By
+
+        return self.browser.find_elements(By.CSS_SELECTOR, css)
+
+    def text(self, css):
+        return self.find(css)[0].text
+
+    def choose(self, group, value):
+        found = [e for e in self.find(f"#{group} input[type=radio]") if e.get_attribute("value") == value]
+        self.browser.execute_script("arguments[0].click()", found[0])
+
+    def depth(self, number):
+        self.browser.execute_script(
+            "const s = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
+            "s.call(arguments[0], arguments[1]);"
+            "for (const n of ['input', 'change', 'blur']) arguments[0].dispatchEvent(new Event(n, {bubbles: true}));",
+            self.find("#depth input[type=number]")[0],
+            str(number),
+        )
+
+    def pictures(self):
+        """The pixels of those that are shown."""
+        sources = [image.get_attribute("src") for image in self.find("[id^=maps-] img")]
+        found = []
+        for source in sources:
+            with urllib.request.urlopen(source, timeout=20) as answer:
+                found.append(np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")))
+        return found
+
+    def shows(self, *expected):
+        """Wait until the pictures are those."""
+        pixels = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in expected]
+
+        def same():
+            shown = self.pictures()
+            return len(shown) == len(pixels) and all(map(np.array_equal, shown, pixels))
+
+        until(same, "the expected picture")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
+    page, seen = Page(browser, address), shipped.see(decode(three))
+
+    def expected(where, heads, which, scale="picture"):
+        return picture(shipped, seen, "three.png", where, heads, which, scale)
+
+    until(lambda: page.text("#place") == "stage 3, block 2, context 1", "the last context that has a map")
+    page.field.send_keys(str(three))
+    page.shows(expected((3, 2, 1), "each", "standardised"))
+    label = until(lambda: page.text("#prediction-0").split("\n")[1:], "the classes")
+    assert label[0] == "digit 3" and sum(text.endswith("%") for text in label) == 5
+    page.choose("head", "mean")
+    page.shows(expected((3, 2, 1), "mean", "standardised"))
+    page.choose("head", "8")
+    page.shows(expected((3, 2, 1), "8", "standardised"))
+    page.choose("values", "rescaled")
+    page.shows(expected((3, 2, 1), "8", "rescaled"))
+    page.depth(1)
+    page.shows(expected((1, 1, 1), "8", "rescaled"))
+    until(lambda: page.text("#place") == "stage 1, block 1, context 1", "its name")
+    page.choose("head", "each")
+    page.choose("values", "standardised")
+    page.choose("scale", "head")
+    page.shows(expected((1, 1, 1), "each", "standardised", "head"))
+    if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+        page.choose("scale", "picture")
+        page.shows(expected((1, 1, 1), "each", "standardised"))
+        browser.save_screenshot(str(Path(folder) / "demo-one.png"))
+    urls = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert len(urls) > 10 and all(url.startswith((address, "data:", "blob:")) for url in urls), "asks nobody else"
+    assert not page.find("[id^=maps-] [aria-label*=hare]"), "nothing is sent to others"
+
+    page = Page(browser, address)
+    until(lambda: page.find("#examples button img"), "the examples")[0].click()
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        first = Image.fromarray(np.load(file, allow_pickle=False)["images"][0]).convert("RGB")
+    page.shows(picture(shipped, shipped.see(first), "digit-1.png", (3, 2, 1), "each", "standardised"))
+
+    (tmp_path / "bad.png").write_bytes(b"this is no image")
+    page = Page(browser, address)
+    page.field.send_keys(str(tmp_path / "bad.png"))
+    until(lambda: "No maps: bad.png: not an image" in page.text("#message"), "a message about the bad file")
+    assert not page.pictures()
+    page.choose("head", "mean")
+    page.depth(2)
+    until(lambda: page.text("#place") == "stage 1, block 1, context 2", "settings work without an image")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
+    """Each with its own name, classes and maps, also where one has fewer contexts."""
+    form = Form(dataclasses.replace(DIGITS.variant, depths=(1, 1, 1, 1)), 10)
+    other = tmp_path / "other" / "digits.pth.tar"
+    other.parent.mkdir()
+    write_pth(other, lively_tensors(form))
+    ours = shipped_file()
+    viewers = [Viewer(read_weights(path), device="cpu") for path in (ours, other)]
+    seen = [viewer.see(decode(three)) for viewer in viewers]
+
+    def expected(*where):
+        each = zip(viewers, seen, where, strict=True)
+        return [picture(viewer, one, "three.png", place, "each", "standardised") for viewer, one, place in each]
+
+    with served("--weights", ours, "--weights", other) as (_, address):
+        page = Page(browser, address)
+        titles = ["assets/digits.pth.tar", "other/digits.pth.tar"]
+        until(lambda: [title.text for title in page.find("h3")] == titles, "the names of both")
+        page.field.send_keys(str(three))
+        page.shows(*expected((3, 2, 1), (4, 1, 1)))
+        both = "stage 3, block 2, context 1 · stage 4, block 1, context 1"
+        until(lambda: page.text("#place") == both, "both contexts")
+        page.depth(1)
+        page.shows(*expected((1, 1, 1), (1, 1, 1)))
+        for number, one in enumerate(seen):
+            name = one.predictions[0].name
+            until(lambda: page.text(f"#prediction-{number}").split("\n")[1] == name, name)  # noqa: B023
+        if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+            browser.save_screenshot(str(Path(folder) / "demo.png"))
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    assert task.titles(["a/best.pth", "b/best.pth"]) == ["a/best.pth", "b/best.pth"]
+    assert task.titles(["a/one.pth", "b/two.pth"]) == ["one.pth", "two.pth"]
+    assert task.titles([tmp_path / "x.pth"]) == ["x.pth"]
+    assert task.titles(["x.pth", "x.pth"]) == ["A: x.pth", "B: x.pth"]
+
+
+def test_reports_are_off_before_gradio_is_imported(monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    asked = []
+    monkeypatch.setattr(
+        task.importlib, "import_module", lambda name: asked.append((name, os.environ["GRADIO_ANALYTICS_ENABLED"]))
+    )
+    task._gradio()
+    assert asked == [("gradio", "False")]
+
+
+@pytest.mark.slow
+def test_nothing_is_reported_or_fetched(address):
+    """Reports are off, and fonts come from the page itself."""
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        text = answer.read().decode()
+    assert '"analytics_enabled":false' in text.replace(" ", "")
+    with urllib.request.urlopen(f"{address}theme.css", timeout=20) as answer:
+        theme = answer.read().decode()
+    assert "font-face" in theme and "http" not in theme.replace("http://www.w3.org", "")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_over_the_limit_is_refused(address):
+    """By the server, whatever the page lets through; one just under it is taken."""
+    for size, expected in ((20 * 2**20 + 1, 413), (2**20, 200)):
+        content = b"x" * size
+        body = (
+            b'--edge\r\nContent-Disposition: form-data; name="files"; filename="big.png"\r\n'
+            b"Content-Type: image/png\r\n\r\n" + content + b"\r\n--edge--\r\n"
+        )
+        form = {"Content-Type": "multipart/form-data; boundary=edge"}
+        request = urllib.request.Request(f"{address}gradio_api/upload", body, form)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        assert status == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["", "config", "theme.css", "gradio_api/upload", "gradio_api/queue/join"])
+def test_the_guard_stands_before_every_route(address, path):
+    for headers in ({"Host": "evil.example:7860"}, {"Origin": "http://evil.example"}):
+        for body in (None, b"{}"):
+            request = urllib.request.Request(f"{address}{path}", body, headers)
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(request, timeout=20)
+            error.value.close()
+            assert error.value.code == 403 and not error.value.headers.get("access-control-allow-origin")
+
+
+@pytest.mark.slow
+def test_the_page_is_served_until_it_is_interrupted_and_leaves_nothing(tmp_path):
+    own = {"TMPDIR": str(tmp_path), "HOME": str(tmp_path), "GRADIO_TEMP_DIR": ""}
+    with served(**own) as (process, address):
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert answer.status == 200
+        port = address.rstrip("/").rpartition(":")[2]
+        with socket.socket() as other:  # not on this machine's other addresses
+            assert other.connect_ex(("127.0.0.2", int(port))) != 0
+        taken = subprocess.run(
+            [sys.executable, "-m", "fcvit", "demo", "--port", port], capture_output=True, text=True, timeout=60
+        )
+        assert taken.returncode == 2 and taken.stderr.startswith(f"fcvit: --port {port}: ")
+        assert taken.stderr.endswith("; leave it out, or choose another\n") and taken.stderr.count("\n") == 1
+        process.send_signal(signal.SIGTERM)  # which ends a command like Ctrl-C
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and out == "" and err == "fcvit: note: the page is closed\n"
+    assert not list(tmp_path.glob("fcvit-demo-*")) and not (tmp_path / "gradio").exists()

@@ -1,0 +1,256 @@
+"""Export: every format runs and is right, wrong numbers leave no file, and what the numbers mean travels along."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch
+from fcvit.commands import export as task
+from fcvit.commands.export import export
+from fcvit.data.transforms.preprocess import normalise
+from fcvit.errors import MissingExtra, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.inference.export import ENDINGS, RUNTIME
+from fcvit.inference.runtimes import RUNTIMES
+from fcvit.metrics.classification import softmax
+from fcvit.models.classes import ClassName
+from fcvit.models.spec import Form
+from fcvit.verification.gates import GATE_B
+from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import lively_tensors
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytestmark = needs_torch
+
+PIXELS = DIGITS.variant.preprocessing
+
+
+@pytest.fixture
+def weights(digits_pth):
+    return dataclasses.replace(
+        read_weights(digits_pth), classes=tuple(ClassName(f"n{i}", f"dïgit {i}") for i in range(10))
+    )
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+
+
+def load(done, precision="float32"):
+    from pathlib import Path
+
+    return RUNTIMES[done.runtime](Path(done.files[-1]), 1, precision)
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@needs_paddle
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ENDINGS)
+def test_every_format_is_run_and_right(target, weights, images, tmp_path):
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    path = tmp_path / "out" / f"network{ENDINGS[target][-1]}"
+    done = export(weights, path)  # the format by the ending
+    assert done.runtime == RUNTIME[target] and done.format == target and done.files[-1] == str(path)
+    assert left(path.parent) == sorted(file.rpartition("/")[2] for file in done.files)
+    (check,) = done.checks
+    assert check.passed and 0 < check.ratio <= GATE_B and check.images == (26, 32, 32) and not done.lively
+    logits = load(done)(normalise(images, PIXELS))[0]
+    served = export(weights, tmp_path / "served" / path.name, target, uint8=True, probabilities=True)
+    assert served.input["type"] == "uint8" and served.outputs == ("probabilities",)
+    found = load(served)(images)[0]
+    assert np.allclose(found, softmax(logits), atol=1e-5)
+    if target == "onnx":
+        about = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["fcvit"])
+    else:
+        about = json.loads((path.parent / f"{path.name}.fcvit.json").read_text("utf-8"))
+    assert about["classes"][3] == ["n3", "dïgit 3"] and about["variant"]["name"] == "fcvit_digits"
+    assert about["preprocessing"]["input_size"] == 32 and about["outputs"] == ["logits"]
+    assert about["input"] == {
+        "layout": "batch, RGB, height, width",
+        "type": "float32",
+        "values": "(pixel / 255 - mean) / std",
+        "size": [32, 32],
+    }
+
+
+def test_any_size_is_checked_at_two(weights, tmp_path):
+    done = export(weights, tmp_path / "any.onnx", dynamic=True)
+    assert [check.images[1:] for check in done.checks] == [(32, 32), (25, 17)]
+    assert done.input["shape"] == [None, 3, None, None]
+    assert load(done)(np.zeros((2, 3, 50, 41), np.float32))[0].shape == (2, 10)
+
+
+def test_a_size_of_its_own(weights, tmp_path):
+    done = export(weights, tmp_path / "wide.onnx", size=(40, 33))
+    assert done.checks[0].images[1:] == (40, 33) and done.input["shape"] == [None, 3, 40, 33]
+
+
+def test_on_images_of_ones_own(weights, tmp_path):
+    path = tmp_path / "photo.png"
+    image_by_rule(60, 48).save(path)
+    done = export(weights, tmp_path / "network.onnx", images=[path], size=(32, 24))
+    assert done.checks[0].images == (1, 32, 24)
+
+
+def spoil_epsilon(model):
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 0 and 0 < value < 1e-4:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value * 10, value.dtype), tensor.name))
+            return
+    raise AssertionError("no epsilon")
+
+
+def spoil_weight(model):
+    tensor = next(t for t in model.graph.initializer if list(t.dims)[1:] == [16, 1, 1])
+    value = onnx.numpy_helper.to_array(tensor).copy()
+    value.flat[7] += 1e-3
+    tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+
+
+def spoil_gelu(model):
+    node = next(node for node in model.graph.node if node.op_type == "Gelu")
+    node.attribute.append(onnx.helper.make_attribute("approximate", "tanh"))
+
+
+def spoil_batch(model):
+    """Every image gets the first one's answer: only a batch of several shows it."""
+    for node in model.graph.node:
+        node.input[:] = ["first" if name == "images" else name for name in node.input]
+    ends = [onnx.numpy_helper.from_array(np.array([n], np.int64), f"end{n}") for n in (0, 1)]
+    model.graph.initializer.extend(ends)
+    first = onnx.helper.make_node("Slice", ["images", "end0", "end1", "end0"], ["first"])
+    model.graph.node.insert(0, first)
+
+
+@pytest.mark.parametrize("spoil", [spoil_epsilon, spoil_weight, spoil_gelu, spoil_batch])
+def test_a_fault_planted_in_the_file_is_caught_and_nothing_is_left(spoil, weights, tmp_path, monkeypatch):
+    write = task.write_export
+
+    def faulty(weights, interface, target, path):
+        write(weights, interface, target, path)
+        model = onnx.load(path)
+        spoil(model)
+        onnx.save(model, path)
+
+    monkeypatch.setattr(task, "write_export", faulty)
+    (tmp_path / "network.onnx").write_bytes(b"the one before")
+    with pytest.raises(NumbersDisagree, match=r"network.onnx computes other numbers than its weights"):
+        export(weights, tmp_path / "network.onnx", overwrite=True)
+    assert left(tmp_path) == ["digits.pth", "network.onnx"]
+    assert (tmp_path / "network.onnx").read_bytes() == b"the one before"
+
+
+def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch):
+    """A layer scale of 1e-5 hides what is in the blocks, also from the check."""
+    tensors = {n: t * np.float32(1e-5) if "layer_scale" in n else t for n, t in weights.tensors.items()}
+    asleep = dataclasses.replace(weights, tensors=tensors)
+    said = []
+    done = export(asleep, tmp_path / "asleep.onnx", announce=said.append)
+    assert done.lively and done.lively[0].passed and any("weights by rule" in text for text in said)
+    write = task.write_export
+
+    def faulty(weights, interface, target, path):
+        tensors = dict(weights.tensors)
+        tensors["network.0.0.norm2.weight"] = tensors["network.0.0.norm2.weight"] * np.float32(1.01)
+        write(dataclasses.replace(weights, tensors=tensors), interface, target, path)
+
+    monkeypatch.setattr(task, "write_export", faulty)
+    with pytest.raises(NumbersDisagree):
+        export(asleep, tmp_path / "faulty.onnx")
+    assert "faulty.onnx" not in left(tmp_path)
+
+
+@pytest.mark.slow
+def test_int8_takes_its_scales_from_a_folder(weights, tmp_path, images):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for index in range(4):
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(
+            folder / f"{index}.png"
+        )
+    exact = load(export(weights, tmp_path / "exact.onnx"))(normalise(images, PIXELS))[0]
+    done = export(weights, tmp_path / "small.onnx", precision="int8", calibration=folder)
+    assert done.precision == "int8" and done.checks[0].passed
+    kinds = {node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node}
+    assert "QuantizeLinear" in kinds and {p.key for p in onnx.load(tmp_path / "small.onnx").metadata_props} >= {"fcvit"}
+    found = load(done, "int8")(normalise(images, PIXELS))[0]
+    assert 1e-4 < np.abs(found - exact).max() < np.ptp(exact) / 4
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="no images to calibrate"):
+        export(weights, tmp_path / "x.onnx", precision="int8", calibration=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"output": "a.xml", "format": "onnx"}, UsageError, "ends in .onnx"),
+        ({"output": "a.json", "format": "openvino"}, UsageError, "ends in .xml"),
+        ({"output": "a.pb"}, UsageError, r"a.pb: the ending says no format; expected .onnx \(onnx\), .json \(paddle\)"),
+        ({"output": "model"}, UsageError, "the ending says no format"),
+        ({"output": "a.pdmodel", "format": "paddle"}, UsageError, "ends in .json"),
+        ({"format": "tensorrt"}, UsageError, "--format 'tensorrt'"),
+        ({"size": (32, 32), "dynamic": True}, UsageError, "leave out --size"),
+        ({"precision": "int8"}, UsageError, "--calibrate FOLDER go together"),
+        ({"calibration": "."}, UsageError, "--calibrate FOLDER go together"),
+        ({"precision": "float16"}, UsageError, "expected float32, or int8"),
+        ({"size": (0, 3)}, UsageError, "image size"),
+        ({"output": "digits.pth/a.onnx"}, UnreadableFile, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_exported(options, error, message, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        export(weights, **{"output": "a.onnx", **options})
+    assert left(tmp_path) == ["digits.pth"]
+
+
+def test_paddle_has_one_size(weights, tmp_path):
+    with pytest.raises(UsageError, match="--format paddle has one image size"):
+        export(weights, tmp_path / "a.json", "paddle", dynamic=True)
+
+
+def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
+    form = Form(DIGITS.variant)
+    body = dataclasses.replace(weights, form=form, tensors=lively_tensors(form), classes=None)
+    with pytest.raises(UsageError, match="has no classes"):
+        export(body, tmp_path / "a.onnx", probabilities=True)
+    assert export(body, tmp_path / "a.onnx").outputs == ("embeddings",)
+
+
+def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
+    form = Form(DIGITS.variant, dense=True)
+    dense = dataclasses.replace(weights, form=form, tensors=lively_tensors(form), classes=None)
+    done = export(dense, tmp_path / "a.onnx", dynamic=True)
+    maps = load(done)(np.zeros((1, 3, 40, 56), np.float32))
+    assert [m.shape for m in maps] == [(1, 16, 10, 14), (1, 24, 5, 7), (1, 32, 3, 4), (1, 48, 2, 2)]
+
+
+def test_what_is_there_is_not_replaced_unasked(weights, tmp_path):
+    (tmp_path / "a.onnx").touch()
+    with pytest.raises(UsageError, match="--overwrite"):
+        export(weights, tmp_path / "a.onnx")
+    assert export(weights, tmp_path / "a.onnx", overwrite=True).bytes == (tmp_path / "a.onnx").stat().st_size
+
+
+def test_without_a_framework_there_is_no_proof_and_no_file(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcvit.inference.check.installed", lambda framework: False)
+    with pytest.raises(MissingExtra, match="checked against PyTorch or Paddle"):
+        export(weights, tmp_path / "a.onnx")
+    assert left(tmp_path) == ["digits.pth"]
+
+
+@needs_paddle
+@pytest.mark.slow
+def test_paddle_is_the_yardstick_where_pytorch_is_missing(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcvit.inference.check.installed", lambda framework: framework == "paddle")
+    (check,) = export(weights, tmp_path / "a.onnx").checks
+    assert check.yardstick == "paddle" and check.passed and check.ratio > 0.1

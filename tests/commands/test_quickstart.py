@@ -1,0 +1,84 @@
+"""The shipped checkpoint, its record, and the whole path."""
+
+import importlib.resources
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import needs_paddle, needs_torch
+from fcvit.commands import quickstart, verify
+from fcvit.data.transforms.preprocess import preprocess
+from fcvit.frameworks import import_framework, installed
+from fcvit.weights.reading import read_weights
+
+ASSETS = importlib.resources.files("fcvit") / "assets"
+
+
+@pytest.fixture
+def held_out():
+    with np.load(ASSETS / quickstart.HELD_OUT, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def test_the_shipped_files():
+    path = ASSETS / quickstart.CHECKPOINT
+    assert path.stat().st_size <= 2 << 20
+    weights = read_weights(path)
+    assert weights.form.variant.name == "fcvit_digits" and weights.form.num_classes == 10
+    assert weights.skipped == ("epoch", "arch", "optimizer", "version", "args", "metric")
+
+
+@pytest.mark.slow
+@needs_torch
+def test_the_record_is_what_pytorch_computes(held_out):
+    weights = read_weights(ASSETS / quickstart.CHECKPOINT)
+    batch = np.stack([preprocess(Image.fromarray(i), weights.form.variant.preprocessing) for i in held_out["images"]])
+    exact, single, side = quickstart.torch_logits(weights, batch, held_out)
+    assert side == "computed now"
+    assert verify.gate_a(held_out["logits_float64"], exact) <= verify.GATE_A
+    # Float32 differs from processor to processor, but not by more than PyTorch's own rounding error.
+    assert 1 / verify.GATE_B <= verify.gate_b(held_out["logits_float32"], single, exact) <= verify.GATE_B
+    assert len(held_out["labels"]) == 360 and np.bincount(held_out["labels"]).min() > 30
+
+
+@pytest.mark.slow
+@needs_paddle
+@pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
+def test_the_whole_path(tmp_path, monkeypatch, live):
+    if not live:
+        for module in ("fcvit.commands.quickstart", "fcvit.commands.verify", "fcvit.commands.convert"):
+            name = f"{module}.installed"
+            monkeypatch.setattr(name, lambda framework: framework != "torch" and installed(framework))
+    done = quickstart.quickstart(tmp_path / "run")
+    assert done.torch_side == ("computed now" if live else "recorded")
+    assert (done.conversion.verification is not None) == live
+    assert done.passed and done.agreement == 100
+    assert done.evaluation.results[0].top1 == pytest.approx(done.torch_top1) and done.torch_top1 >= 98
+    assert 0 < done.mean_difference < done.max_difference < 1e-4
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        *("digits.pth.tar", "fcvit_digits.safetensors", "held-out", "eval"),
+        *("predictions.png", "summary.json", "run.json"),
+    }
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gate_a"] == done.gate_a
+    with Image.open(done.sheet) as sheet:
+        assert sheet.width > 600 and sheet.height > 600
+
+
+@pytest.mark.slow
+@needs_paddle
+def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
+    """With PyTorch away, too: the planted fault is a coarse activation."""
+    from fcvit.errors import NumbersDisagree
+    from fcvit.models import network as model
+
+    import_framework("paddle")
+    for module in ("fcvit.commands.quickstart", "fcvit.commands.verify", "fcvit.commands.convert"):
+        monkeypatch.setattr(f"{module}.installed", lambda framework: framework == "paddle")
+    monkeypatch.setattr(model, "SIMILARITY_EPS", 1e-6)
+    with pytest.raises(NumbersDisagree, match="differ on the held-out digits"):
+        quickstart.quickstart(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -1,0 +1,193 @@
+"""Lists in the forms that data sets come with; the images that they name, and never others."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fcvit.data.lists import find_listed, read_list
+from fcvit.data.sources import open_source
+from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile
+
+
+def make(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return root
+
+
+def read(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return dict(read_list(path).labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b.jpg,3\nc.jpg,4\n", {"a b.jpg": "3", "c.jpg": "4"}),
+        ("a.jpg, great white\nb.jpg, crane\n", {"a.jpg": "great white", "b.jpg": "crane"}),
+        ("a, b.jpg 0\nc.jpg 1\n", {"a, b.jpg": "0", "c.jpg": "1"}),
+        ('"a, b.jpg",0\nc.jpg,1\n', {"a, b.jpg": "0", "c.jpg": "1"}),
+        ("'a b.jpg' 0\n", {"a b.jpg": "0"}),
+        ("a b.jpg\tgreat white\n", {"a b.jpg": "great white"}),
+        ("id,breed\n000bec,husky\n", {"000bec": "husky"}),
+        ("class id,filepaths,labels,data set\n0,t/x y.jpg,RED BIRD,test\n", {"t/x y.jpg": "RED BIRD"}),
+        ("file_name label\na b.jpg 1\n", {"a b.jpg": "1"}),
+        ("sep=;\nfile;class\na.jpg;1\n", {"a.jpg": "1"}),
+        ("Image Name;Category\na.jpg;1\n", {"a.jpg": "1"}),
+        ("0 a/b.jpg\n1 a/c d.jpg\n", {"a/b.jpg": "0", "a/c d.jpg": "1"}),
+        ("rose,a.jpg\ntulip,b.jpg\n", {"a.jpg": "rose", "b.jpg": "tulip"}),
+        ("ice cream/1 2.jpg\nrose/3.jpg\n", {"ice cream/1 2.jpg": None, "rose/3.jpg": None}),
+        ('{"a.jpg": 3, "b.jpg": "x"}', {"a.jpg": "3", "b.jpg": "x"}),
+        ("a.jpg 0\r\nb.jpg 1\r\n".encode("utf-16-be"), {"a.jpg": "0", "b.jpg": "1"}),
+        (b"b\xfc.jpg 0\n", {"b\udcfc.jpg": "0"}),
+        ("a.jpg red lily\nb.jpg 'rose'\n", {"a.jpg": "red lily", "b.jpg": "rose"}),
+        ("a.jpg|0\nb.jpg|1\n", {"a.jpg": "0", "b.jpg": "1"}),
+        ("x,y\na.jpg,rose\nb.jpg,tulip\n", {"a.jpg": "rose", "b.jpg": "tulip"}),
+        ("# path class\na.jpg 0\nb.jpg 1\n", {"a.jpg": "0", "b.jpg": "1"}),
+        ("id_code,diagnosis\na,0\nb,2\n", {"a": "0", "b": "2"}),
+        ("a 0\nb.jpg 1\n", {"a": "0", "b.jpg": "1"}),
+        ("a.jpg 0\rb.jpg 1\r", {"a.jpg": "0", "b.jpg": "1"}),
+        ("a.jpg 0\nb.jpg 1\n".encode("utf-32"), {"a.jpg": "0", "b.jpg": "1"}),
+        ("\u82b1.jpg 0\nb.jpg 1\n".encode("utf-16-le"), {"\u82b1.jpg": "0", "b.jpg": "1"}),
+        ('[["a.jpg", 0], ["b.jpg", 1.0]]', {"a.jpg": "0", "b.jpg": "1.0"}),
+        ('[{"width": 9, "file_name": "a.jpg", "label": "x"}]', {"a.jpg": "x"}),
+        ('{"file_name": "a.jpg", "label": 0}\n{"file_name": "b.jpg", "label": 1}\n', {"a.jpg": "0", "b.jpg": "1"}),
+    ],
+)
+def test_forms_of_lists(tmp_path, text, expected):
+    assert read(tmp_path / "l", text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na.jpg,\n", "line 2 is 'a.jpg,'"),
+        ("a.jpg\tx\tnot a number\n", "line 1 is"),
+        ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", "boxes of several classes: n1, n2"),
+        (b"\xff\xfea\x00\x00\xd8b\x00", "damaged UTF-16"),
+        ("[1, 2]", "expected JSON of the form class -> images"),
+        ('{"a.jpg": 0, "a.jpg": 1}', "a.jpg stands there twice"),
+        ("a.jpg,0,1\nb.jpg,1,0\n", "a column of 0 and 1 for each class"),
+        ("1 x/a.jpg\n2 y/b.jpg\n", "do the numbers before the paths count the lines"),
+        ("a/1.jpg 0\na/2.jpg\n", "line 2 is 'a/2.jpg'"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, text, message):
+    with pytest.raises(UnreadableFile, match=message):
+        read(tmp_path / "l", text)
+
+
+def find(root, text, tmp_path):
+    read(tmp_path / "l.txt", text)
+    locations, labels, remark = find_listed(read_list(tmp_path / "l.txt"), tmp_path / "l.txt", open_source(root))
+    assert all(locations[name].path == f"{root}/{name}" for name in labels)
+    return sorted(labels.items()), remark
+
+
+def test_the_shortest_leading_part_is_left_out_of_all_paths(tmp_path):
+    """Never more of it, though files of these names are there too."""
+    root = make(tmp_path / "images", "val/1.jpg", "val/2.jpg", "1.jpg", "2.jpg")
+    found, remark = find(root, "images/val/1.jpg 0\nimages/val/2.jpg 1\n", tmp_path)
+    assert found == [("val/1.jpg", "0"), ("val/2.jpg", "1")] and "the list's folder images/ is not in images" in remark
+    assert find(root, "val/1.jpg 0\nval/2.jpg 1\n", tmp_path)[1] == ""
+    with pytest.raises(DoesNotFit, match=r"1 of 2 images of .* are not in .*: images/val/3.jpg"):
+        find(root, "images/val/1.jpg 0\nimages/val/3.jpg 1\n", tmp_path)
+    with pytest.raises(DoesNotFit, match="are not in"):  # two leading parts
+        find(root, "a/val/1.jpg 0\nb/val/2.jpg 1\n", tmp_path)
+
+
+@pytest.mark.parametrize("start", ["C:/some\\where\\", "\\\\server\\share\\", "val\\", "val/"])
+def test_paths_of_windows(tmp_path, start):
+    root = make(tmp_path / "d", "val/a/1.jpg", "val/b/2.jpg")
+    start += "" if start.startswith("val") else "val\\"
+    found, _ = find(root, f"{start}a\\1.jpg 0\n{start}b\\2.jpg 1\n", tmp_path)
+    assert found == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
+
+
+def test_images_of_another_split_are_not_taken(tmp_path):
+    root = make(tmp_path / "val", "1.jpg", "2.jpg")
+    with pytest.raises(DoesNotFit, match=r"names images of train/, but --data .*val is another split"):
+        find(root, "train/1.jpg 0\ntrain/2.jpg 1\n", tmp_path)
+    assert find(root, "valid/1.jpg 0\nvalid/2.jpg 1\n", tmp_path)[0]
+
+
+def test_images_beside_the_data_are_not_taken(tmp_path):
+    root = make(tmp_path / "here", "1.jpg")
+    make(tmp_path / "there", "1.jpg")
+    for name in ("there/1.jpg", f"{tmp_path}/there/1.jpg"):
+        with pytest.raises(UnreadableFile, match=r"there/1.jpg: expected a path below --data"):
+            find(root, f"{name} 0\n", tmp_path)
+    (tmp_path / "link").symlink_to(root)
+    assert find(tmp_path / "link", f"{root}/1.jpg 0\n", tmp_path)[0] == [("1.jpg", "0")]
+
+
+def test_the_only_folder_with_all_the_images_is_taken(tmp_path):
+    root = make(tmp_path / "d", "a/1.jpg", "a/2.jpg", "b/c/1.jpg")
+    found, remark = find(root, "1.jpg 0\n2.jpg 1\n", tmp_path)
+    assert found == [("a/1.jpg", "0"), ("a/2.jpg", "1")] and f"its paths count from {root}/a" in remark
+    with pytest.raises(DoesNotFit, match="its images are in a, b/c"):
+        find(root, "1.jpg 0\n", tmp_path)
+
+
+def test_names_without_ending_must_be_those_of_one_image(tmp_path):
+    root = make(tmp_path / "d", "1.jpg", "2.png", "2.txt")
+    assert find(root, "1 5\n2 6\n", tmp_path)[0] == [("1.jpg", "5"), ("2.png", "6")]
+    make(root, "1.png")
+    with pytest.raises(DoesNotFit, match=r"1 may be each of 1.jpg, 1.png"):
+        find(root, "1 5\n2 6\n", tmp_path)
+
+
+def test_composed_and_decomposed_letters_are_the_same(tmp_path):
+    root = make(tmp_path / "d", "e\u0301 1.jpg", "\u00e9 2.jpg")
+    found, _ = find(root, "\u00e9 1.jpg 0\ne\u0301 2.jpg 1\n", tmp_path)
+    assert found == [("e\u0301 1.jpg", "0"), ("\u00e9 2.jpg", "1")]
+    make(root, "\u00e9 1.jpg")
+    assert find(root, "\u00e9 1.jpg 0\n", tmp_path)[0] == [("\u00e9 1.jpg", "0")]
+
+
+def test_two_lines_are_never_one_image(tmp_path):
+    root = make(tmp_path / "d", "\u00e9.jpg", "x.jpg")
+    with pytest.raises(DoesNotFit, match="another line are both"):
+        find(root, "\u00e9.jpg 0\ne\u0301.jpg 1\n", tmp_path)
+
+
+def test_a_list_that_is_not_utf8_is_named(tmp_path):
+    root = make(tmp_path / "d", "\u00fc.jpg")
+    with pytest.raises(DoesNotFit, match="the list is not UTF-8 text, save it as UTF-8"):
+        find(root, b"\xfc.jpg 0\n", tmp_path)
+
+
+def test_the_class_of_a_line_without_label_is_its_folder(tmp_path):
+    root = make(tmp_path / "d", "images/a/1.jpg", "images/b/deep/2.jpg")
+    assert find(root, "images/a/1\nimages/b/deep/2\n", tmp_path)[0] == [
+        ("images/a/1.jpg", "a"),
+        ("images/b/deep/2.jpg", "b"),
+    ]
+    assert find(root, "images/a/1.jpg\n", tmp_path)[0] == [("images/a/1.jpg", "a")]
+
+
+@given(
+    st.text(st.sampled_from('a/\\ .,;\t\n"0é{}[]:\0\ud800'), max_size=40).map(lambda t: t.encode("utf-8", "replace"))
+)
+@settings(
+    derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_text_as_a_list_is_read_or_refused(tmp_path, text):
+    root = make(tmp_path / "d", "a", "a.a")
+    (tmp_path / "l.txt").write_bytes(text)
+    try:
+        locations, _, _ = find_listed(read_list(tmp_path / "l.txt"), tmp_path / "l.txt", open_source(root))
+    except FcvitError as error:
+        assert "\n" not in str(error).replace(text.decode(), "")
+        return
+    assert set(locations) <= {"a", "a.a"}
+
+
+def test_odd_json_is_refused(tmp_path):
+    for content in ("[" * 100_000, json.dumps({"a": [1]}), json.dumps({"a": None}), '{"a": 1e999}'):
+        with pytest.raises(FcvitError):
+            read(tmp_path / "l", content)

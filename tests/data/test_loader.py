@@ -1,0 +1,143 @@
+"""Batches: the right images in the right order, whoever decodes them, and no more than a few ahead."""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcvit.data import loader
+from fcvit.data.labelled import read_dataset
+from fcvit.data.loader import batches
+from fcvit.data.transforms.preprocess import Centre, preprocess
+from fcvit.errors import FcvitError
+from fcvit.models.variants import Preprocessing
+
+CROPS = (
+    Centre(Preprocessing(input_size=32, crop_fraction=1.0)),
+    Centre(Preprocessing(input_size=24, interpolation="bilinear")),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """41 images: two that cannot be read, and sizes that divide into nothing."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for index in range(41):
+        path = root / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (40 + index, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    (root / "a" / "04.png").write_bytes(b"")
+    (root / "b" / "33.png").write_bytes((root / "b" / "33.png").read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return read_dataset(folder, None, None, 2)
+
+
+def test_batches_hold_their_images_in_order(images, folder):
+    found = list(batches(images, range(5), 9, CROPS, 0))
+    assert [batch.number for batch in found] == list(range(5))
+    seen = []
+    for batch in found:
+        places = [*batch.indices, *(index for index, _ in batch.bad)]
+        assert sorted(places) == list(range(9 * batch.number, min(9 * batch.number + 9, 41)))
+        assert [stack.shape[0] for stack in batch.pixels] == [len(batch.indices)] * 2
+        for row, index in enumerate(batch.indices):
+            path = folder / images.names[index]
+            assert batch.digests[row] == hashlib.sha256(path.read_bytes()).digest()[:8]
+            for stack, crop in zip(batch.pixels, CROPS, strict=True):
+                assert (stack[row] == preprocess(path, crop.preprocessing)).all()
+        seen += [reason for _, reason in batch.bad]
+    assert [reason.split(":")[0] for reason in seen] == ["a/04.png", "b/33.png"]
+
+
+def bytes_of(found):
+    return [(b.number, b.indices.tolist(), b.digests, [stack.tobytes() for stack in b.pixels], b.bad) for b in found]
+
+
+@pytest.mark.parametrize("size", [9, 40])
+def test_processes_give_what_this_one_gives(images, size):
+    numbers = [0, 1] if size == 40 else [3, 0, 4]
+    alone = bytes_of(batches(images, numbers, size, CROPS, 0))
+    assert bytes_of(batches(images, numbers, size, CROPS, 2)) == alone
+
+
+def test_a_batch_of_bad_images_is_empty(tmp_path):
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (batch,) = batches(read_dataset(tmp_path, None, None, 2), [0], 4, CROPS, 0)
+    assert len(batch.indices) == 0 and batch.pixels[1].shape == (0, 3, 24, 24) and len(batch.bad) == 2
+
+
+def test_an_image_that_went_away_is_a_bad_one(images, monkeypatch):
+    def gone(location):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(loader.Location, "read", gone)
+    (batch,) = batches(images, [0], 1, CROPS, 0)
+    assert batch.bad == ((0, "a/00.png: No such file or directory"),)
+
+
+def test_only_so_many_are_decoded_ahead(images, monkeypatch):
+    """Memory must not grow with the number of images: the consumer sets the pace."""
+    submitted = []
+
+    class Pool:
+        def submit(self, jobs, work):
+            submitted.append(len(jobs))
+            return type("Future", (), {"result": staticmethod(lambda: loader._work(jobs, work))})
+
+    jobs = ([job] for job in zip(range(41), images.names, images.locations, strict=True))
+    running = loader._run_ahead(Pool(), jobs, partial(loader.decode_file, views=CROPS), 4)
+    for taken in range(1, 10):
+        next(running)
+        assert len(submitted) == taken + 3
+
+
+def test_workers_that_die_are_replaced(images):
+    """As when the system is short of memory: no image is lost, none is there twice."""
+    running = batches(images, range(41), 1, CROPS, 1)
+    found = [next(running)]
+    for child in multiprocessing.active_children():
+        child.kill()
+    assert bytes_of([*found, *running]) == bytes_of(batches(images, range(41), 1, CROPS, 0))
+
+
+class Deadly(NamedTuple):
+    """Where an image is that crashes its decoder."""
+
+    def read(self):
+        os._exit(9)
+
+
+@pytest.mark.slow
+def test_an_image_that_ends_its_process_is_a_bad_one(images):
+    deadly = dataclasses.replace(images, locations=(*images.locations[:10], Deadly(), *images.locations[11:]))
+    found = list(batches(deadly, range(3), 16, CROPS, 2))
+    bad = dict(bad for batch in found for bad in batch.bad)
+    assert bad[10] == f"{images.names[10]}: the process that decodes it ends unexpectedly" and len(bad) == 3
+    read = [index for batch in found for index in batch.indices]
+    assert read == [index for index in range(41) if index not in bad]
+    alone = next(iter(batches(images, [0], 16, CROPS, 0)))
+    assert (np.delete(alone.pixels[0], 9, axis=0) == found[0].pixels[0]).all()  # the ninth: one before is bad too
+
+
+def test_where_no_process_lives_it_is_said(images, monkeypatch):
+    monkeypatch.setattr(loader, "_begin_worker", no_worker)
+    with pytest.raises(FcvitError, match="end as soon as they begin"):
+        list(batches(images, [0], 4, CROPS, 1))
+
+
+def no_worker():
+    os._exit(1)

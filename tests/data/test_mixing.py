@@ -1,0 +1,189 @@
+"""Mixup and CutMix: what share of which image, and targets that say the same."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcvit.data.transforms.mixing import draw_rectangle, mix, smoothed
+from fcvit.errors import UsageError
+
+QUICK = settings(derandomize=True, deadline=None, max_examples=60)
+BATCHES = st.integers(1, 7)
+SIDES = st.integers(1, 24)
+
+
+def rule(*parts):
+    return np.random.default_rng(list(parts))
+
+
+def flat(*values, height=16, width=12):
+    """A batch of images of one value each."""
+    return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), 3, height, width)).copy()
+
+
+def test_smoothed_targets_by_hand():
+    found = smoothed(np.array([2, 0]), 4, 0.1)
+    np.testing.assert_allclose(found, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_nothing_to_mix_with_only_smooths():
+    pixels, generator = rule(0).integers(0, 256, (3, 3, 5, 7), np.uint8), rule(1)
+    mixed, targets = mix(pixels, np.array([0, 1, 2]), 3, generator, mixup=0, cutmix=0, smoothing=0.3)
+    assert np.array_equal(mixed, pixels)
+    np.testing.assert_allclose(targets, 0.1 + 0.7 * np.eye(3), rtol=1e-6)
+    assert generator.random() == rule(1).random()  # nothing was drawn
+
+
+def test_mixup_by_hand():
+    """Lambda is the first number drawn; the batch with itself reversed, rounded to the nearest."""
+    pixels = rule(2).integers(0, 256, (5, 3, 6, 4), np.uint8)
+    labels = np.array([0, 1, 2, 3, 0])
+    kept = rule(3).beta(0.8, 0.8)
+    mixed, targets = mix(pixels, labels, 4, rule(3), cutmix=0, smoothing=0.2)
+    exact = kept * pixels.astype(float) + (1 - kept) * pixels[::-1]
+    assert 0.05 < kept < 0.95 and mixed.dtype == np.uint8 and np.array_equal(mixed, np.rint(exact).astype(np.uint8))
+    hot = 0.05 + 0.8 * np.eye(4)[labels]
+    np.testing.assert_allclose(targets, kept * hot + (1 - kept) * hot[::-1], rtol=1e-5)
+    assert np.array_equal(mixed[2], pixels[2])  # the middle of an odd batch
+
+
+def test_mixup_rounds():
+    """Not down, which would darken the images by half a value on average."""
+    mixed = np.concatenate(
+        [mix(flat(100, 101, height=2, width=2), np.array([0, 1]), 2, rule(4, i), cutmix=0)[0] for i in range(200)]
+    )
+    assert abs(mixed.mean() - 100.5) < 0.01
+
+
+def test_cutmix_by_hand():
+    pixels = rule(5).integers(0, 256, (4, 3, 20, 30), np.uint8)
+    generator = rule(6)
+    kept = generator.beta(1.0, 1.0)
+    row, column = int(generator.integers(20)), int(generator.integers(30))
+    half_height, half_width = int(20 * math.sqrt(1 - kept)) // 2, int(30 * math.sqrt(1 - kept)) // 2
+    mixed, targets = mix(pixels, np.arange(4), 4, rule(6), mixup=0, smoothing=0)
+    expected, cut = pixels.copy(), 0
+    for y in range(20):
+        for x in range(30):
+            if row - half_height <= y < row + half_height and column - half_width <= x < column + half_width:
+                expected[:, :, y, x] = pixels[::-1, :, y, x]
+                cut += 1
+    assert 0 < cut < 600 and np.array_equal(mixed, expected)
+    share = 1 - cut / 600
+    np.testing.assert_allclose(targets, share * np.eye(4) + (1 - share) * np.eye(4)[::-1], rtol=1e-6)
+
+
+@given(BATCHES, SIDES, SIDES, st.integers(0, 10**6), st.sampled_from([0.2, 1.0, 5.0]))
+@QUICK
+def test_targets_of_cutmix_say_the_share_of_pixels(count, height, width, seed, alpha):
+    """Every image has a value and a class of its own: what is counted is what the target says."""
+    pixels = flat(*range(count), height=height, width=width)
+    mixed, targets = mix(pixels, np.arange(count), count, rule(seed), mixup=0, cutmix=alpha, smoothing=0)
+    for place in range(count):
+        counted = [(mixed[place] == value).mean() for value in range(count)]
+        np.testing.assert_allclose(targets[place], counted, atol=1e-6)
+        assert {place, count - 1 - place} >= set(np.unique(mixed[place]))
+
+
+@given(BATCHES, SIDES, SIDES, st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.8, 3.0]), st.floats(0, 0.9))
+@QUICK
+def test_targets_are_distributions(count, height, width, seed, alpha, smoothing):
+    generator = rule(seed)
+    pixels = generator.integers(0, 256, (count, 3, height, width), np.uint8)
+    labels = generator.integers(0, 9, count)
+    before = pixels.copy()
+    mixed, targets = mix(pixels, labels, 9, generator, mixup=alpha, smoothing=smoothing)
+    assert mixed.shape == pixels.shape and mixed.dtype == np.uint8 and np.array_equal(pixels, before)
+    assert targets.shape == (count, 9) and targets.dtype == np.float32
+    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
+    assert targets.min() >= smoothing / 9 - 1e-7 and targets.max() <= 1 - smoothing + smoothing / 9 + 1e-6
+    # The pair that is mixed into each other shares its classes crosswise.
+    own, other = targets[np.arange(count), labels], targets[np.arange(count), labels[::-1]]
+    np.testing.assert_allclose(own, own[::-1], atol=1e-6)
+    np.testing.assert_allclose(other, other[::-1], atol=1e-6)
+
+
+@given(st.integers(0, 255), BATCHES, st.integers(0, 10**6), st.sampled_from([(0.8, 0.0), (0.0, 1.0), (0.1, 0.1)]))
+@QUICK
+def test_equal_images_stay_what_they_are(value, count, seed, alphas):
+    pixels = flat(*[value] * count)
+    mixed, targets = mix(pixels, np.full(count, 3), 5, rule(seed), mixup=alphas[0], cutmix=alphas[1])
+    assert np.array_equal(mixed, pixels)
+    np.testing.assert_allclose(targets, smoothed(np.full(count, 3), 5, 0.1), rtol=1e-6)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 10**6))
+@QUICK
+def test_a_rectangle_lies_within_and_is_no_larger_than_asked(height, width, kept, seed):
+    top, bottom, left, right = draw_rectangle(height, width, kept, rule(seed))
+    assert 0 <= top <= bottom <= height and 0 <= left <= right <= width
+    side = math.sqrt(1 - kept)
+    assert bottom - top <= height * side and right - left <= width * side
+
+
+def test_rectangles_have_their_size_and_their_places():
+    boxes = np.array([draw_rectangle(40, 60, 0.75, rule(7, i)) for i in range(3000)])
+    heights, widths = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    assert heights.max() == 20 and widths.max() == 30  # sides of half the image's
+    assert heights.min() == 10 and widths.min() == 15  # cut off at the border: down to the half
+    # The centre is on every row alike: in 10 of 40 places the rectangle loses something above, in 9 below.
+    assert abs(np.mean(heights < 20) - 19 / 40) < 0.04 and abs(np.mean(widths < 30) - 29 / 60) < 0.04
+    assert draw_rectangle(40, 60, 1.0, rule(8))[0::2] == draw_rectangle(40, 60, 1.0, rule(8))[1::2]  # empty
+
+
+def test_lambda_and_the_kind_are_drawn_as_the_recipe_says():
+    pixels = flat(0, 255, height=32, width=32)
+    cut, lambdas = 0, []
+    for seed in range(2000):
+        mixed, targets = mix(pixels, np.array([0, 1]), 2, rule(9, seed), smoothing=0)
+        values = np.unique(mixed[0])
+        if set(values.tolist()) <= {0, 255}:
+            cut += 1
+        else:
+            lambdas.append(targets[0, 0])
+            assert abs(values[0] - 255 * targets[0, 1]) <= 0.5 + 1e-3
+    # Lambda of mixup is now and then so near to 0 or 1 that the images look cut.
+    assert abs(cut / 2000 - 0.5) < 0.05
+    # Beta(0.8, 0.8): mean 0.5, variance 1 / (4 (2 * 0.8 + 1)).
+    assert abs(np.mean(lambdas) - 0.5) < 0.04 and abs(np.var(lambdas) - 1 / (4 * 2.6)) < 0.012
+
+
+@pytest.mark.parametrize(("switch", "kinds"), [(0.0, {False}), (1.0, {True})])
+def test_the_switch_decides(switch, kinds):
+    pixels = flat(0, 200)
+    found = [mix(pixels, np.array([0, 1]), 2, rule(10, seed), switch=switch, mixup=50)[0] for seed in range(40)]
+    assert {set(np.unique(one).tolist()) <= {0, 200} for one in found} == kinds
+
+
+def test_the_same_numbers_give_the_same_batch():
+    pixels = rule(11).integers(0, 256, (6, 3, 9, 9), np.uint8)
+    one, other = (mix(pixels, np.arange(6), 6, rule(12)) for _ in range(2))
+    assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pixels": flat(1, 2).astype(np.float32)}, r"pixels float32 \(2, 3, 16, 12\): expected uint8"),
+        ({"pixels": flat(1, 2)[0]}, r"pixels uint8 \(3, 16, 12\): expected uint8 of shape \(B, 3, H, W\)"),
+        ({"pixels": flat(1, 2)[:, :1]}, r"expected uint8 of shape \(B, 3, H, W\)"),
+        ({"pixels": flat(1, 2)[:0], "labels": np.array([], int)}, "none of them 0"),
+        ({"labels": np.array([0.0, 1.0])}, r"labels float64 \(2,\): expected integers of shape \(2,\)"),
+        ({"labels": np.array([0, 1, 1])}, r"labels int64 \(3,\): expected integers of shape \(2,\)"),
+        ({"labels": np.array([0, 3])}, "labels 0 to 3, num_classes 3: expected labels from 0"),
+        ({"labels": np.array([-1, 0])}, "labels -1 to 0, num_classes 3"),
+        ({"mixup": -1}, r"mixup -1: expected a number from 0 \(off\)"),
+        ({"cutmix": math.nan}, "cutmix nan: expected"),
+        ({"switch": 1.5}, r"switch 1\.5: expected a number from 0 to 1"),
+        ({"smoothing": 1.0}, r"smoothing 1\.0: expected a number from 0 to below 1"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(change, said):
+    arguments = {"pixels": flat(1, 2), "labels": np.array([0, 1], np.int64), "num_classes": 3, "generator": rule(0)}
+    with pytest.raises(UsageError, match=said) as caught:
+        mix(**arguments | change)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,109 @@
+"""Each layout, list, class list and archive that docs/your-data.md shows is read, or refused, as the page says."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL
+from fcvit.commands.check_data import check_data
+from fcvit.data.class_indices import Assignment
+from fcvit.data.folders import ENDINGS, SYSTEM
+from fcvit.data.labelled import read_dataset
+from fcvit.errors import FcvitError
+from fcvit.models.classes import read_classes
+from fcvit.training.data import find_splits
+from fcvit.training.recipe import Recipe
+
+PAGE = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text("utf-8")
+BLOCKS = {
+    kind: [(match[1], match[2]) for match in re.finditer(rf"^```{kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)]
+    for kind in ("tree", "list", "classes", "archive")
+}
+
+
+def make(root, names):
+    """Files whose content is their name."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def read(command, data):
+    """What a command finds, in the words of the page."""
+    try:
+        if command == "eval":
+            images = read_dataset(data, None, None, 2)
+        elif command == "finetune":
+            splits = find_splits(Recipe(**{**SMALL, "data": str(data)}), None)
+            images, val = splits.train, splits.val
+            also = f" and {len(val)} validation" if val is not None else ""
+            return f"{len(images)} training{also} images of {', '.join(c.id for c in splits.classes)}"
+        else:
+            return "splits " + ", ".join(split.name for split in check_data(data, near=0).splits)
+    except FcvitError as error:
+        return f"refused: {error}"
+    return f"{len(images)} images of {', '.join(images.mapping)}"
+
+
+def check(expectations):
+    for expectation in expectations.splitlines():
+        command, data, expected = re.fullmatch(r"→ (\S+) (\S+): (.*)", expectation).groups()
+        said = read(command, Path(data))
+        if expected.startswith("refused: "):
+            assert said.startswith("refused: ") and expected.removeprefix("refused: ") in said
+        else:
+            assert said == expected
+
+
+@pytest.fixture(autouse=True)
+def any_number_of_classes(monkeypatch, tmp_path):
+    """The count of outputs is that of the classes: it is not what is tested here."""
+    from fcvit.data import labelled as dataset
+
+    def counted(labels, classes, count, what):
+        return Assignment({label: index for index, label in enumerate(labels)}, what)
+
+    monkeypatch.setattr(dataset, "assign_classes", counted)
+    monkeypatch.setattr(dataset, "assign_labels", lambda labels, *_: counted(labels, None, 0, ""))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("tree", "expectations"), BLOCKS["tree"])
+def test_folders(tree, expectations, tmp_path):
+    make(tmp_path, tree.splitlines())
+    check(expectations)
+
+
+@pytest.mark.parametrize(("text", "expectations"), BLOCKS["list"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_lists(text, expectations, encoding, tmp_path):
+    pairs = re.findall(r"→ (.*) is (.*)", expectations)
+    make(tmp_path / "data", [name for name, _ in pairs])
+    (tmp_path / "list").write_text(text, encoding)
+    images = read_dataset(tmp_path / "data", tmp_path / "list", None, 1)
+    assert dict(zip(images.names, images.labels, strict=True)) == {name: images.mapping[label] for name, label in pairs}
+
+
+@pytest.mark.parametrize(("text", "expectations"), BLOCKS["classes"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_lists(text, expectations, encoding, tmp_path):
+    (tmp_path / "classes").write_text(text, encoding)
+    read = read_classes(tmp_path / "classes")
+    found = [f"→ {i} is {c.name}" + (f" ({c.id})" if c.id != c.name else "") for i, c in enumerate(read)]
+    assert found == expectations.splitlines()
+
+
+@pytest.mark.parametrize(("command", "expectations"), BLOCKS["archive"])
+def test_archives(command, expectations, tmp_path):
+    make(tmp_path, [f"flowers/{name}" for name in ("rose/1.jpg", "rose/2.jpg", "tulip/3.png", "tulip/4.png")])
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    check(expectations)
+
+
+def test_the_page_shows_blocks_of_all_kinds_and_names_what_is_found_and_left_out():
+    assert [len(blocks) for blocks in BLOCKS.values()] == [5, 11, 9, 7]
+    assert all(f"`{ending}`" in PAGE for ending in ENDINGS)
+    assert all(f"`{name.strip()}`" in PAGE.lower() for name in SYSTEM)

@@ -1,0 +1,111 @@
+"""Frames are whole or not there, whatever ended the process that wrote them."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcvit.errors import DoesNotFit
+from fcvit.evaluation.journal import Frame, Journal, encode, frames
+
+DTYPE = np.dtype([("index", "<i4"), ("loss", "<f8")])
+
+
+RUN = bytes(range(32))
+
+
+def frame(number, count=3):
+    records = np.zeros(count, DTYPE)
+    records["index"] = np.arange(count) + 10 * number
+    records["loss"] = np.sqrt(records["index"])
+    return Frame(number, records, {"bad": [[number, "not an image"]]})
+
+
+def same(one, other):
+    return one.number == other.number and one.records.tobytes() == other.records.tobytes() and one.extra == other.extra
+
+
+def test_what_is_written_is_read(tmp_path):
+    journal = Journal(DTYPE, RUN, tmp_path / "j")
+    for number in (4, 0, 2):
+        journal.append(frame(number))
+    journal.append(frame(7, count=0))
+    again = Journal(DTYPE, RUN, tmp_path / "j")  # without close: what a killed process leaves
+    assert sorted(again.frames) == [0, 2, 4, 7]
+    assert all(same(again.frames[number], journal.frames[number]) for number in again.frames)
+    journal.close()
+
+
+def test_a_torn_frame_ends_a_journal_and_hides_nothing_that_is_written_later(tmp_path):
+    journal = Journal(DTYPE, RUN, tmp_path / "j")
+    journal.append(frame(0))
+    journal.append(frame(1))
+    journal.close()
+    path = tmp_path / "j" / "0-0.journal"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = Journal(DTYPE, RUN, tmp_path / "j")
+    assert sorted(again.frames) == [0]
+    again.append(frame(2))
+    again.close()
+    assert sorted(Journal(DTYPE, RUN, tmp_path / "j").frames) == [0, 2]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    one, other = (Journal(DTYPE, RUN, tmp_path / "j", writer=rank) for rank in (0, 1))
+    one.append(frame(0))
+    other.append(frame(1))
+    again = Journal(DTYPE, RUN, tmp_path / "j", writer=1)
+    again.append(frame(2))
+    assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["0-0.journal", "1-0.journal", "1-1.journal"]
+    for journal in (one, other, again):
+        journal.close()
+    one.merge(again.encoded(), "another process")
+    assert sorted(one.frames) == [0, 1, 2] and same(one.frames[2], frame(2))
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    journal = Journal(DTYPE, RUN, None)
+    journal.append(frame(3))
+    journal.close()
+    assert sorted(journal.frames) == [3] and not list(tmp_path.iterdir())
+
+
+def test_records_of_another_run_are_refused(tmp_path):
+    journal = Journal(DTYPE, RUN, tmp_path / "j")
+    journal.append(frame(0))
+    journal.close()
+    with pytest.raises(DoesNotFit, match=r"0-0\.journal: records of other weights, images or settings"):
+        Journal(DTYPE, bytes(32), tmp_path / "j")
+    (tmp_path / "j" / "0-0.journal").write_bytes((tmp_path / "j" / "0-0.journal").read_bytes()[:20])
+    assert not Journal(DTYPE, RUN, tmp_path / "j").frames  # killed while it wrote the head
+
+
+WHOLE = b"".join(encode(frame(number)) for number in range(4))
+
+
+@given(st.integers(0, len(WHOLE)))
+@settings(derandomize=True, max_examples=150, deadline=None)
+def test_cut_anywhere(length):
+    found = list(frames(WHOLE[:length], DTYPE))
+    assert len(found) == length * 4 // len(WHOLE)
+    assert all(same(one, frame(number)) for number, one in enumerate(found))
+
+
+@given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
+@settings(derandomize=True, max_examples=200, deadline=None)
+def test_a_changed_byte_is_never_believed(place, change):
+    broken = bytearray(WHOLE)
+    broken[place] ^= change
+    found = list(frames(bytes(broken), DTYPE))
+    damaged = place * 4 // len(WHOLE)
+    assert all(same(one, frame(number)) for number, one in enumerate(found[:damaged]))
+    assert len(found) <= damaged
+
+
+def test_records_of_another_shape_are_none():
+    assert not list(frames(WHOLE, np.dtype([("index", "<i4"), ("x", "u1", (3,))])))
+    with pytest.raises(TypeError):
+        json.dumps(frame(0).records)  # what is not bytes must be JSON

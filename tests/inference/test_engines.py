@@ -1,0 +1,338 @@
+"""Engines: the same numbers whoever computes them, and the fastest one that is right."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from conftest import DIGITS, needs_paddle, needs_torch
+from fcvit import frameworks
+from fcvit.errors import MissingExtra, NumbersDisagree, UsageError
+from fcvit.frameworks import installed
+from fcvit.inference import cache, engines
+from fcvit.inference.engines import ENGINES, create_engine
+from fcvit.inference.runtimes import RUNTIMES, pieces
+from fcvit.weights.reading import read_weights
+
+PIXELS = DIGITS.variant.preprocessing
+NEEDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "paddle-inference": "paddle", "torch": "torch"}
+
+
+def engine_or_skip(name, *arguments, **options):
+    if not installed(NEEDS.get(name, "paddle")):
+        pytest.skip(f"{name} is not installed")
+    try:
+        return create_engine(name, *arguments, **options)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def weights(digits_pth):
+    return read_weights(digits_pth)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_all_engines_agree_at_every_batch_and_size(name, weights, images):
+    engine, reference = engine_or_skip(name, weights, PIXELS, threads=2), create_engine("torch", weights, PIXELS)
+    assert (engine.name, engine.device, engine.precision) == (name, "cpu", "float32")
+    wide = np.random.default_rng(1).integers(0, 256, (2, 3, 33, 48), np.uint8)
+    for batch in (images, images[:1], images[:0], wide, engines.as_input(images, PIXELS)):
+        found, expected = engine(batch), reference(batch)
+        assert found.dtype == np.float32 and found.shape == (len(batch), 10)
+        assert np.allclose(found, expected, atol=1e-4) and (not len(batch) or np.ptp(found) > 0.1)
+
+
+def printed_by_openvino(code, folder):
+    """Run code in a process of its own, with the path of a small network as its argument; return what it prints."""
+    openvino = pytest.importorskip("openvino")
+    images = openvino.opset13.parameter([-1, 1], np.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(images)], [images]), folder / "network.xml")
+    command = [sys.executable, "-c", code, str(folder / "network.xml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+_TWO_THREADS = """
+import builtins, sys, time
+from pathlib import Path
+
+import numpy as np
+
+from fcvit.inference.runtimes import OpenVino
+
+runtime = OpenVino(Path(sys.argv[1]), threads=2)
+imported = builtins.__import__
+
+def slow_import(name, *arguments, **options):
+    time.sleep(0.2 if name.startswith("numpy") else 0)  # the other thread comes in between
+    return imported(name, *arguments, **options)
+
+builtins.__import__ = slow_import
+print(len(runtime(np.zeros((4, 1), np.float32))[0]))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_openvino_in_two_threads_ends(tmp_path):
+    assert printed_by_openvino(_TWO_THREADS, tmp_path) == "4\n"
+
+
+_TWO_CORES = """
+import gc, openvino, pathlib, signal, sys
+from fcvit.inference.runtimes import OpenVino
+first = OpenVino(pathlib.Path(sys.argv[1]), 1)
+second = OpenVino(pathlib.Path(sys.argv[1]), 1)
+for runtime in ("first", "second"):
+    del globals()[runtime]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_an_interruption_after_openvino_is_one(tmp_path):
+    """Each core of OpenVINO leaves the stack of the signal handlers that it found, which another has freed."""
+    assert printed_by_openvino(_TWO_CORES, tmp_path) == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_what_is_no_image_is_refused(name, weights):
+    engine = engine_or_skip(name, weights, PIXELS)
+    for shape in ((3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32)):
+        with pytest.raises(UsageError, match="images of shape"):
+            engine(np.zeros(shape, np.uint8))
+    with pytest.raises(UsageError, match="images of type float64"):
+        engine(np.zeros((1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "tensorflow"}, "--engine 'tensorflow'"),
+        ({"precision": "float8"}, "--precision 'float8'"),
+        ({"threads": 0}, "--threads 0"),
+        ({"name": "onnxruntime", "device": "gpu"}, "onnxruntime is used on the CPU"),
+        ({"name": "onnxruntime", "precision": "int8"}, "int8 and calibration images go together"),
+    ],
+)
+def test_requests_that_cannot_be(options, message, weights):
+    with pytest.raises(UsageError, match=message):
+        create_engine(**{"name": "torch", **options}, weights=weights, preprocessing=PIXELS)
+
+
+def test_onnxruntime_has_no_half_precision(weights):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(UsageError, match="ONNX Runtime has only float32 and int8"):
+        create_engine("onnxruntime", weights, PIXELS, precision="bfloat16")
+
+
+@pytest.mark.slow
+def test_bfloat16_where_the_processor_has_it(weights, images):
+    pytest.importorskip("openvino")
+    try:
+        half = create_engine("auto", weights, PIXELS, precision="bfloat16")
+    except (UsageError, MissingExtra) as error:
+        pytest.skip(str(error))
+    difference = np.abs(half(images) - create_engine("openvino", weights, PIXELS)(images)).max()
+    assert half.precision == "bfloat16" and 1e-5 < difference < 0.2
+
+
+@pytest.mark.slow
+def test_int8_is_another_network_of_nearly_the_same_numbers(weights, images):
+    pytest.importorskip("onnxruntime")
+    exact = create_engine("onnxruntime", weights, PIXELS)(images)
+    found = create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images)(images)
+    assert 1e-4 < np.abs(found - exact).max() < np.ptp(exact) / 4
+    with pytest.raises(UsageError, match="calibration images of"):
+        create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images[:, :, :16, :16])
+
+
+def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch):
+    made, said = [], []
+    results = {"onnxruntime": MissingExtra("not installed"), "openvino": NumbersDisagree("wrong"), "native": "native"}
+
+    class Fake:
+        def __init__(self, name, *_rest):
+            made.append(name)
+            if isinstance(results[name], Exception):
+                raise results[name]
+            self.name = name
+
+    monkeypatch.setattr(engines, "ExportedEngine", Fake)
+    monkeypatch.setattr(engines, "NativeEngine", lambda *rest: Fake("native", *rest))
+    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "native"
+    assert made == ["onnxruntime", "openvino", "native"]
+    assert said == [
+        "engine openvino is passed over: wrong",
+        "engine: native; a faster one: pip install 'fcvit[onnx]'",
+    ]
+    results["onnxruntime"] = "onnxruntime"
+    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "onnxruntime"
+    assert said[2:] == ["engine: onnxruntime"]
+
+
+def test_auto_without_any_engine_names_a_remedy(weights, monkeypatch):
+    def missing(*_rest):
+        raise MissingExtra("paddle is not installed; install it with: pip install paddlepaddle")
+
+    for name in ("ExportedEngine", "NativeEngine", "TorchEngine", "PaddleEngine"):
+        monkeypatch.setattr(engines, name, missing)
+    with pytest.raises(MissingExtra, match=r"no engine .* pip install paddlepaddle"):
+        create_engine("auto", weights, PIXELS)
+
+
+@needs_paddle
+def test_auto_on_a_gpu_is_paddle(weights, monkeypatch):
+    seen = []
+    paddle = types.SimpleNamespace(name="paddle")
+    monkeypatch.setattr(engines, "PaddleEngine", lambda *given: seen.append(given[2]) or paddle)
+    create_engine("auto", weights, PIXELS, "gpu:1", announce=seen.append)
+    assert seen == ["gpu:1", "engine: paddle"]
+
+
+def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_path):
+    from fcvit.inference import runtimes
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pytest.importorskip("onnx")
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(runtimes.importlib, "import_module", missing)
+    said = []
+    for name, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        with pytest.raises(MissingExtra, match=rf"{name} cannot be had .*pip install 'fcvit\[{extra}\]'"):
+            create_engine(name, weights, PIXELS, announce=said.append)
+    assert not said and not (tmp_path / "fcvit").exists(), "nothing is exported for a runtime that is missing"
+
+
+@pytest.mark.parametrize("package", ["onnx", "a framework to check with"])
+def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weights, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if package == "onnx":
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        monkeypatch.delitem(sys.modules, "fcvit.inference.onnx_graph", raising=False)
+    else:
+        monkeypatch.setattr("fcvit.inference.check.installed", lambda name: False)
+    said = []
+    with pytest.raises(MissingExtra, match="install"):
+        create_engine("onnxruntime", weights, PIXELS, announce=said.append)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "paddle-inference"))]
+)
+def test_a_loaded_export_needs_no_file(name, weights, images, tmp_path, monkeypatch):
+    """A cache that cannot be written, or is deleted in use: single images and batches by several threads go on."""
+    expected = engine_or_skip(name, weights, PIXELS, threads=2)(images)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = []
+    engine = create_engine(name, weights, PIXELS, threads=2, announce=said.append)
+    assert np.array_equal(engine(images), expected) and engine(images[:1]).shape == (1, 10)
+    (note,) = said
+    assert "is not kept" in note and "cannot be written (Not a directory)" in note and "XDG_CACHE_HOME" in note
+
+
+def test_an_entry_that_is_deleted_before_it_is_loaded_is_made_elsewhere(weights, images, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = create_engine("onnxruntime", weights, PIXELS)(images)
+    load = RUNTIMES["onnxruntime"]
+
+    def deleted(path, *rest):
+        shutil.rmtree(tmp_path / "fcvit", ignore_errors=True)
+        return load(path, *rest)
+
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", deleted)
+    assert np.array_equal(create_engine("onnxruntime", weights, PIXELS)(images), expected)
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:1", "CUDA", "gpu0", "GPU:2", "1", "nvidia", "mps", "tpu", "cpu:0", ""]
+)
+@pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
+def test_other_names_of_devices_say_what_is_meant(name, device, weights):
+    meant = {
+        "cuda": "a GPU is called gpu here",
+        "CUDA": "a GPU is called gpu here",
+        "nvidia": "a GPU is called gpu here",
+        "cuda:1": "a GPU is called gpu:1 here",
+        "gpu0": "a GPU is called gpu:0 here",
+        "GPU:2": "a GPU is called gpu:2 here",
+        "1": "a GPU is called gpu:1 here",
+        "mps": "only NVIDIA's GPUs",
+        "tpu": "only NVIDIA's GPUs",
+    }
+    with pytest.raises(UsageError, match=f"--device '{device}': expected auto, cpu, gpu or gpu:N") as error:
+        create_engine(name, weights, PIXELS, device)
+    assert meant.get(device, "") in str(error.value)
+
+
+@pytest.mark.parametrize("framework", ["Paddle", "PyTorch"])
+def test_a_build_without_gpus_is_told_from_a_machine_without(framework):
+    with pytest.raises(
+        UsageError, match=rf"CPU build of {framework} is installed.*install the GPU build.*https?|www|org"
+    ):
+        frameworks._place("gpu", "gpu", 0, None, "gpu", framework)
+    with pytest.raises(UsageError, match="sees no GPU or no driver"):
+        frameworks._place("gpu", "gpu", 0, 0, "gpu", framework)
+    with pytest.raises(UsageError, match=r"sees 2 GPU\(s\) here; use gpu:0 to gpu:1"):
+        frameworks._place("gpu:2", "gpu", 2, 2, "gpu", framework)
+    assert frameworks._place("gpu:1", "gpu", 1, 2, "cuda", framework) == "cuda:1"
+    assert [frameworks._place("auto", "auto", 0, gpus, "gpu", framework) for gpus in (None, 0, 1)] == [
+        "cpu",
+        "cpu",
+        "gpu:0",
+    ]
+
+
+def test_the_threads_of_the_process_are_changed_only_on_request(weights, monkeypatch):
+    """A training validates with an engine, and must go on with the sums it began with."""
+    paddle = pytest.importorskip("paddle")
+    asked = []
+    monkeypatch.setattr(paddle.base.core, "set_num_threads", asked.append)
+    create_engine("paddle", weights, PIXELS)
+    assert asked == []
+    create_engine("paddle", weights, PIXELS, threads=1)
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("images", "threads", "most", "sizes"),
+    [(8, 2, 2, [2, 2, 2, 2]), (3, 2, 2, [2, 1]), (2, 4, 2, [1, 1]), (7, 2, 8, [4, 3]), (1, 2, 2, [1])],
+)
+def test_a_batch_in_pieces(images, threads, most, sizes):
+    parts = pieces(images, threads, most)
+    assert [part.stop - part.start for part in parts[:-1]] == sizes[:-1]
+    assert np.concatenate([np.arange(images)[part] for part in parts]).tolist() == list(range(images))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_an_engine_names_what_its_export_depends_on(name):
+    assert cache.PACKAGES[name] and cache.FORMAT_OF[name] in cache.MAIN
+
+
+def test_the_mean_is_not_taken_twice(weights, images):
+    """uint8 and normalised float32 of the same images: one answer, though each has an export of its own."""
+    engine = engine_or_skip("onnxruntime", weights, dataclasses.replace(PIXELS, mean=(0.1, 0.5, 0.9)))
+    assert np.allclose(engine(images), engine(engines.as_input(images, engine.preprocessing)), atol=1e-4)

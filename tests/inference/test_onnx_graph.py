@@ -1,0 +1,146 @@
+"""The ONNX graph against the authors' goldens in float64, computed by onnx's own evaluator: gate A."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from conftest import DIGITS, golden_arrays, golden_json
+from fcvit.data.transforms.preprocess import normalise
+from fcvit.errors import UsageError
+from fcvit.inference.interface import Interface
+from fcvit.metrics.classification import softmax
+from fcvit.models.spec import Form, recognise
+from fcvit.models.variants import VARIANTS, Preprocessing
+from fcvit.verification.gates import GATE_A, gate_a
+from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnx.reference.op_run import OpRun  # noqa: E402
+
+from fcvit.inference.onnx_graph import INPUT, onnx_model  # noqa: E402
+
+OPTIONS = golden_json("options.json")
+PIXELS = Preprocessing()
+
+
+def lively(form, salt=""):
+    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+
+
+def write(weights, size, uint8=False, probabilities=False, preprocessing=PIXELS):
+    return onnx_model(weights, Interface(size, uint8, probabilities, preprocessing), dtype="float64")
+
+
+class Gelu(OpRun):
+    """The evaluator's own takes the root of two in float32."""
+
+    op_domain = ""
+
+    def _run(self, x, approximate="none"):
+        assert approximate == "none"
+        return (0.5 * x * (1 + erf(x / np.sqrt(2))),)
+
+
+def run(model, images):
+    images = images if images.dtype == np.uint8 else images.astype(np.float64)
+    return ReferenceEvaluator(model, new_ops=[Gelu]).run(None, {INPUT: images})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("name", OPTIONS["cases"])
+def test_every_option_is_the_authors(name, dynamic):
+    shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
+    salt = f"options/{name}/"
+    images = lively_input(tuple(OPTIONS["input_shape"]), salt)
+    model = write(lively(recognise(shapes), salt), None if dynamic else images.shape[2:])
+    (found,) = run(model, images)
+    assert gate_a(found, golden_arrays("options.npz")[name]) <= GATE_A
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_a_dense_backbone_at_an_odd_size(dynamic):
+    images = lively_input((1, 3, 72, 104), "features/")
+    model = write(lively(Form(VARIANTS["fcvit_tiny"], dense=True), "features/"), None if dynamic else (72, 104))
+    found = dict(zip((o.name for o in model.graph.output), run(model, images), strict=True))
+    for stage, expected in golden_arrays("features.npz").items():
+        assert gate_a(found[f"features.{stage.removeprefix('stage')}"], expected) <= GATE_A
+
+
+@pytest.mark.slow
+def test_a_published_variant_with_its_hidden_channels_in_groups():
+    model = write(lively(Form(VARIANTS["fcvit_tiny"], 1000)), (224, 224))
+    adds = [node for node in model.graph.node if node.op_type == "Add" and "channel_mixer" in node.name]
+    assert len(adds) > sum(VARIANTS["fcvit_tiny"].depths)
+    (found,) = run(model, lively_input((2, 3, 224, 224))[:1])
+    assert gate_a(found, golden_arrays("fcvit_tiny.npz")["logits"][:1]) <= GATE_A
+
+
+def test_hidden_channels_in_groups_are_the_same_function(monkeypatch):
+    from fcvit.inference import onnx_graph
+
+    weights, images = lively(DIGITS), lively_input((2, 3, 32, 32))
+    whole = write(weights, (32, 32))
+    (plain,) = run(whole, images)
+    monkeypatch.setattr(onnx_graph, "_HIDDEN_BYTES", 2048)
+    grouped = write(weights, (32, 32))
+    assert len(grouped.graph.node) > len(whole.graph.node)
+    (found,) = run(grouped, images)
+    assert np.abs(found - plain).max() > 0 and gate_a(found, plain) <= GATE_A
+
+
+def test_uint8_images_are_normalised_inside_borders_included():
+    pixels = Preprocessing(mean=(0.2, 0.5, 0.7), std=(0.1, 0.3, 0.2))
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 33, 40), np.uint8)
+    normalised = (images / 255 - np.array(pixels.mean)[:, None, None]) / np.array(pixels.std)[:, None, None]
+    assert np.abs(normalise(images, pixels) - normalised).max() < 1e-5
+    weights = lively(DIGITS)
+    (expected,) = run(write(weights, (33, 40)), normalised)
+    (found,) = run(write(weights, (33, 40), uint8=True, preprocessing=pixels), images)
+    assert gate_a(found, expected) <= GATE_A
+
+
+def test_probabilities_are_the_softmax_of_the_logits():
+    weights, images = lively(DIGITS), lively_input((3, 3, 32, 32))
+    (logits,) = run(write(weights, (32, 32)), images)
+    (found,) = run(write(weights, (32, 32), probabilities=True), images)
+    assert np.abs(found - softmax(logits)).max() < 1e-12
+    with pytest.raises(UsageError, match="has no classes"):
+        write(lively(Form(DIGITS.variant)), (32, 32), probabilities=True)
+
+
+def test_without_a_head_there_are_embeddings():
+    weights = lively(DIGITS)
+    body = dataclasses.replace(weights, form=Form(DIGITS.variant))
+    images = lively_input((2, 3, 32, 32))
+    (embeddings,) = run(write(body, (32, 32)), images)
+    (logits,) = run(write(weights, (32, 32)), images)
+    head = weights.tensors["head.weight"].astype(np.float64), weights.tensors["head.bias"].astype(np.float64)
+    assert gate_a(embeddings @ head[0].T + head[1], logits) <= GATE_A
+
+
+def test_one_head_at_one_position_is_its_own_mean():
+    variant = dataclasses.replace(DIGITS.variant, heads=1, depths=(1, 1, 1, 1))
+    weights, images = lively(Form(variant, 10)), lively_input((2, 3, 32, 32))
+    fixed, dynamic = (run(write(weights, size), images)[0] for size in ((32, 32), None))
+    assert np.isfinite(fixed).all() and gate_a(dynamic, fixed) <= GATE_A
+
+
+@pytest.mark.parametrize("size", [(224, 224), None])
+def test_the_graph_is_lean(size):
+    model = write(lively(Form(VARIANTS["fcvit_tiny"], 1000)), size)
+    kinds = [node.op_type for node in model.graph.node]
+    for kind in ("Identity", "Gather", "If", "Unsqueeze", "Cast", "BatchNormalization", "Constant", "Transpose"):
+        assert kinds.count(kind) == 0 or (kind == "Cast" and size is None)
+    assert kinds.count("Shape") == (0 if size else 4)
+    assert {o.name for o in model.graph.output} == {"logits"}
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_a_size_of_nothing_is_refused():
+    with pytest.raises(UsageError, match=r"image size \(0, 32\)"):
+        write(lively(DIGITS), (0, 32))

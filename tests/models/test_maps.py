@@ -1,0 +1,145 @@
+"""Similarity maps: those of the forward pass, the same in both networks, and of every option that has them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from conftest import DIGITS, golden_json, needs_paddle, needs_torch
+from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
+from fcvit.models.spec import Form, recognise
+from fcvit.models.variants import VARIANTS
+from fcvit.verification.gates import GATE_A, gate_a
+from fcvit.weights.reading import Weights
+from fcvit.weights.synthetic import lively_input, lively_tensors
+
+OPTIONS = golden_json("options.json")
+
+
+def lively(form, salt=""):
+    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+
+
+def paddle_similarity(weights, images):
+    paddle = import_framework("paddle")
+    from fcvit.models.build import build_network
+
+    model = build_network(weights, "float64")
+    with paddle.no_grad():
+        return model, model.similarity(paddle.to_tensor(images.astype("float64")))
+
+
+def twin_similarity(weights, images):
+    torch = import_framework("torch")
+    from fcvit.reference.network import build_twin
+
+    with torch.inference_mode():
+        twin = build_twin(weights.form, weights.tensors, torch.float64)
+        return twin, twin.similarity(torch.from_numpy(images.astype("float64")))
+
+
+@needs_paddle
+@needs_torch
+@pytest.mark.parametrize("name", [*OPTIONS["cases"], "fcvit_tiny"])
+@pytest.mark.slow
+def test_both_networks_give_the_same_maps_in_float64(name):
+    if name == "fcvit_tiny":
+        weights, images = lively(Form(VARIANTS[name], 1000)), lively_input((1, 3, 97, 130))
+    else:
+        shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
+        salt = f"options/{name}/"
+        weights, images = lively(recognise(shapes), salt), lively_input(tuple(OPTIONS["input_shape"]), salt)
+    variant = weights.form.variant
+    if not (variant.global_context and variant.weighted_context):
+        for compute in (paddle_similarity, twin_similarity):
+            with pytest.raises(UsageError, match=r"has no similarity maps: (global|weighted)_context is off"):
+                compute(weights, images)
+        return
+    (_, ours), (_, theirs) = paddle_similarity(weights, images), twin_similarity(weights, images)
+    assert gate_a(ours.output.numpy(), theirs.output.numpy()) <= GATE_A
+    mixes = 2 if variant.second_mix else 1
+    assert len(ours.maps) == len(theirs.maps) == sum(variant.depths) * mixes
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.name == other.name and one.standardised.shape[1] == variant.heads
+        for what in ("standardised", "rescaled"):
+            assert np.abs(getattr(one, what).numpy() - getattr(other, what).numpy()).max() <= 1e-10
+    names = [one.name for one in ours]
+    expected = [
+        f"stage{stage}.block{block}.context{context}"
+        for stage, depth in enumerate(variant.depths, 1)
+        for block in range(1, depth + 1)
+        for context in range(1, mixes + 1)
+    ]
+    assert names == expected
+
+
+@needs_paddle
+def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
+    paddle = import_framework("paddle")
+    weights, images = lively(DIGITS), lively_input((3, 3, 32, 40))
+    model, found = paddle_similarity(weights, images)
+    x = paddle.to_tensor(images.astype("float64"))
+    with paddle.no_grad():
+        assert np.array_equal(model(x).numpy(), found.output.numpy())
+    context = model.network[6][-1].token_mixer.gc2
+    last = found.at()
+    assert last.name == "stage4.block1.context2" and last.standardised.shape == [3, 8, 1, 2]
+    weight = context.rescale_weight.reshape([1, -1, 1, 1]).numpy()
+    bias = context.rescale_bias.reshape([1, -1, 1, 1]).numpy()
+    assert np.allclose(last.rescaled.numpy(), last.standardised.numpy() * weight + bias, atol=1e-12)
+    first = found.at(1, 1, 1).standardised.numpy()
+    assert np.abs(first.mean((1, 2, 3))).max() < 1e-12
+    assert np.allclose(first.std((1, 2, 3), ddof=1), 1, atol=1e-3)
+    assert all(one.tokens is None for one in found), "only on request"
+    with paddle.no_grad():
+        tokens = model.similarity(x, tokens=True).at(1, 1, 1).tokens
+        expected = model.network[0][0].norm1(model.patch_embed(x))
+    assert np.array_equal(tokens.numpy(), expected.numpy()), "what the first context is taken of"
+    # What multiplies the context is the map: half the map, half the context.
+    similarity = type(context).similarity
+    try:
+        type(context).similarity = lambda self, x, c: 0 * similarity(self, x, c)
+        changed = model.similarity(x)
+    finally:
+        type(context).similarity = similarity
+    assert not np.array_equal(changed.output.numpy(), found.output.numpy())
+    assert all((one.standardised.numpy() == 0).all() for one in changed)
+
+
+@needs_paddle
+def test_an_accelerated_network_has_the_same_maps():
+    paddle = import_framework("paddle")
+    from fcvit.errors import MissingExtra
+    from fcvit.models.build import build_network
+    from fcvit.native.network import accelerate
+
+    weights, images = lively(DIGITS), lively_input((2, 3, 32, 32))
+    model = build_network(weights)
+    expected = model.similarity(paddle.to_tensor(images))
+    try:
+        accelerate(model)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    found = model.similarity(paddle.to_tensor(images))
+    assert np.array_equal(found.at().rescaled.numpy(), expected.at().rescaled.numpy())
+
+
+@needs_torch
+def test_choosing_a_map():
+    _, found = twin_similarity(lively(DIGITS), lively_input((1, 3, 32, 32)))
+    assert found.at(3).name == "stage3.block2.context2"
+    assert found.at(3, 1, -2).name == "stage3.block1.context1" and found.at(-4).name == "stage1.block1.context2"
+    for wrong in ((5,), (0,), (-5,), (1, 2), (1, 1, 3)):
+        with pytest.raises(
+            UsageError,
+            match=r"(stage|block|context) -?\d: expected 1(, the only one| to \d, or from the end -1 to -\d)$",
+        ):
+            found.at(*wrong)
+
+
+@needs_torch
+def test_without_the_second_mix_there_is_one_map_a_block():
+    variant = dataclasses.replace(DIGITS.variant, second_mix=False)
+    _, found = twin_similarity(lively(Form(variant, 10)), lively_input((1, 3, 32, 32)))
+    assert [one.context for one in found] == [1] * 5

@@ -1,0 +1,115 @@
+"""The table of variants, and the parameter tables derived from it."""
+
+import dataclasses
+
+import pytest
+
+from conftest import PUBLISHED, golden_json
+from fcvit.errors import DoesNotFit, UsageError
+from fcvit.models.spec import CONV, LINEAR, Form, entries, parameter_count, recognise
+from fcvit.models.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing, get_variant, published
+
+STATE_DICT_ENTRIES = {"fcvit_tiny": 500, "fcvit_b12": 464, "fcvit_b24": 896, "fcvit_b48": 1760}
+OPTIONS = golden_json("options.json")["cases"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_those_of_the_authors_code(name):
+    form = Form(VARIANTS[name], 1000)
+    figures = published(form.variant)
+    assert parameter_count(form) == figures.parameters
+    assert len(entries(form)) == STATE_DICT_ENTRIES[name]
+    # The paper's M is 2^20; its tiny has 4.56 there, printed as 4.6.
+    digits = len(figures.parameters_label.rstrip("M").partition(".")[2])
+    assert f"{figures.parameters / 2**20:.{digits}f}M" == figures.parameters_label
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gmac_follows_from_the_table(name):
+    """Convolutions work once per position, the context's Linear layers and the head once per image."""
+    form = Form(VARIANTS[name], 1000)
+    total = 0
+    for key, entry in entries(form).items():
+        if entry.layer in (CONV, LINEAR) and key.endswith("weight"):
+            if key.startswith("patch_embed"):
+                side = 56
+            elif key.startswith("network."):
+                side = 56 >> (int(key.split(".")[1]) + 1) // 2
+            positions = side * side if entry.layer == CONV else 1
+            count = positions
+            for length in entry.shape:
+                count *= length
+            total += count
+    assert total / 1e9 == pytest.approx(published(form.variant).gmac, abs=0.0006)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_names_and_shapes_of_every_option(name):
+    case = OPTIONS[name]
+    shapes = {key: tuple(shape) for key, shape in case["state_dict"].items()}
+    form = recognise(shapes)
+    assert {key: entry.shape for key, entry in entries(form).items()} == shapes
+    assert parameter_count(form) == case["parameters"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_named_variant_is_recognised_from_its_tensors(name, dense):
+    form = Form(VARIANTS[name], 0 if dense else 7, dense)
+    assert recognise({key: entry.shape for key, entry in entries(form).items()}) == form
+
+
+def test_what_is_not_an_fcvit_is_named():
+    with pytest.raises(DoesNotFit, match=r"network\.0\.0\.norm1\.weight is missing"):
+        recognise({"conv1.weight": (64, 3, 7, 7)})
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'fcvit_b12'"):
+        get_variant("fcvit-b12")
+
+
+def test_an_ablation_does_not_keep_the_published_figures():
+    tiny = get_variant("fcvit_tiny")
+    assert published(tiny).top1 == 74.9
+    assert published(dataclasses.replace(tiny, competition=False)) is None
+    assert published(VARIANTS["fcvit_digits"]) is None
+
+
+def test_the_table_cannot_be_changed():
+    with pytest.raises(TypeError):
+        VARIANTS["mine"] = VARIANTS["fcvit_tiny"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VARIANTS["fcvit_tiny"].heads = 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 7},
+        {"heads": 0},
+        {"kernel_sizes": (11, 10)},
+        {"depths": (1, 1, 1)},
+        {"depths": (0, 1, 1, 1)},
+        {"widths": (12, 64, 160, 320)},
+        {"reduction": 64},
+        {"depths": (10**9, 1, 1, 1)},
+    ],
+)
+def test_impossible_architectures_are_refused(change):
+    with pytest.raises(UsageError, match="variant 'fcvit_tiny'"):
+        dataclasses.replace(get_variant("fcvit_tiny"), **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"crop_fraction": 0}, {"crop_fraction": 1.1}, {"interpolation": "nearest"}, {"input_size": 0}, {"std": (1, 1, 0)}],
+)
+def test_impossible_preprocessing_is_refused(change):
+    with pytest.raises(UsageError):
+        Preprocessing(**change)
+
+
+def test_resize_lengths():
+    assert [VARIANTS[name].preprocessing.resize for name in PUBLISHED] == [248, 248, 235, 235]
+    assert RESIZE256_BILINEAR.resize == 256

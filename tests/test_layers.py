@@ -1,0 +1,147 @@
+"""The layers: which module may import which, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
+# From the lowest: a module may import from its own layer and those below.
+LAYERS = (
+    ("errors", "foreign", "frameworks", "interrupts", "machine", "text", "models.variants"),
+    ("run_folder", "models.classes", "models.maps", "models.spec", "metrics", "verification", "processes"),
+    ("weights",),
+    ("data",),
+    ("models", "reference"),
+    ("report.progress", "report.contact_sheet", "report.sample_sheet", "report.page", "report.charts"),
+    ("native",),
+    ("inference",),
+    ("analysis",),
+    ("evaluation",),
+    ("training",),
+    ("commands",),
+    ("report.tables",),
+    ("cli", "__main__"),
+)
+# Within a layer where one direction is meant.
+ORDER = {
+    "evaluation": ("journal", "protocols", "results", "page", "settings", "figures", "runner", "comparison"),
+    "commands": (
+        "verify",
+        "convert",
+        "inspect",
+        "export",
+        "bench",
+        "demo",
+        "quickstart",
+        "doctor",
+        "check_data",
+        "finetune",
+        "preview",
+    ),
+    "training": ("recipe", "schedule", "data", "optimiser", "statistics", "step", "state", "log", "run"),
+}
+
+
+def layer_of(module):
+    for height, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return height
+    raise AssertionError(f"{module} has no layer")
+
+
+def imported(text):
+    """Modules of ours that a source imports when it is itself imported or one of its functions runs."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fcvit":
+            if node.module == "fcvit":
+                yield from (alias.name for alias in node.names if alias.name != "__version__")
+            elif node.module.count(".") == 1 and (SOURCE / node.module.split(".")[1]).is_dir():
+                yield from (f"{node.module.removeprefix('fcvit.')}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module.removeprefix("fcvit.")
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("fcvit.") for a in node.names if a.name.startswith("fcvit."))
+
+
+def wrong_imports(module, text):
+    here = layer_of(module)
+    for name in imported(text):
+        there = layer_of(name)
+        if there > here:
+            yield f"{module} imports {name}, which is above it"
+        if {module, name} == {"models.network", "reference.network"}:
+            yield f"{module} imports {name}: the twin is worth something because it stands alone"
+        for package, order in ORDER.items():
+            one, other = (m.removeprefix(f"{package}.") for m in (module, name))
+            if module.startswith(package) and name.startswith(package) and order.index(other) > order.index(one):
+                yield f"{module} imports {name}, the simpler task the other"
+
+
+def modules():
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        if parts[-1] != "__init__":
+            yield ".".join(parts), path.read_text("utf-8")
+
+
+@pytest.mark.parametrize(("module", "text"), list(modules()), ids=lambda value: value if "\n" not in value else "")
+def test_imports_point_one_way(module, text):
+    assert not list(wrong_imports(module, text))
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("models.variants", "from fcvit.models.spec import Form"),
+        ("models.spec", "from fcvit.commands import convert"),
+        ("models.network", "def f():\n    from fcvit.inference.engines import Engine"),
+        ("commands.verify", "from fcvit.commands.convert import convert"),
+        ("run_folder", "import fcvit.cli"),
+        ("models.network", "from fcvit.native.network import accelerate"),
+        ("evaluation.runner", "from fcvit.training.run import train"),
+        ("training.recipe", "from fcvit.training.data import Splits"),
+        ("reference.network", "from fcvit.models.network import mean"),
+        ("models.network", "from fcvit.reference.network import layer_norm"),
+    ],
+)
+def test_a_planted_import_is_noticed(module, text):
+    assert list(wrong_imports(module, text))
+
+
+def test_only_one_file_imports_pytorch():
+    found = []
+    for module, text in modules():
+        for node in ast.walk(ast.parse(text)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "torch" for name in names):
+                found.append(module)
+    assert set(found) == {"reference.network"}
+
+
+def test_reading_and_converting_load_no_framework(tmp_path, digits_pth):
+    """Nor does `import fcvit`, nor asking it for a name that needs none."""
+    code = f"""
+import sys, fcvit
+fcvit.VARIANTS
+assert "numpy" not in sys.modules
+fcvit.convert({str(digits_pth)!r}, {str(tmp_path / "x.safetensors")!r}, verify=False)
+fcvit.inspect({str(tmp_path / "x.safetensors")!r})
+from fcvit.cli import main
+assert main(["convert", {str(digits_pth)!r}, "-o", {str(tmp_path / "y.safetensors")!r}, "--no-verify"]) == 0
+print([m for m in ("paddle", "torch") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names():
+    import fcvit
+
+    assert all(getattr(fcvit, name) for name in fcvit.__all__)
+    assert set(fcvit.__all__) <= set(dir(fcvit))
+    with pytest.raises(AttributeError, match="no attribute 'pretrained'"):
+        fcvit.pretrained  # noqa: B018

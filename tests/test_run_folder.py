@@ -1,0 +1,130 @@
+"""Run folders: one a run, never half-told."""
+
+import fcntl
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fcvit.errors import UnreadableFile, UsageError
+from fcvit.run_folder import _locked, run_folder, to_json, versions, write_text
+
+
+def status(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_run_that_ends_well(tmp_path):
+    with run_folder(tmp_path / "runs" / "a", "eval") as folder:
+        assert status(folder)["status"] == "running"
+    found = status(folder)
+    assert found["status"] == "finished" and found["command"] == "eval"
+    assert {"python", "numpy", "pillow"} <= set(found["versions"])
+
+
+def test_a_run_that_does_not(tmp_path):
+    with pytest.raises(ValueError, match="because"), run_folder(tmp_path / "a", "eval"):
+        raise ValueError("because")
+    assert status(tmp_path / "a")["status"] == "failed" and status(tmp_path / "a")["reason"] == "because"
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "b", "eval"):
+        raise KeyboardInterrupt
+    assert status(tmp_path / "b")["status"] == "interrupted"
+
+
+def test_a_folder_that_is_taken(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").touch()
+    with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "eval"):
+        pass
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
+    with pytest.raises(UnreadableFile), run_folder(tmp_path / "a" / "x" / "y", "eval"):
+        pass
+
+
+def test_default_folders(tmp_path, monkeypatch):
+    """The first that is free, and of two that start at once each gets its own."""
+    monkeypatch.chdir(tmp_path)
+    with run_folder(None, "eval") as one, run_folder(None, "eval") as two:
+        assert (str(one), str(two)) == ("runs/eval", "runs/eval-2")
+    (tmp_path / "runs" / "eval-3").mkdir()
+    with run_folder(None, "eval") as three:
+        assert str(three) == "runs/eval-3"  # empty: nobody's
+
+
+def test_of_two_that_want_one_folder_one_gets_it(tmp_path, monkeypatch):
+    """Both have seen it empty; the first has begun in between."""
+    with run_folder(tmp_path / "a", "first"):
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+        with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "second"):
+            pass
+    assert status(tmp_path / "a")["command"] == "first"
+
+
+def test_json_has_no_infinity():
+    assert json.loads(to_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})) == {"a": [None, 1.5], "b": [None]}
+
+
+def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UnreadableFile, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_versions():
+    assert versions()["fcvit"]
+
+
+def test_one_process_at_a_time_works_on_a_run(tmp_path):
+    with _locked(tmp_path), pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+        pass
+    with _locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_is_none(tmp_path, monkeypatch):
+    """Another process has opened the file of a lock; its holder removes it and ends; a third one locks a new file."""
+    flock, third = fcntl.flock, []
+
+    def late(file, how):
+        if not third:
+            (tmp_path / ".lock").unlink()
+            third.append((tmp_path / ".lock").open("w"))
+            flock(third[0], how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+        pass
+    third[0].close()
+    with _locked(tmp_path):
+        pass
+
+
+def test_a_second_signal_does_not_leave_a_run_running(tmp_path, monkeypatch):
+    """It comes while the end of the run is written."""
+    replace = os.replace
+
+    def interrupted(*paths):
+        if "interrupted" in Path(paths[0]).read_text():
+            signal.raise_signal(signal.SIGINT)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "a", "eval"):
+        raise KeyboardInterrupt
+    assert status(tmp_path / "a")["status"] == "interrupted"
+
+
+def test_an_error_that_an_interrupt_has_caused_is_an_interruption(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "a", "eval"):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise OSError("(External)") from error
+    assert status(tmp_path / "a")["status"] == "interrupted"

@@ -1,0 +1,764 @@
+"""A training run: what it leaves, how it goes on, and what happens where it cannot."""
+
+import csv
+import dataclasses
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import needs_paddle, write_squares
+from fcvit.commands.finetune import finetune, finetune_recipe
+from fcvit.commands.preview import preview
+from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.evaluation.runner import evaluate
+from fcvit.models.classes import ClassName
+from fcvit.training.run import extend, resume, train
+from fcvit.training.schedule import learning_rate
+from fcvit.training.state import read_state
+from fcvit.weights.reading import read_weights
+
+pytestmark = needs_paddle
+
+
+def state_of(folder):
+    """Every number that a run would go on from."""
+    progress, tensors = read_state(folder)
+    rows = [{key: row[key] for key in ("epoch", "step", "lr", "loss", "top1") if key in row} for row in progress.rows]
+    return rows, {name: array.tobytes() for name, array in tensors.items()}
+
+
+def stop_after(monkeypatch, steps, error):
+    """Let the trainer fail in the middle of the run."""
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def failing(self, parts, rate):
+        if self.step == steps:
+            raise error
+        return run(self, parts, rate)
+
+    monkeypatch.setattr(Trainer, "run", failing)
+
+
+def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares):
+    recipe = small(ema_decay=0.5, save_every=2)
+    said = []
+    done = train(recipe, folder=tmp_path / "run", device="cpu", announce=said.append)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
+    assert names == weights | {"state.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml", "run.json"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines == list(done.rows) and [row["epoch"] for row in lines] == [1, 2, 3]
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in lines]
+    with Image.open(tmp_path / "run" / "curves.png") as picture:
+        assert picture.width > 500
+    parts = ("data", "forward", "backward", "optimiser")
+    assert all(0 < sum(row[part] for part in parts) <= row["seconds"] for row in lines)
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["status"] == "finished" and stored["recipe"]["epochs"] == 3
+    # The files are what was validated, with their classes and preprocessing.
+    for name, key in (("last", "top1"), ("last-ema", "ema_top1")):
+        found = evaluate(tmp_path / "run" / f"{name}.safetensors", squares / "val", device="cpu").results[0]
+        assert found.top1 == lines[-1][key]
+    kept = read_weights(tmp_path / "run" / "last.safetensors")
+    assert [c.id for c in kept.classes] == ["left", "right"] and kept.form.variant == recipe.network()
+    assert int(kept.tensors["patch_embed.norm.num_batches_tracked"]) == 6 == lines[-1]["step"]
+    assert any("epoch 3 of 3: loss" in text for text in said)
+    assert done.weights.name == "best.safetensors" and done.best["best_top1"] == max(
+        max(row["top1"], row["ema_top1"]) for row in lines
+    )
+
+
+@pytest.mark.slow
+def test_it_learns(small, tmp_path):
+    """Which corner is bright: a network that did not learn would know half of them."""
+    done = train(
+        small(epochs=12, flip=0.0, rand_augment=0, crop="centre", mixup=0.0, cutmix=0.0), folder=tmp_path / "r"
+    )
+    assert done.best["top1"] == 100 and done.rows[-1]["loss"] < done.rows[0]["loss"]
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
+def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step):
+    """Interrupted in the first epoch, between two, and in the last; drop path, dropout, mixing and averages on."""
+    recipe = small(ema_decay=0.9, drop_rate=0.1, drop_path_rate=0.3, accumulate=2)
+    train(recipe, folder=tmp_path / "whole", device="cpu")
+    said = []
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder=tmp_path / "cut", device="cpu", announce=said.append)
+    assert said[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
+    resume(tmp_path / "cut")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+    for name in ("last", "last-ema", "best"):
+        whole, cut = (read_weights(tmp_path / run / f"{name}.safetensors").tensors for run in ("whole", "cut"))
+        assert all((whole[key] == cut[key]).all() for key in whole), name
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_as_it_is(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    before = (tmp_path / "run" / "state.safetensors").read_bytes()
+    again = resume(tmp_path / "run")
+    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
+
+
+def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch):
+    """Begun without a compiler: the run stays plain where there is one."""
+    from fcvit.errors import MissingExtra
+    from fcvit.native import build
+
+    def none():
+        raise MissingExtra("native operators cannot be had: no C++ compiler")
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "operators", none)
+        train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+        with pytest.raises(MissingExtra, match=r"no C\+\+ compiler"):
+            train(small(epochs=1, operators="native"), folder=tmp_path / "other", device="cpu")
+    assert any("several times slower" in text and "no C++ compiler" in text for text in said)
+    resume(tmp_path / "run")
+    longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
+    assert json.loads((longer.folder / "run.json").read_text())["identity"]["operators"] == "plain"
+
+
+@pytest.mark.slow
+def test_training_longer_is_an_act_of_its_own(small, tmp_path):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    longer = extend(tmp_path / "run", 5, folder=tmp_path / "longer")
+    assert [row["epoch"] for row in longer.rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in longer.rows[:3]] == [row["loss"] for row in read_state(tmp_path / "run")[0].rows]
+    from fcvit.training.schedule import learning_rate
+
+    assert longer.rows[3]["lr"] == learning_rate(small(epochs=5), 3.5)
+    assert json.loads((tmp_path / "longer" / "run.json").read_text())["extends"] == str(tmp_path / "run")
+    with pytest.raises(UsageError, match="no more than the 3 that are done"):
+        extend(tmp_path / "run", 3)
+
+
+@pytest.mark.slow
+def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares):
+    """Also where it does not get better, and where patience had ended the run that it extends."""
+    recipe = small(patience=1, epochs=9, lr=1e-9, min_lr=0.0, warmup_lr=0.0, ema_decay=0.5)
+    first = train(recipe, folder=tmp_path / "run", device="cpu")
+    assert first.stopped_early and first.best["epoch"] == len(first.rows) - 1
+    longer = extend(tmp_path / "run", 12, folder=tmp_path / "longer")
+    assert len(longer.rows) > len(first.rows), "patience counts from where it began"
+    if longer.best == first.best:
+        one, other = (read_weights(done.weights).tensors["head.bias"].tolist() for done in (first, longer))
+        assert one == other
+    assert read_weights(longer.folder / "last-ema.safetensors")
+    (squares / "train" / "left" / "00.png").unlink()
+    with pytest.raises(DoesNotFit, match="training images changed"):
+        extend(tmp_path / "run", 12, folder=tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(small, tmp_path, monkeypatch):
+    from fcvit.training import run as module
+
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            extend(tmp_path / "run", 2, folder=tmp_path / "cut")
+    with pytest.raises(UnreadableFile, match="extend that run again"):
+        resume(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    extend(tmp_path / "run", 5, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            extend(tmp_path / "run", 5, folder=tmp_path / "cut")
+    resume(tmp_path / "cut")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+
+
+def test_it_stops_early(small, tmp_path, monkeypatch):
+    """No epoch is better than the first one: after two more it stops, and the best is kept."""
+    from fcvit.training import run as module
+
+    results = [
+        dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])(1.0, top1, 2, 2) for top1 in (90, 50, 90)
+    ]
+    found = iter([[result] for result in results])
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": next(found), "unreadable": ()}))
+    done = train(small(epochs=9, patience=2), folder=tmp_path / "run", device="cpu")
+    assert done.stopped_early and len(done.rows) == 3 and done.best["epoch"] == 1
+    best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last"))
+    assert (best["head.bias"] != last["head.bias"]).any()
+
+
+@pytest.mark.parametrize(("raw", "ema", "kept"), [(50, 90, "last-ema"), (90, 50, "last")])
+def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
+    from fcvit.training import run as module
+
+    result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
+    found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
+    given = []
+    outcome = type("E", (), {"results": found, "unreadable": ()})
+    monkeypatch.setattr(module, "evaluate", lambda weights, *_, **__: given.extend(weights) or outcome)
+    done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
+    assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
+    names = ("best", "last", "last-ema")
+    best, last, averaged = (
+        read_weights(tmp_path / "run" / f"{name}.safetensors").tensors["head.bias"] for name in names
+    )
+    assert (last != averaged).any() and (best == (averaged if kept == "last-ema" else last)).all()
+    evaluated = [weights.tensors["head.bias"] for weights in given]
+    assert len(evaluated) == 2 and (evaluated[0] == last).all() and (evaluated[1] == averaged).all()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
+    from fcvit.training import step as module
+
+    loss = module.soft_cross_entropy
+    monkeypatch.setattr(
+        module, "soft_cross_entropy", lambda *given: loss(*given) * (float("nan") if next(calls) == 3 else 1)
+    )
+    calls = iter(range(100))
+    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 4; lower lr.*; epoch 1 stands in .*/run$"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert TrainingStopped.exit_code == 8
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    train(small(), folder=tmp_path / "whole", device="cpu")
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_real_weights_that_diverge_are_noticed(small, tmp_path):
+    """Not a planted NaN: a rate that throws the weights out of all bounds."""
+    with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|is not finite|no finite numbers"):
+        train(small(lr=900.0, epochs=60, warmup_epochs=0), folder=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("target", [pytest.param("last.safetensors", marks=pytest.mark.slow), "state.safetensors"])
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, target):
+    """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
+    from fcvit.weights import safetensors_file
+
+    write = safetensors_file.write
+    written = []
+
+    def full(path, tensors, metadata):
+        if path.name == target:
+            written.append(path)
+            if len(written) == 2:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_file, "write", full)
+        with pytest.raises(UnreadableFile, match=rf"{target}: cannot be written: No space left .*epoch 1 stands"):
+            train(small(), folder=tmp_path / "run", device="cpu")
+    assert read_state(tmp_path / "run")[0].epoch == 1 and read_weights(tmp_path / "run" / "last.safetensors")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    resume(tmp_path / "run")
+    train(small(), folder=tmp_path / "whole", device="cpu")
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def vanish(self, parts, rate):
+        if self.step == 2:
+            shutil.rmtree(squares / "train")
+        return run(self, parts, rate)
+
+    monkeypatch.setattr(Trainer, "run", vanish)
+    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*is .*train as it was.*epoch 1 stands"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    with pytest.raises(UnreadableFile, match="where are the others"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares):
+    (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
+    said = []
+    done = train(small(epochs=6), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
+    assert (
+        said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off") == 1
+    )
+
+
+@pytest.mark.slow
+def test_what_changed_is_said_when_a_run_goes_on(small, tmp_path, squares):
+    train(small(), folder=tmp_path / "run", device="cpu")
+    for split in ("val", "train"):
+        (squares / split / "left" / "00.png").unlink()
+        with pytest.raises(DoesNotFit, match="validation images changed" if split == "val" else "training images, val"):
+            resume(tmp_path / "run")
+
+
+def test_a_lost_state_is_not_taken_for_a_new_run(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    (tmp_path / "run" / "state.safetensors").unlink()
+    with pytest.raises(UnreadableFile, match=r"state\.safetensors is gone"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, squares):
+    words = {"epochs": "2", "new_head": "true"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    counted = int(read_weights(done.folder / "last.safetensors").tensors["patch_embed.norm.num_batches_tracked"])
+    assert counted == 6 + done.rows[-1]["step"], "counted on from the weights it began with"
+    kept = state_of(done.folder)
+    trained.unlink()
+    assert len(resume(done.folder).rows) == 2 and state_of(done.folder) == kept
+    longer = extend(done.folder, 3, folder=tmp_path / "longer")
+    tensors = read_weights(longer.folder / "last.safetensors").tensors
+    assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
+
+
+def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(small, tmp_path):
+    run = train(small(epochs=1), folder=tmp_path / "run", device="cpu").folder
+    (run / ".fcvit-tmp-x1").mkdir()
+    (run / ".fcvit-tmp-x1" / "last.safetensors").touch()
+    (run / ".fcvit-tmp-run.json").touch()
+    for name in (".git", ".dvc", ".last.safetensors.old"):
+        (run / name).mkdir()
+    (run / ".notes.tmp").touch()
+    resume(run)
+    hidden = {path.name for path in run.iterdir() if path.name.startswith(".")}
+    assert hidden == {".git", ".dvc", ".last.safetensors.old", ".notes.tmp"}
+
+
+def test_a_run_goes_on_with_the_same_images_elsewhere(small, squares, tmp_path, monkeypatch, capsys):
+    """By names, classes and the content of the files; the new place is recorded."""
+    from fcvit.cli import main
+
+    recipe = small(epochs=2)
+    train(recipe, folder=tmp_path / "whole", device="cpu")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder=tmp_path / "run", device="cpu")
+    moved = squares.rename(tmp_path / "elsewhere")
+    words = ["train", "--resume", str(tmp_path / "run")]
+    assert main(words) == 3 and "say where with --data" in capsys.readouterr().err
+    resized, missing = shutil.copytree(moved, tmp_path / "resized"), shutil.copytree(moved, tmp_path / "missing")
+    for path in resized.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((32, 32)).save(path)
+    (missing / "train" / "left" / "00.png").unlink()
+    assert main([*words, "--data", str(resized)]) == 4 and "other content than" in capsys.readouterr().err
+    assert main([*words, "--data", str(missing)]) == 4 and "training images changed" in capsys.readouterr().err
+    assert main([*words, "--weights", str(moved)]) != 0
+    assert main([*words, "--data", str(moved), "--lr", "1"]) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert main([*words, "--data", str(moved)]) == 0
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["data"] == str(moved)
+    assert str(moved) in (tmp_path / "run" / "recipe.toml").read_text()
+    assert main(words) == 0, "from now on it is known where they are"
+
+
+def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, monkeypatch):
+    """An interruption in the first epoch: the weights are needed again."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(small(weights=str(trained), epochs=1), folder=tmp_path / "run", device="cpu")
+    moved = trained.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(UnreadableFile, match="say where with --weights"):
+        resume(tmp_path / "run")
+    with pytest.raises(UsageError, match="only data, val, classes, weights"):
+        resume(tmp_path / "run", moved={"lr": "1"})
+    assert len(resume(tmp_path / "run", moved={"weights": moved}).rows) == 1
+    other = shutil.copy(tmp_path / "run" / "last.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(DoesNotFit, match="other content than"):
+        resume(tmp_path / "run", moved={"weights": other})
+
+
+def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares):
+    (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
+    said = []
+    done = train(small(epochs=2), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert (
+        done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
+        and said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off")
+        == 1
+    )
+
+
+def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
+    """The loss may be finite to the last step of an epoch, and what that step leaves not."""
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def spoil(self, parts, rate):
+        loss = run(self, parts, rate)
+        if self.step == 4:
+            self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
+        return loss
+
+    monkeypatch.setattr(Trainer, "run", spoil)
+    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 4; lower lr.*epoch 1 stands"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+    assert np.isfinite(read_weights(tmp_path / "run" / "last.safetensors").tensors["head.bias"]).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+@pytest.mark.slow
+def test_a_damaged_state_is_not_taken(small, tmp_path, damage):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(UnreadableFile, match=r"state\.safetensors"):
+        resume(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"command": "train", "recipe": {}}')
+    with pytest.raises(UnreadableFile, match="without the recipe"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_state_of_another_network_is_not_taken(small, tmp_path):
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    train(small(epochs=1, ema_decay=0.9), folder=tmp_path / "other", device="cpu")
+    shutil.copy(tmp_path / "other" / "state.safetensors", tmp_path / "run" / "state.safetensors")
+    with pytest.raises(UnreadableFile, match="does not fit the network at ema/"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "bfloat16"}, "does not have it on the cpu; take float32"),
+        ({"batchnorm": "sync"}, "does not have it on the CPU; use average"),
+        ({"batch_size": 21}, "only 20 training images"),
+        ({"patience": 2, "data": "images/train"}, "nothing tells when to stop"),
+        ({"accumulate": 3}, "not divisible by 3"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_not_ignored(small, tmp_path, monkeypatch, fields, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        train(small(**fields), folder=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_may_not_lie_among_its_images(small, squares):
+    with pytest.raises(UsageError, match="would be images"):
+        train(small(), folder=squares / "train" / "run", device="cpu")
+
+
+def test_a_batch_of_odd_size(small, tmp_path):
+    assert train(small(epochs=1, batch_size=7), folder=tmp_path / "run", device="cpu").rows[0]["step"] == 2
+
+
+def test_parts_of_a_step_add_up(small, tmp_path):
+    """The gradient of four parts is that of the whole batch, where no BatchNorm tells them apart."""
+    from fcvit.models.build import create_model
+    from fcvit.training.data import Division
+    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.step import Trainer
+
+    images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    targets = np.eye(2, dtype=np.float32)[[0, 1, 1, 1] * 2]
+    recipe = small(weights="some", freeze=True, eps=1.0)  # else AdamW's first step does not depend on the size
+    from fcvit.frameworks import import_framework
+
+    heads = []
+    for parts in (1, 4):
+        import_framework("paddle").seed(0)
+        model = create_model(recipe.network(), None, 2)
+        freeze_backbone(model)
+        trainer = Trainer(model, recipe, Division(8, parts=parts))
+        trainer.train_mode()
+        loss = trainer.run(iter(zip(np.split(images, parts), np.split(targets, parts), strict=True)), 0.1)
+        heads.append((loss, model.head.weight.numpy()))
+    assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
+    assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
+
+
+def test_every_step_and_part_draws_anew(small):
+    """Of dropout: the same images give another loss in each step and part, and the same again from the start."""
+    from fcvit.models.build import create_model
+    from fcvit.training.data import Division
+    from fcvit.training.step import Trainer
+
+    recipe = small(drop_rate=0.5, options={**small().options, "layer_scale": 1.0})
+    part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
+
+    def losses():
+        from fcvit.frameworks import import_framework
+
+        import_framework("paddle").seed(0)
+        trainer = Trainer(create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, Division(8, parts=2))
+        trainer.train_mode()
+        found = []
+        trainer._loss = lambda *given, loss=trainer._loss: found.append(loss(*given)) or found[-1]
+        for _ in range(2):
+            trainer.run(iter([part, part]), 0.0)
+        return [loss.item() for loss in found]
+
+    first = losses()
+    assert len(set(first)) == 4 and losses() == first
+
+
+@pytest.fixture
+def trained(small, tmp_path):
+    """Weights of two classes, `left` and `right`."""
+    return train(small(), folder=tmp_path / "first", device="cpu").folder / "last.safetensors"
+
+
+@pytest.mark.slow
+def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
+    data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
+    said = []
+    words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
+    done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("a new head for 3 classes" in text for text in said)
+    assert any("held out for validation: 4 of 20 images" in text for text in said)
+    assert any("batch_size 4: a quarter" in text for text in said)
+    kept = read_weights(done.weights)
+    assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.form.variant == read_weights(trained).form.variant
+    recipe, _ = finetune_recipe(trained, data, words)
+    assert (recipe.layer_decay, recipe.class_weights, recipe.patience) == (0.5, "balanced", 5)
+    before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
+    moved = {name: np.abs(after[name] - before[name]).mean() for name in before if name.endswith("norm1.weight")}
+    assert 0 < moved["network.0.0.norm1.weight"] < moved["network.6.0.norm1.weight"]
+
+
+@pytest.mark.slow
+def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares):
+    said = []
+    words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("the head goes on from theirs" in text for text in said)
+    before, after = (read_weights(path).tensors["head.weight"] for path in (trained, done.folder / "last.safetensors"))
+    assert np.abs(before - after).max() < 1e-6
+    anew = finetune(trained, squares, {**words, "new-head": "true"}, folder=tmp_path / "anew", device="cpu")
+    assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
+
+
+def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp_path, squares):
+    """The head is kept for the same classes in whatever order; a batch is a quarter, divisible into its parts."""
+    from fcvit.models.build import create_model, weights_of
+    from fcvit.weights.writing import write_weights
+
+    form = read_weights(trained).form
+    model = create_model(form.variant, None, 2)
+    other = tmp_path / "other.safetensors"
+    write_weights(other, weights_of(model, classes=(ClassName("right", "R"), ClassName("left", "L"))))
+    recipe, notes = finetune_recipe(other, squares, {"accumulate": "2"})
+    assert not recipe.new_head and "goes on from theirs" in notes[0]
+    assert recipe.batch_size == 4 and recipe.batch_size % 2 == 0
+    nameless = tmp_path / "nameless.safetensors"
+    write_weights(nameless, weights_of(model))
+    assert finetune_recipe(nameless, squares)[0].new_head, "two outputs without names may mean anything"
+    assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
+
+
+def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path):
+    """Else the learning rate would not reach its value; what is asked for stays, with a note."""
+    recipe, notes = finetune_recipe(trained, squares, {"epochs": "1"})
+    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in notes
+    assert learning_rate(recipe, 0) < learning_rate(recipe, 0.1) < learning_rate(recipe, 0.2)
+    assert learning_rate(recipe, 0.2) > 0.9 * recipe.peak_lr
+    assert finetune_recipe(trained, squares, {"epochs": "1", "lr-update": "epoch"})[0].warmup_epochs == 0
+    for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
+        recipe, notes = finetune_recipe(trained, squares, words)
+        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in notes)
+    said = []
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+    assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
+
+
+def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkeypatch, capsys):
+    from fcvit.report import progress as module
+
+    monkeypatch.setattr("fcvit.training.run.progress", functools.partial(module.progress, every=0))
+    train(small(epochs=2), folder=tmp_path / "run", device="cpu")
+    lines = capsys.readouterr().err.splitlines()
+    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in all"
+    assert re.fullmatch(expected, lines[0]), lines
+
+
+def test_the_time_of_all_counts_validation_and_later_epochs(small):
+    from fcvit.training.run import _Run
+
+    with _Run.prepared(small(epochs=3), "cpu", 0, lambda _: None) as run:
+        # 6 images are validated, at three times the rate; then two epochs of 16 images each.
+        assert run._seconds_after(1.0) == 2 + 2 * (16 + 2)
+        run.seconds.append(5.0)
+        assert run._seconds_after(1.0) == 2 + 2 * 5
+
+
+@pytest.mark.slow
+def test_drop_rates_hold_for_weights_too(trained, small):
+    from fcvit.training.data import find_splits
+    from fcvit.training.run import _network
+
+    recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)
+    weights = read_weights(trained)
+    model = _network(recipe, weights, find_splits(recipe, weights), lambda _: None)
+    assert model.network[6][0].drop_path.rate == 0.3 and model.network[6][0].channel_mixer.drop.p == 0.2
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
+    words = {"epochs": "1", "operators": "plain", "freeze": "true", "new_head": "true"}
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
+    changed = {name for name in before if (before[name] != after[name]).any() and not name.endswith("tracked")}
+    assert changed == {"head.weight", "head.bias"}
+    counters = [int(t[name]) for t in (before, after) for name in before if name.endswith("tracked")]
+    assert len(set(counters)) == 1, "statistics that stay are not counted as updated"
+
+
+def test_training_goes_on_from_weights_of_another_count_of_classes_only_with_a_new_head(trained, small, tmp_path):
+    data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4})
+    with pytest.raises(DoesNotFit, match="fcvit finetune"):
+        train(small(data=str(data), weights=str(trained)), folder=tmp_path / "run", device="cpu")
+
+
+def test_weights_of_another_network_are_refused(trained, small, tmp_path):
+    recipe = dataclasses.replace(small(weights=str(trained)), options={})
+    with pytest.raises(DoesNotFit):
+        train(recipe, folder=tmp_path / "run", device="cpu")
+
+
+@pytest.fixture
+def recipe_file(small, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(small().to_toml())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--velocity", "1"], 2, "no field 'velocity' in a recipe .known: variant, data"),
+        (["--wieght_decay", "1"], 2, "did you mean 'weight_decay'"),
+        (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
+        (["--data", "nowhere"], 3, "nowhere: no such folder"),
+        (["--resume", "somewhere"], 2, "expected a recipe, or --resume"),
+        (["--weights", "nowhere.pth"], 3, "nowhere.pth"),
+        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, "lower lr"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(recipe_file, tmp_path, capsys, words, code, message):
+    from fcvit.cli import main
+
+    assert main(["train", str(recipe_file), "--device", "cpu", "-o", str(tmp_path / "run"), *words]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("fcvit: note:")]
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, capsys):
+    from fcvit.cli import main
+
+    run, longer = str(tmp_path / "run"), str(tmp_path / "longer")
+    assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 1 and found["weights"] == f"{run}/best.safetensors"
+    assert main(["train", "--resume", run]) == 0
+    out = capsys.readouterr().out
+    assert "weights: " in out and out.startswith("1 epoch in")
+    assert main(["train", "--extend", run, "--epochs", "2", "-o", longer]) == 0
+    assert main(["train", "--extend", run, "--lr", "1"]) == 2
+    assert main(["train", "--resume", run, "--epochs", "2"]) == 2 and main(["train"]) == 2
+    assert main(["train", "--resume", run, "--device", "cpu"]) == 2
+    options = ["--option", "competition=false", "--option", "heads=4", "--crop-scale", "[0.5, 1.0]"]
+    assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", f"{run}-4", *options]) == 0
+    variant = read_weights(f"{run}-4/last.safetensors").form.variant
+    assert (variant.competition, variant.heads) == (False, 4)
+    assert main(["train", str(recipe_file), "--option", "heads"]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, capsys):
+    from fcvit.cli import main
+
+    words = ["finetune", "--weights", str(trained), "--data", str(squares)]
+    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 0
+    with Image.open(tmp_path / "seen.png") as picture:
+        assert min(picture.size) > 500
+    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "it is there already"
+    assert main([*words, "--epochs", "1", "--freeze", "true", "-o", str(tmp_path / "run")]) == 0
+    assert "best.safetensors" in capsys.readouterr().out
+    assert main([*words, "--epocs", "1"]) == 2 and main([*words, "--preview", "x.png", "--json"]) == 2
+
+
+def test_a_preview_shows_what_the_network_sees(small, tmp_path):
+    """Without any augmentation: the image itself, cut to its centre; with erasing: something else."""
+    plain = small(rand_augment=0, erasing=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop="centre")
+    pictures = {}
+    for name, recipe in (("plain", plain), ("erased", dataclasses.replace(plain, erasing=1.0))):
+        with Image.open(preview(recipe, tmp_path / f"{name}.png", images=3, versions=2)) as picture:
+            pictures[name] = np.asarray(picture.convert("RGB"), np.int16)
+    assert pictures["plain"].shape == pictures["erased"].shape
+    assert (pictures["plain"] != pictures["erased"]).any()
+
+
+@pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
+    """At seeded moments, in the native operators of a step or of the validation, or while a file is replaced."""
+    from fcvit.cli import main
+    from fcvit.native import operators
+
+    epochs = 2 + moments // 8
+    (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=epochs).to_toml())
+    command = ["train", str(tmp_path / "recipe.toml"), "--device", "cpu", "-o"]
+    calls, moment, number = 0, 0, signal.SIGINT
+
+    def interrupting(function):
+        def wrapped(*given):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                signal.raise_signal(number)
+            return function(*given)
+
+        return wrapped
+
+    monkeypatch.setattr(operators, "_run", interrupting(operators._run))
+    monkeypatch.setattr(os, "replace", interrupting(os.replace))
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    each_epoch = calls // epochs
+    words = [*command, str(run := tmp_path / "cut")]
+    generator = np.random.default_rng(0)
+    for place in range(moments):
+        number = (signal.SIGINT, signal.SIGTERM)[place % 2]
+        # An epoch has to end now and then, but not the run.
+        calls, moment = 0, each_epoch * 5 // 4 if place % 8 == 4 else 2 + int(generator.integers(each_epoch))
+        capsys.readouterr()
+        assert main(words) == 130, (place, moment)
+        assert f"go on with: fcvit train --resume {run}" in capsys.readouterr().err, (place, moment)
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (place, moment)
+        words = ["train", "--resume", str(run)]
+    moment = 0
+    assert 1 <= read_state(run)[0].epoch < epochs
+    assert main(words) == 0
+    assert state_of(run) == state_of(tmp_path / "whole")
