@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.commands.verify import trace_paddle, trace_torch
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, published
-from fcvit.verification.gates import gate_a, gate_b
+from fcvit.verification.equivalence import error_ratio, float64_difference
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
@@ -29,18 +29,18 @@ def main() -> None:
     for name, variant in VARIANTS.items():
         if published(variant) is None:
             continue
-        form = Form(variant, 1000)
-        weights = Weights(form, lively_tensors(form), None, "torch", None, None, (), ())
-        images = lively_input((2, 3, 224, 224))
+        spec = ModelSpec(variant, 1000)
+        weights = Weights(spec, synthetic_tensors(spec), None, "torch", None, None, (), ())
+        images = synthetic_input((2, 3, 224, 224))
         with np.load(GOLDEN / f"{name}.npz") as golden:
             exact, torch_32 = golden["logits"], golden["float32_logits"]
         paddle_32 = trace_paddle(weights, images, "float32")["output"]
         rows.append(
             {
                 "variant": name,
-                "paddle_float64": gate_a(trace_paddle(weights, images, "float64")["output"], exact),
-                "twin_float64": gate_a(trace_torch(weights, images, "float64")["output"], exact),
-                "gate_b": gate_b(paddle_32, torch_32, exact),
+                "paddle_float64": float64_difference(trace_paddle(weights, images, "float64")["output"], exact),
+                "twin_float64": float64_difference(trace_torch(weights, images, "float64")["output"], exact),
+                "gate_b": error_ratio(paddle_32, torch_32, exact),
                 "float32_max": float(np.abs(paddle_32 - torch_32).max()),
                 "float32_mean": float(np.abs(paddle_32 - torch_32).mean()),
             }

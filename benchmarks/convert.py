@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from fcvit.machine import processor_name
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.torch_file import write_zip
 
 CONVERT = """
@@ -50,7 +50,7 @@ def main() -> None:
         folder = Path(name)
         source = folder / "fcvit_b48.pth"
         with source.open("wb") as file:
-            write_zip(file, lively_tensors(Form(VARIANTS["fcvit_b48"], 1000)))
+            write_zip(file, synthetic_tensors(ModelSpec(VARIANTS["fcvit_b48"], 1000)))
         size = source.stat().st_size
         results["file_mb"] = size / 1e6
         times: dict[str, list[float]] = {}

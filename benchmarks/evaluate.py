@@ -29,16 +29,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labelled import read_dataset
+from fcvit.data.labeled import read_dataset
 from fcvit.data.loader import batches
-from fcvit.data.transforms.preprocess import Centre
+from fcvit.data.transforms.preprocess import Center
 from fcvit.evaluation.runner import evaluate
 from fcvit.inference.engines import create_engine
 from fcvit.machine import processor_name
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.torch_file import write_zip
 
 BATCH = 16
@@ -70,7 +70,7 @@ def main() -> None:
         photographs(root / "many", arguments.photos, 2000)
         weights = root / "weights.pth"
         with weights.open("wb") as file:
-            write_zip(file, lively_tensors(Form(VARIANTS[arguments.variant], 1000)))
+            write_zip(file, synthetic_tensors(ModelSpec(VARIANTS[arguments.variant], 1000)))
         rates: dict[str, list[float]] = {}
         for _ in range(arguments.repeat):  # in turn, so that a noisy minute hits all alike
             for what, measure in (
@@ -86,7 +86,7 @@ def main() -> None:
     for what, before, after in (("model", "before", "after"), ("plain", "plain before", "plain after")):
         rates[what] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop(before), rates.pop(after), strict=True)]
     medians = {what: statistics.median(values) for what, values in rates.items()}
-    # Ratios of neighbours in time, then their median.
+    # Ratios of neighbors in time, then their median.
     sides = list(zip(*(rates[what] for what in ("plain", "decode", "model", "whole")), strict=True))
     ratios = {
         "decode_over_plain": statistics.median(d / p for p, d, _, _ in sides),
@@ -153,7 +153,7 @@ def plain(folder: Path, cores: int) -> float:
 def decode(folder: Path, cores: int) -> float:
     images = read_dataset(folder, None, None, 1000)
     count, began = 0, 0.0
-    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [Centre(PIXELS)], cores):
+    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [Center(PIXELS)], cores):
         if began:
             count += len(batch.indices)
         else:

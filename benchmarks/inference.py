@@ -4,12 +4,13 @@ Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-si
           [--engines NAME ...] [--rounds N] [--json FILE]
 
 What `fcvit bench` measures, for several variants on weights by rule: contenders in processes of their own,
-interleaved. Images are uint8 and normalised inside, by every engine. Ratios are those to PyTorch in channels last
-between neighbours in time, then the median; they come last.
+interleaved. Images are uint8 and normalized inside, by every engine. Ratios are those to PyTorch in channels last
+between neighbors in time, then the median; they come last.
 """
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from fcvit.commands.bench import CONTENDERS, as_json_ready, bench
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     found = [
         bench(
             variant=variant,
@@ -35,7 +37,6 @@ def main() -> None:
             threads=[arguments.threads],
             precisions=["float32", "bfloat16"],
             rounds=arguments.rounds,
-            announce=print,
         )
         for variant in arguments.variants
         for batch in arguments.batch_sizes

@@ -84,8 +84,8 @@ def made_up(generator: np.random.Generator, count: int) -> np.ndarray:
     frequency = np.hypot(np.fft.fftfreq(16)[:, None], np.fft.rfftfreq(18))
     frequency[0, 0] = 1
     noise = np.fft.rfft2(generator.standard_normal((count, 16, 18)))
-    grey = np.fft.irfft2(noise / frequency**1.5, s=(16, 18))[:, :8, :9]
-    return np.packbits((grey[:, :, 1:] > grey[:, :, :-1]).reshape(count, 64), axis=1)
+    gray = np.fft.irfft2(noise / frequency**1.5, s=(16, 18))[:, :8, :9]
+    return np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(count, 64), axis=1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Run:  .venv/bin/python benchmarks/similarity.py [--variant NAME] [--size N] [--rounds N] [--json FILE]
 
 One image, float32, the Paddle network and the PyTorch twin on weights by rule; plain and keeping passes in turn, the
-ratio of neighbours in time, then the median. The maps are taken to NumPy in the time. Prints its ratios last.
+ratio of neighbors in time, then the median. The maps are taken to NumPy in the time. Prints its ratios last.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.commands.bench import weights_by_rule
+from fcvit.commands.bench import synthetic_weights
 from fcvit.frameworks import import_framework
 from fcvit.machine import available_threads, processor_name
 from fcvit.models.variants import VARIANTS
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    weights = weights_by_rule(VARIANTS[arguments.variant], print)
+    weights = synthetic_weights(VARIANTS[arguments.variant], print)
     images = np.random.default_rng(0).normal(size=(1, 3, arguments.size, arguments.size)).astype(np.float32)
     found = {}
     for name, passes in (("paddle", paddle_passes(weights, images)), ("torch", torch_passes(weights, images))):
@@ -72,9 +72,9 @@ def paddle_passes(weights, images):
 
 def torch_passes(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
-    model, x = build_twin(weights.form, weights.tensors), torch.from_numpy(images)
+    model, x = build_reference(weights.spec, weights.tensors), torch.from_numpy(images)
 
     def plain():
         with torch.inference_mode():

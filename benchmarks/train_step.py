@@ -6,7 +6,7 @@ Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N]
 Paddle plain (`fcvit.models.network`), the same with the allocator keeping its memory, native (`accelerate`), and
 PyTorch's twin in its default format and in channels_last, each in a process of its own that waits while
 another computes: they share no allocator and no pool of threads. They step in turn, so that a noisy minute
-hits all alike. Times are medians; ratios those of neighbours in time, then their median.
+hits all alike. Times are medians; ratios those of neighbors in time, then their median.
 On a machine that others use as well, waiting for descheduled threads drowns everything:
 `--one-thread` gives each a single one and counts its processor time instead.
 """
@@ -60,7 +60,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     print(f"{machine}; {arguments.size} x {arguments.size}, batch {arguments.batch}; medians of {arguments.rounds}")
     print("one thread each, its processor time:" if arguments.one_thread else "all threads, time on the wall:")
-    print("| variant | computed by | ms a step | forward | backward | optimiser | images/s |")
+    print("| variant | computed by | ms a step | forward | backward | optimizer | images/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for variant, times in results.items():
         for contender, steps in times.items():
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(contenders: list[str], setting: tuple, rounds: int) -> dict[str, list[list[float]]]:
-    """For each contender the seconds of forward, backward and optimiser, once a round."""
+    """For each contender the seconds of forward, backward and optimizer, once a round."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for contender in contenders:
@@ -122,7 +122,7 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
         accelerate(model)
     model.train()
     images, labels = map(paddle.to_tensor, data(size, batch, classes))
-    optimiser = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
+    optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
 
     def step() -> list[float]:
         marks = [clock()]
@@ -130,8 +130,8 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
         marks.append(clock())
         loss.backward()
         marks.append(clock())
-        optimiser.step()
-        optimiser.clear_grad()
+        optimizer.step()
+        optimizer.clear_grad()
         return [*marks, clock()]
 
     return step
@@ -144,7 +144,7 @@ def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
     model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1).to(memory_format=memory_format).train()
     images, labels = map(torch.from_numpy, data(size, batch, classes))
     images = images.to(memory_format=memory_format)
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
 
     def step() -> list[float]:
         marks = [clock()]
@@ -152,8 +152,8 @@ def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
         marks.append(clock())
         loss.backward()
         marks.append(clock())
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return [*marks, clock()]
 
     return step

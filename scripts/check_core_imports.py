@@ -18,7 +18,7 @@ NEED_AN_EXTRA = {
     "fcvit.native.network",
     "fcvit.native.operators",
     "fcvit.reference.network",
-    "fcvit.training.optimiser",
+    "fcvit.training.optimizer",
     "fcvit.training.statistics",
     "fcvit.training.step",
 }

@@ -27,9 +27,9 @@ import numpy as np
 
 from fcvit.commands.quickstart import CHECKPOINT, HELD_OUT, write_images
 from fcvit.models.classes import imagenet
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.torch_file import write_zip
 
 PROGRAM = Path(sys.executable).with_name("fcvit")
@@ -53,7 +53,7 @@ def main() -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place / path.name)
             with (root / "photos" / "tiny.pth").open("wb") as file:
-                write_zip(file, lively_tensors(Form(VARIANTS["fcvit_tiny"], 1000)))
+                write_zip(file, synthetic_tensors(ModelSpec(VARIANTS["fcvit_tiny"], 1000)))
             check(root / "photos", "tiny.pth", index, 3, (1, 7, 40))
     sys.exit(not passed)
 

@@ -3,7 +3,7 @@
 Run:  .venv/bin/python scripts/check_photographs.py PHOTOS GOLDEN
 PHOTOS is the folder of images, GOLDEN the JSON file that lists, for each file name and crop fraction
 (bicubic), the SHA-256 of the decoded RGB array and of the 224 x 224 x 3 crop, and values of the
-normalised tensor. Exits with 5 if anything differs.
+normalized tensor. Exits with 5 if anything differs.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.data.transforms.preprocess import crop, decode, normalise
+from fcvit.data.transforms.preprocess import crop, decode, normalize
 from fcvit.models.variants import Preprocessing
 
 
@@ -40,7 +40,7 @@ def main() -> int:
             golden = expected[fraction]
             what = f"{name} at {fraction}"
             check(f"{what}: crop", _sha256(pixels.transpose(1, 2, 0)) == golden["uint8_crop_sha256"])
-            tensor = normalise(pixels[None], preprocessing)[0]
+            tensor = normalize(pixels[None], preprocessing)[0]
             for key, found in (("tensor_first", tensor[:, 0, 0]), ("tensor_last", tensor[:, -1, -1])):
                 check(f"{what}: {key}", bool(np.abs(found - np.float32(golden[key])).max() <= 1e-6))
             mean, std = tensor.mean(dtype=np.float64), tensor.std(dtype=np.float64)

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from fcvit.data.transforms.preprocess import normalise, preprocess
+from fcvit.data.transforms.preprocess import normalize, preprocess
 from fcvit.models.variants import VARIANTS
 from fcvit.reference.network import FCViT
 
@@ -90,9 +90,9 @@ def main() -> None:
 
 
 def prepare(images: np.ndarray) -> torch.Tensor:
-    """(N, 8, 8) uint8 -> normalised float32 (N, 3, 32, 32), through the product's own preprocessing."""
+    """(N, 8, 8) uint8 -> normalized float32 (N, 3, 32, 32), through the product's own preprocessing."""
     batch = np.stack([preprocess(Image.fromarray(image), VARIANT.preprocessing) for image in images])
-    return torch.from_numpy(normalise(batch, VARIANT.preprocessing))
+    return torch.from_numpy(normalize(batch, VARIANT.preprocessing))
 
 
 def shift(batch: torch.Tensor) -> torch.Tensor:

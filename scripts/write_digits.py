@@ -1,6 +1,6 @@
 """Write the handwritten digits of the package as class folders, `train` and `val`, to train on.
 
-The images are scikit-learn's (UCI, CC BY 4.0), 8 x 8 grey; the 360 held-out ones are those that `fcvit
+The images are scikit-learn's (UCI, CC BY 4.0), 8 x 8 gray; the 360 held-out ones are those that `fcvit
 quickstart` evaluates.
 
 Run: .venv/bin/python scripts/write_digits.py FOLDER [--even-odd]

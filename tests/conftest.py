@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
@@ -15,11 +16,11 @@ import pytest
 from PIL import Image
 
 from fcvit.frameworks import installed
-from fcvit.models.spec import Form, is_counter
+from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
 from fcvit.training.recipe import Recipe
 from fcvit.weights import pdparams, torch_file
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 # The networks here are small and the tests run side by side: threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,7 +33,7 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ("fcvit_tiny", "fcvit_b12", "fcvit_b24", "fcvit_b48")
-DIGITS = Form(VARIANTS["fcvit_digits"], 10)
+DIGITS = ModelSpec(VARIANTS["fcvit_digits"], 10)
 
 needs_paddle = pytest.mark.skipif(not installed("paddle"), reason="PaddlePaddle is not installed")
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="PyTorch is not installed")
@@ -45,6 +46,20 @@ def same_signal_handlers():
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.fixture
+def notes():
+    """What the package logs for people, in order."""
+    logger, texts = logging.getLogger("fcvit"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield texts
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture
@@ -82,7 +97,7 @@ def sha256(array: np.ndarray) -> str:
 @pytest.fixture(scope="session")
 def digits_tensors() -> dict[str, np.ndarray]:
     """Lively weights of the small variant: authors' names, PyTorch's layout."""
-    return lively_tensors(DIGITS)
+    return synthetic_tensors(DIGITS)
 
 
 @pytest.fixture

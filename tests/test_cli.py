@@ -19,7 +19,7 @@ from fcvit import frameworks
 from fcvit.cli import app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
 from fcvit.text import printable
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_paddles_noise_stays_away(digits_pth, image):
     done = command("predict", image, "--weights", digits_pth)
     notes = [line for line in done.stderr.splitlines() if "exporting" not in line]  # the first time
     assert done.returncode == 0 and len(notes) == 1 and notes[0].startswith("fcvit: note: engine: ")
-    assert "\x1b" not in done.stdout  # no colours, no bar on a pipe
+    assert "\x1b" not in done.stdout  # no colors, no bar on a pipe
 
 
 @pytest.mark.parametrize("words", ["models", "inspect --tensors {}", "inspect --tensors --json {}"])
@@ -385,7 +385,7 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
     """What `fcvit inspect --json` says of a dense backbone."""
     import dataclasses
 
-    path = write_pth(tmp_path / "d.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
+    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
     found = json.loads(run("inspect", path, "--json")[1])
     assert found["form"] == "fcvit_digits (dense-prediction backbone)" and found["num_classes"] == 0
 
@@ -697,8 +697,7 @@ def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
     code, *_ = run("demo", "--weights", digits_pth, "--weights", "b.pth", "--port", "8000", "--device", "cpu", "--open")
     assert code == 0
     ((weights, options),) = asked
-    announce = options.pop("announce")
-    assert [str(one) for one in weights] == [str(digits_pth), "b.pth"] and callable(announce)
+    assert [str(one) for one in weights] == [str(digits_pth), "b.pth"]
     assert options == {"port": 8000, "device": "cpu", "ema": None, "open_browser": True}
     for port in ("0", "65536"):
         monkeypatch.undo()

@@ -7,11 +7,11 @@ import pytest
 
 from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
 from fcvit.commands.verify import trace_paddle, trace_torch
-from fcvit.models.spec import Form, entries, recognise
+from fcvit.models.spec import ModelSpec, recognize, tensor_specs
 from fcvit.models.variants import VARIANTS, Variant
-from fcvit.verification.gates import GATE_A, GATE_B, gate_b
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 OPTIONS = golden_json("options.json")
 SIDES = [
@@ -20,13 +20,13 @@ SIDES = [
 ]
 
 
-def lively(form: Form, salt: str = "") -> Weights:
-    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+def lively(spec: ModelSpec, salt: str = "") -> Weights:
+    return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
 def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.dtype == expected.dtype == np.float64
-    assert np.abs(found - expected).max() <= GATE_A * expected.std()
+    assert np.abs(found - expected).max() <= FLOAT64_LIMIT * expected.std()
 
 
 @pytest.mark.parametrize("trace", SIDES)
@@ -35,15 +35,15 @@ def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
 )
 def test_published_variants_in_float64(name, trace):
     golden = golden_json(f"{name}.json")
-    places = trace(lively(Form(VARIANTS[name], 1000)), lively_input((2, 3, 224, 224)), "float64")
+    places = trace(lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float64")
     assert_equal(places["output"], golden_arrays(f"{name}.npz")["logits"])
     stages = ("patch_embed", *(f"network.{i}" for i in range(7)), "norm")
     for stage in stages:
         expected, found = golden["stages"][stage], places[stage]
         assert list(found.shape) == expected["shape"]
-        assert np.abs(found.ravel()[expected["index"]] - expected["value"]).max() <= GATE_A * expected["std"]
-        assert found.mean() == pytest.approx(expected["mean"], abs=GATE_A * expected["std"])
-        assert found.std() == pytest.approx(expected["std"], rel=GATE_A)
+        assert np.abs(found.ravel()[expected["index"]] - expected["value"]).max() <= FLOAT64_LIMIT * expected["std"]
+        assert found.mean() == pytest.approx(expected["mean"], abs=FLOAT64_LIMIT * expected["std"])
+        assert found.std() == pytest.approx(expected["std"], rel=FLOAT64_LIMIT)
 
 
 @needs_paddle
@@ -53,8 +53,8 @@ def test_published_variants_in_float64(name, trace):
 @pytest.mark.slow
 def test_published_variants_in_float32(name):
     golden = golden_arrays(f"{name}.npz")
-    places = trace_paddle(lively(Form(VARIANTS[name], 1000)), lively_input((2, 3, 224, 224)), "float32")
-    assert gate_b(places["output"], golden["float32_logits"], golden["logits"]) <= GATE_B
+    places = trace_paddle(lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float32")
+    assert error_ratio(places["output"], golden["float32_logits"], golden["logits"]) <= RATIO_LIMIT
 
 
 @pytest.mark.parametrize("trace", SIDES)
@@ -63,15 +63,15 @@ def test_published_variants_in_float32(name):
 def test_every_option_in_float64(name, trace):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
-    places = trace(lively(recognise(shapes), salt), lively_input(tuple(OPTIONS["input_shape"]), salt), "float64")
+    places = trace(lively(recognize(shapes), salt), synthetic_input(tuple(OPTIONS["input_shape"]), salt), "float64")
     assert_equal(places["output"], golden_arrays("options.npz")[name])
 
 
 @pytest.mark.parametrize("trace", SIDES)
 @pytest.mark.slow
 def test_dense_backbone_in_float64(trace):
-    weights = lively(Form(VARIANTS["fcvit_tiny"], dense=True), "features/")
-    places = trace(weights, lively_input((1, 3, 72, 104), "features/"), "float64")
+    weights = lively(ModelSpec(VARIANTS["fcvit_tiny"], dense=True), "features/")
+    places = trace(weights, synthetic_input((1, 3, 72, 104), "features/"), "float64")
     for stage, expected in golden_arrays("features.npz").items():
         assert_equal(places[f"output{stage.removeprefix('stage')}"], expected)
 
@@ -79,8 +79,8 @@ def test_dense_backbone_in_float64(trace):
 @needs_torch
 def test_the_goldens_notice_an_option_that_was_ignored():
     """The same tensors but for the weighting of the context: other logits."""
-    form = Form(dataclasses.replace(VARIANTS["fcvit_tiny"], weighted_context=False), 1000)
-    places = trace_torch(lively(form), lively_input((2, 3, 224, 224)), "float64")
+    spec = ModelSpec(dataclasses.replace(VARIANTS["fcvit_tiny"], weighted_context=False), 1000)
+    places = trace_torch(lively(spec), synthetic_input((2, 3, 224, 224)), "float64")
     expected = golden_arrays("fcvit_tiny.npz")["logits"]
     assert np.abs(places["output"] - expected).max() > 1e-3 * expected.std()
 
@@ -115,6 +115,6 @@ def test_a_setting_of_the_authors_is_a_field_of_the_variant(name):
         channel_attention_kernels=(pooled["size_1"], pooled["size_2"]),
         layer_scale=1e-5 if case["use_layer_scale"] else None,
     )
-    form = Form(variant, OPTIONS["num_classes"])
-    assert {key: list(entry.shape) for key, entry in entries(form).items()} == case["state_dict"]
-    assert recognise({key: tuple(shape) for key, shape in case["state_dict"].items()}) == form
+    spec = ModelSpec(variant, OPTIONS["num_classes"])
+    assert {key: list(entry.shape) for key, entry in tensor_specs(spec).items()} == case["state_dict"]
+    assert recognize({key: tuple(shape) for key, shape in case["state_dict"].items()}) == spec

@@ -41,7 +41,7 @@ ORDER = {
         "finetune",
         "preview",
     ),
-    "training": ("recipe", "schedule", "data", "optimiser", "statistics", "step", "state", "log", "run"),
+    "training": ("recipe", "schedule", "data", "optimizer", "statistics", "step", "state", "log", "run"),
 }
 
 

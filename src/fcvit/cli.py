@@ -7,6 +7,7 @@ codes stand in `fcvit.errors` and docs/cli.md.
 import contextlib
 import functools
 import io
+import logging
 import math
 import os
 import re
@@ -116,7 +117,7 @@ def convert(
         dtype: Type to store (default: as in the source).
         ema: Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.
         key: Take this one of several sets of weights in the source, such as teacher or model.state_dict.
-        variant: What the file must be (default: recognised from its tensors).
+        variant: What the file must be (default: recognized from its tensors).
         classes: Class list: CSV with id and name, or one class per line.
         new_head: Replace the head by a fresh one for this many classes.
         input_size: Store another input size in pixels than the variant's.
@@ -246,7 +247,7 @@ def export(
         form: onnx, paddle or openvino (default: by the output's ending).
         size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
         dynamic: Take images of any size (onnx, openvino).
-        uint8: Take uint8 RGB images and normalise them inside.
+        uint8: Take uint8 RGB images and normalize them inside.
         probabilities: Give probabilities instead of logits.
         precision: float32 (default), or int8 with --calibrate (onnx).
         calibrate: Folder of images that int8 takes its scales from, such as training images.
@@ -269,10 +270,9 @@ def export(
         probabilities=probabilities,
         precision=precision,
         calibration=calibrate,
-        images=find_images(images, _note) if images else (),
+        images=find_images(images) if images else (),
         ema=ema,
         overwrite=overwrite,
-        announce=_note,
     )
     if as_json:
         import dataclasses
@@ -345,7 +345,6 @@ def bench(
         reference=reference,
         ema=ema,
         folder=output,
-        announce=_note,
     )
     if as_json:
         _print_json(as_json_ready(found))
@@ -393,7 +392,7 @@ def similarity(
         context: The first or second global context of the block.
         heads: each (default), mean, or the number of a head.
         values: standardised (default), or rescaled as they multiply the context.
-        scale: Of the colours: one for a picture (default), or one for each head, which then has its range in its name.
+        scale: Of the colors: one for a picture (default), or one for each head, which then has its range in its name.
         top_k: Classes in the caption.
         classes: Class list: CSV with id and name, or one class per line (default: the file's own).
         device: auto, cpu, gpu or gpu:N.
@@ -418,7 +417,6 @@ def similarity(
         classes=read_classes(classes) if classes else None,
         device=device,
         ema=ema,
-        announce=_note,
     )
     return _print_result(found, tables.maps_written, as_json)
 
@@ -450,11 +448,11 @@ def heads(
         as_json: Print JSON.
     """
     from fcvit.analysis.heads import heads as run
-    from fcvit.data.folders import evenly
+    from fcvit.data.folders import sample_evenly
     from fcvit.report import tables
 
     options: dict[str, Any] = {"vit": vit, "vit_weights": vit_weights, "device": device, "ema": ema}
-    found = run(weights, evenly(_found_images("heads", images, output), most), output, **options, announce=_note)
+    found = run(weights, sample_evenly(_found_images("heads", images, output), most), output, **options)
     return _print_result(found, tables.heads, as_json)
 
 
@@ -490,7 +488,7 @@ def trust(
         as_json: Print JSON.
     """
     from fcvit.analysis.trust import trust as run
-    from fcvit.data.folders import evenly
+    from fcvit.data.folders import sample_evenly
     from fcvit.report import tables
 
     options: dict[str, Any] = {
@@ -502,7 +500,7 @@ def trust(
         "device": device,
         "ema": ema,
     }
-    found = run(weights, evenly(_found_images("trust", images, output), most), output, **options, announce=_note)
+    found = run(weights, sample_evenly(_found_images("trust", images, output), most), output, **options)
     return _print_result(found, tables.trust, as_json)
 
 
@@ -516,7 +514,7 @@ def _found_images(command: str, arguments: tuple[str, ...], output: Path | None)
     if output is not None:
         for argument in arguments:
             runs.refuse_inside(output, Path(argument), argument)
-    return find_images(arguments, _note)
+    return find_images(arguments)
 
 
 def _print_result(found: Any, as_tables: Any, as_json: bool) -> int:
@@ -557,7 +555,7 @@ def demo(
     """
     from fcvit.commands.demo import demo as run
 
-    run(weights or (), port=port, device=device, ema=ema, open_browser=open_browser, announce=_note)
+    run(weights or (), port=port, device=device, ema=ema, open_browser=open_browser)
 
 
 @app.command(name="check-data")
@@ -589,7 +587,7 @@ def check_data(
         if not name or not path or "/" in name or name in splits:
             raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
         splits[name] = Path(path)
-    found = run(data, splits, few=few, near=near, workers=_workers() if workers is None else workers, announce=_note)
+    found = run(data, splits, few=few, near=near, workers=_workers() if workers is None else workers)
     if as_json:
         import dataclasses
 
@@ -632,7 +630,7 @@ def evaluate(
     save_logits: Annotated[bool | None, Parameter(negative=())] = None,
     as_json: Json = False,
 ) -> int:
-    """Measure accuracy on labelled images.
+    """Measure accuracy on labeled images.
 
     Args:
         weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
@@ -706,7 +704,7 @@ def evaluate(
         start = functools.partial(run, weights, data, record=True, **given)
     unwritten = None
     try:
-        found = start(workers=workers, strict=strict, announce=_note)
+        found = start(workers=workers, strict=strict)
     except NotWritten as error:  # the figures are there all the same
         found, unwritten = error.evaluation, error
     if not found.first:
@@ -773,11 +771,15 @@ def train(
     if resume is not None:
         if output or others or preview or device != "auto":
             raise UsageError(f"train: --resume goes on as the run began; it takes {places}, and no other field")
-        return _trained(task.resume(resume, moved=moved, workers=processes, announce=_note), as_json)
+        return _trained(task.resume(resume, moved=moved, workers=processes), as_json)
     if extend is not None:
         if set(others) != {"epochs"} or not others["epochs"].isdecimal() or preview or device != "auto":
             raise UsageError(f"train: --extend RUN takes --epochs N, of the longer schedule, and {places}")
-        options = {"folder": output, "moved": moved, "workers": processes, "announce": _note}
+        options = {
+            "folder": output,
+            "moved": moved,
+            "workers": processes,
+        }
         return _trained(task.extend(extend, int(others["epochs"]), **options), as_json)
     from fcvit.training.recipe import read_recipe
 
@@ -785,7 +787,7 @@ def train(
     resolved = read_recipe(recipe, overrides)
     if preview is not None:
         return _previewed(resolved, preview, output, as_json)
-    done = task.train(resolved, folder=output, device=device, workers=processes, announce=_note)
+    done = task.train(resolved, folder=output, device=device, workers=processes)
     return _trained(done, as_json)
 
 
@@ -821,7 +823,7 @@ def finetune(
         _note(note)
     if preview is not None:
         return _previewed(resolved, preview, output, as_json)
-    done = run(resolved, folder=output, device=device, workers=_train_workers(workers, device), announce=_note)
+    done = run(resolved, folder=output, device=device, workers=_train_workers(workers, device))
     return _trained(done, as_json)
 
 
@@ -933,10 +935,10 @@ def predict(
     if as_json and csv:
         raise UsageError("predict: --json and --csv are two answers; choose one")
     check_counts(top_k, batch_size)
-    paths = find_images(images, _note)
+    paths = find_images(images)
     named = read_classes(classes) if classes else None
     options: dict[str, Any] = {"ema": ema, "classes": named, "device": device, "engine": engine, "threads": threads}
-    classifier = load(weights, **options, announce=_note)
+    classifier = load(weights, **options)
     results = zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True)
     if csv:
         print("path,place,index,id,name,probability")
@@ -1066,6 +1068,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _note(str(message))
 
 
+class _Notes(logging.Handler):
+    """Show what the package logs as notes on the standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _note(record.getMessage())
+
+
 def _note(text: str) -> None:
     _say(f"fcvit: note: {text}", error=True)
 
@@ -1079,7 +1088,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
-        with _interruptions(keep=arguments is None), warnings.catch_warnings():
+        with _interruptions(keep=arguments is None), warnings.catch_warnings(), _notes_shown():
             warnings.showwarning = _show_warning
             if not debug:
                 warnings.simplefilter("ignore")
@@ -1110,6 +1119,19 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+@contextlib.contextmanager
+def _notes_shown() -> Iterator[None]:
+    logger, handler = logging.getLogger("fcvit"), _Notes()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class TrainingStopped(FcvitError, ArithmeticError):
 
 
 class FreshWeights(UserWarning):
-    """Some weights were not in the file and start from their initialisation."""
+    """Some weights were not in the file and start from their initialization."""
 
 
 INTERRUPTED = 130

@@ -7,6 +7,7 @@ the evaluation needs no more than a word at the beginning and the records at the
 
 import dataclasses
 import functools
+import logging
 import os
 import time
 from typing import Any
@@ -110,4 +111,7 @@ def join() -> Processes:
     if count == 1:
         return Processes()
     store = import_framework("paddle").base.core.create_or_get_global_tcp_store()
-    return Processes(int(os.environ["PADDLE_TRAINER_ID"]), count, store)
+    rank = int(os.environ["PADDLE_TRAINER_ID"])
+    if rank:  # the first process speaks for all
+        logging.getLogger("fcvit").setLevel(logging.WARNING)
+    return Processes(rank, count, store)

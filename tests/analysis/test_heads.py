@@ -10,12 +10,12 @@ from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import plain_vit
 from fcvit.analysis.heads import agreement, between_heads, heads, measure, measure_queries, sparseness
 from fcvit.analysis.similarity import Viewer
-from fcvit.data.transforms.preprocess import normalise, preprocess
+from fcvit.data.transforms.preprocess import normalize, preprocess
 from fcvit.errors import DoesNotFit, MissingExtra, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.models.maps import Similarity, SimilarityMap
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_input
+from fcvit.weights.synthetic import synthetic_input
 
 
 def correlation(one, other):
@@ -236,14 +236,14 @@ def vit_file(tmp_path_factory):
 def test_the_attention_is_the_one_that_timm_computes(vit_file):
     torch = import_framework("torch")
     vit = plain_vit.PlainViT("vit_tiny_patch16_224", vit_file, "cpu")
-    batch = (64 * lively_input((2, 3, 224, 224)) + 128).clip(0, 255).astype(np.uint8)
+    batch = (64 * synthetic_input((2, 3, 224, 224)) + 128).clip(0, 255).astype(np.uint8)
     found, attention = vit.logits(batch), []
     for block in vit.model.blocks:
         assert not block.attn._forward_pre_hooks, "none of our hooks stays"
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_pre_hook(lambda _, given: attention.append(given[0].numpy()))
     with torch.inference_mode():
-        vit.model(torch.from_numpy(normalise(batch, vit.preprocessing)))
+        vit.model(torch.from_numpy(normalize(batch, vit.preprocessing)))
     assert len(found) == len(attention) == 12
     for logits, whole in zip(found, attention, strict=True):
         patches = whole[:, :, 1:, 1:] / whole[:, :, 1:, 1:].sum(-1, keepdims=True)

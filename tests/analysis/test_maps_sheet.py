@@ -1,4 +1,4 @@
-"""Pictures of maps, read back: what is where, in which colour, under which name."""
+"""Pictures of maps, read back: what is where, in which color, under which name."""
 
 import io
 
@@ -31,7 +31,7 @@ def sheet(rows, title=("a.png", ": stage 1"), subtitle=("cat", " 90 %"), columns
 
 
 def tiles(figure):
-    """Name and pixels of everything that is drawn, but the colour bar."""
+    """Name and pixels of everything that is drawn, but the color bar."""
     return {axes.get_title(loc="left"): np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images}
 
 
@@ -54,20 +54,20 @@ def viridis(value):
     return np.array(colormaps["viridis"](value)[:3])
 
 
-def grey(row):
+def gray(row):
     """What is under a map in that row of the ramp."""
     return 165 + 90 * np.clip((RAMP[row, 0, 0] - np.percentile(RAMP, 1)) / np.ptp(np.percentile(RAMP, [1, 99])), 0, 1)
 
 
-def test_each_map_is_where_it_says_in_viridis_over_grey():
+def test_each_map_is_where_it_says_in_viridis_over_gray():
     rows = [task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), level(30, 40, 0.0, 0.5)]))]
     drawn = tiles(sheet(rows))
     assert list(drawn) == ["image, what was seen", "head 1", "head 2"]
     for name, corner, value in (("head 1", (5, 5), 1.0), ("head 2", (35, 45), 0.5), ("head 1", (35, 45), 0.0)):
-        expected = 0.7 * 255 * viridis(value) + 0.3 * grey(corner[0])
+        expected = 0.7 * 255 * viridis(value) + 0.3 * gray(corner[0])
         assert np.abs(drawn[name][corner] - expected).max() <= 2, (name, corner)
     unseen = drawn["head 1"][5, 55]
-    assert unseen[0] == unseen[1] == unseen[2] > 230, "no colour"
+    assert unseen[0] == unseen[1] == unseen[2] > 230, "no color"
     assert (drawn["image, what was seen"][20, 5] == SCENE.image[20, 5]).all()
     assert (drawn["image, what was seen"][20, 55] == (SCENE.image[20, 55].astype(int) + 3 * 255) // 4).all(), "pale"
 
@@ -92,7 +92,7 @@ def test_a_single_position_is_no_map_and_says_so():
     tile = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 2")
     assert [text.get_text() for text in tile.texts] == ["one position:\nno map"]
     shown = np.asarray(tile.images[0].get_array()).astype(int)
-    assert np.ptp(shown, axis=2).max() == 0, "no colour"
+    assert np.ptp(shown, axis=2).max() == 0, "no color"
     assert shown[20, 5, 0] < shown[20, 55, 0], "what was not seen is paler"
     other = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 1")
     assert not other.texts
@@ -115,7 +115,7 @@ def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
     assert low == pytest.approx(0) and high == pytest.approx(4)
     assert "stage 1" in texts(figure) and "stage 2" in texts(figure)
     one, four = [np.asarray(axes.images[0].get_array())[5, 5] for axes in figure.axes[1:3]]
-    assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * grey(5))).max() <= 3
+    assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * gray(5))).max() <= 3
     assert four[0] > one[0]
 
 
@@ -132,7 +132,7 @@ def test_each_head_may_have_its_own_range():
     assert found.name == "x" and np.isnan(found.maps[3]).all()
 
 
-def test_what_is_not_finite_takes_the_colour_of_nothing_else():
+def test_what_is_not_finite_takes_the_color_of_nothing_else():
     rows = [task.Row("", ["a", "b"], np.stack([level(0, 0), np.full((40, 60), np.nan)]))]
     drawn = tiles(sheet(rows))
     assert np.abs(drawn["a"][5, 5] - drawn["a"][35, 45].astype(float)).max() > 50
@@ -172,7 +172,7 @@ def test_titles_that_do_not_fit_keep_what_the_file_name_would_push_away():
         assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
 
 
-def test_names_of_other_scripts_and_odd_characters_do_not_move_their_neighbours():
+def test_names_of_other_scripts_and_odd_characters_do_not_move_their_neighbors():
     with drawing():
         line = joined(("שלום.png", ": stage 1"), 5)
         assert line == "\u200eשלום.png\u200e\u200e: stage 1\u200e"

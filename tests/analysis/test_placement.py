@@ -21,7 +21,7 @@ def square_image(size, box):
     return image
 
 
-def centre(values, size):
+def center(values, size):
     """Of the brightness over the background, in pixels of the original."""
     weights = np.nan_to_num(values - np.nanmin(values))
     rows, columns = np.indices(values.shape) + 0.5
@@ -50,7 +50,7 @@ def test_a_square_comes_back_to_its_place(size, stride):
     placed = place(cells, size, AUTHORS)
     assert placed.shape == size[::-1]
     expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    assert np.abs(np.subtract(centre(placed, size), expected)).max() < 1
+    assert np.abs(np.subtract(center(placed, size), expected)).max() < 1
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (97, 131)])
@@ -59,7 +59,7 @@ def test_on_a_smaller_picture_it_is_at_the_same_place(size):
     whole, half = place(maps, size, AUTHORS), place(maps, size, AUTHORS, (size[0] // 2, size[1] // 2))
     assert half.shape == (2, size[1] // 2, size[0] // 2)
     for one, other in zip(whole, half, strict=True):
-        assert np.abs(np.subtract(centre(one, size), centre(other, size))).max() < 1
+        assert np.abs(np.subtract(center(one, size), center(other, size))).max() < 1
 
 
 @given(
@@ -96,7 +96,7 @@ def test_the_networks_own_convolutions_see_it_there(size):
     x = F.conv2d(x, torch.ones(1, 1, 3, 3, dtype=torch.float64), stride=2, padding=1)
     placed = place(x[0, 0].numpy(), size, AUTHORS)
     expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    assert np.abs(np.subtract(centre(placed, size), expected)).max() < 1
+    assert np.abs(np.subtract(center(placed, size), expected)).max() < 1
 
 
 @pytest.mark.parametrize(("side", "cells"), [(32, 8), (33, 9), (32, 4), (96, 3)])

@@ -10,17 +10,17 @@ from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import similarity as task
 from fcvit.analysis.placement import place
 from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
-from fcvit.data.transforms.preprocess import crop, normalise
+from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.predict import Prediction
 from fcvit.metrics.classification import softmax
 from fcvit.models.classes import ClassName
 from fcvit.models.maps import Similarity, SimilarityMap
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 PIXELS = DIGITS.variant.preprocessing
 
@@ -57,7 +57,7 @@ def test_what_the_command_leaves(digits_pth, photos, tmp_path):
             assert np.array_equal(kept[f"{one.name}.rescaled"], one.rescaled[0])
     with Image.open(tmp_path / "run" / "wide-depth.png") as depth, Image.open(tmp_path / "run" / "wide.png") as sheet:
         assert depth.height > sheet.height > 300 and depth.width > 1000
-        assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 200, "colours of a map"
+        assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 200, "colors of a map"
 
 
 @needs_paddle
@@ -119,9 +119,9 @@ def test_without_the_extra_the_command_is_named(digits_pth, photos, tmp_path, no
 
 @needs_paddle
 def test_a_dense_backbone_has_no_viewer(tmp_path):
-    form = Form(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, dense=True)
     with pytest.raises(DoesNotFit, match="maps come from a classifier"):
-        Viewer(read_weights(write_pth(tmp_path / "dense.pth", lively_tensors(form))))
+        Viewer(read_weights(write_pth(tmp_path / "dense.pth", synthetic_tensors(spec))))
 
 
 def test_heads_are_chosen_and_named():
@@ -182,7 +182,7 @@ def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
 
 
 @needs_paddle
-def test_heads_with_colours_of_their_own(viewer, drawn):
+def test_heads_with_colors_of_their_own(viewer, drawn):
     seen = coded(image_by_rule(32, 32))
     task.picture(viewer, seen, "a.png", (1, 1, 1), "each", "standardised", "head")
     task.depth_picture(viewer, seen, "a.png", 1, "each", "standardised", "head")
@@ -252,12 +252,12 @@ def test_what_is_shown_without_a_choice_has_several_positions(size, stage, digit
 def test_a_viewer_and_the_arrays_have_what_the_twin_computes(viewer, digits_tensors):
     """Standardised and rescaled, each under its own name, in the shapes of the network."""
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
     image = image_by_rule(71, 40)
     batch = crop(image, PIXELS)[None]
     with torch.inference_mode():
-        expected = build_twin(DIGITS, digits_tensors).similarity(torch.from_numpy(normalise(batch, PIXELS)), True)
+        expected = build_reference(DIGITS, digits_tensors).similarity(torch.from_numpy(normalize(batch, PIXELS)), True)
     found = viewer.similarity(batch, tokens=True)
     seen = viewer.see(image)
     with np.load(io.BytesIO(task._arrays(seen)), allow_pickle=False) as kept:
@@ -312,7 +312,7 @@ def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path)
 
 @needs_paddle
 @pytest.mark.charts
-def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn):
+def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn, notes):
     """Whole images only: their files, and no overview."""
     see, told = Viewer.see, []
 
@@ -323,7 +323,7 @@ def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkey
 
     monkeypatch.setattr(Viewer, "see", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        similarity(digits_pth, photos, tmp_path / "run", announce=told.append)
+        similarity(digits_pth, photos, tmp_path / "run")
     assert told == [f"the files of 1 of 3 images are in {tmp_path / 'run'}"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "run.json",

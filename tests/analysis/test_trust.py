@@ -25,8 +25,8 @@ from fcvit.analysis.trust import (
 )
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.models.maps import SimilarityMap, short
-from fcvit.models.spec import Form
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.models.spec import ModelSpec
+from fcvit.weights.synthetic import synthetic_tensors
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_map_of_what_matters_beats_one_of_what_does_not():
     right = np.zeros((32, 32))
     right[:16, :16] = 1
     deletion, insertion = removal(quarter(), right, mass)
-    nothing = round(255 / 4) / 255  # the image's mean colour
+    nothing = round(255 / 4) / 255  # the image's mean color
     assert len(deletion) == STEPS and deletion[0] == insertion[-1] == 1
     assert deletion[-1] == insertion[0] == pytest.approx(nothing, abs=1e-2)
     wrong_deletion, wrong_insertion = removal(quarter(), -right, mass)
@@ -243,7 +243,7 @@ def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
 
 @needs_paddle
 @pytest.mark.parametrize("after", [9, 11])
-def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts):
+def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
     """Of ten images at least; from both halves of them."""
     measured, told = [], []
 
@@ -256,7 +256,7 @@ def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_
     monkeypatch.setattr(task, "measure", interrupted)
     monkeypatch.setattr(task, "trust_chart", lambda *_: b"png")
     with pytest.raises(KeyboardInterrupt):
-        trust(digits_pth, [*photos, *photos], tmp_path / "run", engine="paddle", announce=told.append)
+        trust(digits_pth, [*photos, *photos], tmp_path / "run", engine="paddle")
     assert measured[:4] == [(0, 10), (10, 0), (1, 11), (11, 1)]
     assert (tmp_path / "run" / "trust.json").exists() == (after == 11)
     if after == 11:
@@ -266,7 +266,7 @@ def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_
 
 
 @needs_paddle
-def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypatch):
+def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypatch, notes):
     """By the number of images that go through the network, which is exact."""
     done, told = [], []
 
@@ -275,7 +275,7 @@ def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypat
         return np.zeros((len(batch), 10), np.float32)
 
     monkeypatch.setattr(task, "create_engine", lambda *_, **__: compute)
-    trust(digits_pth, photos, announce=told.append)
+    trust(digits_pth, photos)
     passes = (sum(done) - 1 - 2 * STEPS) // len(photos)  # without those that the time was taken of
     (note,) = told
     assert note.startswith(f"10 images, each {passes:,} times through the network: about 0:00:0")
@@ -286,7 +286,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, 
         trust(digits_pth, photos[:9])
     with pytest.raises(UsageError, match="--heads 9: expected each, mean, or a number from 1 to 8"):
         trust(digits_pth, photos, tmp_path / "run", heads="9")
-    body = write_pth(tmp_path / "body.pth", lively_tensors(Form(DIGITS.variant)))
+    body = write_pth(tmp_path / "body.pth", synthetic_tensors(ModelSpec(DIGITS.variant)))
     with pytest.raises(DoesNotFit, match="predicts nothing"):
         trust(body, photos)
     full = tmp_path / "full"

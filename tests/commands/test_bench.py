@@ -19,22 +19,22 @@ from fcvit.cli import main
 from fcvit.commands import bench as task
 from fcvit.commands.bench import Contender, _Loaded, _Turn, as_csv, as_json_ready, bench, percentile, rows_of_chart
 from fcvit.errors import DoesNotFit, MissingExtra, UsageError
-from fcvit.models.spec import Form, multiply_accumulates
+from fcvit.models.spec import ModelSpec, multiply_accumulates
 from fcvit.models.variants import VARIANTS, published
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_multiply_accumulates_are_those_counted_in_the_authors_code(name):
-    counted = multiply_accumulates(Form(VARIANTS[name], 1000), 224, 224)
+    counted = multiply_accumulates(ModelSpec(VARIANTS[name], 1000), 224, 224)
     assert round(counted / 1e9, 3) == published(VARIANTS[name]).gmac
 
 
 def test_multiply_accumulates_follow_the_size():
-    form = Form(VARIANTS["fcvit_tiny"], 1000)
-    per_image = sum(multiply_accumulates(form, side, side) for side in (32, 64))
-    assert multiply_accumulates(form, 64, 64) > 3.5 * multiply_accumulates(form, 32, 32) and per_image > 0
-    assert multiply_accumulates(form, 33, 32) == multiply_accumulates(form, 36, 32) > multiply_accumulates(form, 32, 32)
+    spec = ModelSpec(VARIANTS["fcvit_tiny"], 1000)
+    per_image = sum(multiply_accumulates(spec, side, side) for side in (32, 64))
+    assert multiply_accumulates(spec, 64, 64) > 3.5 * multiply_accumulates(spec, 32, 32) and per_image > 0
+    assert multiply_accumulates(spec, 33, 32) == multiply_accumulates(spec, 36, 32) > multiply_accumulates(spec, 32, 32)
 
 
 def test_a_percentile_needs_samples_to_say_anything():
@@ -145,12 +145,14 @@ def test_figures_of_a_contender(fake):
     assert fast.images_per_second == pytest.approx(2 / 0.1005) and fast.calls == 4
     assert fast.rounds == (pytest.approx(100.5), pytest.approx(101))
     assert (fast.memory, fast.memory_before) == (3 << 20, 1 << 20)
-    assert fast.gflops == pytest.approx(2 * multiply_accumulates(Form(DIGITS.variant, 1000), 32, 32) * 2 / 0.1005 / 1e9)
+    assert fast.gflops == pytest.approx(
+        2 * multiply_accumulates(ModelSpec(DIGITS.variant, 1000), 32, 32) * 2 / 0.1005 / 1e9
+    )
     assert fast.of_peak == pytest.approx(fast.gflops * 1e9 / (2 * task._SIDE**3 / 0.1))
     assert fast.difference == 0 and not fast.wrong and fast.export_seconds is None
 
 
-def test_ratios_are_those_of_neighbours(fake, monkeypatch):
+def test_ratios_are_those_of_neighbors(fake, monkeypatch):
     """The machine gets ten times slower in the second of three rounds, and with it everybody."""
     kept = Pipe.recv
 
@@ -163,11 +165,11 @@ def test_ratios_are_those_of_neighbours(fake, monkeypatch):
     assert run(rounds=3).speeds[1].of_reference == pytest.approx(4)
 
 
-def test_an_export_is_made_by_another_process_than_is_measured(fake):
+def test_an_export_is_made_by_another_process_than_is_measured(fake, notes):
     first = iter([("exporting",), ()])
     fake.options = {"onnxruntime": lambda: {"notes": next(first)}}
-    told = []
-    speeds = run(announce=told.append).speeds
+    told = notes
+    speeds = run().speeds
     assert [speed.export_seconds for speed in speeds] == [None, 0.5, None]
     assert fake.of("started").count("onnxruntime, batch 2, 1 thread(s)") == 2 and "exporting" in told
     assert fake.of("stopped") == fake.of("started")
@@ -236,11 +238,11 @@ def test_wrong_numbers_are_for_float32_to_have(fake):
     ]
 
 
-def test_another_reference(fake):
+def test_another_reference(fake, notes):
     found = run(reference="openvino")
     assert found.reference == "openvino" and found.speeds[0].of_reference == pytest.approx(0.25)
     fake.options, told = {"openvino": {"fails_in": 0}}, []
-    assert run(reference="openvino", announce=told.append).reference == "torch-channels-last"
+    assert run(reference="openvino").reference == "torch-channels-last"
     assert told[-1] == "openvino could not be measured: ratios are to torch-channels-last"
     assert run(engines=["onnxruntime"]).reference == "onnxruntime"
 
@@ -315,8 +317,8 @@ def test_requests_that_cannot_be(options, fake):
 
 
 def test_a_backbone_has_no_logits(fake):
-    form = Form(DIGITS.variant, dense=True)
-    weights = dataclasses.replace(task.weights_by_rule(DIGITS.variant, print), form=form, tensors=lively_tensors(form))
+    spec = ModelSpec(DIGITS.variant, dense=True)
+    weights = dataclasses.replace(task.synthetic_weights(DIGITS.variant), spec=spec, tensors=synthetic_tensors(spec))
     with pytest.raises(DoesNotFit, match="logits of a classifier"):
         bench(weights)
 
@@ -351,7 +353,7 @@ class Engine:
             raise error
         return images[:, 0, 0, :10].astype("float32")
 
-task._engine = lambda job, weights, pixels, announce: Engine(job.engine)
+task._engine = lambda job, weights, pixels: Engine(job.engine)
 task._SECONDS = task._PAUSE = 0
 
 if __name__ == "__main__":

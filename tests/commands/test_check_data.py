@@ -76,9 +76,9 @@ def findings(found):
     return rows
 
 
-def test_clean_data(data):
-    notes = []
-    found = check_data(data, announce=notes.append)
+def test_clean_data(data, notes):
+    notes = notes
+    found = check_data(data)
     assert findings(found) == {} and found.images == 40 and found.modes == {"RGB": 40}
     assert [(s.name, s.path, s.classes, s.imbalance) for s in found.splits] == [
         (name, data / name, {"cat": 10, "dog": 10}, 1.0) for name in ("train", "val")
@@ -87,11 +87,11 @@ def test_clean_data(data):
     assert findings(check_data(data / "train")) == {}
 
 
-def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path):
+def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path, notes):
     save(data / "test" / "x.png", picture(100))  # without classes, as a test set may be
     save(data / "other" / "cat" / "x.png", picture(101))
-    notes = []
-    found = check_data(data, announce=notes.append)
+    notes = notes
+    found = check_data(data)
     assert [s.name for s in found.splits] == ["train", "val", "test"]
     assert findings(found) == {"outside": {"test": ("x.png",)}}
     assert notes[0].endswith("train, val, test: each is a split; not looked at: other")
@@ -192,7 +192,7 @@ def test_near_duplicates(data):
 
 
 def test_pictures_that_say_little_are_not_all_alike(one):
-    """Of almost one colour, a little darker on one side as walls are, with noise; and smaller than a thumbnail."""
+    """Of almost one color, a little darker on one side as walls are, with noise; and smaller than a thumbnail."""
     generator = np.random.default_rng(0)
     wall = np.linspace(190, 200, 64)[None, :, None]
     for index in range(6):
@@ -230,7 +230,7 @@ def test_odd_images(one):
     exif[0x0112] = 1
     add("upright", picture(58), ending="jpg", exif=exif)
     add("tags", picture(59), ending="webp", exif=b"Exif\0\0damaged")  # reading them raises a SyntaxError
-    add("grey", picture(60).convert("L"))
+    add("gray", picture(60).convert("L"))
     found = check_data(one)
     expected = {
         "small": ("cat/small.png",),

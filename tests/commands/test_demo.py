@@ -27,9 +27,9 @@ from fcvit.commands import demo as task
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.models.classes import digits
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 pytestmark = needs_paddle
 
@@ -317,10 +317,10 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
     """Each with its own name, classes and maps, also where one has fewer contexts."""
-    form = Form(dataclasses.replace(DIGITS.variant, depths=(1, 1, 1, 1)), 10)
+    spec = ModelSpec(dataclasses.replace(DIGITS.variant, depths=(1, 1, 1, 1)), 10)
     other = tmp_path / "other" / "digits.pth.tar"
     other.parent.mkdir()
-    write_pth(other, lively_tensors(form))
+    write_pth(other, synthetic_tensors(spec))
     ours = shipped_file()
     viewers = [Viewer(read_weights(path), device="cpu") for path in (ours, other)]
     seen = [viewer.see(decode(three)) for viewer in viewers]
@@ -384,8 +384,8 @@ def test_a_file_over_the_limit_is_refused(address):
             b'--edge\r\nContent-Disposition: form-data; name="files"; filename="big.png"\r\n'
             b"Content-Type: image/png\r\n\r\n" + content + b"\r\n--edge--\r\n"
         )
-        form = {"Content-Type": "multipart/form-data; boundary=edge"}
-        request = urllib.request.Request(f"{address}gradio_api/upload", body, form)
+        spec = {"Content-Type": "multipart/form-data; boundary=edge"}
+        request = urllib.request.Request(f"{address}gradio_api/upload", body, spec)
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
                 status = answer.status

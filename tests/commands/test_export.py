@@ -10,16 +10,16 @@ from PIL import Image
 from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch
 from fcvit.commands import export as task
 from fcvit.commands.export import export
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.inference.export import ENDINGS, RUNTIME
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.metrics.classification import softmax
 from fcvit.models.classes import ClassName
-from fcvit.models.spec import Form
-from fcvit.verification.gates import GATE_B
+from fcvit.models.spec import ModelSpec
+from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -61,8 +61,8 @@ def test_every_format_is_run_and_right(target, weights, images, tmp_path):
     assert done.runtime == RUNTIME[target] and done.format == target and done.files[-1] == str(path)
     assert left(path.parent) == sorted(file.rpartition("/")[2] for file in done.files)
     (check,) = done.checks
-    assert check.passed and 0 < check.ratio <= GATE_B and check.images == (26, 32, 32) and not done.lively
-    logits = load(done)(normalise(images, PIXELS))[0]
+    assert check.passed and 0 < check.ratio <= RATIO_LIMIT and check.images == (26, 32, 32) and not done.lively
+    logits = load(done)(normalize(images, PIXELS))[0]
     served = export(weights, tmp_path / "served" / path.name, target, uint8=True, probabilities=True)
     assert served.input["type"] == "uint8" and served.outputs == ("probabilities",)
     found = load(served)(images)[0]
@@ -149,12 +149,12 @@ def test_a_fault_planted_in_the_file_is_caught_and_nothing_is_left(spoil, weight
     assert (tmp_path / "network.onnx").read_bytes() == b"the one before"
 
 
-def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch):
+def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch, notes):
     """A layer scale of 1e-5 hides what is in the blocks, also from the check."""
     tensors = {n: t * np.float32(1e-5) if "layer_scale" in n else t for n, t in weights.tensors.items()}
     asleep = dataclasses.replace(weights, tensors=tensors)
-    said = []
-    done = export(asleep, tmp_path / "asleep.onnx", announce=said.append)
+    said = notes
+    done = export(asleep, tmp_path / "asleep.onnx")
     assert done.lively and done.lively[0].passed and any("weights by rule" in text for text in said)
     write = task.write_export
 
@@ -177,12 +177,12 @@ def test_int8_takes_its_scales_from_a_folder(weights, tmp_path, images):
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(
             folder / f"{index}.png"
         )
-    exact = load(export(weights, tmp_path / "exact.onnx"))(normalise(images, PIXELS))[0]
+    exact = load(export(weights, tmp_path / "exact.onnx"))(normalize(images, PIXELS))[0]
     done = export(weights, tmp_path / "small.onnx", precision="int8", calibration=folder)
     assert done.precision == "int8" and done.checks[0].passed
     kinds = {node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node}
     assert "QuantizeLinear" in kinds and {p.key for p in onnx.load(tmp_path / "small.onnx").metadata_props} >= {"fcvit"}
-    found = load(done, "int8")(normalise(images, PIXELS))[0]
+    found = load(done, "int8")(normalize(images, PIXELS))[0]
     assert 1e-4 < np.abs(found - exact).max() < np.ptp(exact) / 4
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="no images to calibrate"):
@@ -219,16 +219,16 @@ def test_paddle_has_one_size(weights, tmp_path):
 
 
 def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
-    form = Form(DIGITS.variant)
-    body = dataclasses.replace(weights, form=form, tensors=lively_tensors(form), classes=None)
+    spec = ModelSpec(DIGITS.variant)
+    body = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)
     with pytest.raises(UsageError, match="has no classes"):
         export(body, tmp_path / "a.onnx", probabilities=True)
     assert export(body, tmp_path / "a.onnx").outputs == ("embeddings",)
 
 
 def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
-    form = Form(DIGITS.variant, dense=True)
-    dense = dataclasses.replace(weights, form=form, tensors=lively_tensors(form), classes=None)
+    spec = ModelSpec(DIGITS.variant, dense=True)
+    dense = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)
     done = export(dense, tmp_path / "a.onnx", dynamic=True)
     maps = load(done)(np.zeros((1, 3, 40, 56), np.float32))
     assert [m.shape for m in maps] == [(1, 16, 10, 14), (1, 24, 5, 7), (1, 32, 3, 4), (1, 48, 2, 2)]

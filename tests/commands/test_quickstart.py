@@ -26,7 +26,7 @@ def test_the_shipped_files():
     path = ASSETS / quickstart.CHECKPOINT
     assert path.stat().st_size <= 2 << 20
     weights = read_weights(path)
-    assert weights.form.variant.name == "fcvit_digits" and weights.form.num_classes == 10
+    assert weights.spec.variant.name == "fcvit_digits" and weights.spec.num_classes == 10
     assert weights.skipped == ("epoch", "arch", "optimizer", "version", "args", "metric")
 
 
@@ -34,12 +34,12 @@ def test_the_shipped_files():
 @needs_torch
 def test_the_record_is_what_pytorch_computes(held_out):
     weights = read_weights(ASSETS / quickstart.CHECKPOINT)
-    batch = np.stack([preprocess(Image.fromarray(i), weights.form.variant.preprocessing) for i in held_out["images"]])
+    batch = np.stack([preprocess(Image.fromarray(i), weights.spec.variant.preprocessing) for i in held_out["images"]])
     exact, single, side = quickstart.torch_logits(weights, batch, held_out)
     assert side == "computed now"
-    assert verify.gate_a(held_out["logits_float64"], exact) <= verify.GATE_A
+    assert verify.float64_difference(held_out["logits_float64"], exact) <= verify.FLOAT64_LIMIT
     # Float32 differs from processor to processor, but not by more than PyTorch's own rounding error.
-    assert 1 / verify.GATE_B <= verify.gate_b(held_out["logits_float32"], single, exact) <= verify.GATE_B
+    assert 1 / verify.RATIO_LIMIT <= verify.error_ratio(held_out["logits_float32"], single, exact) <= verify.RATIO_LIMIT
     assert len(held_out["labels"]) == 360 and np.bincount(held_out["labels"]).min() > 30
 
 
@@ -63,7 +63,7 @@ def test_the_whole_path(tmp_path, monkeypatch, live):
         *("predictions.png", "summary.json", "run.json"),
     }
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gate_a"] == done.gate_a
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gate_a"] == done.float64_difference
     with Image.open(done.sheet) as sheet:
         assert sheet.width > 600 and sheet.height > 600
 

@@ -13,9 +13,9 @@ from conftest import DIGITS, needs_paddle, needs_torch, write_pdparams, write_pt
 from fcvit.commands import verify
 from fcvit.commands.convert import convert
 from fcvit.errors import DoesNotFit, NumbersDisagree
-from fcvit.models.spec import entries, is_counter, paddle_name
+from fcvit.models.spec import is_counter, paddle_name, tensor_specs
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 pytestmark = [needs_paddle, needs_torch]
 
@@ -29,9 +29,9 @@ def converted(tmp_path, digits_pth):
 def test_a_right_conversion_passes(digits_pth, converted):
     proof = verify.verify_files(converted, digits_pth)
     assert proof.passed and not proof.different and proof.lively is None
-    assert proof.tensors == len(entries(DIGITS))
-    assert 0 < proof.comparison.gate_a < 1e-11
-    assert 0.2 < proof.comparison.gate_b < verify.GATE_B
+    assert proof.tensors == len(tensor_specs(DIGITS))
+    assert 0 < proof.comparison.float64_difference < 1e-11
+    assert 0.2 < proof.comparison.error_ratio < verify.RATIO_LIMIT
     assert 0 < proof.comparison.float32_mean < proof.comparison.float32_max < 1e-4
     places = [place.name for place in proof.comparison.drift]
     expected = ["patch_embed", "network.0.0", "network.0", "network.1", "network.2.0", "network.2", "network.3"]
@@ -109,7 +109,7 @@ def test_a_fault_in_the_network_is_caught_and_located(digits_pth, converted, mon
     plant_paddle_code(monkeypatch, fault)
     proof = verify.verify_files(converted, digits_pth)
     assert not proof.passed
-    assert proof.comparison.gate_a > verify.GATE_A
+    assert proof.comparison.float64_difference > verify.FLOAT64_LIMIT
     assert proof.comparison.first_over.name == CODE_FAULTS[fault]
     assert CODE_FAULTS[fault] in proof.failure()
 
@@ -123,8 +123,8 @@ def test_convert_leaves_no_file_when_a_gate_fails(tmp_path, digits_pth, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["digits.pth"]
 
 
-def paddle_file(path, tensors, form):
-    table = entries(form)
+def paddle_file(path, tensors, spec):
+    table = tensor_specs(spec)
     stored = {
         paddle_name(n): t.T if table[n].transposed_in_paddle else t for n, t in tensors.items() if not is_counter(n)
     }
@@ -160,18 +160,18 @@ def plant_in_tensors(tensors, fault):
 @pytest.mark.slow
 def test_a_fault_in_the_tensors_is_caught_twice(tmp_path, fault, place):
     """By the tensors themselves, and independently by the numbers that come out."""
-    form = dataclasses.replace(DIGITS, num_classes=48)  # as many classes as the last width: a square head
-    tensors = lively_tensors(form)
+    spec = dataclasses.replace(DIGITS, num_classes=48)  # as many classes as the last width: a square head
+    tensors = synthetic_tensors(spec)
     source = read_weights(write_pth(tmp_path / "source.pth", tensors))
-    good = with_counters(read_weights(paddle_file(tmp_path / "good.pdparams", tensors, form)))
+    good = with_counters(read_weights(paddle_file(tmp_path / "good.pdparams", tensors, spec)))
     assert verify.verify_weights(good, source).passed
     faulty = plant_in_tensors(tensors, fault)
-    bad = with_counters(read_weights(paddle_file(tmp_path / "bad.pdparams", faulty, form)))
+    bad = with_counters(read_weights(paddle_file(tmp_path / "bad.pdparams", faulty, spec)))
     proof = verify.verify_weights(bad, source)
     assert not proof.passed
     changed = {name for name in tensors if not np.array_equal(tensors[name], faulty[name])}
     assert set(proof.different) == changed
-    assert proof.comparison.gate_a > verify.GATE_A
+    assert proof.comparison.float64_difference > verify.FLOAT64_LIMIT
     assert proof.comparison.first_over.name == place
 
 
@@ -196,21 +196,21 @@ def test_gate_b_catches_sloppy_float32(digits_pth, converted, monkeypatch):
 
     monkeypatch.setattr(model.F, "gelu", coarse)
     proof = verify.verify_files(converted, digits_pth)
-    assert proof.comparison.gate_a <= verify.GATE_A
-    assert proof.comparison.gate_b > verify.GATE_B
+    assert proof.comparison.float64_difference <= verify.FLOAT64_LIMIT
+    assert proof.comparison.error_ratio > verify.RATIO_LIMIT
     assert not proof.passed and "gate B" in proof.failure()
 
 
 @pytest.mark.slow
 def test_dormant_weights_are_not_taken_as_proof(tmp_path, monkeypatch):
     """With the layer scale at its start a wrong mixer hardly shows: the same network is checked on lively weights."""
-    tensors = {n: np.full_like(t, 1e-5) if "layer_scale" in n else t for n, t in lively_tensors(DIGITS).items()}
+    tensors = {n: np.full_like(t, 1e-5) if "layer_scale" in n else t for n, t in synthetic_tensors(DIGITS).items()}
     source = write_pth(tmp_path / "fresh.pth", tensors)
     done = convert(source, tmp_path / "fresh.safetensors")
     assert done.verification.lively is not None and done.verification.passed
     plant_paddle_code(monkeypatch, "eps of the similarity")
     proof = verify.verify_files(tmp_path / "fresh.safetensors", source)
-    assert proof.lively.gate_a > 100 * proof.comparison.gate_a
+    assert proof.lively.float64_difference > 100 * proof.comparison.float64_difference
     assert not proof.passed
 
 
@@ -232,21 +232,21 @@ def test_the_way_back_is_verified_too(tmp_path, digits_pth, converted):
 
 
 def test_a_dense_backbone_is_verified_on_its_four_maps(tmp_path):
-    form = dataclasses.replace(DIGITS, num_classes=0, dense=True)
-    done = convert(write_pth(tmp_path / "d.pth", lively_tensors(form)), tmp_path / "d.safetensors")
+    spec = dataclasses.replace(DIGITS, num_classes=0, dense=True)
+    done = convert(write_pth(tmp_path / "d.pth", synthetic_tensors(spec)), tmp_path / "d.safetensors")
     names = [place.name for place in done.verification.comparison.drift]
     assert names[-4:] == ["output0", "output1", "output2", "output3"] and done.verification.passed
 
 
 def test_two_networks_that_are_not_one_are_refused(tmp_path, digits_pth):
-    other = write_pth(tmp_path / "other.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=11)))
+    other = write_pth(tmp_path / "other.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=11)))
     with pytest.raises(DoesNotFit, match="not one network"):
         verify.verify_files(other, digits_pth)
 
 
 def test_not_a_number_never_passes():
     nan = np.array([1.0, np.nan])
-    assert verify.gate_a(nan, np.array([1.0, 2.0])) == np.inf
+    assert verify.float64_difference(nan, np.array([1.0, 2.0])) == np.inf
     comparison = verify.Comparison((2, 3, 8, 8), float("nan"), 1.0, 0.0, 0.0, 1.0, ())
     assert not comparison.passed
     place = verify.Place("x", float("nan"))

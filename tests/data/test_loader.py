@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from fcvit.data import loader
-from fcvit.data.labelled import read_dataset
+from fcvit.data.labeled import read_dataset
 from fcvit.data.loader import batches
-from fcvit.data.transforms.preprocess import Centre, preprocess
+from fcvit.data.transforms.preprocess import Center, preprocess
 from fcvit.errors import FcvitError
 from fcvit.models.variants import Preprocessing
 
 CROPS = (
-    Centre(Preprocessing(input_size=32, crop_fraction=1.0)),
-    Centre(Preprocessing(input_size=24, interpolation="bilinear")),
+    Center(Preprocessing(input_size=32, crop_fraction=1.0)),
+    Center(Preprocessing(input_size=24, interpolation="bilinear")),
 )
 
 

@@ -130,7 +130,7 @@ def test_rectangles_have_their_size_and_their_places():
     heights, widths = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
     assert heights.max() == 20 and widths.max() == 30  # sides of half the image's
     assert heights.min() == 10 and widths.min() == 15  # cut off at the border: down to the half
-    # The centre is on every row alike: in 10 of 40 places the rectangle loses something above, in 9 below.
+    # The center is on every row alike: in 10 of 40 places the rectangle loses something above, in 9 below.
     assert abs(np.mean(heights < 20) - 19 / 40) < 0.04 and abs(np.mean(widths < 30) - 29 / 60) < 0.04
     assert draw_rectangle(40, 60, 1.0, rule(8))[0::2] == draw_rectangle(40, 60, 1.0, rule(8))[1::2]  # empty
 

@@ -1,4 +1,4 @@
-"""Pixels and normalisation, held to the authors' pipeline by hash."""
+"""Pixels and normalization, held to the authors' pipeline by hash."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import golden_json, image_by_rule, sha256
-from fcvit.data.transforms.preprocess import as_rgb, crop, decode, normalise, preprocess
+from fcvit.data.transforms.preprocess import as_rgb, crop, decode, normalize, preprocess
 from fcvit.errors import BadImages
 from fcvit.models.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing
 
@@ -43,11 +43,11 @@ def test_the_hashes_notice_a_wrong_pipeline(fault):
     assert sha256(found.transpose(1, 2, 0)) != GOLDEN["500x375"]["0.9 bicubic"]
 
 
-def test_normalisation():
+def test_normalization():
     """(x / 255 - mean) / std per channel, RGB, float32: black and white by hand."""
     pixels = np.zeros((2, 3, 4, 5), np.uint8)
     pixels[1] = 255
-    found = normalise(pixels, Preprocessing())
+    found = normalize(pixels, Preprocessing())
     assert found.dtype == np.float32 and found.shape == (2, 3, 4, 5)
     np.testing.assert_allclose(found[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
     np.testing.assert_allclose(found[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6)
@@ -56,7 +56,7 @@ def test_normalisation():
 
 @given(width=st.integers(1, 400), height=st.integers(1, 400), size=st.integers(1, 64), fraction=st.floats(0.2, 1))
 @settings(derandomize=True, max_examples=80, deadline=None)
-def test_any_image_becomes_a_crop_of_its_own_colour(width, height, size, fraction):
+def test_any_image_becomes_a_crop_of_its_own_color(width, height, size, fraction):
     image = Image.new("RGB", (width, height), (200, 100, 50))
     found = preprocess(image, Preprocessing(input_size=size, crop_fraction=fraction))
     assert found.shape == (3, size, size)
@@ -64,7 +64,7 @@ def test_any_image_becomes_a_crop_of_its_own_colour(width, height, size, fractio
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
-def test_other_colour_modes_are_converted(tmp_path, mode):
+def test_other_color_modes_are_converted(tmp_path, mode):
     ending = "jpg" if mode == "CMYK" else "png"
     if mode == "I;16":
         Image.fromarray(np.full((40, 50), 1000, np.uint16)).save(tmp_path / f"x.{ending}")
@@ -77,8 +77,8 @@ DEEP = np.linspace(0, 65535, 48 * 40, dtype=np.uint16).reshape(40, 48)
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_16_bit_grey_is_scaled_as_16_bit_colour_is(tmp_path, ending):
-    """By the upper 8 bits, as Pillow decodes colour; `convert` alone would cut it off at 255."""
+def test_16_bit_gray_is_scaled_as_16_bit_color_is(tmp_path, ending):
+    """By the upper 8 bits, as Pillow decodes color; `convert` alone would cut it off at 255."""
     path = tmp_path / f"x.{ending}"
     if ending == "pgm":
         path.write_bytes(b"P5 48 40 65535\n" + DEEP.astype(">u2").tobytes())

@@ -10,7 +10,7 @@ from conftest import SMALL
 from fcvit.commands.check_data import check_data
 from fcvit.data.class_indices import Assignment
 from fcvit.data.folders import ENDINGS, SYSTEM
-from fcvit.data.labelled import read_dataset
+from fcvit.data.labeled import read_dataset
 from fcvit.errors import FcvitError
 from fcvit.models.classes import read_classes
 from fcvit.training.data import find_splits
@@ -61,7 +61,7 @@ def check(expectations):
 @pytest.fixture(autouse=True)
 def any_number_of_classes(monkeypatch, tmp_path):
     """The count of outputs is that of the classes: it is not what is tested here."""
-    from fcvit.data import labelled as dataset
+    from fcvit.data import labeled as dataset
 
     def counted(labels, classes, count, what):
         return Assignment({label: index for index, label in enumerate(labels)}, what)

@@ -28,8 +28,8 @@ from fcvit.evaluation.runner import evaluate as evaluate_by
 from fcvit.inference.engines import PaddleEngine, TorchEngine
 from fcvit.metrics.classification import calibration, wilson
 from fcvit.models.classes import ClassName
-from fcvit.models.spec import Form
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.models.spec import ModelSpec
+from fcvit.weights.synthetic import synthetic_tensors
 
 # The network itself, whichever engine is the fastest here; tests/deploy has those.
 evaluate = functools.partial(evaluate_by, engines=("paddle",))
@@ -141,16 +141,16 @@ def test_logits_that_are_kept_are_those_of_the_predictions(folder, digits_pth, t
 
 @needs_paddle
 @pytest.mark.parametrize("shared", [True, False])
-def test_logits_of_zero_are_logits(folder, digits_tensors, tmp_path, monkeypatch, shared):
+def test_logits_of_zero_are_logits(folder, digits_tensors, tmp_path, monkeypatch, shared, notes):
     """A row of zeros may be a result; what went to a disk of another machine is noticed all the same."""
     zero = {name: np.zeros_like(t) if name.startswith("head.") else t for name, t in digits_tensors.items()}
     path = write_pth(tmp_path / "zero.pth", zero)
     if not shared:
         for method in ("write", "mark"):
             monkeypatch.setattr(evaluation._LogitFiles, method, lambda *_: None)
-    said = []
+    said = notes
     options = {"batch_size": 12, "device": "cpu", "folder": tmp_path / "run", "save_logits": True}
-    evaluate(path, folder, **options, announce=said.append)
+    evaluate(path, folder, **options)
     kept = tmp_path / "run" / "zero-authors" / "logits.npy"
     assert kept.exists() == shared and any("does not share the folder" in text for text in said) != shared
     if shared:
@@ -485,14 +485,14 @@ def test_folders_whose_names_are_no_text_name_the_classes(tmp_path, folder):
         pytest.skip("this file system takes only names that are text")
     for label in range(2, 10):
         shutil.rmtree(folder / str(label))
-    two = write_pth(tmp_path / "two.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=2)))
+    two = write_pth(tmp_path / "two.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=2)))
     evaluate(two, folder, device="cpu", folder=tmp_path / "run")
     evaluate(two, folder, device="cpu", folder=tmp_path / "again")
     assert compare(tmp_path / "run", tmp_path / "again").images == 6
 
 
 @needs_paddle
-def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch):
+def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch, notes):
     """In a note, the figures and the table; labels that count from 1 are called so."""
     with np.load(Path(fcvit.__file__).parent / "assets" / "digits_held_out.npz") as held_out:
         images, truth = held_out["images"], held_out["labels"]
@@ -506,8 +506,8 @@ def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch):
     ):
         listed = [f"{path.name} {label(truth[int(path.stem)])}\n" for path in folder.glob("*.png")]
         (tmp_path / name).write_text("".join(listed))
-        notes = []
-        result = evaluate(weights, folder, list_file=tmp_path / name, device="cpu", announce=notes.append).results[0]
+        notes = notes
+        result = evaluate(weights, folder, list_file=tmp_path / name, device="cpu").results[0]
         noticed = [note for note in notes if "look permuted" in note]
         assert noticed == ([result.hint] if name != "right" else [])
         assert ("count from 1" in result.hint) == (name == "from1")
@@ -519,7 +519,7 @@ def test_folders_that_are_all_that_is_known_name_the_classes(tmp_path, folder):
         (folder / str(label)).rename(folder / name)
     for label in range(3, 10):
         shutil.rmtree(folder / str(label))
-    three = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
+    three = write_pth(tmp_path / "three.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=3)))
     found = evaluate(three, folder, device="cpu", folder=tmp_path / "run").results[0]
     assert [row.name for row in found.per_class] == ["cat", "cow", "dog"]
     assert {row["truth"] for row in rows(tmp_path / "run", "three-authors")} == {"cat", "cow", "dog"}
@@ -578,9 +578,9 @@ def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
 @needs_paddle
 @pytest.mark.slow
 @pytest.mark.charts
-def test_without_the_extra_there_are_figures_but_no_charts(folder, digits_pth, tmp_path, monkeypatch, no_charts):
-    heard = []
-    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run", announce=heard.append)
+def test_without_the_extra_there_are_figures_but_no_charts(folder, digits_pth, tmp_path, monkeypatch, no_charts, notes):
+    heard = notes
+    evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
     monkeypatch.undo()
     left = sorted(p.name for p in (tmp_path / "run" / "digits-authors").iterdir())
     assert left == ["metrics.json", "per_class.csv", "predictions.csv", "worst.png"]
@@ -679,7 +679,7 @@ def test_processes_that_see_other_images_do_not_go_on():
 
 
 def test_weights_that_know_other_classes_are_not_mixed(folder, digits_pth, tmp_path):
-    three = write_pth(tmp_path / "three.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=3)))
+    three = write_pth(tmp_path / "three.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=3)))
     with pytest.raises(DoesNotFit, match=r"has 3 classes, .* 10; evaluate them one by one"):
         evaluate([digits_pth, three], folder)
     from fcvit import convert
@@ -745,8 +745,8 @@ def test_the_first_batch_is_not_computed_for_classes_that_do_not_fit(folder, dig
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
     """The small network with ImageNet's 1,000 outputs."""
-    form = Form(DIGITS.variant, 1000)
-    return write_pth(tmp_path_factory.mktemp("weights") / "thousand.pth", lively_tensors(form))
+    spec = ModelSpec(DIGITS.variant, 1000)
+    return write_pth(tmp_path_factory.mktemp("weights") / "thousand.pth", synthetic_tensors(spec))
 
 
 @pytest.fixture
@@ -891,11 +891,9 @@ def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
 
 @needs_paddle
 @pytest.mark.slow
-def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path):
-    heard = []
-    found = evaluate(
-        digits_pth, folder, batch_size="auto", device="cpu", folder=tmp_path / "run", announce=heard.append
-    )
+def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path, notes):
+    heard = notes
+    found = evaluate(digits_pth, folder, batch_size="auto", device="cpu", folder=tmp_path / "run")
     size = found.results[0].batch_size
     assert size >= 8 and heard[1].startswith(f"batch size: {size} images at a time, ")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
@@ -959,7 +957,7 @@ def test_wrong_options(folder, digits_pth, options):
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
-    bare = write_pth(tmp_path / "bare.pth", lively_tensors(Form(DIGITS.variant, 0)))
+    bare = write_pth(tmp_path / "bare.pth", synthetic_tensors(ModelSpec(DIGITS.variant, 0)))
     with pytest.raises(DoesNotFit, match="no classes to evaluate"):
         evaluate(bare, folder)
     with pytest.raises(UnreadableFile, match="no such folder or tar"):

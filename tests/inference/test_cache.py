@@ -48,10 +48,10 @@ def take(weights, **options):
         return path, path.read_bytes()
 
 
-def test_the_second_use_finds_the_first(weights, writes, home):
-    said = []
-    first, content = take(weights, announce=said.append)
-    assert take(weights, announce=said.append) == (first, content)
+def test_the_second_use_finds_the_first(weights, writes, home, notes):
+    said = notes
+    first, content = take(weights)
+    assert take(weights) == (first, content)
     assert len(writes) == 1 and len(said) == 1 and str(cache_folder()) in said[0]
     assert first.parent.parent == home and [path.name for path in home.iterdir()] == [first.parent.name]
 
@@ -117,11 +117,11 @@ def test_an_entry_cannot_point_elsewhere(weights, tmp_path, writes):
     assert take(weights) == (path, content) and len(writes) == 2
 
 
-def test_a_folder_that_cannot_be_written_costs_time_only(weights, tmp_path, monkeypatch, writes):
+def test_a_folder_that_cannot_be_written_costs_time_only(weights, tmp_path, monkeypatch, writes, notes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    said = []
-    with exported(weights, INTERFACE, "onnxruntime", announce=said.append) as path:
+    said = notes
+    with exported(weights, INTERFACE, "onnxruntime") as path:
         assert path.stat().st_size > 1000
     assert not path.exists() and any("cannot be written" in text and "XDG_CACHE_HOME" in text for text in said)
     assert len(said) == 1 and "it is kept" not in said[0]
@@ -129,16 +129,16 @@ def test_a_folder_that_cannot_be_written_costs_time_only(weights, tmp_path, monk
     assert len(writes) == 2
 
 
-def test_without_a_home_folder_the_cache_is_done_without(weights, monkeypatch):
+def test_without_a_home_folder_the_cache_is_done_without(weights, monkeypatch, notes):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    said = []
-    assert len(take(weights, announce=said.append)[1]) > 1000 and "it is not kept" in said[0]
+    said = notes
+    assert len(take(weights)[1]) > 1000 and "it is not kept" in said[0]
 
 
 @pytest.mark.parametrize("fault", ["full", "deleted"])
-def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault):
+def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault, notes):
     """A full disk, or somebody empties the cache: the export is made again elsewhere, with a note."""
     write = cache.write_export
 
@@ -150,8 +150,8 @@ def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault
         shutil.rmtree(home)
 
     monkeypatch.setattr(cache, "write_export", failing)
-    said = []
-    path, content = take(weights, announce=said.append)
+    said = notes
+    path, content = take(weights)
     assert len(content) > 1000 and not path.exists()
     assert said[1].endswith("the export is made again in a temporary folder and not kept")
     assert ("No space left on device" in said[1]) == (fault == "full")
@@ -159,11 +159,11 @@ def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes to any folder")
-def test_a_read_only_folder(weights, home):
+def test_a_read_only_folder(weights, home, notes):
     home.mkdir(parents=True)
     home.chmod(0o500)
-    said = []
-    _, content = take(weights, announce=said.append)
+    said = notes
+    _, content = take(weights)
     assert len(content) > 1000 and any("cannot be written" in text for text in said)
 
 

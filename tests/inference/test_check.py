@@ -9,7 +9,7 @@ from conftest import DIGITS, needs_torch
 from fcvit.errors import NumbersDisagree
 from fcvit.inference import check as task
 from fcvit.inference.interface import Interface
-from fcvit.verification.gates import GATE_B
+from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import read_weights
 
 INTERFACE = Interface((32, 32), uint8=True, probabilities=False, preprocessing=DIGITS.variant.preprocessing)
@@ -39,7 +39,7 @@ def test_what_is_wrong_in_a_batch_or_alone_is_seen(yardstick, wrong):
     def faulty(images):
         return outputs(images, 1e-6 if (wrong == "together") == (len(images) > 1) else 1e-7)
 
-    assert task.check_export(faulty, None, INTERFACE, IMAGES).ratio > GATE_B
+    assert task.check_export(faulty, None, INTERFACE, IMAGES).ratio > RATIO_LIMIT
 
 
 @pytest.mark.parametrize("give", [lambda o: o[:1], lambda o: o[:, :5], lambda o: o[None], lambda o: o * np.nan])

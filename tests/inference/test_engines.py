@@ -163,7 +163,7 @@ def test_int8_is_another_network_of_nearly_the_same_numbers(weights, images):
         create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images[:, :, :16, :16])
 
 
-def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch):
+def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch, notes):
     made, said = [], []
     results = {"onnxruntime": MissingExtra("not installed"), "openvino": NumbersDisagree("wrong"), "native": "native"}
 
@@ -176,14 +176,14 @@ def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch):
 
     monkeypatch.setattr(engines, "ExportedEngine", Fake)
     monkeypatch.setattr(engines, "NativeEngine", lambda *rest: Fake("native", *rest))
-    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "native"
+    assert create_engine("auto", weights, PIXELS).name == "native"
     assert made == ["onnxruntime", "openvino", "native"]
     assert said == [
         "engine openvino is passed over: wrong",
         "engine: native; a faster one: pip install 'fcvit[onnx]'",
     ]
     results["onnxruntime"] = "onnxruntime"
-    assert create_engine("auto", weights, PIXELS, announce=said.append).name == "onnxruntime"
+    assert create_engine("auto", weights, PIXELS).name == "onnxruntime"
     assert said[2:] == ["engine: onnxruntime"]
 
 
@@ -198,15 +198,15 @@ def test_auto_without_any_engine_names_a_remedy(weights, monkeypatch):
 
 
 @needs_paddle
-def test_auto_on_a_gpu_is_paddle(weights, monkeypatch):
-    seen = []
+def test_auto_on_a_gpu_is_paddle(weights, monkeypatch, notes):
+    seen = notes
     paddle = types.SimpleNamespace(name="paddle")
     monkeypatch.setattr(engines, "PaddleEngine", lambda *given: seen.append(given[2]) or paddle)
-    create_engine("auto", weights, PIXELS, "gpu:1", announce=seen.append)
+    create_engine("auto", weights, PIXELS, "gpu:1")
     assert seen == ["gpu:1", "engine: paddle"]
 
 
-def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_path):
+def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_path, notes):
     from fcvit.inference import runtimes
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -216,15 +216,15 @@ def test_a_runtime_that_is_missing_names_its_command(weights, monkeypatch, tmp_p
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(runtimes.importlib, "import_module", missing)
-    said = []
+    said = notes
     for name, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
         with pytest.raises(MissingExtra, match=rf"{name} cannot be had .*pip install 'fcvit\[{extra}\]'"):
-            create_engine(name, weights, PIXELS, announce=said.append)
+            create_engine(name, weights, PIXELS)
     assert not said and not (tmp_path / "fcvit").exists(), "nothing is exported for a runtime that is missing"
 
 
 @pytest.mark.parametrize("package", ["onnx", "a framework to check with"])
-def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weights, monkeypatch, tmp_path):
+def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weights, monkeypatch, tmp_path, notes):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if package == "onnx":
@@ -232,22 +232,22 @@ def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weig
         monkeypatch.delitem(sys.modules, "fcvit.inference.onnx_graph", raising=False)
     else:
         monkeypatch.setattr("fcvit.inference.check.installed", lambda name: False)
-    said = []
+    said = notes
     with pytest.raises(MissingExtra, match="install"):
-        create_engine("onnxruntime", weights, PIXELS, announce=said.append)
+        create_engine("onnxruntime", weights, PIXELS)
     assert not said
 
 
 @pytest.mark.parametrize(
     "name", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "paddle-inference"))]
 )
-def test_a_loaded_export_needs_no_file(name, weights, images, tmp_path, monkeypatch):
+def test_a_loaded_export_needs_no_file(name, weights, images, tmp_path, monkeypatch, notes):
     """A cache that cannot be written, or is deleted in use: single images and batches by several threads go on."""
     expected = engine_or_skip(name, weights, PIXELS, threads=2)(images)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    said = []
-    engine = create_engine(name, weights, PIXELS, threads=2, announce=said.append)
+    said = notes
+    engine = create_engine(name, weights, PIXELS, threads=2)
     assert np.array_equal(engine(images), expected) and engine(images[:1]).shape == (1, 10)
     (note,) = said
     assert "is not kept" in note and "cannot be written (Not a directory)" in note and "XDG_CACHE_HOME" in note
@@ -333,6 +333,6 @@ def test_an_engine_names_what_its_export_depends_on(name):
 
 
 def test_the_mean_is_not_taken_twice(weights, images):
-    """uint8 and normalised float32 of the same images: one answer, though each has an export of its own."""
+    """uint8 and normalized float32 of the same images: one answer, though each has an export of its own."""
     engine = engine_or_skip("onnxruntime", weights, dataclasses.replace(PIXELS, mean=(0.1, 0.5, 0.9)))
     assert np.allclose(engine(images), engine(engines.as_input(images, engine.preprocessing)), atol=1e-4)

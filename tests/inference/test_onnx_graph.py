@@ -7,15 +7,15 @@ import pytest
 from scipy.special import erf
 
 from conftest import DIGITS, golden_arrays, golden_json
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import UsageError
 from fcvit.inference.interface import Interface
 from fcvit.metrics.classification import softmax
-from fcvit.models.spec import Form, recognise
+from fcvit.models.spec import ModelSpec, recognize
 from fcvit.models.variants import VARIANTS, Preprocessing
-from fcvit.verification.gates import GATE_A, gate_a
+from fcvit.verification.equivalence import FLOAT64_LIMIT, float64_difference
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
@@ -27,8 +27,8 @@ OPTIONS = golden_json("options.json")
 PIXELS = Preprocessing()
 
 
-def lively(form, salt=""):
-    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+def lively(spec, salt=""):
+    return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
 def write(weights, size, uint8=False, probabilities=False, preprocessing=PIXELS):
@@ -55,84 +55,84 @@ def run(model, images):
 def test_every_option_is_the_authors(name, dynamic):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
-    images = lively_input(tuple(OPTIONS["input_shape"]), salt)
-    model = write(lively(recognise(shapes), salt), None if dynamic else images.shape[2:])
+    images = synthetic_input(tuple(OPTIONS["input_shape"]), salt)
+    model = write(lively(recognize(shapes), salt), None if dynamic else images.shape[2:])
     (found,) = run(model, images)
-    assert gate_a(found, golden_arrays("options.npz")[name]) <= GATE_A
+    assert float64_difference(found, golden_arrays("options.npz")[name]) <= FLOAT64_LIMIT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 def test_a_dense_backbone_at_an_odd_size(dynamic):
-    images = lively_input((1, 3, 72, 104), "features/")
-    model = write(lively(Form(VARIANTS["fcvit_tiny"], dense=True), "features/"), None if dynamic else (72, 104))
+    images = synthetic_input((1, 3, 72, 104), "features/")
+    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], dense=True), "features/"), None if dynamic else (72, 104))
     found = dict(zip((o.name for o in model.graph.output), run(model, images), strict=True))
     for stage, expected in golden_arrays("features.npz").items():
-        assert gate_a(found[f"features.{stage.removeprefix('stage')}"], expected) <= GATE_A
+        assert float64_difference(found[f"features.{stage.removeprefix('stage')}"], expected) <= FLOAT64_LIMIT
 
 
 @pytest.mark.slow
 def test_a_published_variant_with_its_hidden_channels_in_groups():
-    model = write(lively(Form(VARIANTS["fcvit_tiny"], 1000)), (224, 224))
+    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), (224, 224))
     adds = [node for node in model.graph.node if node.op_type == "Add" and "channel_mixer" in node.name]
     assert len(adds) > sum(VARIANTS["fcvit_tiny"].depths)
-    (found,) = run(model, lively_input((2, 3, 224, 224))[:1])
-    assert gate_a(found, golden_arrays("fcvit_tiny.npz")["logits"][:1]) <= GATE_A
+    (found,) = run(model, synthetic_input((2, 3, 224, 224))[:1])
+    assert float64_difference(found, golden_arrays("fcvit_tiny.npz")["logits"][:1]) <= FLOAT64_LIMIT
 
 
 def test_hidden_channels_in_groups_are_the_same_function(monkeypatch):
     from fcvit.inference import onnx_graph
 
-    weights, images = lively(DIGITS), lively_input((2, 3, 32, 32))
+    weights, images = lively(DIGITS), synthetic_input((2, 3, 32, 32))
     whole = write(weights, (32, 32))
     (plain,) = run(whole, images)
     monkeypatch.setattr(onnx_graph, "_HIDDEN_BYTES", 2048)
     grouped = write(weights, (32, 32))
     assert len(grouped.graph.node) > len(whole.graph.node)
     (found,) = run(grouped, images)
-    assert np.abs(found - plain).max() > 0 and gate_a(found, plain) <= GATE_A
+    assert np.abs(found - plain).max() > 0 and float64_difference(found, plain) <= FLOAT64_LIMIT
 
 
-def test_uint8_images_are_normalised_inside_borders_included():
+def test_uint8_images_are_normalized_inside_borders_included():
     pixels = Preprocessing(mean=(0.2, 0.5, 0.7), std=(0.1, 0.3, 0.2))
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 33, 40), np.uint8)
-    normalised = (images / 255 - np.array(pixels.mean)[:, None, None]) / np.array(pixels.std)[:, None, None]
-    assert np.abs(normalise(images, pixels) - normalised).max() < 1e-5
+    normalized = (images / 255 - np.array(pixels.mean)[:, None, None]) / np.array(pixels.std)[:, None, None]
+    assert np.abs(normalize(images, pixels) - normalized).max() < 1e-5
     weights = lively(DIGITS)
-    (expected,) = run(write(weights, (33, 40)), normalised)
+    (expected,) = run(write(weights, (33, 40)), normalized)
     (found,) = run(write(weights, (33, 40), uint8=True, preprocessing=pixels), images)
-    assert gate_a(found, expected) <= GATE_A
+    assert float64_difference(found, expected) <= FLOAT64_LIMIT
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
-    weights, images = lively(DIGITS), lively_input((3, 3, 32, 32))
+    weights, images = lively(DIGITS), synthetic_input((3, 3, 32, 32))
     (logits,) = run(write(weights, (32, 32)), images)
     (found,) = run(write(weights, (32, 32), probabilities=True), images)
     assert np.abs(found - softmax(logits)).max() < 1e-12
     with pytest.raises(UsageError, match="has no classes"):
-        write(lively(Form(DIGITS.variant)), (32, 32), probabilities=True)
+        write(lively(ModelSpec(DIGITS.variant)), (32, 32), probabilities=True)
 
 
 def test_without_a_head_there_are_embeddings():
     weights = lively(DIGITS)
-    body = dataclasses.replace(weights, form=Form(DIGITS.variant))
-    images = lively_input((2, 3, 32, 32))
+    body = dataclasses.replace(weights, spec=ModelSpec(DIGITS.variant))
+    images = synthetic_input((2, 3, 32, 32))
     (embeddings,) = run(write(body, (32, 32)), images)
     (logits,) = run(write(weights, (32, 32)), images)
     head = weights.tensors["head.weight"].astype(np.float64), weights.tensors["head.bias"].astype(np.float64)
-    assert gate_a(embeddings @ head[0].T + head[1], logits) <= GATE_A
+    assert float64_difference(embeddings @ head[0].T + head[1], logits) <= FLOAT64_LIMIT
 
 
 def test_one_head_at_one_position_is_its_own_mean():
     variant = dataclasses.replace(DIGITS.variant, heads=1, depths=(1, 1, 1, 1))
-    weights, images = lively(Form(variant, 10)), lively_input((2, 3, 32, 32))
+    weights, images = lively(ModelSpec(variant, 10)), synthetic_input((2, 3, 32, 32))
     fixed, dynamic = (run(write(weights, size), images)[0] for size in ((32, 32), None))
-    assert np.isfinite(fixed).all() and gate_a(dynamic, fixed) <= GATE_A
+    assert np.isfinite(fixed).all() and float64_difference(dynamic, fixed) <= FLOAT64_LIMIT
 
 
 @pytest.mark.parametrize("size", [(224, 224), None])
 def test_the_graph_is_lean(size):
-    model = write(lively(Form(VARIANTS["fcvit_tiny"], 1000)), size)
+    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), size)
     kinds = [node.op_type for node in model.graph.node]
     for kind in ("Identity", "Gather", "If", "Unsqueeze", "Cast", "BatchNormalization", "Constant", "Transpose"):
         assert kinds.count(kind) == 0 or (kind == "Cast" and size is None)

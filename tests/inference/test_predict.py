@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.inference.engines import create_engine
 from fcvit.inference.predict import Classifier, load, rank
@@ -36,7 +36,7 @@ def test_an_engine_takes_both_kinds_of_input(digits_pth, name):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
     logits = engine(pixels)
     assert logits.shape == (2, 10) and logits.dtype == np.float32
-    np.testing.assert_array_equal(engine(normalise(pixels, preprocessing)), logits)
+    np.testing.assert_array_equal(engine(normalize(pixels, preprocessing)), logits)
     for wrong in (pixels[0], pixels.transpose(0, 2, 3, 1), pixels.astype(np.float64)):
         with pytest.raises(UsageError, match="expected"):
             engine(wrong)
@@ -104,8 +104,8 @@ def test_an_image_is_the_same_whatever_holds_it(classifier, pictures):
     several = [path, str(path), Image.open(path), array]
     assert classifier.predict(several) == classifier.predict(iter(several)) == 4 * expected
     assert classifier.predict(np.stack([array, array])) == classifier.predict((array, array)) == 2 * expected
-    grey = np.full((5, 7), 99, np.uint8)
-    assert classifier.predict([grey, grey[:, :, None]]) == 2 * classifier.predict(np.stack([grey] * 3, axis=2))
+    gray = np.full((5, 7), 99, np.uint8)
+    assert classifier.predict([gray, gray[:, :, None]]) == 2 * classifier.predict(np.stack([gray] * 3, axis=2))
     assert classifier.predict([]) == classifier.predict(iter(())) == []
 
 
@@ -183,8 +183,7 @@ def test_the_paddle_network_is_there_whatever_computes(classifier):
 def test_load_takes_the_engine_that_the_command_takes(digits_pth, monkeypatch):
     given = []
     monkeypatch.setattr("fcvit.inference.predict.create_engine", lambda *a, **k: given.append((a, k)) or Recorder())
-    said = []
-    load(digits_pth, threads=2, announce=said.append)
+    load(digits_pth, threads=2)
     load(digits_pth, engine="torch", device="cpu")
     ((auto, *_, first), options), ((name, *_, second), _) = given
     assert (auto, first, options["threads"], name, second) == ("auto", "auto", 2, "torch", "cpu")

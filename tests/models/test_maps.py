@@ -8,17 +8,17 @@ import pytest
 from conftest import DIGITS, golden_json, needs_paddle, needs_torch
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import Form, recognise
+from fcvit.models.spec import ModelSpec, recognize
 from fcvit.models.variants import VARIANTS
-from fcvit.verification.gates import GATE_A, gate_a
+from fcvit.verification.equivalence import FLOAT64_LIMIT, float64_difference
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 OPTIONS = golden_json("options.json")
 
 
-def lively(form, salt=""):
-    return Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ())
+def lively(spec, salt=""):
+    return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
 def paddle_similarity(weights, images):
@@ -32,11 +32,11 @@ def paddle_similarity(weights, images):
 
 def twin_similarity(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
     with torch.inference_mode():
-        twin = build_twin(weights.form, weights.tensors, torch.float64)
-        return twin, twin.similarity(torch.from_numpy(images.astype("float64")))
+        reference_model = build_reference(weights.spec, weights.tensors, torch.float64)
+        return reference_model, reference_model.similarity(torch.from_numpy(images.astype("float64")))
 
 
 @needs_paddle
@@ -45,19 +45,19 @@ def twin_similarity(weights, images):
 @pytest.mark.slow
 def test_both_networks_give_the_same_maps_in_float64(name):
     if name == "fcvit_tiny":
-        weights, images = lively(Form(VARIANTS[name], 1000)), lively_input((1, 3, 97, 130))
+        weights, images = lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((1, 3, 97, 130))
     else:
         shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
         salt = f"options/{name}/"
-        weights, images = lively(recognise(shapes), salt), lively_input(tuple(OPTIONS["input_shape"]), salt)
-    variant = weights.form.variant
+        weights, images = lively(recognize(shapes), salt), synthetic_input(tuple(OPTIONS["input_shape"]), salt)
+    variant = weights.spec.variant
     if not (variant.global_context and variant.weighted_context):
         for compute in (paddle_similarity, twin_similarity):
             with pytest.raises(UsageError, match=r"has no similarity maps: (global|weighted)_context is off"):
                 compute(weights, images)
         return
     (_, ours), (_, theirs) = paddle_similarity(weights, images), twin_similarity(weights, images)
-    assert gate_a(ours.output.numpy(), theirs.output.numpy()) <= GATE_A
+    assert float64_difference(ours.output.numpy(), theirs.output.numpy()) <= FLOAT64_LIMIT
     mixes = 2 if variant.second_mix else 1
     assert len(ours.maps) == len(theirs.maps) == sum(variant.depths) * mixes
     for one, other in zip(ours, theirs, strict=True):
@@ -77,7 +77,7 @@ def test_both_networks_give_the_same_maps_in_float64(name):
 @needs_paddle
 def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
     paddle = import_framework("paddle")
-    weights, images = lively(DIGITS), lively_input((3, 3, 32, 40))
+    weights, images = lively(DIGITS), synthetic_input((3, 3, 32, 40))
     model, found = paddle_similarity(weights, images)
     x = paddle.to_tensor(images.astype("float64"))
     with paddle.no_grad():
@@ -114,7 +114,7 @@ def test_an_accelerated_network_has_the_same_maps():
     from fcvit.models.build import build_network
     from fcvit.native.network import accelerate
 
-    weights, images = lively(DIGITS), lively_input((2, 3, 32, 32))
+    weights, images = lively(DIGITS), synthetic_input((2, 3, 32, 32))
     model = build_network(weights)
     expected = model.similarity(paddle.to_tensor(images))
     try:
@@ -127,7 +127,7 @@ def test_an_accelerated_network_has_the_same_maps():
 
 @needs_torch
 def test_choosing_a_map():
-    _, found = twin_similarity(lively(DIGITS), lively_input((1, 3, 32, 32)))
+    _, found = twin_similarity(lively(DIGITS), synthetic_input((1, 3, 32, 32)))
     assert found.at(3).name == "stage3.block2.context2"
     assert found.at(3, 1, -2).name == "stage3.block1.context1" and found.at(-4).name == "stage1.block1.context2"
     for wrong in ((5,), (0,), (-5,), (1, 2), (1, 1, 3)):
@@ -141,5 +141,5 @@ def test_choosing_a_map():
 @needs_torch
 def test_without_the_second_mix_there_is_one_map_a_block():
     variant = dataclasses.replace(DIGITS.variant, second_mix=False)
-    _, found = twin_similarity(lively(Form(variant, 10)), lively_input((1, 3, 32, 32)))
+    _, found = twin_similarity(lively(ModelSpec(variant, 10)), synthetic_input((1, 3, 32, 32)))
     assert [one.context for one in found] == [1] * 5

@@ -8,9 +8,9 @@ import pytest
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import CONV, LINEAR, Form, entries, is_counter, paddle_name, parameter_count
+from fcvit.models.spec import CONV, LINEAR, ModelSpec, is_counter, paddle_name, parameter_count, tensor_specs
 from fcvit.models.variants import VARIANTS, published
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
 pytestmark = needs_paddle
 
@@ -48,9 +48,9 @@ def all_options():
 )
 def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
     """Every tensor, its shape, and the type of layer that decides its layout."""
-    form = Form(variant, 1000)
+    spec = ModelSpec(variant, 1000)
     model = fcvit.create_model(variant)
-    table = {paddle_name(name): entry for name, entry in entries(form).items() if not is_counter(name)}
+    table = {paddle_name(name): entry for name, entry in tensor_specs(spec).items() if not is_counter(name)}
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
         name: entry.paddle_shape for name, entry in table.items()
     }
@@ -61,7 +61,7 @@ def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
     assert linear == {n for n, e in table.items() if e.transposed_in_paddle}
     assert convs == {n for n, e in table.items() if e.layer == CONV and n.endswith("weight")}
     count = sum(int(p.size) for p in model.parameters() if not p.stop_gradient)
-    assert count == parameter_count(form)
+    assert count == parameter_count(spec)
     if figures := published(variant):
         assert count == figures.parameters
 
@@ -174,7 +174,7 @@ def test_a_classifier_file_as_backbone_starts_the_norms_fresh(fcvit, paddle, dig
 
 def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
     """Neck and heads are skipped, by name, and only here."""
-    tensors = lively_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True))
+    tensors = synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True))
     extra = {"neck.fpn.weight": np.ones((2, 2), np.float32), "roi_head.bbox.bias": np.ones(3, np.float32)}
     path = write_pth(tmp_path / "detector.pth", {f"backbone.{n}": t for n, t in tensors.items()} | extra)
     dense = fcvit.create_backbone("fcvit_digits", path)
@@ -188,7 +188,7 @@ def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
 
 
 def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
-    path = write_pth(tmp_path / "d.pth", lively_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
+    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
     with pytest.raises(DoesNotFit, match="create_backbone"):
         fcvit.create_model("fcvit_digits", path)
 
@@ -271,9 +271,9 @@ def test_one_head_at_one_position(fcvit, paddle):
 def test_one_head_at_one_position_in_both(tmp_path):
     from fcvit.commands.convert import convert
 
-    form = Form(dataclasses.replace(VARIANTS["fcvit_digits"], heads=1), 10)
+    spec = ModelSpec(dataclasses.replace(VARIANTS["fcvit_digits"], heads=1), 10)
     done = convert(
-        write_pth(tmp_path / "x.pth", lively_tensors(form)), tmp_path / "x.safetensors", variant=form.variant
+        write_pth(tmp_path / "x.pth", synthetic_tensors(spec)), tmp_path / "x.safetensors", variant=spec.variant
     )
     assert done.verification.passed
 

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import PUBLISHED, golden_json
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.models.spec import CONV, LINEAR, Form, entries, parameter_count, recognise
+from fcvit.models.spec import CONV, LINEAR, ModelSpec, parameter_count, recognize, tensor_specs
 from fcvit.models.variants import RESIZE256_BILINEAR, VARIANTS, Preprocessing, get_variant, published
 
 STATE_DICT_ENTRIES = {"fcvit_tiny": 500, "fcvit_b12": 464, "fcvit_b24": 896, "fcvit_b48": 1760}
@@ -15,10 +15,10 @@ OPTIONS = golden_json("options.json")["cases"]
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_are_those_of_the_authors_code(name):
-    form = Form(VARIANTS[name], 1000)
-    figures = published(form.variant)
-    assert parameter_count(form) == figures.parameters
-    assert len(entries(form)) == STATE_DICT_ENTRIES[name]
+    spec = ModelSpec(VARIANTS[name], 1000)
+    figures = published(spec.variant)
+    assert parameter_count(spec) == figures.parameters
+    assert len(tensor_specs(spec)) == STATE_DICT_ENTRIES[name]
     # The paper's M is 2^20; its tiny has 4.56 there, printed as 4.6.
     digits = len(figures.parameters_label.rstrip("M").partition(".")[2])
     assert f"{figures.parameters / 2**20:.{digits}f}M" == figures.parameters_label
@@ -27,9 +27,9 @@ def test_counts_are_those_of_the_authors_code(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_gmac_follows_from_the_table(name):
     """Convolutions work once per position, the context's Linear layers and the head once per image."""
-    form = Form(VARIANTS[name], 1000)
+    spec = ModelSpec(VARIANTS[name], 1000)
     total = 0
-    for key, entry in entries(form).items():
+    for key, entry in tensor_specs(spec).items():
         if entry.layer in (CONV, LINEAR) and key.endswith("weight"):
             if key.startswith("patch_embed"):
                 side = 56
@@ -40,28 +40,28 @@ def test_gmac_follows_from_the_table(name):
             for length in entry.shape:
                 count *= length
             total += count
-    assert total / 1e9 == pytest.approx(published(form.variant).gmac, abs=0.0006)
+    assert total / 1e9 == pytest.approx(published(spec.variant).gmac, abs=0.0006)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_names_and_shapes_of_every_option(name):
     case = OPTIONS[name]
     shapes = {key: tuple(shape) for key, shape in case["state_dict"].items()}
-    form = recognise(shapes)
-    assert {key: entry.shape for key, entry in entries(form).items()} == shapes
-    assert parameter_count(form) == case["parameters"]
+    spec = recognize(shapes)
+    assert {key: entry.shape for key, entry in tensor_specs(spec).items()} == shapes
+    assert parameter_count(spec) == case["parameters"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_named_variant_is_recognised_from_its_tensors(name, dense):
-    form = Form(VARIANTS[name], 0 if dense else 7, dense)
-    assert recognise({key: entry.shape for key, entry in entries(form).items()}) == form
+def test_a_named_variant_is_recognized_from_its_tensors(name, dense):
+    spec = ModelSpec(VARIANTS[name], 0 if dense else 7, dense)
+    assert recognize({key: entry.shape for key, entry in tensor_specs(spec).items()}) == spec
 
 
 def test_what_is_not_an_fcvit_is_named():
     with pytest.raises(DoesNotFit, match=r"network\.0\.0\.norm1\.weight is missing"):
-        recognise({"conv1.weight": (64, 3, 7, 7)})
+        recognize({"conv1.weight": (64, 3, 7, 7)})
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -14,11 +14,11 @@ import pytest
 from conftest import golden_arrays, golden_json, needs_paddle
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.frameworks import import_framework, installed
-from fcvit.models.spec import Form, recognise
+from fcvit.models.spec import ModelSpec, recognize
 from fcvit.models.variants import VARIANTS
 from fcvit.native import build
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 pytestmark = [
     needs_paddle,
@@ -249,9 +249,9 @@ def lively_model(variant, dtype="float64", backbone=False, **rates):
 def accelerated(model):
     from fcvit.native.network import accelerate
 
-    twin = copy.deepcopy(model)
-    accelerate(twin)
-    return twin
+    reference_model = copy.deepcopy(model)
+    accelerate(reference_model)
+    return reference_model
 
 
 def step(model, size=(40, 51), batch=3, seed=7):
@@ -289,7 +289,7 @@ def assert_same_step(plain, native, tolerance=1e-9, **settings):
 @pytest.mark.slow
 def test_network_with_every_option(library, name):
     shapes = {key: tuple(shape) for key, shape in OPTIONS[name]["state_dict"].items()}
-    model = lively_model(recognise(shapes).variant, drop_path_rate=0.4)
+    model = lively_model(recognize(shapes).variant, drop_path_rate=0.4)
     assert_same_step(model, accelerated(model), batch=2)
 
 
@@ -370,15 +370,15 @@ def test_published_variant_in_float32(library):
     """The logits are as near to the exact ones as PyTorch's own."""
     from fcvit.models.build import build_network
     from fcvit.native.network import accelerate
-    from fcvit.verification.gates import GATE_B, gate_b
+    from fcvit.verification.equivalence import RATIO_LIMIT, error_ratio
 
-    form = Form(VARIANTS["fcvit_tiny"], 1000)
-    model = build_network(Weights(form, lively_tensors(form), None, "torch", None, None, (), ()), "float32")
+    spec = ModelSpec(VARIANTS["fcvit_tiny"], 1000)
+    model = build_network(Weights(spec, synthetic_tensors(spec), None, "torch", None, None, (), ()), "float32")
     accelerate(model)
     golden = golden_arrays("fcvit_tiny.npz")
     with paddle.no_grad():
-        logits = model.eval()(paddle.to_tensor(lively_input((2, 3, 224, 224)).astype(np.float32))).numpy()
-    assert gate_b(logits, golden["float32_logits"], golden["logits"]) <= GATE_B
+        logits = model.eval()(paddle.to_tensor(synthetic_input((2, 3, 224, 224)).astype(np.float32))).numpy()
+    assert error_ratio(logits, golden["float32_logits"], golden["logits"]) <= RATIO_LIMIT
 
 
 def test_accelerating(library):

@@ -99,7 +99,7 @@ def test_a_matrix_names_its_classes_and_writes_its_counts(texts):
     found = words(texts)
     assert {"a title", "4 mistakes in 319 images", "true class", "predicted class"} <= set(found)
     assert "share of the true class's images" in found
-    assert "A grey row is a class without images." in found
+    assert "A gray row is a class without images." in found
     for name in NAMES:
         assert found.count(name) == 2
     assert {"3", "1", "7", "14", "63"} <= set(found)

@@ -11,13 +11,13 @@ from fcvit.report.sample_sheet import sample_sheet
 RED, GREEN = (200, 30, 30), (20, 120, 60)
 
 
-def flat(colour, size=(32, 32)):
-    return Image.new("RGB", size, colour)
+def flat(color, size=(32, 32)):
+    return Image.new("RGB", size, color)
 
 
-def where(sheet, colour):
-    """The box around all pixels of a colour, and how many there are."""
-    mask = (np.asarray(sheet) == colour).all(axis=2)
+def where(sheet, color):
+    """The box around all pixels of a color, and how many there are."""
+    mask = (np.asarray(sheet) == color).all(axis=2)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), mask.sum()
 

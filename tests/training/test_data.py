@@ -19,8 +19,8 @@ LEFT_RIGHT = (ClassName("left", "left"), ClassName("right", "right"))
 
 
 def weights(classes=None, count=2):
-    form = dataclasses.replace(DIGITS, num_classes=count)
-    return Weights(form, {}, None, "torch", None, classes, (), ())
+    spec = dataclasses.replace(DIGITS, num_classes=count)
+    return Weights(spec, {}, None, "torch", None, classes, (), ())
 
 
 def test_train_and_val_beside_each_other_are_the_splits(small, squares):
@@ -216,7 +216,7 @@ def test_who_does_a_part_does_not_matter(small):
     ).all()
 
 
-def test_the_networks_input_is_mixed_normalised_and_erased(small):
+def test_the_networks_input_is_mixed_normalized_and_erased(small):
     pixels = np.full((4, 3, 32, 32), 51, np.uint8)
     batch = Batch(0, np.arange(4), (), (pixels,), ())
     plain = Preprocessing(input_size=32, mean=(0.2, 0.2, 0.1), std=(1.0, 1.0, 0.5))

@@ -49,10 +49,10 @@ def stop_after(monkeypatch, steps, error):
     monkeypatch.setattr(Trainer, "run", failing)
 
 
-def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares):
+def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares, notes):
     recipe = small(ema_decay=0.5, save_every=2)
-    said = []
-    done = train(recipe, folder=tmp_path / "run", device="cpu", announce=said.append)
+    said = notes
+    done = train(recipe, folder=tmp_path / "run", device="cpu")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
     assert names == weights | {"state.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml", "run.json"}
@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares)
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in lines]
     with Image.open(tmp_path / "run" / "curves.png") as picture:
         assert picture.width > 500
-    parts = ("data", "forward", "backward", "optimiser")
+    parts = ("data", "forward", "backward", "optimizer")
     assert all(0 < sum(row[part] for part in parts) <= row["seconds"] for row in lines)
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     assert stored["status"] == "finished" and stored["recipe"]["epochs"] == 3
@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares)
         found = evaluate(tmp_path / "run" / f"{name}.safetensors", squares / "val", device="cpu").results[0]
         assert found.top1 == lines[-1][key]
     kept = read_weights(tmp_path / "run" / "last.safetensors")
-    assert [c.id for c in kept.classes] == ["left", "right"] and kept.form.variant == recipe.network()
+    assert [c.id for c in kept.classes] == ["left", "right"] and kept.spec.variant == recipe.network()
     assert int(kept.tensors["patch_embed.norm.num_batches_tracked"]) == 6 == lines[-1]["step"]
     assert any("epoch 3 of 3: loss" in text for text in said)
     assert done.weights.name == "best.safetensors" and done.best["best_top1"] == max(
@@ -89,15 +89,15 @@ def test_it_learns(small, tmp_path):
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
-def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step):
+def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step, notes):
     """Interrupted in the first epoch, between two, and in the last; drop path, dropout, mixing and averages on."""
     recipe = small(ema_decay=0.9, drop_rate=0.1, drop_path_rate=0.3, accumulate=2)
     train(recipe, folder=tmp_path / "whole", device="cpu")
-    said = []
+    said = notes
     with monkeypatch.context() as patch:
         stop_after(patch, step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder=tmp_path / "cut", device="cpu", announce=said.append)
+            train(recipe, folder=tmp_path / "cut", device="cpu")
     assert said[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
@@ -115,7 +115,7 @@ def test_a_finished_run_stays_as_it_is(small, tmp_path):
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
-def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch, notes):
     """Begun without a compiler: the run stays plain where there is one."""
     from fcvit.errors import MissingExtra
     from fcvit.native import build
@@ -123,10 +123,10 @@ def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, mo
     def none():
         raise MissingExtra("native operators cannot be had: no C++ compiler")
 
-    said = []
+    said = notes
     with monkeypatch.context() as patch:
         patch.setattr(build, "operators", none)
-        train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+        train(small(epochs=1), folder=tmp_path / "run", device="cpu")
         with pytest.raises(MissingExtra, match=r"no C\+\+ compiler"):
             train(small(epochs=1, operators="native"), folder=tmp_path / "other", device="cpu")
     assert any("several times slower" in text and "no C++ compiler" in text for text in said)
@@ -299,10 +299,10 @@ def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypa
 
 
 @pytest.mark.slow
-def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares):
+def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares, notes):
     (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
-    said = []
-    done = train(small(epochs=6), folder=tmp_path / "run", device="cpu", announce=said.append)
+    said = notes
+    done = train(small(epochs=6), folder=tmp_path / "run", device="cpu")
     assert done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
     assert (
         said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off") == 1
@@ -399,10 +399,10 @@ def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, 
         resume(tmp_path / "run", moved={"weights": other})
 
 
-def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares):
+def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares, notes):
     (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
-    said = []
-    done = train(small(epochs=2), folder=tmp_path / "run", device="cpu", announce=said.append)
+    said = notes
+    done = train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     assert (
         done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
         and said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off")
@@ -480,7 +480,7 @@ def test_parts_of_a_step_add_up(small, tmp_path):
     """The gradient of four parts is that of the whole batch, where no BatchNorm tells them apart."""
     from fcvit.models.build import create_model
     from fcvit.training.data import Division
-    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.optimizer import freeze_backbone
     from fcvit.training.step import Trainer
 
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
@@ -533,16 +533,16 @@ def trained(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
+def test_finetuning_gives_weights_a_new_head(trained, tmp_path, notes):
     data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
-    said = []
+    said = notes
     words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
-    done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu")
     assert any("a new head for 3 classes" in text for text in said)
     assert any("held out for validation: 4 of 20 images" in text for text in said)
     assert any("batch_size 4: a quarter" in text for text in said)
     kept = read_weights(done.weights)
-    assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.form.variant == read_weights(trained).form.variant
+    assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.spec.variant == read_weights(trained).spec.variant
     recipe, _ = finetune_recipe(trained, data, words)
     assert (recipe.layer_decay, recipe.class_weights, recipe.patience) == (0.5, "balanced", 5)
     before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
@@ -551,10 +551,10 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares):
-    said = []
+def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares, notes):
+    said = notes
     words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
-    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu", announce=said.append)
+    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
     assert any("the head goes on from theirs" in text for text in said)
     before, after = (read_weights(path).tensors["head.weight"] for path in (trained, done.folder / "last.safetensors"))
     assert np.abs(before - after).max() < 1e-6
@@ -567,8 +567,8 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
     from fcvit.models.build import create_model, weights_of
     from fcvit.weights.writing import write_weights
 
-    form = read_weights(trained).form
-    model = create_model(form.variant, None, 2)
+    spec = read_weights(trained).spec
+    model = create_model(spec.variant, None, 2)
     other = tmp_path / "other.safetensors"
     write_weights(other, weights_of(model, classes=(ClassName("right", "R"), ClassName("left", "L"))))
     recipe, notes = finetune_recipe(other, squares, {"accumulate": "2"})
@@ -580,7 +580,7 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
     assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
 
 
-def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path):
+def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path, notes):
     """Else the learning rate would not reach its value; what is asked for stays, with a note."""
     recipe, notes = finetune_recipe(trained, squares, {"epochs": "1"})
     assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in notes
@@ -590,8 +590,8 @@ def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small,
     for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
         recipe, notes = finetune_recipe(trained, squares, words)
         assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in notes)
-    said = []
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu", announce=said.append)
+    said = notes
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
 
 
@@ -692,7 +692,7 @@ def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, caps
     assert main(["train", "--resume", run, "--device", "cpu"]) == 2
     options = ["--option", "competition=false", "--option", "heads=4", "--crop-scale", "[0.5, 1.0]"]
     assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", f"{run}-4", *options]) == 0
-    variant = read_weights(f"{run}-4/last.safetensors").form.variant
+    variant = read_weights(f"{run}-4/last.safetensors").spec.variant
     assert (variant.competition, variant.heads) == (False, 4)
     assert main(["train", str(recipe_file), "--option", "heads"]) == 2
 
@@ -712,7 +712,7 @@ def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, cap
 
 
 def test_a_preview_shows_what_the_network_sees(small, tmp_path):
-    """Without any augmentation: the image itself, cut to its centre; with erasing: something else."""
+    """Without any augmentation: the image itself, cut to its center; with erasing: something else."""
     plain = small(rand_augment=0, erasing=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop="centre")
     pictures = {}
     for name, recipe in (("plain", plain), ("erased", dataclasses.replace(plain, erasing=1.0))):

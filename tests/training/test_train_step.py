@@ -5,10 +5,10 @@ import pytest
 
 from conftest import golden_json, needs_paddle
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import Form, entries, is_counter, paddle_name
+from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import VARIANTS
 from fcvit.weights.reading import Weights
-from fcvit.weights.synthetic import lively_input, lively_tensors
+from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 pytestmark = needs_paddle
 GOLDEN = golden_json("train_step.json")
@@ -28,20 +28,20 @@ def ends(array):
 def test_three_steps_of_the_authors_code():
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
-    from fcvit.training.optimiser import create_optimiser
+    from fcvit.training.optimizer import create_optimizer
     from fcvit.training.recipe import Recipe
     from fcvit.training.step import soft_cross_entropy
 
-    form = Form(VARIANTS[GOLDEN["variant"]], GOLDEN["num_classes"])
+    spec = ModelSpec(VARIANTS[GOLDEN["variant"]], GOLDEN["num_classes"])
     salt = GOLDEN["weight_salt"]
-    model = build_network(Weights(form, lively_tensors(form, salt), None, "torch", None, None, (), ()), "float64")
+    model = build_network(Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ()), "float64")
     model.train()
     recipe = Recipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=0, weight_decay=0.05)
-    optimiser = create_optimiser(model, recipe)
-    images = paddle.to_tensor(lively_input(tuple(GOLDEN["input_shape"]), salt).astype(np.float64))
-    targets = paddle.to_tensor(np.eye(form.num_classes)[GOLDEN["labels"]])
+    optimizer = create_optimizer(model, recipe)
+    images = paddle.to_tensor(synthetic_input(tuple(GOLDEN["input_shape"]), salt).astype(np.float64))
+    targets = paddle.to_tensor(np.eye(spec.num_classes)[GOLDEN["labels"]])
     named = dict(model.named_parameters())
-    table = entries(form)
+    table = tensor_specs(spec)
     for number, step in enumerate(GOLDEN["steps"]):
         logits = model(images)
         loss = soft_cross_entropy(logits, targets)
@@ -60,12 +60,12 @@ def test_three_steps_of_the_authors_code():
                 statistics = named[paddle_name(name)].numpy()
                 found = {"sum": statistics.sum(), **ends(statistics)}
                 assert_close([found[key] for key in expected], list(expected.values()), name)
-        optimiser.step()
-        optimiser.clear_grad()
+        optimizer.step()
+        optimizer.clear_grad()
 
 
 def test_the_running_variance_is_the_unbiased_one():
-    """As PyTorch keeps it; what it normalises by within a batch is the biased one."""
+    """As PyTorch keeps it; what it normalizes by within a batch is the biased one."""
     paddle = import_framework("paddle")
     from fcvit.models.network import BatchNorm
 

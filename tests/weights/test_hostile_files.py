@@ -34,16 +34,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
-from fcvit.models.spec import Form, entries, paddle_name
+from fcvit.models.spec import ModelSpec, paddle_name, tensor_specs
 from fcvit.models.variants import VARIANTS
 from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights import checkpoint, pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import Header
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
 
-FORM = Form(VARIANTS["fcvit_digits"], 10)
+FORM = ModelSpec(VARIANTS["fcvit_digits"], 10)
 PATIENCE = 40  # seconds of the processor, whatever else the machine does; the slowest file takes 3
 MIB = 1 << 20
 
@@ -197,7 +197,7 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (4,), start: int = 0, end
 
 @functools.cache
 def good_tensors() -> Mapping[str, np.ndarray]:
-    return lively_tensors(FORM)
+    return synthetic_tensors(FORM)
 
 
 def changed(key: str, value: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -207,7 +207,7 @@ def changed(key: str, value: np.ndarray | None) -> dict[str, np.ndarray]:
 
 
 def in_paddle_form() -> dict[str, np.ndarray]:
-    table = entries(FORM)
+    table = tensor_specs(FORM)
     return {
         paddle_name(key): value.T if table[key].transposed_in_paddle else value
         for key, value in good_tensors().items()
@@ -774,14 +774,14 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     ),
     "storage unknown": (tensor(storage("torch.OddStorage")), r"storages of type torch\.OddStorage are not read"),
     "storage complex": (tensor(storage("torch.ComplexFloatStorage")), "type torch.ComplexFloatStorage are not read"),
-    "storage quantised": (tensor(storage("torch.QInt8Storage")), "quantised tensors are not read"),
+    "storage quantized": (tensor(storage("torch.QInt8Storage")), "quantized tensors are not read"),
     "persistent id is a text": (text("storage") + b"Q", "a persistent id that is not a storage"),
     "persistent id of protocol 0": (b"Pstorage\n", "opcode PERSID: not used by any checkpoint"),
     "float8": (tensor(UNTYPED, version=3, more=name("torch.float8_e5m2")), "w: a tensor of type float8_e5m2"),
     "type that doubles": (tensor(UNTYPED, version=3, more=DOUBLING), "w: a tensor of type unknown"),
     "sparse": (call("torch._utils._rebuild_sparse_tensor", NONE), "w: a sparse tensor is not read"),
     "sparse CSR": (call("torch._utils._rebuild_sparse_csr_tensor", NONE), "w: a sparse tensor is not read"),
-    "quantised": (call("torch._utils._rebuild_qtensor", NONE), "w: a quantised tensor is not read"),
+    "quantized": (call("torch._utils._rebuild_qtensor", NONE), "w: a quantized tensor is not read"),
     "nested": (call("torch._utils._rebuild_nested_tensor", NONE), "w: a nested tensor is not read"),
     "meta": (call("torch._utils._rebuild_meta_tensor_no_storage", NONE), "w: a meta tensor, which has no numbers"),
     "subclass": (call("torch._utils._rebuild_wrapper_subclass", NONE), "w: a tensor subclass is not read"),
@@ -1294,7 +1294,7 @@ def outcome(path: Path) -> FcvitError | None:
         assert path.name in str(error)
         return error
     # What went unnoticed changed numbers at most.
-    assert {key: value.shape for key, value in found.items()} == {k: e.shape for k, e in entries(FORM).items()}
+    assert {key: value.shape for key, value in found.items()} == {k: e.shape for k, e in tensor_specs(FORM).items()}
     return None
 
 

@@ -330,7 +330,13 @@ def mutate_zip(rng: random.Random, content: bytes) -> bytes:
             case 0:
                 archive.members.insert(at, twin)
             case 1:  # the same name in other letters
-                name = rng.choice((twin.name.upper(), twin.name.replace(b"data", b"Data"), twin.name + b"\0x"))
+                name = rng.choice(
+                    (
+                        twin.name.upper(),
+                        twin.name.replace(b"data", b"Data"),
+                        twin.name + b"\0x",
+                    )
+                )
                 archive.members.insert(at, dataclasses.replace(twin, name=name))
             case 2:
                 member.name = rng.choice((member.name.upper(), b"x/" + member.name.partition(b"/")[2], member.name[8:]))

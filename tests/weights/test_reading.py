@@ -13,7 +13,7 @@ import pytest
 from conftest import DIGITS, needs_torch, write_pdparams, write_pth
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import entries, is_counter, paddle_name
+from fcvit.models.spec import is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import VARIANTS
 from fcvit.weights import safetensors_file
 from fcvit.weights.checkpoint import LEGACY, PDPARAMS, SAFETENSORS, ZIP
@@ -27,7 +27,7 @@ def assert_same(found, expected):
 
 
 def paddle_side(tensors):
-    table = entries(DIGITS)
+    table = tensor_specs(DIGITS)
     return {
         paddle_name(n): t.T if table[n].transposed_in_paddle else t for n, t in tensors.items() if not is_counter(n)
     }
@@ -35,7 +35,7 @@ def paddle_side(tensors):
 
 def test_a_bare_state_dict(digits_pth, digits_tensors):
     weights = read_weights(digits_pth)
-    assert weights.form == DIGITS
+    assert weights.spec == DIGITS
     assert (weights.source.format, weights.layout, weights.dtypes) == (ZIP, "torch", ["float32"])
     assert_same(weights.tensors, digits_tensors)
     assert weights.skipped == weights.notes == ()
@@ -98,11 +98,11 @@ def test_every_problem_is_reported_together(tmp_path, digits_tensors):
 
 def test_a_square_linear_is_transposed_by_the_type_of_its_layer(tmp_path):
     """A head with as many classes as the last width: shapes cannot tell, the layer does."""
-    from fcvit.weights.synthetic import lively_tensors
+    from fcvit.weights.synthetic import synthetic_tensors
 
-    form = dataclasses.replace(DIGITS, num_classes=48)
-    tensors = lively_tensors(form)
-    table = entries(form)
+    spec = dataclasses.replace(DIGITS, num_classes=48)
+    tensors = synthetic_tensors(spec)
+    table = tensor_specs(spec)
     stored = {
         paddle_name(n): t.T if table[n].transposed_in_paddle else t for n, t in tensors.items() if not is_counter(n)
     }
@@ -111,23 +111,23 @@ def test_a_square_linear_is_transposed_by_the_type_of_its_layer(tmp_path):
     assert not np.array_equal(stored["head.weight"], tensors["head.weight"])
 
 
-def test_a_variant_of_ones_own_is_recognised(tmp_path):
-    from fcvit.weights.synthetic import lively_tensors
+def test_a_variant_of_ones_own_is_recognized(tmp_path):
+    from fcvit.weights.synthetic import synthetic_tensors
 
     own = dataclasses.replace(VARIANTS["fcvit_digits"], name="mine", competition=False, kernel_sizes=(5, 7), heads=4)
-    form = dataclasses.replace(DIGITS, variant=own)
-    found = read_weights(write_pth(tmp_path / "x.pth", lively_tensors(form))).form
+    spec = dataclasses.replace(DIGITS, variant=own)
+    found = read_weights(write_pth(tmp_path / "x.pth", synthetic_tensors(spec))).spec
     assert dataclasses.replace(found.variant, name="mine", preprocessing=own.preprocessing) == own
 
 
 def test_a_guess_is_said_aloud(tmp_path):
     """Tensors do not show the preprocessing; an ablation is not called by the plain name."""
-    from fcvit.weights.synthetic import lively_tensors
+    from fcvit.weights.synthetic import synthetic_tensors
 
     own = dataclasses.replace(VARIANTS["fcvit_digits"], heads=4)
-    form = dataclasses.replace(DIGITS, variant=own)
-    assert str(form) == "fcvit_digits with heads=4 (10 classes)"
-    weights = read_weights(write_pth(tmp_path / "x.pth", lively_tensors(form)))
+    spec = dataclasses.replace(DIGITS, variant=own)
+    assert str(spec) == "fcvit_digits with heads=4 (10 classes)"
+    weights = read_weights(write_pth(tmp_path / "x.pth", synthetic_tensors(spec)))
     assert weights.notes[0].startswith("no named variant: preprocessing is assumed (resize 248 bicubic, crop 224)")
 
 
@@ -249,7 +249,7 @@ class TestFilesOfPyTorch:
         state = torch.load(digits_pth, weights_only=True)
         assert_same({n: t.numpy() for n, t in state.items()}, digits_tensors)
 
-    @pytest.mark.parametrize("make", ["sparse", "quantised", "meta"])
+    @pytest.mark.parametrize("make", ["sparse", "quantized", "meta"])
     def test_tensors_of_other_kinds_are_refused_by_name(self, torch, tmp_path, make):
         import warnings
 
@@ -257,7 +257,7 @@ class TestFilesOfPyTorch:
             warnings.simplefilter("ignore")  # PyTorch on its own plans
             tensor = {
                 "sparse": lambda: torch.eye(3).to_sparse(),
-                "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+                "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
                 "meta": lambda: torch.ones(3, device="meta"),
             }[make]()
             torch.save({"patch_embed.proj.weight": tensor}, tmp_path / "x.pth")

@@ -82,8 +82,8 @@ STATED = {
 
 
 @pytest.mark.parametrize("form", STATED)
-def test_mean_and_std_are_used_and_reported(read, form):
-    weights = read(**STATED[form])
+def test_mean_and_std_are_used_and_reported(read, spec):
+    weights = read(**STATED[spec])
     found = weights.preprocessing
     np.testing.assert_allclose((found.mean, found.std), ((0.5,) * 3, (0.25,) * 3))
     assert (found.input_size, found.crop_fraction) == (32, 1.0)
@@ -167,9 +167,9 @@ def test_other_means_are_none(read):
 def test_a_header_that_contradicts_the_arguments_is_refused(tmp_path, digits_tensors, size, fits):
     path = tmp_path / "x.pdparams"
     path.write_bytes(pickle.dumps({"state_dict": digits_tensors, "args": {"img_size": 64}}, 4))
-    form = read_weights(path).form
+    spec = read_weights(path).spec
     sha256 = read_checkpoint(path).sha256
-    header = Header(form, "torch", Preprocessing(size, 1.0), weights_sha256=sha256)
+    header = Header(spec, "torch", Preprocessing(size, 1.0), weights_sha256=sha256)
     sidecar(path).write_text(header.to_json())
     if fits:
         assert read_weights(path).preprocessing.input_size == 64

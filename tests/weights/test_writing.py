@@ -18,7 +18,7 @@ from fcvit.commands.convert import convert
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.models.classes import ClassName
-from fcvit.models.spec import Form, is_counter
+from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file
 from fcvit.weights.checkpoint import read_checkpoint, sidecar
@@ -92,7 +92,7 @@ def test_any_header_survives_json(heads, competition, kernels, layer_scale, crop
         layer_scale=layer_scale,
     )
     header = Header(
-        Form(variant, len(classes)),
+        ModelSpec(variant, len(classes)),
         "torch",
         Preprocessing(crop_fraction=crop),
         tuple(ClassName(name, name) for name in classes),
@@ -147,12 +147,12 @@ def test_a_file_where_the_header_belongs_is_not_touched(tmp_path, digits_pth, en
             convert(digits_pth, tmp_path / f"x{ending}", verify=False)
     else:
         convert(digits_pth, tmp_path / f"x{ending}", verify=False)
-        assert read_weights(tmp_path / f"x{ending}").form == DIGITS
+        assert read_weights(tmp_path / f"x{ending}").spec == DIGITS
     assert own.read_text() == "mine"
 
 
 def test_the_source_is_never_overwritten(tmp_path, digits_pth):
-    """A training checkpoint would lose its optimiser."""
+    """A training checkpoint would lose its optimizer."""
     before = digits_pth.read_bytes()
     (tmp_path / "link.pth").symlink_to(digits_pth)
     for target in (digits_pth, tmp_path / "link.pth"):
@@ -223,7 +223,7 @@ def test_class_lists(tmp_path, digits_pth):
 
 def test_a_new_head_only_on_request(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "kept.safetensors", verify=False)
-    assert read_weights(tmp_path / "kept.safetensors").form.num_classes == 10
+    assert read_weights(tmp_path / "kept.safetensors").spec.num_classes == 10
     done = convert(digits_pth, tmp_path / "new.safetensors", new_head=3, verify=False)
     assert any("the head for 3 classes is fresh" in note for note in done.notes)
     assert read_weights(tmp_path / "new.safetensors").tensors["head.weight"].shape == (3, 48)
@@ -255,7 +255,7 @@ def test_an_existing_file_is_kept(tmp_path, digits_pth):
         convert(digits_pth, target, verify=False)
     assert target.read_bytes() == b"precious"
     convert(digits_pth, target, verify=False, overwrite=True)
-    assert read_weights(target).form == DIGITS
+    assert read_weights(target).spec == DIGITS
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pdparams"])

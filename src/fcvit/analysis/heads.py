@@ -9,6 +9,7 @@ is measured alike (`fcvit.analysis.plain_vit`).
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ from fcvit.models.maps import Similarity, SimilarityMap, short
 from fcvit.models.variants import Preprocessing
 from fcvit.report.progress import progress
 from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 _BATCH = 8
 Figures = dict[str, np.ndarray]  # by the fields of `Measures`, (B,) each
@@ -92,7 +95,6 @@ def heads(
     vit_weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
     ema: bool | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Heads:
     """Measure the standardised maps of every global context over images.
 
@@ -117,7 +119,7 @@ def heads(
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "heads") as target:
         bad: list[BadImages] = []
         ours = _over_images(
-            str(read.form), images, viewer.preprocessing, bad, lambda x: measure(viewer.similarity(x, tokens=True))
+            str(read.spec), images, viewer.preprocessing, bad, lambda x: measure(viewer.similarity(x, tokens=True))
         )
         networks = [ours]
         if plain is not None:  # what cannot be read is listed already
@@ -130,7 +132,7 @@ def heads(
             try:
                 runs.write_bytes(target / "heads.png", depth_chart([_depth(one) for one in networks], found.images))
             except MissingExtra as error:
-                announce(f"no picture: {error}")
+                logger.info(f"no picture: {error}")
     return found
 
 
@@ -269,8 +271,8 @@ def agreement(tokens: np.ndarray, heads: int) -> np.ndarray:
     """
     x = tokens.reshape(len(tokens), heads, tokens.shape[1] // heads, -1).astype(float)  # (B, heads, d, positions)
     context = x.mean(3, keepdims=True)
-    centred = x - context
-    covariance = centred @ centred.swapaxes(2, 3)  # the number of positions cancels
+    centered = x - context
+    covariance = centered @ centered.swapaxes(2, 3)  # the number of positions cancels
     spread = covariance @ x
     own = np.maximum((x * spread).sum(2), 0)
     free = np.maximum((context * (covariance @ context)).sum(2), 0)

@@ -109,10 +109,10 @@ def _depth(networks: Sequence[Depth], images: int) -> "Figure":
             axes = axes_at(figure, left + column * (wide + 0.25), 1.2 + row * (panel + gap), wide, panel)
             places = range(len(network.layers))
             groups = network.groups or [""] * len(places)
-            for (colour, marker, style), group in zip(_LOOKS, dict.fromkeys(groups), strict=False):
+            for (color, marker, style), group in zip(_LOOKS, dict.fromkeys(groups), strict=False):
                 own = [place for place in places if groups[place] == group]
                 shown = [line.values[place] for place in own]
-                axes.plot(own, shown, color=colour, marker=marker, linestyle=style, markersize=5, label=group or None)
+                axes.plot(own, shown, color=color, marker=marker, linestyle=style, markersize=5, label=group or None)
                 if line.noise:
                     noise = [line.noise[place] for place in own]
                     axes.plot(own, noise, color=WRONG, linestyle=style, linewidth=1, label=f"noise {group}".strip())

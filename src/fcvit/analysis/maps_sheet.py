@@ -1,8 +1,8 @@
 """Pictures of similarity maps on their image: the heads side by side, from stage to stage, and of many images.
 
-Viridis is perceptually uniform and told apart by the colour-blind; one scale, with its bar, holds for a picture: from
-the 1st to the 99th percentile of what it shows, and what is beyond has the colour of the bar's ends.
-What the network did not see is pale and has no colour.
+Viridis is perceptually uniform and told apart by the color-blind; one scale, with its bar, holds for a picture: from
+the 1st to the 99th percentile of what it shows, and what is beyond has the color of the bar's ends.
+What the network did not see is pale and has no color.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 COLOURS = "viridis"
 _TILE, _GAP, _EDGE = 1.55, 0.12, 0.25  # inches: a map's longer side, between two, around everything
-_HEAD, _NAME, _BAR = 0.95, 0.26, 0.55  # of the titles, a map's name, the colour bar
+_HEAD, _NAME, _BAR = 0.95, 0.26, 0.55  # of the titles, a map's name, the color bar
 _SMALL_TILE = 1.2  # a map's longer side where there are many images
 LONGEST = 1.9  # longer over shorter side of an image that leaves room for what is written over its maps
-_DARKEST = 165  # grey under a map
-_LEAST = 0.1  # of similarity: from the lowest to the highest colour
+_DARKEST = 165  # gray under a map
+_LEAST = 0.1  # of similarity: from the lowest to the highest color
 _OPACITY = 0.7
 
 
@@ -68,7 +68,7 @@ def maps_sheet(
         scene: the image.
         rows: the maps; a single row is broken after `columns`, several stand one below the other.
         title, subtitle: the parts of a line each (`fcvit.report.charts.joined`).
-        label: what the colours mean.
+        label: what the colors mean.
 
     Returns:
         A PNG file.
@@ -87,7 +87,7 @@ def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, lab
         panels: at least one.
         names: of the maps, which all have.
         title: one line.
-        label: what the colours mean.
+        label: what the colors mean.
 
     Returns:
         A PNG file.
@@ -125,7 +125,7 @@ def _sheet(
         for column, (name, one) in enumerate(zip(row.names, row.maps, strict=True)):
             place = axes_at(figure, left + column * (wide + _GAP), bottom, wide, tall)
             _show_map(place, scene, one, scale, fit(name, wide))
-    _colour_bar(figure, left, _EDGE + 0.22, min(3.4, width - left - _EDGE), scale, label)
+    _color_bar(figure, left, _EDGE + 0.22, min(3.4, width - left - _EDGE), scale, label)
     return figure
 
 
@@ -140,7 +140,7 @@ def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: 
     width, height = columns * (room + apart) - apart + 2 * _EDGE, head + longest + _EDGE
     figure = canvas(width, height, title, "")
     scale = _scale(panel.maps for panel in panels)
-    _colour_bar(figure, _EDGE + step, height - _HEAD - 0.05, 3.4, scale, label)
+    _color_bar(figure, _EDGE + step, height - _HEAD - 0.05, 3.4, scale, label)
     for number, (panel, (tall, wide)) in enumerate(zip(panels, sizes, strict=True)):
         column, line = divmod(number, lines)
         left = _EDGE + column * (room + apart)
@@ -156,7 +156,7 @@ def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: 
 
 
 def own_range(row: Row) -> Row:
-    """Each map from 0 to 1, its own lowest to highest colour; its name says what those are."""
+    """Each map from 0 to 1, its own lowest to highest color; its name says what those are."""
     maps, names = [], []
     for name, one in zip(row.names, row.maps, strict=True):
         low, high = _range(one[np.isfinite(one)])
@@ -166,13 +166,13 @@ def own_range(row: Row) -> Row:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """From the lowest to the highest colour: all but the outermost hundredths, but no stretched rounding errors."""
+    """From the lowest to the highest color: all but the outermost hundredths, but no stretched rounding errors."""
     low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
     return float(low), float(max(high, low + _LEAST))
 
 
 def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
-    """From the lowest to the highest colour: all but the outermost hundredths of what there is."""
+    """From the lowest to the highest color: all but the outermost hundredths of what there is."""
     from matplotlib.colors import Normalize
 
     values = np.concatenate([one[np.isfinite(one)] for one in maps])
@@ -180,20 +180,20 @@ def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
 
 
 def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
-    """A map in colours over the image, uint8 (H, W, 3): of it so little is left that no place looks like another value.
+    """A map in colors over the image, uint8 (H, W, 3): of it so little is left that no place looks like another value.
 
     Args:
         scene: the image.
-        one: (H, W), NaN where there is no map: there is no colour.
+        one: (H, W), NaN where there is no map: there is no color.
         scale: to 0 to 1.
     """
     from matplotlib import colormaps
 
     there = np.isfinite(one)
-    colours = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
-    grey = _grey(scene)
-    mixed = _OPACITY * 255 * colours + (1 - _OPACITY) * grey
-    return np.where(there[..., None], mixed.round(), _pale(grey, scene.seen)).astype(np.uint8)
+    colors = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
+    gray = _gray(scene)
+    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * gray
+    return np.where(there[..., None], mixed.round(), _pale(gray, scene.seen)).astype(np.uint8)
 
 
 def _show_map(place: "Axes", scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
@@ -211,8 +211,8 @@ def _show(place: "Axes", image: np.ndarray, name: str = "") -> None:
     place.set_title(name, loc="left", fontsize=9, pad=3)
 
 
-def _colour_bar(figure: "Figure", left: float, bottom: float, width: float, scale: "Normalize", label: str) -> None:
-    """In the colours that the map has over an image's middle grey."""
+def _color_bar(figure: "Figure", left: float, bottom: float, width: float, scale: "Normalize", label: str) -> None:
+    """In the colors that the map has over an image's middle gray."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
@@ -221,15 +221,15 @@ def _colour_bar(figure: "Figure", left: float, bottom: float, width: float, scal
     middle = (_DARKEST + 255) / 2 / 255
     mixed = _OPACITY * colormaps[COLOURS](np.arange(256))[:, :3] + (1 - _OPACITY) * middle
     bar = axes_at(figure, left, bottom, width, 0.12)
-    colours = ScalarMappable(scale, ListedColormap(mixed))
+    colors = ScalarMappable(scale, ListedColormap(mixed))
     figure.colorbar(
-        colours, cax=bar, orientation="horizontal", label=label, extend="both", ticks=MaxNLocator(5), format="%g"
+        colors, cax=bar, orientation="horizontal", label=label, extend="both", ticks=MaxNLocator(5), format="%g"
     )
     bar.tick_params(labelsize=8, length=2)
 
 
-def _grey(scene: Scene) -> np.ndarray:
-    """Luminance in all three channels, stretched from light grey to white: dark and bright are for the map."""
+def _gray(scene: Scene) -> np.ndarray:
+    """Luminance in all three channels, stretched from light gray to white: dark and bright are for the map."""
     luminance = scene.image @ np.array([0.299, 0.587, 0.114])
     low, high = np.percentile(luminance[scene.seen], [1, 99])
     share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)

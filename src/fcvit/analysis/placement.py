@@ -1,8 +1,8 @@
 """Where in the original image a feature map lies: the inverse of the evaluation's preprocessing.
 
 The image was resized (the longer side truncated, so the two axes have ratios of their own) and a square cut out of its
-centre (`fcvit.data.transforms.preprocess`). The network's convolutions are padded by half their kernels, so position i
-of a map of stride s sees most of pixel s * i of the crop: its centre is there, not in the middle of a block of s
+center (`fcvit.data.transforms.preprocess`). The network's convolutions are padded by half their kernels, so position i
+of a map of stride s sees most of pixel s * i of the crop: its center is there, not in the middle of a block of s
 pixels. What the crop left out was never seen, and stays empty.
 """
 
@@ -90,7 +90,7 @@ def _in_crop(
     shown: tuple[int, int] | None,
     window: tuple[int, int, int, int] | None,
 ) -> list[np.ndarray]:
-    """Where the pixels that are shown lie in the crop, across and down: in its pixels, from the first one's centre.
+    """Where the pixels that are shown lie in the crop, across and down: in its pixels, from the first one's center.
 
     NaN where they lie outside.
     """
@@ -102,9 +102,9 @@ def _in_crop(
         (left, right, width, crop_left, crop_right),
         (top, bottom, height, crop_top, crop_bottom),
     ):
-        centres = begin + (np.arange(count) + 0.5) * (end - begin) / count  # in pixels of the original, from its edge
-        pixels = (centres - start) / (stop - start) * preprocessing.input_size - 0.5
-        found.append(np.where((centres >= start) & (centres <= stop), pixels, np.nan))
+        centers = begin + (np.arange(count) + 0.5) * (end - begin) / count  # in pixels of the original, from its edge
+        pixels = (centers - start) / (stop - start) * preprocessing.input_size - 0.5
+        found.append(np.where((centers >= start) & (centers <= stop), pixels, np.nan))
     return found
 
 

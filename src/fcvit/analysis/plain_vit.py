@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import DoesNotFit, MissingExtra, UsageError
 from fcvit.frameworks import import_framework, torch_place
 from fcvit.models.variants import Preprocessing
@@ -75,7 +75,7 @@ class PlainViT:
         def look(attention: Any, arguments: tuple[Any, ...]) -> None:
             found.append(attention_logits(attention, arguments[0], self.model.num_prefix_tokens).cpu().numpy())
 
-        x = self.torch.from_numpy(normalise(batch, self.preprocessing)).to(self.device)
+        x = self.torch.from_numpy(normalize(batch, self.preprocessing)).to(self.device)
         with contextlib.ExitStack() as hooks, self.torch.inference_mode():
             for block in self.model.blocks:
                 hooks.callback(block.attn.register_forward_pre_hook(look).remove)
@@ -123,7 +123,7 @@ def _timm() -> Any:
 def _preprocessing(name: str, config: dict[str, Any]) -> Preprocessing:
     _, height, width = config["input_size"]
     if height != width or config.get("crop_mode", "center") != "center":
-        raise UsageError(f"--vit {name}: expected a network that sees the square centre of an image")
+        raise UsageError(f"--vit {name}: expected a network that sees the square center of an image")
     return Preprocessing(width, config["crop_pct"], config["interpolation"], config["mean"], config["std"])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from fcvit import run_folder as runs
 from fcvit.analysis.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet, own_range
 from fcvit.analysis.placement import place, surroundings
 from fcvit.analysis.placement import seen as seen_in
-from fcvit.data.folders import evenly
-from fcvit.data.transforms.preprocess import crop, decode, normalise, preprocess
+from fcvit.data.folders import sample_evenly
+from fcvit.data.transforms.preprocess import crop, decode, normalize, preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.inference.predict import Prediction, rank
@@ -24,6 +25,8 @@ from fcvit.models.maps import Place, Similarity, SimilarityMap, choose, places, 
 from fcvit.models.variants import Preprocessing, Variant, resolve_preprocessing
 from fcvit.report.progress import progress
 from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network
 _SMALL = 200  # where there are many images
@@ -88,14 +91,14 @@ class Viewer:
         preprocessing: Preprocessing | None = None,
         device: str = "auto",
     ):
-        form = weights.form
-        require_maps(form.variant)
-        if form.dense:
-            raise DoesNotFit(f"{weights.source.path} is {form}; maps come from a classifier")
-        self.variant = form.variant
+        spec = weights.spec
+        require_maps(spec.variant)
+        if spec.dense:
+            raise DoesNotFit(f"{weights.source.path} is {spec}; maps come from a classifier")
+        self.variant = spec.variant
         self.name = weights.source.path.name
-        self.preprocessing = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
-        self.classes = resolve_classes(classes, weights.classes, form.num_classes) if form.num_classes else ()
+        self.preprocessing = resolve_preprocessing(preprocessing, weights.preprocessing, spec.variant)
+        self.classes = resolve_classes(classes, weights.classes, spec.num_classes) if spec.num_classes else ()
         self._labels = labels(self.classes)
         self.device = paddle_place(device)
         self.paddle = import_framework("paddle")
@@ -111,7 +114,7 @@ class Viewer:
             NumbersDisagree: some are no finite numbers.
         """
         with on_paddle_device(self.device), self.paddle.no_grad():
-            found = self.model.similarity(self.paddle.to_tensor(normalise(batch, self.preprocessing)), tokens)
+            found = self.model.similarity(self.paddle.to_tensor(normalize(batch, self.preprocessing)), tokens)
             maps = [
                 SimilarityMap(
                     one.stage,
@@ -223,7 +226,7 @@ def caption(predictions: Sequence[Prediction]) -> tuple[str, ...]:
 def picture(
     viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which, scale: Scale = "picture"
 ) -> bytes:
-    """The maps of one global context on the image: a PNG file; colours have one scale, or each head its own."""
+    """The maps of one global context on the image: a PNG file; colors have one scale, or each head its own."""
     one = seen.found.at(*where)
     scene = viewer.scene(seen.image)
     maps, names = choose_heads(getattr(one, which), heads)
@@ -313,7 +316,6 @@ def similarity(
     preprocessing: Preprocessing | None = None,
     device: str = "auto",
     ema: bool | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """For each image two pictures (the heads of one global context; the stages one below the other) and all arrays.
 
@@ -327,7 +329,7 @@ def similarity(
             whose maps have more than one position.
         heads: "each", "mean", or the number of one.
         which: "standardised", or "rescaled", as it multiplies the context.
-        scale: of the colours: one for a "picture", or one for each "head", whose name then has its range. The overview
+        scale: of the colors: one for a "picture", or one for each "head", whose name then has its range. The overview
             has one.
         top_k: classes in the caption.
 
@@ -335,7 +337,7 @@ def similarity(
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
         BadImages: not one image can be read. Single ones are listed in the result.
         NumbersDisagree: maps that are no finite numbers.
-        KeyboardInterrupt: the files of the images before are there, which `announce` is told.
+        KeyboardInterrupt: the files of the images before are there, which a note says.
     """
     if which not in get_args(Which):
         raise UsageError(f"--values {which}: expected standardised or rescaled")
@@ -351,14 +353,14 @@ def similarity(
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     viewer = Viewer(read, classes, preprocessing, device)
     if classes and (note := order_note(classes, read.classes)):
-        announce(note)
+        logger.info(note)
     where = choose(places(viewer.variant), viewer.stage if stage is None else stage, block, context)
     check_heads(viewer.variant, heads)
     done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
     panels: list[Panel] = []
     bad: list[BadImages] = []
     taken = {OVERVIEW}
-    shown = set(evenly(range(len(images)), MOST))
+    shown = set(sample_evenly(range(len(images)), MOST))
     with (
         runs.run_folder(None if folder is None else Path(folder), "similarity") as target,
         progress("drawing", len(images)) as advance,
@@ -384,7 +386,7 @@ def similarity(
                     best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
                     panels.append(panel(viewer, seen, (path.name, *best), where[2], heads, which))
         except KeyboardInterrupt:
-            announce(f"the files of {len(done)} of {len(images)} images are in {target}")
+            logger.info(f"the files of {len(done)} of {len(images)} images are in {target}")
             raise
         if not done:
             raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")

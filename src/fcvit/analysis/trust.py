@@ -12,6 +12,7 @@ measure that owes nothing to the curves.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 import zlib
@@ -31,6 +32,8 @@ from fcvit.models.maps import Place, SimilarityMap, places
 from fcvit.models.variants import Preprocessing
 from fcvit.report.progress import duration, progress
 from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 STEPS = 11  # points of a curve, from nothing to all
 RANDOM = 4  # control maps of an image
@@ -109,7 +112,6 @@ def trust(
     engine: str = AUTO,
     device: str = "auto",
     ema: bool | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Trust:
     """Measure maps, and occlusion.
 
@@ -132,19 +134,19 @@ def trust(
     if len(images) < LEAST:
         raise UsageError(f"{counted(len(images), 'image')}: expected at least {LEAST}, for an interval")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
-    if not read.form.num_classes:
-        raise DoesNotFit(f"{read.source.path} is {read.form}: it predicts nothing that a map could explain")
+    if not read.spec.num_classes:
+        raise DoesNotFit(f"{read.source.path} is {read.spec}: it predicts nothing that a map could explain")
     viewer = Viewer(read, device=device)
     check_heads(viewer.variant, heads)
     chosen = _chosen(places(viewer.variant), every)
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "trust") as target:
-        compute = create_engine(engine, read, viewer.preprocessing, device, announce=announce)
+        compute = create_engine(engine, read, viewer.preprocessing, device)
         bad: list[BadImages] = []
         with progress("reading", len(images)) as advance:
             pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
         if len(pixels) < LEAST:
             raise BadImages(f"{counted(len(pixels), 'image')} can be read: expected at least {LEAST}; first: {bad[0]}")
-        announce(_expected(viewer, compute, pixels, chosen, heads, absolute))
+        logger.info(_expected(viewer, compute, pixels, chosen, heads, absolute))
         seen: dict[int, Looked] = {}
         marks: dict[str, list[Marks]] = {}
 
@@ -152,9 +154,9 @@ def trust(
             done = len(next(iter(marks.values())))
             curves = tuple(summary(name, found, seed) for name, found in marks.items())
             values = "absolute" if absolute else "signed"
-            found = Trust(str(read.form), done, values, curves, tuple(map(str, bad)), target)
+            found = Trust(str(read.spec), done, values, curves, tuple(map(str, bad)), target)
             if target is not None:
-                _write(target, found, announce)
+                _write(target, found)
             return found
 
         try:
@@ -171,7 +173,7 @@ def trust(
             done = len(next(iter(marks.values()), ()))
             if done >= LEAST and target is not None:
                 result()
-                announce(f"interrupted: the figures of {done} of {len(pixels)} images are in {target}")
+                logger.info(f"interrupted: the figures of {done} of {len(pixels)} images are in {target}")
             raise
         return result()
 
@@ -194,13 +196,13 @@ def _expected(
     return f"{of}: about {duration(seconds)}; fewer images (--most) take less"
 
 
-def _write(target: Path, found: Trust, announce: Callable[[str], None]) -> None:
+def _write(target: Path, found: Trust) -> None:
     runs.write_json(target / "trust.json", dataclasses.asdict(found))
     try:
         title = f"{found.network}: are the {found.values} maps right?"
         runs.write_bytes(target / "trust.png", trust_chart(found.curves, title, found.images))
     except MissingExtra as error:
-        announce(f"no picture: {error}")
+        logger.info(f"no picture: {error}")
 
 
 def _order(count: int) -> list[int]:

@@ -3,7 +3,7 @@
 A contender (engine, precision, batch size, threads) lives in a process of its own and waits while the others
 compute, so that they share no allocator, no pool of threads and no thread that still spins. Those of one batch size
 and number of threads are called in turn, round after round: a noisy minute hits all alike, and ratios are those of
-neighbours in time. The images are the same for all, uint8; normalising them is part of what is measured.
+neighbors in time. The images are the same for all, uint8; normalizing them is part of what is measured.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import io
 import itertools
+import logging
 import math
 import multiprocessing
 import os
@@ -31,13 +32,15 @@ from fcvit.errors import DoesNotFit, FcvitError, MissingExtra, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.engines import ENGINES, create_engine
 from fcvit.machine import available_threads, peak_memory, processor_name
-from fcvit.models.spec import Form, multiply_accumulates
+from fcvit.models.spec import ModelSpec, multiply_accumulates
 from fcvit.models.variants import Preprocessing, Variant, get_variant, resolve_preprocessing
 from fcvit.report.charts import Bar, speed_chart
 from fcvit.report.progress import progress
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
 from fcvit.weights.reading import Weights, read_weights
-from fcvit.weights.synthetic import lively_tensors
+from fcvit.weights.synthetic import synthetic_tensors
+
+logger = logging.getLogger("fcvit")
 
 # The reference: PyTorch as a user would have it without any of this.
 REFERENCES = ("torch", "torch-channels-last", "torch-compile")
@@ -76,7 +79,7 @@ class Speed:
         rounds: median milliseconds of a batch in each round.
         images_per_second: from the median.
         gflops: GFLOP/s of the network, two for a multiply-accumulate.
-        of_reference: speed over the reference's at the same batch size and threads, median over neighbours in time.
+        of_reference: speed over the reference's at the same batch size and threads, median over neighbors in time.
         of_peak: `gflops` over those of the machine's matrix product; None where that could not be measured.
         load_seconds: from importing the framework to the first answer; what native and torch-compile compile, where
             it was not in a cache yet, included.
@@ -146,7 +149,6 @@ def bench(
     reference: str | None = None,
     ema: bool | None = None,
     folder: str | os.PathLike[str] | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Bench:
     """Measure every engine at every batch size, precision and number of threads.
 
@@ -162,7 +164,6 @@ def bench(
         reference: one of the engines; None: torch-channels-last where it could be measured, else the first.
         ema: choose the averaged or raw weights of a file that has both.
         folder: a new folder for bench.json, bench.csv and bench.png; None: nothing is written.
-        announce: is told what a person should know.
 
     Raises:
         UsageError: a wrong name or number, or the folder is not empty; before anything is measured.
@@ -191,54 +192,53 @@ def bench(
     if not listed:
         raise UsageError(f"--precision {','.join(precisions)}: {', '.join(names)} cannot; add float32")
     skipped = [(str(one), f"{one.engine} has no {one.precision} on a CPU") for one in asked if one not in listed]
-    read = _weights(weights, variant, ema, announce)
-    pixels = resolve_preprocessing(None, read.preprocessing, read.form.variant)
+    read = _weights(weights, variant, ema)
+    pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
     pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
-        measured = _measure(listed, read, pixels, rounds, announce)
+        measured = _measure(listed, read, pixels, rounds)
         if not measured.turns:
             one, error = next((job, error) for job, error in measured.errors.items() if isinstance(job, Contender))
             raise type(error)(f"no engine could be measured; {one}: {error}")
         skipped += [(_name(job), str(error)) for job, error in measured.errors.items()]
         found = dataclasses.replace(_bench(measured, read, pixels, reference, skipped), folder=target)
         if reference and found.reference != reference:
-            announce(f"{reference} could not be measured: ratios are to {found.reference}")
+            logger.info(f"{reference} could not be measured: ratios are to {found.reference}")
         if target is not None:
-            _write(found, target, announce)
+            _write(found, target)
     return found
 
 
-def _write(found: Bench, folder: Path, announce: Callable[[str], None]) -> None:
+def _write(found: Bench, folder: Path) -> None:
     runs.write_json(folder / "bench.json", as_json_ready(found))
     runs.write_text(folder / "bench.csv", as_csv(found))
     try:
         runs.write_bytes(folder / "bench.png", speed_chart(rows_of_chart(found), *titles(found)))
     except MissingExtra as error:
-        announce(f"no picture: {error}")
+        logger.info(f"no picture: {error}")
 
 
 def _weights(
     given: "Weights | str | os.PathLike[str] | None",
     variant: str | Variant | None,
     ema: bool | None,
-    announce: Callable[[str], None],
 ) -> Weights:
     """A classifier's weights that can be sent to another process."""
     if given is None:
-        return weights_by_rule(get_variant(variant or "fcvit_tiny"), announce)
+        return synthetic_weights(get_variant(variant or "fcvit_tiny"))
     if variant is not None:
         raise UsageError("--variant is for weights by rule; a file of weights says itself which variant it is")
     read = given if isinstance(given, Weights) else read_weights(given, ema)
-    if read.form.dense or not read.form.num_classes:
-        raise DoesNotFit(f"{read.source.path} is {read.form}: engines compute the logits of a classifier")
+    if read.spec.dense or not read.spec.num_classes:
+        raise DoesNotFit(f"{read.source.path} is {read.spec}: engines compute the logits of a classifier")
     return _portable(read)
 
 
-def weights_by_rule(variant: Variant, announce: Callable[[str], None]) -> Weights:
-    announce(f"no weights given: {variant.name} with weights by rule, which are as fast as trained ones")
-    form = Form(variant, 1000)
+def synthetic_weights(variant: Variant) -> Weights:
+    logger.info(f"no weights given: {variant.name} with weights by rule, which are as fast as trained ones")
+    spec = ModelSpec(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} by rule"), MEMORY, {}, None, b"")
-    return Weights(form, lively_tensors(form), source, "torch", None, None, (), ())
+    return Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ())
 
 
 def _portable(weights: Weights) -> Weights:
@@ -285,7 +285,6 @@ def _measure(
     weights: Weights,
     pixels: Preprocessing,
     rounds: int,
-    announce: Callable[[str], None],
 ) -> _Measured:
     """Group by group: only those that are compared live at the same time."""
     found = _Measured({}, {}, {}, {}, {})
@@ -295,7 +294,7 @@ def _measure(
     turns = (1 + rounds) * sum(map(len, groups.values()))  # loading takes about as long as one
     with progress("measuring", turns, "turns") as advance:
         for group in groups.values():
-            _interleave(group, weights, pixels, rounds, found, announce, advance)
+            _interleave(group, weights, pixels, rounds, found, advance)
     return found
 
 
@@ -305,7 +304,6 @@ def _interleave(
     pixels: Preprocessing,
     rounds: int,
     found: _Measured,
-    announce: Callable[[str], None],
     advance: Callable[[int], None],
 ) -> None:
     workers: dict[Job, Worker] = {}
@@ -327,7 +325,7 @@ def _interleave(
             if isinstance(answer, _Loaded) and isinstance(job, Contender) and answer.notes:
                 # An export was made and checked, which takes other time and memory than to use it: once more.
                 for note in answer.notes:
-                    announce(note)
+                    logger.info(note)
                 found.first_loads[job] = answer.seconds
                 _stop(workers.pop(job))
                 answer = load(job)
@@ -437,10 +435,14 @@ def work(job: Job, weights: Weights, pixels: Preprocessing, pipe: Connection) ->
             pipe.send(_Loaded())
         else:
             notes: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: notes.append(record.getMessage())
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
             shape = (job.batch_size, 3, pixels.input_size, pixels.input_size)
             images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
             before, began = peak_memory(), time.perf_counter()
-            engine = _engine(job, weights, pixels, notes.append)
+            engine = _engine(job, weights, pixels)
             logits = engine(images)
             pipe.send(_Loaded(time.perf_counter() - began, before, tuple(notes), logits))
 
@@ -475,16 +477,14 @@ def _matrix_product() -> Callable[[], object]:
     return lambda: np.matmul(left, left, out=out)
 
 
-def _engine(
-    job: Contender, weights: Weights, pixels: Preprocessing, announce: Callable[[str], None]
-) -> Callable[[np.ndarray], np.ndarray]:
+def _engine(job: Contender, weights: Weights, pixels: Preprocessing) -> Callable[[np.ndarray], np.ndarray]:
     if job.engine in REFERENCES:
         # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
         # other work and, alone on a machine, up to twice as slow.
         with contextlib.suppress(ImportError):
             importlib.import_module("torch")
     if job.engine not in ("torch-channels-last", "torch-compile"):
-        return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads, announce=announce)
+        return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads)
     engine: Any = create_engine("torch", weights, pixels, "cpu", job.precision, job.threads)
     torch = import_framework("torch")
     engine.model = engine.model.to(memory_format=torch.channels_last)  # the images follow its weights
@@ -503,7 +503,7 @@ def _bench(
     present = list(dict.fromkeys(contender.engine for contender in measured.turns))
     if reference not in present:
         reference = "torch-channels-last" if "torch-channels-last" in present else present[0]
-    gmac = multiply_accumulates(weights.form, pixels.input_size, pixels.input_size) / 1e9
+    gmac = multiply_accumulates(weights.spec, pixels.input_size, pixels.input_size) / 1e9
     peak = {
         count: 2 * _SIDE**3 / statistics.median(min(turn.samples) for turn in turns) / 1e9
         for count, turns in measured.peaks.items()
@@ -540,7 +540,7 @@ def _bench(
         )
     machine = f"{processor_name()}, {available_threads()} cores"
     return Bench(
-        str(weights.form),
+        str(weights.spec),
         pixels.input_size,
         machine,
         runs.versions(),
@@ -598,7 +598,7 @@ def titles(found: Bench) -> tuple[str, str]:
     """Title and subtitle of the picture."""
     return (
         f"{found.network} at {found.size} x {found.size}",
-        f"{found.machine}; images per second, normalisation included; lines: the middle half of all calls",
+        f"{found.machine}; images per second, normalization included; lines: the middle half of all calls",
     )
 
 

@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import posixpath
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,14 +24,16 @@ from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
 from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.report.progress import progress
 
+logger = logging.getLogger("fcvit")
+
 SMALL = 32  # pixels of the shorter side
 LONG = 4  # longer over shorter side
 # Kinds of images that networks learn from otherwise than people see them; none keeps one from training.
 ODD = {
     "small": f"a side of fewer than {SMALL} pixels",
     "long": f"longer than {LONG} times the shorter side",
-    "flat": "almost of one colour",
-    "cmyk": "CMYK, converted without its colour profile",
+    "flat": "almost of one color",
+    "cmyk": "CMYK, converted without its color profile",
     "transparent": "transparency, which is dropped",
     "deep": "16 or 32 bits a channel, reduced to 8",
     "rotated": "an EXIF orientation, which is not applied",
@@ -159,7 +162,6 @@ def check_data(
     few: int = 10,
     near: float = MAX_DIFFERENCE,
     workers: int = 0,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> DataCheck:
     """Decode every image of a data set, and compare all of them.
 
@@ -170,7 +172,6 @@ def check_data(
         few: classes with fewer images are listed; 0: none.
         near: how much pictures may differ that are nearly the same, 0 to 1; 0: these are not looked for.
         workers: processes that decode; 0: this one. The result does not depend on it.
-        announce: is told what was taken for a split.
 
     Raises:
         UsageError: a bad number, no data, or two splits of one name.
@@ -182,7 +183,7 @@ def check_data(
         raise UsageError(f"--near {near}: expected 0 to 1")
     if workers < 0:
         raise UsageError(f"--workers {workers}: expected at least 0")
-    trees = _find_splits(data, splits or {}, announce)
+    trees = _find_splits(data, splits or {})
     images = list(_images(trees))
     if not images:
         raise UnreadableFile(f"{', '.join(str(path) for path, _ in trees.values())}: no images in it")
@@ -216,9 +217,7 @@ def check_data(
     )
 
 
-def _find_splits(
-    data: Path | None, elsewhere: Mapping[str, Path], announce: Callable[[str], None]
-) -> dict[str, tuple[Path, Tree]]:
+def _find_splits(data: Path | None, elsewhere: Mapping[str, Path]) -> dict[str, tuple[Path, Tree]]:
     """Name -> path and content, in the order in which they are shown."""
     if data is None and not elsewhere:
         raise UsageError("check-data: expected a folder or tar of class folders, or --split NAME=PATH")
@@ -227,17 +226,17 @@ def _find_splits(
         layout = find_layout(open_source(data))
         source = layout.source
         for note in layout.notes:
-            announce(note)
+            logger.info(note)
         if layout.splits:
             found = {name: (split.path, split.tree()) for name, split in layout.splits.items()}
             beside = [*layout.others, *filter(is_image, source.files())]
-            announce(
+            logger.info(
                 f"{source.path} has the folders {', '.join(found)}: each is a split"
                 + (f"; not looked at: {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}" if beside else "")
             )
         else:
             found = {source.path.resolve().name: (source.path, source.tree())}
-            announce(f"{source.path} has no folders train and val: it is one split, and its folders are the classes")
+            logger.info(f"{source.path} has no folders train and val: it is one split, and its folders are the classes")
     for name, path in elsewhere.items():
         if name in found:
             raise UsageError(f"--split {name}={path}: {found[name][0]} is already the split {name}")
@@ -278,10 +277,10 @@ def _count(name: str, path: Path, tree: Tree, few: int) -> Split:
 
 
 def _missing(splits: Sequence[Split]) -> dict[str, tuple[str, ...]]:
-    labelled = [split for split in splits if split.classes]  # a test set may have no labels at all
+    labeled = [split for split in splits if split.classes]  # a test set may have no labels at all
     lacking = {
-        label: tuple(split.name for split in labelled if label not in split.classes)
-        for label in sorted({label for split in labelled for label in split.classes})
+        label: tuple(split.name for split in labeled if label not in split.classes)
+        for label in sorted({label for split in labeled for label in split.classes})
     }
     return {label: names for label, names in lacking.items() if names}
 

@@ -33,7 +33,7 @@ class Conversion:
 
     source: Path
     destination: Path
-    form: str
+    spec: str
     layout: str
     dtypes: tuple[str, ...]
     tensors: int
@@ -66,7 +66,7 @@ def convert(
         dtype: float16, bfloat16, float32 or float64; None: as in the source.
         ema: choose the averaged (True) or raw (False) weights of a file that has both.
         key: which of several sets of weights in the source; see `fcvit.weights.reading.read_weights`.
-        variant: what the source must be; None: its header's, else recognised from the tensors.
+        variant: what the source must be; None: its header's, else recognized from the tensors.
         classes: a class list or the path of one (see `read_classes`); None: the source's own.
         preprocessing: to store; a change replaces single fields; None: the source's own, else the variant's.
         new_head: replace the head by a fresh one for that many classes.
@@ -102,16 +102,16 @@ def convert(
         notes.append(f"the head for {new_head} classes is fresh and must be trained")
     if classes is not None:
         listed = as_classes(classes)
-        if len(listed) != weights.form.num_classes:
+        if len(listed) != weights.spec.num_classes:
             raise DoesNotFit(
-                f"{len(listed)} classes are listed, but {source} has {weights.form.num_classes} outputs; "
+                f"{len(listed)} classes are listed, but {source} has {weights.spec.num_classes} outputs; "
                 "give the right list, or ask for a fresh head with --new-head"
             )
         if new_head is None and (note := order_note(listed, weights.classes)):
             notes.append(note)
         weights = dataclasses.replace(weights, classes=listed)
     if preprocessing:
-        chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.form.variant)
+        chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.spec.variant)
         weights = dataclasses.replace(weights, preprocessing=chosen)
     proof = None
     with staged(destination, overwrite) as temporary:
@@ -124,7 +124,7 @@ def convert(
     return Conversion(
         Path(source),
         destination,
-        str(weights.form),
+        str(weights.spec),
         layout,
         tuple(written.dtypes),
         len(written.tensors),
@@ -135,16 +135,16 @@ def convert(
 
 
 def _with_new_head(weights: Weights, num_classes: int) -> Weights:
-    if weights.form.dense or num_classes < 1:
+    if weights.spec.dense or num_classes < 1:
         raise UsageError(f"--new-head {num_classes}: expected at least 1, for a classifier")
-    width = weights.form.variant.widths[-1]
-    # The authors' initialisation of Linear layers, repeatable.
+    width = weights.spec.variant.widths[-1]
+    # The authors' initialization of Linear layers, repeatable.
     weight = np.random.default_rng(0).normal(0, 0.02, (num_classes, width)).astype(np.float32)
     kind = weights.tensors["norm.weight"].dtype
     head = {"head.weight": weight.astype(kind), "head.bias": np.zeros(num_classes, kind)}
     return dataclasses.replace(
         weights,
-        form=dataclasses.replace(weights.form, num_classes=num_classes),
+        spec=dataclasses.replace(weights.spec, num_classes=num_classes),
         tensors={**weights.tensors, **head},
         classes=None,
     )

@@ -8,6 +8,7 @@ none longer than it is served, and computes with `fcvit.analysis.similarity`, as
 import contextlib
 import importlib
 import io
+import logging
 import os
 import socket
 import tempfile
@@ -29,6 +30,8 @@ from fcvit.models.classes import digits
 from fcvit.models.maps import Place, choose, places
 from fcvit.weights.reading import read_weights
 
+logger = logging.getLogger("fcvit")
+
 HOST = "127.0.0.1"
 LIMIT = "20 MB"
 MOST_BYTES = 21 * 1024**2  # of a request: a file of `LIMIT`, with what a form adds
@@ -46,7 +49,6 @@ def demo(
     device: str = "auto",
     ema: bool | None = None,
     open_browser: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve the page until interrupted.
 
@@ -56,7 +58,6 @@ def demo(
         device: auto, cpu, gpu or gpu:N.
         ema: choose the averaged or raw weights of files that have both.
         open_browser: show the page at once.
-        announce: is told the address.
 
     Raises:
         UsageError: more than two files, a network without maps, or no free port.
@@ -70,11 +71,11 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="fcvit-demo-", dir=chosen) as folder:
         page = build(weights, Path(folder), device, ema)
         address = serve(page, Path(folder), port, open_browser)
-        announce(f"the page is at {address} (Ctrl-C ends it)")
+        logger.info(f"the page is at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:  # the way to end it
-            announce("the page is closed")
+            logger.info("the page is closed")
         finally:
             page.close(verbose=False)
 
@@ -282,7 +283,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
                 values = gradio.Radio(list(get_args(Which)), value="standardised", label="Values", elem_id="values")
                 scales = [("one for all", "picture"), ("each head its own", "head")]
-                scale = gradio.Radio(scales, value="picture", label="Scale of the colours", elem_id="scale")
+                scale = gradio.Radio(scales, value="picture", label="Scale of the colors", elem_id="scale")
             classes, pictures = [], []
             for number, name in enumerate(titles):
                 with gradio.Column(scale=2):

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
 from fcvit.inference.check import Check, check_export, require, sample_images
 from fcvit.inference.export import RUNTIME, files, infer_format, write_export
 from fcvit.inference.interface import Interface, output_names
-from fcvit.inference.quantise import calibration_images, quantise
+from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.machine import available_threads
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights, read_weights
-from fcvit.weights.synthetic import is_dormant, lively_tensors
+from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
+
+logger = logging.getLogger("fcvit")
 
 PRECISIONS = ("float32", "int8")
 
@@ -36,7 +39,7 @@ class Export:
         bytes: of all files.
         inputs, outputs: names, types and shapes; None: free.
         runtime: what it was run with; version in `fcvit doctor`.
-        checks: gate B on the weights themselves, at each size; of int8 before it was quantised.
+        checks: gate B on the weights themselves, at each size; of int8 before it was quantized.
         lively: gate B of the same export of weights by rule, where the file's own hide the blocks; else empty.
         seconds: to write, without the checks.
     """
@@ -69,7 +72,6 @@ def export(
     preprocessing: Preprocessing | None = None,
     ema: bool | None = None,
     overwrite: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Export:
     """Write, load with the runtime, compare with the float64 reference, then rename into place.
 
@@ -79,7 +81,7 @@ def export(
         format: "onnx", "paddle" or "openvino"; None: by the ending of `output`.
         size: height and width in pixels; None: the input size of the preprocessing, squared.
         dynamic: any size, from `.onnx` and OpenVINO.
-        uint8: take uint8 RGB and normalise inside.
+        uint8: take uint8 RGB and normalize inside.
         probabilities: give the softmax of the logits.
         precision: "float32", or "int8" (onnx only) with scales found on the images of `calibration`.
         calibration: a folder of images.
@@ -87,7 +89,6 @@ def export(
         preprocessing: another one than the weights'.
         ema: choose the averaged or raw weights of a file that has both.
         overwrite: replace files that are there.
-        announce: is told what takes time, or weakens the proof.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit: a file or an option.
@@ -107,10 +108,10 @@ def export(
     if dynamic and precision == "int8":
         raise UsageError("--precision int8 is calibrated for one size; leave out --dynamic")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
-    chosen = resolve_preprocessing(preprocessing, read.preprocessing, read.form.variant)
+    chosen = resolve_preprocessing(preprocessing, read.preprocessing, read.spec.variant)
     size = size or (chosen.input_size, chosen.input_size)
     interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
-    output_names(read.form, probabilities)
+    output_names(read.spec, probabilities)
     given = _check_images(read, images, size, chosen)
     if precision == "int8" and size[0] != size[1]:
         raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
@@ -121,34 +122,34 @@ def export(
         began = time.perf_counter()
         write_export(read, interface, format, made)
         seconds = time.perf_counter() - began
-        announce(f"checking {path.name} with {RUNTIME[format]}")
+        logger.info(f"checking {path.name} with {RUNTIME[format]}")
         checks = _checks(read, interface, format, made, given)
         lively: tuple[Check, ...] = ()
-        if is_dormant(read.tensors):
-            announce(
+        if has_near_zero_scale(read.tensors):
+            logger.info(
                 "the weights are nearly untrained and hide their blocks: weights by rule are exported and checked too"
             )
-            rule = dataclasses.replace(read, tensors=lively_tensors(read.form))
+            rule = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 other = Path(name) / path.name
                 write_export(rule, interface, format, other)
                 lively = _checks(rule, interface, format, other, given)
         if scales is not None:
             began = time.perf_counter()
-            quantise(made, scales, interface)
+            quantize(made, scales, interface)
             seconds += time.perf_counter() - began
             _require_finite(made, format, given, interface)
         written = sum((folder / name.name).stat().st_size for name in names)
     return Export(
-        str(read.form),
+        str(read.spec),
         format,
         tuple(map(str, names)),
         written,
         {
-            "type": "uint8" if uint8 else "float32, normalised",
+            "type": "uint8" if uint8 else "float32, normalized",
             "shape": [None, 3, *((None, None) if dynamic else size)],
         },
-        tuple(output_names(read.form, probabilities)),
+        tuple(output_names(read.spec, probabilities)),
         RUNTIME[format],
         precision,
         checks,
@@ -161,7 +162,7 @@ def _check_images(
     weights: Weights, images: Sequence[str | os.PathLike[str]], size: tuple[int, int], chosen: Preprocessing
 ) -> np.ndarray:
     if not images:
-        return sample_images(weights.form, size)
+        return sample_images(weights.spec, size)
     side = max(size)
     square = np.stack([preprocess(path, dataclasses.replace(chosen, input_size=side)) for path in images])
     return square[:, :, : size[0], : size[1]]
@@ -182,9 +183,9 @@ def _checks(weights: Weights, interface: Interface, target: str, path: Path, ima
 
 
 def _require_finite(path: Path, target: str, images: np.ndarray, interface: Interface) -> None:
-    from fcvit.data.transforms.preprocess import normalise
+    from fcvit.data.transforms.preprocess import normalize
 
-    given = images if interface.uint8 else normalise(images, interface.preprocessing)
+    given = images if interface.uint8 else normalize(images, interface.preprocessing)
     outputs = RUNTIMES[RUNTIME[target]](path, available_threads(), "int8")(given)
     if not all(np.isfinite(value).all() for value in outputs):
         raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")

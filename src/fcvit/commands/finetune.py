@@ -1,8 +1,9 @@
 """Fine-tune weights on one's own folder of images: a recipe that need not be written."""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from fcvit.data.class_indices import composed
 from fcvit.errors import counted
@@ -12,6 +13,8 @@ from fcvit.training.data import find_splits
 from fcvit.training.recipe import Recipe, build_recipe, shipped_fields
 from fcvit.training.run import Training, train
 from fcvit.weights.reading import read_weights
+
+logger = logging.getLogger("fcvit")
 
 RECIPE = "finetune"  # the shipped recipe with the defaults
 
@@ -34,7 +37,7 @@ def finetune_recipe(
     """
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, _truth(given.get("ema")))
-    variant, options = _expressed(loaded.form.variant)
+    variant, options = _expressed(loaded.spec.variant)
     start = {**shipped_fields(RECIPE), "variant": variant, "options": options}
     start |= {"weights": str(weights), "data": str(data)}
     source = "fcvit finetune"
@@ -72,7 +75,6 @@ def finetune(
     folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
     workers: int = 0,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Training:
     """Train weights on one's own images; see `finetune_recipe` for the choices, `train` for the rest.
 
@@ -81,8 +83,8 @@ def finetune(
     """
     recipe, notes = finetune_recipe(weights, data, overrides)
     for note in notes:
-        announce(note)
-    return train(recipe, folder=folder, device=device, workers=workers, announce=announce)
+        logger.info(note)
+    return train(recipe, folder=folder, device=device, workers=workers)
 
 
 def _truth(value: object) -> bool | None:

@@ -51,14 +51,14 @@ def inspect(
     except DoesNotFit as error:
         result["problems"] = [str(error)]
         return result
-    form = weights.form
-    preprocessing = resolve_preprocessing(None, weights.preprocessing, form.variant)
+    spec = weights.spec
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, spec.variant)
     header = checkpoint.header
     return result | {
-        "variant": form.variant.name,
-        "form": str(form),
-        "num_classes": form.num_classes,
-        "parameters": parameter_count(form),
+        "variant": spec.variant.name,
+        "form": str(spec),
+        "num_classes": spec.num_classes,
+        "parameters": parameter_count(spec),
         "layout": weights.layout,
         "input_size": preprocessing.input_size,
         "crop_fraction": preprocessing.crop_fraction,

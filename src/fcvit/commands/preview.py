@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labelled import LabelledImages
+from fcvit.data.labeled import LabeledImages
 from fcvit.data.loader import Batch
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
@@ -63,11 +63,11 @@ def _seen(
     recipe: Recipe,
     preprocessing: Preprocessing,
     epoch: int,
-    chosen: LabelledImages,
+    chosen: LabeledImages,
     originals: list[Image.Image],
     num_classes: int,
 ) -> list[Image.Image]:
-    """The network's input in one epoch, as images again; what erasing and normalising make invisible is cut off."""
+    """The network's input in one epoch, as images again; what erasing and normalizing make invisible is cut off."""
     view = Augmented(recipe.augmentation(preprocessing.input_size), recipe.seed, epoch)
     pixels = np.stack([view(image, index) for index, image in enumerate(originals)])
     batch = Batch(0, np.arange(len(originals)), (), (pixels,), ())

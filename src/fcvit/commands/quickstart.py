@@ -18,7 +18,7 @@ from PIL import Image
 from fcvit import run_folder as runs
 from fcvit.commands import verify as verification
 from fcvit.commands.convert import Conversion, convert
-from fcvit.data.transforms.preprocess import decode, normalise, preprocess
+from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
 from fcvit.evaluation.runner import Evaluation, evaluate
 from fcvit.frameworks import import_framework, installed, on_paddle_device
@@ -57,8 +57,8 @@ class Quickstart:
     agreement: float
     max_difference: float
     mean_difference: float
-    gate_a: float
-    gate_b: float
+    float64_difference: float
+    error_ratio: float
     predictions: tuple[tuple[Path, list[Prediction]], ...]
     sheet: Path
     folder: Path
@@ -66,7 +66,7 @@ class Quickstart:
 
     @property
     def passed(self) -> bool:
-        return self.gate_a <= verification.GATE_A and self.gate_b <= verification.GATE_B
+        return self.float64_difference <= verification.FLOAT64_LIMIT and self.error_ratio <= verification.RATIO_LIMIT
 
 
 def quickstart(folder: Path | None = None) -> Quickstart:
@@ -97,7 +97,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
         evaluation = evaluate(
             weights, folder / "held-out", engines="paddle", batch_size=60, device="cpu", folder=folder / "eval"
         )
-        preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+        preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
         batch = np.stack([preprocess(path, preprocessing) for path in paths])
         logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
         predictions = tuple(zip(paths, rank(logits, digits(), 3), strict=True))
@@ -112,8 +112,8 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             100 * float((torch_32.argmax(1) == logits.argmax(1)).mean()),
             float(difference.max()),
             float(difference.mean()),
-            verification.gate_a(ours_64, exact),
-            verification.gate_b(logits, torch_32, exact),
+            verification.float64_difference(ours_64, exact),
+            verification.error_ratio(logits, torch_32, exact),
             predictions,
             folder / "predictions.png",
             folder,
@@ -124,13 +124,13 @@ def quickstart(folder: Path | None = None) -> Quickstart:
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
-                f"gate A {result.gate_a:.1e}, gate B {result.gate_b:.2f}"
+                f"gate A {result.float64_difference:.1e}, gate B {result.error_ratio:.2f}"
             )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
 
 def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Path]:
-    """(N, 8, 8) grey images as PNG files in class folders; their paths in the same order."""
+    """(N, 8, 8) gray images as PNG files in class folders; their paths in the same order."""
     paths = []
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = folder / str(label) / f"{index:03d}.png"
@@ -147,13 +147,13 @@ def torch_logits(
     if not installed("torch"):
         return record["logits_float64"], record["logits_float32"], "recorded"
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
-    preprocessing = resolve_preprocessing(None, source.preprocessing, source.form.variant)
-    images = torch.from_numpy(normalise(batch, preprocessing))
+    preprocessing = resolve_preprocessing(None, source.preprocessing, source.spec.variant)
+    images = torch.from_numpy(normalize(batch, preprocessing))
     with torch.inference_mode():
         exact, single = (
-            build_twin(source.form, source.tensors, dtype)(images.to(dtype)).numpy()
+            build_reference(source.spec, source.tensors, dtype)(images.to(dtype)).numpy()
             for dtype in (torch.float64, torch.float32)
         )
     return exact, single, "computed now"
@@ -163,8 +163,8 @@ def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
 
-    preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
-    images = normalise(batch, preprocessing).astype(np.float64)
+    preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
+    images = normalize(batch, preprocessing).astype(np.float64)
     with on_paddle_device("cpu"), paddle.no_grad():
         return build_network(weights, "float64")(paddle.to_tensor(images)).numpy()
 

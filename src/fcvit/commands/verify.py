@@ -16,13 +16,13 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, installed, on_paddle_device
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Variant
 from fcvit.report.progress import progress
-from fcvit.verification.gates import GATE_A, GATE_B, gate_a, gate_b, images_needed
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference, images_needed
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.reading import Weights, cast, read_weights
-from fcvit.weights.synthetic import is_dormant, lively_input, lively_tensors
+from fcvit.weights.synthetic import has_near_zero_scale, synthetic_input, synthetic_tensors
 from fcvit.weights.writing import differing_tensors
 
 
@@ -51,8 +51,8 @@ class Comparison:
     """
 
     input_shape: tuple[int, ...]
-    gate_a: float
-    gate_b: float
+    float64_difference: float
+    error_ratio: float
     float32_max: float
     float32_mean: float
     output_std: float
@@ -61,11 +61,11 @@ class Comparison:
     @property
     def first_over(self) -> Place | None:
         """The first place whose drift is over gate A's limit."""
-        return next((place for place in self.drift if not place.drift <= GATE_A), None)
+        return next((place for place in self.drift if not place.drift <= FLOAT64_LIMIT), None)
 
     @property
     def passed(self) -> bool:
-        return self.gate_a <= GATE_A and self.gate_b <= GATE_B and self.first_over is None
+        return self.float64_difference <= FLOAT64_LIMIT and self.error_ratio <= RATIO_LIMIT and self.first_over is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Verification:
         rounding_cost: largest change of the float64 logits that this rounding alone makes; 0 without.
     """
 
-    form: str
+    spec: str
     tensors: int
     different: tuple[str, ...]
     comparison: Comparison
@@ -100,8 +100,11 @@ class Verification:
         comparison = self.comparison if self.lively is None or not self.comparison.passed else self.lively
         if comparison.first_over:
             place = comparison.first_over
-            return f"the networks part at {place.name}: drift {place.drift:.1e}, limit {GATE_A:.0e}"
-        return f"gate A {comparison.gate_a:.1e} (limit {GATE_A:.0e}), gate B {comparison.gate_b:.2f} (limit {GATE_B})"
+            return f"the networks part at {place.name}: drift {place.drift:.1e}, limit {FLOAT64_LIMIT:.0e}"
+        return (
+            f"gate A {comparison.float64_difference:.1e} (limit {FLOAT64_LIMIT:.0e}), "
+            f"gate B {comparison.error_ratio:.2f} (limit {RATIO_LIMIT})"
+        )
 
 
 def can_verify() -> bool:
@@ -132,7 +135,7 @@ def verify_files(
         raise UsageError(f"neither {converted} nor {against} has averaged weights; leave out --ema")
     ours_ema, source_ema = (ema if both else None for both in choosable)
     ours = read_weights(converted, ours_ema, variant)
-    return verify_weights(ours, read_weights(against, source_ema, variant or ours.form.variant))
+    return verify_weights(ours, read_weights(against, source_ema, variant or ours.spec.variant))
 
 
 def verify_weights(converted: Weights, source: Weights) -> Verification:
@@ -142,7 +145,7 @@ def verify_weights(converted: Weights, source: Weights) -> Verification:
         DoesNotFit: they are not of one form, or the converted ones mix types.
         MissingExtra: Paddle or PyTorch is not installed.
     """
-    one, other = converted.form, source.form
+    one, other = converted.spec, source.spec
     if dataclasses.replace(one, variant=other.variant) != other or list(converted.tensors) != list(source.tensors):
         raise DoesNotFit(f"{converted.source.path} is {one}, {source.source.path} is {other}: not one network")
     stored_as = "/".join(converted.dtypes)
@@ -152,8 +155,8 @@ def verify_weights(converted: Weights, source: Weights) -> Verification:
     ours, reference = (rounded, converted) if swap else (converted, rounded)
     comparison = compare(ours, reference)
     lively = None
-    if is_dormant(converted.tensors):
-        rule = lively_tensors(one)
+    if has_near_zero_scale(converted.tensors):
+        rule = synthetic_tensors(one)
         lively = compare(dataclasses.replace(converted, tensors=rule), dataclasses.replace(source, tensors=rule))
     return Verification(
         str(one),
@@ -178,7 +181,7 @@ def require(verification: Verification) -> None:
 
 def compare(ours: Weights, reference: Weights) -> Comparison:
     """Run the Paddle network on `ours` and the twin on `reference`, in float64 and float32."""
-    images = lively_input(input_shape(ours.form), "verify/")
+    images = synthetic_input(input_shape(ours.spec), "verify/")
     runs = (
         (trace_torch, reference, "float64"),
         (trace_paddle, ours, "float64"),
@@ -191,14 +194,14 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
             places.append(trace(weights, images, dtype))
             advance(1)
     expected, found, *single = places
-    drift = tuple(Place(name, gate_a(found[name], value)) for name, value in expected.items())
+    drift = tuple(Place(name, float64_difference(found[name], value)) for name, value in expected.items())
     outputs = [name for name in expected if name.startswith("output")]
     paddle_32, torch_32 = (np.concatenate([run[name].ravel() for name in outputs]) for run in single)
     exact = np.concatenate([expected[name].ravel() for name in outputs])
     return Comparison(
         images.shape,
         max(place.drift for place in drift if place.name in outputs),
-        gate_b(paddle_32, torch_32, exact),
+        error_ratio(paddle_32, torch_32, exact),
         float(np.abs(paddle_32.astype(np.float64) - torch_32).max()),
         float(np.abs(paddle_32.astype(np.float64) - torch_32).mean()),
         float(exact.std()),
@@ -206,10 +209,10 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
     )
 
 
-def input_shape(form: Form) -> tuple[int, int, int, int]:
+def input_shape(spec: ModelSpec) -> tuple[int, int, int, int]:
     """Two images of the network's own size, more where they are small and the logits few."""
-    size = form.variant.preprocessing.input_size
-    return images_needed(form.num_classes or form.variant.widths[-1], size * size), 3, size, size
+    size = spec.variant.preprocessing.input_size
+    return images_needed(spec.num_classes or spec.variant.widths[-1], size * size), 3, size, size
 
 
 def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
@@ -228,9 +231,9 @@ def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, 
 def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The same of the twin."""
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
-    model = build_twin(weights.form, weights.tensors, getattr(torch, dtype))
+    model = build_reference(weights.spec, weights.tensors, getattr(torch, dtype))
     places: dict[str, np.ndarray] = {}
     with _hooks(dict(model.named_modules()), "register_forward_hook", places), torch.inference_mode():
         output = model(torch.from_numpy(images.astype(dtype)))
@@ -273,6 +276,6 @@ def _round(source: Weights, converted: Weights) -> Weights:
 
 
 def _rounding_cost(source: Weights, rounded: Weights, shape: tuple[int, ...]) -> float:
-    images = lively_input(shape, "verify/")
+    images = synthetic_input(shape, "verify/")
     before, after = (trace_torch(weights, images, "float64") for weights in (source, rounded))
     return max(float(np.abs(before[n] - after[n]).max()) for n in before if n.startswith("output"))

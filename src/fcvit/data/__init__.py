@@ -1,1 +1,1 @@
-"""Images from files: preprocessing, labelled images, batches of them, and augmentation for training."""
+"""Images from files: preprocessing, labeled images, batches of them, and augmentation for training."""

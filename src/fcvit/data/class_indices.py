@@ -135,11 +135,11 @@ def _tables(classes: Classes | None) -> Iterator[tuple[str, dict[str, int]]]:
     yield "name", {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
 
 
-def _look_up(labels: Sequence[str], table: Mapping[str, int], form: Callable[[str], str]) -> dict[str, int]:
+def _look_up(labels: Sequence[str], table: Mapping[str, int], spec: Callable[[str], str]) -> dict[str, int]:
     """Find labels as they stand, else in a common form, where only one entry has it."""
-    times = collections.Counter(map(form, table))
-    forms = {form(key): index for key, index in table.items() if times[form(key)] == 1}
-    found = {label: table.get(label, forms.get(form(label))) for label in labels}
+    times = collections.Counter(map(spec, table))
+    forms = {spec(key): index for key, index in table.items() if times[spec(key)] == 1}
+    found = {label: table.get(label, forms.get(spec(label))) for label in labels}
     return {label: index for label, index in found.items() if index is not None}
 
 

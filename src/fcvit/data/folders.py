@@ -3,15 +3,18 @@
 import collections
 import errno
 import glob
+import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from PIL import features
 
 from fcvit.errors import UnreadableFile, UsageError, counted
+
+logger = logging.getLogger("fcvit")
 
 T = TypeVar("T")
 _SHOWN = 5  # endings that a note names
@@ -141,14 +144,13 @@ def images_below(folder: Path) -> list[Path]:
     return [folder / name for name in contents(folder)[1] if is_image(name)]
 
 
-def find_images(arguments: Iterable[str], announce: Callable[[str], None] = lambda _: None) -> list[Path]:
+def find_images(arguments: Iterable[str]) -> list[Path]:
     """Files, folders and glob patterns -> image paths, each once, in the order given.
 
     A file that is named is taken whatever its ending.
 
     Args:
         arguments: of a command line.
-        announce: is told of files in folders that are left out.
 
     Raises:
         UnreadableFile: an argument that matches nothing.
@@ -160,7 +162,7 @@ def find_images(arguments: Iterable[str], announce: Callable[[str], None] = lamb
             files = contents(path)[1]
             images = [path / name for name in files if is_image(name)]
             if others := no_images(files):
-                announce(f"{argument}: {others}")
+                logger.info(f"{argument}: {others}")
         elif path.exists():
             images = [path]
         else:
@@ -175,7 +177,7 @@ def find_images(arguments: Iterable[str], announce: Callable[[str], None] = lamb
     return list(found)
 
 
-def evenly(items: Sequence[T], most: int) -> list[T]:
+def sample_evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly over their order.
 
     Raises:

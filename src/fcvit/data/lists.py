@@ -199,7 +199,7 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
             )
         return rows, "read as class index and path"
     if ended and all(_has_folder(line) for _, line in lines):
-        return _unlabelled(lines)
+        return _unlabeled(lines)
     spaced = [_spaced(number, line) for number, line in lines]
     for delimiter in ",;|":
         # Paths and classes may have commas in them, and spaces.
@@ -213,7 +213,7 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
             rows, note = _without_header(_table(path, lines, delimiter))
             return rows, f"read as columns separated by {delimiter}{note and ', '}{note}"
     if all(len(parts) == 1 and _has_folder(parts[0]) for parts in begun):
-        return _unlabelled(lines)
+        return _unlabeled(lines)
     for (number, line), parts in zip(lines, begun, strict=True):
         if len(parts) == 1:
             raise _bad(path, number, line)
@@ -248,7 +248,7 @@ def _has_folder(name: str) -> bool:
     return "/" in name or "\\" in name
 
 
-def _unlabelled(lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
+def _unlabeled(lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
     return [_Row(number, _unquoted(line), None) for number, line in lines], "without labels: the folder is the class"
 
 

@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labelled import LabelledImages, Location
+from fcvit.data.labeled import LabeledImages, Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
 
@@ -94,7 +94,7 @@ def decode_file(index: int, name: str, location: Location, views: Sequence[View]
 
 
 def batches(
-    images: LabelledImages,
+    images: LabeledImages,
     numbers: Sequence[int],
     batch_size: int,
     views: Sequence[View],

@@ -18,7 +18,7 @@ MAX_DISTANCE = 10  # differing bits of 64
 MAX_DIFFERENCE = 0.45  # of two thumbnails, in standard deviations
 
 _SAME_PARTS = 2  # of the 8 bytes of two hashes: always so up to 6 differing bits, mostly up to 10
-_CROWD = 256  # neighbours that a picture is compared with where many share two bytes
+_CROWD = 256  # neighbors that a picture is compared with where many share two bytes
 _PIECE = 256  # pairs of thumbnails at a time: what fits into a cache
 _BITS = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
@@ -39,9 +39,9 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Of an RGB image."""
-    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
+    gray = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
     thumbnail = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
-    brighter = grey[:, 1:] > grey[:, :-1]
+    brighter = gray[:, 1:] > gray[:, :-1]
     return Fingerprint(np.packbits(brighter).tobytes(), thumbnail.tobytes(), float(thumbnail.std()))
 
 

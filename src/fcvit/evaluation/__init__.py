@@ -1,1 +1,1 @@
-"""Accuracy of weights on labelled images: one pass, records, figures, results."""
+"""Accuracy of weights on labeled images: one pass, records, figures, results."""

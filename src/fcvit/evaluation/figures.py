@@ -73,7 +73,7 @@ def _result(plan: Plan, place: int, frames: list[Frame], rows: np.ndarray, recor
         name=lane.name,
         weights=str(lane.weights.source.path),
         weights_sha256=lane.weights.source.sha256,
-        network=str(lane.weights.form),
+        network=str(lane.weights.spec),
         engine=lane.engine_name,
         device=", ".join(sorted({frame.extra["devices"][place] for frame in frames if len(frame.records)})),
         precision=lane.precision,
@@ -91,7 +91,7 @@ def _result(plan: Plan, place: int, frames: list[Frame], rows: np.ndarray, recor
         calibration=metrics.calibration(records.probability[:, 0], records.correct),
         real=_real(plan, rows, records),
         standing=stand(
-            lane.weights.form.variant,
+            lane.weights.spec.variant,
             len(plan.columns),
             lane.protocol,
             plan.validation,

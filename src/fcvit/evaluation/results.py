@@ -222,7 +222,7 @@ def write_lane(
 
 
 def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
-    """The image, or a grey one where it went away after it was evaluated."""
+    """The image, or a gray one where it went away after it was evaluated."""
     try:
         return read(name)
     except (OSError, BadImages):

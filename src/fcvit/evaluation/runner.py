@@ -1,4 +1,4 @@
-"""Accuracy of weights on labelled images: several weights, protocols and engines in one pass over them.
+"""Accuracy of weights on labeled images: several weights, protocols and engines in one pass over them.
 
 The way of the data: images -> batches of crops -> each lane's logits -> a record of every image in the
 journal -> figures from all records at once -> a folder for each lane. Since figures come from the records
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import shlex
 import time
@@ -23,9 +24,9 @@ from PIL import Image
 from fcvit import interrupts
 from fcvit import run_folder as runs
 from fcvit.analysis.similarity import Viewer, overview, panel
-from fcvit.data.labelled import LabelledImages
+from fcvit.data.labeled import LabeledImages
 from fcvit.data.loader import DIGEST, Batch, Workers, batches, read_file
-from fcvit.data.transforms.preprocess import Centre, decode, decoders
+from fcvit.data.transforms.preprocess import Center, decode, decoders
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.evaluation import page as run_page
 from fcvit.evaluation import results
@@ -43,6 +44,8 @@ from fcvit.processes import Processes, join
 from fcvit.report import page
 from fcvit.report.progress import progress
 from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 JOURNALS = "journals"
 _SAMPLE = 64  # images whose files are compared where they are elsewhere now
@@ -84,7 +87,7 @@ class NotWritten(UnreadableFile):
 
 def evaluate(
     weights: "Weights | str | os.PathLike[str] | Sequence[Weights | str | os.PathLike[str]]",
-    data: str | os.PathLike[str] | LabelledImages,
+    data: str | os.PathLike[str] | LabeledImages,
     *,
     list_file: str | os.PathLike[str] | None = None,
     engines: str | Sequence[str] = AUTO,
@@ -106,13 +109,12 @@ def evaluate(
     calibration: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     record: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Evaluate weights on labelled images.
+    """Evaluate weights on labeled images.
 
     Args:
         weights: a file of any format, weights in memory, or several of either that know the same classes.
-        data, list_file: see `fcvit.data.labelled.read_dataset`; or images that are found already, for
+        data, list_file: see `fcvit.data.labeled.read_dataset`; or images that are found already, for
             figures without a folder.
         engines: names of `fcvit.inference.engines.ENGINES`, or "auto"; all see the same batches.
         protocol: "authors" (the preprocessing that belongs to the weights), "resize256-bilinear", "both".
@@ -135,8 +137,6 @@ def evaluate(
         save_logits: keep `logits.npy`, float32 (images, classes), for each lane; NaN for what was left out.
         folder: a new folder for the results; None: nothing is written, or, with `record`, the folder is
             `runs/eval` or the first free one after it.
-        announce: is told what a person should know: how labels became indices, the batch size that was
-            found, how to go on after an interruption.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit, MissingExtra: before the first batch.
@@ -148,7 +148,7 @@ def evaluate(
     several = (weights,) if isinstance(weights, Weights | str | os.PathLike) else tuple(weights)
     settings = Settings(
         tuple(_absolute(w.source.path if isinstance(w, Weights) else w) for w in several),
-        _absolute(data.root if isinstance(data, LabelledImages) else data),
+        _absolute(data.root if isinstance(data, LabeledImages) else data),
         _absolute(list_file) if list_file else None,
         (engines,) if isinstance(engines, str) else tuple(engines),
         protocol,
@@ -169,7 +169,7 @@ def evaluate(
     check(settings, workers)
     if save_logits and folder is None and not record:
         raise UsageError("save_logits needs a folder")
-    if isinstance(data, LabelledImages) and (folder is not None or record):
+    if isinstance(data, LabeledImages) and (folder is not None or record):
         raise UsageError("a run in a folder needs the path of the data, to be continued")
     began = time.perf_counter()
     processes = join()
@@ -177,22 +177,21 @@ def evaluate(
         w if isinstance(w, Weights) else read_weights(path, ema)
         for w, path in zip(several, settings.weights, strict=True)
     ]
-    said = announce if processes.first else lambda _: None
     for note in dict.fromkeys(note for w in loaded for note in w.notes):
-        said(note)
+        logger.info(note)
     place = processes.device(device)
-    plan = Plan(settings, loaded, place, data if isinstance(data, LabelledImages) else None, said)
+    plan = Plan(settings, loaded, place, data if isinstance(data, LabeledImages) else None)
     settings = plan.settings
     for note in plan.images.notes:
-        said(note)
-    said(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
+        logger.info(note)
+    logger.info(f"{plan.images.rule}: {_mapping(plan.images.mapping)}")
     plan.load_engines()  # what they miss is said before a folder is made
     if batch_size == "auto":
         found = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
         size, reason = json.loads(processes.broadcast(json.dumps(found).encode()))
         settings = plan.settings = dataclasses.replace(settings, batch_size=size)
         if processes.first:
-            announce(f"batch size: {reason}")
+            logger.info(f"batch size: {reason}")
     identity = _agreed(plan, processes)
     with contextlib.ExitStack() as stack:
         target = None
@@ -209,7 +208,7 @@ def evaluate(
                 opened = runs.run_folder(None if folder is None else Path(folder), "eval", details)
                 target = stack.enter_context(opened)
             target = _shared_folder(target, processes)
-        return _run(plan, identity, processes, target, workers, strict, announce, began)
+        return _run(plan, identity, processes, target, workers, strict, began)
 
 
 def resume(
@@ -218,7 +217,6 @@ def resume(
     moved: Mapping[str, Any] | None = None,
     workers: int = 0,
     strict: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Go on with a run that was interrupted; its numbers are those of an uninterrupted one.
 
@@ -229,7 +227,7 @@ def resume(
         moved: where what the run reads is now, by the names of the arguments of `evaluate` (weights: of all files, in
             their order), if it is no longer where it was. The content must be the same: images by their names and
             the content of a sample of those that were evaluated, files by what is read from them.
-        workers, strict, announce: as in `evaluate`.
+        workers, strict: as in `evaluate`.
 
     Raises:
         UnreadableFile, UsageError: no such run.
@@ -268,7 +266,7 @@ def resume(
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, known))
-        return _run(plan, now, processes, _shared_folder(folder, processes), workers, strict, announce, began)
+        return _run(plan, now, processes, _shared_folder(folder, processes), workers, strict, began)
 
 
 def _moved(settings: Settings, moved: Mapping[str, Any]) -> Settings:
@@ -354,10 +352,8 @@ def _run(
     folder: Path | None,
     workers: int | Workers,
     strict: bool,
-    announce: Callable[[str], None],
     began: float,
 ) -> Evaluation:
-    said = announce if processes.first else lambda _: None
     again = f"fcvit eval --resume {shlex.quote(str(folder))}"
     try:
         journal = Journal(plan.dtype, _key(identity), folder and folder / JOURNALS, processes.rank)
@@ -365,7 +361,7 @@ def _run(
             # By number, not by what is left: what another process has already done must not shift the shares.
             mine = [number for number in plan.batches if number % processes.count == processes.rank]
             missing = [number for number in mine if number not in journal.frames]
-            _compute(plan, processes, missing, journal, logits, workers, strict, announce)
+            _compute(plan, processes, missing, journal, logits, workers, strict)
             for rank, content in enumerate(processes.gather(journal.encoded())):
                 journal.merge(content, f"process {rank}")
             journal.merge(processes.broadcast(journal.encoded()), "process 0")
@@ -373,7 +369,7 @@ def _run(
             assert not lost, f"no process did batches {lost[:5]}"
             found = figures(plan, journal)
             for hint in dict.fromkeys(result.hint for result in found.results if result.hint):
-                said(hint)
+                logger.info(hint)
             evaluation = Evaluation(
                 found.results,
                 found.agreements,
@@ -387,8 +383,8 @@ def _run(
             if processes.first and folder is not None:
                 try:
                     if logits is not None:
-                        logits.finish(journal, announce)
-                    _write(plan, found, folder, announce)
+                        logits.finish(journal)
+                    _write(plan, found, folder)
                 except (UnreadableFile, OSError) as error:
                     reason = error if isinstance(error, UnreadableFile) else _failed(error, folder)
                     raise NotWritten(
@@ -397,7 +393,7 @@ def _run(
             interrupts.check()
     except KeyboardInterrupt:
         if folder is not None and processes.first:
-            announce(f"go on with: {again}")
+            logger.info(f"go on with: {again}")
         raise
     except OSError as error:
         if folder is None or isinstance(error, BrokenPipeError):  # the reader of our output is gone
@@ -429,20 +425,19 @@ def _compute(
     logits: "_LogitFiles | None",
     workers: int | Workers,
     strict: bool,
-    announce: Callable[[str], None],
 ) -> None:
     """Do the batches that are missing, into the journal."""
     if not missing:
         return
     if journal.frames and processes.first:
         done = sum(plan.batch_images(number) for number in journal.frames)
-        announce(f"{done} of {len(plan.images)} images are done already")
+        logger.info(f"{done} of {len(plan.images)} images are done already")
     engines = plan.engines
     what = "evaluating" if processes.count == 1 else f"evaluating (process 1 of {processes.count})"
     total = sum(plan.batch_images(number) for number in missing)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(progress(what, total)) if processes.first else lambda _: None
-        loaded = batches(plan.images, missing, int(plan.settings.batch_size), [Centre(c) for c in plan.crops], workers)
+        loaded = batches(plan.images, missing, int(plan.settings.batch_size), [Center(c) for c in plan.crops], workers)
         stack.enter_context(contextlib.closing(loaded))
         for batch in loaded:
             if batch.bad and strict:
@@ -534,7 +529,7 @@ class _LogitFiles:
         os.pwrite(self.files[-1], b"\1", batch)
         os.fsync(self.files[-1])
 
-    def finish(self, journal: Journal, announce: Callable[[str], None]) -> None:
+    def finish(self, journal: Journal) -> None:
         """Mark what was left out; keep no file that lacks the rows of another machine."""
         nothing = bytes(self.row)
         marks = os.pread(self.files[-1], max(journal.frames, default=0) + 1, 0)
@@ -549,14 +544,14 @@ class _LogitFiles:
                     lost += os.pread(file, self.row, len(self.head) + int(index) * self.row) == nothing
             if lost:
                 path.unlink()
-                announce(f"no {path}: the logits of {lost} images went to a machine that does not share the folder")
+                logger.info(f"no {path}: the logits of {lost} images went to a machine that does not share the folder")
 
     def close(self) -> None:
         for file in self.files:
             os.close(file)
 
 
-def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], None]) -> None:
+def _write(plan: Plan, found: Figures, folder: Path) -> None:
     """The folders of the lanes, and the page over them."""
     places = dict(zip(plan.images.names, plan.images.locations, strict=True))
 
@@ -578,14 +573,14 @@ def _write(plan: Plan, found: Figures, folder: Path, announce: Callable[[str], N
         "versions": runs.versions() | decoders(),
     }
     for lane, result, kept in zip(plan.lanes, found.results, found.records, strict=True):
-        _draw_maps(plan, lane, kept, folder / result.name, read, announce)
+        _draw_maps(plan, lane, kept, folder / result.name, read)
         best = [kept.classes[index] for index in np.unique(kept.top[:, 0])]
         results.write_lane(folder / result.name, result, kept, about | {"predicted": dict(best)}, read)
     try:
         run_page.write_page(folder, found.results, found.records, found.agreements, found.effects, about)
     except MissingExtra as error:
         again = f"fcvit eval --resume {shlex.quote(str(folder))}"
-        announce(f"no charts and no {results.PAGE}: {error}; then: {again}")
+        logger.info(f"no charts and no {results.PAGE}: {error}; then: {again}")
 
 
 def _draw_maps(
@@ -594,17 +589,16 @@ def _draw_maps(
     records: Records,
     folder: Path,
     read: Callable[[str], Image.Image],
-    announce: Callable[[str], None],
 ) -> None:
     """What the network found similar to the whole, of a few wrong and right images, the surest first."""
-    variant = lane.weights.form.variant
+    variant = lane.weights.spec.variant
     if lane.reference is not None or not (variant.global_context and variant.weighted_context):
         return
     try:
         page.require_report()
         viewer = Viewer(lane.weights, plan.classes, lane.protocol.preprocessing, plan.device)
     except MissingExtra as error:
-        announce(f"no {results.MAPS}: {error}")
+        logger.info(f"no {results.MAPS}: {error}")
         return
     chosen, names = [], labels(records.classes)
     for right in (False, True):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fcvit import run_folder as runs
 from fcvit.data.class_indices import assign_classes
-from fcvit.data.labelled import LabelledImages, read_dataset, read_real
+from fcvit.data.labeled import LabeledImages, read_dataset, read_real
 from fcvit.data.loader import DIGEST, Workers
 from fcvit.data.transforms.preprocess import decoders
 from fcvit.errors import DoesNotFit, UsageError
@@ -20,7 +20,7 @@ from fcvit.evaluation.protocols import AUTHORS, Protocol, protocols
 from fcvit.frameworks import parse_device
 from fcvit.inference.cache import PACKAGES
 from fcvit.inference.engines import AUTO, Engine, create_engine
-from fcvit.inference.quantise import calibration_images
+from fcvit.inference.quantize import calibration_images
 from fcvit.models.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
@@ -81,9 +81,7 @@ def check(settings: Settings, workers: int | Workers) -> None:
         raise UsageError("--precision int8 and --calibration FOLDER go together: its scales come from your images")
 
 
-def with_engines_named(
-    settings: Settings, loaded: Sequence[Weights], device: str, announce: Callable[[str], None]
-) -> tuple[Settings, Engine | None]:
+def with_engines_named(settings: Settings, loaded: Sequence[Weights], device: str) -> tuple[Settings, Engine | None]:
     """Replace "auto" in the settings by the engine that it is here, for the first weights; return that engine too.
 
     Raises:
@@ -92,10 +90,10 @@ def with_engines_named(
     if AUTO not in settings.engines:
         return settings, None
     weights = loaded[0]
-    pixels = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+    pixels = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
     pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
     precision = "float32" if settings.precision == "int8" else settings.precision
-    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None, announce)
+    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None)
     named = dataclasses.replace(settings, engines=tuple(found.name if e == AUTO else e for e in settings.engines))
     check(named, 0)
     return named, found
@@ -129,20 +127,19 @@ class Plan:
         settings: Settings,
         loaded: Sequence[Weights],
         device: str,
-        images: LabelledImages | None = None,
-        announce: Callable[[str], None] = lambda _: None,
+        images: LabeledImages | None = None,
     ):
-        self.settings, self.device, self.announce = settings, device, announce
+        self.settings, self.device = settings, device
         # A lower precision is never measured alone: what it costs is the difference.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         given = read_classes(Path(settings.classes)) if settings.classes else None
-        first = loaded[0].form
+        first = loaded[0].spec
         for weights in loaded:
-            if weights.form.dense or not weights.form.num_classes:
-                raise DoesNotFit(f"{weights.source.path} is {weights.form}: it has no classes to evaluate")
-            if weights.form.num_classes != first.num_classes:
+            if weights.spec.dense or not weights.spec.num_classes:
+                raise DoesNotFit(f"{weights.source.path} is {weights.spec}: it has no classes to evaluate")
+            if weights.spec.num_classes != first.num_classes:
                 raise DoesNotFit(
-                    f"{weights.source.path} has {weights.form.num_classes} classes, {loaded[0].source.path} "
+                    f"{weights.source.path} has {weights.spec.num_classes} classes, {loaded[0].source.path} "
                     f"{first.num_classes}; evaluate them one by one"
                 )
         count = first.num_classes
@@ -150,7 +147,7 @@ class Plan:
         list_file = Path(settings.list_file) if settings.list_file else None
         if images is None:
             images = read_dataset(Path(settings.data), list_file, known, count)
-        self.classes = named = resolve_classes(given, loaded[0].classes, count, announce)
+        self.classes = named = resolve_classes(given, loaded[0].classes, count)
         if images.counted:  # the folders are all that is known of the classes
             self.classes = tuple(ClassName(label, label) for label in images.mapping)
         for weights in loaded[1:]:
@@ -173,7 +170,7 @@ class Plan:
                 "their ids; --classes FILE gives it others"
             )
         # What may take an export comes last, when images and classes are known to fit.
-        self.settings, auto = with_engines_named(settings, loaded, device, announce)
+        self.settings, auto = with_engines_named(settings, loaded, device)
         self._made = {} if auto is None else {(id(loaded[0]), auto.name, auto.precision): auto}
         self.lanes, self.crops = self._lanes(loaded)
 
@@ -207,9 +204,9 @@ class Plan:
         kept: list[Preprocessing] = []
         for weights in loaded:
             stem = _stem(weights.source.path.name)
-            resolved = resolve_preprocessing(None, weights.preprocessing, weights.form.variant)
+            resolved = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
             resolved = dataclasses.replace(resolved, **(settings.preprocessing or {}))
-            for protocol in protocols(settings.protocol, resolved, weights.form.variant):
+            for protocol in protocols(settings.protocol, resolved, weights.spec.variant):
                 # Mean and standard deviation are the engine's business: crops are made once for all.
                 pixels = protocol.preprocessing
                 key = (pixels.input_size, pixels.resize, pixels.interpolation)
@@ -247,7 +244,6 @@ class Plan:
                     lane.precision,
                     self.settings.threads,
                     self.calibration if lane.precision == "int8" else None,
-                    self.announce,
                 )
             found.append(made[key])
         return found
@@ -329,7 +325,7 @@ def _stem(name: str) -> str:
     return name.strip(".") or "weights"
 
 
-def _validation(images: LabelledImages) -> Literal["all", "part", "other"]:
+def _validation(images: LabeledImages) -> Literal["all", "part", "other"]:
     """Whether these are ImageNet's validation images, by their names."""
     numbers = images.validation_numbers()
     if numbers is None or len(set(numbers)) < len(numbers):

@@ -14,10 +14,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,13 @@ from fcvit.errors import FcvitError
 from fcvit.inference.check import check_export, require, require_reference, sample_images
 from fcvit.inference.export import files, require_writer, write_export
 from fcvit.inference.interface import Interface
-from fcvit.inference.quantise import quantise
+from fcvit.inference.quantize import quantize
 from fcvit.inference.runtimes import RUNTIMES, import_runtime
 from fcvit.machine import processor_identity
 from fcvit.models.spec import is_counter
 from fcvit.weights.reading import Weights
+
+logger = logging.getLogger("fcvit")
 
 FORMAT_OF = {"onnxruntime": "onnx", "openvino": "onnx", "paddle-inference": "paddle"}
 MAIN = {"onnx": "network.onnx", "paddle": "network.json"}
@@ -56,7 +59,6 @@ def exported(
     interface: Interface,
     runtime: str,
     calibration: np.ndarray | None = None,
-    announce: Callable[[str], None] = lambda _: None,
     use_cache: bool = True,
 ) -> Iterator[Path]:
     """Yield the file that a runtime is to load, from the cache or made now; temporary ones end with the block.
@@ -65,8 +67,7 @@ def exported(
         weights: of any form.
         interface: with a fixed size.
         runtime: a key of `RUNTIMES`.
-        calibration: uint8 images: quantise to int8 by them. Gate B is then held before that.
-        announce: is told of an export that takes time, and of a cache that cannot be used.
+        calibration: uint8 images: quantize to int8 by them. Gate B is then held before that.
         use_cache: False makes the export in a temporary folder.
 
     Raises:
@@ -82,16 +83,16 @@ def exported(
         return
     require_writer(FORMAT_OF[runtime])
     require_reference()
-    exporting = f"exporting {weights.form} for {runtime}"
+    exporting = f"exporting {weights.spec} for {runtime}"
     if use_cache:
         try:
             made = _scratch(key)
         except OSError as error:
-            announce(f"{exporting}; it is not kept: {_not_written(error)}")
+            logger.info(f"{exporting}; it is not kept: {_not_written(error)}")
         else:
-            announce(f"{exporting}, once: it is kept in {cache_folder()}")
+            logger.info(f"{exporting}, once: it is kept in {cache_folder()}")
             try:
-                if _filled(made, weights, interface, runtime, calibration, main, announce):
+                if _filled(made, weights, interface, runtime, calibration, main):
                     yield (entry if _publish(made, entry, main) else made) / main
                     return
             finally:
@@ -108,7 +109,6 @@ def _filled(
     runtime: str,
     calibration: np.ndarray | None,
     main: str,
-    announce: Callable[[str], None],
 ) -> bool:
     """Make an entry; False where the folder is full or went away, whatever error that ends in."""
     try:
@@ -118,7 +118,7 @@ def _filled(
     except Exception as error:
         if made.exists() and not isinstance(error, OSError):
             raise
-        announce(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
+        logger.info(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
         return False
     return True
 
@@ -137,7 +137,7 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
             digest.update(tensor.tobytes())
     about = {
         "layout": LAYOUT,
-        "form": dataclasses.asdict(weights.form),
+        "form": dataclasses.asdict(weights.spec),
         "interface": dataclasses.asdict(interface),
         "runtime": runtime,
         "versions": _versions(runtime),
@@ -160,20 +160,20 @@ def _versions(runtime: str) -> dict[str, str]:
 def _sources() -> str:
     """Hash of what writes an export: between two releases it may change too."""
     digest = hashlib.sha256()
-    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantise.py", "../models/network.py"):
+    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py", "../models/network.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()
 
 
 def _make(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
-    """Write the export and check it, then quantise it if asked."""
+    """Write the export and check it, then quantize it if asked."""
     assert interface.size is not None
     write_export(weights, interface, FORMAT_OF[runtime], path)
     loaded = RUNTIMES[runtime](path, 1)
     what = f"{weights.source.path} exported for {runtime}"
-    require(check_export(loaded, weights, interface, sample_images(weights.form, interface.size)), what)
+    require(check_export(loaded, weights, interface, sample_images(weights.spec, interface.size)), what)
     if calibration is not None:
-        quantise(path, calibration, interface)
+        quantize(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
 

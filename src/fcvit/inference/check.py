@@ -17,8 +17,8 @@ from fcvit.frameworks import INSTALL, import_framework, installed, on_paddle_dev
 from fcvit.inference.interface import Interface
 from fcvit.inference.runtimes import Runtime
 from fcvit.metrics.classification import softmax
-from fcvit.models.spec import Form
-from fcvit.verification.gates import GATE_B, gate_b, images_needed
+from fcvit.models.spec import ModelSpec
+from fcvit.verification.equivalence import RATIO_LIMIT, error_ratio, images_needed
 from fcvit.weights.reading import Weights
 
 
@@ -41,7 +41,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.ratio <= GATE_B
+        return self.ratio <= RATIO_LIMIT
 
 
 def check_export(runtime: Runtime, weights: Weights, interface: Interface, images: np.ndarray) -> Check:
@@ -58,7 +58,7 @@ def check_export(runtime: Runtime, weights: Weights, interface: Interface, image
     """
     exact, single, yardstick = reference(weights, interface, images)
     expected, measure = (np.concatenate([o.ravel() for o in run]) for run in (exact, single))
-    given = images if interface.uint8 else normalised(images, interface).astype(np.float32)
+    given = images if interface.uint8 else normalized(images, interface).astype(np.float32)
     together = runtime(given)
     # All of them alone: the error of a single image's few logits over that of another's few is a matter of luck.
     alone = [np.concatenate(parts) for parts in zip(*(runtime(image[None]) for image in given), strict=True)]
@@ -68,7 +68,7 @@ def check_export(runtime: Runtime, weights: Weights, interface: Interface, image
             found = np.full(expected.shape, np.nan, np.float32)
         else:
             found = np.concatenate([o.ravel() for o in outputs])
-        ratio = max(ratio, gate_b(found, measure, expected))
+        ratio = max(ratio, error_ratio(found, measure, expected))
         largest = max(largest, float(np.abs(found - expected).max()))
     return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
 
@@ -82,23 +82,23 @@ def require(check: Check, what: str) -> None:
     if not check.passed:
         raise NumbersDisagree(
             f"{what} computes other numbers than its weights: {check.ratio:.3g} times the rounding error of "
-            f"{check.yardstick}'s float32 (limit {GATE_B}), largest difference {check.largest:.2g}"
+            f"{check.yardstick}'s float32 (limit {RATIO_LIMIT}), largest difference {check.largest:.2g}"
         )
 
 
-def sample_images(form: Form, size: tuple[int, int]) -> np.ndarray:
+def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
     """Real images, as many as gate B needs: the handwritten digits of the package, enlarged; uint8 (B, 3, H, W)."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"]
     height, width = size
-    count = images_needed(form.num_classes or form.variant.widths[-1], height * width)
+    count = images_needed(spec.num_classes or spec.variant.widths[-1], height * width)
     chosen = [Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC) for digit in digits[:count]]
-    grey = np.stack([np.asarray(image) for image in chosen])
+    gray = np.stack([np.asarray(image) for image in chosen])
     # Each channel of its own, or the network would see but one.
-    return np.stack([grey, 255 - grey, np.roll(grey, 1, axis=0)], axis=1)
+    return np.stack([gray, 255 - gray, np.roll(gray, 1, axis=0)], axis=1)
 
 
-def normalised(images: np.ndarray, interface: Interface) -> np.ndarray:
+def normalized(images: np.ndarray, interface: Interface) -> np.ndarray:
     """uint8 -> float64: to [0, 1], less the mean, over the standard deviation."""
     mean, std = (np.array(v)[:, None, None] for v in (interface.preprocessing.mean, interface.preprocessing.std))
     return (images / 255 - mean) / std
@@ -126,7 +126,7 @@ def reference(
     require_reference()
     framework = "torch" if installed("torch") else "paddle"
     compute = _torch if framework == "torch" else _paddle
-    found = [compute(weights, normalised(images, interface).astype(dtype)) for dtype in ("float64", "float32")]
+    found = [compute(weights, normalized(images, interface).astype(dtype)) for dtype in ("float64", "float32")]
     if not all(np.isfinite(output).all() for output in found[1]):
         raise NumbersDisagree(
             f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
@@ -138,9 +138,9 @@ def reference(
 
 def _torch(weights: Weights, images: np.ndarray) -> list[np.ndarray]:
     torch = import_framework("torch")
-    from fcvit.reference.network import build_twin
+    from fcvit.reference.network import build_reference
 
-    model = build_twin(weights.form, weights.tensors, getattr(torch, images.dtype.name))
+    model = build_reference(weights.spec, weights.tensors, getattr(torch, images.dtype.name))
     with torch.inference_mode():
         found = model(torch.from_numpy(images))
     return [value.numpy() for value in (found if isinstance(found, list | tuple) else [found])]

@@ -1,18 +1,18 @@
 """Engines: a batch of images in, logits out.
 
-Every engine takes uint8 RGB or normalised float32, (B, 3, H, W) with B from 0, and gives float32 (B, classes).
+Every engine takes uint8 RGB or normalized float32, (B, 3, H, W) with B from 0, and gives float32 (B, classes).
 `paddle`, `native` and `torch` hold the network itself; `onnxruntime`, `openvino` and `paddle-inference` an
 export of it, made and checked at the first use (`fcvit.inference.cache`).
 """
 
 import functools
 import importlib.metadata
-from collections.abc import Callable
+import logging
 from typing import Protocol
 
 import numpy as np
 
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.inference import cache
@@ -22,6 +22,8 @@ from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
 from fcvit.models.variants import Preprocessing
 from fcvit.weights.reading import Weights
+
+logger = logging.getLogger("fcvit")
 
 ENGINES = ("paddle", "native", "torch", "onnxruntime", "openvino", "paddle-inference")
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -41,7 +43,7 @@ class Engine(Protocol):
     precision: str
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB or normalised float32 (B, 3, H, W) -> float32 (B, classes)."""
+        """uint8 RGB or normalized float32 (B, 3, H, W) -> float32 (B, classes)."""
         ...
 
 
@@ -53,7 +55,6 @@ def create_engine(
     precision: str = "float32",
     threads: int | None = None,
     calibration: np.ndarray | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """The engine of that name, holding these weights.
 
@@ -67,8 +68,6 @@ def create_engine(
         threads: that compute on a CPU, in the whole process where a framework knows no other way; None: those of the
             framework as it stands, for an export one for each core.
         calibration: uint8 images (B, 3, H, W) for int8, which only engines on exports have.
-        announce: is told of an export that takes time, which engine "auto" is, why it passes one over that is
-            installed, and what to install for a faster one.
 
     Raises:
         UsageError: no such engine, device or precision, or the device does not have the precision.
@@ -82,9 +81,9 @@ def create_engine(
     parse_device(device)
     given = (weights, preprocessing, device, precision, threads)
     if name == AUTO:
-        return _fastest(*given, announce)
+        return _fastest(*given)
     if name in RUNTIMES:
-        return ExportedEngine(name, *given, calibration, announce)
+        return ExportedEngine(name, *given, calibration)
     held = {"paddle": PaddleEngine, "native": NativeEngine, "torch": TorchEngine}
     if name not in held:
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
@@ -97,26 +96,25 @@ def _fastest(
     device: str,
     precision: str,
     threads: int | None,
-    announce: Callable[[str], None],
 ) -> Engine:
     given = (weights, preprocessing, device, precision, threads)
     if device.startswith("gpu") or (device == "auto" and _has_gpu()):
         engine = PaddleEngine(*given)
-        announce(f"engine: {engine.name}")
+        logger.info(f"engine: {engine.name}")
         return engine
     refused: list[str] = []
     faster = ""
     for name in _FASTEST.get(precision, ("paddle",)):
         try:
-            engine = create_engine(name, *given, announce=announce)
+            engine = create_engine(name, *given)
         except (MissingExtra, NumbersDisagree) as error:
             refused.append(f"{name}: {error}")
             if isinstance(error, NumbersDisagree):
-                announce(f"engine {name} is passed over: {error}")
+                logger.info(f"engine {name} is passed over: {error}")
             elif name in INSTALL and not faster:
                 faster = f"; a faster one: {INSTALL[name]}"
         else:
-            announce(f"engine: {name}{faster}")
+            logger.info(f"engine: {name}{faster}")
             return engine
     raise MissingExtra(f"no engine can compute in {precision} here; {refused[-1]}")
 
@@ -138,17 +136,17 @@ def check_input(images: np.ndarray) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
         raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
     if images.dtype not in (np.uint8, np.float32):
-        raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalised)")
+        raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalized)")
 
 
 def as_input(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """What a network takes: uint8 images normalised, float32 ones as they are.
+    """What a network takes: uint8 images normalized, float32 ones as they are.
 
     Raises:
         UsageError: another type or shape.
     """
     check_input(images)
-    return normalise(images, preprocessing) if images.dtype == np.uint8 else images
+    return normalize(images, preprocessing) if images.dtype == np.uint8 else images
 
 
 class PaddleEngine:
@@ -235,12 +233,12 @@ class TorchEngine:
             raise UsageError(
                 f"--precision {precision}: PyTorch does not have it on {self.device}; use float32 or bfloat16"
             )
-        from fcvit.reference.network import build_twin
+        from fcvit.reference.network import build_reference
 
         if threads is not None and self.device == "cpu":
             self.torch.set_num_threads(threads)
-        self.model = build_twin(weights.form, weights.tensors).to(self.device)
-        self.classes = weights.form.num_classes
+        self.model = build_reference(weights.spec, weights.tensors).to(self.device)
+        self.classes = weights.spec.num_classes
         self.preprocessing = preprocessing
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -269,7 +267,6 @@ class ExportedEngine:
         precision: str = "float32",
         threads: int | None = None,
         calibration: np.ndarray | None = None,
-        announce: Callable[[str], None] = lambda _: None,
     ):
         if (precision == "int8") != (calibration is not None):
             raise UsageError("int8 and calibration images go together")
@@ -277,14 +274,14 @@ class ExportedEngine:
             raise UsageError(f"--device {device}: {name} is used on the CPU; use --engine paddle")
         self.name, self.precision = name, precision
         self.weights, self.preprocessing = weights, preprocessing
-        self.threads, self.calibration, self.announce = threads or available_threads(), calibration, announce
+        self.threads, self.calibration = threads or available_threads(), calibration
         self.loaded = functools.cache(self._load)
         size = preprocessing.input_size
         self.loaded((size, size), uint8=True)  # what is missing or wrong is said now
 
     def _load(self, size: tuple[int, int], uint8: bool) -> Runtime:
         interface = Interface(size, uint8, False, self.preprocessing)
-        given = (self.weights, interface, self.name, self.calibration, self.announce)
+        given = (self.weights, interface, self.name, self.calibration)
         with cache.exported(*given) as path:
             try:
                 return RUNTIMES[self.name](path, self.threads, self.precision)
@@ -298,6 +295,6 @@ class ExportedEngine:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         check_input(images)
         if not len(images):
-            return np.zeros((0, self.weights.form.num_classes), np.float32)
+            return np.zeros((0, self.weights.spec.num_classes), np.float32)
         size = (images.shape[2], images.shape[3])
         return self.loaded(size, uint8=images.dtype == np.uint8)(images)[0]

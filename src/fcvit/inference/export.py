@@ -105,20 +105,20 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
     """What the numbers that go in and come out mean."""
-    form = weights.form
+    spec = weights.spec
     return {
         "format_version": 1,
         "fcvit": __version__,
-        "variant": dataclasses.asdict(form.variant),
-        "num_classes": form.num_classes,
-        "dense": form.dense,
+        "variant": dataclasses.asdict(spec.variant),
+        "num_classes": spec.num_classes,
+        "dense": spec.dense,
         "input": {
             "layout": "batch, RGB, height, width",
             "type": "uint8" if interface.uint8 else "float32",
             "values": "0 to 255" if interface.uint8 else "(pixel / 255 - mean) / std",
             "size": interface.size and list(interface.size),
         },
-        "outputs": output_names(form, interface.probabilities),
+        "outputs": output_names(spec, interface.probabilities),
         "preprocessing": dataclasses.asdict(interface.preprocessing),
         "classes": weights.classes and [list(c) for c in weights.classes],
         "source_sha256": weights.source.sha256,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fcvit.errors import UsageError
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing
 
 
@@ -13,9 +13,9 @@ class Interface:
 
     Attributes:
         size: height and width in pixels; None: any.
-        uint8: take uint8 RGB and normalise inside; else float32, normalised.
+        uint8: take uint8 RGB and normalize inside; else float32, normalized.
         probabilities: give the softmax of the logits.
-        preprocessing: mean and standard deviation of the normalisation.
+        preprocessing: mean and standard deviation of the normalization.
 
     Raises:
         UsageError: a size below 1.
@@ -31,16 +31,16 @@ class Interface:
             raise UsageError(f"image size {self.size}: expected at least 1 pixel")
 
 
-def output_names(form: Form, probabilities: bool = False) -> list[str]:
+def output_names(spec: ModelSpec, probabilities: bool = False) -> list[str]:
     """Names of the outputs: logits or probabilities, embeddings without a head, four maps of a dense backbone.
 
     Raises:
         UsageError: probabilities of a network without classes.
     """
-    if probabilities and (form.dense or not form.num_classes):
-        raise UsageError(f"probabilities: {form} has no classes")
-    if form.dense:
+    if probabilities and (spec.dense or not spec.num_classes):
+        raise UsageError(f"probabilities: {spec} has no classes")
+    if spec.dense:
         return [f"features.{stage}" for stage in range(4)]
-    if not form.num_classes:
+    if not spec.num_classes:
         return ["embeddings"]
     return ["probabilities" if probabilities else "logits"]

@@ -3,7 +3,7 @@
 Tracing leaves chains of Shape, Gather and Identity behind, and exporters have written wrong constants;
 here every node is meant, and the algebra of `fcvit.inference.algebra` is in the numbers: no BatchNorm is left,
 the affine part of a norm in front of a 1x1 convolution or of the head, the second layer scale and the
-division by the standard deviation of an image all sit in the weights of their neighbours.
+division by the standard deviation of an image all sit in the weights of their neighbors.
 
 `fcvit.models.network` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
 GELU as one operator.
@@ -60,7 +60,7 @@ class _Writer:
     """Nodes and constants as they accumulate. Values are names; every method gives the name of its result."""
 
     def __init__(self, weights: Weights, interface: Interface, dtype: np.dtype):
-        self.form, self.v, self.interface, self.dtype = weights.form, weights.form.variant, interface, dtype
+        self.spec, self.v, self.interface, self.dtype = weights.spec, weights.spec.variant, interface, dtype
         self.tensors = {n: t.astype(np.float64) for n, t in weights.tensors.items() if not is_counter(n)}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple, str] = {}
@@ -72,7 +72,7 @@ class _Writer:
     def model(self) -> "onnx.ModelProto":
         size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
         results = self.network(INPUT)
-        names = output_names(self.form, self.interface.probabilities)
+        names = output_names(self.spec, self.interface.probabilities)
         for name, result in zip(names, results, strict=True):
             self.rename(result, name)
         pixels = TensorProto.UINT8 if self.interface.uint8 else kind
@@ -88,8 +88,8 @@ class _Writer:
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
 
     def output_shapes(self, names: list[str]) -> list[tuple[str, list]]:
-        if not self.form.dense:
-            return [(names[0], ["batch", self.form.num_classes or self.v.widths[-1]])]
+        if not self.spec.dense:
+            return [(names[0], ["batch", self.spec.num_classes or self.v.widths[-1]])]
         shapes = []
         sides: list = list(self.interface.size or ())
         for stage, (name, width) in enumerate(zip(names, self.v.widths, strict=True)):
@@ -168,13 +168,13 @@ class _Writer:
             for block in range(self.v.depths[stage]):
                 x = self.block(x, stage, f"network.{2 * stage}.{block}")
             maps.append(x)
-        if self.form.dense:
+        if self.spec.dense:
             return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
         return [self.head(x)]
 
     def head(self, x: str) -> str:
         scale, shift = self.pair("norm")
-        if not self.form.num_classes:
+        if not self.spec.num_classes:
             return self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))
         x = self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, None, "norm")))
         self.place = "head"
@@ -196,13 +196,13 @@ class _Writer:
     def norm(self, x: str, affine: algebra.Pair | None, name: str) -> str:
         """Layer norm over channels and positions; None: its affine part is in the layer behind it."""
         self.place = name
-        centred = self.op("Sub", x, self.mean(x))
-        variance = self.mean(self.op("Mul", centred, centred))
+        centered = self.op("Sub", x, self.mean(x))
+        variance = self.mean(self.op("Mul", centered, centered))
         factor = self.op("Reciprocal", self.op("Sqrt", self.op("Add", variance, np.array(EPS))))
         if affine is None:
-            return self.op("Mul", centred, factor)
+            return self.op("Mul", centered, factor)
         scale, shift = affine
-        return self.op("Add", self.op("Mul", centred, self.scale(factor, scale)), _column(shift))
+        return self.op("Add", self.op("Mul", centered, self.scale(factor, scale)), _column(shift))
 
     def block(self, x: str, stage: int, name: str) -> str:
         scales = [self.tensors.get(f"{name}.layer_scale_{branch}") for branch in (1, 2)]
@@ -237,11 +237,11 @@ class _Writer:
             return self.op("Add", x, self.op("Reshape", value, _target(0, width, 1, 1)))
         flat = self.op("Reshape", x, _target(0, heads, share, -1))
         similarity = self.op("MatMul", self.op("Reshape", context, _target(0, heads, 1, share)), flat)
-        centred = self.op("Sub", similarity, self.op("ReduceMean", similarity, _SPATIAL))  # (B, heads, 1, positions)
-        variance = self.unbiased(self.op("ReduceMean", self.op("Mul", centred, centred), _SPATIAL))
+        centered = self.op("Sub", similarity, self.op("ReduceMean", similarity, _SPATIAL))  # (B, heads, 1, positions)
+        variance = self.unbiased(self.op("ReduceMean", self.op("Mul", centered, centered), _SPATIAL))
         # The similarity has a factor of share ** -0.5, which the epsilon takes instead.
         deviation = self.op("Add", self.op("Sqrt", variance), np.array(EPS * share**0.5))
-        weight = self.scale(self.op("Div", centred, deviation), self.tensors[f"{name}.rescale_weight"])
+        weight = self.scale(self.op("Div", centered, deviation), self.tensors[f"{name}.rescale_weight"])
         weight = self.op("Add", weight, _column(self.tensors[f"{name}.rescale_bias"]))
         value = self.op("Reshape", value, _target(0, heads, share, 1))
         return self.spread(self.op("Add", flat, self.op("Mul", weight, value)), width)

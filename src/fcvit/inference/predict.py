@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import io
 import itertools
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -23,6 +24,8 @@ from fcvit.models.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 if TYPE_CHECKING:
     from fcvit.models.network import FCViT
@@ -62,7 +65,7 @@ class Classifier:
     classes: Classes
 
     def __repr__(self) -> str:
-        return f"<Classifier {self.weights.source.path.name}: {self.weights.form}, engine {self.engine.name}>"
+        return f"<Classifier {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
 
     @functools.cached_property
     def model(self) -> "FCViT":
@@ -207,7 +210,6 @@ def load(
     engine: str = AUTO,
     threads: int | None = None,
     preprocessing: Preprocessing | None = None,
-    announce: Callable[[str], None] = lambda _: None,
 ) -> Classifier:
     """Model, preprocessing and class names of a weights file, ready for `predict`.
 
@@ -219,7 +221,6 @@ def load(
         engine: what computes, as in `fcvit predict`: "auto" is the fastest one that is installed and right.
         threads: that compute on a CPU; None: one for each core.
         preprocessing: another one than the weights'.
-        announce: is told of an export that takes time, which engine "auto" is, and of class names that are assumed.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
@@ -227,16 +228,16 @@ def load(
     """
     weights = path if isinstance(path, Weights) else read_weights(path, ema)
     for note in weights.notes:
-        announce(note)
-    form = weights.form
-    if form.dense or not form.num_classes:
-        raise DoesNotFit(f"{weights.source.path} is {form}: it has no classes to predict")
+        logger.info(note)
+    spec = weights.spec
+    if spec.dense or not spec.num_classes:
+        raise DoesNotFit(f"{weights.source.path} is {spec}: it has no classes to predict")
     given = None if classes is None else as_classes(classes)
-    named = resolve_classes(given, weights.classes, form.num_classes, announce)
-    chosen = resolve_preprocessing(preprocessing, weights.preprocessing, form.variant)
-    made = create_engine(engine, weights, chosen, device, threads=threads, announce=announce)
-    if classes is None and weights.classes is None and form.num_classes == IMAGENET_CLASSES:
-        announce("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
+    named = resolve_classes(given, weights.classes, spec.num_classes)
+    chosen = resolve_preprocessing(preprocessing, weights.preprocessing, spec.variant)
+    made = create_engine(engine, weights, chosen, device, threads=threads)
+    if classes is None and weights.classes is None and spec.num_classes == IMAGENET_CLASSES:
+        logger.info("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
     return Classifier(weights, made, chosen, named)
 
 

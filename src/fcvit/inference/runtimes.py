@@ -1,6 +1,6 @@
 """Run an exported network: one class for each runtime, a file in, arrays out.
 
-Each takes the images as the file wants them (float32 normalised or uint8, see `Interface`), (B, 3, H, W) with B
+Each takes the images as the file wants them (float32 normalized or uint8, see `Interface`), (B, 3, H, W) with B
 from 1, and gives the outputs in the order of the file. A batch is cut into pieces, each computed by one
 thread: images share nothing, so threads need not wait for each other after every layer, and a piece's
 feature maps stay in the cache of its core. A single image gets all threads. The file may be deleted
@@ -44,7 +44,7 @@ def pieces(images: int, threads: int, most: int) -> list[slice]:
 
 
 class OnnxRuntime:
-    """An .onnx file on ONNX Runtime's CPU provider, in float32 or as the file is quantised."""
+    """An .onnx file on ONNX Runtime's CPU provider, in float32 or as the file is quantized."""
 
     _PIECE = 2  # images: measured in benchmarks/inference.py; larger ones leave the cache
 
@@ -139,7 +139,7 @@ class PaddleInference:
         config.disable_gpu()
         config.disable_glog_info()
         config.enable_mkldnn()
-        # In Paddle 3.3.1 this pass makes the normalisation of the similarity wrong, without an error.
+        # In Paddle 3.3.1 this pass makes the normalization of the similarity wrong, without an error.
         config.delete_pass("inplace_pass")
         config.set_cpu_math_library_num_threads(threads)
         self.predictor = inference.create_predictor(config)

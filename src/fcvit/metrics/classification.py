@@ -65,10 +65,10 @@ def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[
         return 0.0, 100.0
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     p = successes / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    center = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == count else centre + half
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == count else center + half
     return 100 * low, 100 * high
 
 
@@ -152,9 +152,9 @@ def paired_difference(
     """
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     first, second, total = only_first + 0.5, only_second + 0.5, count + 2
-    centre = (second - first) / total
-    half = z * math.sqrt(max(0.0, (first + second) / total - centre * centre) / total)
-    return 100 * (only_second - only_first) / count, 100 * max(-1.0, centre - half), 100 * min(1.0, centre + half)
+    center = (second - first) / total
+    half = z * math.sqrt(max(0.0, (first + second) / total - center * center) / total)
+    return 100 * (only_second - only_first) / count, 100 * max(-1.0, center - half), 100 * min(1.0, center + half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from fcvit.errors import DoesNotFit, FreshWeights
 from fcvit.frameworks import import_framework
 from fcvit.models.classes import Classes
-from fcvit.models.spec import Form, entries, is_counter, paddle_name
+from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
@@ -38,7 +38,7 @@ def create_model(
 
     Args:
         variant: a name of `fcvit.VARIANTS`, or a `Variant` of one's own.
-        weights: a checkpoint of any format and layout; None: the authors' initialisation.
+        weights: a checkpoint of any format and layout; None: the authors' initialization.
         num_classes: None: the file's, else 1,000; 0: no head, the model gives pooled embeddings;
             another number than the file's asks for a fresh head, which is said with a warning.
         drop_path_rate, drop_rate: 0 <= rate < 1, for training.
@@ -68,19 +68,19 @@ def build_classifier(
     """
     from fcvit.models.network import FCViT
 
-    form = weights.form
-    if form.dense:
+    spec = weights.spec
+    if spec.dense:
         raise DoesNotFit(
             f"{weights.source.path} is a dense-prediction backbone, not a classifier; use fcvit.create_backbone"
         )
-    num_classes = form.num_classes if num_classes is None else num_classes
-    model = FCViT(form.variant, num_classes, drop_path_rate, drop_rate)
+    num_classes = spec.num_classes if num_classes is None else num_classes
+    model = FCViT(spec.variant, num_classes, drop_path_rate, drop_rate)
     tensors = paddle_tensors(weights)
-    if num_classes != form.num_classes:
+    if num_classes != spec.num_classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     fresh = _set_tensors(model, tensors)
     if fresh:
-        _warn(weights, f"the head for {num_classes} classes (the file has {form.num_classes}) starts", stacklevel=4)
+        _warn(weights, f"the head for {num_classes} classes (the file has {spec.num_classes}) starts", stacklevel=4)
     model.eval()
     return model
 
@@ -102,25 +102,25 @@ def weights_of(
         tensors: other numbers under the names of its `state_dict`, such as averaged ones.
         updates: how often BatchNorm's statistics were updated, PyTorch's `num_batches_tracked`.
     """
-    form = Form(model.variant, model.num_classes)
+    spec = ModelSpec(model.variant, model.num_classes)
     state = tensors or model.state_dict()
     found: dict[str, np.ndarray] = {}
-    for key, entry in entries(form).items():
+    for key, entry in tensor_specs(spec).items():
         if is_counter(key):
             found[key] = np.array(updates, np.int64)
         else:
             array = state[paddle_name(key)].numpy()
             found[key] = array.T if entry.transposed_in_paddle else array
     source = Checkpoint(Path(name), MEMORY, {}, None, b"")
-    return Weights(form, found, source, "paddle", preprocessing, classes, (), ())
+    return Weights(spec, found, source, "paddle", preprocessing, classes, (), ())
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
     """The network that weights belong to, classifier or dense backbone, computing in `dtype`."""
     from fcvit.models.network import FCViT, FCViTBackbone
 
-    form = weights.form
-    model = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
+    spec = weights.spec
+    model = FCViTBackbone(spec.variant) if spec.dense else FCViT(spec.variant, spec.num_classes)
     model.to(dtype=getattr(import_framework("paddle"), dtype))
     fresh = _set_tensors(model, paddle_tensors(weights))
     assert not fresh, fresh
@@ -136,7 +136,7 @@ def create_backbone(
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
 ) -> "FCViTBackbone":
-    """The dense-prediction form in evaluation mode: four maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`.
+    """The dense-prediction form in evaluation mode: four maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`.
 
     Args:
         variant: as in `create_model`. A named one starts its layer scale at 1e-6, as the authors'
@@ -149,11 +149,11 @@ def create_backbone(
     """
     from fcvit.models.network import FCViTBackbone
 
-    form = get_variant(variant)
-    loaded = read_weights(weights, ema, form, backbone=True) if weights is not None else None
-    if isinstance(variant, str) and form.layer_scale is not None:
-        form = dataclasses.replace(form, layer_scale=DENSE_LAYER_SCALE)
-    model = FCViTBackbone(form, drop_path_rate, drop_rate)
+    spec = get_variant(variant)
+    loaded = read_weights(weights, ema, spec, backbone=True) if weights is not None else None
+    if isinstance(variant, str) and spec.layer_scale is not None:
+        spec = dataclasses.replace(spec, layer_scale=DENSE_LAYER_SCALE)
+    model = FCViTBackbone(spec, drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
         _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) start", stacklevel=3)
     model.eval()

@@ -6,17 +6,20 @@ import csv
 import functools
 import importlib.resources
 import json
+import logging
 import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.models.variants import IMAGENET_CLASSES
 from fcvit.text import decode_text
+
+logger = logging.getLogger("fcvit")
 
 _LARGEST, _LARGEST_LITERAL = 16 << 20, 1 << 20  # bytes of a list; characters that Python's parser gets
 # Columns of a table, and keys of an object, under the names that people give them.
@@ -63,14 +66,11 @@ def digits() -> Classes:
     return tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
 
 
-def resolve_classes(
-    argument: Classes | None, file: Classes | None, num_classes: int, announce: Callable[[str], None] = lambda _: None
-) -> Classes:
+def resolve_classes(argument: Classes | None, file: Classes | None, num_classes: int) -> Classes:
     """The one rule by which outputs get names: the argument, else the file's, else ImageNet's for
     1,000 outputs, else their numbers.
 
     Args:
-        announce: is told where the argument has the classes of the file in another order.
 
     Raises:
         DoesNotFit: the argument has another count than the model.
@@ -78,7 +78,7 @@ def resolve_classes(
     if argument is not None and len(argument) != num_classes:
         raise DoesNotFit(f"{len(argument)} classes are listed, but the model has {num_classes} outputs")
     if argument is not None and (note := order_note(argument, file)):
-        announce(note)
+        logger.info(note)
     if argument or file:
         return argument or file or ()
     if num_classes == IMAGENET_CLASSES:
@@ -164,10 +164,10 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
         return _from_rows(list(csv.DictReader(lines[1:], columns, delimiter=delimiter)), source)
     if len(lines) > 2 and len(columns) == 2:
         # Other headers, such as ClassId,SignName: the numbers below them count.
-        for form, group in ((_NUMBERED, 1), (_COUNTED, 2)):
-            below = [match for line in lines[1:] if (match := form.fullmatch(line))]
+        for spec, group in ((_NUMBERED, 1), (_COUNTED, 2)):
+            below = [match for line in lines[1:] if (match := spec.fullmatch(line))]
             order = _order([int(match[group][:9]) for match in below]) if len(below) == len(lines) - 1 else None
-            if order is not None and not form.fullmatch(lines[0]):
+            if order is not None and not spec.fullmatch(lines[0]):
                 return _from_lines(lines[1:], source)
     matches = [match for line in lines if (match := _NUMBERED.fullmatch(line))]
     if matches and len(matches) == len(lines):

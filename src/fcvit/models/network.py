@@ -1,6 +1,6 @@
 """FCViT in PaddlePaddle: the whole network, top to bottom.
 
-Ported from the description in the paper (arXiv 2212.12552) and the behaviour of the
+Ported from the description in the paper (arXiv 2212.12552) and the behavior of the
 authors' PyTorch code (`models/fcvit.py`), whose parameter names are kept. What differs: options are
 fields of the variant instead of module-level dictionaries, BatchNorm's statistics carry Paddle's
 names (`_mean`, `_variance`), Linear weights Paddle's layout ([in, out]).
@@ -52,14 +52,14 @@ class FCViT(nn.Layer):
         _build_trunk(self, variant, drop_path_rate, drop_rate)
         self.norm = LayerNorm2D(width)
         self.reset_classifier(num_classes)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Raw outputs of the four stages: (B, widths[i], H / s, W / s), strides s = 4, 8, 16, 32, rounded up."""
         return _stage_outputs(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> (B, num_classes) logits, or (B, widths[3]) without a head."""
+        """(B, 3, H, W), normalized -> (B, num_classes) logits, or (B, widths[3]) without a head."""
         return self._classify(self.features(x)[-1])
 
     def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
@@ -68,7 +68,7 @@ class FCViT(nn.Layer):
         The maps are those that the pass itself computes and uses. Gradients as in `model(x)`.
 
         Args:
-            x: (B, 3, H, W), normalised.
+            x: (B, 3, H, W), normalized.
             tokens: keep what each context is taken of, too.
 
         Raises:
@@ -88,7 +88,7 @@ class FCViT(nn.Layer):
         self.num_classes = _class_count(num_classes)
         self.head = nn.Linear(self.variant.widths[-1], self.num_classes) if self.num_classes else None
         if self.head is not None:
-            _initialise(self.head)
+            _initialize(self.head)
             self.head.to(dtype=self.norm.weight.dtype)
 
 
@@ -111,10 +111,10 @@ class FCViTBackbone(nn.Layer):
         _build_trunk(self, variant, drop_path_rate, drop_rate)
         for stage, width in enumerate(variant.widths):
             self.add_sublayer(f"norm{2 * stage}", LayerNorm2D(width))
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), normalised -> the four normalised stage outputs."""
+        """(B, 3, H, W), normalized -> the four normalized stage outputs."""
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
         return [norm(stage) for norm, stage in zip(norms, _stage_outputs(self, x), strict=True)]
 
@@ -182,7 +182,7 @@ class BatchNorm(nn.BatchNorm2D):
     """BatchNorm whose running variance is updated with the unbiased variance of the batch, as PyTorch's is.
 
     Paddle's own layer takes the biased one. Whoever continues a run that began in PyTorch, or evaluates
-    there what was trained here, has one meaning of the numbers in the file; normalisation within a
+    there what was trained here, has one meaning of the numbers in the file; normalization within a
     batch is by the biased variance in both.
     """
 
@@ -198,10 +198,10 @@ class BatchNorm(nn.BatchNorm2D):
         with paddle.no_grad():
             # Ourselves: which variance a kernel keeps depends on the device, and its momentum is a float32.
             given = input.astype(self._mean.dtype)
-            centre = mean(given, (0, 2, 3))
-            variance = mean((given - centre) ** 2, (0, 2, 3)) * (count / (count - 1))
+            center = mean(given, (0, 2, 3))
+            variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))
             kept = self._momentum
-            self._mean.set_value(kept * self._mean + (1 - kept) * centre.flatten())
+            self._mean.set_value(kept * self._mean + (1 - kept) * center.flatten())
             self._variance.set_value(kept * self._variance + (1 - kept) * variance.flatten())
         own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # for the kernel to write to
         return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
@@ -324,12 +324,12 @@ class GlobalContext(nn.Layer):
         similarity = paddle.matmul(context, x).reshape([batch, self.heads, height, across])
         similarity = similarity * (width // self.heads) ** -0.5
         # Jointly over heads and positions, by the unbiased standard deviation.
-        centred = similarity - mean(similarity, (1, 2, 3))
+        centered = similarity - mean(similarity, (1, 2, 3))
         count = self.heads * height * across
         # One head at one position is its own mean: no deviation, similarity 0.
         others = count - 1 if self.heads > 1 else max(count - 1, 1)
-        variance = mean(centred * centred, (1, 2, 3)) * (count / others)
-        return centred / (variance.sqrt() + SIMILARITY_EPS)
+        variance = mean(centered * centered, (1, 2, 3)) * (count / others)
+        return centered / (variance.sqrt() + SIMILARITY_EPS)
 
     def bottleneck(self, context: Tensor) -> Tensor:
         """(B, C) -> (B, C)."""
@@ -429,8 +429,8 @@ class DropPath(nn.Layer):
         return f"rate={self.rate}"
 
 
-def _initialise(layer: nn.Layer) -> None:
-    """The authors' initialisation; norms start at 1 and 0 by themselves."""
+def _initialize(layer: nn.Layer) -> None:
+    """The authors' initialization; norms start at 1 and 0 by themselves."""
     zero = nn.initializer.Constant(0.0)
     if isinstance(layer, nn.Conv2D | nn.Conv1D):
         out, _, *kernel = layer.weight.shape

@@ -28,7 +28,7 @@ TORCH_STATISTICS = {paddle: torch for torch, paddle in PADDLE_STATISTICS.items()
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """One tensor: its shape in PyTorch's layout and the kind of layer it belongs to."""
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ModelSpec:
     """What a set of tensors belongs to: a classifier, embeddings (0 classes) or a dense backbone."""
 
     variant: Variant
@@ -95,35 +95,35 @@ def is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in {*PADDLE_STATISTICS, *TORCH_STATISTICS, COUNTER}
 
 
-def entries(form: Form) -> dict[str, Entry]:
+def tensor_specs(spec: ModelSpec) -> dict[str, TensorSpec]:
     """Every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
-    return dict(_entries(form))
+    return dict(_entries(spec))
 
 
-def parameter_count(form: Form) -> int:
+def parameter_count(spec: ModelSpec) -> int:
     """Trainable numbers: running statistics and counters are none."""
     total = 0
-    for name, entry in entries(form).items():
+    for name, entry in tensor_specs(spec).items():
         if not name.endswith((*PADDLE_STATISTICS, COUNTER)):
             total += math.prod(entry.shape)
     return total
 
 
-def multiply_accumulates(form: Form, height: int, width: int) -> int:
+def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
     """Multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
     positions = []
     for stage in range(4):
         height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
         positions.append(height * width)
     total = 0
-    for name, entry in entries(form).items():
+    for name, entry in tensor_specs(spec).items():
         weights = math.prod(entry.shape)
         if not name.endswith(".weight") or entry.layer not in (CONV, LINEAR):
             continue
         if entry.layer == LINEAR:
             total += weights  # of the context and the head: once an image
         elif len(entry.shape) == 3:  # along the channels
-            total += weights * form.variant.widths[_stage(name)]
+            total += weights * spec.variant.widths[_stage(name)]
         else:
             total += weights * positions[_stage(name)]
     return total
@@ -135,27 +135,27 @@ def _stage(name: str) -> int:
     return (int(number) + 1) // 2 if first == "network" else 0
 
 
-def _entries(form: Form) -> Iterator[tuple[str, Entry]]:
-    v = form.variant
+def _entries(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    v = spec.variant
     yield from _conv_norm("patch_embed", 3, v.widths[0], 7)
     for stage, (depth, width) in enumerate(zip(v.depths, v.widths, strict=True)):
         if stage:
             yield from _conv_norm(f"network.{2 * stage - 1}", v.widths[stage - 1], width, 3)
         for block in range(depth):
             yield from _block(v, f"network.{2 * stage}.{block}", width, width * v.mlp_ratios[stage])
-    if form.dense:
+    if spec.dense:
         for stage, width in enumerate(v.widths):
             yield from _layer(f"norm{2 * stage}", NORM, (width,))
         return
     yield from _layer("norm", NORM, (v.widths[-1],))
-    if form.num_classes:
-        yield from _layer("head", LINEAR, (form.num_classes, v.widths[-1]))
+    if spec.num_classes:
+        yield from _layer("head", LINEAR, (spec.num_classes, v.widths[-1]))
 
 
-def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tuple[str, Entry]]:
+def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tuple[str, TensorSpec]]:
     if v.layer_scale is not None:
-        yield f"{prefix}.layer_scale_1", Entry((width,), SCALE)
-        yield f"{prefix}.layer_scale_2", Entry((width,), SCALE)
+        yield f"{prefix}.layer_scale_1", TensorSpec((width,), SCALE)
+        yield f"{prefix}.layer_scale_2", TensorSpec((width,), SCALE)
     yield from _layer(f"{prefix}.norm1", NORM, (width,))
     for mix in (1, 2) if v.second_mix else (1,):
         if v.global_context:
@@ -184,11 +184,11 @@ def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tupl
             yield from _layer(f"{prefix}.channel_mixer.channel_att.channelConv{index}", CONV, (1, 1, kernel))
 
 
-def _context(v: Variant, prefix: str, width: int) -> Iterator[tuple[str, Entry]]:
+def _context(v: Variant, prefix: str, width: int) -> Iterator[tuple[str, TensorSpec]]:
     inner = width // v.reduction
     if v.weighted_context:
-        yield f"{prefix}.rescale_weight", Entry((v.heads,), SCALE)
-        yield f"{prefix}.rescale_bias", Entry((v.heads,), SCALE)
+        yield f"{prefix}.rescale_weight", TensorSpec((v.heads,), SCALE)
+        yield f"{prefix}.rescale_bias", TensorSpec((v.heads,), SCALE)
     if v.competition:
         yield from _layer(f"{prefix}.fc1", LINEAR, (2 * inner, width))
         yield from _layer(f"{prefix}.fc2", LINEAR, (width, inner))
@@ -197,21 +197,21 @@ def _context(v: Variant, prefix: str, width: int) -> Iterator[tuple[str, Entry]]
         yield from _layer(f"{prefix}.fc.2", LINEAR, (width, inner))
 
 
-def _conv_norm(prefix: str, width_in: int, width_out: int, kernel: int) -> Iterator[tuple[str, Entry]]:
+def _conv_norm(prefix: str, width_in: int, width_out: int, kernel: int) -> Iterator[tuple[str, TensorSpec]]:
     yield from _layer(f"{prefix}.proj", CONV, (width_out, width_in, kernel, kernel))
     yield from _layer(f"{prefix}.norm", BATCHNORM, (width_out,))
-    yield f"{prefix}.norm.running_mean", Entry((width_out,), BATCHNORM)
-    yield f"{prefix}.norm.running_var", Entry((width_out,), BATCHNORM)
-    yield f"{prefix}.norm.{COUNTER}", Entry((), BATCHNORM)
+    yield f"{prefix}.norm.running_mean", TensorSpec((width_out,), BATCHNORM)
+    yield f"{prefix}.norm.running_var", TensorSpec((width_out,), BATCHNORM)
+    yield f"{prefix}.norm.{COUNTER}", TensorSpec((), BATCHNORM)
 
 
-def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Entry]]:
+def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[str, TensorSpec]]:
     out = shape[0]
-    yield f"{prefix}.weight", Entry(shape, layer)
-    yield f"{prefix}.bias", Entry((out,), layer)
+    yield f"{prefix}.weight", TensorSpec(shape, layer)
+    yield f"{prefix}.bias", TensorSpec((out,), layer)
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = None) -> Form:
+def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = None) -> ModelSpec:
     """The form that tensors with these names and shapes (authors' names, PyTorch's layout) belong to.
 
     What a tensor cannot show (initial layer scale, preprocessing; heads where the context is not
@@ -226,15 +226,15 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     head = shapes.get("head.weight", (0,))
     num_classes = 0 if dense else head[0] if head else 0
     if expected is not None:
-        return Form(expected, num_classes, dense)
+        return ModelSpec(expected, num_classes, dense)
     read = _read_variant(shapes)
     # A named variant that gives the very same tensors is what was meant.
-    architecture = entries(Form(read, num_classes, dense))
+    architecture = tensor_specs(ModelSpec(read, num_classes, dense))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
         same_size = (known.depths, known.widths) == (read.depths, read.widths)
-        if same_size and entries(Form(known, num_classes, dense)) == architecture:
-            return Form(known, num_classes, dense)
-    return Form(read, num_classes, dense)
+        if same_size and tensor_specs(ModelSpec(known, num_classes, dense)) == architecture:
+            return ModelSpec(known, num_classes, dense)
+    return ModelSpec(read, num_classes, dense)
 
 
 def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:

@@ -23,8 +23,8 @@ VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 class Preprocessing:
     """What happens to an image before the network sees it.
 
-    The shorter side is resized to `floor(input_size / crop_fraction)`, the centre of
-    `input_size` x `input_size` is cut out, scaled to [0, 1] and normalised per channel (RGB).
+    The shorter side is resized to `floor(input_size / crop_fraction)`, the center of
+    `input_size` x `input_size` is cut out, scaled to [0, 1] and normalized per channel (RGB).
     """
 
     input_size: int = 224

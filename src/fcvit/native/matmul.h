@@ -12,7 +12,7 @@
 
 #include "simd.h"
 
-// Memory for the time of a block, not initialised.
+// Memory for the time of a block, not initialized.
 template <class T>
 struct Buffer {
     T* data;

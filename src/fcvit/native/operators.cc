@@ -66,8 +66,8 @@ void layer_norm(T** t, const int64_t* n, const double* options) {
         T* to = y + b * P * C;
         const T mean = T(sum_all(P, C, [=](int64_t p, int64_t c) { return from[p * C + c]; }) / (P * C));
         const double square = sum_all(P, C, [=](int64_t p, int64_t c) {
-            const T centred = from[p * C + c] - mean;
-            return centred * centred;
+            const T centered = from[p * C + c] - mean;
+            return centered * centered;
         });
         const T inverse = T(1 / std::sqrt(square / (P * C) + options[0]));
         statistics[2 * b] = mean;
@@ -385,10 +385,10 @@ void pool_backward(T** t, const int64_t* n, const double*) {
 template <class T>
 struct Kept {
     T *context, *halves, *winner, *value;  // (B, C), (B, 2I), (B, I), (B, C)
-    T *centred, *deviation;                // of the similarity: (B, P, h), and its standard deviation (B)
+    T *centered, *deviation;                // of the similarity: (B, P, h), and its standard deviation (B)
     Kept(T* memory, int64_t B, int64_t P, int64_t C, int64_t h, int64_t I)
         : context(memory), halves(context + B * C), winner(halves + B * 2 * I), value(winner + B * I),
-          centred(value + B * C), deviation(centred + B * P * h) {}
+          centered(value + B * C), deviation(centered + B * P * h) {}
 };
 
 template <class T>
@@ -398,7 +398,7 @@ void context(T** t, const int64_t* n, const double* options) {
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
     const Kept<T> kept(t[8], B, P, C, h, I);
     T *context = kept.context, *halves = kept.halves, *winner = kept.winner, *value = kept.value;
-    T *centred = kept.centred, *deviation = kept.deviation;
+    T *centered = kept.centered, *deviation = kept.deviation;
     Buffer<double> totals(B * C);
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) mean_positions(x + b * P * C, context + b * C, totals.data + b * C, P, C);
@@ -415,7 +415,7 @@ void context(T** t, const int64_t* n, const double* options) {
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
-        T *to = y + b * P * C, *s = centred + b * P * h;
+        T *to = y + b * P * C, *s = centered + b * P * h;
         for (int64_t p = 0; p < P; p++) {
             for (int64_t k = 0; k < h; k++) {
                 T sum = 0;
@@ -449,14 +449,14 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     const int64_t B = n[0], P = n[1], C = n[2], h = n[3], I = n[4], d = C / h;
     const Kept<T> kept(t[5], B, P, C, h, I);
     const T *context = kept.context, *halves = kept.halves, *winner = kept.winner, *value = kept.value;
-    const T *centred = kept.centred, *deviation = kept.deviation;
+    const T *centered = kept.centered, *deviation = kept.deviation;
     const T scale = T(1 / std::sqrt(double(d)));
     const double count = double(h * P), others = std::max(count - 1, 1.0);
     Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
     Buffer<double> totals(B * 2 * C);
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
-        const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centred + b * P * h;
+        const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centered + b * P * h;
         T *dgate = gates.data + b * P * h, *slope = slopes.data + b * P * h, *to = dx + b * P * C;
         double *to_value = totals.data + b * 2 * C, *to_context = to_value + C;
         std::fill(to_value, to_value + 2 * C, 0.0);
@@ -509,7 +509,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     column_sums(B, C, dbias2, [=](int64_t b, int64_t c) { return to_value[b * C + c]; });
     column_sums(B * P, h, dbias, [=](int64_t r, int64_t k) { return dgate[r * h + k]; });
     column_sums(B * P, h, dweight, [=](int64_t r, int64_t k) {
-        return dgate[r * h + k] * (centred[r * h + k] * T(1 / (deviation[r / P] + options[0])));
+        return dgate[r * h + k] * (centered[r * h + k] * T(1 / (deviation[r / P] + options[0])));
     });
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {

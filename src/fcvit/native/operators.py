@@ -206,7 +206,7 @@ class Context(PyLayer):
         b, positions, width = _positions(x)
         fc1, _, _, _, weight, _ = parameters
         heads, inner = weight.shape[0], fc1.shape[1] // 2
-        # Context, halves, winner, value, centred similarity and deviation together: see operators.cc.
+        # Context, halves, winner, value, centered similarity and deviation together: see operators.cc.
         kept = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
         y = _like(x)
         ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps

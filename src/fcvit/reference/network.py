@@ -1,7 +1,7 @@
 """The same FCViT in PyTorch, under the authors' parameter names: the reference of every proof.
 
 It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is
-written against the paper and the behaviour of the authors' code, not against `fcvit.models.network`, and
+written against the paper and the behavior of the authors' code, not against `fcvit.models.network`, and
 must meet the goldens by itself: a twin that merely copied the Paddle network would prove nothing.
 This is the only file that imports PyTorch. Shapes are written as in `fcvit.models.network`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
 from fcvit.models.maps import Recorder, Similarity, require_maps
-from fcvit.models.spec import Form, is_counter
+from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import IMAGENET_CLASSES, Variant
 
 import_framework("torch")  # or the remedy where it is missing
@@ -47,7 +47,7 @@ class FCViT(nn.Module):
         if num_classes < 0:
             raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
         self.head = nn.Linear(variant.widths[-1], num_classes) if num_classes else nn.Identity()
-        self.apply(initialise)
+        self.apply(initialize)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Raw outputs of the four stages."""
@@ -68,33 +68,35 @@ class FCViT(nn.Module):
 
 
 class FCViTBackbone(nn.Module):
-    """The dense-prediction form: four feature maps, normalised by `norm0`, `norm2`, `norm4`, `norm6`."""
+    """The dense-prediction form: four feature maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`."""
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
         super().__init__()
         self.variant = variant
         self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
         self.norm0, self.norm2, self.norm4, self.norm6 = map(layer_norm, variant.widths)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         stage0, stage2, stage4, stage6 = run_stages(self.patch_embed(x), self.network)
         return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
 
 
-def build_twin(form: Form, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_reference(
+    spec: ModelSpec, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The twin of that form with these weights (authors' names, PyTorch's layout), in evaluation mode.
 
     Floating-point tensors are cast to `dtype`; names and shapes must match strictly.
     """
-    twin = FCViTBackbone(form.variant) if form.dense else FCViT(form.variant, form.num_classes)
+    reference_model = FCViTBackbone(spec.variant) if spec.dense else FCViT(spec.variant, spec.num_classes)
     state = {}
     for name, tensor in tensors.items():
         # Float64 holds every stored type exactly, bfloat16 (which PyTorch does not take from NumPy) included.
         exact = np.array(tensor, np.int64 if is_counter(name) else np.float64)
         state[name] = torch.from_numpy(exact) if is_counter(name) else torch.from_numpy(exact).to(dtype)
-    twin.to(dtype).load_state_dict(state, strict=True)
-    return twin.eval()
+    reference_model.to(dtype).load_state_dict(state, strict=True)
+    return reference_model.eval()
 
 
 def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:
@@ -298,8 +300,8 @@ class ChannelAttention(nn.Module):
         return x + gate.squeeze(1)[:, :, None, None]
 
 
-def initialise(module: nn.Module) -> None:
-    """The authors' initialisation; norms start at 1 and 0 by themselves."""
+def initialize(module: nn.Module) -> None:
+    """The authors' initialization; norms start at 1 and 0 by themselves."""
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

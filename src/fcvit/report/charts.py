@@ -32,7 +32,7 @@ WORST_PAIRS = 30
 _DPI = 160
 _TITLE, _TEXT, _SMALL = 13.0, 10.0, 9.0  # points
 _WIDTH, _MARGIN, _NAME = 8.0, 0.25, 1.6  # inches: of most charts; around everything; at most for a class's name
-_UNSURE, _FAINT, _EMPTY = "#56B4E9", "#d9d9d9", "#e6e6e6"  # Okabe and Ito's sky blue; greys
+_UNSURE, _FAINT, _EMPTY = "#56B4E9", "#d9d9d9", "#e6e6e6"  # Okabe and Ito's sky blue; grays
 # The font that comes with matplotlib has no Chinese, Japanese or Korean; the usual ones that have.
 _FONTS = (
     "DejaVu Sans",
@@ -165,8 +165,8 @@ def _speeds(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: s
         axes = axes_at(figure, left, top - gap - inches, across, inches)
         figure.text(_MARGIN / _WIDTH, (top - gap + 0.1) / height, drawable(name), fontsize=_TEXT, fontweight="bold")
         places = range(len(bars))
-        colours = [_UNSURE if bar.reference else RIGHT for bar in bars]
-        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colours)
+        colors = [_UNSURE if bar.reference else RIGHT for bar in bars]
+        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colors)
         axes.hlines(places, [bar.low for bar in bars], [bar.high for bar in bars], INK, linewidth=1.2)
         for place, bar in enumerate(bars):
             end = max(bar.rate, bar.high) + 0.06 * most / across
@@ -197,14 +197,14 @@ def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
         best = max(scored, key=lambda row: row["top1"])
         subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
     figure = canvas(_WIDTH, height, title, subtitle)
-    colours = {"training": INK, "validation": RIGHT, "validation, averaged weights": WRONG}
+    colors = {"training": INK, "validation": RIGHT, "validation, averaged weights": WRONG}
     for place, (name, lines) in enumerate(reversed(panels)):
         axes = axes_at(figure, 0.85, 0.55 + place * (panel_height + gap), _WIDTH - 0.85 - _MARGIN, panel_height)
         drawn = 0
         for key, label in lines:
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colours.get(label, INK), marker=".", label=label)
+                axes.plot(*zip(*points, strict=True), color=colors.get(label, INK), marker=".", label=label)
                 drawn += 1
         axes.set_title(name, loc="left", fontsize=_TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -239,14 +239,14 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     axes = axes_at(figure, left, bottom, count * cell_width, count * cell_height)
 
     # The square root spreads the small shares, which are the mistakes.
-    norm, colours = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad=_EMPTY)
-    cells = axes.pcolormesh(shares, cmap=colours, norm=norm, edgecolors=_FAINT, linewidth=0.25)
+    norm, colors = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad=_EMPTY)
+    cells = axes.pcolormesh(shares, cmap=colors, norm=norm, edgecolors=_FAINT, linewidth=0.25)
     axes.invert_yaxis()
     for row, column in zip(*np.nonzero(matrix), strict=True):
         number = str(matrix[row, column])
         size = _SMALL * min(1.0, (cell_width - 0.02) / _width(number))
-        colour = _readable_on(colours(norm(shares[row, column])))
-        axes.text(column + 0.5, row + 0.5, number, color=colour, fontsize=size, ha="center", va="center_baseline")
+        color = _readable_on(colors(norm(shares[row, column])))
+        axes.text(column + 0.5, row + 0.5, number, color=color, fontsize=size, ha="center", va="center_baseline")
     slanted: dict[str, Any] = {} if level else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(np.arange(count) + 0.5, names, **slanted)
     axes.set_yticks(np.arange(count) + 0.5, names)
@@ -263,7 +263,7 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
     bar.outline.set_visible(False)  # pyrefly: ignore
     if bare:
-        figure.text(left / width, _MARGIN / height, "A grey row is a class without images.", fontsize=_SMALL)
+        figure.text(left / width, _MARGIN / height, "A gray row is a class without images.", fontsize=_SMALL)
     return figure
 
 
@@ -448,9 +448,9 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.{0 if whole < 1000 else 1}f} %"
 
 
-def _readable_on(colour: Sequence[float]) -> str:
-    """Ink or paper, whichever has more contrast with `colour` by WCAG's rule."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+def _readable_on(color: Sequence[float]) -> str:
+    """Ink or paper, whichever has more contrast with `color` by WCAG's rule."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
     luminance = np.dot((0.2126, 0.7152, 0.0722), linear)
     dark = 0.0160  # of INK
     return INK if (luminance + 0.05) / (dark + 0.05) >= 1.05 / (luminance + 0.05) else PAPER
@@ -476,7 +476,7 @@ def _names(classes: Classes) -> list[str]:
 
 
 def upright(text: str) -> str:
-    """Set apart from its neighbours: a name that is read from right to left takes nothing with it."""
+    """Set apart from its neighbors: a name that is read from right to left takes nothing with it."""
     return f"{_LEFT_TO_RIGHT}{text}{_LEFT_TO_RIGHT}"
 
 

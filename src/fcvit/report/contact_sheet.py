@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fcvit.text import printable
 
-# Okabe and Ito's blue and vermilion: told apart by the colour-blind too; a mark repeats it in shape.
+# Okabe and Ito's blue and vermilion: told apart by the color-blind too; a mark repeats it in shape.
 RIGHT, WRONG, INK, PAPER = "#0072B2", "#D55E00", "#222222", "#ffffff"
 TILE, GAP = 128, 16  # pixels: side of an image's place, space between two
 _TEXT = 44
@@ -42,12 +42,12 @@ def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.
         y = head + (index // columns) * (TILE + _TEXT + GAP)
         paste_tile(sheet, tile.image, x, y)
         right = tile.truth is None or tile.truth == tile.predicted
-        colour = RIGHT if right else WRONG
-        draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=colour, width=2)
+        color = RIGHT if right else WRONG
+        draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=color, width=2)
         sure = f"  {100 * tile.probability:.0f} %"
-        draw.text((x, y + TILE + 4), shorten(tile.predicted, font, TILE - font.getlength(sure)) + sure, colour, font)
+        draw.text((x, y + TILE + 4), shorten(tile.predicted, font, TILE - font.getlength(sure)) + sure, color, font)
         if not right:
-            draw.text((x, y + TILE + 24), shorten(f"wrong: it is {tile.truth}", small, TILE), colour, small)
+            draw.text((x, y + TILE + 24), shorten(f"wrong: it is {tile.truth}", small, TILE), color, small)
     return sheet
 
 

@@ -28,11 +28,11 @@ from fcvit.evaluation.comparison import ResultComparison
 from fcvit.evaluation.runner import Evaluation
 from fcvit.inference.predict import Prediction
 from fcvit.models.maps import short
-from fcvit.models.spec import Form, parameter_count
+from fcvit.models.spec import ModelSpec, parameter_count
 from fcvit.models.variants import VARIANTS, published
 from fcvit.text import printable
 from fcvit.training.run import Training
-from fcvit.verification.gates import GATE_A, GATE_B
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long
@@ -70,7 +70,7 @@ def _lines(texts: Iterable[str]) -> Text:
 
 
 def verdict(passed: bool, limit: str = "") -> Text:
-    """pass or FAIL, in colour, with the limit behind it."""
+    """pass or FAIL, in color, with the limit behind it."""
     word = ("pass", "green") if passed else ("FAIL", "bold red")
     return Text.assemble(word, f" (limit {limit})" if limit else "")
 
@@ -88,10 +88,10 @@ def exported(done: Export) -> Table:
         for check in checks:
             count, height, width = check.images
             where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {done.runtime}"
-            result.add_row(f"gate B ({check.yardstick})", verdict(check.passed, f"{GATE_B}"))
+            result.add_row(f"gate B ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}"))
             result.add_row("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}")
     if done.precision == "int8":
-        result.add_row("int8", "checked before it was quantised; fcvit eval --precision int8 measures what it costs")
+        result.add_row("int8", "checked before it was quantized; fcvit eval --precision int8 measures what it costs")
     return result
 
 
@@ -113,7 +113,7 @@ def speeds(found: Bench) -> list[Table]:
     about = table()
     for threads, peak in found.peak.items():
         about.add_row(f"peak, {threads} thread(s)", f"{peak:.0f} GFLOP/s, a matrix product of NumPy")
-    about.add_row("one image", f"{found.gmac:.3g} GMAC; uint8, normalising included")
+    about.add_row("one image", f"{found.gmac:.3g} GMAC; uint8, normalizing included")
     before = max(speed.memory_before for speed in found.speeds)
     about.add_row("MiB", f"of the whole process at most; {before / 2**20:.0f} of them before the engine was loaded")
     exports = [speed for speed in found.speeds if speed.export_seconds is not None]
@@ -129,8 +129,8 @@ def speeds(found: Bench) -> list[Table]:
     return [result, about, left]
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "—" if value is None else form.format(value)
+def _or_dash(value: float | None, spec: str) -> str:
+    return "—" if value is None else spec.format(value)
 
 
 def maps_written(found: Written) -> list[Table]:
@@ -207,7 +207,7 @@ def problems(found: Sequence[Problem]) -> Table:
 def conversion(done: Conversion) -> Table:
     """What was written, and what was left out."""
     result = table(title=f"{done.source} -> {done.destination}")
-    result.add_row("network", done.form)
+    result.add_row("network", done.spec)
     result.add_row("tensors", f"{done.tensors}, {'/'.join(done.dtypes)}, {done.layout} layout, read back bit for bit")
     if done.skipped:
         more = f", ... ({len(done.skipped)})" if len(done.skipped) > _SHOWN else ""
@@ -219,7 +219,7 @@ def conversion(done: Conversion) -> Table:
 
 def verification(proof: Verification, every_place: bool = False) -> list[Table]:
     """The gates, and the drift by stage (or at every place)."""
-    gates = table("check", "measured", "limit", "", title=f"verification of {proof.form}", right=("measured", "limit"))
+    gates = table("check", "measured", "limit", "", title=f"verification of {proof.spec}", right=("measured", "limit"))
     same = proof.tensors - len(proof.different)
     gates.add_row(
         "tensors equal bit for bit", f"{same} of {proof.tensors}", str(proof.tensors), verdict(not proof.different)
@@ -235,22 +235,22 @@ def verification(proof: Verification, every_place: bool = False) -> list[Table]:
     drift = table("place", "drift", "", title="drift by stage (float64, over the standard deviation)", right=("drift",))
     for place in comparison.drift:
         if every_place or not _is_block(place):
-            drift.add_row(place.name, f"{place.drift:.1e}", verdict(place.drift <= GATE_A))
+            drift.add_row(place.name, f"{place.drift:.1e}", verdict(place.drift <= FLOAT64_LIMIT))
     return [gates, drift]
 
 
 def _gate_rows(gates: Table, comparison: Comparison, note: str) -> None:
     gates.add_row(
         f"gate A: float64, largest over std{note}",
-        f"{comparison.gate_a:.1e}",
-        f"{GATE_A:.0e}",
-        verdict(comparison.gate_a <= GATE_A),
+        f"{comparison.float64_difference:.1e}",
+        f"{FLOAT64_LIMIT:.0e}",
+        verdict(comparison.float64_difference <= FLOAT64_LIMIT),
     )
     gates.add_row(
         f"gate B: float32 rms error over PyTorch's{note}",
-        f"{comparison.gate_b:.2f}",
-        f"{GATE_B:.0f}",
-        verdict(comparison.gate_b <= GATE_B),
+        f"{comparison.error_ratio:.2f}",
+        f"{RATIO_LIMIT:.0f}",
+        verdict(comparison.error_ratio <= RATIO_LIMIT),
     )
 
 
@@ -389,14 +389,14 @@ def quickstart(done: Quickstart) -> Table:
     result.add_row(
         "gate A: float64, largest over std",
         "",
-        f"{done.gate_a:.1e}",
-        verdict(done.gate_a <= GATE_A, f"{GATE_A:.0e}"),
+        f"{done.float64_difference:.1e}",
+        verdict(done.float64_difference <= FLOAT64_LIMIT, f"{FLOAT64_LIMIT:.0e}"),
     )
     result.add_row(
         "gate B: float32 rms error over PyTorch's",
         "",
-        f"{done.gate_b:.2f}",
-        verdict(done.gate_b <= GATE_B, f"{GATE_B:.0f}"),
+        f"{done.error_ratio:.2f}",
+        verdict(done.error_ratio <= RATIO_LIMIT, f"{RATIO_LIMIT:.0f}"),
     )
     return result
 
@@ -533,7 +533,7 @@ def variants() -> Table:
     listing = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
     for name, variant in VARIANTS.items():
         row = published(variant)
-        count = row.parameters if row else parameter_count(Form(variant, 10))
+        count = row.parameters if row else parameter_count(ModelSpec(variant, 10))
         listing.add_row(
             name,
             f"{count:,}",

@@ -1,1 +1,1 @@
-"""How a network is trained: the recipe, its schedule and optimiser, what a run keeps."""
+"""How a network is trained: the recipe, its schedule and optimizer, what a run keeps."""

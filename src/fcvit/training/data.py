@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 from fcvit.data.folders import legible
-from fcvit.data.labelled import LabelledImages, known_classes, read_dataset
+from fcvit.data.labeled import LabeledImages, known_classes, read_dataset
 from fcvit.data.loader import Batch, Workers, batches
 from fcvit.data.sources import Source, open_source
 from fcvit.data.splits import find_layout
 from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.data.transforms.mixing import mix
-from fcvit.data.transforms.preprocess import normalise
+from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.models.classes import Classes, ClassName, imagenet, order_note, read_classes
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
@@ -32,8 +32,8 @@ class Splits:
         notes: how they were found, for people.
     """
 
-    train: LabelledImages
-    val: LabelledImages | None
+    train: LabeledImages
+    val: LabeledImages | None
     classes: Classes
     notes: tuple[str, ...]
 
@@ -58,7 +58,7 @@ def find_splits(recipe: Recipe, weights: Weights | None) -> Splits:
     folders = sorted(map(legible, train_root.folders()))
     known, count = given, len(given or ())
     if weights is not None and not recipe.new_head:
-        known, count = given or weights.classes, weights.form.num_classes
+        known, count = given or weights.classes, weights.spec.num_classes
         if known is None and count == IMAGENET_CLASSES and set(folders) <= {c.id for c in imagenet()}:
             known = imagenet()
         if given is not None and len(given) != count:
@@ -138,7 +138,7 @@ def _roots(recipe: Recipe, classes: Classes | None) -> tuple[Source, Source | Pa
     return layout.splits[train[0]], layout.splits[valid[0]] if val is None and valid else val, notes
 
 
-def _hold_out(images: LabelledImages, recipe: Recipe) -> tuple[LabelledImages, LabelledImages]:
+def _hold_out(images: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
     """Training and validation images; a class keeps at least one to train on.
 
     Raises:
@@ -242,7 +242,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def epoch_parts(
-    images: LabelledImages, recipe: Recipe, size: int, epoch: int, division: Division, workers: int | Workers
+    images: LabeledImages, recipe: Recipe, size: int, epoch: int, division: Division, workers: int | Workers
 ) -> Generator[tuple[Batch, np.ndarray]]:
     """The parts of this process in an epoch, with their labels.
 
@@ -260,7 +260,7 @@ def epoch_parts(
 def network_input(
     batch: Batch, labels: np.ndarray, recipe: Recipe, preprocessing: Preprocessing, epoch: int, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mix, normalise, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
+    """Mix, normalize, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
     generator = pixel_generator(recipe.seed, epoch, batch.number, "mix")
     pixels, targets = mix(
         batch.pixels[0],
@@ -272,7 +272,7 @@ def network_input(
         switch=recipe.mix_switch,
         smoothing=recipe.label_smoothing,
     )
-    images = normalise(pixels, preprocessing)
+    images = normalize(pixels, preprocessing)
     if recipe.erasing:
         generators = [pixel_generator(recipe.seed, epoch, int(index), "erase") for index in batch.indices]
         erase(images, recipe.erasing, generators)

@@ -3,13 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fcvit import run_folder as runs
 from fcvit.errors import MissingExtra
 from fcvit.report.charts import training_curves
+
+logger = logging.getLogger("fcvit")
 
 JSONL, CSV, CURVES = "log.jsonl", "log.csv", "curves.png"
 
@@ -20,7 +23,6 @@ class Log:
     """The log of the run in `folder`.
 
     Args:
-        announce: is told once where curves cannot be drawn.
         tensorboard: write `tensorboard/` too.
         done: rows that an earlier process has put there.
 
@@ -28,8 +30,8 @@ class Log:
         MissingExtra: TensorBoard's log is asked for and its writer is not installed.
     """
 
-    def __init__(self, folder: Path, announce: Callable[[str], None], tensorboard: bool, done: int = 0):
-        self.folder, self.announce = folder, announce
+    def __init__(self, folder: Path, tensorboard: bool, done: int = 0):
+        self.folder = folder
         self.board = _board(folder / "tensorboard") if tensorboard else None
         self.on_board = done
         self.draws = True
@@ -50,7 +52,7 @@ class Log:
                 runs.write_bytes(self.folder / CURVES, training_curves(rows, self.folder.name))
             except MissingExtra as error:
                 self.draws = False
-                self.announce(f"no {CURVES}: {error}")
+                logger.info(f"no {CURVES}: {error}")
         if self.board is not None:
             for row in rows[self.on_board :]:
                 for key, value in row.items():

@@ -30,7 +30,7 @@ class Recipe:
         val: validation images; None: `val` beside `train`, else `held_out` of the training images.
         held_out: share of every class that is kept for validation where there is none; 0: no validation.
         classes: class list; None: the sorted folders of the training images.
-        weights: a checkpoint to start from; None: the authors' initialisation.
+        weights: a checkpoint to start from; None: the authors' initialization.
         ema: the averaged or the raw weights of a checkpoint that has both.
         new_head: start the head anew although `weights` has one, for other classes.
 
@@ -52,7 +52,7 @@ class Recipe:
         lr: for `lr_batch` images a step, and in proportion for others; lr_batch 0: as it stands.
         lr_update: the rate is set once an "epoch" (the authors) or every "step", where a warm-up may end within one.
 
-    Optimiser: AdamW, no decay on parameters of fewer than two dimensions.
+    Optimizer: AdamW, no decay on parameters of fewer than two dimensions.
         batch_size: images a step, of all processes together.
         accumulate: parts of a process's share of a step that go through the network one after the other.
         beta1, beta2, eps, weight_decay: AdamW's.
@@ -62,7 +62,7 @@ class Recipe:
         ema_decay: keep averaged weights beside, at most this slow; None: none.
         precision: "float32", or "float16" or "bfloat16" by automatic mixed precision on a device that has it.
         batchnorm: running statistics are local and averaged after an epoch ("average"), or batches are
-            normalised over all processes ("sync"; not on a CPU).
+            normalized over all processes ("sync"; not on a CPU).
         operators: "native": our own operators for the CPU, "plain": Paddle's; "auto": native where they
             can be had.
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -54,6 +55,8 @@ from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.writing import staged, write_weights
 
+logger = logging.getLogger("fcvit")
+
 LAST, BEST, LAST_EMA = "last.safetensors", "best.safetensors", "last-ema.safetensors"
 _RECIPE = "recipe.toml"
 PLACES = ("data", "val", "classes", "weights")  # fields that are made absolute, for whoever continues the run
@@ -96,7 +99,6 @@ def train(
     folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
     workers: int = 0,
-    announce: Announce = lambda _: None,
 ) -> Training:
     """Train by a recipe, from its weights or from scratch.
 
@@ -106,7 +108,6 @@ def train(
         device: auto, cpu, gpu or gpu:N.
         workers: processes that decode and augment; 0: this one does. They do not change what is computed.
             A script that starts some must begin its work under `if __name__ == "__main__":`.
-        announce: is told what a person should know.
 
     Raises:
         UsageError, UnreadableFile, DoesNotFit, MissingExtra: before the first step.
@@ -114,7 +115,7 @@ def train(
         UnreadableFile: nothing more can be written; the last checkpoint stands.
     """
     recipe = _placed(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
-    with _Run.prepared(recipe, device, workers, announce) as run, run.opened(folder, {}):
+    with _Run.prepared(recipe, device, workers) as run, run.opened(folder, {}):
         return run.finish()
 
 
@@ -123,7 +124,6 @@ def resume(
     *,
     moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
-    announce: Announce = lambda _: None,
 ) -> Training:
     """Go on with a run after its last finished epoch; on a CPU it ends with the bits of an uninterrupted one.
 
@@ -131,7 +131,7 @@ def resume(
         folder: of the run.
         moved: where data, val, classes or weights are now, by these names, if they are no longer where they were.
             Names and classes of the images must be the same, and the content of a sample of the files.
-        workers, announce: as in `train`.
+        workers: as in `train`.
 
     Raises:
         DoesNotFit: data, weights, packages or number of processes are not what the run began with.
@@ -144,7 +144,7 @@ def resume(
         raise UnreadableFile(
             f"{folder}: ended before it took over the state of {known['extends']}; extend that run again"
         )
-    with _found(recipe), _Run.prepared(recipe, known["device"], workers, announce, start) as run:
+    with _found(recipe), _Run.prepared(recipe, known["device"], workers, start) as run:
         run.check_same(folder, known, moved)
         with run.continued(folder, known):
             return run.finish()
@@ -157,18 +157,17 @@ def extend(
     folder: str | os.PathLike[str] | None = None,
     moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
-    announce: Announce = lambda _: None,
 ) -> Training:
     """Train longer than a run was meant to: a new run that begins with the state of another.
 
-    Weights, optimiser, averages and log go on; the schedule is that of a run of `epochs`, from the epoch
+    Weights, optimizer, averages and log go on; the schedule is that of a run of `epochs`, from the epoch
     that is reached. It is not what a run of `epochs` from the beginning gives: its learning rate was
     another on the way here.
 
     Args:
         source: folder of the run to go on from.
         epochs: of the new schedule, more than are done.
-        folder, workers, announce: as in `train`.
+        folder, workers: as in `train`.
         moved: as in `resume`.
 
     Raises:
@@ -182,7 +181,7 @@ def extend(
         raise UsageError(
             f"--epochs {epochs}: with {recipe.cooldown_epochs} of cool-down no more than the {done.epoch} that are done"
         )
-    prepared = _Run.prepared(recipe, known["device"], workers, announce, _start(source))
+    prepared = _Run.prepared(recipe, known["device"], workers, _start(source))
     with _found(recipe), prepared as run:
         run.check_same(source, known, moved)
         run.restore(source)
@@ -253,13 +252,11 @@ class _Run:
         device: str,
         workers: int | Workers,
         processes: Processes,
-        announce: Announce,
         start: Path | None,
     ):
-        from fcvit.training.step import Trainer, balanced, synchronise
+        from fcvit.training.step import Trainer, balanced, synchronize
 
         self.recipe, self.device, self.workers, self.processes = recipe, device, workers, processes
-        self.announce = announce if processes.first else lambda _: None
         self.began = time.perf_counter()
         self.division = Division(recipe.batch_size, processes.count, processes.rank, recipe.accumulate)
         weights = _weights(recipe, start)
@@ -267,9 +264,9 @@ class _Run:
         given = dataclasses.replace(recipe, weights=str(start), new_head=False, ema=None) if start else recipe
         self.splits = find_splits(given, weights)
         for note in (*(weights.notes if weights is not None and start is None else ()), *self.splits.notes):
-            self.announce(note)
+            logger.info(note)
         if recipe.warmup_epochs >= recipe.epochs:
-            self.announce(
+            logger.info(
                 f"the warm-up takes all of the {counted(recipe.epochs, 'epoch')}: the learning rate does not reach "
                 f"{recipe.peak_lr:g}; a lower --warmup-epochs lets it"
             )
@@ -277,10 +274,10 @@ class _Run:
         if recipe.patience and self.splits.val is None:
             raise UsageError(f"patience = {recipe.patience}: without validation images nothing tells when to stop")
         self.preprocessing = input_preprocessing(recipe, weights)
-        model = _network(given, weights, self.splits, self.announce)
+        model = _network(given, weights, self.splits)
         if recipe.batchnorm == "sync":
-            synchronise(model)
-        self.operators = _accelerate(model, recipe, place, self.announce)
+            synchronize(model)
+        self.operators = _accelerate(model, recipe, place)
         class_weights = balanced(self.splits.counts()) if recipe.class_weights == "balanced" else None
         self.trainer = Trainer(model, recipe, self.division, class_weights)
         self.progress = Progress()
@@ -298,9 +295,7 @@ class _Run:
 
     @classmethod
     @contextlib.contextmanager
-    def prepared(
-        cls, recipe: Recipe, device: str, workers: int, announce: Announce, start: Path | None = None
-    ) -> Iterator["_Run"]:
+    def prepared(cls, recipe: Recipe, device: str, workers: int, start: Path | None = None) -> Iterator["_Run"]:
         """Everything that can be told before a folder is made; `start`: see `_start`."""
         if workers < 0:
             raise UsageError(f"--workers {workers}: expected at least 0")
@@ -320,7 +315,7 @@ class _Run:
             if processes.count > 1:
                 paddle.distributed.init_parallel_env()
             paddle.seed(recipe.seed)
-            run = cls(recipe, place, device, workers, processes, announce, start)
+            run = cls(recipe, place, device, workers, processes, start)
             if workers:
                 run.workers = stack.enter_context(contextlib.closing(Workers(workers)))
             yield run
@@ -425,7 +420,7 @@ class _Run:
             self._share_folder(folder)
             if self.kept:
                 done = f"{self.progress.epoch} of {counted(self.recipe.total_epochs, 'epoch')}"
-                self.announce(f"done already: {done}")
+                logger.info(f"done already: {done}")
             yield
 
     @contextlib.contextmanager
@@ -444,7 +439,7 @@ class _Run:
         except KeyboardInterrupt:
             if hasattr(self, "folder"):
                 with held_back():
-                    self.announce(self._what_stands())
+                    logger.info(self._what_stands())
             raise
 
     def take_over(self, source: Path) -> None:
@@ -481,7 +476,7 @@ class _Run:
     def finish(self) -> Training:
         """The epochs that are missing."""
         log = (
-            Log(self.folder, self.announce, self.recipe.tensorboard, self.progress.epoch - self.began_after)
+            Log(self.folder, self.recipe.tensorboard, self.progress.epoch - self.began_after)
             if self.processes.first
             else None
         )
@@ -497,7 +492,7 @@ class _Run:
                     log.write(rows)
                 self.seconds.append(time.perf_counter() - began)
                 left = (self.recipe.total_epochs - self.progress.epoch) * float(np.median(self.seconds))
-                self.announce(f"{_in_words(row, self.recipe.total_epochs)}, {duration(left)} left at most")
+                logger.info(f"{_in_words(row, self.recipe.total_epochs)}, {duration(left)} left at most")
                 self.processes.broadcast(b"")
         finally:
             if log:
@@ -587,7 +582,7 @@ class _Run:
         """Name each image once."""
         for reason in reasons:
             if reason not in self.unreadable:
-                self.announce(f"left out: {reason}")
+                logger.info(f"left out: {reason}")
                 self.unreadable[reason] = None
 
     def _gather_unreadable(self) -> None:
@@ -687,9 +682,9 @@ def _replace(path: Path, weights: Weights) -> None:
         write_weights(temporary, weights)
 
 
-def _network(recipe: Recipe, weights: Weights | None, splits: Splits, announce: Announce) -> Any:
+def _network(recipe: Recipe, weights: Weights | None, splits: Splits) -> Any:
     """The model as training finds it."""
-    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.optimizer import freeze_backbone
 
     count = len(splits.classes)
     if weights is None:
@@ -700,13 +695,13 @@ def _network(recipe: Recipe, weights: Weights | None, splits: Splits, announce: 
             model = build_classifier(weights, None, recipe.drop_path_rate, recipe.drop_rate)
         if recipe.new_head or not model.num_classes:
             model.reset_classifier(count)
-            announce(f"{weights.source.path}: a new head for {count} classes")
+            logger.info(f"{weights.source.path}: a new head for {count} classes")
     if recipe.freeze:
         freeze_backbone(model)
     return model
 
 
-def _accelerate(model: Any, recipe: Recipe, place: str, announce: Announce) -> str:
+def _accelerate(model: Any, recipe: Recipe, place: str) -> str:
     """Let our own operators compute the model where they can; which operators do."""
     if place != "cpu":
         if recipe.operators == "native":
@@ -721,7 +716,7 @@ def _accelerate(model: Any, recipe: Recipe, place: str, announce: Announce) -> s
     except MissingExtra as error:
         if recipe.operators == "native":
             raise
-        announce(f"Paddle's own operators compute, which are several times slower: {error}")
+        logger.info(f"Paddle's own operators compute, which are several times slower: {error}")
         return "plain"
     return "native"
 

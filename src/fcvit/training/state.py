@@ -26,7 +26,7 @@ class Progress:
 
     Attributes:
         epoch: epochs that are done.
-        step: optimiser steps that are done.
+        step: optimizer steps that are done.
         best: the row of the best epoch so far, with `best_weights` "raw" or "ema"; empty: none yet.
         rows: the log, one row an epoch.
         first_updates: of BatchNorm's statistics, before the first step.

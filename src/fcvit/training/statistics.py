@@ -1,6 +1,6 @@
 """BatchNorm's running statistics where a step has several parts.
 
-The parts of a step, one after the other in a process or side by side in several, each normalise by their
+The parts of a step, one after the other in a process or side by side in several, each normalize by their
 own images and each keep running statistics of their own, which are averaged after each epoch. This is
 what the authors' training does over processes (timm's `distribute_bn`, "reduce"). Since accumulated
 parts do the same, how a step is divided among processes does not change what is computed.

@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward of each part, gradients over all processes, AdamW."""
+"""One optimizer step: forward and backward of each part, gradients over all processes, AdamW."""
 
 import hashlib
 import time
@@ -12,11 +12,11 @@ from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
 from fcvit.models.network import FCViT
 from fcvit.training.data import Division
-from fcvit.training.optimiser import (
+from fcvit.training.optimizer import (
     Average,
-    create_optimiser,
-    optimiser_tensors,
-    restore_optimiser,
+    create_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
     trained_parameters,
 )
 from fcvit.training.recipe import Recipe
@@ -30,7 +30,7 @@ from paddle import Tensor, nn  # noqa: E402
 
 REMEDY = "lower lr, or bound the gradient with clip_norm: going on would come to the same"
 _SCALER = ("scale", "incr_count", "decr_count")
-PHASES = ("data", "forward", "backward", "optimiser")  # of a step, in seconds
+PHASES = ("data", "forward", "backward", "optimizer")  # of a step, in seconds
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -66,13 +66,13 @@ class Trainer:
         class_weights: see `soft_cross_entropy`.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimizer steps done.
         seconds: in each of `PHASES`, since `reset_clock`; on a GPU of launching the work only.
     """
 
     def __init__(self, model: FCViT, recipe: Recipe, division: Division, class_weights: np.ndarray | None = None):
         self.model, self.recipe, self.division = model, recipe, division
-        self.optimiser = create_optimiser(model, recipe)
+        self.optimizer = create_optimizer(model, recipe)
         self.trained = list(trained_parameters(model).values())
         self.statistics = Statistics(model, division.parts, division.processes)
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay is not None else None
@@ -103,7 +103,7 @@ class Trainer:
             TrainingStopped: the loss is no finite number; the weights are as they were before the step.
             KeyboardInterrupt: after the part in which the signal came.
         """
-        self.optimiser.set_lr(rate)
+        self.optimizer.set_lr(rate)
         total = 0.0
         for part in range(self.division.parts):
             images, targets = self._timed("data", lambda: next(parts))
@@ -115,7 +115,7 @@ class Trainer:
                 self._timed("backward", lambda loss=loss: self.scaler.scale(loss / self.division.slots).backward())
                 total += float(loss.item()) / self.division.slots
         with held_back():
-            return self._timed("optimiser", lambda: self._update(total))
+            return self._timed("optimizer", lambda: self._update(total))
 
     def _loss(self, images: np.ndarray, targets: np.ndarray) -> Tensor:
         half = self.recipe.precision != "float32"
@@ -126,11 +126,11 @@ class Trainer:
     def _update(self, loss: float) -> float:
         loss = self._reduce(loss)
         if not np.isfinite(loss):
-            self.optimiser.clear_grad(set_to_zero=False)
+            self.optimizer.clear_grad(set_to_zero=False)
             raise TrainingStopped(f"the loss is {loss} at step {self.step + 1}; {REMEDY}", False)
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimiser.clear_grad(set_to_zero=False)
+        self.optimizer.clear_grad(set_to_zero=False)
         if self.average is not None:
             self.average.update(self.model, self.step)
         self.step += 1
@@ -168,9 +168,9 @@ class Trainer:
         return {key: float(np.asarray(state[key]).ravel()[0]) for key in _SCALER} if state else {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What `restore` takes: network, optimiser, averages."""
+        """What `restore` takes: network, optimizer, averages."""
         found = {name: tensor.numpy() for name, tensor in self._networks().items()}
-        return found | optimiser_tensors(self.optimiser, self.model)
+        return found | optimizer_tensors(self.optimizer, self.model)
 
     def _networks(self) -> dict[str, Tensor]:
         """The weights, and the averaged ones, under the names of the state."""
@@ -190,7 +190,7 @@ class Trainer:
         for name in sorted({*wanted, *found}):
             if name not in wanted or name not in found or list(found[name].shape) != wanted[name].shape:
                 raise UnreadableFile(f"the state does not fit the network at {name[:120]}")
-        restore_optimiser(self.optimiser, self.model, tensors)
+        restore_optimizer(self.optimizer, self.model, tensors)
         for name, tensor in wanted.items():
             tensor.set_value(found[name])
         self.statistics = Statistics(self.model, self.division.parts, self.division.processes)
@@ -214,6 +214,6 @@ def _draw(seed: int, step: int, slot: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def synchronise(model: FCViT) -> None:
-    """Let batches be normalised over all processes, by Paddle's layer, whose running variance is the biased one."""
+def synchronize(model: FCViT) -> None:
+    """Let batches be normalized over all processes, by Paddle's layer, whose running variance is the biased one."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)

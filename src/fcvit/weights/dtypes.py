@@ -11,7 +11,7 @@ MAX_RANK = 8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {"float16": np.dtype("<f2"), "bfloat16": BFLOAT16, "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
-# Storage classes of PyTorch; quantised and complex ones are left out on purpose.
+# Storage classes of PyTorch; quantized and complex ones are left out on purpose.
 TORCH_STORAGES = {
     "DoubleStorage": FLOATS["float64"],
     "FloatStorage": FLOATS["float32"],

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.models.classes import Classes, ClassName, check_classes
-from fcvit.models.spec import Form
+from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.safetensors_file import unique
 
@@ -34,7 +34,7 @@ class Header:
         weights_sha256: of the weights file, where this stands beside it.
     """
 
-    form: Form
+    spec: ModelSpec
     layout: str
     preprocessing: Preprocessing | None = None
     classes: Classes | None = None
@@ -47,9 +47,9 @@ class Header:
         return json.dumps(
             {
                 "format_version": FORMAT_VERSION,
-                "variant": dataclasses.asdict(self.form.variant),
-                "num_classes": self.form.num_classes,
-                "dense": self.form.dense,
+                "variant": dataclasses.asdict(self.spec.variant),
+                "num_classes": self.spec.num_classes,
+                "dense": self.spec.dense,
                 "layout": self.layout,
                 "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
                 "classes": self.classes and [list(c) for c in self.classes],
@@ -77,19 +77,19 @@ class Header:
                 )
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
-            form = Form(Variant(**_tuples(variant)), _whole(fields["num_classes"]), fields["dense"] is True)
+            spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), fields["dense"] is True)
             preprocessing = fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"]))
-            _check_kinds("variant", form.variant, EXAMPLE)
+            _check_kinds("variant", spec.variant, EXAMPLE)
             _check_kinds("preprocessing", preprocessing or EXAMPLE.preprocessing, EXAMPLE.preprocessing)
             classes = fields["classes"]
             if classes is not None:
                 classes = check_classes(tuple(ClassName(str(i), str(n)) for i, n in classes), "header")
-                if len(classes) != form.num_classes:
-                    raise UnreadableFile(f"header with {len(classes)} classes for {form.num_classes} outputs")
+                if len(classes) != spec.num_classes:
+                    raise UnreadableFile(f"header with {len(classes)} classes for {spec.num_classes} outputs")
             if fields["layout"] not in LAYOUTS:
                 raise UnreadableFile(f"header with the unknown layout {str(fields['layout'])[:40]!r}")
             return cls(
-                form,
+                spec,
                 fields["layout"],
                 preprocessing,
                 classes,

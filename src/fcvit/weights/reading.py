@@ -11,12 +11,12 @@ from fcvit.errors import DoesNotFit, UsageError
 from fcvit.models.classes import Classes
 from fcvit.models.spec import (
     PADDLE_STATISTICS,
-    Entry,
-    Form,
-    entries,
+    ModelSpec,
+    TensorSpec,
     is_counter,
     paddle_name,
-    recognise,
+    recognize,
+    tensor_specs,
     torch_name,
     torch_shapes,
 )
@@ -45,10 +45,10 @@ class Problem:
 class WeightsDoNotFit(DoesNotFit):
     """The tensors of a file do not fit the network; `problems` has all of them."""
 
-    def __init__(self, source: str, form: Form, problems: list[Problem]):
+    def __init__(self, source: str, spec: ModelSpec, problems: list[Problem]):
         self.problems = problems
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(f"{source} does not fit {form}: {problems[0]}{more}")
+        super().__init__(f"{source} does not fit {spec}: {problems[0]}{more}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Weights:
         notes: what a person should know: counters assumed, names stripped.
     """
 
-    form: Form
+    spec: ModelSpec
     tensors: Mapping[str, np.ndarray]
     source: Checkpoint
     layout: str
@@ -92,7 +92,7 @@ def read_weights(
     Args:
         path: PyTorch (zip or older), safetensors or `.pdparams`.
         ema: choose between the averaged and the raw weights of a file with both.
-        variant: what the file must be; None: its header's, else recognised from the tensors.
+        variant: what the file must be; None: its header's, else recognized from the tensors.
         backbone: read it for the dense-prediction form. Only here a detector's neck and heads, and
             a classifier's `norm` and `head`, are skipped by name; the weights may then lack the
             four norms.
@@ -113,12 +113,12 @@ def read_weights(
         skipped += [name for name in named if name.startswith(DETECTOR_PARTS)]
         named = {name: t for name, t in named.items() if not name.startswith(DETECTOR_PARTS)}
     table_shapes = torch_shapes({name: tensor.shape for name, tensor in named.items()})
-    expected = get_variant(variant) if variant is not None else header.form.variant if header else None
+    expected = get_variant(variant) if variant is not None else header.spec.variant if header else None
     try:
-        form = header.form if header and variant is None else recognise(table_shapes, expected)
+        spec = header.spec if header and variant is None else recognize(table_shapes, expected)
     except DoesNotFit as error:
         raise DoesNotFit(f"{checkpoint.path}: {error}") from error
-    wanted = entries(form)
+    wanted = tensor_specs(spec)
     tensors = {torch_name(name): _torch_layout(t, wanted.get(torch_name(name)), layout) for name, t in named.items()}
     if header:
         tensors |= {name: np.array(count, np.int64) for name, count in header.counters.items()}
@@ -132,13 +132,13 @@ def read_weights(
         tensors |= {name: np.array(0, np.int64) for name in absent}
     problems = find_problems(wanted, tensors)
     if problems:
-        raise WeightsDoNotFit(str(checkpoint.path), form, problems)
-    preprocessing = _preprocessing(checkpoint, form.variant, notes)
-    if backbone and not form.dense:
+        raise WeightsDoNotFit(str(checkpoint.path), spec, problems)
+    preprocessing = _preprocessing(checkpoint, spec.variant, notes)
+    if backbone and not spec.dense:
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
     return Weights(
-        form,
+        spec,
         {name: tensors[name] for name in wanted if name in tensors},
         checkpoint,
         layout,
@@ -184,7 +184,7 @@ def _close(one: object, other: object) -> bool:
     return one == other if isinstance(one, str) else bool(np.allclose(one, other, rtol=0, atol=1e-6))  # pyrefly: ignore
 
 
-def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) -> list[Problem]:
+def find_problems(wanted: Mapping[str, TensorSpec], found: Mapping[str, np.ndarray]) -> list[Problem]:
     """Everything that keeps `found` from being exactly the tensors that are `wanted`."""
     problems = []
     for name, entry in wanted.items():
@@ -202,7 +202,7 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
             )
         elif not is_float(tensor.dtype):
             problems.append(
-                Problem(name, "floating-point numbers", tensor.dtype.name, "quantised weights are not read")
+                Problem(name, "floating-point numbers", tensor.dtype.name, "quantized weights are not read")
             )
         elif name.endswith("running_var") and (tensor < 0).any():
             problems.append(Problem(name, "variances from 0 up", "negative ones", "the file is damaged"))
@@ -229,7 +229,7 @@ def find_problems(wanted: Mapping[str, Entry], found: Mapping[str, np.ndarray]) 
 
 
 def _plain_counters(
-    wanted: Mapping[str, Entry], tensors: Mapping[str, np.ndarray]
+    wanted: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], set[str]]:
     """Counters as PyTorch has them, whole numbers without a dimension, and how the others were stored."""
     result, odd = dict(tensors), set()
@@ -268,13 +268,13 @@ def _layout(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     return layout
 
 
-def _torch_layout(tensor: np.ndarray, entry: Entry | None, layout: str) -> np.ndarray:
+def _torch_layout(tensor: np.ndarray, entry: TensorSpec | None, layout: str) -> np.ndarray:
     return tensor.T if layout == "paddle" and entry is not None and entry.transposed_in_paddle else tensor
 
 
 def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
     """Paddle's names and layout; without counters, which Paddle does not have."""
-    wanted = entries(weights.form)
+    wanted = tensor_specs(weights.spec)
     return {
         paddle_name(name): tensor.T if wanted[name].transposed_in_paddle else tensor
         for name, tensor in weights.tensors.items()
@@ -305,6 +305,6 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
             found = "variances that become 0" if np.isfinite(tensor).all() else "larger ones"
             problems.append(Problem(name, f"numbers that {dtype} can hold", found, "use bfloat16 or float32"))
     if problems:
-        raise WeightsDoNotFit(str(weights.source.path), weights.form, problems)
+        raise WeightsDoNotFit(str(weights.source.path), weights.spec, problems)
     notes = (f"{vanished} numbers are too small for {dtype} and became 0",) if vanished else ()
     return dataclasses.replace(weights, tensors=tensors, notes=(*weights.notes, *notes))

@@ -18,7 +18,7 @@ from typing import Any
 
 from fcvit.errors import UnreadableFile
 
-# The largest variant with optimiser and EMA takes 280,000, and 3,000 bytes of its file for each.
+# The largest variant with optimizer and EMA takes 280,000, and 3,000 bytes of its file for each.
 # One opcode can take about 100 bytes of memory, so these bound it by a small multiple of the file.
 MAX_OPCODES = 1_000_000
 FREE_OPCODES = 100_000

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from fcvit.errors import DoesNotFit
-from fcvit.models.spec import entries, is_counter, recognise, torch_shapes
+from fcvit.models.spec import is_counter, recognize, tensor_specs, torch_shapes
 
 PROBE = "patch_embed.proj.weight"
 _DOTLESS = PROBE.replace(".", "")
@@ -153,7 +153,7 @@ def makes_fcvit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether tensors of these names and shapes, in either layout, are exactly an FCViT's; counters may lack."""
     found = {name: shape for name, shape in torch_shapes(shapes).items() if not is_counter(name)}
     try:
-        wanted = entries(recognise(found))
+        wanted = tensor_specs(recognize(found))
     except DoesNotFit:
         return False
     return found == {name: entry.shape for name, entry in wanted.items() if not is_counter(name)}
@@ -219,6 +219,6 @@ def _is_optimizer(text: str) -> bool:
     named = (
         bool(found & _OPTIMIZER)
         or found >= {"exp", "avg"}
-        or any(word.startswith(("optimizer", "optimiser")) for word in found)
+        or any(word.startswith(("optimizer", "optimizer")) for word in found)
     )
     return named or ("momentum" in found and found <= _MOMENTUM)

@@ -11,7 +11,7 @@ import zlib
 
 from fcvit.errors import UnreadableFile
 
-MAX_DIRECTORY = 2 << 20  # bytes: the largest variant with optimiser and EMA has 0.6 MB
+MAX_DIRECTORY = 2 << 20  # bytes: the largest variant with optimizer and EMA has 0.6 MB
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _RECORD, _LOCAL = struct.Struct("<4s4x2H4x3L3H8xL"), struct.Struct("<4s22x2H")
@@ -19,7 +19,7 @@ _UNLIKE = "not as PyTorch writes it, and other programs could read it differentl
 
 
 @dataclasses.dataclass
-class Entry:
+class TensorSpec:
     """Describe one file of the zip; `start` is set by `check_layout`."""
 
     name: bytes
@@ -43,7 +43,7 @@ class Entry:
         return view
 
 
-def directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
+def directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
     """Read the directory of the zip: its entries by name in lower case, and where it begins.
 
     Raises:
@@ -57,7 +57,7 @@ def directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
         raise UnreadableFile(f"a damaged zip ({error}); fetch or copy the file again") from error
 
 
-def _directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
+def _directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
     stop = len(data) - _END.size
     signature, _, _, _, *told, comment = _END.unpack_from(data, stop)
     if signature != b"PK\5\6" or comment:
@@ -75,7 +75,7 @@ def _directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
         raise UnreadableFile(f"a zip whose directory alone takes {size} bytes: not a checkpoint")
     if start + size != stop:
         raise UnreadableFile(f"a damaged zip (its directory is in another place than it says): {_UNLIKE}")
-    entries: dict[bytes, Entry] = {}
+    entries: dict[bytes, TensorSpec] = {}
     position = start
     while position < stop:
         signature, flags, method, crc, stored, size, names, more, comment, header = _RECORD.unpack_from(data, position)
@@ -87,7 +87,7 @@ def _directory(data: bytes) -> tuple[dict[bytes, Entry], int]:
         size, stored, header = _wide((size, stored, header), extra)
         # PyTorch finds names whatever the case of their letters.
         if (
-            entries.setdefault(name.lower(), entry := Entry(name, flags, method, crc, stored, size, header))
+            entries.setdefault(name.lower(), entry := TensorSpec(name, flags, method, crc, stored, size, header))
             is not entry
         ):
             raise UnreadableFile(
@@ -113,7 +113,7 @@ def _wide(numbers: tuple[int, ...], extra: bytes) -> tuple[int, ...]:
     return numbers
 
 
-def check_layout(data: bytes, entries: dict[bytes, Entry], end: int) -> None:
+def check_layout(data: bytes, entries: dict[bytes, TensorSpec], end: int) -> None:
     """Find where each file starts; the headers and contents must fill the zip up to its directory at `end`.
 
     Raises:

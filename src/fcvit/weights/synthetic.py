@@ -1,6 +1,6 @@
 """Weights by rule that let every parameter matter.
 
-Freshly initialised weights prove little: a layer scale of 1e-5 hides every block behind it. These
+Freshly initialized weights prove little: a layer scale of 1e-5 hides every block behind it. These
 follow from the names alone, so any framework can rebuild them; the goldens are computed on them.
 """
 
@@ -10,23 +10,23 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fcvit.models.spec import COUNTER, Form, entries
+from fcvit.models.spec import COUNTER, ModelSpec, tensor_specs
 
-DORMANT = 1e-3  # a layer scale below this hides its block from the logits
+NEAR_ZERO_SCALE = 1e-3  # a layer scale below this hides its block from the logits
 
 
-def lively_tensors(form: Form, salt: str = "") -> dict[str, np.ndarray]:
+def synthetic_tensors(spec: ModelSpec, salt: str = "") -> dict[str, np.ndarray]:
     """Every tensor of the form, float32, from the generator seeded with its name (authors' names)."""
-    return {name: _tensor(name, entry.shape, salt) for name, entry in entries(form).items()}
+    return {name: _tensor(name, entry.shape, salt) for name, entry in tensor_specs(spec).items()}
 
 
-def is_dormant(tensors: Mapping[str, np.ndarray]) -> bool:
+def has_near_zero_scale(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether the layer scales are so small that the blocks cannot be seen in the outputs."""
     scales = [np.abs(t.astype(np.float64)) for name, t in tensors.items() if "layer_scale" in name]
-    return bool(scales) and float(np.median(np.concatenate(scales))) < DORMANT
+    return bool(scales) and float(np.median(np.concatenate(scales))) < NEAR_ZERO_SCALE
 
 
-def lively_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
+def synthetic_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
     """Standard normal numbers of that shape, float32."""
     return _normal(salt + "input", shape).astype(np.float32)
 

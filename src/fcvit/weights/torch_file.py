@@ -138,7 +138,7 @@ CONSTRUCTORS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_sparse_tensor": _refusal("sparse tensor"),
     "torch._utils._rebuild_sparse_csr_tensor": _refusal("sparse tensor"),
     "torch._utils._rebuild_nested_tensor": _refusal("nested tensor"),
-    "torch._utils._rebuild_qtensor": _refusal("quantised tensor"),
+    "torch._utils._rebuild_qtensor": _refusal("quantized tensor"),
     "torch._utils._rebuild_meta_tensor_no_storage": _refusal("meta tensor, which has no numbers"),
     "torch._utils._rebuild_wrapper_subclass": _refusal("tensor subclass"),
     "torch._utils._rebuild_device_tensor_from_numpy": _refusal("tensor of a foreign device"),
@@ -170,7 +170,7 @@ class _Storages:
         elif kind in TORCH_STORAGES:
             dtype = TORCH_STORAGES[kind]
         else:
-            what = "quantised tensors" if kind.startswith("Q") else f"storages of type {name}"
+            what = "quantized tensors" if kind.startswith("Q") else f"storages of type {name}"
             raise UnreadableFile(f"{what} are not read; {_RESAVE}")
         storage = self.by_key.setdefault(key, Storage(key, dtype, size))
         if not 0 <= size < 1 << 48:

@@ -114,9 +114,9 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
     layout = destination_layout(path, layout)
     tensors: Mapping[str, np.ndarray] = paddle_tensors(weights) if layout == "paddle" else weights.tensors
     header = Header(
-        weights.form,
+        weights.spec,
         layout,
-        resolve_preprocessing(None, weights.preprocessing, weights.form.variant),
+        resolve_preprocessing(None, weights.preprocessing, weights.spec.variant),
         weights.classes,
         {name: int(t) for name, t in weights.tensors.items() if is_counter(name)},
         weights.source.sha256,

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from fcvit.data.transforms.preprocess import FILTERS, centre_crop, planes, resize_shorter
+from fcvit.data.transforms.preprocess import FILTERS, center_crop, planes, resize_shorter
 from fcvit.errors import UsageError
 
 FILL = (124, 116, 104)  # ImageNet's mean: what comes into the picture where it is turned or moved
@@ -36,13 +36,13 @@ _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image before it is normalised; the defaults are the authors' recipe.
+    """What happens to a training image before it is normalized; the defaults are the authors' recipe.
 
     Args:
         size: S, the side of the result in pixels.
         crop: "resized": a random rectangle, resized to S x S; "padded": the shorter side resized to S,
             then S x S at random from the image with a reflected border; "centre": the shorter side
-            resized to S (bicubic), then the centre, as an evaluation with crop fraction 1 does.
+            resized to S (bicubic), then the center, as an evaluation with crop fraction 1 does.
         crop_scale: lowest and highest share of the image's area that the crop "resized" takes.
         crop_ratio: lowest and highest width over height of that rectangle.
         crop_interpolation: filter of the crops "resized" and "padded"; "random": one of both.
@@ -155,7 +155,7 @@ def augment(image: Image.Image, augmentation: Augmentation, generator: np.random
 def _crop(image: Image.Image, augmentation: Augmentation, generator: np.random.Generator) -> Image.Image:
     size = augmentation.size
     if augmentation.crop == "centre":
-        return centre_crop(resize_shorter(image, size, "bicubic"), size)
+        return center_crop(resize_shorter(image, size, "bicubic"), size)
     interpolation = _draw_interpolation(generator)  # drawn always: the numbers that follow stay the same
     if augmentation.crop_interpolation != "random":
         interpolation = augmentation.crop_interpolation
@@ -180,7 +180,7 @@ def draw_crop(
 
     Its area is uniform in `scale`, width over height log-uniform in `ratio`. Drawn: area, ratio, as long as
     the rectangle does not fit, at most ten times; then top, left. Where none fits: the largest at the
-    centre whose ratio is in the range.
+    center whose ratio is in the range.
 
     Args:
         size: width and height of the image.
@@ -347,13 +347,13 @@ def erase(images: np.ndarray, probability: float, generators: Sequence[np.random
 
     timm's `RandomErasing` in mode "pixel": its area uniform in 2 % to a third of the image, height over width
     log-uniform in 0.3 to 1/0.3, ten tries to find one that is smaller than the image, else none. In the
-    authors' pipeline it comes last, after mixing and normalising.
+    authors' pipeline it comes last, after mixing and normalizing.
 
     Drawn for each image from its own generator: whether; area, ratio, as long as it does not fit; top, left;
     the noise.
 
     Args:
-        images: float32 (B, 3, H, W), normalised.
+        images: float32 (B, 3, H, W), normalized.
         probability: for each image, 0 to 1.
         generators: B of them.
 

@@ -1,7 +1,7 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, with label smoothing.
 
 As timm's `FastCollateMixup` in its mode "batch", which the authors' recipe uses: on uint8, before images are
-normalised; one lambda and one rectangle for the whole batch; each image with the one at the same place in
+normalized; one lambda and one rectangle for the whole batch; each image with the one at the same place in
 the reversed batch.
 """
 
@@ -26,7 +26,7 @@ def mix(
     """Mix a batch with itself reversed; in an odd batch the image in the middle stays as it is.
 
     Drawn, in this order: whether it is CutMix, if both are on; lambda; for CutMix the rectangle's
-    centre, row before column.
+    center, row before column.
 
     Args:
         pixels: uint8 (B, 3, H, W), B at least 1; left alone.
@@ -82,7 +82,7 @@ def smoothed(labels: np.ndarray, num_classes: int, smoothing: float) -> np.ndarr
 def draw_rectangle(height: int, width: int, kept: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
     """CutMix's rectangle: the image's form, sides sqrt(1 - kept) of its own, cut off at the border.
 
-    The centre is uniform over all pixels, row drawn before column. Sides are even numbers, as in timm.
+    The center is uniform over all pixels, row drawn before column. Sides are even numbers, as in timm.
 
     Returns:
         (top, bottom, left, right), the ends excluded; possibly empty.
@@ -91,8 +91,8 @@ def draw_rectangle(height: int, width: int, kept: float, generator: np.random.Ge
     ends = []
     for length in (height, width):
         half = int(length * share) // 2
-        centre = int(generator.integers(length))
-        ends += [max(centre - half, 0), min(centre + half, length)]
+        center = int(generator.integers(length))
+        ends += [max(center - half, 0), min(center + half, length)]
     top, bottom, left, right = ends
     return top, bottom, left, right
 

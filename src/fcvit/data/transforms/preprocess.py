@@ -1,7 +1,7 @@
 """From an image file to what the network sees, pixel for pixel as in the authors' evaluation.
 
 The authors evaluate with timm's transform over torchvision and Pillow: shorter side to
-`floor(size / crop fraction)` with Pillow's antialiased filter, centre crop, [0, 1], normalise.
+`floor(size / crop fraction)` with Pillow's antialiased filter, center crop, [0, 1], normalize.
 OpenCV's and Paddle's own resizing give other pixels.
 """
 
@@ -20,7 +20,7 @@ from fcvit.foreign import IMAGE_KINDS, KIND_BYTES, foreign_kind
 from fcvit.models.variants import Preprocessing
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel begin so; all are grey
+DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel begin so; all are gray
 
 
 def decoders() -> dict[str, str]:
@@ -44,9 +44,9 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB of 8 bits a channel, as torchvision does, but 16-bit grey by its upper 8 bits.
+    """Convert to RGB of 8 bits a channel, as torchvision does, but 16-bit gray by its upper 8 bits.
 
-    So does Pillow itself with 16-bit colour; 16-bit grey it would cut off at 255, and nearly all of a
+    So does Pillow itself with 16-bit color; 16-bit gray it would cut off at 255, and nearly all of a
     photograph would be white. Values up to 255 stay as they are, whatever the type.
 
     Raises:
@@ -116,7 +116,7 @@ def resized(size: tuple[int, int], target: int) -> tuple[int, int]:
 
 
 def crop_start(length: int, side: int) -> int:
-    """Where the centre of a side begins; negative where it is shorter than the crop."""
+    """Where the center of a side begins; negative where it is shorter than the crop."""
     return round((length - side) / 2.0)  # half to even
 
 
@@ -147,7 +147,7 @@ def planes(image: Image.Image) -> np.ndarray:
 
 
 def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and centre-crop.
+    """Resize and center-crop.
 
     Args:
         image: RGB, any size.
@@ -160,17 +160,17 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         BadImages: so long and thin that its resized form would be enormous.
     """
     image = resize_shorter(image, preprocessing.resize, preprocessing.interpolation)
-    return planes(centre_crop(image, preprocessing.input_size))
+    return planes(center_crop(image, preprocessing.input_size))
 
 
-def centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """Cut `side` x `side` pixels out of the centre."""
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """Cut `side` x `side` pixels out of the center."""
     left, top = (crop_start(length, side) for length in image.size)
     return image.crop((left, top, left + side, top + side))
 
 
 @dataclasses.dataclass(frozen=True)
-class Centre:
+class Center:
     """The evaluation's view of an image (see `fcvit.data.loader.View`)."""
 
     preprocessing: Preprocessing
@@ -183,7 +183,7 @@ class Centre:
         return crop(image, self.preprocessing)
 
 
-def normalise(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 (B, 3, H, W) in RGB -> float32 of the same shape: to [0, 1], less the mean, over the std."""
     mean = np.array(preprocessing.mean, np.float32)[:, None, None]
     std = np.array(preprocessing.std, np.float32)[:, None, None]
@@ -195,7 +195,7 @@ def normalise(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An image, or the path of one -> uint8 (3, S, S), ready for an engine or for `normalise`.
+    """An image, or the path of one -> uint8 (3, S, S), ready for an engine or for `normalize`.
 
     Raises:
         BadImages: it cannot be read.

@@ -1,6 +1,6 @@
-"""int8: an ONNX file quantised statically, its scales found on the user's images.
+"""int8: an ONNX file quantized statically, its scales found on the user's images.
 
-By ONNX Runtime's own quantiser, which the field uses: weights per output channel, activations per tensor,
+By ONNX Runtime's own quantizer, which the field uses: weights per output channel, activations per tensor,
 QuantizeLinear and DequantizeLinear around the convolutions and matrix products, so that any runtime can read it.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.data.folders import evenly, images_below
-from fcvit.data.transforms.preprocess import normalise, preprocess
+from fcvit.data.folders import images_below, sample_evenly
+from fcvit.data.transforms.preprocess import normalize, preprocess
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.inference.interface import Interface
 from fcvit.models.variants import Preprocessing
@@ -32,10 +32,10 @@ def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray
     paths = images_below(folder)
     if not paths:
         raise UsageError(f"{folder}: no images to calibrate int8 on")
-    return np.stack([preprocess(path, preprocessing) for path in evenly(paths, MOST)])
+    return np.stack([preprocess(path, preprocessing) for path in sample_evenly(paths, MOST)])
 
 
-def quantise(path: Path, images: np.ndarray, interface: Interface) -> None:
+def quantize(path: Path, images: np.ndarray, interface: Interface) -> None:
     """Replace a float32 .onnx file by its int8 form.
 
     Args:
@@ -54,7 +54,7 @@ def quantise(path: Path, images: np.ndarray, interface: Interface) -> None:
         package = importlib.import_module("onnxruntime.quantization")
     except ImportError as error:
         raise MissingExtra(f"int8 needs onnxruntime ({error}); install it with: pip install 'fcvit[onnx]'") from error
-    given = iter(images[:, None] if interface.uint8 else normalise(images, interface.preprocessing)[:, None])
+    given = iter(images[:, None] if interface.uint8 else normalize(images, interface.preprocessing)[:, None])
 
     class Reader(package.CalibrationDataReader):
         def get_next(self):  # noqa: ANN202 -- what the library calls

@@ -1,4 +1,4 @@
-"""Labelled images as people have them: class folders, a list file, a tar that is read in place.
+"""Labeled images as people have them: class folders, a list file, a tar that is read in place.
 
 Wherever the images are, each has a name relative to the folder or tar, and names are sorted: the same
 images under the same names are the same data set.
@@ -26,7 +26,7 @@ _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images with their classes, not yet read.
 
     Attributes:
@@ -65,7 +65,7 @@ class LabelledImages:
             return None
         return numbers
 
-    def take(self, order: Sequence[int]) -> "LabelledImages":
+    def take(self, order: Sequence[int]) -> "LabeledImages":
         """Those at these positions, in this order."""
         return dataclasses.replace(
             self,
@@ -74,7 +74,7 @@ class LabelledImages:
             labels=tuple(self.labels[i] for i in order),
         )
 
-    def subset(self, count: int, seed: int) -> "LabelledImages":
+    def subset(self, count: int, seed: int) -> "LabeledImages":
         """A stratified sample: every class keeps its share, to the nearest whole image.
 
         Drawn by hashes of seed and name, so that it is the same on every machine and does not depend on
@@ -106,7 +106,7 @@ def _draw(seed: int, name: str) -> bytes:
 
 def read_dataset(
     data: Path | Source, list_file: Path | None, classes: Classes | None, num_classes: int
-) -> LabelledImages:
+) -> LabeledImages:
     """Find the images of a folder or tar, and the class of each, for a model with `num_classes` outputs.
 
     Args:
@@ -145,7 +145,7 @@ def read_dataset(
         locations = tree.files
         notes += _left_out_notes(source, tree)
     names = tuple(sorted(labels))
-    return LabelledImages(
+    return LabeledImages(
         source.path,
         names,
         tuple(locations[name] for name in names),
@@ -166,8 +166,8 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
     layout = find_layout(open_source(data), known_classes(classes, num_classes))
     if len(layout.splits) > 1:
         names = list(layout.splits)
-        labelled = [name for name in names if layout.splits[name].folders()]
-        one = next((name for name in (*layout.named("val"), *labelled[::-1]) if name in labelled), names[0])
+        labeled = [name for name in names if layout.splits[name].folders()]
+        one = next((name for name in (*layout.named("val"), *labeled[::-1]) if name in labeled), names[0])
         raise DoesNotFit(
             f"{layout.source.path} holds the splits {', '.join(names)}; name the folder of one, such as "
             f"{layout.source.path / one}"
@@ -223,7 +223,7 @@ def _left_out_notes(source: Source, tree: Tree) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def read_real(path: Path, images: LabelledImages) -> list[frozenset[int]]:
+def read_real(path: Path, images: LabeledImages) -> list[frozenset[int]]:
     """ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the right classes of each image, perhaps none.
 
     Raises:

@@ -8,19 +8,19 @@ import math
 
 import numpy as np
 
-GATE_A = 1e-10
-GATE_B = 3.0
+FLOAT64_LIMIT = 1e-10
+RATIO_LIMIT = 3.0
 _MIN_OUTPUTS = 256  # fewer make the ratio of gate B a matter of luck
 
 
-def gate_a(found: np.ndarray, reference: np.ndarray) -> float:
+def float64_difference(found: np.ndarray, reference: np.ndarray) -> float:
     """Largest difference over the standard deviation of the reference; both float64. NaN counts as infinite."""
     scale = float(reference.std()) or 1.0
     difference = float(np.abs(found - reference).max()) if reference.size else 0.0
     return difference / scale if math.isfinite(difference) else math.inf
 
 
-def gate_b(found_32: np.ndarray, yardstick_32: np.ndarray, exact: np.ndarray) -> float:
+def error_ratio(found_32: np.ndarray, yardstick_32: np.ndarray, exact: np.ndarray) -> float:
     """rms error of the first over rms error of the second, both against `exact` (float64). NaN counts as infinite."""
     ours = rms_error(found_32, exact)
     theirs = rms_error(yardstick_32, exact)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcvit.data.class_indices import assign_classes
-from fcvit.data.labelled import LabelledImages, Location, read_dataset, read_real
+from fcvit.data.labeled import LabeledImages, Location, read_dataset, read_real
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
 from fcvit.models.classes import ClassName
 
@@ -404,7 +404,7 @@ def test_a_mapping_is_one_to_one(folders):
 def images(counts):
     names = [f"{label}/{i}.png" for label, count in enumerate(counts) for i in range(count)]
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    return LabelledImages(Path("x"), tuple(names), tuple(Location(n) for n in names), tuple(labels), {}, "")
+    return LabeledImages(Path("x"), tuple(names), tuple(Location(n) for n in names), tuple(labels), {}, "")
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
@@ -437,7 +437,7 @@ def test_the_listing_tells_lists_apart():
 
 def validation(numbers):
     names = tuple(f"x/ILSVRC2012_val_{number:08d}.JPEG" for number in numbers)
-    return LabelledImages(None, names, tuple(map(Location, names)), (0,) * len(names), {}, "")
+    return LabeledImages(None, names, tuple(map(Location, names)), (0,) * len(names), {}, "")
 
 
 def test_reals_labels_are_found_by_the_number_in_the_name(tmp_path):

@@ -43,7 +43,7 @@ def depth_of(name: str, model: FCViT) -> int:
     return sum(depths[:stage]) + 1 + (0 if downsampling else int(block))
 
 
-def create_optimiser(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
+def create_optimizer(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
     """AdamW over what is trained; no decay on parameters of fewer than two dimensions (authors: timm's rule).
 
     With `layer_decay` d, a parameter at depth i (see `depth_of`) of L learns at d ** (L - i) times the rate.
@@ -70,9 +70,9 @@ def create_optimiser(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
 _KEPT = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
-def optimiser_tensors(optimiser: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
+def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
     """Its state under the model's names: `moment1/NAME` and so on."""
-    state = optimiser.state_dict()
+    state = optimizer.state_dict()
     return {
         f"{kind}/{name}": state[f"{p.name}_{kind}_0"].numpy()
         for name, p in trained_parameters(model).items()
@@ -81,10 +81,10 @@ def optimiser_tensors(optimiser: paddle.optimizer.Optimizer, model: nn.Layer) ->
     }
 
 
-def restore_optimiser(
-    optimiser: paddle.optimizer.Optimizer, model: nn.Layer, tensors: Mapping[str, np.ndarray]
+def restore_optimizer(
+    optimizer: paddle.optimizer.Optimizer, model: nn.Layer, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """The inverse of `optimiser_tensors`.
+    """The inverse of `optimizer_tensors`.
 
     Raises:
         UnreadableFile: one is missing or of another shape.
@@ -97,15 +97,15 @@ def restore_optimiser(
             shape = [1] if kind.endswith("pow_acc") else p.shape
             found = tensors.get(f"{kind}/{name}")
             if found is None or list(found.shape) != shape:
-                raise UnreadableFile(f"the state of the optimiser does not fit the network at {name} ({kind})")
+                raise UnreadableFile(f"the state of the optimizer does not fit the network at {name} ({kind})")
             state[f"{p.name}_{kind}_0"] = paddle.to_tensor(np.array(found))
-    optimiser.set_state_dict(state)
+    optimizer.set_state_dict(state)
 
 
 class Average:
     """Averaged weights (EMA): after each step `average = d * average + (1 - d) * weights`.
 
-    d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialisation is soon
+    d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialization is soon
     forgotten. BatchNorm's running statistics are averages already and follow after each epoch, at the
     same pace: within an epoch they differ between processes.
     """
@@ -116,7 +116,7 @@ class Average:
         self.tensors = {name: tensor.clone().detach() for name, tensor in model.state_dict().items()}
 
     def update(self, model: nn.Layer, step: int) -> None:
-        """After optimiser step number `step`, from 0."""
+        """After optimizer step number `step`, from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self.kept *= decay
         with paddle.no_grad():

@@ -17,24 +17,24 @@ def model(small):
     return create_model(small().network(), None, 2)
 
 
-def step(model, optimiser, gradient=1.0):
+def step(model, optimizer, gradient=1.0):
     """One step in which every gradient is the same number; how far each parameter moved."""
     paddle = import_framework("paddle")
-    from fcvit.training.optimiser import trained_parameters
+    from fcvit.training.optimizer import trained_parameters
 
     before = {name: p.numpy().copy() for name, p in trained_parameters(model).items()}
     total = paddle.add_n([p.sum() for p in trained_parameters(model).values()])
     (gradient * total).backward()
-    optimiser.step()
-    optimiser.clear_grad()
+    optimizer.step()
+    optimizer.clear_grad()
     return {name: p.numpy() - before[name] for name, p in trained_parameters(model).items()}, before
 
 
 def test_only_matrices_and_kernels_decay(model, small):
     """The step of AdamW on a gradient of 1 is -lr; what decays also loses lr * weight_decay of itself."""
-    from fcvit.training.optimiser import create_optimiser
+    from fcvit.training.optimizer import create_optimizer
 
-    moved, before = step(model, create_optimiser(model, small(lr=0.01, weight_decay=0.5, eps=1e-12)))
+    moved, before = step(model, create_optimizer(model, small(lr=0.01, weight_decay=0.5, eps=1e-12)))
     assert len(moved) == len([n for n in model.state_dict() if not n.endswith(("_mean", "_variance"))])
     for name, change in moved.items():
         decay = 0.5 if before[name].ndim >= 2 else 0.0
@@ -44,14 +44,14 @@ def test_only_matrices_and_kernels_decay(model, small):
 
 
 def test_lower_blocks_learn_more_slowly(model, small):
-    from fcvit.training.optimiser import create_optimiser, depth_of
+    from fcvit.training.optimizer import create_optimizer, depth_of
 
     depths = {name: depth_of(name, model) for name in model.state_dict()}
     assert {depths["patch_embed.proj.weight"], depths["head.bias"], depths["norm.weight"]} == {0, 5}
     assert depths["network.0.0.norm1.weight"] == 1
     assert depths["network.1.proj.weight"] == depths["network.2.0.norm1.weight"] == 2
     assert depths["network.6.0.token_mixer.dw1.weight"] == 4 and set(depths.values()) == set(range(6))
-    moved, _ = step(model, create_optimiser(model, small(lr=0.01, weight_decay=0.0, layer_decay=0.5, eps=1e-12)))
+    moved, _ = step(model, create_optimizer(model, small(lr=0.01, weight_decay=0.0, layer_decay=0.5, eps=1e-12)))
     for name, change in moved.items():
         assert change == pytest.approx(-0.01 * 0.5 ** (5 - depths[name]), rel=2e-3), name
 
@@ -59,7 +59,7 @@ def test_lower_blocks_learn_more_slowly(model, small):
 def test_deep_stages_are_counted_block_by_block():
     from fcvit.models.network import FCViT
     from fcvit.models.variants import VARIANTS
-    from fcvit.training.optimiser import depth_of
+    from fcvit.training.optimizer import depth_of
 
     model = FCViT(VARIANTS["fcvit_tiny"], 2)  # depths 3, 3, 5, 2
     names = ["patch_embed.norm.bias", "network.0.2.norm1.bias", "network.3.proj.bias", "network.4.0.norm1.bias"]
@@ -71,7 +71,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     paddle = import_framework("paddle")
     from fcvit.models.build import create_model
     from fcvit.training.data import Division
-    from fcvit.training.optimiser import freeze_backbone
+    from fcvit.training.optimizer import freeze_backbone
     from fcvit.training.step import Trainer
 
     recipe = small(weights="some", freeze=True, drop_path_rate=0.5)
@@ -89,9 +89,9 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
 
 
 def test_the_gradient_is_clipped(model, small):
-    from fcvit.training.optimiser import create_optimiser
+    from fcvit.training.optimizer import create_optimizer
 
-    clipped = create_optimiser(model, small(lr=1.0, weight_decay=0.0, clip_norm=1e-3, eps=1.0))
+    clipped = create_optimizer(model, small(lr=1.0, weight_decay=0.0, clip_norm=1e-3, eps=1.0))
     moved, _ = step(model, clipped)
     # With eps 1 the step is about the gradient itself, over its own size plus 1.
     norm = np.sqrt(sum((change**2).sum() for change in moved.values()))
@@ -99,7 +99,7 @@ def test_the_gradient_is_clipped(model, small):
 
 
 def test_the_average_follows_the_weights(model):
-    from fcvit.training.optimiser import Average
+    from fcvit.training.optimizer import Average
 
     paddle = import_framework("paddle")
     average = Average(model, 0.9)
@@ -120,35 +120,35 @@ def test_the_average_follows_the_weights(model):
     assert average.kept == 1.0
 
 
-def test_the_optimiser_goes_on_as_it_was(small):
-    """Three steps in a row, or two, then a new optimiser with the state of the old one, and one more."""
+def test_the_optimizer_goes_on_as_it_was(small):
+    """Three steps in a row, or two, then a new optimizer with the state of the old one, and one more."""
     from fcvit.models.build import create_model
-    from fcvit.training.optimiser import create_optimiser, optimiser_tensors, restore_optimiser
+    from fcvit.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 
     paddle = import_framework("paddle")
 
     def start():
         paddle.seed(0)
         model = create_model(small().network(), None, 2)
-        return model, create_optimiser(model, small())
+        return model, create_optimizer(model, small())
 
-    whole, optimiser = start()
+    whole, optimizer = start()
     for number in range(3):
-        step(whole, optimiser, number + 1.0)
-    model, optimiser = start()
+        step(whole, optimizer, number + 1.0)
+    model, optimizer = start()
     for number in range(2):
-        step(model, optimiser, number + 1.0)
-    kept = {name: array.copy() for name, array in optimiser_tensors(optimiser, model).items()}
+        step(model, optimizer, number + 1.0)
+    kept = {name: array.copy() for name, array in optimizer_tensors(optimizer, model).items()}
     numbers = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-    model, optimiser = start()
+    model, optimizer = start()
     for name, tensor in model.state_dict().items():
         tensor.set_value(numbers[name])
-    restore_optimiser(optimiser, model, kept)
-    step(model, optimiser, 3.0)
+    restore_optimizer(optimizer, model, kept)
+    step(model, optimizer, 3.0)
     for name, tensor in whole.state_dict().items():
         assert (tensor.numpy() == model.state_dict()[name].numpy()).all(), name
     with pytest.raises(UnreadableFile, match=r"head.bias \(moment2\)"):
-        restore_optimiser(optimiser, model, {k: v for k, v in kept.items() if k != "moment2/head.bias"})
+        restore_optimizer(optimizer, model, {k: v for k, v in kept.items() if k != "moment2/head.bias"})
 
 
 def test_averaged_weights_get_slower_with_the_steps(model, small):
