@@ -52,6 +52,11 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """What a task learns of each image: the index of its class."""
+        return self.labels
+
     def listing(self) -> str:
         """SHA-256 of names and labels: whether a run goes on over the same list of images."""
         content = json.dumps([self.names, self.labels])
