@@ -39,6 +39,14 @@ needs_paddle = pytest.mark.skipif(not installed("paddle"), reason="PaddlePaddle 
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="PyTorch is not installed")
 
 
+def pytest_collection_modifyitems(items):
+    if os.environ.get("CI") == "true" or os.environ.get("FCVIT_ALL_TESTS") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.skip(reason="takes long: runs where CI=true or FCVIT_ALL_TESTS=1"))
+
+
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
     """A test that leaves a handler changes what a signal does in the tests after it."""
