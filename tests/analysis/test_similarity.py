@@ -314,7 +314,7 @@ def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path)
 @pytest.mark.charts
 def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn, notes):
     """Whole images only: their files, and no overview."""
-    see, told = Viewer.see, []
+    see, told = Viewer.see, notes
 
     def interrupted(viewer, image, top_k):
         if image.size == (33, 90):

@@ -29,11 +29,10 @@ def test_finding_images(tmp_path, monkeypatch):
         find_images(["in", "nope*"])
 
 
-def test_files_of_a_folder_that_are_not_taken_for_images_are_counted(tmp_path, monkeypatch):
+def test_files_of_a_folder_that_are_not_taken_for_images_are_counted(tmp_path, monkeypatch, notes):
     make(tmp_path, "in/1.png", "in/a/2.HEIC", "in/3.heic", "in/notes", "in/.hidden", "none/1.txt", "all/1.jpg")
     monkeypatch.chdir(tmp_path)
-    notes = []
-    find_images(["in", "all", "in/notes"], notes.append)
+    find_images(["in", "all", "in/notes"])
     assert notes == ["in: left out 3 files without an image's ending: 2 .heic, 1 no ending"]
 
 

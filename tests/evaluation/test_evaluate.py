@@ -506,7 +506,7 @@ def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch, not
     ):
         listed = [f"{path.name} {label(truth[int(path.stem)])}\n" for path in folder.glob("*.png")]
         (tmp_path / name).write_text("".join(listed))
-        notes = notes
+        notes.clear()
         result = evaluate(weights, folder, list_file=tmp_path / name, device="cpu").results[0]
         noticed = [note for note in notes if "look permuted" in note]
         assert noticed == ([result.hint] if name != "right" else [])

@@ -582,14 +582,14 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
 
 def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path, notes):
     """Else the learning rate would not reach its value; what is asked for stays, with a note."""
-    recipe, notes = finetune_recipe(trained, squares, {"epochs": "1"})
-    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in notes
+    recipe, remarks = finetune_recipe(trained, squares, {"epochs": "1"})
+    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in remarks
     assert learning_rate(recipe, 0) < learning_rate(recipe, 0.1) < learning_rate(recipe, 0.2)
     assert learning_rate(recipe, 0.2) > 0.9 * recipe.peak_lr
     assert finetune_recipe(trained, squares, {"epochs": "1", "lr-update": "epoch"})[0].warmup_epochs == 0
     for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
-        recipe, notes = finetune_recipe(trained, squares, words)
-        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in notes)
+        recipe, remarks = finetune_recipe(trained, squares, words)
+        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in remarks)
     said = notes
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
@@ -608,7 +608,7 @@ def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkey
 def test_the_time_of_all_counts_validation_and_later_epochs(small):
     from fcvit.training.run import _Run
 
-    with _Run.prepared(small(epochs=3), "cpu", 0, lambda _: None) as run:
+    with _Run.prepared(small(epochs=3), "cpu", 0) as run:
         # 6 images are validated, at three times the rate; then two epochs of 16 images each.
         assert run._seconds_after(1.0) == 2 + 2 * (16 + 2)
         run.seconds.append(5.0)
@@ -622,7 +622,7 @@ def test_drop_rates_hold_for_weights_too(trained, small):
 
     recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)
     weights = read_weights(trained)
-    model = _network(recipe, weights, find_splits(recipe, weights), lambda _: None)
+    model = _network(recipe, weights, find_splits(recipe, weights))
     assert model.network[6][0].drop_path.rate == 0.3 and model.network[6][0].channel_mixer.drop.p == 0.2
 
 
