@@ -5,7 +5,6 @@ codes stand in `fcvit.errors` and docs/cli.md.
 """
 
 import contextlib
-import functools
 import io
 import logging
 import math
@@ -599,130 +598,7 @@ def check_data(
     return BadImages.exit_code if found.unreadable else 0
 
 
-@app.command(name="eval")
-def evaluate(
-    *,
-    weights: list[Path] | None = None,
-    data: Path | None = None,
-    list_file: Annotated[Path | None, Parameter(name="--list")] = None,
-    protocol: Literal["authors", "resize256-bilinear", "both"] | None = None,
-    engine: str | None = None,
-    output: Annotated[Path | None, Output] = None,
-    resume: Path | None = None,
-    batch_size: int | Literal["auto"] | None = None,
-    workers: int | None = None,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16", "int8"] | None = None,
-    calibrate: Path | None = None,
-    threads: int | None = None,
-    ema: bool | None = None,
-    input_size: int | None = None,
-    crop_fraction: float | None = None,
-    interpolation: Literal["bilinear", "bicubic"] | None = None,
-    mean: Channels = None,
-    std: Channels = None,
-    classes: Classes = None,
-    subset: int | None = None,
-    seed: int | None = None,
-    real: Path | None = None,
-    class_subset: str | None = None,
-    strict: Annotated[bool, Parameter(negative=())] = False,
-    save_logits: Annotated[bool | None, Parameter(negative=())] = None,
-    as_json: Json = False,
-) -> int:
-    """Measure accuracy on labeled images.
-
-    Args:
-        weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
-        data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
-        list_file: File with an image's path and class index a line.
-        protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
-        engine: auto (default: the fastest that is right), onnxruntime, openvino, paddle, paddle-inference,
-            native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
-        output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers, --strict, --json, and
-            --weights, --data, --list, --classes, --real, --calibrate for what is elsewhere now.
-        batch_size: Images at a time (default: 32); auto tries what fits.
-        workers: Processes that decode images (default: one for each core, at most 8); 0: none.
-        device: auto (default), cpu, gpu or gpu:N.
-        precision: float32 (default), or bfloat16, float16, int8 where the engine has it, measured beside float32.
-        calibrate: Folder of images that int8 takes its scales from, such as training images.
-        threads: Threads that compute on a CPU (default: one for each core).
-        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
-        input_size: Another input size in pixels than the weights'.
-        crop_fraction: Another crop fraction.
-        interpolation: Another interpolation.
-        mean: Another mean, of images from 0 to 1: one number, or three for red, green and blue.
-        std: Another standard deviation, in the same way.
-        classes: Class list of the model: CSV with id and name, or one class per line (default: the file's own).
-        subset: Only so many images, every class in its share.
-        seed: Draws the subset (default: 0).
-        real: The file real.json of ImageNet-ReaL, for accuracy by its labels too.
-        class_subset: Tell only these classes apart: a class list, or present for those of the data.
-        strict: Stop at the first image that cannot be read.
-        save_logits: Keep logits.npy beside the predictions.
-        as_json: Print JSON.
-    """
-    from fcvit.evaluation.runner import NotWritten
-    from fcvit.evaluation.runner import evaluate as run
-    from fcvit.evaluation.runner import resume as go_on
-    from fcvit.report import tables
-
-    options = {
-        "list_file": list_file,
-        "protocol": protocol,
-        "engines": engine.split(",") if engine is not None else None,
-        "folder": output,
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-        "ema": ema,
-        "preprocessing": _changes(input_size, crop_fraction, interpolation, mean, std),
-        "classes": classes,
-        "subset": subset,
-        "seed": seed,
-        "real": real,
-        "class_subset": class_subset,
-        "save_logits": save_logits,
-        "threads": threads,
-        "calibration": calibrate,
-    }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    workers = _workers() if workers is None else workers
-    if resume is not None:
-        moved = {name: given.pop(name) for name in ("list_file", "classes", "real", "calibration") if name in given}
-        moved |= {"weights": weights} if weights else {}
-        moved |= {"data": data} if data is not None else {}
-        if given:
-            raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        start = functools.partial(go_on, resume, moved=moved)
-    elif not weights or data is None:
-        raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
-    else:
-        if seed is not None and subset is None:
-            raise UsageError("eval: --seed draws a --subset; there is none")
-        start = functools.partial(run, weights, data, record=True, **given)
-    unwritten = None
-    try:
-        found = start(workers=workers, strict=strict)
-    except NotWritten as error:  # the figures are there all the same
-        found, unwritten = error.evaluation, error
-    if not found.first:
-        return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
-    if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(found))
-    else:
-        _show(*tables.evaluation(found))
-        if not unwritten:
-            _say(f"written to {found.folder}")
-    if unwritten:
-        raise unwritten
-    if found.unreadable:
-        _show(tables.unreadable(found.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+app.command("fcvit.commands.evaluate:command", name="eval", help="Measure accuracy on labeled images.")
 
 
 @app.command
@@ -848,51 +724,15 @@ def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool)
     return 0
 
 
-def _trained(done: "Training", as_json: bool) -> int:
-    if not done.first:
-        return 0
+def _trained(done: "Training", as_json: bool) -> "Training | int":
     if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(done) | {"weights": str(done.weights)})
-    else:
-        from fcvit.report import tables
-
-        _show(tables.training(done))
-        _say(f"weights: {done.weights}")
-    if done.unreadable:
-        from fcvit.report import tables
-
-        _show(tables.unreadable(done.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+        if (content := done.to_json()) is not None:
+            _print_json(content)
+        return done.exit_code
+    return done
 
 
-@app.command
-def compare(
-    first: Path, second: Path, /, *, output: Annotated[Path | None, Output] = None, as_json: Json = False
-) -> None:
-    """Compare two results of eval over the same images: is the difference real, and where does it lie?
-
-    Args:
-        first: Folder of a result, or of a run that has only one.
-        second: The other.
-        output: New folder for comparison.json and differing.csv, the images on which they differ.
-        as_json: Print JSON.
-    """
-    from fcvit.evaluation.comparison import compare as run
-
-    found = run(first, second, output)
-    if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(found))
-        return
-    from fcvit.report import tables
-
-    _show(*tables.comparison(found))
-    if output is not None:
-        _say(f"written to {output}")
+app.command("fcvit.commands.compare:compare", name="compare", help="Compare two results of eval over the same images.")
 
 
 @app.command
@@ -1084,6 +924,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    as_json = "--json" in words and words[0] in ("eval", "compare")
+    if as_json:
+        words.remove("--json")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -1095,6 +938,13 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("always", FreshWeights)
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
+        if hasattr(result, "tables"):
+            if as_json and (content := result.to_json()) is not None:
+                _print_json(content)
+            elif not as_json:
+                for part in result.tables():
+                    _say(part) if isinstance(part, str) else _show(part)
+            return getattr(result, "exit_code", 0)
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
         return _fail(_usage(error, words), UsageError, debug)

@@ -1,4 +1,4 @@
-"""AdamW as the recipe asks for it, and the averaged weights."""
+"""AdamW as the recipe asks for it, and the EMA weights."""
 
 from collections.abc import Mapping
 
@@ -102,8 +102,8 @@ def restore_optimizer(
     optimizer.set_state_dict(state)
 
 
-class Average:
-    """Averaged weights (EMA): after each step `average = d * average + (1 - d) * weights`.
+class EMA:
+    """EMA weights: after each step `ema = d * ema + (1 - d) * weights`.
 
     d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialization is soon
     forgotten. BatchNorm's running statistics are averages already and follow after each epoch, at the

@@ -130,6 +130,11 @@ class Recipe:
     patience: int | None = None
     save_every: int | None = None
     tensorboard: bool = False
+    task: str = "classification"
+    schedule: Literal["cosine", "poly", "step"] = "cosine"
+    poly_power: float = 0.9
+    step_epochs: tuple[int, ...] = ()
+    step_factor: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in _fields(self):

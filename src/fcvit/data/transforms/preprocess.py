@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -170,17 +170,13 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class Center:
-    """The evaluation's view of an image (see `fcvit.data.loader.View`)."""
+class CenterCrop:
+    """Resize and crop an image for evaluation (a `fcvit.data.loader.Transform`); its target stays."""
 
     preprocessing: Preprocessing
 
-    @property
-    def size(self) -> int:
-        return self.preprocessing.input_size
-
-    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray:
-        return crop(image, self.preprocessing)
+    def __call__(self, image: Image.Image, target: Any, index: int, /) -> tuple[np.ndarray, Any]:
+        return crop(image, self.preprocessing), target
 
 
 def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
