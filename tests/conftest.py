@@ -148,6 +148,14 @@ def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def classifier_loss(outputs, targets):
+    import paddle
+
+    from fcvit.tasks.classification.training import soft_cross_entropy
+
+    return {"loss": soft_cross_entropy(outputs, paddle.to_tensor(targets))}
+
+
 # A network and a recipe that train in a second.
 SMALL = {
     "variant": "fcvit_digits",

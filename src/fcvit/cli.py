@@ -615,7 +615,7 @@ def train(
     workers: int | None = None,
     as_json: Json = False,
     **overrides: str,
-) -> int:
+) -> object:
     """Train a network by a recipe; every field of the recipe is an option too, as in --lr 5e-4.
 
     Args:
@@ -678,7 +678,7 @@ def finetune(
     workers: int | None = None,
     as_json: Json = False,
     **overrides: str,
-) -> int:
+) -> object:
     """Train weights on one's own folder of images: a new head, and the rest gently.
 
     Args:
@@ -724,7 +724,7 @@ def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool)
     return 0
 
 
-def _trained(done: "Training", as_json: bool) -> "Training | int":
+def _trained(done: "Training", as_json: bool) -> object:
     if as_json:
         if (content := done.to_json()) is not None:
             _print_json(content)
@@ -939,16 +939,14 @@ def main(arguments: list[str] | None = None) -> int:
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
         if hasattr(result, "tables"):
-            if as_json and (content := result.to_json()) is not None:
-                _print_json(content)
-            elif not as_json:
-                for part in result.tables():
-                    _say(part) if isinstance(part, str) else _show(part)
+            _print_outcome(result, as_json)
             return getattr(result, "exit_code", 0)
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
         return _fail(_usage(error, words), UsageError, debug)
     except FcvitError as error:
+        if hasattr(error, "result"):
+            _print_outcome(error.result, as_json)
         code = _fail(error, type(error), debug)
         problems = getattr(error, "problems", ())
         if len(problems) > 1:
@@ -969,6 +967,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+def _print_outcome(result: Any, as_json: bool) -> None:
+    if as_json and (content := result.to_json()) is not None:
+        _print_json(content)
+    elif not as_json:
+        for part in result.tables():
+            _say(part) if isinstance(part, str) else _show(part)
 
 
 @contextlib.contextmanager

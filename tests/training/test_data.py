@@ -11,8 +11,9 @@ from conftest import DIGITS
 from fcvit.data.loader import Batch
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.models.classes import ClassName
-from fcvit.models.variants import Preprocessing
-from fcvit.training.data import Division, epoch_parts, find_splits, network_input, steps_per_epoch
+from fcvit.tasks.classification.training import ClassificationTraining
+from fcvit.training.batches import MicroBatches, epoch_batches, steps_per_epoch
+from fcvit.training.data import find_splits
 from fcvit.weights.reading import Weights
 
 LEFT_RIGHT = (ClassName("left", "left"), ClassName("right", "right"))
@@ -171,20 +172,21 @@ def test_one_class_is_none(small, squares):
 
 
 def test_a_step_must_divide_evenly():
-    assert Division(12, 2, 1, 3).images == 2 and Division(12, 2, 1, 3).numbers(2) == [3, 4, 5, 9, 10, 11]
+    assert MicroBatches(12, 2, 1, 3).images == 2 and MicroBatches(12, 2, 1, 3).numbers(2) == [3, 4, 5, 9, 10, 11]
     with pytest.raises(UsageError, match="not divisible by 3"):
-        Division(8, 3)
+        MicroBatches(8, 3)
     with pytest.raises(UsageError, match="leaves 1 image"):
-        Division(8, 2, 0, 4)
+        MicroBatches(8, 2, 0, 4)
     assert steps_per_epoch(20, 8) == 2
     with pytest.raises(UsageError, match="only 7 training images"):
         steps_per_epoch(7, 8)
 
 
 def epoch(recipe, number, division=None, workers=0):
-    images = find_splits(recipe, None).train
-    parts = epoch_parts(images, recipe, 32, number, division or Division(8), workers)
-    return [(batch.number, batch.pixels[0], labels) for batch, labels in parts]
+    task = ClassificationTraining(recipe, None)
+    transform, division = task.transform(number), division or MicroBatches(8)
+    batches = epoch_batches(task.train, recipe.seed, number, transform, division, workers)
+    return [(batch.number, batch.pixels[0], np.array(batch.targets[0])) for batch in batches]
 
 
 def same(one, other):
@@ -208,8 +210,8 @@ def test_workers_do_not_matter(small):
 
 def test_who_does_a_part_does_not_matter(small):
     """Four parts of a step in one process, or in two: the same images with the same augmentation."""
-    alone = epoch(small(), 0, Division(8, parts=4))
-    shared = [part for rank in range(2) for part in epoch(small(), 0, Division(8, 2, rank, 2))]
+    alone = epoch(small(), 0, MicroBatches(8, accumulate=4))
+    shared = [part for rank in range(2) for part in epoch(small(), 0, MicroBatches(8, 2, rank, 2))]
     assert same(alone, sorted(shared, key=lambda part: part[0]))
     assert (
         np.concatenate([labels for _, _, labels in alone]) == np.concatenate([p[2] for p in epoch(small(), 0)])
@@ -218,22 +220,22 @@ def test_who_does_a_part_does_not_matter(small):
 
 def test_the_networks_input_is_mixed_normalized_and_erased(small):
     pixels = np.full((4, 3, 32, 32), 51, np.uint8)
-    batch = Batch(0, np.arange(4), (), (pixels,), ())
-    plain = Preprocessing(input_size=32, mean=(0.2, 0.2, 0.1), std=(1.0, 1.0, 0.5))
     off = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.0}
-    images, targets = network_input(batch, np.array([0, 1, 1, 0]), small(**off), plain, 0, 2)
+    colors = {"input_size": 32, "mean": (0.2, 0.2, 0.1), "std": (1.0, 1.0, 0.5)}
+
+    def network_input(labels, epoch=0, **fields):
+        batch = Batch(0, np.arange(4), (), (pixels,), (labels,), ())
+        return ClassificationTraining(small(**{**off, **colors, **fields}), None).inputs(batch, epoch)
+
+    images, targets = network_input([0, 1, 1, 0])
     assert images == pytest.approx(np.broadcast_to(np.array([0, 0, 0.2])[:, None, None], images.shape), abs=1e-7)
     assert targets.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
-    erased, _ = network_input(batch, np.zeros(4, int), small(**{**off, "erasing": 1.0}), plain, 0, 2)
+    erased, _ = network_input([0] * 4, erasing=1.0)
     assert all((image != clean).any() for image, clean in zip(erased, images, strict=True))
-    again, _ = network_input(batch, np.zeros(4, int), small(**{**off, "erasing": 1.0}), plain, 1, 2)
+    again, _ = network_input([0] * 4, 1, erasing=1.0)
     assert (again != erased).any(), "another rectangle in another epoch"
-    shares = {
-        network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, e, 2)[1][0, 0]
-        for e in range(5)
-    }
-    assert len(shares) == 5, "another share in each epoch"
-    _, mixed = network_input(batch, np.array([0, 0, 1, 1]), small(**{**off, "mixup": 1.0}), plain, 0, 2)
+    assert len({network_input([0, 0, 1, 1], e, mixup=1.0)[1][0, 0] for e in range(5)}) == 5, "another share each"
+    _, mixed = network_input([0, 0, 1, 1], mixup=1.0)
     assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1
 
 

@@ -294,8 +294,7 @@ class _Run:
         """Return what the files of the results say beside the figures."""
         if self.request is None:
             return {}
-        files = {"calibration": _file(self.request.settings.calibration)} if self.request.settings.calibration else {}
-        return {"data": self.request.data, "task": self.request.task, **files, "versions": runs.versions() | decoders()}
+        return {"data": self.request.data, "task": self.request.task, "versions": runs.versions() | decoders()}
 
     def _write(self, evaluation: Evaluation) -> None:
         assert self.folder is not None
@@ -306,7 +305,7 @@ class _Run:
         except (UnreadableFile, OSError) as error:
             reason = error if isinstance(error, UnreadableFile) else _failed(error, self.folder)
             text = f"{reason}; the figures are complete; to write them: {self.again}"
-            raise NotWritten(text, evaluation) from error
+            raise NotWritten(text, dataclasses.replace(evaluation, folder=None)) from error
 
 
 def _fit_batch_size(plan: Plan, processes: Processes) -> None:
@@ -372,10 +371,3 @@ def _shared_folder(folder: Path | None, processes: Processes) -> Path:
 
 def _failed(error: OSError, folder: Path) -> str:
     return f"{error.filename or folder}: {error.strerror or error}"
-
-
-def _file(path: str | None) -> dict[str, str] | None:
-    """Return which file was used, and its hash."""
-    if path is None or not Path(path).is_file():
-        return path and {"path": path}
-    return {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}

@@ -146,6 +146,7 @@ class Evaluated(Protocol):
 
     Attributes:
         configurations: see `fcvit.evaluation.settings.Configuration`.
+        batch_size, precisions: of the run.
         index, digests: position in the data set and digest of each sample that could be read, (N,).
         records: (N, configurations) of the evaluator's `dtype`.
         bytes_of: the variable-length part of each record, by (sample, configuration).
@@ -154,15 +155,17 @@ class Evaluated(Protocol):
         about: settings for the files of the results.
     """
 
-    configurations: Sequence[Any]
+    configurations: Any
+    batch_size: int
+    precisions: Any
     index: np.ndarray
     digests: np.ndarray
     records: np.ndarray
-    bytes_of: Mapping[tuple[int, int], bytes]
-    left_out: Sequence[tuple[str, str]]
-    seconds: Sequence[float]
-    devices: Sequence[str]
-    about: Mapping[str, Any]
+    bytes_of: Any
+    left_out: Any
+    seconds: Any
+    devices: Any
+    about: Any
 
 
 class Report(Protocol):

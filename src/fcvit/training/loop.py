@@ -94,7 +94,7 @@ class Training:
 
 def train_epochs(run: "Run") -> Training:
     """Train the epochs that are missing of a run in its folder."""
-    loop = _Loop(run)
+    loop = Loop(run)
     log = None
     if run.processes.first:
         log = Log(run.folder, run.recipe.tensorboard, run.progress.epoch - run.began_after)
@@ -120,7 +120,9 @@ def train_epochs(run: "Run") -> Training:
     )
 
 
-class _Loop:
+class Loop:
+    """The epochs of a run."""
+
     def __init__(self, run: "Run"):
         self.run, self.recipe, self.task, self.trainer = run, run.recipe, run.task, run.trainer
         self.progress, self.first = run.progress, run.processes.first

@@ -133,7 +133,7 @@ class Recipe:
     task: str = "classification"
     schedule: Literal["cosine", "poly", "step"] = "cosine"
     poly_power: float = 0.9
-    step_epochs: tuple[int, ...] = ()
+    step_epochs: typing.ClassVar[tuple[int, ...]] = ()
     step_factor: float = 0.1
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,7 @@ class ClassificationReport:
             again = f"fcvit eval --resume {shlex.quote(str(folder))}"
             logger.info(f"no charts and no {results.PAGE}: {error}; then: {again}")
 
-    def _about(self) -> Mapping[str, Any]:
+    def _about(self) -> dict[str, Any]:
         """Return what the files say beside the figures."""
         evaluator, options = self.evaluator, self.evaluator.options
         return dict(self.evaluated.about) | {

@@ -13,7 +13,7 @@ from fcvit.tasks.classification.results import Agreement, Effect, Records, Resul
 
 def write_page(
     folder: Path,
-    rows: Sequence[Result],
+    outcomes: Sequence[Result],
     records: Sequence[Records],
     agreements: Sequence[Agreement],
     effects: Sequence[Effect],
@@ -26,7 +26,7 @@ def write_page(
     """
     page.require_report()
     sections = []
-    for result, kept in zip(rows, records, strict=True):
+    for result, kept in zip(outcomes, records, strict=True):
         place = folder / result.name
         matrix = metrics.confusion(kept.truth, kept.top[:, 0], len(kept.classes))
         # A title must not hang on the folder: the same results make the same pictures anywhere.
@@ -53,7 +53,7 @@ def write_page(
         sections.append(Section(result.name, _facts(result), _listings(result, kept), pictures))
     left_out = about["left_out"]
     assert isinstance(left_out, list)
-    first = rows[0]
+    first = outcomes[0]
     masked = about["model_classes"] != first.classes
     lead = (
         f"{first.images:,} images of {len(first.per_class):,} classes"
@@ -62,7 +62,7 @@ def write_page(
         + (f"; {first.classes:,} of the model's {about['model_classes']:,} classes told apart" if masked else "")
         + f"; {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
-    summary = [_summary(rows)]
+    summary = [_summary(outcomes)]
     for kind in dict.fromkeys(effect.of for effect in effects):
         rows = tuple(
             (
