@@ -43,6 +43,12 @@ def printable(text: str, keep: str = "") -> str:
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
+def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
+    """Join the first values with commas, each cut to `length` characters, and mark that there are more."""
+    texts = list(map(str, values))
+    return ", ".join(text[:length] for text in texts[:shown]) + (", ..." if len(texts) > shown else "")
+
+
 def escape_json(text: str) -> str:
     """Escape in JSON what `printable` replaces; the values stay the same."""
     return re.sub(_UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)

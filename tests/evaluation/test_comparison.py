@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.evaluation.comparison import compare
 from fcvit.evaluation.protocols import protocols
 from fcvit.evaluation.results import Records, Result, class_figures, write_lane
 from fcvit.metrics.classification import calibration, wilson
-from fcvit.models.classes import ClassName
 from fcvit.models.variants import VARIANTS
 from fcvit.report.tables import comparison
 

@@ -17,9 +17,9 @@ from PIL import Image
 from conftest import needs_paddle, write_squares
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import preview
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
 from fcvit.evaluation.runner import evaluate
-from fcvit.models.classes import ClassName
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
 from fcvit.training.state import read_state
@@ -617,7 +617,7 @@ def test_the_time_of_all_counts_validation_and_later_epochs(small):
 
 @pytest.mark.slow
 def test_drop_rates_hold_for_weights_too(trained, small):
-    from fcvit.training.data import find_splits
+    from fcvit.data.training_splits import find_splits
     from fcvit.training.run import _network
 
     recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import LabeledImages
+from fcvit.data.class_folders import LabeledImages
 from fcvit.data.loader import Batch
+from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.models.variants import Preprocessing
 from fcvit.report.sample_sheet import sample_sheet
-from fcvit.training.data import Augmented, find_splits, input_preprocessing, network_input
+from fcvit.training.data import Augmented, input_preprocessing, network_input
 from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fcvit.data.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit
-from fcvit.models.classes import Classes, imagenet
 from fcvit.models.variants import IMAGENET_CLASSES
 
 _SHOWN, _LENGTH = 5, 60  # values in a message, and characters of each

@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import LabeledImages, Location
+from fcvit.data.class_folders import LabeledImages, Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
 

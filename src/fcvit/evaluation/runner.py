@@ -24,7 +24,8 @@ from PIL import Image
 from fcvit import interrupts
 from fcvit import run_folder as runs
 from fcvit.analysis.similarity import Viewer, overview, panel
-from fcvit.data.labeled import LabeledImages
+from fcvit.data.class_folders import LabeledImages
+from fcvit.data.classes import labels
 from fcvit.data.loader import DIGEST, Batch, Workers, batches, read_file
 from fcvit.data.transforms.preprocess import Center, decode, decoders
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
@@ -38,7 +39,6 @@ from fcvit.evaluation.settings import PRESENT, Lane, Plan, Settings, check
 from fcvit.inference.batch_size import fitting_batch_size
 from fcvit.inference.engines import AUTO, Engine
 from fcvit.metrics import classification as metrics
-from fcvit.models.classes import labels
 from fcvit.models.variants import Preprocessing, PreprocessingChange
 from fcvit.processes import Processes, join
 from fcvit.report import page
@@ -114,7 +114,7 @@ def evaluate(
 
     Args:
         weights: a file of any format, weights in memory, or several of either that know the same classes.
-        data, list_file: see `fcvit.data.labeled.read_dataset`; or images that are found already, for
+        data, list_file: see `fcvit.data.class_folders.read_dataset`; or images that are found already, for
             figures without a folder.
         engines: names of `fcvit.inference.engines.ENGINES`, or "auto"; all see the same batches.
         protocol: "authors" (the preprocessing that belongs to the weights), "resize256-bilinear", "both".

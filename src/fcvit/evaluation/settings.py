@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fcvit import run_folder as runs
+from fcvit.data.class_folders import LabeledImages, read_dataset, read_real
 from fcvit.data.class_indices import assign_classes
-from fcvit.data.labeled import LabeledImages, read_dataset, read_real
+from fcvit.data.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.data.loader import DIGEST, Workers
 from fcvit.data.transforms.preprocess import decoders
 from fcvit.errors import DoesNotFit, UsageError
@@ -21,7 +22,6 @@ from fcvit.frameworks import parse_device
 from fcvit.inference.cache import PACKAGES
 from fcvit.inference.engines import AUTO, Engine, create_engine
 from fcvit.inference.quantize import calibration_images
-from fcvit.models.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
 from fcvit.weights.reading import Weights
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from fcvit import run_folder as runs
 from fcvit.data.loader import Workers
+from fcvit.data.training_splits import Splits, find_splits
 from fcvit.data.transforms.preprocess import decoders
 from fcvit.errors import (
     DoesNotFit,
@@ -41,9 +42,7 @@ from fcvit.processes import Processes, join
 from fcvit.report.progress import duration, progress
 from fcvit.training.data import (
     Division,
-    Splits,
     epoch_parts,
-    find_splits,
     input_preprocessing,
     network_input,
     steps_per_epoch,
