@@ -32,14 +32,12 @@ _INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _TRIES = 10  # for a rectangle that fits
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
-_RANGES = (
-    ("a whole number", numbers.Integral, {"size": (1, 4096), "padding": (0, 4096), "rand_augment": (0, 100)}),
-    (
-        "a number",
-        numbers.Real,
-        dict.fromkeys(("flip", "operation_probability", "erasing"), (0, 1))
-        | dict.fromkeys(("magnitude", "magnitude_std"), (0, HIGHEST_LEVEL)),
-    ),
+_RANGES: tuple[tuple[str, float, float, type], ...] = (
+    ("size", 1, 4096, numbers.Integral),
+    ("padding", 0, 4096, numbers.Integral),
+    ("rand_augment", 0, 100, numbers.Integral),
+    *((field, 0, 1, numbers.Real) for field in ("flip", "operation_probability", "erasing")),
+    *((field, 0, HIGHEST_LEVEL, numbers.Real) for field in ("magnitude", "magnitude_std")),
 )
 
 
@@ -80,11 +78,11 @@ class Augmentation:
     erasing: float = 0.25
 
     def __post_init__(self) -> None:
-        for words, kind, ranges in _RANGES:
-            for field, (low, high) in ranges.items():
-                value = getattr(self, field)
-                if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-                    raise UsageError(f"{field} {value!r}: expected {words} from {low} to {high:g}")
+        for field, low, high, kind in _RANGES:
+            value = getattr(self, field)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                words = "a whole number" if kind is numbers.Integral else "a number"
+                raise UsageError(f"{field} {value!r}: expected {words} from {low} to {high:g}")
         for field, known in (("crop", get_args(Crop)), ("crop_interpolation", ("random", *_INTERPOLATIONS))):
             if getattr(self, field) not in known:
                 raise UsageError(f"{field} {getattr(self, field)!r}: expected one of {', '.join(known)}")
