@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import read_dataset
+from fcvit.data.class_folders import read_dataset
 from fcvit.data.loader import batches
 from fcvit.data.transforms.preprocess import Center
 from fcvit.evaluation.runner import evaluate

@@ -399,7 +399,7 @@ def similarity(
         as_json: Print JSON.
     """
     from fcvit.analysis.similarity import similarity as run
-    from fcvit.models.classes import read_classes
+    from fcvit.data.classes import read_classes
     from fcvit.report import tables
 
     found = run(
@@ -564,7 +564,6 @@ def check_data(
     *,
     split: list[str] | None = None,
     few: int = 10,
-    near: float = 0.45,
     workers: int | None = None,
     as_json: Json = False,
 ) -> int:
@@ -574,28 +573,19 @@ def check_data(
         data: Class folders, or the folders train and val (and test) of them; also a tar, or a folder in one.
         split: A split that lies elsewhere, as NAME=PATH; may be given several times.
         few: List classes with fewer images than this.
-        near: How much near duplicates may differ, 0 to 1; 0 looks for none.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         as_json: Print JSON, with all that the tables shorten.
     """
     from fcvit.commands.check_data import check_data as run
 
-    splits: dict[str, Path] = {}
-    for text in split or ():
-        name, _, path = text.partition("=")
-        if not name or not path or "/" in name or name in splits:
-            raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
-        splits[name] = Path(path)
-    found = run(data, splits, few=few, near=near, workers=_workers() if workers is None else workers)
+    check = run(data, split=split or (), few=few, workers=workers)
     if as_json:
         import dataclasses
 
-        _print_json(dataclasses.asdict(found))
+        _print_json(dataclasses.asdict(check))
     else:
-        from fcvit.report import tables
-
-        _show(*tables.data_check(found))
-    return BadImages.exit_code if found.unreadable else 0
+        _show(*check.tables())
+    return check.exit_code
 
 
 app.command("fcvit.commands.evaluate:command", name="eval", help="Measure accuracy on labeled images.")
@@ -764,9 +754,9 @@ def predict(
         as_json: Print JSON.
         csv: Print CSV.
     """
+    from fcvit.data.classes import read_classes
     from fcvit.data.folders import find_images
     from fcvit.inference.predict import check_counts, load
-    from fcvit.models.classes import read_classes
     from fcvit.report import tables
     from fcvit.report.progress import progress
 

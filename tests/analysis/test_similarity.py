@@ -10,12 +10,12 @@ from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import similarity as task
 from fcvit.analysis.placement import place
 from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.predict import Prediction
 from fcvit.metrics.classification import softmax
-from fcvit.models.classes import ClassName
 from fcvit.models.maps import Similarity, SimilarityMap
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing

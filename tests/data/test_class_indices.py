@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.data.class_indices import assign_classes, assign_labels
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit
-from fcvit.models.classes import ClassName
 
 
 def named(*ids, names=None):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fcvit.data.classes import ClassName, as_classes, imagenet, read_classes, resolve_classes
 from fcvit.data.folders import find_images, images_below
 from fcvit.errors import DoesNotFit, UnreadableFile
-from fcvit.models.classes import ClassName, as_classes, imagenet, read_classes, resolve_classes
 
 PETS = (ClassName("c1", "cat"), ClassName("d1", "dog"), ClassName("m1", "crane"), ClassName("m2", "crane"))
 

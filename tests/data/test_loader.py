@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fcvit.data import loader
-from fcvit.data.labeled import read_dataset
+from fcvit.data.class_folders import read_dataset
 from fcvit.data.loader import batches
 from fcvit.data.transforms.preprocess import CenterCrop, preprocess
 from fcvit.errors import FcvitError

@@ -21,13 +21,13 @@ from fcvit import frameworks
 from fcvit.cli import main
 from fcvit.commands.compare import compare
 from fcvit.commands.evaluate import evaluate as evaluate_by
+from fcvit.data.classes import ClassName
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.evaluation.logits import LogitFiles
 from fcvit.evaluation.results import NotWritten
 from fcvit.evaluation.runner import _agreed, resume
 from fcvit.inference.engines import PaddleEngine, TorchEngine
 from fcvit.metrics.classification import calibration, wilson
-from fcvit.models.classes import ClassName
 from fcvit.models.spec import ModelSpec
 from fcvit.tasks.classification import page, results
 from fcvit.weights.synthetic import synthetic_tensors
@@ -747,7 +747,7 @@ def test_imagenet_real(validation, thousand, tmp_path):
     """Right are the images whose best class is among their labels; those without labels do not count."""
     options = {"list_file": tmp_path / "val_list.txt", "device": "cpu"}
     evaluate(thousand, validation, **options, folder=tmp_path / "run")
-    from fcvit.models.classes import imagenet
+    from fcvit.data.classes import imagenet
 
     index = {c.id: i for i, c in enumerate(imagenet())}
     best = [index[row["class_1"]] for row in rows(tmp_path / "run", "thousand-authors")]

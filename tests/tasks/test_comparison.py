@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 
 from fcvit.commands.compare import compare
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.evaluation.protocols import protocols
 from fcvit.metrics.classification import calibration, wilson
-from fcvit.models.classes import ClassName
 from fcvit.models.variants import VARIANTS
 from fcvit.tasks.classification.results import Records, Result, class_figures, write_result
 

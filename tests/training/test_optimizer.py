@@ -46,7 +46,7 @@ def test_only_matrices_and_kernels_decay(model, small):
 def test_lower_blocks_learn_more_slowly(model, small):
     from fcvit.training.optimizer import create_optimizer, depth_of
 
-    depths = {name: depth_of(name, model) for name in model.state_dict()}
+    depths = {name: depth_of(name, model.variant.depths) for name in model.state_dict()}
     assert {depths["patch_embed.proj.weight"], depths["head.bias"], depths["norm.weight"]} == {0, 5}
     assert depths["network.0.0.norm1.weight"] == 1
     assert depths["network.1.proj.weight"] == depths["network.2.0.norm1.weight"] == 2
@@ -64,7 +64,7 @@ def test_deep_stages_are_counted_block_by_block():
     model = FCViT(VARIANTS["fcvit_tiny"], 2)  # depths 3, 3, 5, 2
     names = ["patch_embed.norm.bias", "network.0.2.norm1.bias", "network.3.proj.bias", "network.4.0.norm1.bias"]
     names += ["network.4.4.norm1.bias", "network.6.1.norm2.bias", "head.weight"]
-    assert [depth_of(name, model) for name in names] == [0, 3, 7, 7, 11, 13, 14]
+    assert [depth_of(name, model.variant.depths) for name in names] == [0, 3, 7, 7, 11, 13, 14]
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(small):

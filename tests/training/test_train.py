@@ -18,8 +18,8 @@ from conftest import classifier_loss, needs_paddle, write_squares
 from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import preview
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
-from fcvit.models.classes import ClassName
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
 from fcvit.training.state import read_state

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 
 from fcvit.data.class_indices import composed
+from fcvit.data.training_splits import find_splits
 from fcvit.errors import counted
 from fcvit.models.variants import VARIANTS, Variant
 from fcvit.processes import join
-from fcvit.training.data import find_splits
 from fcvit.training.recipe import Recipe, build_recipe, shipped_fields
 from fcvit.training.run import Training, train
 from fcvit.weights.reading import read_weights

@@ -19,13 +19,13 @@ from fcvit import run_folder as runs
 from fcvit.commands import verify as verification
 from fcvit.commands.convert import Conversion, convert
 from fcvit.commands.evaluate import evaluate
+from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
 from fcvit.evaluation.results import Evaluation
 from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.inference.engines import PaddleEngine
 from fcvit.inference.predict import Prediction, rank
-from fcvit.models.classes import digits
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.weights.reading import Weights, read_weights

@@ -18,7 +18,6 @@ from fcvit.analysis.heads import Heads
 from fcvit.analysis.similarity import Written
 from fcvit.analysis.trust import Estimate, Trust
 from fcvit.commands.bench import Bench
-from fcvit.commands.check_data import ODD, DataCheck, Same
 from fcvit.commands.convert import Conversion
 from fcvit.commands.export import Export
 from fcvit.commands.quickstart import Quickstart
@@ -34,7 +33,6 @@ from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long
 _CLASSES = 10
-_EXAMPLES = 3
 
 
 def console(error: bool = False) -> Console:
@@ -304,83 +302,6 @@ def unreadable(found: Sequence[str | BadImages]) -> Table:
     if len(found) > _SHOWN:
         result.add_row(f"... and {len(found) - _SHOWN} more")
     return result
-
-
-def data_check(found: DataCheck) -> list[Table]:
-    """Counts of each split, what was found with examples, groups of images that show one picture."""
-    counts = ("images", "classes", "smallest", "largest", "imbalance")
-    splits = table("split", *counts, title=counted(found.images, "image"), right=counts)
-    for split in found.splits:
-        sizes = [count for count in split.classes.values() if count]
-        cells = [str(min(sizes)), str(max(sizes)), f"{split.imbalance:.1f}"] if sizes else ["", "", ""]
-        splits.add_row(split.name, str(split.images), str(len(split.classes)), *cells)
-    rows = _findings(found)
-    if not rows:
-        splits.caption, splits.caption_justify = "nothing found", "left"
-        return [splits]
-    findings = table("finding", "number", "examples", right=("number",))
-    for row in rows:
-        findings.add_row(*row)
-    tables = [splits, findings]
-    if groups := [*found.duplicates, *found.near_duplicates]:
-        tables.append(_groups(groups))
-    if found.unreadable:
-        tables.append(unreadable([f"{bad.image}: {bad.reason}" for bad in found.unreadable]))
-    return tables
-
-
-def _findings(found: DataCheck) -> list[tuple[str, str, str]]:
-    """Kind, number and examples of all that there is."""
-    several = len(found.splits) > 1
-    rows: list[tuple[str, Sequence[str]]] = [("unreadable", [bad.image for bad in found.unreadable])]
-    for name, groups in (("duplicates", found.duplicates), ("near duplicates", found.near_duplicates)):
-        across = (
-            ("", groups),
-            (" in more than one split", [group for group in groups if len(group.splits) > 1]),
-            (" in more than one class", [group for group in groups if len(group.classes) > 1]),
-        )
-        rows += [(f"groups of {name}{where}", [group.images[0] for group in some]) for where, some in across]
-    rows.append(
-        ("classes not in every split", [f"{label} not in {', '.join(f)}" for label, f in found.missing.items()])
-    )
-    for split in found.splits:
-        of = f", {split.name}" if several else ""
-        few = [f"{label} ({split.classes[label]})" for label in split.few]
-        rows += [
-            (f"empty class folders{of}", split.empty),
-            (f"classes of fewer than {found.few} images{of}", few),
-            (f"images in no class folder{of}", split.outside),
-        ]
-    rows += [(what, found.odd.get(kind, ())) for kind, what in ODD.items()]
-    shown = [(what, str(len(names)), _examples(names)) for what, names in rows if names]
-    for split in found.splits:
-        if split.other_files:
-            number = str(sum(split.other_files.values()))
-            endings = [f"{ending or 'no ending'} ({count})" for ending, count in split.other_files.items()]
-            shown.append(
-                (f"files that are no images{f', {split.name}' if several else ''}", number, ", ".join(endings))
-            )
-    return shown
-
-
-def _examples(names: Sequence[str]) -> str:
-    return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
-
-
-def _groups(groups: Sequence[Same]) -> Table:
-    """Those with wrong labels and those that leak into another split first."""
-    listing = table(
-        "same", "images", "splits", "classes", "difference", title="images of one picture", right=("difference",)
-    )
-    ordered = sorted(groups, key=lambda group: -(len(group.classes) > 1) - (len(group.splits) > 1))
-    for group in ordered[:_SHOWN]:
-        more = [f"... and {len(group.images) - _EXAMPLES} more"] if len(group.images) > _EXAMPLES else []
-        names = _lines([*group.images[:_EXAMPLES], *more])
-        difference = f"{group.difference:.2f}" if group.match == "near" else ""
-        listing.add_row(group.match, names, ", ".join(group.splits), ", ".join(group.classes), difference)
-    if len(ordered) > _SHOWN:
-        listing.add_row("", f"... and {len(ordered) - _SHOWN} more groups", "", "", "")
-    return listing
 
 
 def inspection(found: Mapping[str, Any]) -> list[Table]:

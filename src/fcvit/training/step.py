@@ -16,6 +16,7 @@ from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
     EMA,
     create_optimizer,
+    is_head,
     optimizer_tensors,
     restore_optimizer,
     trained_parameters,
@@ -66,7 +67,7 @@ class Trainer:
         self.model.train()
         if self.recipe.freeze:
             for name, layer in self.model.named_sublayers():
-                if not name.startswith("head"):
+                if not is_head(name):
                     layer.training = False
 
     def run(self, batches: Iterator[tuple[np.ndarray, Any]], rate: float) -> dict[str, float]:

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
+from fcvit.data.class_folders import LabeledImages, read_dataset, read_real
 from fcvit.data.class_indices import assign_classes
-from fcvit.data.labeled import LabeledImages, read_dataset, read_real
+from fcvit.data.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.data.transforms.preprocess import CenterCrop
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.evaluation.settings import absolute
 from fcvit.metrics import classification as metrics
-from fcvit.models.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing
 from fcvit.tasks.base import Evaluated
 from fcvit.tasks.classification.figures import ClassificationReport

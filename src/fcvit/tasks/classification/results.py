@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from fcvit import run_folder as runs
+from fcvit.data.classes import Classes
 from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.evaluation.protocols import Protocol
 from fcvit.metrics import classification as metrics
-from fcvit.models.classes import Classes
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.tasks.classification.published import PublishedComparison
 from fcvit.text import csv_text, csv_value

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit.data.loader import Batch
+from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
 from fcvit.data.transforms.mixing import mix
 from fcvit.data.transforms.preprocess import normalize
@@ -17,7 +18,6 @@ from fcvit.models.build import build_classifier, create_model, weights_of
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.results import Result
-from fcvit.training.data import find_splits
 from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import Weights
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fcvit.data.classes import ClassName, imagenet, order_note, read_classes, resolve_classes
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile
-from fcvit.models.classes import ClassName, imagenet, order_note, read_classes, resolve_classes
 
 PLAIN = (("cat", "cat"), ("dog", "dog"), ("eel", "eel"))
 WORDNET = (("n01440764", "tench, Tinca tinca"), ("n01443537", "goldfish"))
