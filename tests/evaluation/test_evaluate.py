@@ -781,8 +781,8 @@ def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monk
     monkeypatch.setattr(protocols, "published", lambda variant: published(VARIANTS["fcvit_b12"]))
     options = {"list_file": tmp_path / "val_list.txt", "device": "cpu", "protocol": "both"}
     ours, port = evaluate(thousand, validation, **options).results
-    assert (ours.published.whose, ours.published.published) == ("the authors", 80.9)
-    assert (port.published.whose, port.published.published) == ("the earlier port", 80.5)
+    assert (ours.published.whose, ours.published.figure) == ("the authors", 80.9)
+    assert (port.published.whose, port.published.figure) == ("the earlier port", 80.5)
     assert ours.published.verdict == "inconsistent"  # a part: twelve images, none right
     for place in ("tasks.classification.evaluation", "tasks.classification.published"):
         monkeypatch.setattr(f"fcvit.{place}.VALIDATION_IMAGES", 12)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.loader import Batch
+from fcvit.data.loader import Batch, Dataset
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.report.sample_sheet import sample_sheet
-from fcvit.tasks.base import Dataset, TrainingTask, get_task
+from fcvit.tasks.base import TrainingTask, get_task
 from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged

@@ -17,7 +17,8 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,15 +27,35 @@ from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
 
-if TYPE_CHECKING:
-    from fcvit.tasks.base import Dataset
-
 DIGEST = 8  # bytes kept of the SHA-256 of an image file
 _CHUNK = 16  # images a task: enough that handing it over costs nothing beside decoding
 
 Job = tuple[Any, ...]  # what the work is called with: position, name and place of an image, and more
 Result = TypeVar("Result")
 Work = Callable[..., Result]
+
+
+class Dataset(Protocol):
+    """Samples that are not yet read: each has a name, a place and a target."""
+
+    root: Path
+    names: tuple[str, ...]
+    locations: tuple[Location, ...]
+
+    @property
+    def targets(self) -> Sequence[Any]:
+        """What is to be learned of each sample, or where it is written; a transform reads it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, order: Sequence[int]) -> "Dataset":
+        """Return the samples at these positions, in this order."""
+        ...
+
+    def listing(self) -> str:
+        """Return a hash of names and targets, which a continued run compares."""
+        ...
 
 
 class Transform(Protocol):
@@ -98,7 +119,7 @@ def decode_file(
 
 
 def batches(
-    dataset: "Dataset",
+    dataset: Dataset,
     numbers: Sequence[int],
     batch_size: int,
     transforms: Sequence[Transform],

@@ -19,35 +19,11 @@ from fcvit.models.variants import Preprocessing
 if TYPE_CHECKING:
     from paddle import Tensor, nn
 
-    from fcvit.data.loader import Batch, Transform
-    from fcvit.data.sources import Location
+    from fcvit.data.loader import Batch, Dataset, Transform
     from fcvit.tasks.recipe import Recipe
     from fcvit.weights.reading import Weights
 
 TASKS = {"classification": "fcvit.tasks.classification.task"}
-
-
-class Dataset(Protocol):
-    """Samples that are not yet read: each has a name, a place and a target."""
-
-    root: Path
-    names: tuple[str, ...]
-    locations: "tuple[Location, ...]"
-
-    @property
-    def targets(self) -> Sequence[Any]:
-        """What is to be learned of each sample, or where it is written; a transform reads it."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def take(self, order: Sequence[int]) -> "Dataset":
-        """Return the samples at these positions, in this order."""
-        ...
-
-    def listing(self) -> str:
-        """Return a hash of names and targets, which a continued run compares."""
-        ...
 
 
 class TrainingTask(Protocol):
@@ -62,8 +38,8 @@ class TrainingTask(Protocol):
         shown: column of the log -> (label, format), what people want to see of an epoch.
     """
 
-    train: Dataset
-    val: Dataset | None
+    train: "Dataset"
+    val: "Dataset | None"
     notes: Sequence[str]
     identity: Mapping[str, Any]
     preprocessing: Preprocessing
@@ -110,7 +86,7 @@ class Evaluator(Protocol):
         outputs: numbers that the network gives for a sample; 0: they vary.
     """
 
-    dataset: Dataset
+    dataset: "Dataset"
     notes: Sequence[str]
     rule: str
     dtype: np.dtype

@@ -5,9 +5,8 @@ from collections.abc import Generator
 
 import numpy as np
 
-from fcvit.data.loader import Batch, Transform, Workers, batches
+from fcvit.data.loader import Batch, Dataset, Transform, Workers, batches
 from fcvit.errors import UsageError
-from fcvit.tasks.base import Dataset
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fcvit import run_folder as runs
+from fcvit.data.loader import Dataset
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.tasks.base import Dataset
 from fcvit.training.log import JSONL
 from fcvit.training.recipe import Recipe, build_recipe
 from fcvit.training.state import STATE
