@@ -94,7 +94,7 @@ def _pixels(number: int, image: ImageLike, preprocessing: Preprocessing) -> np.n
         return BadImages(f"image {number}: {str(error)[:120]}")
 
 
-def several(images: "ImageLike | Iterable[ImageLike]") -> Iterable[ImageLike]:
+def several(images: Any) -> Iterable[ImageLike]:
     """Return images as they are, one alone in a list.
 
     Raises:
