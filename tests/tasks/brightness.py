@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 import numpy as np
+from fcvit.tasks.recipe import Recipe
 
 from fcvit import run_folder
 from fcvit.data.sources import open_source
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.models.variants import Preprocessing
-from fcvit.tasks.recipe import Recipe
 
 PIXELS = Preprocessing(32, 1.0)
 
@@ -50,7 +50,7 @@ def transform(image, target, index):
 class Training:
     score = "accuracy"  # less error is better, more of this is
     shown = {"loss": ("loss", "{:.4f}"), "accuracy": ("accuracy", "{:.3f}")}  # noqa: RUF012
-    notes, identity, preprocessing = ("brightness of images",), {}, PIXELS  # noqa: RUF012
+    notes, identity, preprocessing = ("brightness of images",), {}, PIXELS
 
     def __init__(self, recipe, weights):
         self.recipe, self.start = recipe, weights

@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SMALL, needs_paddle
 from PIL import Image
 
 import fcvit
+from conftest import SMALL, needs_paddle
 from fcvit.evaluation import runner
 from fcvit.evaluation.settings import Settings
 from fcvit.models import build, spec

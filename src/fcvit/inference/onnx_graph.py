@@ -15,7 +15,7 @@ import numpy as np
 
 from fcvit.errors import MissingExtra
 from fcvit.inference import algebra
-from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.interface import Interface, output_names, output_shapes
 from fcvit.models.spec import is_counter
 from fcvit.weights.reading import Weights
 
@@ -73,29 +73,22 @@ class _Writer:
         size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
         results = self.network(INPUT)
         names = output_names(self.spec, self.interface.probabilities)
-        for name, result in zip(names, results, strict=True):
+        shapes: list[list] = [["batch", *shape] for shape in output_shapes(self.spec, *(size or (1, 1))).values()]
+        for stage, (name, result, sides) in enumerate(zip(names, results, shapes, strict=True)):
             self.rename(result, name)
+            if size is None and len(sides) == 4:
+                sides[2:] = [f"height_{stage}", f"width_{stage}"]
         pixels = TensorProto.UINT8 if self.interface.uint8 else kind
         shape = ["batch", 3, *(size or ("height", "width"))]
         graph = helper.make_graph(
             self.nodes,
             self.v.name,
             [helper.make_tensor_value_info(INPUT, pixels, shape)],
-            [helper.make_tensor_value_info(name, kind, shape) for name, shape in self.output_shapes(names)],
+            [helper.make_tensor_value_info(name, kind, sides) for name, sides in zip(names, shapes, strict=True)],
             self.initializers,
         )
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
-
-    def output_shapes(self, names: list[str]) -> list[tuple[str, list]]:
-        if not self.spec.dense:
-            return [(names[0], ["batch", self.spec.num_classes or self.v.widths[-1]])]
-        shapes = []
-        sides: list = list(self.interface.size or ())
-        for stage, (name, width) in enumerate(zip(names, self.v.widths, strict=True)):
-            sides = [-(-side // (2 if stage else 4)) for side in sides]
-            shapes.append((name, ["batch", width, *(sides or (f"height_{stage}", f"width_{stage}"))]))
-        return shapes
 
     # Single nodes
 
