@@ -19,6 +19,7 @@ LAYERS = (
     ("native",),
     ("inference",),
     ("analysis",),
+    ("tasks",),
     ("evaluation",),
     ("training",),
     ("commands",),
@@ -38,9 +39,11 @@ ORDER = {
         "quickstart",
         "doctor",
         "check_data",
-        "finetune",
         "preview",
+        "train",
+        "finetune",
     ),
+    "tasks": ("recipe", "classification_recipe"),
     "training": ("recipe", "schedule", "data", "optimizer", "statistics", "step", "state", "log", "run"),
 }
 

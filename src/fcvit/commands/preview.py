@@ -1,8 +1,11 @@
 """What a network is shown in training, as a picture."""
 
+import dataclasses
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,24 +17,38 @@ from fcvit.errors import UsageError
 from fcvit.models.variants import Preprocessing
 from fcvit.report.sample_sheet import sample_sheet
 from fcvit.training.data import Augmented, find_splits, input_preprocessing, network_input
-from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged
 
 
-def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Path:
-    """Draw training images, each beside what the network sees of it in as many epochs: crops, operations,
-    mixing and erasing of the recipe. The images of the picture form one batch, to be mixed among themselves.
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A picture of training images.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    def tables(self) -> Iterator[str]:
+        yield f"written to {self.path}"
+
+
+def draw_preview(recipe: Any, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
+    """Draw training images, each beside what the network sees of it in as many epochs.
+
+    The images of the picture form one batch: crops, operations, mixing and erasing are the recipe's.
 
     Args:
         recipe: of a training.
-        path: a new file; its ending says what kind (.png).
-        images: rows, from 1, spread over the training images.
-        versions: of each, from 1.
+        path: a new .png file, or of another type of picture.
+        images: number of rows, from 1, evenly spread over the training images.
+        versions: number of epochs, from 1.
 
     Raises:
-        UsageError: numbers out of range, or the file is there already.
-        As `find_splits`, and BadImages where one cannot be read.
+        UsageError: a number is out of range, or the file already exists.
+        And what `find_splits` raises, and BadImages where an image cannot be read.
     """
     if images < 1 or versions < 1:
         raise UsageError(f"a preview of {images} images in {versions} versions: expected at least 1 of each")
@@ -43,7 +60,9 @@ def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, ve
     originals = [
         decode(io.BytesIO(place.read()), name) for name, place in zip(chosen.names, chosen.locations, strict=True)
     ]
-    shown = [_seen(recipe, preprocessing, epoch, chosen, originals, len(splits.classes)) for epoch in range(versions)]
+    shown = [
+        _network_view(recipe, preprocessing, epoch, chosen, originals, len(splits.classes)) for epoch in range(versions)
+    ]
     rows = [
         (f"{splits.classes[label].name}: {name}", original, [epoch[place] for epoch in shown])
         for place, (name, label, original) in enumerate(zip(chosen.names, chosen.labels, originals, strict=True))
@@ -55,19 +74,19 @@ def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, ve
         try:
             sheet.save(temporary)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"{target}: the ending tells the kind of picture; expected .png") from error
-    return target
+            raise UsageError(f"{target}: the extension selects the type of picture; expected .png") from error
+    return Preview(target)
 
 
-def _seen(
-    recipe: Recipe,
+def _network_view(
+    recipe: Any,
     preprocessing: Preprocessing,
     epoch: int,
     chosen: LabeledImages,
     originals: list[Image.Image],
     num_classes: int,
 ) -> list[Image.Image]:
-    """The network's input in one epoch, as images again; what erasing and normalizing make invisible is cut off."""
+    """Return the network's input in one epoch as images; what erasing and normalizing make invisible is cut off."""
     view = Augmented(recipe.augmentation(preprocessing.input_size), recipe.seed, epoch)
     pixels = np.stack([view(image, index) for index, image in enumerate(originals)])
     batch = Batch(0, np.arange(len(originals)), (), (pixels,), ())

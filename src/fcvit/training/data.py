@@ -18,7 +18,8 @@ from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.models.classes import Classes, ClassName, imagenet, order_note, read_classes
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification_recipe import ClassificationRecipe
+from fcvit.tasks.recipe import Recipe
 from fcvit.weights.reading import Weights
 
 
@@ -242,7 +243,12 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def epoch_parts(
-    images: LabeledImages, recipe: Recipe, size: int, epoch: int, division: Division, workers: int | Workers
+    images: LabeledImages,
+    recipe: ClassificationRecipe,
+    size: int,
+    epoch: int,
+    division: Division,
+    workers: int | Workers,
 ) -> Generator[tuple[Batch, np.ndarray]]:
     """The parts of this process in an epoch, with their labels.
 
@@ -258,7 +264,12 @@ def epoch_parts(
 
 
 def network_input(
-    batch: Batch, labels: np.ndarray, recipe: Recipe, preprocessing: Preprocessing, epoch: int, num_classes: int
+    batch: Batch,
+    labels: np.ndarray,
+    recipe: ClassificationRecipe,
+    preprocessing: Preprocessing,
+    epoch: int,
+    num_classes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mix, normalize, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
     generator = pixel_generator(recipe.seed, epoch, batch.number, "mix")

@@ -247,7 +247,7 @@ class _Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Any,
         place: str,
         device: str,
         workers: int | Workers,
