@@ -6,18 +6,17 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fcvit.commands.preview import Preview
 from fcvit.commands.train import (
     Device,
-    Options,
     PreviewFile,
     RunFolder,
     Workers,
     recipe_options,
     recipe_overrides,
-    train_or_preview,
+    train,
 )
 from fcvit.data.class_indices import composed
 from fcvit.errors import counted
@@ -28,11 +27,6 @@ from fcvit.training.data import find_splits
 from fcvit.training.recipe import build_recipe, shipped_text
 from fcvit.training.run import Training
 from fcvit.weights.reading import read_weights
-
-if TYPE_CHECKING:
-    RecipeOptions = Any
-else:
-    RecipeOptions = recipe_options("weights", "data")
 
 logger = logging.getLogger("fcvit")
 
@@ -45,10 +39,9 @@ def finetune(
     *,
     folder: RunFolder = None,
     preview: PreviewFile = None,
-    option: Options = (),
     device: Device = "auto",
     workers: Workers = None,
-    **fields: RecipeOptions,
+    **fields: recipe_options("weights", "data"),  # pyrefly: ignore
 ) -> Training | Preview:
     """Train weights on your own folder of images, by default with a new head and low rates for the lower blocks.
 
@@ -60,10 +53,10 @@ def finetune(
     Raises:
         FcvitError: see `finetune_recipe` and `fcvit.training.run.train`.
     """
-    recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields, option))
+    recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields))
     for note in notes:
         logger.info(note)
-    return train_or_preview(recipe, folder=folder, preview=preview, device=device, workers=workers)
+    return train(recipe, folder=folder, preview=preview, device=device, workers=workers)
 
 
 def finetune_recipe(

@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
+from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
@@ -17,32 +17,12 @@ from fcvit.training import run
 from fcvit.training.recipe import RECIPES, build_recipe, read_recipe
 
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
-RunFolder = Annotated[
-    Path | str | None,
-    Parameter(
-        name=["--output", "-o"],
-        metavar="PATH",
-        help="Folder of the run (default: runs/train, or the first free one after it).",
-    ),
-]
-PreviewFile = Annotated[
-    Path | str | None,
-    Parameter(
-        metavar="PATH", help="Draw training images as the network would see them into this .png, and do not train."
-    ),
-]
+RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: a new one in runs/).")]
+PreviewFile = Annotated[RunPath, Parameter(help="Draw training images as the network sees them (.png); do not train.")]
 Device = Annotated[str, Parameter(help="auto, cpu, gpu or gpu:N.")]
 Workers = Annotated[
     int | None,
     Parameter(help="Processes that decode and augment (default: on a GPU one per core, at most 8; else none)."),
-]
-Options = Annotated[
-    tuple[str, ...],
-    Parameter(
-        negative=(),
-        show_default=False,
-        help="An option of the architecture, as in --option competition=false; repeatable.",
-    ),
 ]
 
 
@@ -52,22 +32,18 @@ def recipe_options(*left_out: str) -> Any:
     options: dict[str, Any] = {name: Annotated[str, Parameter(show=False)] for name in OTHER_NAMES}
     for name, field in ((name, field) for cls in RECIPES.values() for name, field in recipe_fields(cls).items()):
         default = f"; default: {field.default_text}" if field.default_text else ""
-        parameter = Parameter(
+        about = Parameter(
             help=f"{field.description} [{field.expected}{default}]",
             group=groups[field.group],
             choices=field.choices or None,
             show_choices=False,
             metavar="VALUE",
         )
-        options[name] = Annotated[dict[str, str] if name == "options" else str, parameter]
+        if name == "options":
+            about = Parameter.combine(about, Parameter("--option", metavar="NAME=VALUE", negative=()))
+        options[name] = Annotated[list[str] if name == "options" else str, about]
     kept = {name: hint for name, hint in options.items() if name not in left_out}
     return Unpack[TypedDict("RecipeOptions", kept, total=False)]  # pyrefly: ignore
-
-
-if TYPE_CHECKING:
-    RecipeOptions = Any
-else:
-    RecipeOptions = recipe_options()
 
 
 def train(
@@ -78,10 +54,9 @@ def train(
     resume: RunPath = None,
     extend: RunPath = None,
     preview: PreviewFile = None,
-    option: Options = (),
     device: Device = "auto",
     workers: Workers = None,
-    **fields: RecipeOptions,
+    **fields: recipe_options(),  # pyrefly: ignore
 ) -> run.Training | Preview:
     """Train a network by a recipe; every field of the recipe is an option too, as in --lr 5e-4.
 
@@ -96,54 +71,41 @@ def train(
         UsageError: the options contradict each other, or a field of the recipe is wrong.
         FcvitError: see `fcvit.training.run`.
     """
-    overrides = recipe_overrides(fields, option)
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
+    overrides = recipe_overrides(fields)
+    if workers is None:  # on a CPU the network needs the cores, and decoding takes little time
+        sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
+        on_cpu = paddle_place(device.partition(":")[0]) == "cpu"
+        workers = 0 if on_cpu else max(1, min(8, available_threads() // sharing))
     if recipe is not None:
         if isinstance(recipe, Recipe):
             recipe = build_recipe(dataclasses.asdict(recipe), overrides, "recipe")
         else:
             recipe = read_recipe(recipe, overrides)
-        return train_or_preview(recipe, folder=folder, preview=preview, device=device, workers=workers)
+        if preview is None:
+            return run.train(recipe, folder=folder, device=device, workers=workers)
+        if folder is not None:
+            raise UsageError("--preview draws a picture and trains nothing; leave --output out")
+        return draw_preview(recipe, preview)
     moved = {name: overrides.pop(name) for name in run.PLACES if name in overrides}
-    processes = default_workers(device) if workers is None else workers
     places = f"where they are elsewhere now, --{', --'.join(run.PLACES)}"
     if resume is not None:
         if folder or overrides or preview or device != "auto":
             raise UsageError(f"train: --resume goes on as the run began; it takes {places}, and no other field")
-        return run.resume(resume, moved=moved, workers=processes)
+        return run.resume(resume, moved=moved, workers=workers)
     epochs = str(overrides.pop("epochs", ""))
     if extend is None or overrides or not epochs.isdecimal() or preview or device != "auto":
         raise UsageError(f"train: --extend RUN takes --epochs N, of the longer schedule, and {places}")
-    return run.extend(extend, int(epochs), folder=folder, moved=moved, workers=processes)
+    return run.extend(extend, int(epochs), folder=folder, moved=moved, workers=workers)
 
 
-def train_or_preview(
-    recipe: Recipe, *, folder: Path | str | None, preview: Path | str | None, device: str, workers: int | None
-) -> run.Training | Preview:
-    """Train by a recipe, or draw its images into the file `preview`."""
-    if preview is None:
-        workers = default_workers(device) if workers is None else workers
-        return run.train(recipe, folder=folder, device=device, workers=workers)
-    if folder is not None:
-        raise UsageError("--preview draws a picture and trains nothing; leave --output out")
-    return draw_preview(recipe, preview)
-
-
-def recipe_overrides(fields: Mapping[str, Any], option: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the fields and architecture options of a command as `read_recipe` takes them."""
+def recipe_overrides(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a command as `read_recipe` takes them, with options given as a table or as NAME=VALUE."""
     overrides = {name: value for name, value in fields.items() if name != "options"}
-    overrides |= {f"options.{name}": value for name, value in fields.get("options", {}).items()}
-    for word in option:
-        name, equals, value = word.partition("=")
-        if not equals:
+    options = fields.get("options", {})
+    for word in options if not isinstance(options, Mapping) else ():
+        if "=" not in word:
             raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
-        overrides[f"options.{name}"] = value
-    return overrides
-
-
-def default_workers(device: str) -> int:
-    """Return a share of the cores; 0 on a CPU, where the network needs them and decoding takes little time."""
-    if paddle_place(device.partition(":")[0]) == "cpu":
-        return 0
-    return max(1, min(8, available_threads() // int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)))
+    pairs = options.items() if isinstance(options, Mapping) else (word.split("=", 1) for word in options)
+    return overrides | {f"options.{name}": value for name, value in pairs}

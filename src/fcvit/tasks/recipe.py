@@ -34,10 +34,11 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 LearningRate = Annotated[float, Meta(gt=0, lt=1000)]
 Mean = tuple[Share, Share, Share]
 Deviation = tuple[PositiveShare, PositiveShare, PositiveShare]
+Table = Mapping[str, Any]
 Filter = Literal["bilinear", "bicubic"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Operators = Literal["auto", "native", "plain"]
-
+BatchNorm = Literal["average", "sync"]
 
 GROUPS = ("Data and weights", "Network", "Images", "Loss", "Schedule", "Optimizer", "Run")
 
@@ -68,9 +69,7 @@ class Recipe:
     new_head: Annotated[bool, DATA("Initialize the head anew, for other classes than those of `weights`.")] = False
 
     variant: Annotated[str, NETWORK("A name listed by `fcvit models`; required.")]
-    options: Annotated[Mapping[str, Any], NETWORK("Fields of `fcvit.Variant`, as `--options.heads 4`.")] = field(
-        default_factory=dict
-    )
+    options: Annotated[Table, NETWORK("Fields of `fcvit.Variant`, as in heads=4.")] = field(default_factory=dict)
     drop_path_rate: Annotated[BelowOne, NETWORK("Stochastic depth of the last block, growing linearly from 0.")] = 0.1
     drop_rate: Annotated[BelowOne, NETWORK("Dropout in the channel mixers.")] = 0.0
     input_size: Annotated[Pixels | None, NETWORK("Input size in pixels; else that of the weights or variant.")] = None
@@ -104,10 +103,7 @@ class Recipe:
     ema_decay: Annotated[BelowOne | None, OPTIMIZER("Highest decay of EMA weights; else none are kept.")] = None
 
     precision: Annotated[Precision, RUN("A 16-bit type means mixed precision, on a GPU that has it.")] = "float32"
-    batchnorm: Annotated[
-        Literal["average", "sync"],
-        RUN("Average running statistics after each epoch, or normalize over all processes (GPU only)."),
-    ] = "average"
+    batchnorm: Annotated[BatchNorm, RUN("Average the statistics of processes per epoch, or sync per step.")] = "average"
     operators: Annotated[Operators, RUN("CPU operators: this package's (native), Paddle's (plain) or auto.")] = "auto"
     seed: Annotated[Seed, RUN("Seed of all random draws.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None
@@ -203,25 +199,15 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class RecipeField:
-    """One field of a recipe, for validation, options and documentation.
-
-    Attributes:
-        hint: the annotated type.
-        default: the value where a recipe has none; `MISSING`: it must have one.
-        group: title of the fields that it belongs to.
-        description: one sentence.
-        kind: the type without bounds and None.
-        optional: None is a value; a file leaves the field out, "none" on the command line removes it.
-        expected: the values in words, as "a number from 0 to below 1".
-    """
+    """One field as a recipe declares it, for validation, options and documentation."""
 
     hint: Any
-    default: Any
+    default: Any  # MISSING: a recipe must state it
     group: str
     description: str
-    kind: Any
-    optional: bool
-    expected: str
+    kind: Any  # the type without bounds and None
+    optional: bool  # None is a value; a file leaves the field out, "none" on the command line removes it
+    expected: str  # the values in words, as "a number from 0 to below 1"
 
     @property
     def default_text(self) -> str:
@@ -250,13 +236,13 @@ def recipe_fields(cls: type[Recipe]) -> dict[str, RecipeField]:
 
 _BOUNDS = ("ge", "gt", "le", "lt")
 _RANGES = {
-    (): "",
-    ("ge",): " of at least {}",
-    ("gt",): " above {}",
-    ("ge", "le"): " from {} to {}",
-    ("ge", "lt"): " from {} to below {}",
-    ("gt", "le"): " above {}, at most {}",
-    ("gt", "lt"): " above {} and below {}",
+    "": "",
+    "ge": " of at least {}",
+    "gt": " above {}",
+    "gele": " from {} to {}",
+    "gelt": " from {} to below {}",
+    "gtle": " above {}, at most {}",
+    "gtlt": " above {} and below {}",
 }
 
 
@@ -276,7 +262,7 @@ def _describe(hint: Any) -> tuple[Any, bool, str]:
     else:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a table")
     limits = {key: limit for meta in bounds for key in _BOUNDS if (limit := getattr(meta, key)) is not None}
-    return kind, optional, words + _RANGES[tuple(limits)].format(*limits.values())
+    return kind, optional, words + _RANGES["".join(limits)].format(*limits.values())
 
 
 def _peel(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
