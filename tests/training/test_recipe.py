@@ -210,7 +210,7 @@ def test_bounds_are_enforced(data):
             cross = any(text in str(error) for text in ("from 0 to epochs", "from 0 to the highest rate"))
             assert cross or not fits
         else:
-            assert fits and getattr(recipe, name) == value and type(getattr(recipe, name)) is field.kind
+            assert fits and getattr(recipe, name) == field.kind(value) and type(getattr(recipe, name)) is field.kind
 
 
 @given(

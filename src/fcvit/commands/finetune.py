@@ -88,7 +88,9 @@ def finetune_recipe(
         # Classes in another order are the same: the head keeps the order of the weights.
         names, folders = ({composed(name.id) for name in classes} for classes in (loaded.classes or (), splits.classes))
         if names == folders:
-            notes.append("the folders are the classes of the weights: the head is kept (--new-head true: a new one)")
+            notes.append(
+                "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"
+            )
         recipe = build_recipe({**defaults, "new_head": names != folders}, given, source)
     if "batch_size" not in given:
         parts = join().count * recipe.accumulate
