@@ -708,9 +708,9 @@ def _train_workers(workers: int | None, device: str) -> int:
 def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool) -> int:
     if output is not None or as_json:
         raise UsageError("--preview draws a picture and trains nothing; leave --output and --json out")
-    from fcvit.commands.preview import preview
+    from fcvit.commands.preview import draw_preview
 
-    _say(f"written to {preview(recipe, path)}")
+    _say(f"written to {draw_preview(recipe, path).path}")
     return 0
 
 

@@ -14,7 +14,7 @@ from fcvit.data.classes import read_classes
 from fcvit.data.folders import ENDINGS, SYSTEM
 from fcvit.data.training_splits import find_splits
 from fcvit.errors import FcvitError
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text("utf-8")
 BLOCKS = {
@@ -37,7 +37,7 @@ def read(command, data):
         if command == "eval":
             images = read_dataset(data, None, None, 2)
         elif command == "finetune":
-            splits = find_splits(Recipe(**{**SMALL, "data": str(data)}), None)
+            splits = find_splits(ClassificationRecipe(**{**SMALL, "data": str(data)}), None)
             images, val = splits.train, splits.val
             also = f" and {len(val)} validation" if val is not None else ""
             return f"{len(images)} training{also} images of {', '.join(c.id for c in splits.classes)}"

@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 import numpy as np
-from fcvit.tasks.recipe import Recipe
 
 from fcvit import run_folder
 from fcvit.data.sources import open_source
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.models.variants import Preprocessing
+from fcvit.tasks.recipe import Recipe
 
 PIXELS = Preprocessing(32, 1.0)
 

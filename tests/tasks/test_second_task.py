@@ -93,5 +93,7 @@ def test_no_loop_names_a_task():
     source = Path(base.__file__).parents[1]
     files = [*(source / "training").glob("*.py"), *(source / "evaluation").glob("*.py"), source / "data" / "loader.py"]
     files += [source / "inference" / name for name in ("engines.py", "runtimes.py", "cache.py")]
-    named = re.compile(r"tasks\.(classification|segmentation|detection)|[\"'](classification|segmentation|detection)[\"']")
+    named = re.compile(
+        r"tasks\.(classification|segmentation|detection)|[\"'](classification|segmentation|detection)[\"']"
+    )
     assert not [path.name for path in files if named.search(path.read_text("utf-8"))]

@@ -1,8 +1,11 @@
 """What a network is shown in training, as a picture."""
 
+import dataclasses
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,12 +15,25 @@ from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.report.sample_sheet import sample_sheet
 from fcvit.tasks.base import TrainingTask, get_task
-from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged
 
 
-def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A picture of training images.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    def tables(self) -> Iterator[str]:
+        yield f"written to {self.path}"
+
+
+def draw_preview(recipe: Any, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
     """Draw training images, each beside what the network sees of it in as many epochs: crops, operations,
     mixing and erasing of the recipe. The images of the picture form one batch, to be mixed among themselves.
 
@@ -53,7 +69,7 @@ def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, ve
             sheet.save(temporary)
         except (ValueError, KeyError) as error:
             raise UsageError(f"{target}: the ending tells the kind of picture; expected .png") from error
-    return target
+    return Preview(target)
 
 
 def _seen(task: TrainingTask, epoch: int, chosen: Dataset, originals: list[Image.Image]) -> list[Image.Image]:

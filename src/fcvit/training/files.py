@@ -12,8 +12,9 @@ import numpy as np
 from fcvit import run_folder as runs
 from fcvit.data.loader import Dataset
 from fcvit.errors import UnreadableFile, UsageError
+from fcvit.tasks.recipe import Recipe
 from fcvit.training.log import JSONL
-from fcvit.training.recipe import Recipe, build_recipe
+from fcvit.training.recipe import build_recipe
 from fcvit.training.state import STATE
 from fcvit.weights.reading import Weights
 from fcvit.weights.writing import staged, write_weights

@@ -7,7 +7,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.frameworks import import_framework
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.recipe import Recipe
 
 import_framework("paddle")
 

@@ -24,11 +24,11 @@ from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.interrupts import check, held_back, kept
 from fcvit.processes import Processes, join
 from fcvit.tasks.base import get_task
+from fcvit.tasks.recipe import Recipe
 from fcvit.training import files
 from fcvit.training.batches import MicroBatches, steps_per_epoch
 from fcvit.training.files import BEST, LAST, LAST_EMA
 from fcvit.training.loop import Training, train_epochs
-from fcvit.training.recipe import Recipe
 from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights.reading import Weights, read_weights
 
@@ -173,7 +173,7 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Any,
         place: str,
         device: str,
         workers: "int | Workers",

@@ -2,7 +2,7 @@
 
 import math
 
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
+from fcvit.tasks.recipe import Recipe
 from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
     EMA,
@@ -21,7 +22,6 @@ from fcvit.training.optimizer import (
     restore_optimizer,
     trained_parameters,
 )
-from fcvit.training.recipe import Recipe
 from fcvit.training.statistics import Statistics
 
 import_framework("paddle")

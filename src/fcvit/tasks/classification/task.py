@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fcvit.tasks.classification.comparison import ResultComparison, compare
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import Weights
 
 
@@ -14,10 +14,10 @@ class Classification:
     """See `fcvit.tasks.base.Task`."""
 
     name = "classification"
-    recipe = Recipe
+    recipe = ClassificationRecipe
     options = Options
 
-    def training(self, recipe: Recipe, weights: Weights | None) -> ClassificationTraining:
+    def training(self, recipe: ClassificationRecipe, weights: Weights | None) -> ClassificationTraining:
         return ClassificationTraining(recipe, weights)
 
     def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> ClassificationEvaluator:

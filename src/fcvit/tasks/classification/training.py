@@ -17,8 +17,8 @@ from fcvit.frameworks import import_framework
 from fcvit.models.build import build_classifier, create_model, weights_of
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.results import Result
-from fcvit.training.recipe import Recipe
 from fcvit.weights.reading import Weights
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ClassificationTraining:
         "images_per_second": ("images/s", "{:.1f}"),
     }
 
-    def __init__(self, recipe: Recipe, weights: Weights | None):
+    def __init__(self, recipe: ClassificationRecipe, weights: Weights | None):
         self.recipe, self.start = recipe, weights
         splits = find_splits(recipe, weights)
         self.train, self.val, self.classes, self.notes = splits.train, splits.val, splits.classes, splits.notes
