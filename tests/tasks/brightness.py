@@ -76,8 +76,7 @@ class Training:
     def weights(self, model, **options):
         from fcvit.models.build import weights_of
 
-        weights = weights_of(model, preprocessing=PIXELS, **options)
-        return dataclasses.replace(weights, spec=dataclasses.replace(weights.spec, head="brightness"))
+        return weights_of(model, head="brightness", preprocessing=PIXELS, **options)
 
     def evaluator(self, loaded):
         return Evaluator(self.val)

@@ -165,7 +165,7 @@ def load(
     for note in weights.notes:
         logger.info(note)
     spec = weights.spec
-    if spec.dense or not spec.num_classes:
+    if not spec.has_classes:
         raise DoesNotFit(f"{weights.source.path} is {spec}: it has no classes to predict")
     given = None if classes is None else as_classes(classes)
     names = resolve_classes(given, weights.classes, spec.num_classes)
