@@ -25,7 +25,7 @@ from fcvit.errors import UnreadableFile, UsageError
 from fcvit.models.variants import VARIANTS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.recipe import LOSS, OTHER_NAMES, Recipe, recipe_fields
-from fcvit.training.recipe import RECIPES, build_recipe, read_recipe, shipped, shipped_text
+from fcvit.training.recipe import build_recipe, read_recipe, shipped, shipped_text
 
 ROOT = Path(__file__).parents[2]
 FIELDS = recipe_fields(ClassificationRecipe)

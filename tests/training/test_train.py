@@ -665,7 +665,7 @@ def recipe_file(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--velocity", "1"], 2, "no field 'velocity' in a recipe .known: variant, data"),
+        (["--velocity", "1"], 2, "no field .velocity. in a recipe .known: task, data"),
         (["--wieght_decay", "1"], 2, "did you mean 'weight_decay'"),
         (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
         (["--data", "nowhere"], 3, "nowhere: no such folder"),
