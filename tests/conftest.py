@@ -18,7 +18,7 @@ from PIL import Image
 from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
-from fcvit.tasks.classification_recipe import ClassificationRecipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -146,6 +146,14 @@ def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
         for index, tensor in enumerate([*tensors.values(), *averaged.values()]):
             archive.writestr(f"archive/data/{index}", tensor.tobytes())
     return path
+
+
+def classifier_loss(outputs, targets):
+    import paddle
+
+    from fcvit.tasks.classification.training import soft_cross_entropy
+
+    return {"loss": soft_cross_entropy(outputs, paddle.to_tensor(targets))}
 
 
 # A network and a recipe that train in a second.

@@ -10,12 +10,12 @@ from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import similarity as task
 from fcvit.analysis.placement import place
 from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.predict import Prediction
 from fcvit.metrics.classification import softmax
-from fcvit.models.classes import ClassName
 from fcvit.models.maps import Similarity, SimilarityMap
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing
@@ -314,7 +314,7 @@ def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path)
 @pytest.mark.charts
 def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn, notes):
     """Whole images only: their files, and no overview."""
-    see, told = Viewer.see, []
+    see, told = Viewer.see, notes
 
     def interrupted(viewer, image, top_k):
         if image.size == (33, 90):

@@ -164,7 +164,7 @@ def test_int8_is_another_network_of_nearly_the_same_numbers(weights, images):
 
 
 def test_auto_takes_the_first_that_is_there_and_right(weights, monkeypatch, notes):
-    made, said = [], []
+    made, said = [], notes
     results = {"onnxruntime": MissingExtra("not installed"), "openvino": NumbersDisagree("wrong"), "native": "native"}
 
     class Fake:

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import golden_json
-from fcvit.tasks.classification_recipe import ClassificationRecipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.schedule import learning_rate
 
 AUTHORS = ClassificationRecipe(variant="fcvit_tiny")

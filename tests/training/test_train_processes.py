@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL, needs_paddle, write_squares
-from fcvit.tasks.classification_recipe import ClassificationRecipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 

@@ -28,9 +28,9 @@ def ends(array):
 def test_three_steps_of_the_authors_code():
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
-    from fcvit.tasks.classification_recipe import ClassificationRecipe
+    from fcvit.tasks.classification.recipe import ClassificationRecipe
+    from fcvit.tasks.classification.training import soft_cross_entropy
     from fcvit.training.optimizer import create_optimizer
-    from fcvit.training.step import soft_cross_entropy
 
     spec = ModelSpec(VARIANTS[GOLDEN["variant"]], GOLDEN["num_classes"])
     salt = GOLDEN["weight_salt"]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.classes import ClassName
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.commands import verify as verification
+from fcvit.data.classes import ClassName, as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
-from fcvit.models.classes import ClassName, as_classes, order_note
 from fcvit.models.variants import Preprocessing, PreprocessingChange, Variant, resolve_preprocessing
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights

@@ -19,11 +19,11 @@ from fcvit.commands.train import (
     train,
 )
 from fcvit.data.class_indices import composed
+from fcvit.data.training_splits import find_splits
 from fcvit.errors import counted
 from fcvit.models.variants import VARIANTS, Variant
 from fcvit.processes import join
 from fcvit.tasks.recipe import Recipe
-from fcvit.training.data import find_splits
 from fcvit.training.recipe import build_recipe, shipped_text
 from fcvit.training.run import Training
 from fcvit.weights.reading import read_weights

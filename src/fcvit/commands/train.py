@@ -8,13 +8,13 @@ from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
+from fcvit.commands.options import decoding_processes
 from fcvit.commands.preview import Preview, draw_preview
 from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
-from fcvit.machine import available_threads
-from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe, recipe_fields
+from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe
 from fcvit.training import run
-from fcvit.training.recipe import RECIPES, build_recipe, read_recipe
+from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe
 
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
 RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: a new one in runs/).")]
@@ -30,7 +30,7 @@ def recipe_options(*left_out: str) -> Any:
     """Return the type of `**fields`: an option for every field of a recipe except some, none of them required."""
     groups = {title: Group(title, sort_key=place) for place, title in enumerate(GROUPS)}
     options: dict[str, Any] = {name: Annotated[str, Parameter(show=False)] for name in OTHER_NAMES}
-    for name, field in ((name, field) for cls in RECIPES.values() for name, field in recipe_fields(cls).items()):
+    for name, field in fields_of_all_tasks().items():
         default = f"; default: {field.default_text}" if field.default_text else ""
         about = Parameter(
             help=f"{field.description} [{field.expected}{default}]",
@@ -75,9 +75,7 @@ def train(
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
     overrides = recipe_overrides(fields)
     if workers is None:  # on a CPU the network needs the cores, and decoding takes little time
-        sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
-        on_cpu = paddle_place(device.partition(":")[0]) == "cpu"
-        workers = 0 if on_cpu else max(1, min(8, available_threads() // sharing))
+        workers = 0 if paddle_place(device.partition(":")[0]) == "cpu" else decoding_processes(None)
     if recipe is not None:
         if isinstance(recipe, Recipe):
             recipe = build_recipe(dataclasses.asdict(recipe), overrides, "recipe")

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
+from fcvit.data.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.inference.engines import AUTO, Engine, PaddleEngine, create_engine
 from fcvit.machine import available_threads
 from fcvit.metrics.classification import first_not_finite, softmax, top_classes
-from fcvit.models.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights, read_weights

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, FreshWeights
 from fcvit.frameworks import import_framework
-from fcvit.models.classes import Classes
 from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import MEMORY, Checkpoint

@@ -52,6 +52,10 @@ class ModelSpec:
     num_classes: int = 0
     dense: bool = False
 
+    @property
+    def task(self) -> str:
+        return "features" if self.dense or not self.num_classes else "classification"
+
     def __str__(self) -> str:
         what = counted(self.num_classes, "class") if self.num_classes else "no head"
         if self.dense:

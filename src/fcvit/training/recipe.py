@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.tasks.classification_recipe import ClassificationRecipe
+from fcvit.tasks.base import TASKS, get_task
 from fcvit.tasks.recipe import Recipe, RecipeField, recipe_fields, suggestion
-
-RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}
-"""The fields of a recipe by its task."""
 
 
 def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Recipe:
@@ -46,10 +43,8 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
 def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], source: str) -> Recipe:
     """Build a recipe from fields and overrides as in `read_recipe`; messages name `source`."""
     merged: dict[str, Any] = dict(fields)
-    task = str(overrides.get("task", merged.get("task", "classification")))
-    if task not in RECIPES:
-        raise UsageError(f"{source}: task {task!r}: expected {' or '.join(map(repr, RECIPES))}")
-    known = recipe_fields(RECIPES[task])
+    recipe_class = get_task(str(overrides.get("task", merged.get("task", "classification")))).recipe
+    known = recipe_fields(recipe_class)
     for key, value in overrides.items():
         name, _, option = key.replace("-", "_").partition(".")
         if option and name != "options":
@@ -67,7 +62,12 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
             raise UsageError(
                 f"{source}: no {name}; expected one of fcvit models (fcvit finetune takes that of the weights)"
             )
-    return RECIPES[task](**merged)
+    return recipe_class(**merged)
+
+
+def fields_of_all_tasks() -> dict[str, RecipeField]:
+    """Return every field that a recipe may have, by name."""
+    return {name: field for task in TASKS for name, field in recipe_fields(get_task(task).recipe).items()}
 
 
 def shipped() -> list[str]:

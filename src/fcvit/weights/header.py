@@ -8,8 +8,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+from fcvit.data.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
-from fcvit.models.classes import Classes, ClassName, check_classes
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.safetensors_file import unique

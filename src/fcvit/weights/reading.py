@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.models.classes import Classes
 from fcvit.models.spec import (
     PADDLE_STATISTICS,
     ModelSpec,
