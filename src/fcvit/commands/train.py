@@ -100,10 +100,11 @@ def train(
 
 def recipe_overrides(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a command as `read_recipe` takes them, with options given as a table or as NAME=VALUE."""
-    overrides = {name: value for name, value in fields.items() if name != "options"}
-    options = fields.get("options", {})
-    for word in options if not isinstance(options, Mapping) else ():
-        if "=" not in word:
-            raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
-    pairs = options.items() if isinstance(options, Mapping) else (word.split("=", 1) for word in options)
-    return overrides | {f"options.{name}": value for name, value in pairs}
+    overrides, options = dict(fields), fields.get("options", {})
+    if not isinstance(options, Mapping):
+        for word in options:
+            if "=" not in word:
+                raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
+        options = dict(word.split("=", 1) for word in options)
+    overrides.pop("options", None)
+    return overrides | {f"options.{name}": value for name, value in options.items()}
