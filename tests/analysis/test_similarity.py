@@ -119,7 +119,7 @@ def test_without_the_extra_the_command_is_named(digits_pth, photos, tmp_path, no
 
 @needs_paddle
 def test_a_dense_backbone_has_no_viewer(tmp_path):
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     with pytest.raises(DoesNotFit, match="maps come from a classifier"):
         Viewer(read_weights(write_pth(tmp_path / "dense.pth", synthetic_tensors(spec))))
 

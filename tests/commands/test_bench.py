@@ -317,7 +317,7 @@ def test_requests_that_cannot_be(options, fake):
 
 
 def test_a_backbone_has_no_logits(fake):
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     weights = dataclasses.replace(task.synthetic_weights(DIGITS.variant), spec=spec, tensors=synthetic_tensors(spec))
     with pytest.raises(DoesNotFit, match="logits of a classifier"):
         bench(weights)

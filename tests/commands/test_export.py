@@ -227,7 +227,7 @@ def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
 
 
 def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     dense = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)
     done = export(dense, tmp_path / "a.onnx", dynamic=True)
     maps = load(done)(np.zeros((1, 3, 40, 56), np.float32))

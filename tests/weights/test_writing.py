@@ -68,7 +68,7 @@ def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
     _, text = safetensors_file.read((tmp_path / "x.safetensors").read_bytes())
     header = json.loads(text["fcvit"])
     assert set(header["variant"]) == {field.name for field in dataclasses.fields(DIGITS.variant)}
-    assert header["layout"] == "paddle" and header["format_version"] == 1
+    assert header["layout"] == "paddle" and header["format_version"] == 2
     assert header["preprocessing"]["input_size"] == 32
 
 

@@ -93,7 +93,7 @@ class Viewer:
     ):
         spec = weights.spec
         require_maps(spec.variant)
-        if spec.dense:
+        if spec.head != "classifier":
             raise DoesNotFit(f"{weights.source.path} is {spec}; maps come from a classifier")
         self.variant = spec.variant
         self.name = weights.source.path.name

@@ -229,7 +229,7 @@ def _weights(
     if variant is not None:
         raise UsageError("--variant is for weights by rule; a file of weights says itself which variant it is")
     read = given if isinstance(given, Weights) else read_weights(given, ema)
-    if read.spec.dense or not read.spec.num_classes:
+    if not read.spec.has_classes:
         raise DoesNotFit(f"{read.source.path} is {read.spec}: engines compute the logits of a classifier")
     return _portable(read)
 

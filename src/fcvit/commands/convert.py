@@ -135,7 +135,7 @@ def convert(
 
 
 def _with_new_head(weights: Weights, num_classes: int) -> Weights:
-    if weights.spec.dense or num_classes < 1:
+    if weights.spec.head != "classifier" or num_classes < 1:
         raise UsageError(f"--new-head {num_classes}: expected at least 1, for a classifier")
     width = weights.spec.variant.widths[-1]
     # The authors' initialization of Linear layers, repeatable.

@@ -1,4 +1,4 @@
-"""Whether an exported network computes what its weights say: gate B, on real images.
+"""Check that an exported network computes what its weights say: the float32 error ratio on real images.
 
 Exporters and runtimes have written and computed wrong numbers without an error; so nothing is used or
 handed out that was not run. The reference is the network itself in float64, the yardstick its float32,
@@ -14,8 +14,8 @@ from PIL import Image
 
 from fcvit.errors import MissingExtra, NumbersDisagree
 from fcvit.frameworks import INSTALL, import_framework, installed, on_paddle_device
-from fcvit.inference.interface import Interface
-from fcvit.inference.runtimes import Runtime
+from fcvit.inference.interface import Interface, as_list
+from fcvit.inference.runtimes import Network
 from fcvit.metrics.classification import softmax
 from fcvit.models.spec import ModelSpec
 from fcvit.verification.equivalence import RATIO_LIMIT, error_ratio, images_needed
@@ -24,11 +24,11 @@ from fcvit.weights.reading import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the comparison found.
+    """The error of an export.
 
     Attributes:
-        images: how many, and their size in pixels.
-        yardstick: whose float32 the error is measured by: "torch" or "paddle".
+        images: their number, height and width.
+        yardstick: the framework whose float32 the error is measured by: "torch" or "paddle".
         ratio: rms error of the export over that of the yardstick, over all images; the larger one of the images
             in one batch and each alone.
         largest: absolute difference from float64.
@@ -44,11 +44,11 @@ class Check:
         return self.ratio <= RATIO_LIMIT
 
 
-def check_export(runtime: Runtime, weights: Weights, interface: Interface, images: np.ndarray) -> Check:
-    """Run `images` through an export and through the network.
+def check_export(network: Network, weights: Weights, interface: Interface, images: np.ndarray) -> Check:
+    """Run `images` through an export and through the network that it was made from, and compare.
 
     Args:
-        runtime: the export, loaded.
+        network: the export, loaded.
         weights: what it was made from.
         interface: how it was made.
         images: uint8 RGB (B, 3, H, W), B from 1.
@@ -59,22 +59,22 @@ def check_export(runtime: Runtime, weights: Weights, interface: Interface, image
     exact, single, yardstick = reference(weights, interface, images)
     expected, measure = (np.concatenate([o.ravel() for o in run]) for run in (exact, single))
     given = images if interface.uint8 else normalized(images, interface).astype(np.float32)
-    together = runtime(given)
+    together = network(given)
     # All of them alone: the error of a single image's few logits over that of another's few is a matter of luck.
-    alone = [np.concatenate(parts) for parts in zip(*(runtime(image[None]) for image in given), strict=True)]
+    alone = [np.concatenate(parts) for parts in zip(*(network(image[None]) for image in given), strict=True)]
     ratio = largest = 0.0
     for outputs in (together, alone):
         if [o.shape for o in outputs] != [o.shape for o in exact]:
-            found = np.full(expected.shape, np.nan, np.float32)
+            values = np.full(expected.shape, np.nan, np.float32)
         else:
-            found = np.concatenate([o.ravel() for o in outputs])
-        ratio = max(ratio, error_ratio(found, measure, expected))
-        largest = max(largest, float(np.abs(found - expected).max()))
+            values = np.concatenate([o.ravel() for o in outputs])
+        ratio = max(ratio, error_ratio(values, measure, expected))
+        largest = max(largest, float(np.abs(values - expected).max()))
     return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
 
 
 def require(check: Check, what: str) -> None:
-    """Nothing, if it passed.
+    """Refuse an export that failed its check; `what` names it.
 
     Raises:
         NumbersDisagree: it did not.
@@ -87,7 +87,7 @@ def require(check: Check, what: str) -> None:
 
 
 def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
-    """Real images, as many as gate B needs: the handwritten digits of the package, enlarged; uint8 (B, 3, H, W)."""
+    """Return the package's handwritten digits, enlarged, as many as a check needs: uint8 (B, 3, H, W)."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"]
     height, width = size
@@ -99,7 +99,7 @@ def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
 
 
 def normalized(images: np.ndarray, interface: Interface) -> np.ndarray:
-    """uint8 -> float64: to [0, 1], less the mean, over the standard deviation."""
+    """Normalize uint8 images in float64."""
     mean, std = (np.array(v)[:, None, None] for v in (interface.preprocessing.mean, interface.preprocessing.std))
     return (images / 255 - mean) / std
 
@@ -117,39 +117,37 @@ def require_reference() -> None:
 def reference(
     weights: Weights, interface: Interface, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    """Return the outputs in float64 and in float32, and who computed them.
+    """Return the outputs in float64, those in float32, and the framework that computed them.
 
     Raises:
-        MissingExtra: nobody can.
+        MissingExtra: neither PyTorch nor Paddle is installed.
         NumbersDisagree: numbers that are not finite in float32, which no runtime can be measured by.
     """
     require_reference()
     framework = "torch" if installed("torch") else "paddle"
-    compute = _torch if framework == "torch" else _paddle
-    found = [compute(weights, normalized(images, interface).astype(dtype)) for dtype in ("float64", "float32")]
-    if not all(np.isfinite(output).all() for output in found[1]):
+    pixels = normalized(images, interface)
+    exact, single = (_compute(framework, weights, pixels.astype(dtype)) for dtype in ("float64", "float32"))
+    if not all(np.isfinite(output).all() for output in single):
         raise NumbersDisagree(
             f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
         )
     if interface.probabilities:
-        found = [[softmax(outputs[0]).astype(outputs[0].dtype)] for outputs in found]
-    return found[0], found[1], framework
+        exact, single = ([softmax(outputs[0]).astype(outputs[0].dtype)] for outputs in (exact, single))
+    return exact, single, framework
 
 
-def _torch(weights: Weights, images: np.ndarray) -> list[np.ndarray]:
-    torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+def _compute(framework: str, weights: Weights, images: np.ndarray) -> list[np.ndarray]:
+    """Return the outputs in the precision of the images."""
+    if framework == "torch":
+        torch = import_framework("torch")
+        from fcvit.reference.network import build_reference
 
-    model = build_reference(weights.spec, weights.tensors, getattr(torch, images.dtype.name))
-    with torch.inference_mode():
-        found = model(torch.from_numpy(images))
-    return [value.numpy() for value in (found if isinstance(found, list | tuple) else [found])]
-
-
-def _paddle(weights: Weights, images: np.ndarray) -> list[np.ndarray]:
+        model = build_reference(weights.spec, weights.tensors, getattr(torch, images.dtype.name))
+        with torch.inference_mode():
+            return [output.numpy() for output in as_list(model(torch.from_numpy(images)))]
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
 
     with on_paddle_device("cpu"), paddle.no_grad():
-        found = build_network(weights, images.dtype.name)(paddle.to_tensor(images))
-    return [value.numpy() for value in (found if isinstance(found, list | tuple) else [found])]
+        outputs = build_network(weights, images.dtype.name)(paddle.to_tensor(images))
+    return [output.numpy() for output in as_list(outputs)]

@@ -1,6 +1,7 @@
-"""What goes into an exported network and what comes out."""
+"""What goes into a network and what comes out."""
 
 import dataclasses
+from typing import Any
 
 from fcvit.errors import UsageError
 from fcvit.models.spec import ModelSpec
@@ -9,7 +10,7 @@ from fcvit.models.variants import Preprocessing
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What goes in and comes out.
+    """The input and output of an exported network.
 
     Attributes:
         size: height and width in pixels; None: any.
@@ -32,15 +33,19 @@ class Interface:
 
 
 def output_names(spec: ModelSpec, probabilities: bool = False) -> list[str]:
-    """Names of the outputs: logits or probabilities, embeddings without a head, four maps of a dense backbone.
+    """Return the names of the outputs, with `probabilities` in the place of the logits.
 
     Raises:
         UsageError: probabilities of a network without classes.
     """
-    if probabilities and (spec.dense or not spec.num_classes):
+    names = list(spec.outputs())
+    if not probabilities:
+        return names
+    if names != ["logits"]:
         raise UsageError(f"probabilities: {spec} has no classes")
-    if spec.dense:
-        return [f"features.{stage}" for stage in range(4)]
-    if not spec.num_classes:
-        return ["embeddings"]
-    return ["probabilities" if probabilities else "logits"]
+    return ["probabilities"]
+
+
+def as_list(outputs: Any) -> list[Any]:
+    """Return the outputs of a network as a list, also where it has only one."""
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]

@@ -73,29 +73,22 @@ class _Writer:
         size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
         results = self.network(INPUT)
         names = output_names(self.spec, self.interface.probabilities)
-        for name, result in zip(names, results, strict=True):
+        shapes: list[list] = [["batch", *shape] for shape in self.spec.outputs(*(size or (1, 1))).values()]
+        for stage, (name, result, sides) in enumerate(zip(names, results, shapes, strict=True)):
             self.rename(result, name)
+            if size is None and len(sides) == 4:
+                sides[2:] = [f"height_{stage}", f"width_{stage}"]
         pixels = TensorProto.UINT8 if self.interface.uint8 else kind
         shape = ["batch", 3, *(size or ("height", "width"))]
         graph = helper.make_graph(
             self.nodes,
             self.v.name,
             [helper.make_tensor_value_info(INPUT, pixels, shape)],
-            [helper.make_tensor_value_info(name, kind, shape) for name, shape in self.output_shapes(names)],
+            [helper.make_tensor_value_info(name, kind, sides) for name, sides in zip(names, shapes, strict=True)],
             self.initializers,
         )
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
-
-    def output_shapes(self, names: list[str]) -> list[tuple[str, list]]:
-        if not self.spec.dense:
-            return [(names[0], ["batch", self.spec.num_classes or self.v.widths[-1]])]
-        shapes = []
-        sides: list = list(self.interface.size or ())
-        for stage, (name, width) in enumerate(zip(names, self.v.widths, strict=True)):
-            sides = [-(-side // (2 if stage else 4)) for side in sides]
-            shapes.append((name, ["batch", width, *(sides or (f"height_{stage}", f"width_{stage}"))]))
-        return shapes
 
     # Single nodes
 
@@ -168,18 +161,21 @@ class _Writer:
             for block in range(self.v.depths[stage]):
                 x = self.block(x, stage, f"network.{2 * stage}.{block}")
             maps.append(x)
-        if self.spec.dense:
-            return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
-        return [self.head(x)]
+        heads = {"classifier": self.classifier, "backbone": self.backbone_norms}
+        return heads[self.spec.head](maps)
 
-    def head(self, x: str) -> str:
+    def backbone_norms(self, maps: list[str]) -> list[str]:
+        return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
+
+    def classifier(self, maps: list[str]) -> list[str]:
+        x = maps[-1]
         scale, shift = self.pair("norm")
         if not self.spec.num_classes:
-            return self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))
+            return [self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))]
         x = self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, None, "norm")))
         self.place = "head"
         x = self.linear(x, algebra.scale_inputs(algebra.shift_inputs(self.pair("head"), shift), scale))
-        return self.op("Softmax", x, axis=1) if self.interface.probabilities else x
+        return [self.op("Softmax", x, axis=1) if self.interface.probabilities else x]
 
     def conv_norm(self, x: str, name: str, stride: int) -> str:
         norm = f"{name}.norm"

@@ -43,7 +43,8 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
 def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], source: str) -> Recipe:
     """Build a recipe from fields and overrides as in `read_recipe`; messages name `source`."""
     merged: dict[str, Any] = dict(fields)
-    recipe_class = get_task(str(overrides.get("task", merged.get("task", "classification")))).recipe
+    default = recipe_fields(Recipe)["task"].default
+    recipe_class = get_task(str(overrides.get("task", merged.get("task", default)))).recipe
     known = recipe_fields(recipe_class)
     for key, value in overrides.items():
         name, _, option = key.replace("-", "_").partition(".")

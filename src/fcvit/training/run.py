@@ -410,7 +410,7 @@ def _accelerate(model: Any, recipe: Recipe, place: str) -> str:
         return "plain"
     if recipe.operators == "plain":
         return "plain"
-    from fcvit.native.network import accelerate
+    from fcvit.inference.engines import accelerate
 
     try:
         accelerate(model)
