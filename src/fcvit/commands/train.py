@@ -65,6 +65,7 @@ def train(
         resume: Continue the run in this folder after its last epoch, without a recipe. --data, --val, --classes and
             --weights name new places of what it reads.
         extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
+        workers: A script that lets processes start must call this under `if __name__ == "__main__":`.
         fields: Fields of the recipe; docs/training.md lists them.
 
     Raises:
