@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnusedCliTokensError
 
 from fcvit import __version__, interrupts
 from fcvit.errors import INTERRUPTED, FcvitError, FreshWeights, UnreadableFile, UsageError
@@ -78,9 +78,10 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-for title, group in COMMANDS.items():
+for position, (title, group) in enumerate(COMMANDS.items()):
+    heading = Group(title, sort_key=position)
     for name, (path, _, text) in group.items():
-        app.command(f"fcvit.commands.{path}", name=name, help=text, group=title, help_epilogue=OPTIONS)
+        app.command(f"fcvit.commands.{path}", name=name, help=text, group=heading, help_epilogue=OPTIONS)
 app.register_install_completion_command(name="--install-completion")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from fcvit.commands.options import Classes, Device, Ema, File, Flag, Threads
+from fcvit.commands.options import Classes, Device, Ema, File, Threads
 from fcvit.data.folders import find_images
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.predict import check_counts, load
