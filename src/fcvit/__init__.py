@@ -11,18 +11,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fcvit.analysis.heads import heads as heads
     from fcvit.analysis.similarity import Viewer as Viewer
-    from fcvit.analysis.similarity import similarity as similarity
-    from fcvit.analysis.trust import trust as trust
     from fcvit.commands.bench import bench as bench
     from fcvit.commands.check_data import check_data as check_data
     from fcvit.commands.compare import compare as compare
     from fcvit.commands.convert import convert as convert
     from fcvit.commands.evaluate import evaluate as evaluate
     from fcvit.commands.export import export as export
+    from fcvit.commands.faithfulness import faithfulness as faithfulness
     from fcvit.commands.finetune import finetune as finetune
+    from fcvit.commands.head_stats import head_stats as head_stats
     from fcvit.commands.inspect import inspect as inspect
+    from fcvit.commands.similarity import similarity as similarity
     from fcvit.commands.verify import verify_files as verify  # noqa: F401
     from fcvit.errors import FcvitError as FcvitError
     from fcvit.errors import FreshWeights as FreshWeights
@@ -58,10 +58,10 @@ _HOMES = {
     "train": "fcvit.training.run",
     "export": "fcvit.commands.export",
     "bench": "fcvit.commands.bench",
-    "similarity": "fcvit.analysis.similarity",
+    "similarity": "fcvit.commands.similarity",
     "Viewer": "fcvit.analysis.similarity",
-    "heads": "fcvit.analysis.heads",
-    "trust": "fcvit.analysis.trust",
+    "head_stats": "fcvit.commands.head_stats",
+    "faithfulness": "fcvit.commands.faithfulness",
     "Recipe": "fcvit.training.recipe",
     "read_recipe": "fcvit.training.recipe",
     "verify": "fcvit.commands.verify",

@@ -1,0 +1,217 @@
+"""Pictures of similarity maps on their image: the heads side by side, from stage to stage, and of many images.
+
+Viridis is perceptually uniform and told apart by the color-blind; one scale, with its bar, holds for a picture: from
+the 1st to the 99th percentile of what it shows, and what is beyond has the color of the bar's ends.
+What the network did not see is pale and has no color.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fcvit.report.charts import drawn, new_figure, shown
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+COLOURS = "viridis"
+LONGEST = 1.9  # longer over shorter side of an image that leaves room for what is written over its maps
+_DARKEST = 165  # gray under a map
+_LEAST = 0.1  # of similarity: from the lowest to the highest color
+_OPACITY = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """An image, uint8 (H, W, 3), at most `LONGEST` times as long as wide, and where the network saw it, bool (H, W)."""
+
+    image: np.ndarray
+    seen: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Maps side by side: what stands beside them, their names, and (n, H, W); NaN where there is no map."""
+
+    name: str
+    names: Sequence[str]
+    maps: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One image of many: its title, `Scene`, and its maps (n, H, W); NaN where there is no map."""
+
+    title: str
+    scene: Scene
+    maps: np.ndarray
+
+
+def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4) -> bytes:
+    """Draw the image, and every map over it: a PNG file.
+
+    Args:
+        scene: the image.
+        rows: the maps; a single row is broken after `columns`, several stand one below the other.
+        title, subtitle: one line each.
+        label: what the colors mean.
+
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    return drawn(_figure, scene, rows, title, subtitle, label, columns)
+
+
+def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> bytes:
+    """Draw many images, each with its maps beside it, in two columns from seven images on: a PNG file.
+
+    Args:
+        panels: at least one.
+        names: of the maps, which all have.
+        title: one line.
+        label: what the colors mean.
+
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    return drawn(_overview, panels, names, title, label)
+
+
+def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int) -> "Figure":
+    if len(rows) == 1:
+        row = rows[0]
+        starts = range(0, len(row.maps), columns)
+        rows = [Row("", row.names[i : i + columns], row.maps[i : i + columns]) for i in starts]
+    across = max(len(row.maps) for row in rows)
+    tile = 1.6 if len(rows) > 1 or across > 1 else 3.2
+    tall, wide = (tile * side / max(scene.seen.shape) for side in scene.seen.shape)
+    width, height = max((1 + across) * (wide + 0.15) + 0.8, 6.4), len(rows) * (tall + 0.3) + 1.5
+    figure = new_figure(width, height, title, subtitle)
+    grid = figure.subplots(len(rows), 1 + across, squeeze=False)
+    scale = _scale(row.maps for row in rows)
+    _show(grid[0, 0], _pale(scene.image, scene.seen), "image, what was seen")
+    for axes in (
+        *grid[1:, 0],
+        *(axes for row, line in zip(rows, grid, strict=True) for axes in line[1 + len(row.maps) :]),
+    ):
+        axes.set_axis_off()
+    for row, line in zip(rows, grid, strict=True):
+        for axes, name, one in zip(line[1:], row.names, row.maps, strict=False):
+            _show_map(axes, scene, one, scale, shown(name, max(7, int(13 * wide))))
+        line[1].set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=9)
+    _color_bar(figure, scale, label, ax=grid, location="bottom", aspect=40, shrink=min(1, 4 / width))
+    return figure
+
+
+def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
+    """Draw all axes where they belong, as a layout of hundreds takes long."""
+    columns = 1 if len(panels) <= 6 else 2
+    lines, across = -(-len(panels) // columns), 1 + len(names)
+    width, height, head = columns * (1.3 * across + 0.2) + 0.2, 1.6 * lines + 1.6, 1.5  # inches
+    figure = new_figure(width, height, title, layout="none")
+    # Between two columns of images an empty column.
+    ratios = ([1.0] * across + [0.2]) * columns
+    edges = {"left": 0.15 / width, "right": 1 - 0.05 / width, "bottom": 0.1 / height, "top": 1 - head / height}
+    gaps: Any = {"wspace": 0.1, "hspace": 0.3, "width_ratios": ratios}
+    grid = figure.add_gridspec(lines, len(ratios), **edges, **gaps)
+    scale = _scale(panel.maps for panel in panels)
+    for number, panel in enumerate(panels):
+        column, line = divmod(number, lines)
+        row = [figure.add_subplot(grid[line, column * (across + 1) + place]) for place in range(across)]
+        _show(row[0], _pale(panel.scene.image, panel.scene.seen), shown(panel.title, 16 * across))
+        for axes, name, one in zip(row[1:], names, panel.maps, strict=True):
+            _show_map(axes, panel.scene, one, scale)
+            if not line:
+                axes.annotate(name, (0, 1), (0, 18), "axes fraction", textcoords="offset points", fontsize=9)
+        for axes in row:
+            axes.set_anchor("NW")
+    bar = figure.add_axes((0.15 / width, 1 - 0.62 / height, 3.4 / width, 0.12 / height))
+    _color_bar(figure, scale, label, cax=bar, orientation="horizontal")
+    return figure
+
+
+def own_range(row: Row) -> Row:
+    """Scale each map to 0 to 1, its own lowest to highest color; its name says what those are."""
+    maps, names = [], []
+    for name, one in zip(row.names, row.maps, strict=True):
+        low, high = _range(one[np.isfinite(one)])
+        maps.append((one - low) / (high - low))
+        names.append(f"{name} ({low:.1f} to {high:.1f})" if np.isfinite(one).any() else name)
+    return Row(row.name, names, np.stack(maps))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Return the lowest and the highest color: all but the outermost hundredths, but no stretched rounding errors."""
+    low, high = np.percentile(values, [1, 99]) if len(values) else (0.0, 1.0)
+    return float(low), float(max(high, low + _LEAST))
+
+
+def _scale(maps: Iterable[np.ndarray]) -> "Normalize":
+    """Return one scale for all maps."""
+    from matplotlib.colors import Normalize
+
+    values = np.concatenate([one[np.isfinite(one)] for one in maps])
+    return Normalize(*_range(values))
+
+
+def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
+    """Lay a map in colors over the image, of which so little is left that no place looks like another value.
+
+    Returns uint8 (H, W, 3).
+
+    Args:
+        scene: the image.
+        one: (H, W), NaN where there is no map: there is no color.
+        scale: to 0 to 1.
+    """
+    from matplotlib import colormaps
+
+    there = np.isfinite(one)
+    colors = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
+    gray = _gray(scene)
+    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * gray
+    return np.where(there[..., None], mixed.round(), _pale(gray, scene.seen)).astype(np.uint8)
+
+
+def _show_map(axes: Any, scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
+    _show(axes, overlay(scene, one, scale), name)
+    if not np.isfinite(one).any():
+        axes.text(0.5, 0.5, "one position:\nno map", transform=axes.transAxes, ha="center", va="center", fontsize=8)
+
+
+def _show(axes: Any, image: np.ndarray, name: str = "") -> None:
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#cccccc", linewidth=0.5)  # a light image ends somewhere, too
+    axes.imshow(image)
+    axes.set_title(name, loc="left", fontsize=9, pad=3)
+
+
+def _color_bar(figure: "Figure", scale: "Normalize", label: str, **where: Any) -> None:
+    """Draw the bar in the colors that the map has over an image's middle gray."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    middle = (_DARKEST + 255) / 2 / 255
+    mixed = _OPACITY * colormaps[COLOURS](np.arange(256))[:, :3] + (1 - _OPACITY) * middle
+    colors = ScalarMappable(scale, ListedColormap(mixed))
+    bar = figure.colorbar(colors, label=label, extend="both", ticks=MaxNLocator(5), format="%g", **where)
+    bar.ax.tick_params(labelsize=8, length=2)
+
+
+def _gray(scene: Scene) -> np.ndarray:
+    """Return the luminance in three channels, stretched from light gray to white: dark and bright are for the map."""
+    luminance = scene.image @ np.array([0.299, 0.587, 0.114])
+    low, high = np.percentile(luminance[scene.seen], [1, 99])
+    share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
+    return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Lay three parts of white over what was not seen."""
+    return np.where(seen[..., None], image, (image.astype(int) + 3 * 255) // 4).astype(np.uint8)
