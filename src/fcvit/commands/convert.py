@@ -104,7 +104,7 @@ def convert(
     """
     destination = Path(destination)
     preprocessing = (pixels.changes() if pixels else None) or preprocessing
-    layout = destination_layout(destination, layout)
+    stored_layout = destination_layout(destination, layout)
     if destination.exists() and Path(source).exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source itself; choose another name for the output")
     notes: list[str] = []
@@ -141,7 +141,7 @@ def convert(
     proof = None
     with staged(destination, overwrite) as temporary:
         stored = cast(weights, dtype)
-        write_weights(temporary, stored, layout)
+        write_weights(temporary, stored, stored_layout)
         written = read_weights(temporary)
         if verify:
             proof = verification.verify_weights(written, weights)
@@ -150,7 +150,7 @@ def convert(
         Path(source),
         destination,
         str(weights.spec),
-        layout,
+        stored_layout,
         tuple(written.dtypes),
         len(written.tensors),
         weights.skipped,

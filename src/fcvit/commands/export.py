@@ -138,11 +138,11 @@ def export(
         BadImages: an image cannot be read.
         NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
     """
-    size, images = _size(size), find_images(images) if images else ()
+    size, paths = _size(size), find_images(images) if images else ()
     path = Path(output)
-    format = format or infer_format(path)
-    names = files(path, format)
-    if precision not in PRECISIONS or (precision == "int8" and format != "onnx"):
+    target: str = format or infer_format(path)
+    names = files(path, target)
+    if precision not in PRECISIONS or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
         raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
@@ -155,7 +155,7 @@ def export(
     size = size or (chosen.input_size, chosen.input_size)
     interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
     output_names(read.spec, probabilities)
-    given = _check_images(read, images, size, chosen)
+    given = _check_images(read, paths, size, chosen)
     if precision == "int8" and size[0] != size[1]:
         raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
     square = dataclasses.replace(chosen, input_size=size[0])
@@ -163,10 +163,10 @@ def export(
     with _published(names, overwrite) as folder:
         made = folder / path.name
         began = time.perf_counter()
-        write_export(read, interface, format, made)
+        write_export(read, interface, target, made)
         seconds = time.perf_counter() - began
-        logger.info(f"checking {path.name} with {RUNTIME[format]}")
-        checks = _checks(read, interface, format, made, given)
+        logger.info(f"checking {path.name} with {RUNTIME[target]}")
+        checks = _checks(read, interface, target, made, given)
         lively: tuple[Check, ...] = ()
         if has_near_zero_scale(read.tensors):
             logger.info(
@@ -175,17 +175,17 @@ def export(
             rule = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 other = Path(name) / path.name
-                write_export(rule, interface, format, other)
-                lively = _checks(rule, interface, format, other, given)
+                write_export(rule, interface, target, other)
+                lively = _checks(rule, interface, target, other, given)
         if scales is not None:
             began = time.perf_counter()
             quantize(made, scales, interface)
             seconds += time.perf_counter() - began
-            _require_finite(made, format, given, interface)
+            _require_finite(made, target, given, interface)
         written = sum((folder / name.name).stat().st_size for name in names)
     return Export(
         str(read.spec),
-        format,
+        target,
         tuple(map(str, names)),
         written,
         {
@@ -193,7 +193,7 @@ def export(
             "shape": [None, 3, *((None, None) if dynamic else size)],
         },
         tuple(output_names(read.spec, probabilities)),
-        RUNTIME[format],
+        RUNTIME[target],
         precision,
         checks,
         lively,
