@@ -579,7 +579,7 @@ def check_data(
     """
     from fcvit.commands.check_data import check_data as run
 
-    check = run(data, split=split or (), few=few, workers=workers)
+    check = run(data, split=split, few=few, workers=workers)
     if as_json:
         import dataclasses
 
