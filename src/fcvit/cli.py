@@ -30,7 +30,6 @@ from fcvit.errors import (
     BadImages,
     FcvitError,
     FreshWeights,
-    NumbersDisagree,
     UnreadableFile,
     UsageError,
 )
@@ -326,13 +325,8 @@ def bench(
         csv: Write the table into this file.
         as_json: Print JSON.
     """
-    from fcvit import run_folder as runs
-    from fcvit.commands.bench import as_csv, as_json_ready
     from fcvit.commands.bench import bench as run
-    from fcvit.report import tables
 
-    if csv is not None and not csv.absolute().parent.is_dir():
-        raise UsageError(f"--csv {csv}: there is no folder {csv.absolute().parent}")
     found = run(
         weights,
         variant=variant,
@@ -345,16 +339,13 @@ def bench(
         reference=reference,
         ema=ema,
         folder=output,
+        csv=csv,
     )
     if as_json:
-        _print_json(as_json_ready(found))
+        _print_json(found.to_json())
     else:
-        _show(*tables.speeds(found))
-        if found.folder:
-            _say(f"written to {found.folder}")
-    if csv is not None:
-        runs.write_text(csv, as_csv(found))
-    return NumbersDisagree.exit_code if any(speed.wrong for speed in found.speeds) else 0
+        _show(*found.tables())
+    return found.exit_code
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -17,7 +17,6 @@ from rich.text import Text
 from fcvit.analysis.heads import Heads
 from fcvit.analysis.similarity import Written
 from fcvit.analysis.trust import Estimate, Trust
-from fcvit.commands.bench import Bench
 from fcvit.commands.check_data import ODD, DataCheck, Same
 from fcvit.commands.convert import Conversion
 from fcvit.commands.export import Export
@@ -93,40 +92,6 @@ def exported(done: Export) -> Table:
     if done.precision == "int8":
         result.add_row("int8", "checked before it was quantized; fcvit eval --precision int8 measures what it costs")
     return result
-
-
-def speeds(found: Bench) -> list[Table]:
-    """Every contender with its times, and who could not be measured."""
-    columns = ("images/s", "p50 ms", "p90", "p99", "ratio", "GFLOP/s", "of peak", "load s", "MiB", "logits differ by")
-    result = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
-    result.title = f"{found.network} at {found.size} x {found.size}, {found.machine}; ratios to {found.reference}"
-    for speed in found.speeds:
-        one = speed.contender
-        name = one.engine if one.precision == "float32" else f"{one.engine}, {one.precision}"
-        times = [_or_dash(speed.percentiles[rank], "{:.1f}") for rank in (50, 90, 99)]
-        cells = [f"{speed.images_per_second:.1f}", *times, _or_dash(speed.of_reference, "{:.2f}")]
-        cells += [f"{speed.gflops:.1f}", _or_dash(speed.of_peak, "{:.1%}")]
-        cells.append(f"{speed.load_seconds:.1f}{'*' if speed.export_seconds is not None else ''}")
-        cells.append(f"{speed.memory / 2**20:.0f}")
-        cells.append(_or_dash(speed.difference, "{:.1e}") + (" WRONG" if speed.wrong else ""))
-        result.add_row(name, str(one.batch_size), str(one.threads), *cells)
-    about = table()
-    for threads, peak in found.peak.items():
-        about.add_row(f"peak, {threads} thread(s)", f"{peak:.0f} GFLOP/s, a matrix product of NumPy")
-    about.add_row("one image", f"{found.gmac:.3g} GMAC; uint8, normalizing included")
-    before = max(speed.memory_before for speed in found.speeds)
-    about.add_row("MiB", f"of the whole process at most; {before / 2**20:.0f} of them before the engine was loaded")
-    exports = [speed for speed in found.speeds if speed.export_seconds is not None]
-    if exports:
-        firsts = ", ".join(f"{speed.contender.engine} {speed.export_seconds:.1f} s" for speed in exports)
-        about.add_row("* load s", f"from the cache; the first use, which made the export, took: {firsts}")
-    about.add_row("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
-    if not found.skipped:
-        return [result, about]
-    left = table("not measured", "reason")
-    for name, reason in found.skipped:
-        left.add_row(name, reason)
-    return [result, about, left]
 
 
 def _or_dash(value: float | None, spec: str) -> str:
