@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import read_dataset
+from fcvit import evaluate
+from fcvit.data.class_folders import read_dataset
 from fcvit.data.loader import batches
-from fcvit.data.transforms.preprocess import Center
-from fcvit.evaluation.runner import evaluate
+from fcvit.data.transforms.preprocess import CenterCrop
 from fcvit.inference.engines import create_engine
 from fcvit.machine import processor_name
 from fcvit.models.spec import ModelSpec
@@ -45,7 +45,7 @@ BATCH = 16
 PIXELS = Preprocessing()  # the authors': 224 x 224
 PEAK = """
 import resource, sys
-from fcvit.evaluation.runner import evaluate
+from fcvit import evaluate
 evaluate(sys.argv[1], sys.argv[2], engines=sys.argv[3], device="cpu", workers=2, batch_size=16,
          preprocessing={"input_size": 64}, folder=sys.argv[4])
 own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -153,7 +153,7 @@ def plain(folder: Path, cores: int) -> float:
 def decode(folder: Path, cores: int) -> float:
     images = read_dataset(folder, None, None, 1000)
     count, began = 0, 0.0
-    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [Center(PIXELS)], cores):
+    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [CenterCrop(PIXELS)], cores):
         if began:
             count += len(batch.indices)
         else:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.commands.quickstart import CHECKPOINT, HELD_OUT, write_images
-from fcvit.models.classes import imagenet
+from fcvit.data.classes import imagenet
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS
 from fcvit.weights.synthetic import synthetic_tensors

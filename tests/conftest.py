@@ -18,7 +18,7 @@ from PIL import Image
 from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -148,6 +148,14 @@ def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def classifier_loss(outputs, targets):
+    import paddle
+
+    from fcvit.tasks.classification.training import soft_cross_entropy
+
+    return {"loss": soft_cross_entropy(outputs, paddle.to_tensor(targets))}
+
+
 # A network and a recipe that train in a second.
 SMALL = {
     "variant": "fcvit_digits",
@@ -193,7 +201,7 @@ def small(squares, request, monkeypatch):
     if "curves" not in request.fixturenames:
         monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
 
-    def build(**fields) -> Recipe:
-        return Recipe(**{**SMALL, "data": str(squares), **fields})
+    def build(**fields) -> ClassificationRecipe:
+        return ClassificationRecipe(**{**SMALL, "data": str(squares), **fields})
 
     return build

@@ -385,7 +385,7 @@ def test_a_lively_golden_of_the_command_line(run, tmp_path):
     """What `fcvit inspect --json` says of a dense backbone."""
     import dataclasses
 
-    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
+    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone")))
     found = json.loads(run("inspect", path, "--json")[1])
     assert found["form"] == "fcvit_digits (dense-prediction backbone)" and found["num_classes"] == 0
 

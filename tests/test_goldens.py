@@ -70,7 +70,7 @@ def test_every_option_in_float64(name, trace):
 @pytest.mark.parametrize("trace", SIDES)
 @pytest.mark.slow
 def test_dense_backbone_in_float64(trace):
-    weights = lively(ModelSpec(VARIANTS["fcvit_tiny"], dense=True), "features/")
+    weights = lively(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/")
     places = trace(weights, synthetic_input((1, 3, 72, 104), "features/"), "float64")
     for stage, expected in golden_arrays("features.npz").items():
         assert_equal(places[f"output{stage.removeprefix('stage')}"], expected)

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from fcvit.analysis.trust import trust as trust
     from fcvit.commands.bench import bench as bench
     from fcvit.commands.check_data import check_data as check_data
+    from fcvit.commands.compare import compare as compare
     from fcvit.commands.convert import convert as convert
+    from fcvit.commands.evaluate import evaluate as evaluate
     from fcvit.commands.export import export as export
     from fcvit.commands.finetune import finetune as finetune
     from fcvit.commands.inspect import inspect as inspect
     from fcvit.commands.verify import verify_files as verify  # noqa: F401
     from fcvit.errors import FcvitError as FcvitError
     from fcvit.errors import FreshWeights as FreshWeights
-    from fcvit.evaluation.comparison import compare as compare
-    from fcvit.evaluation.runner import evaluate as evaluate
     from fcvit.evaluation.runner import resume as resume
     from fcvit.inference.predict import Classifier as Classifier
     from fcvit.inference.predict import load as load
@@ -47,9 +47,9 @@ _HOMES = {
     "create_backbone": "fcvit.models.build",
     "create_model": "fcvit.models.build",
     "check_data": "fcvit.commands.check_data",
-    "compare": "fcvit.evaluation.comparison",
+    "compare": "fcvit.commands.compare",
     "convert": "fcvit.commands.convert",
-    "evaluate": "fcvit.evaluation.runner",
+    "evaluate": "fcvit.commands.evaluate",
     "resume": "fcvit.evaluation.runner",
     "inspect": "fcvit.commands.inspect",
     "Classifier": "fcvit.inference.predict",

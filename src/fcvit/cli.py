@@ -5,7 +5,6 @@ codes stand in `fcvit.errors` and docs/cli.md.
 """
 
 import contextlib
-import functools
 import io
 import logging
 import math
@@ -391,7 +390,7 @@ def similarity(
         as_json: Print JSON.
     """
     from fcvit.analysis.similarity import similarity as run
-    from fcvit.models.classes import read_classes
+    from fcvit.data.classes import read_classes
     from fcvit.report import tables
 
     found = run(
@@ -556,7 +555,6 @@ def check_data(
     *,
     split: list[str] | None = None,
     few: int = 10,
-    near: float = 0.45,
     workers: int | None = None,
     as_json: Json = False,
 ) -> int:
@@ -566,154 +564,22 @@ def check_data(
         data: Class folders, or the folders train and val (and test) of them; also a tar, or a folder in one.
         split: A split that lies elsewhere, as NAME=PATH; may be given several times.
         few: List classes with fewer images than this.
-        near: How much near duplicates may differ, 0 to 1; 0 looks for none.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none.
         as_json: Print JSON, with all that the tables shorten.
     """
     from fcvit.commands.check_data import check_data as run
 
-    splits: dict[str, Path] = {}
-    for text in split or ():
-        name, _, path = text.partition("=")
-        if not name or not path or "/" in name or name in splits:
-            raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
-        splits[name] = Path(path)
-    found = run(data, splits, few=few, near=near, workers=_workers() if workers is None else workers)
+    check = run(data, split=split or (), few=few, workers=workers)
     if as_json:
         import dataclasses
 
-        _print_json(dataclasses.asdict(found))
+        _print_json(dataclasses.asdict(check))
     else:
-        from fcvit.report import tables
-
-        _show(*tables.data_check(found))
-    return BadImages.exit_code if found.unreadable else 0
+        _show(*check.tables())
+    return check.exit_code
 
 
-@app.command(name="eval")
-def evaluate(
-    *,
-    weights: list[Path] | None = None,
-    data: Path | None = None,
-    list_file: Annotated[Path | None, Parameter(name="--list")] = None,
-    protocol: Literal["authors", "resize256-bilinear", "both"] | None = None,
-    engine: str | None = None,
-    output: Annotated[Path | None, Output] = None,
-    resume: Path | None = None,
-    batch_size: int | Literal["auto"] | None = None,
-    workers: int | None = None,
-    device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16", "int8"] | None = None,
-    calibrate: Path | None = None,
-    threads: int | None = None,
-    ema: bool | None = None,
-    input_size: int | None = None,
-    crop_fraction: float | None = None,
-    interpolation: Literal["bilinear", "bicubic"] | None = None,
-    mean: Channels = None,
-    std: Channels = None,
-    classes: Classes = None,
-    subset: int | None = None,
-    seed: int | None = None,
-    real: Path | None = None,
-    class_subset: str | None = None,
-    strict: Annotated[bool, Parameter(negative=())] = False,
-    save_logits: Annotated[bool | None, Parameter(negative=())] = None,
-    as_json: Json = False,
-) -> int:
-    """Measure accuracy on labeled images.
-
-    Args:
-        weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
-        data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
-        list_file: File with an image's path and class index a line.
-        protocol: authors (default), resize256-bilinear (Resize 256 bilinear, crop 224), or both at once.
-        engine: auto (default: the fastest that is right), onnxruntime, openvino, paddle, paddle-inference,
-            native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
-        output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers, --strict, --json, and
-            --weights, --data, --list, --classes, --real, --calibrate for what is elsewhere now.
-        batch_size: Images at a time (default: 32); auto tries what fits.
-        workers: Processes that decode images (default: one for each core, at most 8); 0: none.
-        device: auto (default), cpu, gpu or gpu:N.
-        precision: float32 (default), or bfloat16, float16, int8 where the engine has it, measured beside float32.
-        calibrate: Folder of images that int8 takes its scales from, such as training images.
-        threads: Threads that compute on a CPU (default: one for each core).
-        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
-        input_size: Another input size in pixels than the weights'.
-        crop_fraction: Another crop fraction.
-        interpolation: Another interpolation.
-        mean: Another mean, of images from 0 to 1: one number, or three for red, green and blue.
-        std: Another standard deviation, in the same way.
-        classes: Class list of the model: CSV with id and name, or one class per line (default: the file's own).
-        subset: Only so many images, every class in its share.
-        seed: Draws the subset (default: 0).
-        real: The file real.json of ImageNet-ReaL, for accuracy by its labels too.
-        class_subset: Tell only these classes apart: a class list, or present for those of the data.
-        strict: Stop at the first image that cannot be read.
-        save_logits: Keep logits.npy beside the predictions.
-        as_json: Print JSON.
-    """
-    from fcvit.evaluation.runner import NotWritten
-    from fcvit.evaluation.runner import evaluate as run
-    from fcvit.evaluation.runner import resume as go_on
-    from fcvit.report import tables
-
-    options = {
-        "list_file": list_file,
-        "protocol": protocol,
-        "engines": engine.split(",") if engine is not None else None,
-        "folder": output,
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-        "ema": ema,
-        "preprocessing": _changes(input_size, crop_fraction, interpolation, mean, std),
-        "classes": classes,
-        "subset": subset,
-        "seed": seed,
-        "real": real,
-        "class_subset": class_subset,
-        "save_logits": save_logits,
-        "threads": threads,
-        "calibration": calibrate,
-    }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    workers = _workers() if workers is None else workers
-    if resume is not None:
-        moved = {name: given.pop(name) for name in ("list_file", "classes", "real", "calibration") if name in given}
-        moved |= {"weights": weights} if weights else {}
-        moved |= {"data": data} if data is not None else {}
-        if given:
-            raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
-        start = functools.partial(go_on, resume, moved=moved)
-    elif not weights or data is None:
-        raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
-    else:
-        if seed is not None and subset is None:
-            raise UsageError("eval: --seed draws a --subset; there is none")
-        start = functools.partial(run, weights, data, record=True, **given)
-    unwritten = None
-    try:
-        found = start(workers=workers, strict=strict)
-    except NotWritten as error:  # the figures are there all the same
-        found, unwritten = error.evaluation, error
-    if not found.first:
-        return 0  # one process speaks for all; Paddle's launcher ends the others where one fails
-    if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(found))
-    else:
-        _show(*tables.evaluation(found))
-        if not unwritten:
-            _say(f"written to {found.folder}")
-    if unwritten:
-        raise unwritten
-    if found.unreadable:
-        _show(tables.unreadable(found.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+app.command("fcvit.commands.evaluate:command", name="eval", help="Measure accuracy on labeled images.")
 
 
 @app.command
@@ -730,7 +596,7 @@ def train(
     workers: int | None = None,
     as_json: Json = False,
     **overrides: str,
-) -> int:
+) -> object:
     """Train a network by a recipe; every field of the recipe is an option too, as in --lr 5e-4.
 
     Args:
@@ -793,7 +659,7 @@ def finetune(
     workers: int | None = None,
     as_json: Json = False,
     **overrides: str,
-) -> int:
+) -> object:
     """Train weights on one's own folder of images: a new head, and the rest gently.
 
     Args:
@@ -833,57 +699,21 @@ def _train_workers(workers: int | None, device: str) -> int:
 def _previewed(recipe: "Recipe", path: Path, output: Path | None, as_json: bool) -> int:
     if output is not None or as_json:
         raise UsageError("--preview draws a picture and trains nothing; leave --output and --json out")
-    from fcvit.commands.preview import preview
+    from fcvit.commands.preview import draw_preview
 
-    _say(f"written to {preview(recipe, path)}")
+    _say(f"written to {draw_preview(recipe, path).path}")
     return 0
 
 
-def _trained(done: "Training", as_json: bool) -> int:
-    if not done.first:
-        return 0
+def _trained(done: "Training", as_json: bool) -> object:
     if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(done) | {"weights": str(done.weights)})
-    else:
-        from fcvit.report import tables
-
-        _show(tables.training(done))
-        _say(f"weights: {done.weights}")
-    if done.unreadable:
-        from fcvit.report import tables
-
-        _show(tables.unreadable(done.unreadable), error=True)
-        return BadImages.exit_code
-    return 0
+        if (content := done.to_json()) is not None:
+            _print_json(content)
+        return done.exit_code
+    return done
 
 
-@app.command
-def compare(
-    first: Path, second: Path, /, *, output: Annotated[Path | None, Output] = None, as_json: Json = False
-) -> None:
-    """Compare two results of eval over the same images: is the difference real, and where does it lie?
-
-    Args:
-        first: Folder of a result, or of a run that has only one.
-        second: The other.
-        output: New folder for comparison.json and differing.csv, the images on which they differ.
-        as_json: Print JSON.
-    """
-    from fcvit.evaluation.comparison import compare as run
-
-    found = run(first, second, output)
-    if as_json:
-        import dataclasses
-
-        _print_json(dataclasses.asdict(found))
-        return
-    from fcvit.report import tables
-
-    _show(*tables.comparison(found))
-    if output is not None:
-        _say(f"written to {output}")
+app.command("fcvit.commands.compare:compare", name="compare", help="Compare two results of eval over the same images.")
 
 
 @app.command
@@ -915,9 +745,9 @@ def predict(
         as_json: Print JSON.
         csv: Print CSV.
     """
+    from fcvit.data.classes import read_classes
     from fcvit.data.folders import find_images
     from fcvit.inference.predict import check_counts, load
-    from fcvit.models.classes import read_classes
     from fcvit.report import tables
     from fcvit.report.progress import progress
 
@@ -1075,6 +905,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    as_json = "--json" in words and words[0] in ("eval", "compare")
+    if as_json:
+        words.remove("--json")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -1086,10 +919,15 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("always", FreshWeights)
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
+        if hasattr(result, "tables"):
+            _print_outcome(result, as_json)
+            return getattr(result, "exit_code", 0)
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
         return _fail(_usage(error, words), UsageError, debug)
     except FcvitError as error:
+        if hasattr(error, "result"):
+            _print_outcome(error.result, as_json)
         code = _fail(error, type(error), debug)
         problems = getattr(error, "problems", ())
         if len(problems) > 1:
@@ -1110,6 +948,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
         return _fail(f"{text} (please report it; --debug shows where)", FcvitError, debug)
+
+
+def _print_outcome(result: Any, as_json: bool) -> None:
+    if as_json and (content := result.to_json()) is not None:
+        _print_json(content)
+    elif not as_json:
+        for part in result.tables():
+            _say(part) if isinstance(part, str) else _show(part)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Text from files, and text for people: encodings, what a terminal obeys, what a spreadsheet executes."""
 
 import codecs
+import collections
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -41,6 +44,28 @@ def printable(text: str, keep: str = "") -> str:
         keep: unsafe characters that stay, such as a line feed in text of several lines.
     """
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
+    """Join the first values with commas, each cut to `length` characters, and mark that there are more."""
+    texts = list(map(str, values))
+    return ", ".join(text[:length] for text in texts[:shown]) + (", ..." if len(texts) > shown else "")
+
+
+def repeats(values: Iterable[str]) -> list[str]:
+    """Return the values that occur more than once."""
+    return [value for value, times in collections.Counter(values).items() if times > 1]
+
+
+def parse_json(text: str) -> tuple[Any, list[str]]:
+    """Parse JSON; also return the keys that stand twice in one object, of which `json` would take the last."""
+    repeated: list[str] = []
+
+    def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        repeated.extend(repeats(key for key, _ in pairs))
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=build), repeated
 
 
 def escape_json(text: str) -> str:

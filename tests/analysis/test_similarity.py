@@ -10,12 +10,12 @@ from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import similarity as task
 from fcvit.analysis.placement import place
 from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.predict import Prediction
 from fcvit.metrics.classification import softmax
-from fcvit.models.classes import ClassName
 from fcvit.models.maps import Similarity, SimilarityMap
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing
@@ -119,7 +119,7 @@ def test_without_the_extra_the_command_is_named(digits_pth, photos, tmp_path, no
 
 @needs_paddle
 def test_a_dense_backbone_has_no_viewer(tmp_path):
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     with pytest.raises(DoesNotFit, match="maps come from a classifier"):
         Viewer(read_weights(write_pth(tmp_path / "dense.pth", synthetic_tensors(spec))))
 
@@ -314,7 +314,7 @@ def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path)
 @pytest.mark.charts
 def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkeypatch, drawn, notes):
     """Whole images only: their files, and no overview."""
-    see, told = Viewer.see, []
+    see, told = Viewer.see, notes
 
     def interrupted(viewer, image, top_k):
         if image.size == (33, 90):

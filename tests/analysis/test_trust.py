@@ -245,7 +245,7 @@ def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
 @pytest.mark.parametrize("after", [9, 11])
 def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
     """Of ten images at least; from both halves of them."""
-    measured, told = [], []
+    measured, told = [], notes
 
     def interrupted(one, other, *_):
         if len(measured) == after:
@@ -268,7 +268,7 @@ def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_
 @needs_paddle
 def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypatch, notes):
     """By the number of images that go through the network, which is exact."""
-    done, told = [], []
+    done, told = [], notes
 
     def compute(batch):
         done.append(len(batch))

@@ -230,7 +230,7 @@ def test_requests_that_cannot_be(options, fake):
 def test_processes_of_their_own(digits_pth, monkeypatch):
     """For real, with a backbone: it has outputs to compare as well, four of them."""
     monkeypatch.setattr(task, "interleave", functools.partial(interleave, seconds=0, pause=0))
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     weights = dataclasses.replace(read_weights(digits_pth), spec=spec, tensors=synthetic_tensors(spec))
     found = bench(weights, engines=["torch", "torch-channels-last"], batch_sizes=[2], threads=[1], rounds=1)
     assert [speed.contender.engine for speed in found.speeds] == ["torch", "torch-channels-last"]

@@ -1,8 +1,7 @@
 """Looking over a data set: each trouble is found by name, and nothing else is."""
 
 import dataclasses
-import inspect
-import io
+import functools
 import json
 import os
 import shutil
@@ -13,15 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcvit import cli
 from fcvit.cli import main
 from fcvit.commands import check_data as module
-from fcvit.commands.check_data import check_data
-from fcvit.data import near_duplicates as similar
-from fcvit.data.near_duplicates import MAX_DIFFERENCE, SIDE, fingerprint, similar_pairs
 from fcvit.data.sources import Source
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.report import tables
+
+check_data = functools.partial(module.check_data, workers=0)
 
 
 def picture(seed, size=(64, 48)):
@@ -67,8 +63,7 @@ def findings(found):
     """What is not empty, under its name."""
     rows = {name: getattr(found, name) for name in ("odd", "missing")}
     rows["unreadable"] = [(bad.image, bad.reason) for bad in found.unreadable]
-    for name in ("duplicates", "near_duplicates"):
-        rows[name] = [(group.match, group.images, group.splits, group.classes) for group in getattr(found, name)]
+    rows["duplicates"] = [(group.match, group.images, group.splits, group.classes) for group in found.duplicates]
     for name in ("empty", "few", "other_files", "outside"):
         rows[name] = {split.name: value for split in found.splits if (value := getattr(split, name))}
     rows = {name: value for name, value in rows.items() if value}
@@ -77,7 +72,6 @@ def findings(found):
 
 
 def test_clean_data(data, notes):
-    notes = notes
     found = check_data(data)
     assert findings(found) == {} and found.images == 40 and found.modes == {"RGB": 40}
     assert [(s.name, s.path, s.classes, s.imbalance) for s in found.splits] == [
@@ -90,16 +84,15 @@ def test_clean_data(data, notes):
 def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path, notes):
     save(data / "test" / "x.png", picture(100))  # without classes, as a test set may be
     save(data / "other" / "cat" / "x.png", picture(101))
-    notes = notes
     found = check_data(data)
     assert [s.name for s in found.splits] == ["train", "val", "test"]
     assert findings(found) == {"outside": {"test": ("x.png",)}}
     assert notes[0].endswith("train, val, test: each is a split; not looked at: other")
     moved = (data / "val").rename(tmp_path / "elsewhere")
-    for arguments in ((data / "train", {"val": moved}), (None, {"train": data / "train", "val": moved})):
-        assert findings(check_data(*arguments)) == {}
+    assert findings(check_data(data / "train", split=[f"val={moved}"])) == {}
+    assert findings(check_data(split=[f"train={data / 'train'}", f"val={moved}"])) == {}
     shutil.copy(moved / "cat" / "0.png", data / "train" / "cat" / "x.png")
-    (group,) = check_data(data / "train", {"val": moved}).duplicates
+    (group,) = check_data(data / "train", split=[f"val={moved}"]).duplicates
     assert group.images == ("train/cat/x.png", "val/cat/0.png") and group.splits == ("train", "val")
 
 
@@ -170,29 +163,8 @@ def test_the_same_bytes_of_another_shape_are_no_duplicates(one):
     assert findings(check_data(one)) == {}
 
 
-def test_near_duplicates(data):
-    """Encoded again, smaller, cropped: one group, with the exact copy of one of them in it."""
-    original = picture(10, (320, 240))
-    save(data / "train" / "dog" / "0.png", original)
-    save(data / "train" / "dog" / "a.jpg", original, quality=70)
-    save(data / "val" / "cat" / "b.png", original.resize((160, 120)))
-    save(data / "val" / "dog" / "c.png", original.crop((5, 4, 315, 236)))
-    shutil.copy(data / "val" / "dog" / "c.png", data / "val" / "dog" / "d.png")
-    found = check_data(data)
-    names = ("train/dog/0.png", "train/dog/a.jpg", "val/cat/b.png", "val/dog/c.png", "val/dog/d.png")
-    assert findings(found) == {
-        "duplicates": [("file", names[3:], ("val",), ("dog",))],
-        "near_duplicates": [("near", names, ("train", "val"), ("cat", "dog"))],
-    }
-    difference = found.near_duplicates[0].difference
-    assert 0.05 < difference <= MAX_DIFFERENCE
-    assert findings(check_data(data, near=0)).keys() == {"duplicates"}
-    (group,) = check_data(data, near=difference / 2).near_duplicates
-    assert group.images == names[:3]
-
-
-def test_pictures_that_say_little_are_not_all_alike(one):
-    """Of almost one color, a little darker on one side as walls are, with noise; and smaller than a thumbnail."""
+def test_pictures_that_say_little(one):
+    """Of almost one color, a little darker on one side as walls are, with noise; and smaller than 16 pixels."""
     generator = np.random.default_rng(0)
     wall = np.linspace(190, 200, 64)[None, :, None]
     for index in range(6):
@@ -253,16 +225,14 @@ def trouble(data):
     save(data / "val" / ".hidden" / "h.png", picture(99))
     save(data / "val" / "cat" / "._0.png", picture(99))
     shutil.copy(data / "train" / "cat" / "1.png", data / "val" / "dog" / "x.png")
-    for index in range(6):
-        save(data / "train" / "dog" / f"again{index}.jpg", Image.open(data / "val" / "cat" / f"{index}.png"))
     return data
 
 
 def test_a_tar_is_the_folder_it_was_made_of(data):
     tar = as_tar(trouble(data))
     folder = findings(check_data(data))
-    assert findings(check_data(tar)) == folder and len(folder) == 6
-    inside = check_data(tar / "train", {"val": tar / "val"})
+    assert findings(check_data(tar)) == folder and len(folder) == 5
+    inside = check_data(tar / "train", split=[f"val={tar / 'val'}"])
     assert findings(inside) == folder and inside.splits[0].path == tar / "train"
     with pytest.raises(UnreadableFile, match="no folder nowhere in it"):
         check_data(tar / "nowhere")
@@ -299,9 +269,8 @@ def test_requests_that_are_wrong(data, tmp_path):
     for arguments, options, message in (
         ((data,), {"few": -1}, "--few -1"),
         ((data,), {"workers": -1}, "--workers -1"),
-        ((data,), {"near": 1.5}, "--near 1.5"),
-        ((data, {"val": data / "val"}), {}, "already the split val"),
-        ((None,), {}, "expected a folder"),
+        ((data,), {"split": [f"val={data / 'val'}"]}, "already the split val"),
+        ((), {}, "expected a folder"),
     ):
         with pytest.raises(UsageError, match=message):
             check_data(*arguments, **options)
@@ -334,8 +303,6 @@ def test_the_command_line(data, capsys):
     assert found == json.loads(json.dumps(dataclasses.asdict(check_data(data)), default=str))
     code, out, _ = run(capsys, "--split", f"a={data / 'train'}", "--split", f"b={data / 'val'}", "--few", 0, "--json")
     assert [split["name"] for split in json.loads(out)["splits"]] == ["a", "b"] and json.loads(out)["few"] == 0
-    code, out, _ = run(capsys, data, "--near", 0, "--json")
-    assert json.loads(out)["duplicates"] and not json.loads(out)["near_duplicates"]
 
 
 @pytest.mark.parametrize("text", ["train", "=x", "a=", "a/b=x"])
@@ -355,72 +322,6 @@ def test_long_lists_are_shortened_in_the_table_only(one, capsys):
 
 def test_every_kind_of_oddity_is_shown_in_words(one):
     found = dataclasses.replace(check_data(one), odd=dict.fromkeys(module.ODD, ("x.png",)))
-    listing = tables.data_check(found)[1]
+    _, listing = found.tables()
     shown = [*listing.columns[0].cells]
     assert shown == list(module.ODD.values())
-
-
-# Pairs
-
-
-def prints(images):
-    marks = [fingerprint(image) for image in images]
-    hashes = np.frombuffer(b"".join(mark.hash for mark in marks), np.uint8).reshape(-1, 8)
-    return hashes, np.frombuffer(b"".join(mark.thumbnail for mark in marks), np.uint8).reshape(-1, SIDE * SIDE * 3)
-
-
-def test_pairs_are_those_that_comparing_everything_finds():
-    """Each of forty, and itself encoded again, in a crowd of others."""
-    images = []
-    for seed in range(40):
-        images.append(picture(seed))
-        buffer = io.BytesIO()
-        images[-1].save(buffer, "JPEG", quality=70)
-        images.append(Image.open(buffer).convert("RGB"))
-    hashes, thumbnails = prints([*images, *(picture(100 + seed) for seed in range(300))])
-    passes = []
-    pairs = similar_pairs(hashes, thumbnails, advance=passes.append)
-    assert [pair[:2] for pair in pairs] == [(2 * index, 2 * index + 1) for index in range(40)]
-    assert sum(passes) == module.PASSES
-    standard = thumbnails - thumbnails.mean(1, keepdims=True)
-    standard /= standard.std(1, keepdims=True)
-    for first, second, difference in pairs:
-        assert difference == pytest.approx(np.sqrt(np.square(standard[first] - standard[second]).mean()), abs=1e-3)
-
-
-def test_hashes_that_differ_in_six_bits_always_meet():
-    """Two of the eight bytes are the same, whichever the bits; thumbnails then decide."""
-    generator = np.random.default_rng(0)
-    _, (thumbnail, other) = prints([picture(0), picture(1)])
-    for _ in range(200):
-        one = generator.integers(0, 2, 64)
-        two = one.copy()
-        two[generator.choice(64, 6, replace=False)] ^= 1
-        hashes = np.packbits([one, two], axis=1)
-        assert len(similar_pairs(hashes, np.stack([thumbnail, thumbnail]))) == 1
-        assert not similar_pairs(hashes, np.stack([thumbnail, other]))
-
-
-def test_a_crowd_of_equal_hashes_stays_cheap(monkeypatch):
-    """Neighbours only are compared, and each pair of thumbnails once; those that are alike still meet."""
-    compared = []
-
-    def difference(first, second):
-        compared.append(len(first))
-        return real(first, second)
-
-    real = similar._difference
-    monkeypatch.setattr(similar, "_difference", difference)
-    thumbnails = np.random.default_rng(0).integers(0, 256, (400, SIDE * SIDE * 3), np.uint8)
-    thumbnails[201] = thumbnails[200]
-    (pair,) = similar_pairs(np.zeros((400, 8), np.uint8), thumbnails)
-    assert pair == (200, 201, pytest.approx(0, abs=1e-3)) and sum(compared) == sum(400 - step for step in range(1, 257))
-
-
-def test_the_default_of_the_command_line_is_that_of_the_function():
-    defaults = [inspect.signature(function).parameters for function in (check_data, cli.check_data)]
-    assert [(d["few"].default, d["near"].default) for d in defaults] == [(10, MAX_DIFFERENCE)] * 2
-
-
-def test_nothing_to_compare():
-    assert similar_pairs(np.empty((0, 8), np.uint8), np.empty((0, SIDE * SIDE * 3), np.uint8)) == []

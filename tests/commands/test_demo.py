@@ -24,9 +24,9 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, write_pth
 from fcvit.analysis.similarity import Viewer, picture
 from fcvit.commands import demo as task
+from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
-from fcvit.models.classes import digits
 from fcvit.models.spec import ModelSpec
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors

@@ -10,12 +10,12 @@ from PIL import Image
 from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch
 from fcvit.commands import export as task
 from fcvit.commands.export import export
+from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.inference.export import ENDINGS, RUNTIME
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.metrics.classification import softmax
-from fcvit.models.classes import ClassName
 from fcvit.models.spec import ModelSpec
 from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import read_weights
@@ -227,7 +227,7 @@ def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
 
 
 def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
-    spec = ModelSpec(DIGITS.variant, dense=True)
+    spec = ModelSpec(DIGITS.variant, head="backbone")
     dense = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)
     done = export(dense, tmp_path / "a.onnx", dynamic=True)
     maps = load(done)(np.zeros((1, 3, 40, 56), np.float32))

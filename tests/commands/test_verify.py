@@ -232,7 +232,7 @@ def test_the_way_back_is_verified_too(tmp_path, digits_pth, converted):
 
 
 def test_a_dense_backbone_is_verified_on_its_four_maps(tmp_path):
-    spec = dataclasses.replace(DIGITS, num_classes=0, dense=True)
+    spec = dataclasses.replace(DIGITS, num_classes=0, head="backbone")
     done = convert(write_pth(tmp_path / "d.pth", synthetic_tensors(spec)), tmp_path / "d.safetensors")
     names = [place.name for place in done.verification.comparison.drift]
     assert names[-4:] == ["output0", "output1", "output2", "output3"] and done.verification.passed

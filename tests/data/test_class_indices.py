@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.data.class_indices import assign_classes, assign_labels
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit
-from fcvit.models.classes import ClassName
 
 
 def named(*ids, names=None):
@@ -23,8 +23,8 @@ def labels(values, classes, count):
 
 
 @pytest.mark.parametrize("form", ["{}", "{}.0", "0{}", "{}e0", "{:.18e}", "+{}", "{}."])
-def test_whole_numbers_are_indices_however_they_are_written(spec):
-    values = [spec.format(i) for i in range(12)]
+def test_whole_numbers_are_indices_however_they_are_written(form):
+    values = [form.format(i) for i in range(12)]
     assert labels(values, None, 12) == (list(range(12)), "the numbers in list.txt are class indices")
 
 
@@ -84,7 +84,7 @@ def test_folders_that_are_numbers_are_not_sorted_as_text(folders):
 
 def test_letters_match_composed_or_not():
     names = ["café", "zéro", "één"]
-    composed, apart = ([unicodedata.normalize(spec, name) for name in names] for spec in ("NFC", "NFD"))
+    composed, apart = ([unicodedata.normalize(form, name) for name in names] for form in ("NFC", "NFD"))
     for known, given_names in ((composed, apart), (apart, composed)):
         found = assign_classes(sorted(given_names), named(*known), 3, "class folders")
         assert [found.mapping[name] for name in given_names] == [0, 1, 2] and "class ids" in found.rule

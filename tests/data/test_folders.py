@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fcvit.data.classes import ClassName, as_classes, imagenet, read_classes, resolve_classes
 from fcvit.data.folders import find_images, images_below
 from fcvit.errors import DoesNotFit, UnreadableFile
-from fcvit.models.classes import ClassName, as_classes, imagenet, read_classes, resolve_classes
 
 PETS = (ClassName("c1", "cat"), ClassName("d1", "dog"), ClassName("m1", "crane"), ClassName("m2", "crane"))
 
@@ -29,11 +29,10 @@ def test_finding_images(tmp_path, monkeypatch):
         find_images(["in", "nope*"])
 
 
-def test_files_of_a_folder_that_are_not_taken_for_images_are_counted(tmp_path, monkeypatch):
+def test_files_of_a_folder_that_are_not_taken_for_images_are_counted(tmp_path, monkeypatch, notes):
     make(tmp_path, "in/1.png", "in/a/2.HEIC", "in/3.heic", "in/notes", "in/.hidden", "none/1.txt", "all/1.jpg")
     monkeypatch.chdir(tmp_path)
-    notes = []
-    find_images(["in", "all", "in/notes"], notes.append)
+    find_images(["in", "all", "in/notes"])
     assert notes == ["in: left out 3 files without an image's ending: 2 .heic, 1 no ending"]
 
 

@@ -7,10 +7,15 @@ import tarfile
 import pytest
 from PIL import Image
 
+from conftest import SMALL
+from fcvit.commands.check_data import check_data
+from fcvit.data.class_folders import read_dataset
 from fcvit.data.folders import ENDINGS, FORMATS, find_images, images_below, is_image, legible
 from fcvit.data.sources import open_source
+from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, UnreadableFile
+from fcvit.training.recipe import Recipe
 
 
 def tar_of(*names, content=b"x"):
@@ -48,6 +53,22 @@ def test_tars_put_together_are_read_to_the_end(tmp_path):
     for length in range(len(first) + 1, len(first) + 1537, 512):
         with pytest.raises(UnreadableFile):
             files(path, (first + second)[:length])
+
+
+def test_a_tar_is_indexed_once_as_long_as_it_stays_the_same(tmp_path, monkeypatch):
+    """Whoever asks: training splits, evaluation and check-data."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", content=image.getvalue()))
+    other = tar_of("c/1.png", "d/1.png")
+    opened, tar_open = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args, **options: opened.append(1) or tar_open(*args, **options))
+    splits = find_splits(Recipe(**{**SMALL, "data": str(path)}), None)
+    assert read_dataset(path / "val", None, None, 2).names == splits.val.names
+    assert check_data(path, workers=0).images == 4 and len(opened) == 1
+    path.write_bytes(other)
+    assert read_dataset(path, None, None, 2).names == ("c/1.png", "d/1.png") and len(opened) == 2
 
 
 def test_tars_in_a_tar_are_folders_and_read_in_place(tmp_path):

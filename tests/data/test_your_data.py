@@ -8,13 +8,13 @@ import pytest
 
 from conftest import SMALL
 from fcvit.commands.check_data import check_data
+from fcvit.data.class_folders import read_dataset
 from fcvit.data.class_indices import Assignment
+from fcvit.data.classes import read_classes
 from fcvit.data.folders import ENDINGS, SYSTEM
-from fcvit.data.labeled import read_dataset
+from fcvit.data.training_splits import find_splits
 from fcvit.errors import FcvitError
-from fcvit.models.classes import read_classes
-from fcvit.training.data import find_splits
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text("utf-8")
 BLOCKS = {
@@ -37,12 +37,12 @@ def read(command, data):
         if command == "eval":
             images = read_dataset(data, None, None, 2)
         elif command == "finetune":
-            splits = find_splits(Recipe(**{**SMALL, "data": str(data)}), None)
+            splits = find_splits(ClassificationRecipe(**{**SMALL, "data": str(data)}), None)
             images, val = splits.train, splits.val
             also = f" and {len(val)} validation" if val is not None else ""
             return f"{len(images)} training{also} images of {', '.join(c.id for c in splits.classes)}"
         else:
-            return "splits " + ", ".join(split.name for split in check_data(data, near=0).splits)
+            return "splits " + ", ".join(split.name for split in check_data(data, workers=0).splits)
     except FcvitError as error:
         return f"refused: {error}"
     return f"{len(images)} images of {', '.join(images.mapping)}"
@@ -61,7 +61,7 @@ def check(expectations):
 @pytest.fixture(autouse=True)
 def any_number_of_classes(monkeypatch, tmp_path):
     """The count of outputs is that of the classes: it is not what is tested here."""
-    from fcvit.data import labeled as dataset
+    from fcvit.data import class_folders as dataset
 
     def counted(labels, classes, count, what):
         return Assignment({label: index for index, label in enumerate(labels)}, what)

@@ -19,16 +19,17 @@ import fcvit
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit import frameworks
 from fcvit.cli import main
+from fcvit.commands.compare import compare
+from fcvit.commands.evaluate import evaluate as evaluate_by
+from fcvit.data.classes import ClassName
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
-from fcvit.evaluation import results
-from fcvit.evaluation import runner as evaluation
-from fcvit.evaluation.comparison import compare
+from fcvit.evaluation.logits import LogitFiles
+from fcvit.evaluation.results import NotWritten
 from fcvit.evaluation.runner import _agreed, resume
-from fcvit.evaluation.runner import evaluate as evaluate_by
 from fcvit.inference.engines import PaddleEngine, TorchEngine
 from fcvit.metrics.classification import calibration, wilson
-from fcvit.models.classes import ClassName
 from fcvit.models.spec import ModelSpec
+from fcvit.tasks.classification import page, results
 from fcvit.weights.synthetic import synthetic_tensors
 
 # The network itself, whichever engine is the fastest here; tests/deploy has those.
@@ -80,7 +81,7 @@ def test_workers_and_interruptions_change_no_byte(folder, digits_pth, tmp_path, 
     evaluate(digits_pth, folder, **options, workers=0, folder=tmp_path / "alone")
     evaluate(digits_pth, folder, **options, workers=3, folder=tmp_path / "three")
     whole = files(tmp_path / "alone")
-    assert len(whole) == 8 and files(tmp_path / "three") == whole
+    assert len(whole) == 7 and files(tmp_path / "three") == whole
     run = tmp_path / "again"
     for patience in (2, 1, None):  # interrupted after two batches, after one more, then not
         with monkeypatch.context() as patch:
@@ -147,7 +148,7 @@ def test_logits_of_zero_are_logits(folder, digits_tensors, tmp_path, monkeypatch
     path = write_pth(tmp_path / "zero.pth", zero)
     if not shared:
         for method in ("write", "mark"):
-            monkeypatch.setattr(evaluation._LogitFiles, method, lambda *_: None)
+            monkeypatch.setattr(LogitFiles, method, lambda *_: None)
     said = notes
     options = {"batch_size": 12, "device": "cpu", "folder": tmp_path / "run", "save_logits": True}
     evaluate(path, folder, **options)
@@ -162,23 +163,23 @@ def test_logits_of_zero_are_logits(folder, digits_tensors, tmp_path, monkeypatch
 @needs_paddle
 def test_a_full_disk_at_the_end_loses_no_figure(folder, digits_pth, tmp_path, monkeypatch, capsys):
     """Figures are given, the file and the way to go on are named, and nothing is computed twice."""
-    usual, run = results.write_lane, tmp_path / "a run"
+    usual, run = results.write_result, tmp_path / "a run"
 
     def full(lane, *_rest):
         raise UnreadableFile(f"{lane}/predictions.csv: cannot be written: No space left on device")
 
-    monkeypatch.setattr(results, "write_lane", full)
+    monkeypatch.setattr(results, "write_result", full)
     again = f"to write them: fcvit eval --resume '{run}'"
-    with pytest.raises(evaluation.NotWritten, match=f"predictions.csv: .*No space left.*{again}") as error:
+    with pytest.raises(NotWritten, match=f"predictions.csv: .*No space left.*{again}") as error:
         evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=run)
-    expected = error.value.evaluation.results
+    expected = error.value.result.results
     assert json.loads((run / "run.json").read_text())["status"] == "failed" and expected[0].images == 23
 
     assert main(["eval", "--resume", str(run), "--workers", "0"]) == 3
     out, err = capsys.readouterr()
     assert f"{expected[0].top1:.2f}" in out and "written to" not in out
     assert err.splitlines()[-1].startswith(f"fcvit: {run}/digits-authors/predictions.csv: ") and again in err
-    monkeypatch.setattr(results, "write_lane", usual)
+    monkeypatch.setattr(results, "write_result", usual)
     calls = count_calls(monkeypatch, None)
     assert [r.top1 for r in resume(run).results] == [r.top1 for r in expected] and not calls
 
@@ -186,8 +187,6 @@ def test_a_full_disk_at_the_end_loses_no_figure(folder, digits_pth, tmp_path, mo
 @needs_paddle
 @pytest.mark.parametrize("what", ["journal", "logits", "page"])
 def test_a_full_disk_is_named_with_the_way_to_go_on(folder, digits_pth, tmp_path, monkeypatch, what):
-    usual = os.pwrite
-
     def full(*_rest):
         raise OSError(28, "No space left on device")
 
@@ -197,10 +196,10 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(folder, digits_pth, tmp_path
             monkeypatch.setattr("fcvit.evaluation.journal.Journal._create", lambda *_: FullFile(full, "w"))
             expected = r"0-0.journal: No space left on device; go on with: fcvit eval --resume"
         case "logits":
-            monkeypatch.setattr(os, "pwrite", lambda f, content, at: full() if at > 200 else usual(f, content, at))
+            monkeypatch.setattr(os, "posix_fallocate", full)
             expected = r"logits.npy: No space left on device; go on with: fcvit eval --resume"
         case "page":
-            monkeypatch.setattr(evaluation.run_page, "write_page", full)
+            monkeypatch.setattr(page, "write_page", full)
             expected = r"run: No space left on device; the figures are complete; to write them: fcvit eval --resume"
     with pytest.raises(UnreadableFile, match=expected):
         evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=tmp_path / "run", save_logits=True)
@@ -252,7 +251,7 @@ def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits
 
     words = ["eval", "--resume", str(run), "--data", str(data), "--weights", str(weights), "--workers", "0"]
     assert main(words) == 0 and rows(run) == rows(tmp_path / "whole")
-    assert json.loads((run / "run.json").read_text())["settings"]["data"] == str(data)
+    assert json.loads((run / "run.json").read_text())["request"]["data"] == str(data)
     assert main(words[:3]) == 0, "from now on it is known where they are"
 
 
@@ -279,9 +278,14 @@ def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path
     with pytest.raises(UnreadableFile, match="expected the folder of a run"):
         resume(folder)
     record = json.loads((run / "run.json").read_text())
-    for field, value in (("batch_size", 3), ("protocol", "both"), ("weights", "x"), ("seed", None), ("more", 1)):
-        edited = {**record, "settings": {**record["settings"], field: value}}
-        (run / "run.json").write_text(json.dumps(edited))
+    request = record["request"]
+    changes = [{"weights": ["x"]}, {"task": "x"}, {"settings": "x"}]
+    changes += [
+        {"settings": {**request["settings"], **one}} for one in ({"batch_size": 3}, {"protocol": "both"}, {"more": 1})
+    ]
+    changes += [{"options": {**request["options"], **one}} for one in ({"subset": 3}, {"more": 1})]
+    for change in changes:
+        (run / "run.json").write_text(json.dumps({**record, "request": {**request, **change}}))
         with pytest.raises(UnreadableFile, match=r"not those that the run began with|without the settings"):
             resume(run)
     (run / "run.json").write_text('{"command": "eval"}')
@@ -304,7 +308,6 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["digits-authors", "journals", "report.html", "run.json"]
     assert sorted(p.name for p in lane.iterdir()) == [
         "confusion.png",
-        "maps.png",
         "metrics.json",
         "per_class.csv",
         "predictions.csv",
@@ -329,38 +332,9 @@ def test_what_a_run_leaves(folder, digits_pth, tmp_path):
     taken = [row["class_1"] for row in predicted if row["truth"] == "3" and row["class_1"] != "3"]
     assert classes["3"]["mistaken_for"] in taken
     assert int(classes["3"]["times"]) == max(taken.count(name) for name in taken)
-    for name in ("worst.png", "confusion.png", "reliability.png", "maps.png"):
+    for name in ("worst.png", "confusion.png", "reliability.png"):
         with Image.open(lane / name) as picture:
             assert min(picture.size) > 100
-
-
-@needs_paddle
-@pytest.mark.slow
-@pytest.mark.charts
-@pytest.mark.parametrize("subset", [None, "present"])
-def test_maps_are_of_the_surest_mistakes_and_right_answers(subset, folder, digits_pth, tmp_path, monkeypatch):
-    """As the records have it: of a subset of the classes, the best is the best among those."""
-    drawn = []
-    small = io.BytesIO()
-    Image.new("RGB", (200, 200)).save(small, "PNG")
-    monkeypatch.setattr(evaluation, "overview", lambda panels, *_: drawn.append(panels) or small.getvalue())
-    (tmp_path / "classes.txt").write_text("\n".join(str(i) for i in range(10)))
-    options = {"batch_size": 8, "device": "cpu", "folder": tmp_path / "run", "classes": tmp_path / "classes.txt"}
-    if subset:
-        shutil.rmtree(folder / "0")
-        options["class_subset"] = subset
-    evaluate(digits_pth, folder, **options)
-    (panels,) = drawn
-    predicted = rows(tmp_path / "run")
-    expected = []
-    for right in (False, True):
-        some = [row for row in predicted if (row["truth"] == row["class_1"]) == right]
-        for row in sorted(some, key=lambda row: -float(row["probability_1"]))[:2]:
-            best = f"{row['class_1']}: {100 * float(row['probability_1']):.1f} %"
-            expected.append(f"right: {best}" if right else f"wrong: {row['truth']}, taken for {best}")
-    assert len(expected) >= 3 and ["".join(panel.title) for panel in panels] == expected
-    assert (tmp_path / "run" / "digits-authors" / "maps.png").read_bytes() == small.getvalue()
-    assert "<figcaption>What the network sees</figcaption>" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
 @needs_paddle
@@ -469,7 +443,7 @@ def test_class_names_with_anything_in_them_come_back_from_the_table(folder, digi
     for run in ("run", "again"):
         evaluate(digits_pth, folder, folder=tmp_path / run, **options)
     assert {row["truth"] for row in rows(tmp_path / "run")} >= {"'=1+1", "'@x", "'-2", "''=y", "a\nb"}
-    read = results.read_lane(tmp_path / "run")
+    read = results.read_result(tmp_path / "run")
     assert set(read.truth) == set(STRANGE) == set(read.names) and "=3/x.png" in {path for _, path in read.images}
     assert compare(tmp_path / "run", tmp_path / "again").differing == ()
     before = files(tmp_path / "run")
@@ -506,7 +480,7 @@ def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch, not
     ):
         listed = [f"{path.name} {label(truth[int(path.stem)])}\n" for path in folder.glob("*.png")]
         (tmp_path / name).write_text("".join(listed))
-        notes = notes
+        notes.clear()
         result = evaluate(weights, folder, list_file=tmp_path / name, device="cpu").results[0]
         noticed = [note for note in notes if "look permuted" in note]
         assert noticed == ([result.hint] if name != "right" else [])
@@ -571,7 +545,7 @@ def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
     assert re.findall(r"<tr>\s*<t[dh][^>]*>(\d)</t", table)[:10] == listed
     for lane in ("digits-authors", "digits-resize256-bilinear", "digits-authors-2", "digits-resize256-bilinear-2"):
         assert f">{lane}</" in shown
-    assert shown.count("data:image/png;base64") == 16
+    assert shown.count("data:image/png;base64") == 12
     assert "&lt;b&gt;bad.png" in shown and "not an image" in shown and "McNemar" in shown
 
 
@@ -629,10 +603,14 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
     assert len(found.agreements) == len(found.effects) == 4
     assert found.results[0].seconds != found.results[2].seconds  # each its own
     for both in found.agreements:
-        assert both.lanes[0] != both.lanes[1] and both.engines == ("paddle", "torch") and both.top1_agreement == 100
+        assert (
+            both.configurations[0] != both.configurations[1]
+            and both.engines == ("paddle", "torch")
+            and both.top1_agreement == 100
+        )
         assert 0 < both.mean_difference < both.max_difference < 1e-4
     effect = found.effects[0]
-    assert effect.lanes == ("digits-authors-paddle", "digits-resize256-bilinear-paddle")
+    assert effect.configurations == ("digits-authors-paddle", "digits-resize256-bilinear-paddle")
     assert effect.difference == pytest.approx(found.results[2].top1 - found.results[0].top1)
     assert effect.interval[0] <= effect.difference <= effect.interval[1] and 0 < effect.p_value <= 1
 
@@ -769,7 +747,7 @@ def test_imagenet_real(validation, thousand, tmp_path):
     """Right are the images whose best class is among their labels; those without labels do not count."""
     options = {"list_file": tmp_path / "val_list.txt", "device": "cpu"}
     evaluate(thousand, validation, **options, folder=tmp_path / "run")
-    from fcvit.models.classes import imagenet
+    from fcvit.data.classes import imagenet
 
     index = {c.id: i for i, c in enumerate(imagenet())}
     best = [index[row["class_1"]] for row in rows(tmp_path / "run", "thousand-authors")]
@@ -797,27 +775,27 @@ def test_imagenet_real(validation, thousand, tmp_path):
 @needs_paddle
 def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monkeypatch):
     """For a published variant, which the small one is made to be here."""
-    from fcvit.evaluation import protocols
     from fcvit.models.variants import VARIANTS, published
+    from fcvit.tasks.classification import published as protocols
 
     monkeypatch.setattr(protocols, "published", lambda variant: published(VARIANTS["fcvit_b12"]))
     options = {"list_file": tmp_path / "val_list.txt", "device": "cpu", "protocol": "both"}
     ours, port = evaluate(thousand, validation, **options).results
-    assert (ours.standing.whose, ours.standing.published) == ("the authors", 80.9)
-    assert (port.standing.whose, port.standing.published) == ("the earlier port", 80.5)
-    assert ours.standing.verdict == "inconsistent"  # a part: twelve images, none right
-    for place in ("evaluation.settings", "evaluation.protocols"):
+    assert (ours.published.whose, ours.published.figure) == ("the authors", 80.9)
+    assert (port.published.whose, port.published.figure) == ("the earlier port", 80.5)
+    assert ours.published.verdict == "inconsistent"  # a part: twelve images, none right
+    for place in ("tasks.classification.evaluation", "tasks.classification.published"):
         monkeypatch.setattr(f"fcvit.{place}.VALIDATION_IMAGES", 12)
-    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "differs"
+    assert evaluate(thousand, validation, **options).results[0].published.verdict == "differs"
     (validation / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")  # one left out makes no sample of it
     found = evaluate(thousand, validation, **options).results[0]
-    assert found.standing.verdict == "differs" and "1 image left out" in found.standing.reason
+    assert found.published.verdict == "differs" and "1 image left out" in found.published.reason
     found = evaluate(thousand, validation, **options, subset=11).results[0]
-    assert found.standing.verdict == "inconsistent" and found.images + found.unreadable == 11
+    assert found.published.verdict == "inconsistent" and found.images + found.unreadable == 11
     (validation / "ILSVRC2012_val_00000004.JPEG").rename(validation / "x.JPEG")
     text = (tmp_path / "val_list.txt").read_text()
     (tmp_path / "val_list.txt").write_text(text.replace("ILSVRC2012_val_00000004", "x"))
-    assert evaluate(thousand, validation, **options).results[0].standing.verdict == "not comparable"
+    assert evaluate(thousand, validation, **options).results[0].published.verdict == "not comparable"
 
 
 # Images
@@ -896,7 +874,7 @@ def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path, 
     found = evaluate(digits_pth, folder, batch_size="auto", device="cpu", folder=tmp_path / "run")
     size = found.results[0].batch_size
     assert size >= 8 and heard[1].startswith(f"batch size: {size} images at a time, ")
-    kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]
     assert kept["batch_size"] == size  # a run that goes on must not look again
 
 
@@ -908,7 +886,7 @@ def test_half_precision_is_computed_and_stated(folder, digits_pth):
     assert exact.precision == "float32" and half.precision == "bfloat16"
     assert 1e-5 < abs(half.loss - exact.loss) < 0.2
     (effect,) = found.effects
-    assert effect.of == "precision" and effect.lanes == (exact.name, half.name)
+    assert effect.of == "precision" and effect.configurations == (exact.name, half.name)
     assert effect.difference == pytest.approx(half.top1 - exact.top1)
     assert effect.interval[0] <= effect.difference <= effect.interval[1]
     (agreement,) = found.agreements
@@ -920,7 +898,10 @@ def test_precision_and_protocol_are_changes_of_their_own(folder, digits_pth):
     found = evaluate(digits_pth, folder, engines="torch", precision="bfloat16", protocol="both", device="cpu")
     names = [row.name for row in found.results]
     assert len(set(names)) == 4
-    pairs = {(effect.of, names.index(effect.lanes[0]), names.index(effect.lanes[1])) for effect in found.effects}
+    pairs = {
+        (effect.of, names.index(effect.configurations[0]), names.index(effect.configurations[1]))
+        for effect in found.effects
+    }
     assert pairs == {("precision", 0, 1), ("precision", 2, 3), ("protocol", 0, 2), ("protocol", 1, 3)}
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from conftest import needs_paddle, write_pth
+from fcvit.commands.evaluate import evaluate
 from fcvit.evaluation.journal import frames
-from fcvit.evaluation.runner import evaluate
 from fcvit.weights.reading import read_weights
 
 pytestmark = [pytest.mark.slow, needs_paddle]

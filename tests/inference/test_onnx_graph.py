@@ -65,7 +65,9 @@ def test_every_option_is_the_authors(name, dynamic):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 def test_a_dense_backbone_at_an_odd_size(dynamic):
     images = synthetic_input((1, 3, 72, 104), "features/")
-    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], dense=True), "features/"), None if dynamic else (72, 104))
+    model = write(
+        lively(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/"), None if dynamic else (72, 104)
+    )
     found = dict(zip((o.name for o in model.graph.output), run(model, images), strict=True))
     for stage, expected in golden_arrays("features.npz").items():
         assert float64_difference(found[f"features.{stage.removeprefix('stage')}"], expected) <= FLOAT64_LIMIT

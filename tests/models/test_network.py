@@ -174,7 +174,7 @@ def test_a_classifier_file_as_backbone_starts_the_norms_fresh(fcvit, paddle, dig
 
 def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
     """Neck and heads are skipped, by name, and only here."""
-    tensors = synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True))
+    tensors = synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone"))
     extra = {"neck.fpn.weight": np.ones((2, 2), np.float32), "roi_head.bbox.bias": np.ones(3, np.float32)}
     path = write_pth(tmp_path / "detector.pth", {f"backbone.{n}": t for n, t in tensors.items()} | extra)
     dense = fcvit.create_backbone("fcvit_digits", path)
@@ -188,7 +188,7 @@ def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
 
 
 def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
-    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, dense=True)))
+    path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone")))
     with pytest.raises(DoesNotFit, match="create_backbone"):
         fcvit.create_model("fcvit_digits", path)
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fcvit.data.classes import ClassName, imagenet
 from fcvit.errors import DoesNotFit, MissingExtra
 from fcvit.metrics.classification import Calibration, calibration
-from fcvit.models.classes import ClassName, imagenet
 from fcvit.report import charts
 from fcvit.report.charts import confusion_chart, reliability_chart
 

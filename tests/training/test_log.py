@@ -19,7 +19,7 @@ ROWS = [
 
 def test_the_files_hold_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "training_curves", lambda rows, title: f"{title}: {len(rows)}".encode())
-    log = Log(tmp_path, lambda _: None, False)
+    log = Log(tmp_path, False)
     log.write(ROWS[:2])
     log.write([*ROWS, {**ROWS[0], "ema_top1": 3.0}])
     log.close()
@@ -30,22 +30,21 @@ def test_the_files_hold_the_rows(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes() == f"{tmp_path.name}: 5".encode()
 
 
-def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch):
+def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, notes):
     def missing(*_):
         raise MissingExtra("matplotlib is not installed; install it with: pip install 'fcvit[report]'")
 
     monkeypatch.setattr(module, "training_curves", missing)
-    said = []
-    log = Log(tmp_path, said.append, False)
+    log = Log(tmp_path, False)
     for count in (1, 2, 3):
         log.write(ROWS[:count])
-    assert said == ["no curves.png: matplotlib is not installed; install it with: pip install 'fcvit[report]'"]
+    assert notes == ["no curves.png: matplotlib is not installed; install it with: pip install 'fcvit[report]'"]
 
 
 def test_tensorboard_gets_every_epoch_once(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     monkeypatch.setattr(module, "training_curves", lambda *_: b"")
-    log = Log(tmp_path, lambda _: None, True)
+    log = Log(tmp_path, True)
     added = []
     monkeypatch.setattr(log.board, "add_scalar", lambda *scalar: added.append(scalar))
     log.write(ROWS[:1])
@@ -62,7 +61,7 @@ def test_tensorboard_gets_every_epoch_once(tmp_path, monkeypatch):
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(MissingExtra, match=r"pip install 'fcvit\[tensorboard\]'"):
-        Log(tmp_path, lambda _: None, True)
+        Log(tmp_path, True)
 
 
 @pytest.mark.charts

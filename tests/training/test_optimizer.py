@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import needs_paddle
+from conftest import classifier_loss, needs_paddle
 from fcvit.errors import UnreadableFile
 from fcvit.frameworks import import_framework
 
@@ -46,7 +46,7 @@ def test_only_matrices_and_kernels_decay(model, small):
 def test_lower_blocks_learn_more_slowly(model, small):
     from fcvit.training.optimizer import create_optimizer, depth_of
 
-    depths = {name: depth_of(name, model) for name in model.state_dict()}
+    depths = {name: depth_of(name, model.variant.depths) for name in model.state_dict()}
     assert {depths["patch_embed.proj.weight"], depths["head.bias"], depths["norm.weight"]} == {0, 5}
     assert depths["network.0.0.norm1.weight"] == 1
     assert depths["network.1.proj.weight"] == depths["network.2.0.norm1.weight"] == 2
@@ -64,13 +64,13 @@ def test_deep_stages_are_counted_block_by_block():
     model = FCViT(VARIANTS["fcvit_tiny"], 2)  # depths 3, 3, 5, 2
     names = ["patch_embed.norm.bias", "network.0.2.norm1.bias", "network.3.proj.bias", "network.4.0.norm1.bias"]
     names += ["network.4.4.norm1.bias", "network.6.1.norm2.bias", "head.weight"]
-    assert [depth_of(name, model) for name in names] == [0, 3, 7, 7, 11, 13, 14]
+    assert [depth_of(name, model.variant.depths) for name in names] == [0, 3, 7, 7, 11, 13, 14]
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     paddle = import_framework("paddle")
     from fcvit.models.build import create_model
-    from fcvit.training.data import Division
+    from fcvit.training.batches import MicroBatches
     from fcvit.training.optimizer import freeze_backbone
     from fcvit.training.step import Trainer
 
@@ -78,10 +78,10 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     model = create_model(recipe.network(), None, 2, recipe.drop_path_rate)
     freeze_backbone(model)
     before = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-    trainer = Trainer(model, recipe, Division(8))
+    trainer = Trainer(model, recipe, MicroBatches(8), classifier_loss)
     trainer.train_mode()
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
-    losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01) for _ in range(3)]
+    losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01)["loss"] for _ in range(3)]
     assert losses[0] > losses[1] > losses[2], "no drop path in what is frozen: the loss falls evenly"
     changed = {name for name, tensor in model.state_dict().items() if (tensor.numpy() != before[name]).any()}
     assert changed == {"head.weight", "head.bias"}
@@ -99,10 +99,10 @@ def test_the_gradient_is_clipped(model, small):
 
 
 def test_the_average_follows_the_weights(model):
-    from fcvit.training.optimizer import Average
+    from fcvit.training.optimizer import EMA
 
     paddle = import_framework("paddle")
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     head, start = model.head.bias, model.head.bias.numpy().copy()
     statistics = model.patch_embed.norm._mean
     expected, kept = start.astype(np.float64), 1.0
@@ -153,18 +153,18 @@ def test_the_optimizer_goes_on_as_it_was(small):
 
 def test_averaged_weights_get_slower_with_the_steps(model, small):
     """The trainer tells the average how far it is: after many steps it hardly moves."""
-    from fcvit.training.data import Division
+    from fcvit.training.batches import MicroBatches
     from fcvit.training.step import Trainer
 
-    trainer = Trainer(model, small(ema_decay=0.999), Division(4))
+    trainer = Trainer(model, small(ema_decay=0.999), MicroBatches(4), classifier_loss)
     part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
     moved = []
     for step in (0, 500):
         trainer.step = step
-        before = trainer.average.tensors["head.bias"].numpy().copy()
+        before = trainer.ema.tensors["head.bias"].numpy().copy()
         trainer.run(iter([part]), 0.1)
         gap = trainer.model.head.bias.numpy() - before
-        moved.append(float(((trainer.average.tensors["head.bias"].numpy() - before) / gap)[0]))
+        moved.append(float(((trainer.ema.tensors["head.bias"].numpy() - before) / gap)[0]))
     assert moved == pytest.approx([1 - 1 / 10, 1 - 501 / 510], rel=1e-2)
 
 
@@ -181,7 +181,7 @@ def test_every_part_has_statistics_of_its_own(model):
             statistics.use(part)
             for tensor in live:
                 tensor.set_value(tensor + added)
-    statistics.agree()
+    statistics.synchronize()
     for tensor, begun in zip(live, start, strict=True):
         assert tensor.numpy() == pytest.approx(begun + 9)
     statistics.use(0)
@@ -189,7 +189,7 @@ def test_every_part_has_statistics_of_its_own(model):
 
 
 def test_balanced_classes_weigh_alike():
-    from fcvit.training.step import balanced
+    from fcvit.tasks.classification.training import balanced
 
     counts = np.array([30, 10, 0, 60])
     weights = balanced(counts)
@@ -198,7 +198,7 @@ def test_balanced_classes_weigh_alike():
 
 def test_the_loss_is_that_of_soft_targets():
     paddle = import_framework("paddle")
-    from fcvit.training.step import soft_cross_entropy
+    from fcvit.tasks.classification.training import soft_cross_entropy
 
     logits, targets = np.array([[1.0, 2, 3], [0, 0, 9]]), np.array([[0.2, 0.3, 0.5], [1, 0, 0]])
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))

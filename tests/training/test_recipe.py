@@ -1,18 +1,34 @@
 """Recipes: every field has a kind and a range, an unknown one is an error, what is stored is read back."""
 
 import dataclasses
+import math
+import operator
+import runpy
+import tomllib
 import typing
 from pathlib import Path
+from typing import Annotated
 
+import cyclopts
+import msgspec
+import numpy as np
 import pytest
+import rich.console
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Meta
 
+from fcvit.commands.finetune import finetune
+from fcvit.commands.train import train
 from fcvit.data.transforms.augment import Augmentation
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.models.variants import VARIANTS
-from fcvit.training.recipe import Recipe, build_recipe, read_recipe, shipped
+from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.tasks.recipe import LOSS, OTHER_NAMES, Recipe, recipe_fields
+from fcvit.training.recipe import RECIPES, build_recipe, read_recipe, shipped, shipped_text
 
+ROOT = Path(__file__).parents[2]
+FIELDS = recipe_fields(ClassificationRecipe)
 DROP_PATH = {"fcvit_tiny": 0.1, "fcvit_b12": 0.1, "fcvit_b24": 0.1, "fcvit_b48": 0.2}
 
 
@@ -23,12 +39,10 @@ def toml(tmp_path, text):
 
 
 def test_every_shipped_recipe_says_what_it_costs_and_is_read():
-    from importlib.resources import files
-
     for name in shipped():
         given = {"variant": "fcvit_b12", "weights": "y"} if name == "finetune" else {}
         assert read_recipe(name, {"data": "x", **given}).variant in VARIANTS
-        head = (files("fcvit") / "recipes" / f"{name}.toml").read_text().split("\n\n")[0]
+        head = shipped_text(name).split("\n\n")[0]
         assert all(f"# {word}:" in head for word in ("Command", "Hardware", "Cost", "Accuracy")), name
 
 
@@ -79,7 +93,7 @@ def test_fields_are_replaced_as_on_the_command_line(tmp_path):
         ({"learning-rate": "1"}, "did you mean 'lr'"),
         ({"min_lr": "1"}, "highest rate"),
         ({"data.x": "1"}, "only options.NAME"),
-        ({"input_size": "0"}, "input size 0"),
+        ({"input_size": "0"}, "input_size = 0: expected a whole number from 1 to 4096"),
         ({"batch_size": "1"}, "at least 2"),
     ],
 )
@@ -107,18 +121,96 @@ def test_files_that_are_none(tmp_path):
 
 def test_a_recipe_augments_by_default_as_the_augmentation_does():
     """Both state the authors' numbers; they must be the same."""
-    assert Recipe(variant="fcvit_tiny").augmentation(224) == Augmentation(size=224)
+    assert ClassificationRecipe(variant="fcvit_tiny").augmentation(224) == Augmentation(size=224)
 
 
-def test_every_field_stands_in_the_documentation():
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
-    assert [field.name for field in dataclasses.fields(Recipe) if f"| `{field.name}` |" not in text] == []
+def test_the_documentation_lists_the_fields_as_declared():
+    """`scripts/write_recipe_fields.py` writes the table."""
+    script = runpy.run_path(str(ROOT / "scripts" / "write_recipe_fields.py"))
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert script["page"](text) == text
+    assert all(f"| `{name}` |" in text for name in FIELDS)
 
 
-def test_only_fields_that_are_nothing_by_default_may_be_nothing():
-    """TOML has no word for nothing: such a field is left out, and must then be nothing."""
-    for field in dataclasses.fields(Recipe):
-        assert (type(None) in typing.get_args(field.type)) == (field.default is None), field.name
+def test_the_help_lists_every_field_with_its_values_and_default(capsys):
+    console = rich.console.Console(width=1000, legacy_windows=False)
+    for command in (train, finetune):
+        app = cyclopts.App(help_format="plaintext", console=console)
+        app.default(command)
+        app.help_print([])
+        text = capsys.readouterr().out
+        for name, field in FIELDS.items():
+            words = ["--option" if name == "options" else f"--{name.replace('_', '-')}"]
+            if command is train or name not in ("data", "weights"):
+                words += [field.description, field.expected, field.default_text]
+            assert any(all(word in line for word in words) for line in text.splitlines()), name
+        assert "--learning-rate" not in text
+
+
+def test_only_fields_that_are_none_by_default_may_be_none():
+    """TOML has no null: such a field is left out, and must then be None."""
+    for name, field in FIELDS.items():
+        assert field.optional == (field.default is None), name
+
+
+def test_every_field_has_a_group_and_a_sentence():
+    for name, field in FIELDS.items():
+        assert field.description.endswith(".") and field.description[0].isupper(), name
+        assert field.default is dataclasses.MISSING or msgspec.convert(field.default, field.hint) == field.default
+    assert set(OTHER_NAMES.values()) <= set(FIELDS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherRecipe(Recipe):
+    """Another task with a field of its own."""
+
+    task: Annotated[str, LOSS("Task.")] = "mean"
+    quantile: Annotated[float, LOSS("Quantile of the loss."), Meta(ge=0, le=1)] = 0.5
+
+
+def test_the_task_selects_the_fields(monkeypatch):
+    monkeypatch.setitem(RECIPES, "mean", OtherRecipe)
+    recipe = build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"quantile": "0.25"}, "file")
+    assert type(recipe) is OtherRecipe and recipe.quantile == 0.25
+    assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
+    with pytest.raises(UsageError, match="no field 'crop'"):
+        build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"crop": "padded"}, "file")
+    with pytest.raises(UsageError, match="task 'sorting': expected 'classification' or 'mean'"):
+        read_recipe("digits", {"task": "sorting"})
+
+
+def metadata(hint):
+    """The annotations of a type and of all types in it."""
+    yield from getattr(hint, "__metadata__", ())
+    for argument in typing.get_args(hint):
+        yield from metadata(argument)
+
+
+BOUNDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+NUMERIC = sorted(name for name, field in FIELDS.items() if field.kind in (int, float))
+
+
+@given(st.data())
+def test_bounds_are_enforced(data):
+    """A number is accepted or refused as the declaration says, in a file and as text."""
+    name = data.draw(st.sampled_from(NUMERIC))
+    field = FIELDS[name]
+    near = st.sampled_from([0, 1, -1, 2, 4096, 4097, 0.5, 1e-300, 999.5, 1000.5, 2**63, 2**63 - 1])
+    value = data.draw(near | st.integers(-10, 10_000) | st.floats(-2, 2) | st.sampled_from([math.nan, math.inf, True]))
+    fits = isinstance(value, int) or field.kind is float
+    fits = fits and type(value) is not bool
+    for meta in metadata(field.hint):
+        limits = {key: getattr(meta, key) for key in BOUNDS}
+        fits = fits and all(BOUNDS[key](value, limit) for key, limit in limits.items() if limit is not None)
+    for given_value in (value, str(value).lower()):
+        try:
+            recipe = build_recipe({"variant": "fcvit_tiny"}, {name: given_value}, "file")
+        except UsageError as error:
+            assert f"{name} = " in str(error) or "epochs" in str(error) or "highest rate" in str(error)
+            cross = any(text in str(error) for text in ("from 0 to epochs", "from 0 to the highest rate"))
+            assert cross or not fits
+        else:
+            assert fits and getattr(recipe, name) == field.kind(value) and type(getattr(recipe, name)) is field.kind
 
 
 @given(
@@ -131,13 +223,13 @@ def test_only_fields_that_are_nothing_by_default_may_be_nothing():
             "crop_scale": st.tuples(st.floats(0.1, 0.5), st.floats(0.5, 1)),
             "patience": st.none() | st.integers(1, 9),
             "tensorboard": st.booleans(),
+            "weight_decay": st.floats(0),
+            "step_epochs": st.lists(st.integers(1, 300), unique=True).map(lambda epochs: tuple(sorted(epochs))),
         },
     )
 )
 def test_what_is_stored_is_read_back(fields):
-    import tomllib
-
-    recipe = Recipe(variant="fcvit_tiny", **fields)
+    recipe = ClassificationRecipe(variant="fcvit_tiny", **fields)
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
 
 
@@ -147,3 +239,20 @@ def test_mean_and_std_of_a_recipe_reach_the_preprocessing(text):
     assert recipe.preprocessing() == {"mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)}
     with pytest.raises(UsageError, match=r"mean = .*from 0 to 1"):
         read_recipe("digits", {"data": "x", "mean": "123.7,116.3,103.5"})
+
+
+def test_values_of_python_are_accepted():
+    """Paths, and NumPy's numbers as a search over rates gives them."""
+    recipe = read_recipe("digits", {"data": Path("images"), "lr": np.float64(0.5), "epochs": np.int64(3), "val": None})
+    assert (recipe.data, recipe.lr, recipe.epochs, recipe.val) == ("images", 0.5, 3, None)
+    assert read_recipe(Path("digits")) == read_recipe("digits")
+
+
+def test_recipes_of_earlier_runs_are_read():
+    """They name no task and none of the fields that came later."""
+    later = ("task", "schedule", "poly_power", "step_epochs", "step_factor")
+    recipe = read_recipe("fcvit_b12", {"data": "images"})
+    fields = {
+        name: value for name, value in dataclasses.asdict(recipe).items() if name not in later and value is not None
+    }
+    assert build_recipe(fields, {"operators": "plain"}, "run.json") == dataclasses.replace(recipe, operators="plain")

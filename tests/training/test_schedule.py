@@ -3,10 +3,10 @@
 import pytest
 
 from conftest import golden_json
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.schedule import learning_rate
 
-AUTHORS = Recipe(variant="fcvit_tiny")
+AUTHORS = ClassificationRecipe(variant="fcvit_tiny")
 
 
 def test_every_epoch_of_the_authors_recipe():
@@ -16,13 +16,13 @@ def test_every_epoch_of_the_authors_recipe():
 
 
 def test_the_rate_is_in_proportion_to_the_batch():
-    half = Recipe(variant="fcvit_tiny", batch_size=512)
+    half = ClassificationRecipe(variant="fcvit_tiny", batch_size=512)
     assert half.peak_lr == 5e-4 and learning_rate(half, 150) == pytest.approx((5e-4 + 1e-6) / 2)
-    assert Recipe(variant="fcvit_tiny", batch_size=512, lr_batch=0).peak_lr == 1e-3
+    assert ClassificationRecipe(variant="fcvit_tiny", batch_size=512, lr_batch=0).peak_lr == 1e-3
 
 
 def test_by_step_it_moves_within_an_epoch():
-    steps = Recipe(variant="fcvit_tiny", lr_update="step", epochs=10, warmup_epochs=2, cooldown_epochs=1)
+    steps = ClassificationRecipe(variant="fcvit_tiny", lr_update="step", epochs=10, warmup_epochs=2, cooldown_epochs=1)
     rates = [learning_rate(steps, place / 10) for place in range(110)]
     assert rates[0] == 1e-6 and rates[10] == pytest.approx((1e-3 + 1e-6) / 2)
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import needs_paddle, write_squares
+from conftest import classifier_loss, needs_paddle, write_squares
+from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
-from fcvit.commands.preview import preview
+from fcvit.commands.preview import draw_preview
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
-from fcvit.evaluation.runner import evaluate
-from fcvit.models.classes import ClassName
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
 from fcvit.training.state import read_state
@@ -168,11 +168,11 @@ def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares
 
 @pytest.mark.slow
 def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(small, tmp_path, monkeypatch):
-    from fcvit.training import run as module
+    from fcvit.training import files
 
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(files, "replace_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extend(tmp_path / "run", 2, folder=tmp_path / "cut")
     with pytest.raises(UnreadableFile, match="extend that run again"):
@@ -191,15 +191,20 @@ def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
     assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
 
 
+def outcome(results):
+    """The outcome of an evaluation with these results."""
+    return type("Evaluation", (), {"report": type("Report", (), {"results": results}), "unreadable": ()})
+
+
 def test_it_stops_early(small, tmp_path, monkeypatch):
     """No epoch is better than the first one: after two more it stops, and the best is kept."""
-    from fcvit.training import run as module
+    from fcvit.training import loop as module
 
     results = [
         dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])(1.0, top1, 2, 2) for top1 in (90, 50, 90)
     ]
     found = iter([[result] for result in results])
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("E", (), {"results": next(found), "unreadable": ()}))
+    monkeypatch.setattr(module, "evaluate_split", lambda *_: outcome(next(found)))
     done = train(small(epochs=9, patience=2), folder=tmp_path / "run", device="cpu")
     assert done.stopped_early and len(done.rows) == 3 and done.best["epoch"] == 1
     best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last"))
@@ -208,13 +213,12 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("raw", "ema", "kept"), [(50, 90, "last-ema"), (90, 50, "last")])
 def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
-    from fcvit.training import run as module
+    from fcvit.training import loop as module
 
     result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
     found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
     given = []
-    outcome = type("E", (), {"results": found, "unreadable": ()})
-    monkeypatch.setattr(module, "evaluate", lambda weights, *_, **__: given.extend(weights) or outcome)
+    monkeypatch.setattr(module, "evaluate_split", lambda weights, *_: given.extend(weights) or outcome(found))
     done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
     assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
     names = ("best", "last", "last-ema")
@@ -228,7 +232,7 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
-    from fcvit.training import step as module
+    from fcvit.tasks.classification import training as module
 
     loss = module.soft_cross_entropy
     monkeypatch.setattr(
@@ -328,7 +332,7 @@ def test_a_lost_state_is_not_taken_for_a_new_run(small, tmp_path):
 @pytest.mark.slow
 def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, squares):
     words = {"epochs": "2", "new_head": "true"}
-    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    done = finetune(trained, squares, **words, folder=tmp_path / "run", device="cpu")
     counted = int(read_weights(done.folder / "last.safetensors").tensors["patch_embed.norm.num_batches_tracked"])
     assert counted == 6 + done.rows[-1]["step"], "counted on from the weights it began with"
     kept = state_of(done.folder)
@@ -417,10 +421,10 @@ def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
     run = Trainer.run
 
     def spoil(self, parts, rate):
-        loss = run(self, parts, rate)
+        losses = run(self, parts, rate)
         if self.step == 4:
             self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
-        return loss
+        return losses
 
     monkeypatch.setattr(Trainer, "run", spoil)
     with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 4; lower lr.*epoch 1 stands"):
@@ -479,7 +483,7 @@ def test_a_batch_of_odd_size(small, tmp_path):
 def test_parts_of_a_step_add_up(small, tmp_path):
     """The gradient of four parts is that of the whole batch, where no BatchNorm tells them apart."""
     from fcvit.models.build import create_model
-    from fcvit.training.data import Division
+    from fcvit.training.batches import MicroBatches
     from fcvit.training.optimizer import freeze_backbone
     from fcvit.training.step import Trainer
 
@@ -493,10 +497,10 @@ def test_parts_of_a_step_add_up(small, tmp_path):
         import_framework("paddle").seed(0)
         model = create_model(recipe.network(), None, 2)
         freeze_backbone(model)
-        trainer = Trainer(model, recipe, Division(8, parts=parts))
+        trainer = Trainer(model, recipe, MicroBatches(8, accumulate=parts), classifier_loss)
         trainer.train_mode()
         loss = trainer.run(iter(zip(np.split(images, parts), np.split(targets, parts), strict=True)), 0.1)
-        heads.append((loss, model.head.weight.numpy()))
+        heads.append((loss["loss"], model.head.weight.numpy()))
     assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
@@ -504,7 +508,7 @@ def test_parts_of_a_step_add_up(small, tmp_path):
 def test_every_step_and_part_draws_anew(small):
     """Of dropout: the same images give another loss in each step and part, and the same again from the start."""
     from fcvit.models.build import create_model
-    from fcvit.training.data import Division
+    from fcvit.training.batches import MicroBatches
     from fcvit.training.step import Trainer
 
     recipe = small(drop_rate=0.5, options={**small().options, "layer_scale": 1.0})
@@ -514,13 +518,15 @@ def test_every_step_and_part_draws_anew(small):
         from fcvit.frameworks import import_framework
 
         import_framework("paddle").seed(0)
-        trainer = Trainer(create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, Division(8, parts=2))
+        trainer = Trainer(
+            create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, MicroBatches(8, accumulate=2), classifier_loss
+        )
         trainer.train_mode()
         found = []
-        trainer._loss = lambda *given, loss=trainer._loss: found.append(loss(*given)) or found[-1]
+        trainer.task_loss = lambda *given: found.append(classifier_loss(*given)) or found[-1]
         for _ in range(2):
             trainer.run(iter([part, part]), 0.0)
-        return [loss.item() for loss in found]
+        return [losses["loss"].item() for losses in found]
 
     first = losses()
     assert len(set(first)) == 4 and losses() == first
@@ -537,7 +543,7 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path, notes):
     data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
     said = notes
     words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
-    done = finetune(trained, data, words, folder=tmp_path / "run", device="cpu")
+    done = finetune(trained, data, **words, folder=tmp_path / "run", device="cpu")
     assert any("a new head for 3 classes" in text for text in said)
     assert any("held out for validation: 4 of 20 images" in text for text in said)
     assert any("batch_size 4: a quarter" in text for text in said)
@@ -554,11 +560,11 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path, notes):
 def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares, notes):
     said = notes
     words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
-    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    done = finetune(trained, squares, **words, folder=tmp_path / "run", device="cpu")
     assert any("the head goes on from theirs" in text for text in said)
     before, after = (read_weights(path).tensors["head.weight"] for path in (trained, done.folder / "last.safetensors"))
     assert np.abs(before - after).max() < 1e-6
-    anew = finetune(trained, squares, {**words, "new-head": "true"}, folder=tmp_path / "anew", device="cpu")
+    anew = finetune(trained, squares, **words, new_head="true", folder=tmp_path / "anew", device="cpu")
     assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
 
 
@@ -582,14 +588,14 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
 
 def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path, notes):
     """Else the learning rate would not reach its value; what is asked for stays, with a note."""
-    recipe, notes = finetune_recipe(trained, squares, {"epochs": "1"})
-    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in notes
+    recipe, remarks = finetune_recipe(trained, squares, {"epochs": "1"})
+    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in remarks
     assert learning_rate(recipe, 0) < learning_rate(recipe, 0.1) < learning_rate(recipe, 0.2)
     assert learning_rate(recipe, 0.2) > 0.9 * recipe.peak_lr
     assert finetune_recipe(trained, squares, {"epochs": "1", "lr-update": "epoch"})[0].warmup_epochs == 0
     for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
-        recipe, notes = finetune_recipe(trained, squares, words)
-        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in notes)
+        recipe, remarks = finetune_recipe(trained, squares, words)
+        assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in remarks)
     said = notes
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
@@ -598,7 +604,7 @@ def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small,
 def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkeypatch, capsys):
     from fcvit.report import progress as module
 
-    monkeypatch.setattr("fcvit.training.run.progress", functools.partial(module.progress, every=0))
+    monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
     expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in all"
@@ -606,30 +612,30 @@ def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkey
 
 
 def test_the_time_of_all_counts_validation_and_later_epochs(small):
-    from fcvit.training.run import _Run
+    from fcvit.training.loop import Loop
+    from fcvit.training.run import Run
 
-    with _Run.prepared(small(epochs=3), "cpu", 0, lambda _: None) as run:
+    with Run.prepared(small(epochs=3), "cpu", 0) as run:
+        loop = Loop(run)
         # 6 images are validated, at three times the rate; then two epochs of 16 images each.
-        assert run._seconds_after(1.0) == 2 + 2 * (16 + 2)
-        run.seconds.append(5.0)
-        assert run._seconds_after(1.0) == 2 + 2 * 5
+        assert loop.seconds_after(1.0) == 2 + 2 * (16 + 2)
+        loop.seconds.append(5.0)
+        assert loop.seconds_after(1.0) == 2 + 2 * 5
 
 
 @pytest.mark.slow
 def test_drop_rates_hold_for_weights_too(trained, small):
-    from fcvit.training.data import find_splits
-    from fcvit.training.run import _network
+    from fcvit.tasks.classification.training import ClassificationTraining
 
     recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)
-    weights = read_weights(trained)
-    model = _network(recipe, weights, find_splits(recipe, weights), lambda _: None)
+    model = ClassificationTraining(recipe, read_weights(trained)).network()
     assert model.network[6][0].drop_path.rate == 0.3 and model.network[6][0].channel_mixer.drop.p == 0.2
 
 
 @pytest.mark.slow
 def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
     words = {"epochs": "1", "operators": "plain", "freeze": "true", "new_head": "true"}
-    done = finetune(trained, squares, words, folder=tmp_path / "run", device="cpu")
+    done = finetune(trained, squares, **words, folder=tmp_path / "run", device="cpu")
     before, after = read_weights(trained).tensors, read_weights(done.folder / "last.safetensors").tensors
     changed = {name for name in before if (before[name] != after[name]).any() and not name.endswith("tracked")}
     assert changed == {"head.weight", "head.bias"}
@@ -708,7 +714,7 @@ def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, cap
     assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "it is there already"
     assert main([*words, "--epochs", "1", "--freeze", "true", "-o", str(tmp_path / "run")]) == 0
     assert "best.safetensors" in capsys.readouterr().out
-    assert main([*words, "--epocs", "1"]) == 2 and main([*words, "--preview", "x.png", "--json"]) == 2
+    assert main([*words, "--epocs", "1"]) == 2
 
 
 def test_a_preview_shows_what_the_network_sees(small, tmp_path):
@@ -716,7 +722,7 @@ def test_a_preview_shows_what_the_network_sees(small, tmp_path):
     plain = small(rand_augment=0, erasing=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop="centre")
     pictures = {}
     for name, recipe in (("plain", plain), ("erased", dataclasses.replace(plain, erasing=1.0))):
-        with Image.open(preview(recipe, tmp_path / f"{name}.png", images=3, versions=2)) as picture:
+        with Image.open(draw_preview(recipe, tmp_path / f"{name}.png", images=3, versions=2).path) as picture:
             pictures[name] = np.asarray(picture.convert("RGB"), np.int16)
     assert pictures["plain"].shape == pictures["erased"].shape
     assert (pictures["plain"] != pictures["erased"]).any()

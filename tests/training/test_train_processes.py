@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL, needs_paddle, write_squares
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 
@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("work")
     write_squares(root / "images" / "train", {"left": 25, "right": 15})
     write_squares(root / "images" / "val", {"left": 3, "right": 3})
-    (root / "recipe.toml").write_text(Recipe(**{**FIELDS, "data": "images"}).to_toml())
+    (root / "recipe.toml").write_text(ClassificationRecipe(**{**FIELDS, "data": "images"}).to_toml())
     finish(start(root, "recipe.toml", "-o", "whole"))
     return root
 

@@ -28,15 +28,15 @@ def ends(array):
 def test_three_steps_of_the_authors_code():
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
+    from fcvit.tasks.classification.recipe import ClassificationRecipe
+    from fcvit.tasks.classification.training import soft_cross_entropy
     from fcvit.training.optimizer import create_optimizer
-    from fcvit.training.recipe import Recipe
-    from fcvit.training.step import soft_cross_entropy
 
     spec = ModelSpec(VARIANTS[GOLDEN["variant"]], GOLDEN["num_classes"])
     salt = GOLDEN["weight_salt"]
     model = build_network(Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ()), "float64")
     model.train()
-    recipe = Recipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=0, weight_decay=0.05)
+    recipe = ClassificationRecipe(variant=GOLDEN["variant"], lr=1e-3, lr_batch=0, weight_decay=0.05)
     optimizer = create_optimizer(model, recipe)
     images = paddle.to_tensor(synthetic_input(tuple(GOLDEN["input_shape"]), salt).astype(np.float64))
     targets = paddle.to_tensor(np.eye(spec.num_classes)[GOLDEN["labels"]])

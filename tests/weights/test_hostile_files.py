@@ -931,7 +931,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor is a str"),
     "name of two lines": ({"variant__name": "a\nb"}, "header is damaged .*one printable line"),
-    "newer": ({"format_version": 2}, "header of format version 2, this program reads 1"),
+    "newer": ({"format_version": 3}, "header of format version 3, this program reads 2"),
     "of a doubtful version": ({"format_version": "1\n\x1b" * 9999}, "header of format version '1"),
     "absurd depth": ({"variant__depths": [1 << 40, 1, 1, 1]}, "header is damaged .UsageError.*absurd size"),
     "negative depth": ({"variant__depths": [-1, 1, 1, 1]}, "header is damaged .UsageError.*from 1"),

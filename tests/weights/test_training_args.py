@@ -82,8 +82,8 @@ STATED = {
 
 
 @pytest.mark.parametrize("form", STATED)
-def test_mean_and_std_are_used_and_reported(read, spec):
-    weights = read(**STATED[spec])
+def test_mean_and_std_are_used_and_reported(read, form):
+    weights = read(**STATED[form])
     found = weights.preprocessing
     np.testing.assert_allclose((found.mean, found.std), ((0.5,) * 3, (0.25,) * 3))
     assert (found.input_size, found.crop_fraction) == (32, 1.0)

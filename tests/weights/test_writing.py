@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.classes import ClassName
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file
@@ -68,7 +68,7 @@ def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
     _, text = safetensors_file.read((tmp_path / "x.safetensors").read_bytes())
     header = json.loads(text["fcvit"])
     assert set(header["variant"]) == {field.name for field in dataclasses.fields(DIGITS.variant)}
-    assert header["layout"] == "paddle" and header["format_version"] == 1
+    assert header["layout"] == "paddle" and header["format_version"] == 2
     assert header["preprocessing"]["input_size"] == 32
 
 

@@ -15,12 +15,12 @@ from fcvit import run_folder as runs
 from fcvit.analysis.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet, own_range
 from fcvit.analysis.placement import place, surroundings
 from fcvit.analysis.placement import seen as seen_in
+from fcvit.data.classes import Classes, labels, order_note, resolve_classes
 from fcvit.data.folders import sample_evenly
 from fcvit.data.transforms.preprocess import crop, decode, normalize, preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.inference.predict import Prediction, rank
-from fcvit.models.classes import Classes, labels, order_note, resolve_classes
 from fcvit.models.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
 from fcvit.models.variants import Preprocessing, Variant, resolve_preprocessing
 from fcvit.report.progress import progress
@@ -93,7 +93,7 @@ class Viewer:
     ):
         spec = weights.spec
         require_maps(spec.variant)
-        if spec.dense:
+        if spec.head != "classifier":
             raise DoesNotFit(f"{weights.source.path} is {spec}; maps come from a classifier")
         self.variant = spec.variant
         self.name = weights.source.path.name

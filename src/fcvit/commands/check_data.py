@@ -8,26 +8,28 @@ import io
 import logging
 import posixpath
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from fcvit.data.folders import is_image
 from fcvit.data.loader import each, read_file
-from fcvit.data.near_duplicates import FLAT, MAX_DIFFERENCE, PASSES, SIDE, fingerprint, similar_pairs
-from fcvit.data.sources import Location, Tree, open_source
+from fcvit.data.sources import Location, Source, Tree, open_source
 from fcvit.data.splits import find_layout
 from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
-from fcvit.errors import BadImages, UnreadableFile, UsageError
+from fcvit.errors import BadImages, UnreadableFile, UsageError, counted
+from fcvit.machine import default_workers
 from fcvit.report.progress import progress
+from fcvit.text import printable, some
 
 logger = logging.getLogger("fcvit")
 
 SMALL = 32  # pixels of the shorter side
 LONG = 4  # longer over shorter side
+FLAT = 4  # of 255, the standard deviation of the picture at 16 x 16 pixels
 # Kinds of images that networks learn from otherwise than people see them; none keeps one from training.
 ODD = {
     "small": f"a side of fewer than {SMALL} pixels",
@@ -38,6 +40,7 @@ ODD = {
     "deep": "16 or 32 bits a channel, reduced to 8",
     "rotated": "an EXIF orientation, which is not applied",
 }
+_GROUPS, _EXAMPLES = 20, 3  # shown in the tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +73,20 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Same:
+class DuplicateGroup:
     """Images that show the same picture.
 
     Attributes:
-        match: "file": the same bytes; "pixels": the same when decoded; "near": nearly the same, at least two.
+        match: "file": the same bytes; "pixels": the same when decoded.
         images: in the order of the splits, then by name.
         splits: that they are in.
         classes: that they are in; more than one: a label is wrong.
-        difference: of "near", the largest of a pair (see `fcvit.data.near_duplicates`); else 0.
     """
 
-    match: Literal["file", "pixels", "near"]
+    match: Literal["file", "pixels"]
     images: tuple[str, ...]
     splits: tuple[str, ...]
     classes: tuple[str, ...]
-    difference: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
-    """What was found. Images are named class/file, with more than one split split/class/file.
+    """The findings of `check_data`. Images are named class/file, with more than one split split/class/file.
 
     Attributes:
         splits: each with its counts.
@@ -107,7 +108,6 @@ class DataCheck:
         odd: kind (a key of `ODD`) -> images of that kind; kinds without images are left out.
         modes: Pillow's mode ("RGB", "L", ...) -> number of images.
         duplicates: groups of images with the same pixels, the worst first.
-        near_duplicates: groups of which some are not quite the same, the worst first.
         missing: class -> splits that have class folders, but not this one.
     """
 
@@ -116,9 +116,11 @@ class DataCheck:
     unreadable: tuple[Unreadable, ...]
     odd: Mapping[str, tuple[str, ...]]
     modes: Mapping[str, int]
-    duplicates: tuple[Same, ...]
-    near_duplicates: tuple[Same, ...]
+    duplicates: tuple[DuplicateGroup, ...]
     missing: Mapping[str, tuple[str, ...]]
+
+    def __repr__(self) -> str:
+        return f"DataCheck({counted(self.images, 'image')}, {'nothing found' if self.clean else 'with findings'})"
 
     @property
     def images(self) -> int:
@@ -126,26 +128,81 @@ class DataCheck:
 
     @property
     def clean(self) -> bool:
-        """Whether there is nothing to look at. Imbalance alone is no finding."""
-        return not (
-            self.unreadable
-            or self.odd
-            or self.duplicates
-            or self.near_duplicates
-            or self.missing
-            or any(split.empty or split.few or split.other_files or split.outside for split in self.splits)
-        )
+        """Report whether there is nothing to look at. Imbalance alone is no finding."""
+        return not any(names for _, names in self._findings())
+
+    @property
+    def exit_code(self) -> int:
+        return BadImages.exit_code if self.unreadable else 0
+
+    def tables(self) -> Iterator[Any]:
+        """Yield the counts of each split, the findings with examples, and groups of images that show one picture."""
+        from rich.text import Text
+
+        from fcvit.report import tables
+
+        columns = ("images", "classes", "smallest", "largest", "imbalance")
+        counts = tables.table("split", *columns, title=counted(self.images, "image"), right=columns)
+        for split in self.splits:
+            sizes = [count for count in split.classes.values() if count]
+            cells = [str(min(sizes)), str(max(sizes)), f"{split.imbalance:.1f}"] if sizes else []
+            counts.add_row(split.name, str(split.images), str(len(split.classes)), *cells)
+        if self.clean:
+            counts.caption, counts.caption_justify = "nothing found", "left"
+        yield counts
+        if self.clean:
+            return
+        findings = tables.table("finding", "number", "examples", right=("number",))
+        for what, names in self._findings():
+            if isinstance(names, Mapping):  # ending -> number of files
+                endings = [f"{ending or 'no ending'} ({count})" for ending, count in names.items()]
+                findings.add_row(what, str(sum(names.values())), ", ".join(endings)) if names else None
+            elif names:
+                findings.add_row(what, str(len(names)), some(names, _EXAMPLES))
+        yield findings
+        if self.duplicates:
+            groups = tables.table("same", "images", "splits", "classes", title="images of one picture")
+            for group in self.duplicates[:_GROUPS]:
+                names = list(group.images[:_EXAMPLES])
+                if len(group.images) > _EXAMPLES:
+                    names.append(f"... and {len(group.images) - _EXAMPLES} more")
+                shown = Text("\n".join(map(printable, names)))
+                groups.add_row(group.match, shown, ", ".join(group.splits), ", ".join(group.classes))
+            if len(self.duplicates) > _GROUPS:
+                groups.add_row("", f"... and {len(self.duplicates) - _GROUPS} more groups", "", "")
+            yield groups
+        if self.unreadable:
+            yield tables.unreadable([f"{bad.image}: {bad.reason}" for bad in self.unreadable])
+
+    def _findings(self) -> Iterator[tuple[str, Sequence[str] | Mapping[str, int]]]:
+        """Yield each kind of finding in words, with what there is of it, perhaps nothing."""
+        several = len(self.splits) > 1
+        yield "unreadable", [bad.image for bad in self.unreadable]
+        for where, groups in (
+            ("", self.duplicates),
+            (" in more than one split", [group for group in self.duplicates if len(group.splits) > 1]),
+            (" in more than one class", [group for group in self.duplicates if len(group.classes) > 1]),
+        ):
+            yield f"groups of duplicates{where}", [group.images[0] for group in groups]
+        yield "classes not in every split", [f"{label} not in {', '.join(n)}" for label, n in self.missing.items()]
+        for split in self.splits:
+            of = f", {split.name}" if several else ""
+            yield f"empty class folders{of}", split.empty
+            few = [f"{label} ({split.classes[label]})" for label in split.few]
+            yield f"classes of fewer than {self.few} images{of}", few
+            yield f"images in no class folder{of}", split.outside
+        yield from ((what, self.odd.get(kind, ())) for kind, what in ODD.items())
+        for split in self.splits:
+            yield f"files that are no images{f', {split.name}' if several else ''}", split.other_files
 
 
-class Facts(NamedTuple):
-    """What a worker finds out about an image; digests are of 16 bytes, `hash` is empty where it says nothing."""
+class Examined(NamedTuple):
+    """What a worker tells of an image; digests are of 16 bytes."""
 
     file: bytes
     pixels: bytes
     mode: str
     odd: tuple[str, ...]
-    hash: bytes
-    thumbnail: bytes
 
 
 class _Image(NamedTuple):
@@ -156,104 +213,87 @@ class _Image(NamedTuple):
 
 
 def check_data(
-    data: Path | None,
-    splits: Mapping[str, Path] | None = None,
-    *,
-    few: int = 10,
-    near: float = MAX_DIFFERENCE,
-    workers: int = 0,
+    data: Path | None = None, *, split: Sequence[str] = (), few: int = 10, workers: int | None = None
 ) -> DataCheck:
-    """Decode every image of a data set, and compare all of them.
+    """Look over class folders before training: what cannot be read, what is there twice, odd images.
 
     Args:
-        data: class folders, or the folders train and val (and test) that hold them: a folder, a tar, or a folder
-            in a tar. None: only `splits`.
-        splits: name -> folder or tar of class folders, for splits that lie elsewhere.
-        few: classes with fewer images are listed; 0: none.
-        near: how much pictures may differ that are nearly the same, 0 to 1; 0: these are not looked for.
-        workers: processes that decode; 0: this one. The result does not depend on it.
+        data: Class folders, or the folders train and val (and test) of them; also a tar, or a folder in one.
+        split: A split that lies elsewhere, as NAME=PATH; may be given several times.
+        few: List classes with fewer images than this; 0: none.
+        workers: Processes that decode images (default: one for each core, at most 8); 0: none. The result does not
+            depend on it.
 
     Raises:
         UsageError: a bad number, no data, or two splits of one name.
         UnreadableFile: no such folder or tar, or no images there. Images that cannot be read are in the result.
     """
-    if few < 0:
-        raise UsageError(f"--few {few}: expected at least 0")
-    if not 0 <= near <= 1:
-        raise UsageError(f"--near {near}: expected 0 to 1")
-    if workers < 0:
-        raise UsageError(f"--workers {workers}: expected at least 0")
-    trees = _find_splits(data, splits or {})
-    images = list(_images(trees))
+    workers = default_workers() if workers is None else workers
+    for option, value in (("few", few), ("workers", workers)):
+        if value < 0:
+            raise UsageError(f"--{option} {value}: expected at least 0")
+    sources = {name: (source, source.tree()) for name, source in _find_splits(data, split).items()}
+    images = [
+        _Image(f"{split}/{name}" if len(sources) > 1 else name, split, name.rpartition("/")[0].split("/")[0], location)
+        for split, (_, tree) in sources.items()
+        for name, location in tree.files.items()
+        if is_image(name)
+    ]
     if not images:
-        raise UnreadableFile(f"{', '.join(str(path) for path, _ in trees.values())}: no images in it")
+        raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images in it")
     unreadable: list[Unreadable] = []
-    facts: dict[int, Facts] = {}
-    thumbnails = np.empty((len(images), SIDE * SIDE * 3), np.uint8)
+    readable: dict[_Image, Examined] = {}
     jobs = [(index, image.name, image.location) for index, image in enumerate(images)]
     with progress("checking", len(images)) as advance, contextlib.closing(each(jobs, examine, workers)) as results:
-        for (index, name, _), found in zip(jobs, results, strict=True):
-            if isinstance(found, BadImages):
-                unreadable.append(Unreadable(name, str(found).removeprefix(f"{name}: ")))
+        for image, result in zip(images, results, strict=True):
+            if isinstance(result, BadImages):
+                unreadable.append(Unreadable(image.name, str(result).removeprefix(f"{image.name}: ")))
             else:
-                thumbnails[index] = np.frombuffer(found.thumbnail, np.uint8)
-                facts[index] = found._replace(thumbnail=b"")  # of a million images it would be kept twice
+                readable[image] = result
             advance(1)
-    duplicates, near_duplicates = _same(images, facts, thumbnails, near)
-    counted = tuple(_count(name, path, tree, few) for name, (path, tree) in trees.items())
+    odd = {kind: tuple(image.name for image, seen in readable.items() if kind in seen.odd) for kind in ODD}
+    splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
     return DataCheck(
-        counted,
+        splits,
         few,
         tuple(unreadable),
-        {
-            kind: names
-            for kind in ODD
-            if (names := tuple(images[index].name for index, found in facts.items() if kind in found.odd))
-        },
-        dict(sorted(collections.Counter(found.mode for found in facts.values()).items())),
-        duplicates,
-        near_duplicates,
-        _missing(counted),
+        {kind: names for kind, names in odd.items() if names},
+        dict(sorted(collections.Counter(seen.mode for seen in readable.values()).items())),
+        _duplicates(readable),
+        _missing(splits),
     )
 
 
-def _find_splits(data: Path | None, elsewhere: Mapping[str, Path]) -> dict[str, tuple[Path, Tree]]:
-    """Name -> path and content, in the order in which they are shown."""
-    if data is None and not elsewhere:
-        raise UsageError("check-data: expected a folder or tar of class folders, or --split NAME=PATH")
-    found: dict[str, tuple[Path, Tree]] = {}
+def _find_splits(data: Path | None, elsewhere: Iterable[str]) -> dict[str, Source]:
+    """Return the splits by name, in the order in which they are shown."""
+    splits: dict[str, Source] = {}
     if data is not None:
         layout = find_layout(open_source(data))
         source = layout.source
         for note in layout.notes:
             logger.info(note)
         if layout.splits:
-            found = {name: (split.path, split.tree()) for name, split in layout.splits.items()}
+            splits = dict(layout.splits)
             beside = [*layout.others, *filter(is_image, source.files())]
-            logger.info(
-                f"{source.path} has the folders {', '.join(found)}: each is a split"
-                + (f"; not looked at: {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}" if beside else "")
-            )
+            ignored = f"; not looked at: {some(beside)}" if beside else ""
+            logger.info(f"{source.path} has the folders {', '.join(splits)}: each is a split{ignored}")
         else:
-            found = {source.path.resolve().name: (source.path, source.tree())}
+            splits = {source.path.resolve().name: source}
             logger.info(f"{source.path} has no folders train and val: it is one split, and its folders are the classes")
-    for name, path in elsewhere.items():
-        if name in found:
-            raise UsageError(f"--split {name}={path}: {found[name][0]} is already the split {name}")
-        found[name] = (path, open_source(path).tree())
-    return found
+    for text in elsewhere:
+        name, _, path = text.partition("=")
+        if not name or not path or "/" in name:
+            raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
+        if name in splits:
+            raise UsageError(f"--split {text}: {splits[name].path} is already the split {name}")
+        splits[name] = open_source(Path(path))
+    if not splits:
+        raise UsageError("check-data: expected a folder or tar of class folders, or --split NAME=PATH")
+    return splits
 
 
-def _images(trees: Mapping[str, tuple[Path, Tree]]) -> Iterable[_Image]:
-    for split, (_, tree) in trees.items():
-        for name, location in tree.files.items():
-            if is_image(name):
-                label = name.split("/")[0] if "/" in name else ""
-                yield _Image(f"{split}/{name}" if len(trees) > 1 else name, split, label, location)
-
-
-def _count(name: str, path: Path, tree: Tree, few: int) -> Split:
-    classes = dict.fromkeys(tree.tops(), 0)
+def _count(name: str, source: Source, tree: Tree, few: int) -> Split:
+    classes = dict.fromkeys(source.folders(), 0)
     others: collections.Counter[str] = collections.Counter()
     outside = []
     for file in tree.files:
@@ -266,7 +306,7 @@ def _count(name: str, path: Path, tree: Tree, few: int) -> Split:
     sizes = [count for count in classes.values() if count]
     return Split(
         name,
-        path,
+        source.path,
         classes,
         tuple(label for label, count in classes.items() if not count),
         tuple(label for label, count in classes.items() if 0 < count < few),
@@ -285,7 +325,7 @@ def _missing(splits: Sequence[Split]) -> dict[str, tuple[str, ...]]:
     return {label: names for label, names in lacking.items() if names}
 
 
-def examine(_: int, name: str, location: Location) -> Facts:
+def examine(_: int, name: str, location: Location) -> Examined:
     """Read and decode an image.
 
     Raises:
@@ -300,85 +340,35 @@ def examine(_: int, name: str, location: Location) -> Facts:
             orientation = 1
             with contextlib.suppress(Exception):  # damaged tags do not keep an image from being read
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    mark = fingerprint(rgb)
     shorter, longer = sorted(rgb.size)
     kinds = {
         "small": shorter < SMALL,
         "long": longer > LONG * shorter,
-        "flat": mark.contrast < FLAT,
+        "flat": np.asarray(rgb.resize((16, 16), Image.Resampling.BOX)).std() < FLAT,
         "cmyk": mode == "CMYK",
         "transparent": transparent,
         "deep": mode.startswith(DEEP),
         "rotated": orientation in range(2, 9),
     }
-    tells = shorter >= SIDE and not kinds["flat"]
-    return Facts(
-        hashlib.sha256(content).digest()[:16],
-        _pixel_digest(rgb),
-        mode,
-        tuple(kind for kind, so in kinds.items() if so),
-        mark.hash if tells else b"",
-        mark.thumbnail,
-    )
+    pixels = hashlib.sha256(f"{rgb.width} x {rgb.height}\n".encode())
+    pixels.update(rgb.tobytes())
+    digests = hashlib.sha256(content).digest()[:16], pixels.digest()[:16]
+    return Examined(*digests, mode, tuple(kind for kind, applies in kinds.items() if applies))
 
 
-def _pixel_digest(image: Image.Image) -> bytes:
-    digest = hashlib.sha256(f"{image.width} x {image.height}\n".encode())
-    digest.update(image.tobytes())
-    return digest.digest()[:16]
-
-
-def _same(
-    images: Sequence[_Image], facts: Mapping[int, Facts], thumbnails: np.ndarray, limit: float
-) -> tuple[tuple[Same, ...], tuple[Same, ...]]:
-    """Groups with the same pixels, and groups that are nearly the same."""
-    by_pixels: dict[bytes, list[int]] = {}
-    for index, found in facts.items():
-        by_pixels.setdefault(found.pixels, []).append(index)
-    exact = [
-        _group(images, "file" if len({facts[index].file for index in members}) == 1 else "pixels", members)
+def _duplicates(images: Mapping[_Image, Examined]) -> tuple[DuplicateGroup, ...]:
+    """Group images with the same pixels; those under several labels and those that leak into another split first."""
+    by_pixels: dict[bytes, list[_Image]] = {}
+    for image, seen in images.items():
+        by_pixels.setdefault(seen.pixels, []).append(image)
+    groups = [
+        DuplicateGroup(
+            "file" if len({images[member].file for member in members}) == 1 else "pixels",
+            tuple(member.name for member in members),
+            tuple(dict.fromkeys(member.split for member in members)),
+            tuple(sorted({member.label for member in members} - {""})),
+        )
         for members in by_pixels.values()
         if len(members) > 1
     ]
-    # One of each picture is compared; the others of its group come with it.
-    telling = [members[0] for members in by_pixels.values() if limit and facts[members[0]].hash]
-    hashes = np.frombuffer(b"".join(facts[index].hash for index in telling), np.uint8).reshape(-1, 8)
-    with progress("comparing", PASSES, "passes") as advance:
-        pairs = similar_pairs(hashes, thumbnails[telling], limit, advance)
-    parents = list(range(len(telling)))
-
-    def root(place: int) -> int:
-        while parents[place] != place:
-            parents[place] = place = parents[parents[place]]
-        return place
-
-    for pair in pairs:
-        parents[root(pair.second)] = root(pair.first)
-    alike: dict[int, set[int]] = {}
-    differences: dict[int, float] = {}
-    for pair in pairs:
-        top = root(pair.first)
-        alike.setdefault(top, set()).update((pair.first, pair.second))
-        differences[top] = max(differences.get(top, 0.0), pair.difference)
-    near = []
-    for top, places in alike.items():
-        members = sorted(index for place in places for index in by_pixels[facts[telling[place]].pixels])
-        near.append(_group(images, "near", members, round(differences[top], 3)))
-    return tuple(sorted(exact, key=_worst_first)), tuple(sorted(near, key=_worst_first))
-
-
-def _group(
-    images: Sequence[_Image], match: Literal["file", "pixels", "near"], members: Sequence[int], difference: float = 0.0
-) -> Same:
-    chosen = [images[index] for index in members]
-    return Same(
-        match,
-        tuple(image.name for image in chosen),
-        tuple(dict.fromkeys(image.split for image in chosen)),
-        tuple(sorted({image.label for image in chosen} - {""})),
-        difference,
-    )
-
-
-def _worst_first(group: Same) -> tuple[int, float, tuple[str, ...]]:
-    return -(len(group.classes) > 1) - (len(group.splits) > 1), group.difference, group.images
+    return tuple(sorted(groups, key=lambda g: (-(len(g.classes) > 1) - (len(g.splits) > 1), g.images)))

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fcvit.commands import verify as verification
+from fcvit.data.classes import ClassName, as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
-from fcvit.models.classes import ClassName, as_classes, order_note
 from fcvit.models.variants import Preprocessing, PreprocessingChange, Variant, resolve_preprocessing
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
@@ -135,7 +135,7 @@ def convert(
 
 
 def _with_new_head(weights: Weights, num_classes: int) -> Weights:
-    if weights.spec.dense or num_classes < 1:
+    if weights.spec.head != "classifier" or num_classes < 1:
         raise UsageError(f"--new-head {num_classes}: expected at least 1, for a classifier")
     width = weights.spec.variant.widths[-1]
     # The authors' initialization of Linear layers, repeatable.

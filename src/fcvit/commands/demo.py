@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from fcvit.analysis.similarity import FIRST, Scale, Seen, Viewer, Which, picture
+from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
-from fcvit.models.classes import digits
 from fcvit.models.maps import Place, choose, places
 from fcvit.weights.reading import read_weights
 

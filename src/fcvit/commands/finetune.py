@@ -1,17 +1,31 @@
-"""Fine-tune weights on one's own folder of images: a recipe that need not be written."""
+"""Fine-tune weights on a folder of images, without writing a recipe."""
 
 import dataclasses
 import logging
 import os
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from fcvit.commands.preview import Preview
+from fcvit.commands.train import (
+    Device,
+    PreviewFile,
+    RunFolder,
+    Workers,
+    recipe_options,
+    recipe_overrides,
+    train,
+)
 from fcvit.data.class_indices import composed
+from fcvit.data.training_splits import find_splits
 from fcvit.errors import counted
 from fcvit.models.variants import VARIANTS, Variant
 from fcvit.processes import join
-from fcvit.training.data import find_splits
-from fcvit.training.recipe import Recipe, build_recipe, shipped_fields
-from fcvit.training.run import Training, train
+from fcvit.tasks.recipe import Recipe
+from fcvit.training.recipe import build_recipe, shipped_text
+from fcvit.training.run import Training
 from fcvit.weights.reading import read_weights
 
 logger = logging.getLogger("fcvit")
@@ -19,13 +33,39 @@ logger = logging.getLogger("fcvit")
 RECIPE = "finetune"  # the shipped recipe with the defaults
 
 
+def finetune(
+    weights: Path | str,
+    data: Path | str,
+    *,
+    folder: RunFolder = None,
+    preview: PreviewFile = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    **fields: recipe_options("weights", "data"),  # pyrefly: ignore
+) -> Training | Preview:
+    """Train weights on your own folder of images, by default with a new head and low rates for the lower blocks.
+
+    Args:
+        weights: A checkpoint of any format.
+        data: One folder of images per class, or folders train and val with such folders in them; also a tar.
+        fields: Fields of the recipe; docs/training.md lists them.
+
+    Raises:
+        FcvitError: see `finetune_recipe` and `fcvit.training.run.train`.
+    """
+    recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields))
+    for note in notes:
+        logger.info(note)
+    return train(recipe, folder=folder, preview=preview, device=device, workers=workers)
+
+
 def finetune_recipe(
     weights: str | os.PathLike[str], data: str | os.PathLike[str], overrides: Mapping[str, object] | None = None
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe of a fine-tuning, and what a person should know of the choices in it.
+    """Return the recipe of a fine-tuning, and notes about the choices in it.
 
     The head is new unless the folders are the classes that the weights name. A batch is at most a quarter of
-    the training images, so that an epoch has some steps; the warm-up at most a fifth of the epochs.
+    the training images, so that an epoch has several steps; the warm-up is at most a fifth of the epochs.
 
     Args:
         weights: a checkpoint of any format.
@@ -33,27 +73,25 @@ def finetune_recipe(
         overrides: fields of the recipe, as in `fcvit.training.recipe.read_recipe`.
 
     Raises:
-        As `read_recipe`, `read_weights` and `find_splits`.
+        What `read_recipe`, `read_weights` and `find_splits` raise.
     """
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
-    loaded = read_weights(weights, _truth(given.get("ema")))
-    variant, options = _expressed(loaded.spec.variant)
-    start = {**shipped_fields(RECIPE), "variant": variant, "options": options}
-    start |= {"weights": str(weights), "data": str(data)}
+    loaded = read_weights(weights, {"true": True, "false": False}.get(str(given.get("ema")).lower()))
+    variant, options = _named_variant(loaded.spec.variant)
+    defaults: dict[str, Any] = {**tomllib.loads(shipped_text(RECIPE)), "variant": variant, "options": options}
+    defaults |= {"weights": os.fspath(weights), "data": os.fspath(data)}
     source = "fcvit finetune"
-    recipe = build_recipe({**start, "new_head": True}, given, source)
+    recipe = build_recipe({**defaults, "new_head": True}, given, source)
     splits = find_splits(recipe, loaded)
     notes = []
     if "new_head" not in given:
-        # In whatever order: the head keeps that of the weights.
-        sets = [{composed(c.id) for c in classes} for classes in (loaded.classes or (), splits.classes)]
-        keep = sets[0] == sets[1]
-        if keep:
+        # Classes in another order are the same: the head keeps the order of the weights.
+        names, folders = ({composed(name.id) for name in classes} for classes in (loaded.classes or (), splits.classes))
+        if names == folders:
             notes.append(
                 "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"
             )
-        start["new_head"] = not keep
-        recipe = build_recipe(start, given, source)
+        recipe = build_recipe({**defaults, "new_head": names != folders}, given, source)
     if "batch_size" not in given:
         parts = join().count * recipe.accumulate
         size = max(2, min(recipe.batch_size, len(splits.train) // 4) // parts) * parts
@@ -67,34 +105,10 @@ def finetune_recipe(
     return recipe, tuple(notes)
 
 
-def finetune(
-    weights: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    overrides: Mapping[str, object] | None = None,
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    workers: int = 0,
-) -> Training:
-    """Train weights on one's own images; see `finetune_recipe` for the choices, `train` for the rest.
-
-    Raises:
-        As both of them.
-    """
-    recipe, notes = finetune_recipe(weights, data, overrides)
-    for note in notes:
-        logger.info(note)
-    return train(recipe, folder=folder, device=device, workers=workers)
-
-
-def _truth(value: object) -> bool | None:
-    return {"true": True, "false": False}.get(value) if isinstance(value, str) else value  # pyrefly: ignore
-
-
-def _expressed(variant: Variant) -> tuple[str, dict[str, object]]:
-    """A named variant, and the options that make this one of it."""
+def _named_variant(variant: Variant) -> tuple[str, dict[str, Any]]:
+    """Return the name of a variant of the table, and the options that turn it into this one."""
     base = VARIANTS.get(variant.name, VARIANTS["fcvit_tiny"])
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     for field in dataclasses.fields(Variant):
         value = getattr(variant, field.name)
         if field.name not in ("name", "preprocessing") and value != getattr(base, field.name):

@@ -1,25 +1,39 @@
 """What a network is shown in training, as a picture."""
 
+import dataclasses
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import LabeledImages
-from fcvit.data.loader import Batch
+from fcvit.data.loader import Batch, Dataset
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
-from fcvit.models.variants import Preprocessing
 from fcvit.report.sample_sheet import sample_sheet
-from fcvit.training.data import Augmented, find_splits, input_preprocessing, network_input
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.base import TrainingTask, get_task
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged
 
 
-def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A picture of training images.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    def tables(self) -> Iterator[str]:
+        yield f"written to {self.path}"
+
+
+def draw_preview(recipe: Any, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
     """Draw training images, each beside what the network sees of it in as many epochs: crops, operations,
     mixing and erasing of the recipe. The images of the picture form one batch, to be mixed among themselves.
 
@@ -36,19 +50,18 @@ def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, ve
     if images < 1 or versions < 1:
         raise UsageError(f"a preview of {images} images in {versions} versions: expected at least 1 of each")
     weights = read_weights(recipe.weights, recipe.ema) if recipe.weights else None
-    splits = find_splits(recipe, weights)
-    preprocessing = input_preprocessing(recipe, weights)
-    places = np.linspace(0, len(splits.train) - 1, min(images, len(splits.train))).round().astype(int)
-    chosen = splits.train.take(places.tolist())
+    task = get_task(recipe.task).training(recipe, weights)
+    places = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
+    chosen = task.train.take(places.tolist())
     originals = [
         decode(io.BytesIO(place.read()), name) for name, place in zip(chosen.names, chosen.locations, strict=True)
     ]
-    shown = [_seen(recipe, preprocessing, epoch, chosen, originals, len(splits.classes)) for epoch in range(versions)]
+    shown = [_seen(task, epoch, chosen, originals) for epoch in range(versions)]
     rows = [
-        (f"{splits.classes[label].name}: {name}", original, [epoch[place] for epoch in shown])
-        for place, (name, label, original) in enumerate(zip(chosen.names, chosen.labels, originals, strict=True))
+        (name, original, [epoch[place] for epoch in shown])
+        for place, (name, original) in enumerate(zip(chosen.names, originals, strict=True))
     ]
-    size = preprocessing.input_size
+    size = task.preprocessing.input_size
     sheet = sample_sheet(rows, f"what the network sees of {len(rows)} training images, at {size} x {size} pixels")
     target = Path(path)
     with staged(target) as temporary:
@@ -56,22 +69,16 @@ def preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, ve
             sheet.save(temporary)
         except (ValueError, KeyError) as error:
             raise UsageError(f"{target}: the ending tells the kind of picture; expected .png") from error
-    return target
+    return Preview(target)
 
 
-def _seen(
-    recipe: Recipe,
-    preprocessing: Preprocessing,
-    epoch: int,
-    chosen: LabeledImages,
-    originals: list[Image.Image],
-    num_classes: int,
-) -> list[Image.Image]:
-    """The network's input in one epoch, as images again; what erasing and normalizing make invisible is cut off."""
-    view = Augmented(recipe.augmentation(preprocessing.input_size), recipe.seed, epoch)
-    pixels = np.stack([view(image, index) for index, image in enumerate(originals)])
-    batch = Batch(0, np.arange(len(originals)), (), (pixels,), ())
-    inputs, _ = network_input(batch, np.array(chosen.labels), recipe, preprocessing, epoch, num_classes)
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+def _seen(task: TrainingTask, epoch: int, chosen: Dataset, originals: list[Image.Image]) -> list[Image.Image]:
+    """Return the network's input in one epoch as images again; erasing and normalizing may leave the visible range."""
+    transform = task.transform(epoch)
+    samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
+    pixels = np.stack([pixels for pixels, _ in samples])
+    batch = Batch(0, np.arange(len(originals)), (), (pixels,), ([target for _, target in samples],), ())
+    inputs, _ = task.inputs(batch, epoch)
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
     visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)
     return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible]

@@ -18,13 +18,14 @@ from PIL import Image
 from fcvit import run_folder as runs
 from fcvit.commands import verify as verification
 from fcvit.commands.convert import Conversion, convert
+from fcvit.commands.evaluate import evaluate
+from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
-from fcvit.evaluation.runner import Evaluation, evaluate
+from fcvit.evaluation.results import Evaluation
 from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.inference.engines import PaddleEngine
 from fcvit.inference.predict import Prediction, rank
-from fcvit.models.classes import digits
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.weights.reading import Weights, read_weights
@@ -95,7 +96,7 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             conversion = dataclasses.replace(conversion, notes=(note,))
         weights = read_weights(converted)
         evaluation = evaluate(
-            weights, folder / "held-out", engines="paddle", batch_size=60, device="cpu", folder=folder / "eval"
+            converted, folder / "held-out", engines="paddle", batch_size=60, device="cpu", folder=folder / "eval"
         )
         preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
         batch = np.stack([preprocess(path, preprocessing) for path in paths])
@@ -120,7 +121,9 @@ def quickstart(folder: Path | None = None) -> Quickstart:
             time.perf_counter() - began,
         )
         _draw(predictions, held_out["labels"], result.sheet)
-        runs.write_json(folder / "summary.json", dataclasses.asdict(result) | {"predictions": "eval/predictions.csv"})
+        fields = {name: value for name, value in vars(result).items() if name not in ("evaluation", "conversion")}
+        parts = {"conversion": dataclasses.asdict(conversion), "evaluation": evaluation.to_json()}
+        runs.write_json(folder / "summary.json", fields | parts | {"predictions": "eval/predictions.csv"})
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "

@@ -1,4 +1,4 @@
-"""From class folders, or the labels of a list, to the indices of a model's classes."""
+"""The rule by which class folders, or the labels of a list, become the indices of a model's classes."""
 
 import collections
 import re
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fcvit.data.classes import Classes, imagenet
 from fcvit.errors import DoesNotFit
-from fcvit.models.classes import Classes, imagenet
 from fcvit.models.variants import IMAGENET_CLASSES
+from fcvit.text import some
 
-_SHOWN, _LENGTH = 5, 60  # values in a message, and characters of each
+_LENGTH = 60  # characters of a label in a message
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _REMEDY = "name the model's classes, in its order, with --classes FILE"
 
@@ -41,21 +42,19 @@ def assign_labels(labels: Sequence[str], classes: Classes | None, num_classes: i
     if len(numbers) < len(labels):
         return assign_classes(labels, classes, num_classes, "labels of the list")
     indices = {label: int(n) for label, n in numbers.items() if n.is_integer() and 0 <= n < num_classes}
-    named = [(what, _look_up(labels, table, _value)) for what, table in _tables(classes)]
-    if len(indices) == len(labels):
-        for what, mapping in named:
-            if contested := [label for label, index in mapping.items() if index != indices[label]]:
-                label = min(contested, key=lambda label: numbers[label])
-                raise DoesNotFit(
-                    f"{source}: is {label[:_LENGTH]} the index of a class, or the {what} of class {mapping[label]}? if "
-                    "indices are meant, give the classes ids that are no numbers with --classes FILE; if not, write "
-                    "into the list what is no number"
-                )
-        return Assignment(indices, f"the numbers in {source.name} are class indices")
-    for what, mapping in named:
-        if len(mapping) == len(labels):
+    outside = sorted((label for label in labels if label not in indices), key=numbers.__getitem__)
+    for what, mapping in ((what, _look_up(labels, table, _value)) for what, table in _tables(classes)):
+        if not outside and (contested := [label for label, index in mapping.items() if index != indices[label]]):
+            label = min(contested, key=numbers.__getitem__)
+            raise DoesNotFit(
+                f"{source}: is {label[:_LENGTH]} the index of a class, or the {what} of class {mapping[label]}? if "
+                "indices are meant, give the classes ids that are no numbers with --classes FILE; if not, write "
+                "into the list what is no number"
+            )
+        if outside and len(mapping) == len(labels):
             return Assignment(mapping, f"the numbers in {source.name} are the model's class {what}s")
-    outside = sorted((label for label in labels if label not in indices), key=lambda label: numbers[label])
+    if not outside:
+        return Assignment(indices, f"the numbers in {source.name} are class indices")
     hint = ""
     if not all(n.is_integer() for n in numbers.values()):
         hint = "; an index is a whole number"
@@ -76,11 +75,11 @@ def assign_labels(labels: Sequence[str], classes: Classes | None, num_classes: i
 def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: int, what: str) -> Assignment:
     """Map names of classes to indices, and say in words by which rule.
 
-    1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where
-       those are unique; a subset may be there.
+    1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where those are
+       unique; a subset may be there.
     2. Else, for 1,000 outputs, ImageNet's WordNet ids; a subset may be there.
-    3. Else, where no classes are known, the sorted names (as torchvision counts them), if there are as
-       many as outputs, and unless numbers among them sort otherwise as text.
+    3. Else, where no classes are known, the sorted names (as torchvision counts them), if there are as many as
+       outputs, and unless numbers among them sort otherwise as text.
 
     Composed and decomposed letters (Unicode's NFC and NFD) are the same.
 
@@ -113,12 +112,11 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
         raise DoesNotFit(
             f"{what} are numbers, and sorted as text (0, 1, 10, 2) they are other classes than counted; {_REMEDY}"
         )
-    mapping = {label: index for index, label in enumerate(labels)}
     rule = f"the weights name no classes: the {num_classes} {what} are counted in sorted order"
     by_value = sorted(labels, key=lambda label: re.sub(r"\d+", lambda number: number[0].zfill(20), label))
     if moved := [label for label, other in zip(labels, by_value, strict=True) if label != other]:
         rule += f", as text: {moved[0][:_LENGTH]} before {by_value[labels.index(moved[0])][:_LENGTH]}"
-    return Assignment(mapping, rule, counted=True)
+    return Assignment({label: index for index, label in enumerate(labels)}, rule, counted=True)
 
 
 def composed(text: str) -> str:
@@ -127,32 +125,30 @@ def composed(text: str) -> str:
 
 
 def _tables(classes: Classes | None) -> Iterator[tuple[str, dict[str, int]]]:
-    """The ids, then the unique names, each with its class."""
-    if not classes:
-        return
-    yield "id", {c.id: index for index, c in enumerate(classes)}
-    names = collections.Counter(c.name for c in classes)
-    yield "name", {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
+    """Yield the ids, then the unique names, each with its class."""
+    if classes:
+        yield "id", {c.id: index for index, c in enumerate(classes)}
+        names = collections.Counter(c.name for c in classes)
+        yield "name", {c.name: index for index, c in enumerate(classes) if names[c.name] == 1}
 
 
-def _look_up(labels: Sequence[str], table: Mapping[str, int], spec: Callable[[str], str]) -> dict[str, int]:
+def _look_up(labels: Sequence[str], table: Mapping[str, int], form: Callable[[str], str]) -> dict[str, int]:
     """Find labels as they stand, else in a common form, where only one entry has it."""
-    times = collections.Counter(map(spec, table))
-    forms = {spec(key): index for key, index in table.items() if times[spec(key)] == 1}
-    found = {label: table.get(label, forms.get(spec(label))) for label in labels}
-    return {label: index for label, index in found.items() if index is not None}
+    times = collections.Counter(map(form, table))
+    forms = {form(key): index for key, index in table.items() if times[form(key)] == 1}
+    indices = {label: table.get(label, forms.get(form(label))) for label in labels}
+    return {label: index for label, index in indices.items() if index is not None}
 
 
 def _number(text: str) -> float | None:
-    text = text.strip()
-    return float(text) if _NUMBER.fullmatch(text) else None
+    return float(text) if _NUMBER.fullmatch(text := text.strip()) else None
 
 
 def _value(text: str) -> str:
-    """A form in which equal numbers are equal."""
+    """Return a form in which equal numbers are equal."""
     number = _number(text)
     return composed(text) if number is None else repr(number + 0.0)
 
 
 def _some(values: Sequence[str]) -> str:
-    return ", ".join(value[:_LENGTH] for value in values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "")
+    return some(values, length=_LENGTH)

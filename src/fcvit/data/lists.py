@@ -1,23 +1,20 @@
 """Lists of images and their classes, in the forms that data sets come with, and the images that they name."""
 
-import collections
 import csv
 import itertools
-import json
 import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fcvit.data.folders import is_image, legible
 from fcvit.data.sources import Location, Source
 from fcvit.data.splits import role
 from fcvit.errors import DoesNotFit, UnreadableFile
-from fcvit.text import decode_text
+from fcvit.text import decode_text, parse_json, some
 
-_SHOWN = 5
 _EXPECTED = "expected the path of an image and its class index"
 # Columns of a list with a header, the surest names first; compared without case, spaces and underscores.
 _PATHS = re.findall(
@@ -35,6 +32,7 @@ _LABELS = re.findall(
 """,
 )
 _DELIMITERS = ",;\t|"
+_UNLABELED = "without labels: the folder is the class"
 _BOXES = re.compile(r"(\S+)(?: -?[\d.]+){4}")  # of Kaggle's ImageNet lists: class, and a box
 
 
@@ -116,46 +114,38 @@ def _json_rows(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Row] | Non
 
     None: not JSON.
     """
-
-    twice: list[str] = []
-
-    def pairs(found: list[tuple[str, object]]) -> dict:
-        twice.extend(key for key, times in collections.Counter(key for key, _ in found).items() if times > 1)
-        return dict(found)
-
-    def parse(text: str) -> Any:
-        return json.loads(text, object_pairs_hook=pairs)
-
     if lines[0][1][0] not in "{[":
         return None
     try:
-        content = parse("\n".join(line for _, line in lines))
-    except ValueError:
-        try:
-            content = [parse(line) for _, line in lines]
-        except (ValueError, RecursionError):
-            return None
+        content, repeated = parse_json("\n".join(line for _, line in lines))
     except RecursionError:
         return []
-    if twice:
-        raise UnreadableFile(f"{path}: {_some(twice)[:80]} stands there twice")
+    except ValueError:
+        try:
+            parsed = [parse_json(line) for _, line in lines]
+        except (ValueError, RecursionError):
+            return None
+        content, repeated = [value for value, _ in parsed], [key for _, keys in parsed for key in keys]
+    if repeated:
+        raise UnreadableFile(f"{path}: {some(repeated)[:80]} stands there twice")
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
-        columns = _columns(list(content[0]))
-        if columns is not None:
-            content = [[entry.get(list(content[0])[column]) for column in columns] for entry in content]
-    if isinstance(content, dict):
-        if all(isinstance(names, list) for names in content.values()):
-            content = [[name, label] for label, names in content.items() for name in names]
-        else:
-            content = [[name, label] for name, label in content.items()]
-    right = isinstance(content, list) and all(
-        isinstance(row, list)
-        and len(row) == 2
-        and isinstance(row[0], str)
-        and (type(row[1]) in (str, int) or (type(row[1]) is float and row[1].is_integer()))
-        for row in content
-    )
-    return [_Row(1, name, str(label)) for name, label in content] if right else []
+        names = list(content[0])
+        if columns := _columns(names):
+            content = [[entry.get(names[column]) for column in columns] for entry in content]
+    elif isinstance(content, dict) and all(isinstance(names, list) for names in content.values()):
+        content = [[name, label] for label, names in content.items() for name in names]
+    elif isinstance(content, dict):
+        content = [[name, label] for name, label in content.items()]
+    rows = []
+    for row in content if isinstance(content, list) else ():
+        match row:
+            case [str() as name, str() | int() as label] if not isinstance(label, bool):
+                rows.append(_Row(1, name, str(label)))
+            case [str() as name, float() as label] if label.is_integer():
+                rows.append(_Row(1, name, str(label)))
+            case _:
+                return []
+    return rows
 
 
 def _columns(names: Sequence[str]) -> tuple[int, int] | None:
@@ -171,21 +161,21 @@ def _columns(names: Sequence[str]) -> tuple[int, int] | None:
 def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
     """Find the form in which all lines are written, and split them; in words, which form."""
     first = lines[0][1].lower()
-    if len(lines) > 1 and (first.startswith("sep=") or _is_header(first.split())):
+    words = [word.replace("_", "") for word in first.split()]
+    header = len(words) == 2 and words[0] in _PATHS and words[1] in _LABELS
+    if len(lines) > 1 and (header or first.startswith("sep=")):
         lines = lines[1:]
-    for delimiter in _DELIMITERS:
-        columns = _columns(_fields(lines[0][1], delimiter))
-        if columns is None or len(lines) < 2:
-            continue
-        column, value = columns
-        rows = []
-        for number, line in lines[1:]:
-            fields = _fields(line, delimiter)
-            if len(fields) <= max(column, value) or not fields[column] or not fields[value]:
-                raise _bad(path, number, line)
-            rows.append(_Row(number, fields[column], _label(path, number, fields[value])))
+    for delimiter in _DELIMITERS if len(lines) > 1 else ():
         named = _fields(lines[0][1], delimiter)
-        return rows, f"read by its columns {named[column]} and {named[value]}"
+        if columns := _columns(named):
+            column, value = columns
+            rows = []
+            for number, line in lines[1:]:
+                fields = _fields(line, delimiter)
+                if len(fields) <= max(columns) or not fields[column] or not fields[value]:
+                    raise _bad(path, number, line)
+                rows.append(_Row(number, fields[column], _label(path, number, fields[value])))
+            return rows, f"read by its columns {named[column]} and {named[value]}"
     if all("\t" in line for _, line in lines):
         return _without_header(_table(path, lines, "\t"))
     ended = all(is_image(line.strip("\"'")) for _, line in lines)
@@ -198,8 +188,9 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
                 "out, and the folder of each image is its class; if classes, write them behind the paths"
             )
         return rows, "read as class index and path"
+    unlabeled = [_Row(number, _unquoted(line), None) for number, line in lines]
     if ended and all(_has_folder(line) for _, line in lines):
-        return _unlabeled(lines)
+        return unlabeled, _UNLABELED
     spaced = [_spaced(number, line) for number, line in lines]
     for delimiter in ",;|":
         # Paths and classes may have commas in them, and spaces.
@@ -213,7 +204,7 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
             rows, note = _without_header(_table(path, lines, delimiter))
             return rows, f"read as columns separated by {delimiter}{note and ', '}{note}"
     if all(len(parts) == 1 and _has_folder(parts[0]) for parts in begun):
-        return _unlabeled(lines)
+        return unlabeled, _UNLABELED
     for (number, line), parts in zip(lines, begun, strict=True):
         if len(parts) == 1:
             raise _bad(path, number, line)
@@ -238,18 +229,8 @@ def _spaced(number: int, line: str) -> _Row:
     return _Row(number, _unquoted(line[:cut]), _unquoted(line[cut:]))
 
 
-def _is_header(words: Sequence[str]) -> bool:
-    """Report whether a line is the header of a list with white space between path and class."""
-    names = [word.replace("_", "") for word in words]
-    return len(names) == 2 and names[0] in _PATHS and names[1] in _LABELS
-
-
 def _has_folder(name: str) -> bool:
     return "/" in name or "\\" in name
-
-
-def _unlabeled(lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
-    return [_Row(number, _unquoted(line), None) for number, line in lines], "without labels: the folder is the class"
 
 
 def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list[_Row]:
@@ -294,14 +275,12 @@ def _unquoted(name: str) -> str:
 
 def _label(path: Path, number: int, text: str) -> str:
     """Return a label; of Kaggle's boxes, the class that they are all of."""
-    found = _BOXES.findall(text)
-    if not found or _BOXES.sub("", text).strip():
+    classes = _BOXES.findall(text)
+    if not classes or _BOXES.sub("", text).strip():
         return text
-    if len(set(found)) > 1:
-        raise UnreadableFile(
-            f"{path}: line {number} has boxes of several classes: {', '.join(sorted(set(found))[:_SHOWN])}"
-        )
-    return found[0]
+    if len(set(classes)) > 1:
+        raise UnreadableFile(f"{path}: line {number} has boxes of several classes: {some(sorted(set(classes)))}")
+    return classes[0]
 
 
 def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dict[str, Location], dict[str, str], str]:
@@ -325,13 +304,9 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
 
     def find(match: Callable[[str], str | None], starts: Iterable[str]) -> tuple[str, list[str]] | None:
         for start in starts:
-            matched = []
-            for name in names:
-                found = match(name[len(start) :])
-                if found is None:
-                    break
-                matched.append(found)
-            else:
+            each = (match(name[len(start) :]) for name in names)
+            matched = [name for name in itertools.takewhile(lambda name: name is not None, each) if name]
+            if len(matched) == len(names):
                 return start, matched
         return None
 
@@ -341,51 +316,49 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
     def alike(name: str) -> str | None:
         candidates = every.get(_key(name, endless), [])
         if len(candidates) > 1:
-            raise DoesNotFit(
-                f"{list_file}: {name} may be each of {_some(candidates)} in {source.path}; name it in full"
-            )
+            raise DoesNotFit(f"{list_file}: {name} may be each of {some(candidates)} in {source.path}; name it in full")
         return candidates[0] if candidates else None
 
     _refuse_elsewhere(names[0], list_file, source)
     remark, below = "", ""
-    found = find(as_written, leading)
-    if found is None and any("\\" in name for name in names):
+    match = find(as_written, leading)
+    if match is None and any("\\" in name for name in names):
         names = [re.sub("^//+", "/", posixpath.normpath(name.replace("\\", "/"))) for name in names]
         common, leading = _leading(names)
-        found = find(as_written, leading)
-    if found is None:
+        match = find(as_written, leading)
+    if match is None:
         for name in source.tree().files:
             if not endless or is_image(name):
                 every.setdefault(_key(name, endless), []).append(name)
-        found = find(alike, leading)
-        if found is None:
-            end = "/" + _key(names[0], endless)
-            starts = {key[: -len(end)] for key in every if key.endswith(end)}
-            whole = [start for start in sorted(starts) if all(f"{start}/{_key(n, endless)}" in every for n in names)]
-            if len(whole) > 1:
-                raise DoesNotFit(
-                    f"{list_file}: its images are in {_some(whole)} of {source.path}; name one with --data"
-                )
-            if whole:
-                below = whole[0]
-                found = find(lambda name: alike(f"{below}/{name}"), [""])
-    if found is None:
-        best = min(leading, key=lambda start: sum(as_written(name[len(start) :]) is None for name in names))
-        gone = [name for name in names if as_written(name[len(best) :]) is None]
-        raise DoesNotFit(
-            f"{len(gone)} of {len(names)} images of {list_file} are not in {source.path}: {_some(gone)}"
-            + (
-                f"; {listed.encoding}, save it as UTF-8"
-                if listed.encoding
-                else "; --data names what the paths count from"
-            )
+        match = find(alike, leading)
+    if match is None:
+        end = "/" + _key(names[0], endless)
+        starts = sorted({key[: -len(end)] for key in every if key.endswith(end)})
+        whole = [start for start in starts if all(f"{start}/{_key(name, endless)}" in every for name in names)]
+        if len(whole) > 1:
+            raise DoesNotFit(f"{list_file}: its images are in {some(whole)} of {source.path}; name one with --data")
+        if whole:
+            below = whole[0]
+            match = find(lambda name: alike(f"{below}/{name}"), [""])
+            remark = f"; its paths count from {source.path / below}"
+    if match is None:
+        missing = min(
+            ([name for name in names if as_written(name[len(start) :]) is None] for start in leading), key=len
         )
-    start, matched = found
+        remedy = f"{listed.encoding}, save it as UTF-8" if listed.encoding else "--data names what the paths count from"
+        raise DoesNotFit(
+            f"{len(missing)} of {len(names)} images of {list_file} are not in {source.path}: {some(missing)}; {remedy}"
+        )
+    start, matched = match
     if start:
-        _refuse_other_split(start, list_file, source)
+        listed_roles = [named[0] for part in start.split("/") if (named := role(part))]
+        here = role(source.path.name)
+        if here and listed_roles and listed_roles[-1] != here[0]:
+            raise DoesNotFit(
+                f"{list_file}: names images of {start}, but --data {source.path} is another split; name the right "
+                "folder"
+            )
         remark = f"; the list's folder {start} is not in {source.path.name}, left out"
-    if below:
-        remark = f"; its paths count from {source.path / below}"
     locations: dict[str, Location] = {}
     labels: dict[str, str] = {}
     for written, name, label in zip(names, matched, listed.labels.values(), strict=True):
@@ -395,8 +368,7 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
         locations[name] = location
         if label is None:
             folder = posixpath.dirname(written)
-            rest = folder.removeprefix(common).strip("/")
-            label = rest.split("/")[0] or posixpath.basename(folder)
+            label = folder.removeprefix(common).strip("/").split("/")[0] or posixpath.basename(folder)
         labels[name] = legible(label)
     return locations, labels, remark
 
@@ -428,17 +400,3 @@ def _refuse_elsewhere(name: str, list_file: Path, source: Source) -> None:
         if tops[0] in path.parents or tops[1] in path.resolve().parents:
             return
         raise UnreadableFile(f"{list_file}: names {str(path)[:120]}: expected a path below --data {source.path}")
-
-
-def _refuse_other_split(leading: str, list_file: Path, source: Source) -> None:
-    """Refuse the images of a split in place of those of another."""
-    listed = [named[0] for part in leading.split("/") if (named := role(part))]
-    here = role(source.path.name)
-    if here and listed and listed[-1] != here[0]:
-        raise DoesNotFit(
-            f"{list_file}: names images of {leading}, but --data {source.path} is another split; name the right folder"
-        )
-
-
-def _some(values: Sequence[str]) -> str:
-    return ", ".join(values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "")

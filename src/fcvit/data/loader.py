@@ -17,52 +17,75 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from fcvit.data.labeled import LabeledImages, Location
+from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
 
 DIGEST = 8  # bytes kept of the SHA-256 of an image file
 _CHUNK = 16  # images a task: enough that handing it over costs nothing beside decoding
 
-Job = tuple[int, str, Location]
+Job = tuple[Any, ...]  # what the work is called with: position, name and place of an image, and more
 Result = TypeVar("Result")
-Work = Callable[[int, str, Location], Result]
+Work = Callable[..., Result]
 
 
-class View(Protocol):
-    """What is made of a decoded image; workers get a copy of it.
+class Dataset(Protocol):
+    """Samples that are not yet read: each has a name, a place and a target."""
 
-    Called with the image and its position in the data set, it gives uint8 (3, size, size). It must depend
-    on nothing else, so that the number of workers does not matter.
-    """
+    root: Path
+    names: tuple[str, ...]
+    locations: tuple[Location, ...]
 
     @property
-    def size(self) -> int: ...
+    def targets(self) -> Sequence[Any]:
+        """What is to be learned of each sample, or where it is written; a transform reads it."""
+        ...
 
-    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+
+    def take(self, order: Sequence[int]) -> "Dataset":
+        """Return the samples at these positions, in this order."""
+        ...
+
+    def listing(self) -> str:
+        """Return a hash of names and targets, which a continued run compares."""
+        ...
+
+
+class Transform(Protocol):
+    """What becomes of a decoded image and its target; workers get a copy of it.
+
+    Called with the image, its target and its position in the data set, it gives the pixels, uint8 (3, H, W), and the
+    target as the network sees it. It must depend on nothing else, so that the number of workers does not matter.
+    """
+
+    def __call__(self, image: Image.Image, target: Any, index: int, /) -> tuple[np.ndarray, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Images that belong together: those with the positions `number * batch_size` and on.
+    """Samples that belong together: those with the positions `number * batch_size` and on.
 
     Attributes:
         number: of the batch.
         indices: positions in the data set of those that could be read, (B,).
         digests: the first 8 bytes of the SHA-256 of each file.
-        pixels: for each view, uint8 (B, 3, S, S).
+        pixels: for each transform, uint8 (B, 3, H, W), or a list where sizes differ.
+        targets: for each transform, the target of each sample.
         bad: positions of the others, with the reason.
     """
 
     number: int
     indices: np.ndarray
     digests: tuple[bytes, ...]
-    pixels: tuple[np.ndarray, ...]
+    pixels: tuple[Any, ...]
+    targets: tuple[list[Any], ...]
     bad: tuple[tuple[int, str], ...]
 
 
@@ -78,8 +101,10 @@ def read_file(name: str, location: Location) -> bytes:
         raise BadImages(f"{name}: {error.strerror or error}") from error
 
 
-def decode_file(index: int, name: str, location: Location, views: Sequence[View]) -> tuple[bytes, list]:
-    """Read an image once and make each view of it: its digest, and uint8 (3, S, S) arrays.
+def decode_file(
+    index: int, name: str, location: Location, target: Any, transforms: Sequence[Transform]
+) -> tuple[bytes, list[tuple[np.ndarray, Any]]]:
+    """Read an image once and apply each transform to it: its digest, and pixels and target for each.
 
     Raises:
         BadImages: it cannot be read.
@@ -87,23 +112,23 @@ def decode_file(index: int, name: str, location: Location, views: Sequence[View]
     content = read_file(name, location)
     image = decode(io.BytesIO(content), name)
     try:
-        made = [view(image, index) for view in views]
+        samples = [transform(image, target, index) for transform in transforms]
     except BadImages as error:
         raise BadImages(f"{name}: {error}") from error
-    return hashlib.sha256(content).digest()[:DIGEST], made
+    return hashlib.sha256(content).digest()[:DIGEST], samples
 
 
 def batches(
-    images: LabeledImages,
+    dataset: Dataset,
     numbers: Sequence[int],
     batch_size: int,
-    views: Sequence[View],
+    transforms: Sequence[Transform],
     workers: "int | Workers",
 ) -> Generator[Batch]:
     """The batches of these numbers, in this order.
 
     Args:
-        images: the data set; batch n holds the images from n * batch_size.
+        dataset: batch n holds its samples from n * batch_size.
         workers: processes that decode; 0: this one does, between the batches.
             `Workers` that are there already are used and left.
 
@@ -111,18 +136,16 @@ def batches(
         FcvitError: no worker can be started.
     """
     pieces = [
-        (number, start, min(start + _CHUNK, (number + 1) * batch_size, len(images)))
+        (number, start, min(start + _CHUNK, (number + 1) * batch_size, len(dataset)))
         for number in numbers
-        for start in range(number * batch_size, min((number + 1) * batch_size, len(images)), _CHUNK)
+        for start in range(number * batch_size, min((number + 1) * batch_size, len(dataset)), _CHUNK)
     ]
-    chunks = (
-        list(zip(range(start, end), images.names[start:end], images.locations[start:end], strict=True))
-        for _, start, end in pieces
-    )
+    columns = (range(len(dataset)), dataset.names, dataset.locations, dataset.targets)
+    chunks = (list(zip(*(column[start:end] for column in columns), strict=True)) for _, start, end in pieces)
     # The batch that is being put together; what is behind it keeps the workers busy.
-    work = functools.partial(decode_file, views=views)
+    work = functools.partial(decode_file, transforms=transforms)
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers, -(-batch_size // _CHUNK))) as done:
-        yield from _assemble(pieces, done, views)
+        yield from _assemble(pieces, done, len(transforms))
 
 
 def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
@@ -200,31 +223,36 @@ def _one_by_one(pool: "Workers", jobs: Sequence[Job], work: Work[Result]) -> lis
 
 def _assemble(
     pieces: Sequence[tuple[int, int, int]],
-    chunks: Iterator[list[tuple[bytes, list[np.ndarray]] | BadImages]],
-    views: Sequence[View],
+    chunks: Iterator[list[tuple[bytes, list[tuple[np.ndarray, Any]]] | BadImages]],
+    transforms: int,
 ) -> Iterator[Batch]:
     """Put the chunks of each batch together."""
-    indices: list[int] = []
-    digests: list[bytes] = []
-    pixels: list[list[np.ndarray]] = [[] for _ in views]
+    good: list[tuple[int, bytes, list[tuple[np.ndarray, Any]]]] = []
     bad: list[tuple[int, str]] = []
-    for place, (number, start, _) in enumerate(pieces):
+    for piece, (number, start, _) in enumerate(pieces):
         for index, result in enumerate(next(chunks), start):
             if isinstance(result, BadImages):
                 bad.append((index, str(result)))
-                continue
-            digest, made = result
-            indices.append(index)
-            digests.append(digest)
-            for stack, image in zip(pixels, made, strict=True):
-                stack.append(image)
-        if place + 1 == len(pieces) or pieces[place + 1][0] != number:
-            stacks = tuple(
-                np.stack(stack) if stack else np.empty((0, 3, view.size, view.size), np.uint8)
-                for stack, view in zip(pixels, views, strict=True)
+            else:
+                good.append((index, *result))
+        if piece + 1 == len(pieces) or pieces[piece + 1][0] != number:
+            samples = [[made[which] for *_, made in good] for which in range(transforms)]
+            yield Batch(
+                number,
+                np.array([index for index, *_ in good], np.int64),
+                tuple(digest for _, digest, _ in good),
+                tuple(_stack([pixels for pixels, _ in one]) for one in samples),
+                tuple([target for _, target in one] for one in samples),
+                tuple(bad),
             )
-            yield Batch(number, np.array(indices, np.int64), tuple(digests), stacks, tuple(bad))
-            indices, digests, pixels, bad = [], [], [[] for _ in views], []
+            good, bad = [], []
+
+
+def _stack(pixels: list[np.ndarray]) -> Any:
+    """Return one array of images of one size, others as they are."""
+    if len({one.shape for one in pixels}) > 1:
+        return pixels
+    return np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
 
 
 class Workers:

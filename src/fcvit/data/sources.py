@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a tar that is read in place, or tars of one class each. One view of all three."""
+"""Where images lie: a folder, a tar that is read in place, or tars of one class each, in one view."""
 
 import dataclasses
 import errno
@@ -8,11 +8,11 @@ import posixpath
 import re
 import shlex
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fcvit.data.folders import contents, is_image, left_out, open_file
+from fcvit.data.folders import contents, is_image, left_out, open_file, scan
 from fcvit.errors import UnreadableFile
 from fcvit.foreign import KIND_BYTES, foreign_kind
 
@@ -21,6 +21,7 @@ _BLOCK = 512  # of a tar
 PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
 _LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # what tar leaves out where it unpacks
 _DEEPEST = 3  # tars in tars in tars
+_INDICES = 1024  # tars whose index is remembered
 # What else people have, by its first bytes, and how it becomes a folder or a tar.
 _OTHERS = {
     b"\x1f\x8b": ("compressed with gzip", "it is read in place, decompress it first: gunzip -k {name}"),
@@ -43,11 +44,7 @@ class Location(NamedTuple):
     size: int = -1  # -1: to the end
 
     def read(self) -> bytes:
-        """Return the bytes.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Return the bytes, or raise an OSError."""
         with open_file(self.path) as file:
             if (self.size if self.size >= 0 else os.fstat(file.fileno()).st_size) > _LARGEST:
                 raise OSError(errno.EFBIG, f"more than {_LARGEST >> 20} MiB")
@@ -56,19 +53,10 @@ class Location(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What is in a folder or tar; hidden things and those of the system are left out.
-
-    Attributes:
-        folders: at any depth, relative to it, with /, sorted.
-        files: likewise, of any kind, and where each is.
-    """
+    """All folders and files at any depth, relative, with /, sorted; what is hidden or the system's is left out."""
 
     folders: tuple[str, ...]
     files: dict[str, Location]
-
-    def tops(self) -> tuple[str, ...]:
-        """Return the folders at the top: the classes, or the splits."""
-        return tuple(name for name in self.folders if "/" not in name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +82,19 @@ class Archive:
         return Tree(tuple(sorted(folders)), files)
 
     @functools.cached_property
-    def children(self) -> Mapping[str, list[str]]:
-        """Folder ("" the top) -> names of the folders directly in it."""
-        children: dict[str, list[str]] = {name: [] for name in ("", *self.tree.folders)}
-        for name in self.tree.folders:
-            above, _, last = name.rpartition("/")
-            children[above].append(last)
-        return children
-
-    @functools.cached_property
-    def image_folders(self) -> frozenset[str]:
-        """Folders with images directly in them."""
-        return frozenset(posixpath.dirname(name) for name in self.tree.files if is_image(name))
+    def listings(self) -> Mapping[str, tuple[list[str], list[str]]]:
+        """Folder ("" the top) -> names of the folders and of the files directly in it."""
+        listings: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in ("", *self.tree.folders)}
+        for kind, names in enumerate((self.tree.folders, self.tree.files)):
+            for name in names:
+                above, _, last = name.rpartition("/")
+                listings[above][kind].append(last)
+        return listings
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder, or a folder in an archive.
+    """A folder, or a folder in an archive. Its methods raise `UnreadableFile` where a folder cannot be read.
 
     Attributes:
         path: as the user would name it.
@@ -127,70 +111,34 @@ class Source:
         return Source(self.path / name, self.archive, posixpath.join(self.inner, name))
 
     def folders(self) -> list[str]:
-        """Return the names of the folders directly in it, sorted.
-
-        Raises:
-            UnreadableFile: it cannot be read.
-        """
-        if self.archive is not None:
-            return self.archive.children[self.inner]
-        return sorted(entry.name for entry in self.entries() if entry.is_dir())
+        """Return the names of the folders directly in it, sorted."""
+        return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[0]
 
     def files(self) -> list[str]:
-        """Return the names of the files directly in it, sorted.
-
-        Raises:
-            UnreadableFile: it cannot be read.
-        """
-        if self.archive is not None:
-            return [posixpath.basename(n) for n in self.archive.tree.files if posixpath.dirname(n) == self.inner]
-        return sorted(entry.name for entry in self.entries() if not entry.is_dir())
+        """Return the names of the files directly in it, sorted."""
+        return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[1]
 
     def has_images(self) -> bool:
-        """Report whether image files are directly in it.
-
-        Raises:
-            UnreadableFile: it cannot be read.
-        """
-        if self.archive is not None:
-            return self.inner in self.archive.image_folders
-        return any(is_image(entry.name) and not entry.is_dir() for entry in self.entries())
+        """Report whether image files are directly in it."""
+        return any(map(is_image, self.files()))
 
     def has_images_below(self) -> bool:
-        """Report whether image files are in it or in the folders in it; of linked folders, in those alone.
-
-        Raises:
-            UnreadableFile: a folder in it cannot be read.
-        """
-        if self.has_images():
-            return True
+        """Report whether image files are in it or in the folders in it; of linked folders, in those alone."""
         children = map(self.child, self.folders())
-        return any(c.has_images() if c.path.is_symlink() else c.has_images_below() for c in children)
-
-    def entries(self) -> Iterator["os.DirEntry[str]"]:
-        """Yield what is directly in a folder of the file system, without what is left out."""
-        try:
-            with os.scandir(self.path) as entries:
-                yield from (entry for entry in entries if not left_out(entry.name))
-        except OSError as error:
-            raise UnreadableFile(f"{self.path}: {error.strerror}") from error
+        return self.has_images() or any(
+            child.has_images() if child.path.is_symlink() else child.has_images_below() for child in children
+        )
 
     def tree(self) -> Tree:
-        """Read everything in it.
-
-        Raises:
-            UnreadableFile: a folder in it cannot be read.
-        """
+        """Read everything in it."""
         if self.archive is None:
             folders, files = contents(self.path)
             return Tree(tuple(sorted(folders)), {name: Location(f"{self.path}/{name}") for name in sorted(files)})
-        whole = self.archive.tree
-        if not self.inner:
-            return whole
-        prefix = f"{self.inner}/"
+        prefix = f"{self.inner}/" if self.inner else ""
+        folders, files = self.archive.tree
         return Tree(
-            tuple(name.removeprefix(prefix) for name in whole.folders if name.startswith(prefix)),
-            {name.removeprefix(prefix): place for name, place in whole.files.items() if name.startswith(prefix)},
+            tuple(name.removeprefix(prefix) for name in folders if name.startswith(prefix)),
+            {name.removeprefix(prefix): place for name, place in files.items() if name.startswith(prefix)},
         )
 
     def locate(self, name: str) -> Location | None:
@@ -205,56 +153,59 @@ class Source:
 
 
 def open_source(data: Path) -> Source:
-    """Find a folder, a tar, a folder inside a tar (`x.tar/val`), or a folder of tars with one class each.
+    """Open a folder, a tar, a folder inside a tar (`x.tar/val`), or a folder of tars with one class each.
 
     Raises:
         UnreadableFile: nothing there, or a tar that cannot be read whole.
     """
     if data.is_dir():
-        source = Source(data)
-        if source.has_images() or source.folders():
-            return source
-        names = [entry.name for entry in source.entries()]
-        tars = sorted(name for name in names if name.lower().endswith(".tar"))
+        folders, files = scan(data)
+        tars = [name for name in files if name.lower().endswith(".tar")]
         # One tar among other files is not the data set.
-        if len(tars) * 2 <= len(names):
-            return source
-        return Source(data, _joined(str(data), {name: _read_tar(data / name) for name in tars}, names))
+        if folders or any(map(is_image, files)) or len(tars) * 2 <= len(files):
+            return Source(data)
+        return Source(data, _joined(str(data), {name: _read_tar(data / name) for name in tars}, files))
     for tar in (data, *data.parents):
         if tar.is_file():
             inner = "" if tar == data else data.relative_to(tar).as_posix()
             archive = _read_tar(tar)
-            if inner and inner not in archive.children:
+            if inner not in archive.listings:
                 raise UnreadableFile(f"{tar}: no folder {inner} in it, and no images in it below {inner}")
             return Source(data, archive, inner)
     raise UnreadableFile(f"{data}: no such folder or tar; --data expects class folders, or a tar of them")
 
 
 def _read_tar(path: Path) -> Archive:
-    """Read the index of a tar; nothing is unpacked.
+    """Read the index of a tar, once as long as the file stays the same; nothing is unpacked.
 
     Raises:
         UnreadableFile: it is no tar, damaged, cut off, or of a kind that cannot be read whole.
     """
     try:
-        with open_file(path) as file:
-            start = file.read(8)
-            for magic, (kind, remedy) in _OTHERS.items():
-                if start.startswith(magic):
-                    name = shlex.quote(path.name)
-                    raise UnreadableFile(f"{path}: not a tar that can be read: {kind}; {remedy.format(name=name)}")
-            return _read_index(file, path, str(path), 0, os.fstat(file.fileno()).st_size, 0)
+        status = path.stat()
+        return _index(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror or error}") from error
+
+
+@functools.lru_cache(_INDICES)
+def _index(path: Path, *_: int) -> Archive:
+    """Read the index of the tar whose status has these numbers."""
+    with open_file(path) as file:
+        start = file.read(8)
+        for magic, (kind, remedy) in _OTHERS.items():
+            if start.startswith(magic):
+                name = shlex.quote(path.name)
+                raise UnreadableFile(f"{path}: not a tar that can be read: {kind}; {remedy.format(name=name)}")
+        return _read_index(file, path, str(path), 0, os.fstat(file.fileno()).st_size, 0)
 
 
 def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, depth: int) -> Archive:
     """Read the index of the tar between two places of a file, and of the tars in it.
 
     Args:
-        path: of the file.
         shown: names the tar in messages.
-        depth: how many tars it is in.
+        depth: number of tars that it is in.
     """
     files: dict[str, Location] = {}
     links: dict[str, str] = {}
@@ -269,10 +220,10 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
                 # tarfile takes a damaged header, and the end of the file, for the end of the tar.
                 stopped = tar.offset
         except (tarfile.TarError, ValueError, EOFError) as error:
-            where = f"no tar at byte {start - first} of {end - first}: {error}" if start > first else ""
             file.seek(start)
-            what = where or foreign_kind(file.read(KIND_BYTES))
-            raise UnreadableFile(f"{shown}: not a tar that can be read: {what or ''}{'' if what else error}") from error
+            reason = f"no tar at byte {start - first} of {end - first}: {error}"
+            reason = reason if start > first else foreign_kind(file.read(KIND_BYTES)) or error
+            raise UnreadableFile(f"{shown}: not a tar that can be read: {reason}") from error
         file.seek(stopped)
         if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
             raise UnreadableFile(
@@ -290,7 +241,7 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
         folders = [_LEADING.sub("", name) for name in folders]
     archive = Archive(files, tuple(folders))
     tars = {name: place for name, place in archive.tree.files.items() if name.lower().endswith(".tar")}
-    if not tars or archive.image_folders:
+    if not tars or any(map(is_image, archive.tree.files)):
         return archive
     if depth == _DEEPEST:
         raise UnreadableFile(f"{shown}: tars in tars, more than {_DEEPEST} deep; unpack the outer ones")

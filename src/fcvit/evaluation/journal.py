@@ -6,9 +6,11 @@ of the same batch is the same. All figures are computed from the journals.
 
 A file begins with a magic word and the key of the run: records of other settings are refused.
 A frame is: magic, number of the batch, length of the records, length of all content; CRC-32 of this and
-of the content; the records (a NumPy structure that the reader must know); JSON for what has no fixed size.
+of the content; the records (a NumPy structure that the reader must know); JSON with what has no fixed size,
+a zero byte, and the chunks: bytes of any length, whose sizes are in the JSON.
 """
 
+import itertools
 import json
 import os
 import struct
@@ -22,23 +24,25 @@ import numpy as np
 from fcvit.errors import DoesNotFit
 
 _HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
-_MAGIC, _FILE = b"FCVJ", b"FCVITJ1\n"
+_MAGIC, _FILE = b"FCVJ", b"FCVITJ2\n"
 KEY = 32
 """Length of a run's key in bytes: a SHA-256 of everything that decides its records."""
 
 
 class Frame(NamedTuple):
-    """One batch: its number, a record for each image, and what else is to be kept of it."""
+    """One batch: its number, a record for each image, what else is to be kept of it as JSON, and as bytes."""
 
     number: int
     records: np.ndarray
     extra: Any
+    chunks: tuple[bytes, ...] = ()
 
 
 def encode(frame: Frame) -> bytes:
     """The bytes of a frame."""
     records = frame.records.tobytes()
-    content = records + json.dumps(frame.extra).encode()
+    text = json.dumps([frame.extra, [len(chunk) for chunk in frame.chunks]]).encode()
+    content = b"".join([records, text, b"\0", *frame.chunks])
     head = _HEAD.pack(_MAGIC, frame.number, len(records), len(content))
     return head + _CHECKSUM.pack(zlib.crc32(head + content)) + content
 
@@ -53,9 +57,11 @@ def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
         start = body + size
         if magic != _MAGIC or zlib.crc32(head + content[body:start]) != checksum or records % dtype.itemsize:
             return
-        yield Frame(
-            number, np.frombuffer(content[body : body + records], dtype), json.loads(content[body + records : start])
-        )
+        text, _, rest = content[body + records : start].partition(b"\0")
+        extra, sizes = json.loads(text)
+        ends = [0, *itertools.accumulate(sizes)]
+        chunks = tuple(rest[a:b] for a, b in itertools.pairwise(ends))
+        yield Frame(number, np.frombuffer(content[body : body + records], dtype), extra, chunks)
 
 
 class Journal:

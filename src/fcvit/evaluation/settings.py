@@ -1,118 +1,94 @@
-"""What an evaluation will do, settled before the first batch: images, classes, protocols, engines."""
+"""The settings of an evaluation, and what follows from them before the first batch: configurations and engines."""
 
 import dataclasses
-import functools
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.data.class_indices import assign_classes
-from fcvit.data.labeled import LabeledImages, read_dataset, read_real
-from fcvit.data.loader import DIGEST, Workers
+from fcvit.data.loader import DIGEST
 from fcvit.data.transforms.preprocess import decoders
-from fcvit.errors import DoesNotFit, UsageError
+from fcvit.errors import UsageError
 from fcvit.evaluation.protocols import AUTHORS, Protocol, protocols
 from fcvit.frameworks import parse_device
 from fcvit.inference.cache import PACKAGES
 from fcvit.inference.engines import AUTO, Engine, create_engine
 from fcvit.inference.quantize import calibration_images
-from fcvit.models.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
-from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing, resolve_preprocessing
+from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.tasks.base import Evaluator
 from fcvit.weights.reading import Weights
 
-PRESENT = "present"  # in place of a class list: the classes that the data has
+logger = logging.getLogger("fcvit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the figures of a run. `run.json` keeps it, so that the run can be continued.
+    """What decides the numbers of an evaluation, of whatever task. `run.json` keeps it.
 
-    The fields are the arguments of `evaluate`.
+    Args:
+        protocol: authors (the preprocessing that belongs to the weights), resize256-bilinear (Resize 256 bilinear,
+            crop 224), or both at once.
+        engines: auto (the fastest installed engine that passes the numerical check), onnxruntime, openvino, paddle,
+            paddle-inference, native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
+        batch_size: Images at a time; auto tries what fits. Float32 sums depend on it in the last digits.
+        device: auto, cpu, gpu or gpu:N.
+        precision: float32, or bfloat16, float16, int8 where the engine has it, measured beside float32.
+        calibration: Folder of images that int8 takes its scales from, such as training images.
+        threads: Threads that compute on a CPU (default: one for each core).
+        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
+        save_logits: Keep logits.npy beside the predictions.
+        preprocessing: Another preprocessing, or fields of it, which makes the protocol "custom".
+
+    Raises:
+        UsageError: a value out of range, or two that exclude each other.
     """
 
-    weights: tuple[str, ...]
-    data: str
-    list_file: str | None
-    engines: tuple[str, ...]
-    protocol: str
-    preprocessing: Mapping[str, Any] | None
-    batch_size: int | Literal["auto"]
-    device: str
-    precision: str
-    ema: bool | None
-    classes: str | None
-    subset: int | None
-    seed: int
-    real: str | None
-    class_subset: str | None
-    save_logits: bool
+    protocol: Literal["authors", "resize256-bilinear", "both"] = AUTHORS
+    engines: Annotated[str, Parameter(name="--engine")] = AUTO
+    batch_size: int | Literal["auto"] = 32
+    device: str = "auto"
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    calibration: Annotated[str | None, Parameter(name="--calibrate")] = None
     threads: int | None = None
-    calibration: str | None = None
+    ema: bool | None = None
+    save_logits: Annotated[bool, Parameter(negative=())] = False
+    preprocessing: Annotated[Mapping[str, Any] | None, Parameter(parse=False)] = None
 
-    def sha256(self) -> str:
-        """Whether `run.json` still holds what was asked for."""
-        return _sha256(dataclasses.asdict(self))
-
-
-def check(settings: Settings, workers: int | Workers) -> None:
-    """Refuse what can be told without a file.
-
-    Raises:
-        UsageError: it was one of the arguments.
-    """
-    parse_device(settings.device)
-    size, engines = settings.batch_size, settings.engines
-    if size != "auto" and (not isinstance(size, int) or size < 1):
-        raise UsageError(f"--batch-size {size}: expected auto or at least 1")
-    if isinstance(workers, int) and workers < 0:
-        raise UsageError(f"--workers {workers}: expected at least 0")
-    if not settings.weights:
-        raise UsageError("--weights: expected at least one file")
-    if settings.preprocessing and settings.protocol != AUTHORS:
-        raise UsageError(f"--protocol {settings.protocol} is fixed; leave it or the other preprocessing out")
-    if not engines or len(set(engines)) != len(engines):
-        raise UsageError(f"--engine {','.join(engines)!r}: expected different engines, separated by commas")
-    if (settings.precision == "int8") != (settings.calibration is not None):
-        raise UsageError("--precision int8 and --calibration FOLDER go together: its scales come from your images")
-
-
-def with_engines_named(settings: Settings, loaded: Sequence[Weights], device: str) -> tuple[Settings, Engine | None]:
-    """Replace "auto" in the settings by the engine that it is here, for the first weights; return that engine too.
-
-    Raises:
-        As `create_engine`; UsageError: it is one that was named besides.
-    """
-    if AUTO not in settings.engines:
-        return settings, None
-    weights = loaded[0]
-    pixels = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
-    pixels = dataclasses.replace(pixels, **(settings.preprocessing or {}))
-    precision = "float32" if settings.precision == "int8" else settings.precision
-    found = create_engine(AUTO, weights, pixels, device, precision, settings.threads, None)
-    named = dataclasses.replace(settings, engines=tuple(found.name if e == AUTO else e for e in settings.engines))
-    check(named, 0)
-    return named, found
+    def __post_init__(self) -> None:
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", absolute(self.calibration))
+        parse_device(self.device)
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise UsageError(f"--batch-size {self.batch_size}: expected auto or at least 1")
+        if self.preprocessing and self.protocol != AUTHORS:
+            raise UsageError(f"--protocol {self.protocol} is fixed; leave it or the other preprocessing out")
+        names = self.engines.split(",")
+        if not all(names) or len(set(names)) != len(names):
+            raise UsageError(f"--engine {self.engines!r}: expected different engines, separated by commas")
+        if (self.precision == "int8") != (self.calibration is not None):
+            raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
 
 
 @dataclasses.dataclass(frozen=True)
-class Lane:
-    """One way through which all images go.
+class Configuration:
+    """One way through which all samples go: weights, protocol, engine, precision.
 
     Attributes:
         name: of its folder.
-        weights, engine_name, precision, protocol: what it is.
-        crop: place of its crops among those that are made of an image.
-        reference: place of the lane whose logits its own are compared with; None: it is that lane itself.
+        crop: position of its preprocessing among those that are applied to an image.
+        reference: position of the configuration whose outputs its own are compared with; None: it is that one.
     """
 
     name: str
     weights: Weights
-    engine_name: str
+    engine: str
     precision: str
     protocol: Protocol
     crop: int
@@ -120,214 +96,139 @@ class Lane:
 
 
 class Plan:
-    """Everything that is settled before the first batch."""
+    """Everything that is settled before the first batch.
 
-    def __init__(
-        self,
-        settings: Settings,
-        loaded: Sequence[Weights],
-        device: str,
-        images: LabeledImages | None = None,
-    ):
-        self.settings, self.device = settings, device
+    Args:
+        settings: of the run.
+        loaded: the weights.
+        device: of this process.
+        evaluator: the task's, for these weights and the data.
+
+    Raises:
+        As `create_engine`.
+    """
+
+    def __init__(self, settings: Settings, loaded: Sequence[Weights], device: str, evaluator: Evaluator):
+        self.settings, self.device, self.evaluator = settings, device, evaluator
+        self.dataset = evaluator.dataset
         # A lower precision is never measured alone: what it costs is the difference.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
-        given = read_classes(Path(settings.classes)) if settings.classes else None
-        first = loaded[0].spec
+        self._engines: dict[tuple[int, str, str], Engine] = {}
+        if AUTO in settings.engines.split(","):
+            self._name_engines(loaded[0])
+        self.configurations: list[Configuration] = []
+        self.crops: list[Preprocessing] = []
         for weights in loaded:
-            if weights.spec.dense or not weights.spec.num_classes:
-                raise DoesNotFit(f"{weights.source.path} is {weights.spec}: it has no classes to evaluate")
-            if weights.spec.num_classes != first.num_classes:
-                raise DoesNotFit(
-                    f"{weights.source.path} has {weights.spec.num_classes} classes, {loaded[0].source.path} "
-                    f"{first.num_classes}; evaluate them one by one"
-                )
-        count = first.num_classes
-        known = given or loaded[0].classes
-        list_file = Path(settings.list_file) if settings.list_file else None
-        if images is None:
-            images = read_dataset(Path(settings.data), list_file, known, count)
-        self.classes = named = resolve_classes(given, loaded[0].classes, count)
-        if images.counted:  # the folders are all that is known of the classes
-            self.classes = tuple(ClassName(label, label) for label in images.mapping)
-        for weights in loaded[1:]:
-            if resolve_classes(given, weights.classes, count) != named:
-                raise DoesNotFit(
-                    f"{weights.source.path} and {loaded[0].source.path} name other classes; evaluate them one by "
-                    "one, or name the classes with --classes FILE"
-                )
-        self.images = images if settings.subset is None else images.subset(settings.subset, settings.seed)
-        self.validation = _validation(self.images)
-        self.columns = self._columns(set(images.labels), known, count)
-        position = {int(column): place for place, column in enumerate(self.columns)}
-        self.labels = np.array([position[label] for label in self.images.labels], np.int64)
-        self.lane_classes: Classes = tuple(self.classes[column] for column in self.columns)
-        self.k = min(5, len(self.columns))
-        self.real = read_real(Path(settings.real), self.images) if settings.real else None
-        if self.real is not None and [c.id for c in self.classes] != [c.id for c in imagenet()]:
-            raise DoesNotFit(
-                "--real: its labels are ImageNet's 1,000 classes in their usual order, which the model's are not, by "
-                "their ids; --classes FILE gives it others"
-            )
-        # What may take an export comes last, when images and classes are known to fit.
-        self.settings, auto = with_engines_named(settings, loaded, device)
-        self._made = {} if auto is None else {(id(loaded[0]), auto.name, auto.precision): auto}
-        self.lanes, self.crops = self._lanes(loaded)
+            self._configure(weights)
+        self.calibration = None
+        if settings.calibration is not None:
+            first = self.configurations[0].protocol.preprocessing
+            self.calibration = calibration_images(Path(settings.calibration), first)
+        self.dtype = np.dtype(
+            [
+                ("index", "<i4"),
+                ("digest", "u1", (DIGEST,)),
+                ("configurations", evaluator.dtype, (len(self.configurations),)),
+            ]
+        )
 
-    def _columns(self, present: set[int], known: Classes | None, count: int) -> np.ndarray:
-        """Indices of the classes that are told apart; `present`: in the data, also where only a part is drawn."""
-        class_subset = self.settings.class_subset
-        if class_subset is None:
-            return np.arange(count)
-        if class_subset == PRESENT:
-            chosen = present
-        else:
-            ids = sorted(c.id for c in read_classes(Path(class_subset)))
-            if all(label.isdecimal() for label in ids) and known is None:
-                raise DoesNotFit(f"{class_subset}: numbers name no classes; expected ids, one a line")
-            what = f"classes of {Path(class_subset).name}"
-            chosen = set(assign_classes(ids, self.classes, count, what).mapping.values())
-        outside = present - chosen
-        if outside:
-            raise DoesNotFit(
-                f"{class_subset}: images of {len(outside)} other classes are there, first "
-                f"{self.classes[min(outside)].id}"
-            )
-        if len(chosen) < 2:
-            raise DoesNotFit("--class-subset: a single class is told apart from nothing")
-        return np.array(sorted(chosen))
+    def _resolved(self, weights: Weights) -> Preprocessing:
+        own = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
+        return dataclasses.replace(own, **(self.settings.preprocessing or {}))
 
-    def _lanes(self, loaded: Sequence[Weights]) -> tuple[list[Lane], list[Preprocessing]]:
+    def _name_engines(self, weights: Weights) -> None:
+        """Replace "auto" in the settings by the engine that it is here, for the first weights."""
         settings = self.settings
-        lanes: list[Lane] = []
-        crops: dict[tuple, int] = {}
-        kept: list[Preprocessing] = []
-        for weights in loaded:
-            stem = _stem(weights.source.path.name)
-            resolved = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
-            resolved = dataclasses.replace(resolved, **(settings.preprocessing or {}))
-            for protocol in protocols(settings.protocol, resolved, weights.spec.variant):
-                # Mean and standard deviation are the engine's business: crops are made once for all.
-                pixels = protocol.preprocessing
-                key = (pixels.input_size, pixels.resize, pixels.interpolation)
-                if key not in crops:
-                    crops[key] = len(kept)
-                    kept.append(pixels)
-                reference = None
-                ways = [(engine, precision) for engine in settings.engines for precision in self.precisions]
-                for engine, precision in ways:
-                    what = [engine] if len(settings.engines) > 1 else []
-                    what += [precision] if len(self.precisions) > 1 else []
-                    name = "-".join([stem, protocol.name, *what])
-                    taken = {lane.name for lane in lanes}
-                    number = 2
-                    unique = name
-                    while unique in taken:
-                        unique, number = f"{name}-{number}", number + 1
-                    lanes.append(Lane(unique, weights, engine, precision, protocol, crops[key], reference))
-                    reference = len(lanes) - 1 if reference is None else reference
-        return lanes, kept
+        precision = "float32" if settings.precision == "int8" else settings.precision
+        given = (AUTO, weights, self._resolved(weights), self.device, precision, settings.threads)
+        engine = create_engine(*given)
+        names = [engine.name if name == AUTO else name for name in settings.engines.split(",")]
+        self.settings = dataclasses.replace(settings, engines=",".join(names))
+        self._engines[id(weights), engine.name, engine.precision] = engine
 
-    @functools.cached_property
+    def _configure(self, weights: Weights) -> None:
+        """Add the configurations of one weights file; each preprocessing is applied once for all."""
+        engines = self.settings.engines.split(",")
+        for protocol in protocols(self.settings.protocol, self._resolved(weights), weights.spec.variant):
+            # Mean and standard deviation are the engine's business.
+            pixels = dataclasses.replace(protocol.preprocessing, mean=(0, 0, 0), std=(1, 1, 1))
+            if pixels not in self.crops:
+                self.crops.append(pixels)
+            reference = None
+            for engine, precision in ((e, p) for e in engines for p in self.precisions):
+                what = [engine] * (len(engines) > 1) + [precision] * (len(self.precisions) > 1)
+                name = unique = "-".join([_stem(weights.source.path.name), protocol.name, *what])
+                number = 2
+                while unique in {one.name for one in self.configurations}:
+                    unique, number = f"{name}-{number}", number + 1
+                crop = self.crops.index(pixels)
+                self.configurations.append(Configuration(unique, weights, engine, precision, protocol, crop, reference))
+                reference = len(self.configurations) - 1 if reference is None else reference
+
     def engines(self) -> list[Engine]:
-        """One for each lane; protocols of the same weights share theirs."""
-        made = self._made
-        found = []
-        for lane in self.lanes:
-            key = (id(lane.weights), lane.engine_name, lane.precision)
-            if key not in made:
-                made[key] = create_engine(
-                    lane.engine_name,
-                    lane.weights,
-                    lane.protocol.preprocessing,
-                    self.device,
-                    lane.precision,
-                    self.settings.threads,
-                    self.calibration if lane.precision == "int8" else None,
-                )
-            found.append(made[key])
-        return found
-
-    @functools.cached_property
-    def calibration(self) -> np.ndarray | None:
-        """The images that int8 is calibrated on, cut for the first lane."""
-        if self.settings.calibration is None:
-            return None
-        return calibration_images(Path(self.settings.calibration), self.lanes[0].protocol.preprocessing)
-
-    def load_engines(self) -> None:
-        """Build the engines now.
+        """Return an engine for each configuration; protocols of the same weights share theirs.
 
         Raises:
-            MissingExtra, UsageError: a framework, device or precision is not there.
+            MissingExtra, UsageError: a framework, device or precision is not available.
         """
-        _ = self.engines
+        engines = []
+        for one in self.configurations:
+            key = (id(one.weights), one.engine, one.precision)
+            if key not in self._engines:
+                self._engines[key] = create_engine(
+                    one.engine,
+                    one.weights,
+                    one.protocol.preprocessing,
+                    self.device,
+                    one.precision,
+                    self.settings.threads,
+                    self.calibration if one.precision == "int8" else None,
+                )
+            engines.append(self._engines[key])
+        return engines
 
     def jobs(self) -> list[tuple[Engine, int]]:
-        """What every batch goes through: engines and input sizes."""
-        sizes = [lane.protocol.preprocessing.input_size for lane in self.lanes]
-        return list(zip(self.engines, sizes, strict=True))
+        """Return what every batch goes through: engines and input sizes."""
+        sizes = [one.protocol.preprocessing.input_size for one in self.configurations]
+        return list(zip(self.engines(), sizes, strict=True))
 
-    def identity(self) -> dict[str, object]:
-        """What decides the records of the images: a run that is continued, and every process of it, must agree.
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the records: a run that is continued, and every process of it, must agree.
 
         Paths are not in it: another machine may have the same files elsewhere.
         """
         paddle = ("paddlepaddle", "paddlepaddle-gpu")
         packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
-        kept = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in self.settings.engines))
-        real = self.real and [sorted(classes) for classes in self.real]
+        names = {"fcvit", "numpy", "pillow"}.union(*(packages[one.engine] for one in self.configurations))
         listed = {
-            "weights": [lane.weights.source.sha256 for lane in self.lanes],
-            "ways": [[lane.name, lane.engine_name, dataclasses.asdict(lane.protocol)] for lane in self.lanes],
+            "weights": [one.weights.source.sha256 for one in self.configurations],
+            "configurations": [[one.name, one.engine, dataclasses.asdict(one.protocol)] for one in self.configurations],
             "threads": self.settings.threads,
             "calibration": self.calibration is not None and hashlib.sha256(self.calibration.tobytes()).hexdigest(),
             "precision": self.settings.precision,
             "batch_size": self.settings.batch_size,
-            "list_of_images": self.images.listing(),
-            "classes": _sha256([c.id for c in self.lane_classes]),
-            "real_labels": _sha256(real),
-            "packages": {n: v for n, v in runs.versions().items() if n in kept} | decoders(),
+            "list_of_images": self.dataset.listing(),
+            "packages": {name: version for name, version in runs.versions().items() if name in names} | decoders(),
         }
-        return json.loads(json.dumps(listed))
-
-    @property
-    def dtype(self) -> np.dtype:
-        """A record of one image: what every lane made of it."""
-        lane = [
-            ("rank", "<i4"),
-            ("loss", "<f8"),
-            ("top", "<i4", (self.k,)),
-            ("probability", "<f8", (self.k,)),
-            ("largest", "<f8"),  # absolute difference from the reference's logits
-            ("total", "<f8"),
-        ]
-        return np.dtype([("index", "<i4"), ("digest", "u1", (DIGEST,)), ("lanes", lane, (len(self.lanes),))])
+        return json.loads(json.dumps(listed | self.evaluator.identity()))
 
     @property
     def batches(self) -> range:
-        return range(-(-len(self.images) // int(self.settings.batch_size)))
+        return range(-(-len(self.dataset) // int(self.settings.batch_size)))
 
     def batch_images(self, number: int) -> int:
-        """How many images a batch has."""
+        """Return how many samples a batch has."""
         size = int(self.settings.batch_size)
-        return min(size, len(self.images) - number * size)
+        return min(size, len(self.dataset) - number * size)
 
 
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return a path for another working folder; words that are no paths stay."""
+    return str(Path(path).absolute())
 
 
 def _stem(name: str) -> str:
-    """The name of a weights file without its ending."""
+    """Return the name of a weights file without its ending."""
     for ending in (".pth.tar", ".pth", ".pt", ".safetensors", ".pdparams"):
         name = name.removesuffix(ending)
     return name.strip(".") or "weights"
-
-
-def _validation(images: LabeledImages) -> Literal["all", "part", "other"]:
-    """Whether these are ImageNet's validation images, by their names."""
-    numbers = images.validation_numbers()
-    if numbers is None or len(set(numbers)) < len(numbers):
-        return "other"
-    return "all" if len(numbers) == VALIDATION_IMAGES else "part"

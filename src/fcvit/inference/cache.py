@@ -155,9 +155,11 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
 @functools.cache
 def _sources() -> str:
     """Return a hash of the modules that write an export: between two releases they may change too."""
+    here = Path(__file__).parent
+    writers = [here / name for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py")]
     digest = hashlib.sha256()
-    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py", "../models/network.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for path in (*writers, *sorted((here.parent / "models").glob("*.py"))):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

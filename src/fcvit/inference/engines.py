@@ -16,7 +16,7 @@ from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.inference import cache
-from fcvit.inference.interface import Interface, as_list, output_shapes
+from fcvit.inference.interface import Interface, as_list
 from fcvit.inference.runtimes import INSTALL, RUNTIMES, Network
 from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
@@ -86,7 +86,7 @@ class Engine:
         if len(images):
             outputs = self.compute(images)
         else:
-            shapes = output_shapes(self.weights.spec, images.shape[2], images.shape[3])
+            shapes = self.weights.spec.outputs(images.shape[2], images.shape[3])
             outputs = [np.zeros((0, *shape), np.float32) for shape in shapes.values()]
         return outputs[0] if len(outputs) == 1 else outputs
 

@@ -111,7 +111,8 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
         "fcvit": __version__,
         "variant": dataclasses.asdict(spec.variant),
         "num_classes": spec.num_classes,
-        "dense": spec.dense,
+        "task": spec.task,
+        "head": spec.head,
         "input": {
             "layout": "batch, RGB, height, width",
             "type": "uint8" if interface.uint8 else "float32",

@@ -38,23 +38,12 @@ def output_names(spec: ModelSpec, probabilities: bool = False) -> list[str]:
     Raises:
         UsageError: probabilities of a network without classes.
     """
-    names = list(output_shapes(spec, 1, 1))
+    names = list(spec.outputs())
     if not probabilities:
         return names
     if names != ["logits"]:
         raise UsageError(f"probabilities: {spec} has no classes")
     return ["probabilities"]
-
-
-def output_shapes(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Return the outputs for images of that size, name -> shape without the batch."""
-    if not spec.dense:
-        return {"logits": (spec.num_classes,)} if spec.num_classes else {"embeddings": (spec.variant.widths[-1],)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for stage, channels in enumerate(spec.variant.widths):
-        height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
-        shapes[f"features.{stage}"] = (channels, height, width)
-    return shapes
 
 
 def as_list(outputs: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fcvit.errors import MissingExtra
 from fcvit.inference import algebra
-from fcvit.inference.interface import Interface, output_names, output_shapes
+from fcvit.inference.interface import Interface, output_names
 from fcvit.models.spec import is_counter
 from fcvit.weights.reading import Weights
 
@@ -73,7 +73,7 @@ class _Writer:
         size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
         results = self.network(INPUT)
         names = output_names(self.spec, self.interface.probabilities)
-        shapes: list[list] = [["batch", *shape] for shape in output_shapes(self.spec, *(size or (1, 1))).values()]
+        shapes: list[list] = [["batch", *shape] for shape in self.spec.outputs(*(size or (1, 1))).values()]
         for stage, (name, result, sides) in enumerate(zip(names, results, shapes, strict=True)):
             self.rename(result, name)
             if size is None and len(sides) == 4:
@@ -161,18 +161,21 @@ class _Writer:
             for block in range(self.v.depths[stage]):
                 x = self.block(x, stage, f"network.{2 * stage}.{block}")
             maps.append(x)
-        if self.spec.dense:
-            return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
-        return [self.head(x)]
+        heads = {"classifier": self.classifier, "backbone": self.backbone_norms}
+        return heads[self.spec.head](maps)
 
-    def head(self, x: str) -> str:
+    def backbone_norms(self, maps: list[str]) -> list[str]:
+        return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
+
+    def classifier(self, maps: list[str]) -> list[str]:
+        x = maps[-1]
         scale, shift = self.pair("norm")
         if not self.spec.num_classes:
-            return self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))
+            return [self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))]
         x = self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, None, "norm")))
         self.place = "head"
         x = self.linear(x, algebra.scale_inputs(algebra.shift_inputs(self.pair("head"), shift), scale))
-        return self.op("Softmax", x, axis=1) if self.interface.probabilities else x
+        return [self.op("Softmax", x, axis=1) if self.interface.probabilities else x]
 
     def conv_norm(self, x: str, name: str, stride: int) -> str:
         norm = f"{name}.norm"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fcvit.data.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.inference.engines import AUTO, Engine, PaddleEngine, create_engine
 from fcvit.inference.images import ImageLike, predictions, several
 from fcvit.metrics.classification import softmax, top_classes
-from fcvit.models.classes import Classes, ClassName, as_classes, resolve_classes
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights, read_weights
@@ -165,7 +165,7 @@ def load(
     for note in weights.notes:
         logger.info(note)
     spec = weights.spec
-    if spec.dense or not spec.num_classes:
+    if not spec.has_classes:
         raise DoesNotFit(f"{weights.source.path} is {spec}: it has no classes to predict")
     given = None if classes is None else as_classes(classes)
     names = resolve_classes(given, weights.classes, spec.num_classes)

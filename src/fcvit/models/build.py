@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, FreshWeights
 from fcvit.frameworks import import_framework
-from fcvit.models.classes import Classes
 from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
     from fcvit.models.network import FCViT, FCViTBackbone
 
+
+def _classifier(spec: ModelSpec) -> "nn.Layer":
+    from fcvit.models.network import FCViT
+
+    return FCViT(spec.variant, spec.num_classes)
+
+
+def _backbone(spec: ModelSpec) -> "nn.Layer":
+    from fcvit.models.network import FCViTBackbone
+
+    return FCViTBackbone(spec.variant)
+
+
+NETWORKS = {"classifier": _classifier, "backbone": _backbone}
+"""Head of a spec -> the network, with fresh weights."""
 DENSE_LAYER_SCALE = 1e-6  # where the authors' dense-prediction backbones start it
 
 
@@ -69,10 +84,8 @@ def build_classifier(
     from fcvit.models.network import FCViT
 
     spec = weights.spec
-    if spec.dense:
-        raise DoesNotFit(
-            f"{weights.source.path} is a dense-prediction backbone, not a classifier; use fcvit.create_backbone"
-        )
+    if spec.head != "classifier":
+        raise DoesNotFit(f"{weights.source.path} is {spec}, not a classifier; use fcvit.create_backbone")
     num_classes = spec.num_classes if num_classes is None else num_classes
     model = FCViT(spec.variant, num_classes, drop_path_rate, drop_rate)
     tensors = paddle_tensors(weights)
@@ -89,6 +102,7 @@ def weights_of(
     model: "FCViT",
     *,
     name: str = "model",
+    head: str = "classifier",
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
     tensors: "Mapping[str, Tensor] | None" = None,
@@ -98,11 +112,12 @@ def weights_of(
 
     Args:
         name: what messages and results call them.
+        head: a key of `fcvit.models.spec.HEADS`.
         preprocessing, classes: what a file of them shall say.
         tensors: other numbers under the names of its `state_dict`, such as averaged ones.
         updates: how often BatchNorm's statistics were updated, PyTorch's `num_batches_tracked`.
     """
-    spec = ModelSpec(model.variant, model.num_classes)
+    spec = ModelSpec(model.variant, model.num_classes, head)
     state = tensors or model.state_dict()
     found: dict[str, np.ndarray] = {}
     for key, entry in tensor_specs(spec).items():
@@ -116,11 +131,9 @@ def weights_of(
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
-    """The network that weights belong to, classifier or dense backbone, computing in `dtype`."""
-    from fcvit.models.network import FCViT, FCViTBackbone
-
+    """The network that weights belong to, computing in `dtype`."""
     spec = weights.spec
-    model = FCViTBackbone(spec.variant) if spec.dense else FCViT(spec.variant, spec.num_classes)
+    model = NETWORKS[spec.head](spec)
     model.to(dtype=getattr(import_framework("paddle"), dtype))
     fresh = _set_tensors(model, paddle_tensors(weights))
     assert not fresh, fresh

@@ -8,7 +8,7 @@ convolution elsewhere. Tests hold this table against the layers of both networks
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fcvit.errors import DoesNotFit, counted
@@ -45,18 +45,56 @@ class TensorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """The part of a network that follows the stages.
+
+    Attributes:
+        task: the task that it is for; "features": none.
+        tensors: its tensors (authors' names, in their order) from variant and class count.
+        marker: the tensor that tells this head in a file.
+        logits: the tensor whose first length is the class count; "": it has no classes.
+        outputs: name and shape (without the batch) of each output, from variant, class count, height and width.
+        description: in words, where the classes do not say it.
+    """
+
+    task: str
+    tensors: "Callable[[Variant, int], Iterator[tuple[str, TensorSpec]]]"
+    marker: str
+    logits: str
+    outputs: "Callable[[Variant, int, int, int], dict[str, tuple[int, ...]]]"
+    description: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a set of tensors belongs to: a classifier, embeddings (0 classes) or a dense backbone."""
+    """A network: backbone and head. It knows the names, shapes and kinds of all tensors.
+
+    Args:
+        variant: the architecture of the backbone.
+        num_classes: of the head; 0: it gives embeddings or features.
+        head: a key of `HEADS`.
+    """
 
     variant: Variant
     num_classes: int = 0
-    dense: bool = False
+    head: str = "classifier"
+
+    @property
+    def task(self) -> str:
+        """The task that the network is for; "features" without classes."""
+        return HEADS[self.head].task if self.has_classes else "features"
+
+    @property
+    def has_classes(self) -> bool:
+        return self.num_classes > 0
+
+    def outputs(self, height: int = 1, width: int = 1) -> dict[str, tuple[int, ...]]:
+        """Return name and shape (without the batch) of the network's outputs for images of that size."""
+        return HEADS[self.head].outputs(self.variant, self.num_classes, height, width)
 
     def __str__(self) -> str:
-        what = counted(self.num_classes, "class") if self.num_classes else "no head"
-        if self.dense:
-            what = "dense-prediction backbone"
-        return f"{self.variant.name}{_changes(self.variant)} ({what})"
+        what = counted(self.num_classes, "class") if self.has_classes else "no head"
+        return f"{self.variant.name}{_changes(self.variant)} ({HEADS[self.head].description or what})"
 
 
 def _changes(variant: Variant) -> str:
@@ -143,13 +181,37 @@ def _entries(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
             yield from _conv_norm(f"network.{2 * stage - 1}", v.widths[stage - 1], width, 3)
         for block in range(depth):
             yield from _block(v, f"network.{2 * stage}.{block}", width, width * v.mlp_ratios[stage])
-    if spec.dense:
-        for stage, width in enumerate(v.widths):
-            yield from _layer(f"norm{2 * stage}", NORM, (width,))
-        return
+    yield from HEADS[spec.head].tensors(v, spec.num_classes)
+
+
+def _classifier(v: Variant, num_classes: int) -> Iterator[tuple[str, TensorSpec]]:
     yield from _layer("norm", NORM, (v.widths[-1],))
-    if spec.num_classes:
-        yield from _layer("head", LINEAR, (spec.num_classes, v.widths[-1]))
+    if num_classes:
+        yield from _layer("head", LINEAR, (num_classes, v.widths[-1]))
+
+
+def _backbone_norms(v: Variant, num_classes: int) -> Iterator[tuple[str, TensorSpec]]:
+    for stage, width in enumerate(v.widths):
+        yield from _layer(f"norm{2 * stage}", NORM, (width,))
+
+
+def _logits(v: Variant, num_classes: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {"logits": (num_classes,)} if num_classes else {"embeddings": (v.widths[-1],)}
+
+
+def _features(v: Variant, num_classes: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stage, channels in enumerate(v.widths):
+        height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
+        shapes[f"features.{stage}"] = (channels, height, width)
+    return shapes
+
+
+HEADS = {
+    "classifier": Head("classification", _classifier, "norm.weight", "head.weight", _logits),
+    "backbone": Head("features", _backbone_norms, "norm0.weight", "", _features, "dense-prediction backbone"),
+}
+"""The heads by name; a new one is a row here and in the tables of networks in `models.build` and `reference`."""
 
 
 def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tuple[str, TensorSpec]]:
@@ -222,19 +284,18 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     Raises:
         DoesNotFit: the tensors are not an FCViT's; the message names what is missing.
     """
-    dense = "norm0.weight" in shapes and "norm.weight" not in shapes
-    head = shapes.get("head.weight", (0,))
-    num_classes = 0 if dense else head[0] if head else 0
+    head = next((name for name, head in HEADS.items() if head.marker in shapes), "classifier")
+    num_classes = (shapes.get(HEADS[head].logits) or (0,))[0]
     if expected is not None:
-        return ModelSpec(expected, num_classes, dense)
+        return ModelSpec(expected, num_classes, head)
     read = _read_variant(shapes)
     # A named variant that gives the very same tensors is what was meant.
-    architecture = tensor_specs(ModelSpec(read, num_classes, dense))
+    architecture = tensor_specs(ModelSpec(read, num_classes, head))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
         same_size = (known.depths, known.widths) == (read.depths, read.widths)
-        if same_size and tensor_specs(ModelSpec(known, num_classes, dense)) == architecture:
-            return ModelSpec(known, num_classes, dense)
-    return ModelSpec(read, num_classes, dense)
+        if same_size and tensor_specs(ModelSpec(known, num_classes, head)) == architecture:
+            return ModelSpec(known, num_classes, head)
+    return ModelSpec(read, num_classes, head)
 
 
 def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:

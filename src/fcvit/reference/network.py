@@ -82,6 +82,12 @@ class FCViTBackbone(nn.Module):
         return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
 
 
+NETWORKS = {
+    "classifier": lambda spec: FCViT(spec.variant, spec.num_classes),
+    "backbone": lambda spec: FCViTBackbone(spec.variant),
+}
+
+
 def build_reference(
     spec: ModelSpec, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32
 ) -> nn.Module:
@@ -89,7 +95,7 @@ def build_reference(
 
     Floating-point tensors are cast to `dtype`; names and shapes must match strictly.
     """
-    reference_model = FCViTBackbone(spec.variant) if spec.dense else FCViT(spec.variant, spec.num_classes)
+    reference_model = NETWORKS[spec.head](spec)
     state = {}
     for name, tensor in tensors.items():
         # Float64 holds every stored type exactly, bfloat16 (which PyTorch does not take from NumPy) included.

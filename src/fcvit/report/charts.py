@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, counted
 from fcvit.metrics.classification import Calibration, wilson
-from fcvit.models.classes import Classes
 from fcvit.report.contact_sheet import INK, PAPER, RIGHT, WRONG
 from fcvit.report.page import require_report
 

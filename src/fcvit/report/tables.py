@@ -17,26 +17,21 @@ from rich.text import Text
 from fcvit.analysis.heads import Heads
 from fcvit.analysis.similarity import Written
 from fcvit.analysis.trust import Estimate, Trust
-from fcvit.commands.check_data import ODD, DataCheck, Same
 from fcvit.commands.convert import Conversion
 from fcvit.commands.export import Export
 from fcvit.commands.quickstart import Quickstart
 from fcvit.commands.verify import Comparison, Place, Verification
 from fcvit.errors import BadImages, counted
-from fcvit.evaluation.comparison import ResultComparison
-from fcvit.evaluation.runner import Evaluation
 from fcvit.inference.predict import Prediction
 from fcvit.models.maps import short
 from fcvit.models.spec import ModelSpec, parameter_count
 from fcvit.models.variants import VARIANTS, published
 from fcvit.text import printable
-from fcvit.training.run import Training
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.reading import Problem
 
 _SHOWN = 20  # rows of a list that may be long
 _CLASSES = 10
-_EXAMPLES = 3
 
 
 def console(error: bool = False) -> Console:
@@ -223,120 +218,9 @@ def _is_block(place: Place) -> bool:
     return place.name.count(".") == 2
 
 
-def evaluation(found: Evaluation) -> list[Table]:
-    """Accuracies beside the published ones, what the protocols change, and how far engines agree."""
-    first = found.results[0]
-    k = first.k
-    figures = ("images", "top-1 %", "95 % interval", *([f"top-{k} %"] if k > 1 else []), "loss", "ECE")
-    real = ("ReaL %",) if first.real else ()
-    beside = ("published %", "") if any(row.standing for row in found.results) else ()
-    result = table("", *figures, *real, *beside, right=(*figures, *real, "published %"))
-    for row in found.results:
-        cells = [str(row.images), f"{row.top1:.2f}", interval(row.top1_interval)]
-        cells += [f"{row.top_k:.2f}"] if k > 1 else []
-        cells += [f"{row.loss:.4f}", f"{row.calibration.error:.4f}"]
-        cells += [f"{row.real.top1:.2f}"] if row.real else []
-        if beside:
-            cells += [f"{row.standing.published:.1f}", row.standing.verdict] if row.standing else ["", ""]
-        result.add_row(row.name, *cells)
-    about = table()
-    for row in found.results:
-        chosen = row.protocol.preprocessing
-        what = f"resize {chosen.resize} {chosen.interpolation}, crop {chosen.input_size}"
-        changed = "".join(f", {field} {own} for {usual}" for field, (usual, own) in row.protocol.changed.items())
-        computed = f"{row.engine} ({row.device}), {row.precision}"
-        about.add_row(row.name, f"protocol {row.protocol.name}: {what}{changed}; {computed}")
-        about.add_row("", f"{counted(row.classes, 'class')} told apart, batches of {row.batch_size}")
-        if row.hint:
-            about.add_row("", row.hint)
-        if row.unreadable:
-            about.add_row("", f"left out: {counted(row.unreadable, 'image')} that cannot be read")
-        if row.standing:
-            about.add_row("", f"{row.standing.whose}: {row.standing.reason}")
-    tables = [result, about]
-    for effect in found.effects:
-        pair = table(title=f"the {effect.of}s, on the same images")
-        pair.add_row(f"{effect.lanes[1]} less {effect.lanes[0]}", f"{effect.difference:+.2f} points")
-        pair.add_row("95 % interval", interval(effect.interval))
-        pair.add_row("exact McNemar test", f"p = {effect.p_value:.2g}")
-        tables.append(pair)
-    for both in found.agreements:
-        pair = table(title=f"{both.engines[0]} and {both.engines[1]}, the same images")
-        pair.add_row("same top-1", f"{both.top1_agreement:.2f} %")
-        pair.add_row("largest logit difference", f"{both.max_difference:.2e}")
-        pair.add_row("mean logit difference", f"{both.mean_difference:.2e}")
-        tables.append(pair)
-    return tables
-
-
 def interval(bounds: tuple[float, float]) -> str:
     """Two bounds in per cent or points."""
     return f"{bounds[0]:.2f} to {bounds[1]:.2f}"
-
-
-def comparison(found: ResultComparison) -> list[Table]:
-    """Two results over the same images: the difference, classes that gained and lost, images that differ."""
-    tables = []
-    if found.settings:
-        settings = table("", "first", "second", title="settings that differ")
-        for what, both in found.settings.items():
-            settings.add_row(what.replace("_", " "), *both)
-        tables.append(settings)
-    figures = table(title=f"{found.first} and {found.second}, the same {counted(found.images, 'image')}")
-    figures.add_row("top-1 of the first", f"{found.top1[0]:.2f} %")
-    figures.add_row("top-1 of the second", f"{found.top1[1]:.2f} %")
-    figures.add_row("difference", f"{found.difference:+.2f} points (95 % interval {interval(found.interval)})")
-    figures.add_row("only the first is right", str(found.only_first))
-    figures.add_row("only the second is right", str(found.only_second))
-    figures.add_row("exact McNemar test", f"p = {found.p_value:.2g}")
-    figures.add_row("another top-1 class", counted(len(found.differing), "image"))
-    tables.append(figures)
-    moved = [change for change in found.classes if change.gained]
-    for title, rows in (
-        ("classes that gained most", [change for change in moved if change.gained > 0][:_CLASSES]),
-        ("classes that lost most", [change for change in reversed(moved) if change.gained < 0][:_CLASSES]),
-    ):
-        if rows:
-            columns = ("images", "first %", "second %", "images gained")
-            listing = table("class", "name", *columns, title=title, right=columns)
-            for row in rows:
-                shares = (f"{row.first:.1f}", f"{row.second:.1f}")
-                listing.add_row(row.id, row.name, str(row.images), *shares, f"{row.gained:+d}")
-            tables.append(listing)
-    if found.differing:
-        listing = table("image", "truth", "first", "second", title="images on which they differ")
-        for row in found.differing[:_SHOWN]:
-            pairs = ((row.truth, row.truth_name), (row.first, row.first_name), (row.second, row.second_name))
-            listing.add_row(row.path, *(id if name == id else f"{name} ({id})" for id, name in pairs))
-        if len(found.differing) > _SHOWN:
-            listing.add_row(f"... and {len(found.differing) - _SHOWN} more", "", "", "")
-        tables.append(listing)
-    return tables
-
-
-def training(done: Training) -> Table:
-    """The first, best and last epochs of a training."""
-    rows = list(done.rows)
-    best = done.best.get("epoch")
-    shown = [row for row in rows if row["epoch"] in (1, best) or row["epoch"] > len(rows) - 3]
-    keys = [key for key in _TRAINING if any(key in row for row in rows)]
-    ended = "; stopped early, it no longer got better" if done.stopped_early else ""
-    title = f"{counted(len(rows), 'epoch')} in {done.folder}{ended}"
-    grid = table("epoch", *(_TRAINING[key][0] for key in keys), "", title=title, right=("epoch",))
-    for row in shown:
-        cells = [_TRAINING[key][1].format(row[key]) if key in row else "" for key in keys]
-        which = ", of the averaged weights" if done.best.get("best_weights") == "ema" else ""
-        grid.add_row(str(row["epoch"]), *cells, f"best{which}" if row["epoch"] == best else "")
-    return grid
-
-
-_TRAINING = {
-    "loss": ("loss", "{:.4f}"),
-    "val_loss": ("validation loss", "{:.4f}"),
-    "top1": ("top-1", "{:.2f} %"),
-    "ema_top1": ("averaged: top-1", "{:.2f} %"),
-    "images_per_second": ("images/s", "{:.1f}"),
-}
 
 
 def quickstart(done: Quickstart) -> Table:
@@ -383,83 +267,6 @@ def unreadable(found: Sequence[str | BadImages]) -> Table:
     if len(found) > _SHOWN:
         result.add_row(f"... and {len(found) - _SHOWN} more")
     return result
-
-
-def data_check(found: DataCheck) -> list[Table]:
-    """Counts of each split, what was found with examples, groups of images that show one picture."""
-    counts = ("images", "classes", "smallest", "largest", "imbalance")
-    splits = table("split", *counts, title=counted(found.images, "image"), right=counts)
-    for split in found.splits:
-        sizes = [count for count in split.classes.values() if count]
-        cells = [str(min(sizes)), str(max(sizes)), f"{split.imbalance:.1f}"] if sizes else ["", "", ""]
-        splits.add_row(split.name, str(split.images), str(len(split.classes)), *cells)
-    rows = _findings(found)
-    if not rows:
-        splits.caption, splits.caption_justify = "nothing found", "left"
-        return [splits]
-    findings = table("finding", "number", "examples", right=("number",))
-    for row in rows:
-        findings.add_row(*row)
-    tables = [splits, findings]
-    if groups := [*found.duplicates, *found.near_duplicates]:
-        tables.append(_groups(groups))
-    if found.unreadable:
-        tables.append(unreadable([f"{bad.image}: {bad.reason}" for bad in found.unreadable]))
-    return tables
-
-
-def _findings(found: DataCheck) -> list[tuple[str, str, str]]:
-    """Kind, number and examples of all that there is."""
-    several = len(found.splits) > 1
-    rows: list[tuple[str, Sequence[str]]] = [("unreadable", [bad.image for bad in found.unreadable])]
-    for name, groups in (("duplicates", found.duplicates), ("near duplicates", found.near_duplicates)):
-        across = (
-            ("", groups),
-            (" in more than one split", [group for group in groups if len(group.splits) > 1]),
-            (" in more than one class", [group for group in groups if len(group.classes) > 1]),
-        )
-        rows += [(f"groups of {name}{where}", [group.images[0] for group in some]) for where, some in across]
-    rows.append(
-        ("classes not in every split", [f"{label} not in {', '.join(f)}" for label, f in found.missing.items()])
-    )
-    for split in found.splits:
-        of = f", {split.name}" if several else ""
-        few = [f"{label} ({split.classes[label]})" for label in split.few]
-        rows += [
-            (f"empty class folders{of}", split.empty),
-            (f"classes of fewer than {found.few} images{of}", few),
-            (f"images in no class folder{of}", split.outside),
-        ]
-    rows += [(what, found.odd.get(kind, ())) for kind, what in ODD.items()]
-    shown = [(what, str(len(names)), _examples(names)) for what, names in rows if names]
-    for split in found.splits:
-        if split.other_files:
-            number = str(sum(split.other_files.values()))
-            endings = [f"{ending or 'no ending'} ({count})" for ending, count in split.other_files.items()]
-            shown.append(
-                (f"files that are no images{f', {split.name}' if several else ''}", number, ", ".join(endings))
-            )
-    return shown
-
-
-def _examples(names: Sequence[str]) -> str:
-    return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
-
-
-def _groups(groups: Sequence[Same]) -> Table:
-    """Those with wrong labels and those that leak into another split first."""
-    listing = table(
-        "same", "images", "splits", "classes", "difference", title="images of one picture", right=("difference",)
-    )
-    ordered = sorted(groups, key=lambda group: -(len(group.classes) > 1) - (len(group.splits) > 1))
-    for group in ordered[:_SHOWN]:
-        more = [f"... and {len(group.images) - _EXAMPLES} more"] if len(group.images) > _EXAMPLES else []
-        names = _lines([*group.images[:_EXAMPLES], *more])
-        difference = f"{group.difference:.2f}" if group.match == "near" else ""
-        listing.add_row(group.match, names, ", ".join(group.splits), ", ".join(group.classes), difference)
-    if len(ordered) > _SHOWN:
-        listing.add_row("", f"... and {len(ordered) - _SHOWN} more groups", "", "", "")
-    return listing
 
 
 def inspection(found: Mapping[str, Any]) -> list[Table]:

@@ -1,13 +1,13 @@
-"""AdamW as the recipe asks for it, and the averaged weights."""
+"""AdamW as the recipe asks for it, and the EMA weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from fcvit.errors import UnreadableFile
 from fcvit.frameworks import import_framework
-from fcvit.models.network import FCViT
-from fcvit.training.recipe import Recipe
+from fcvit.tasks.recipe import Recipe
 
 import_framework("paddle")
 
@@ -15,44 +15,54 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 
-def freeze_backbone(model: FCViT) -> None:
-    """Only the head is trained from now on."""
+def _part(name: str) -> str:
+    """Return the part of the network that a parameter belongs to; a head's network has the backbone in `backbone`."""
+    return name.removeprefix("backbone.").partition(".")[0]
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter or layer belongs to the head: to no stage, and to no norm of the backbone."""
+    return not _part(name).startswith(("patch_embed", "network", "norm"))
+
+
+def freeze_backbone(model: nn.Layer) -> None:
+    """Train only the head from now on."""
     for name, parameter in model.named_parameters():
-        if not name.startswith("head."):
+        if not is_head(name):
             parameter.stop_gradient = True
 
 
 def trained_parameters(model: nn.Layer) -> dict[str, Tensor]:
-    """Name -> parameter; running statistics are none of them."""
+    """Return the parameters by name, without running statistics and frozen ones."""
     return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
 
 
-def depth_of(name: str, model: FCViT) -> int:
-    """How far up a parameter is: 0 for the stem, then by block, the downsampling with the block after it.
+def depth_of(name: str, depths: Sequence[int]) -> int:
+    """Return how far up a parameter is: 0 for the stem, then by block, the downsampling with the block after it.
 
     The final norm and the head are one above the last block.
     """
-    depths = model.variant.depths
-    part, _, rest = name.partition(".")
+    part = _part(name)
     if part == "patch_embed":
         return 0
     if part != "network":
         return sum(depths) + 1
-    index, block = rest.split(".")[:2]
+    index, block = name.removeprefix("backbone.").split(".")[1:3]
     stage, downsampling = (int(index) + 1) // 2, int(index) % 2
     return sum(depths[:stage]) + 1 + (0 if downsampling else int(block))
 
 
-def create_optimizer(model: FCViT, recipe: Recipe) -> paddle.optimizer.AdamW:
+def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
     """AdamW over what is trained; no decay on parameters of fewer than two dimensions (authors: timm's rule).
 
     With `layer_decay` d, a parameter at depth i (see `depth_of`) of L learns at d ** (L - i) times the rate.
     """
     parameters = trained_parameters(model)
     decayed = {p.name for p in parameters.values() if p.ndim >= 2}
-    top = depth_of("head", model)
+    depths = model.variant.depths
+    top = depth_of("head", depths)
     for name, parameter in parameters.items():
-        parameter.optimize_attr["learning_rate"] = recipe.layer_decay ** (top - depth_of(name, model))
+        parameter.optimize_attr["learning_rate"] = recipe.layer_decay ** (top - depth_of(name, depths))
     return paddle.optimizer.AdamW(
         learning_rate=recipe.peak_lr,
         beta1=recipe.beta1,
@@ -102,8 +112,8 @@ def restore_optimizer(
     optimizer.set_state_dict(state)
 
 
-class Average:
-    """Averaged weights (EMA): after each step `average = d * average + (1 - d) * weights`.
+class EMA:
+    """EMA weights: after each step `ema = d * ema + (1 - d) * weights`.
 
     d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialization is soon
     forgotten. BatchNorm's running statistics are averages already and follow after each epoch, at the

@@ -1,9 +1,9 @@
-"""BatchNorm's running statistics where a step has several parts.
+"""BatchNorm's running statistics where a step has several micro-batches.
 
-The parts of a step, one after the other in a process or side by side in several, each normalize by their
-own images and each keep running statistics of their own, which are averaged after each epoch. This is
+The micro-batches of a step, one after the other in a process or side by side in several, each normalize by
+their own images and each keep running statistics of their own, which are averaged after each epoch. This is
 what the authors' training does over processes (timm's `distribute_bn`, "reduce"). Since accumulated
-parts do the same, how a step is divided among processes does not change what is computed.
+micro-batches do the same, how a step is divided among processes does not change what is computed.
 """
 
 from fcvit.frameworks import import_framework
@@ -20,36 +20,39 @@ def running_statistics(model: nn.Layer) -> list[Tensor]:
 
 
 class Statistics:
-    """Running statistics of the `parts` of this process's share of a step.
+    """Keep the running statistics of this process's micro-batches of a step.
 
-    `use(part)` before a part goes through the model in training mode, `agree()` at the end of an epoch.
+    Call `use(number)` before a micro-batch goes through the model in training mode, `synchronize()` after an epoch.
     """
 
-    def __init__(self, model: nn.Layer, parts: int, processes: int):
+    def __init__(self, model: nn.Layer, micro_batches: int, processes: int):
         self.processes = processes
         self.live = running_statistics(model)
-        self.parts = [[t.clone() for t in self.live] for _ in range(parts)]
+        self.stored = [[t.clone() for t in self.live] for _ in range(micro_batches)]
         self.current = 0
 
-    def use(self, part: int) -> None:
-        """From now on the model updates the statistics of this part."""
-        if part == self.current:
+    def use(self, number: int) -> None:
+        """Let the model update the statistics of this micro-batch from now on."""
+        if number == self.current:
             return
-        for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.set_value(tensor)
-        for kept, tensor in zip(self.parts[part], self.live, strict=True):
-            tensor.set_value(kept)
-        self.current = part
+        self._store()
+        for stored, tensor in zip(self.stored[number], self.live, strict=True):
+            tensor.set_value(stored)
+        self.current = number
 
-    def agree(self) -> None:
-        """All parts, in all processes, get the mean of all."""
-        for kept, tensor in zip(self.parts[self.current], self.live, strict=True):
-            kept.set_value(tensor)
-        count = len(self.parts) * self.processes
-        for place, tensor in enumerate(self.live):
-            total = paddle.add_n([part[place] for part in self.parts]) if len(self.parts) > 1 else tensor.clone()
+    def synchronize(self) -> None:
+        """Give all micro-batches, in all processes, the mean of all."""
+        self._store()
+        count = len(self.stored) * self.processes
+        for position, tensor in enumerate(self.live):
+            own = [one[position] for one in self.stored]
+            total = paddle.add_n(own) if len(own) > 1 else tensor.clone()
             if self.processes > 1:
                 paddle.distributed.all_reduce(total)
             tensor.set_value(total / count)
-            for part in self.parts:
-                part[place].set_value(tensor)
+            for stored in own:
+                stored.set_value(tensor)
+
+    def _store(self) -> None:
+        for stored, tensor in zip(self.stored[self.current], self.live, strict=True):
+            stored.set_value(tensor)

@@ -1,6 +1,8 @@
-"""One optimizer step: forward and backward of each part, gradients over all processes, AdamW."""
+"""One optimizer step: forward and backward of each micro-batch, gradients over all processes, AdamW."""
 
+import functools
 import hashlib
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,51 +12,27 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
-from fcvit.models.network import FCViT
-from fcvit.training.data import Division
+from fcvit.tasks.recipe import Recipe
+from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
-    Average,
+    EMA,
     create_optimizer,
+    is_head,
     optimizer_tensors,
     restore_optimizer,
     trained_parameters,
 )
-from fcvit.training.recipe import Recipe
 from fcvit.training.statistics import Statistics
 
 import_framework("paddle")
 
 import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
+Loss = Callable[[Any, Any], dict[str, Tensor]]
 REMEDY = "lower lr, or bound the gradient with clip_norm: going on would come to the same"
 _SCALER = ("scale", "incr_count", "decr_count")
 PHASES = ("data", "forward", "backward", "optimizer")  # of a step, in seconds
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean over the images of the cross-entropy with soft targets, in float32 or float64.
-
-    Args:
-        logits, targets: (B, classes); rows of targets sum to 1.
-        class_weights: (classes,), of mean 1 over the training images; None: all 1.
-    """
-    logits = logits.astype(targets.dtype)
-    if class_weights is not None:
-        targets = targets * class_weights
-    return -(targets * F.log_softmax(logits, axis=1)).sum(axis=1).mean()
-
-
-def balanced(counts: np.ndarray) -> np.ndarray:
-    """Weights in inverse proportion to the images of a class, of mean 1 over all images; float32 (classes,).
-
-    A class without images gets 0.
-    """
-    present = counts > 0
-    weights = np.zeros(len(counts), np.float32)
-    weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights
 
 
 class Trainer:
@@ -63,20 +41,19 @@ class Trainer:
     Args:
         model: in training mode from now on.
         recipe, division: of the run.
-        class_weights: see `soft_cross_entropy`.
+        loss: the task's (see `fcvit.tasks.base.TrainingTask.loss`).
 
     Attributes:
         step: optimizer steps done.
         seconds: in each of `PHASES`, since `reset_clock`; on a GPU of launching the work only.
     """
 
-    def __init__(self, model: FCViT, recipe: Recipe, division: Division, class_weights: np.ndarray | None = None):
-        self.model, self.recipe, self.division = model, recipe, division
+    def __init__(self, model: nn.Layer, recipe: Recipe, division: MicroBatches, loss: Loss):
+        self.model, self.recipe, self.division, self.task_loss = model, recipe, division, loss
         self.optimizer = create_optimizer(model, recipe)
         self.trained = list(trained_parameters(model).values())
-        self.statistics = Statistics(model, division.parts, division.processes)
-        self.average = Average(model, recipe.ema_decay) if recipe.ema_decay is not None else None
-        self.class_weights = None if class_weights is None else paddle.to_tensor(class_weights)
+        self.statistics = Statistics(model, division.accumulate, division.processes)
+        self.ema = EMA(model, recipe.ema_decay) if recipe.ema_decay is not None else None
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
         self.step = 0
@@ -90,73 +67,77 @@ class Trainer:
         self.model.train()
         if self.recipe.freeze:
             for name, layer in self.model.named_sublayers():
-                if not name.startswith("head"):
+                if not is_head(name):
                     layer.training = False
 
-    def run(self, parts: Iterator[tuple[np.ndarray, np.ndarray]], rate: float) -> float:
-        """One step over this process's parts (images, targets), at that learning rate.
+    def run(self, batches: Iterator[tuple[np.ndarray, Any]], rate: float) -> dict[str, float]:
+        """Take one step over this process's micro-batches (images, targets), at that learning rate.
 
         Returns:
-            the mean loss over the images of all processes.
+            the mean over the images of all processes of each loss; `loss` is their sum.
 
         Raises:
-            TrainingStopped: the loss is no finite number; the weights are as they were before the step.
-            KeyboardInterrupt: after the part in which the signal came.
+            TrainingStopped: the loss is not finite; the weights are as they were before the step.
+            KeyboardInterrupt: after the micro-batch in which the signal came.
         """
         self.optimizer.set_lr(rate)
-        total = 0.0
-        for part in range(self.division.parts):
-            images, targets = self._timed("data", lambda: next(parts))
-            self.statistics.use(part)
-            # Drop path and dropout draw from here: the same whoever does the part, and after a resume.
-            paddle.seed(_draw(self.recipe.seed, self.step, self.division.rank * self.division.parts + part))
+        totals: dict[str, float] = {}
+        for number in range(self.division.accumulate):
+            images, targets = self._timed("data", lambda: next(batches))
+            self.statistics.use(number)
+            # Drop path and dropout draw from here: the same whoever does the micro-batch, and after a resume.
+            paddle.seed(_draw(self.recipe.seed, self.step, self.division.rank * self.division.accumulate + number))
             with held_back():
-                loss = self._timed("forward", lambda i=images, t=targets: self._loss(i, t))
-                self._timed("backward", lambda loss=loss: self.scaler.scale(loss / self.division.slots).backward())
-                total += float(loss.item()) / self.division.slots
+                losses = self._timed("forward", lambda i=images, t=targets: self._losses(i, t))
+                total = functools.reduce(operator.add, losses.values())
+                scaled = total / self.division.total
+                self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
+                for name, loss in {**losses, "loss": total}.items():
+                    totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.division.total
         with held_back():
-            return self._timed("optimizer", lambda: self._update(total))
+            return self._timed("optimizer", lambda: self._update(totals))
 
-    def _loss(self, images: np.ndarray, targets: np.ndarray) -> Tensor:
+    def _losses(self, images: np.ndarray, targets: Any) -> dict[str, Tensor]:
         half = self.recipe.precision != "float32"
         with paddle.amp.auto_cast(enable=half, dtype=self.recipe.precision if half else "float16"):
-            logits = self.model(paddle.to_tensor(images))
-        return soft_cross_entropy(logits, paddle.to_tensor(targets), self.class_weights)
+            outputs = self.model(paddle.to_tensor(images))
+        return self.task_loss(outputs, targets)
 
-    def _update(self, loss: float) -> float:
-        loss = self._reduce(loss)
-        if not np.isfinite(loss):
+    def _update(self, losses: dict[str, float]) -> dict[str, float]:
+        losses = self._reduce(losses)
+        if not np.isfinite(losses["loss"]):
             self.optimizer.clear_grad(set_to_zero=False)
-            raise TrainingStopped(f"the loss is {loss} at step {self.step + 1}; {REMEDY}", False)
+            raise TrainingStopped(f"the loss is {losses['loss']} at step {self.step + 1}; {REMEDY}", False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.clear_grad(set_to_zero=False)
-        if self.average is not None:
-            self.average.update(self.model, self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
         self.step += 1
-        return loss
+        return losses
 
-    def _reduce(self, loss: float) -> float:
-        """Sum gradients and loss over the processes, all in one exchange."""
+    def _reduce(self, losses: dict[str, float]) -> dict[str, float]:
+        """Sum gradients and losses over the processes, all in one exchange."""
         if self.division.processes == 1:
-            return loss
+            return losses
         gradients: list[Any] = [p.grad for p in self.trained]
-        flat = paddle.concat([*(g.reshape([-1]) for g in gradients), paddle.to_tensor([loss], gradients[0].dtype)])
+        values = paddle.to_tensor(list(losses.values()), gradients[0].dtype)
+        flat = paddle.concat([*(g.reshape([-1]) for g in gradients), values])
         paddle.distributed.all_reduce(flat)
-        *parts, total = paddle.split(flat, [*(g.size for g in gradients), 1])
+        *parts, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.set_value(part.reshape(gradient.shape))
-        return float(total.numpy()[0])
+        return dict(zip(losses, map(float, sums.numpy()), strict=True))
 
     def end_epoch(self) -> None:
-        """Running statistics that all parts and processes agree on.
+        """Give all micro-batches and processes the same running statistics.
 
         Raises:
             TrainingStopped: a weight is no finite number.
         """
-        self.statistics.agree()
-        if self.average is not None:
-            self.average.end_epoch(self.model)
+        self.statistics.synchronize()
+        if self.ema is not None:
+            self.ema.end_epoch(self.model)
 
         for name, tensor in self._networks().items():
             if not bool(paddle.isfinite(tensor).all().item()):
@@ -175,8 +156,8 @@ class Trainer:
     def _networks(self) -> dict[str, Tensor]:
         """The weights, and the averaged ones, under the names of the state."""
         found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.average is not None:
-            found |= {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()}
+        if self.ema is not None:
+            found |= {f"ema/{name}": tensor for name, tensor in self.ema.tensors.items()}
         return found
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int, scaler: Mapping[str, float]) -> None:
@@ -193,7 +174,7 @@ class Trainer:
         restore_optimizer(self.optimizer, self.model, tensors)
         for name, tensor in wanted.items():
             tensor.set_value(found[name])
-        self.statistics = Statistics(self.model, self.division.parts, self.division.processes)
+        self.statistics = Statistics(self.model, self.division.accumulate, self.division.processes)
         self.step = step
         state: Any = self.scaler.state_dict()
         if state and scaler:
@@ -214,6 +195,6 @@ def _draw(seed: int, step: int, slot: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def synchronize(model: FCViT) -> None:
+def use_synchronized_batchnorm(model: nn.Layer) -> None:
     """Let batches be normalized over all processes, by Paddle's layer, whose running variance is the biased one."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)

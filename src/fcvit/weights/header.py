@@ -8,13 +8,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+from fcvit.data.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
-from fcvit.models.classes import Classes, ClassName, check_classes
-from fcvit.models.spec import ModelSpec
+from fcvit.models.spec import HEADS, ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
 from fcvit.weights.safetensors_file import unique
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY = "fcvit"  # of the text entry in a safetensors header
 LAYOUTS = ("paddle", "torch")
 EXAMPLE = VARIANTS["fcvit_tiny"]  # what kind of value each field has
@@ -25,7 +25,7 @@ class Header:
     """Everything about weights that is not a number in a tensor.
 
     Attributes:
-        form: variant, class count, classifier or dense backbone.
+        form: variant, class count, head.
         layout: names and Linear layout of the tensors: "paddle" or "torch".
         preprocessing: what the weights were trained for; None: the variant's.
         classes: ordered; None: unknown.
@@ -49,7 +49,8 @@ class Header:
                 "format_version": FORMAT_VERSION,
                 "variant": dataclasses.asdict(self.spec.variant),
                 "num_classes": self.spec.num_classes,
-                "dense": self.spec.dense,
+                "task": self.spec.task,
+                "head": self.spec.head,
                 "layout": self.layout,
                 "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
                 "classes": self.classes and [list(c) for c in self.classes],
@@ -71,13 +72,17 @@ class Header:
             fields = json.loads(text, object_pairs_hook=unique)
             json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
             version = fields["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
                 raise UnreadableFile(
                     f"header of format version {version!r}, this program reads {FORMAT_VERSION}; update fcvit"
                 )
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
-            spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), fields["dense"] is True)
+            # The first version knew two heads by a flag.
+            head = ("backbone" if fields["dense"] is True else "classifier") if version == 1 else fields["head"]
+            if not isinstance(head, str) or head not in HEADS:
+                raise UnreadableFile(f"header with the unknown head {str(head)[:40]!r}; update fcvit")
+            spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head)
             preprocessing = fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"]))
             _check_kinds("variant", spec.variant, EXAMPLE)
             _check_kinds("preprocessing", preprocessing or EXAMPLE.preprocessing, EXAMPLE.preprocessing)

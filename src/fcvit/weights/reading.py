@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.models.classes import Classes
 from fcvit.models.spec import (
     PADDLE_STATISTICS,
     ModelSpec,
@@ -134,7 +134,7 @@ def read_weights(
     if problems:
         raise WeightsDoNotFit(str(checkpoint.path), spec, problems)
     preprocessing = _preprocessing(checkpoint, spec.variant, notes)
-    if backbone and not spec.dense:
+    if backbone and spec.head == "classifier":
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
     return Weights(

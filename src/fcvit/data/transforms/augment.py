@@ -1,12 +1,12 @@
 """Augmentation of training images, as in the authors' recipe; NumPy and Pillow only.
 
-The recipe's words are those of timm's `create_transform` (the authors' `train.py` calls it): random resized
-crop, horizontal flip, RandAugment (arXiv 1909.13719) in timm's form `rand-m9-mstd0.5-inc1`, random erasing
-(arXiv 1708.04896). The operations are held to the authors' pixels by hash; the random numbers are our own.
+The fields are those of timm's `create_transform` (the authors' `train.py` calls it): random resized crop, horizontal
+flip, RandAugment (arXiv 1909.13719) in timm's form `rand-m9-mstd0.5-inc1`, random erasing (arXiv 1708.04896). The
+operations are held to the authors' pixels by hash; the random numbers are our own.
 
-Everything random comes from the generator that is passed in, in the order that each docstring states: with
-one from `pixel_generator`, the result depends on seed, epoch and image alone, whatever the number and order
-of the processes that compute it (as long as the versions of NumPy and Pillow are the same).
+Everything random comes from the generator that is passed in, in the order that each docstring states. With one from
+`pixel_generator`, the result depends on seed, epoch and image alone, whatever the number and order of the processes
+that compute it (as long as the versions of NumPy and Pillow are the same).
 """
 
 import dataclasses
@@ -32,6 +32,13 @@ _INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _TRIES = 10  # for a rectangle that fits
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+_RANGES: tuple[tuple[str, float, float, type], ...] = (
+    ("size", 1, 4096, numbers.Integral),
+    ("padding", 0, 4096, numbers.Integral),
+    ("rand_augment", 0, 100, numbers.Integral),
+    *((field, 0, 1, numbers.Real) for field in ("flip", "operation_probability", "erasing")),
+    *((field, 0, HIGHEST_LEVEL, numbers.Real) for field in ("magnitude", "magnitude_std")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +47,16 @@ class Augmentation:
 
     Args:
         size: S, the side of the result in pixels.
-        crop: "resized": a random rectangle, resized to S x S; "padded": the shorter side resized to S,
-            then S x S at random from the image with a reflected border; "centre": the shorter side
-            resized to S (bicubic), then the center, as an evaluation with crop fraction 1 does.
+        crop: "resized": a random rectangle, resized to S x S; "padded": the shorter side resized to S, then S x S at
+            random from the image with a reflected border; "centre": the shorter side resized to S (bicubic), then
+            the center, as an evaluation with crop fraction 1 does.
         crop_scale: lowest and highest share of the image's area that the crop "resized" takes.
         crop_ratio: lowest and highest width over height of that rectangle.
         crop_interpolation: filter of the crops "resized" and "padded"; "random": one of both.
         padding: width of the border of the crop "padded", in pixels.
         flip: probability of a horizontal flip.
         rand_augment: operations drawn per image; 0: none.
-        magnitude: mean of their level, 0 to 10.
-        magnitude_std: its standard deviation; the level is cut to 0 to 10.
+        magnitude, magnitude_std: mean and standard deviation of their level, which is cut to 0 to 10.
         operation_probability: that a drawn operation is applied.
         erasing: probability of random erasing, for `erase`.
 
@@ -72,40 +78,28 @@ class Augmentation:
     erasing: float = 0.25
 
     def __post_init__(self) -> None:
-        for field, low, high in (("size", 1, 4096), ("padding", 0, 4096), ("rand_augment", 0, 100)):
-            self._require(field, numbers.Integral, low, high, f"a whole number from {low} to {high}")
-        for field, high in (
-            ("flip", 1),
-            ("magnitude", HIGHEST_LEVEL),
-            ("magnitude_std", HIGHEST_LEVEL),
-            ("operation_probability", 1),
-            ("erasing", 1),
-        ):
-            self._require(field, numbers.Real, 0, high, f"a number from 0 to {high:g}")
+        for field, low, high, kind in _RANGES:
+            value = getattr(self, field)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                words = "a whole number" if kind is numbers.Integral else "a number"
+                raise UsageError(f"{field} {value!r}: expected {words} from {low} to {high:g}")
         for field, known in (("crop", get_args(Crop)), ("crop_interpolation", ("random", *_INTERPOLATIONS))):
             if getattr(self, field) not in known:
                 raise UsageError(f"{field} {getattr(self, field)!r}: expected one of {', '.join(known)}")
         for field, highest in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
-            pair = getattr(self, field)
-            if (
-                not isinstance(pair, Sequence)
-                or len(pair) != 2
-                or not all(isinstance(number, numbers.Real) for number in pair)
-                or not 0 < pair[0] <= pair[1] <= highest
-            ):
-                raise UsageError(
-                    f"{field} {pair!r}: expected two numbers, lowest and highest, above 0 and at most {highest:g}"
-                )
-            object.__setattr__(self, field, tuple(pair))  # a list comes from JSON, and is not equal to a tuple
-
-    def _require(self, field: str, kind: type, low: float, high: float, expected: str) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-            raise UsageError(f"{field} {value!r}: expected {expected}")
+            match getattr(self, field):
+                case [low, high] if (
+                    all(isinstance(x, numbers.Real) for x in (low, high)) and 0 < low <= high <= highest
+                ):
+                    object.__setattr__(self, field, (low, high))  # a list comes from JSON, and is not equal to a tuple
+                case pair:
+                    raise UsageError(
+                        f"{field} {pair!r}: expected two numbers, lowest and highest, above 0 and at most {highest:g}"
+                    )
 
 
 def pixel_generator(seed: int, epoch: int, index: int, purpose: Purpose) -> np.random.Generator:
-    """The random numbers of one image (or, to mix, of one batch) in one epoch.
+    """Return the random numbers of one image (or, to mix, of one batch) in one epoch.
 
     Args:
         seed: of the training run, from 0 to below 2^63.
@@ -126,16 +120,10 @@ def pixel_generator(seed: int, epoch: int, index: int, purpose: Purpose) -> np.r
 
 
 def augment(image: Image.Image, augmentation: Augmentation, generator: np.random.Generator) -> np.ndarray:
-    """Crop, flip and RandAugment, in this order.
+    """Crop, flip and apply RandAugment, in this order, to an RGB image of any size; return uint8 (3, S, S).
 
     Drawn, in this order: the filter of the crop; its place (`draw_crop`, or for "padded" top and left;
     "centre" draws nothing, the filter included); whether to flip; the operations (`draw_operations`).
-
-    Args:
-        image: RGB, any size.
-
-    Returns:
-        uint8 of shape (3, S, S).
 
     Raises:
         UsageError: the image is not RGB.
@@ -171,16 +159,13 @@ def _crop(image: Image.Image, augmentation: Augmentation, generator: np.random.G
 
 
 def draw_crop(
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: np.random.Generator,
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """The rectangle of a random resized crop (torchvision's rule, which timm shares).
+    """Draw the rectangle of a random resized crop (torchvision's rule, which timm shares).
 
-    Its area is uniform in `scale`, width over height log-uniform in `ratio`. Drawn: area, ratio, as long as
-    the rectangle does not fit, at most ten times; then top, left. Where none fits: the largest at the
-    center whose ratio is in the range.
+    Its area is uniform in `scale`, width over height log-uniform in `ratio`. Drawn: area, ratio, as long as the
+    rectangle does not fit, at most ten times; then top, left. Where none fits: the largest at the center whose ratio
+    is in the range.
 
     Args:
         size: width and height of the image.
@@ -205,7 +190,7 @@ def draw_crop(
 def _draw_sides(
     area: int, share: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int]:
-    """Two sides whose product is a uniform share of the area, their ratio log-uniform; drawn in this order."""
+    """Draw two sides whose product is a uniform share of the area, then their ratio, log-uniform."""
     target = generator.uniform(*share) * area
     drawn = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(target * drawn)), round(math.sqrt(target / drawn))
@@ -226,10 +211,10 @@ class Operation(NamedTuple):
 
 
 def draw_operations(augmentation: Augmentation, generator: np.random.Generator) -> list[Operation]:
-    """The operations of one image.
+    """Draw the operations of one image.
 
-    Drawn for each, needed or not: its name, uniformly and with replacement; whether it is applied; the
-    level, normal and cut to 0 to 10; the sign; the filter.
+    Drawn for each, needed or not: its name, uniformly and with replacement; whether it is applied; the level, normal
+    and cut to 0 to 10; the sign; the filter.
     """
     return [
         Operation(
@@ -244,7 +229,7 @@ def draw_operations(augmentation: Augmentation, generator: np.random.Generator) 
 
 
 def operation_argument(name: str, level: float, negated: bool) -> float | None:
-    """What an operation is told: degrees, bits, a threshold, a factor, a share of the side; None: nothing.
+    """Return what an operation is told: degrees, bits, a threshold, a factor, a share of the side; None: nothing.
 
     Args:
         name: one of `OPERATIONS`.
@@ -267,15 +252,11 @@ def operation_argument(name: str, level: float, negated: bool) -> float | None:
 def apply_operation(
     image: Image.Image, name: str, level: float, negated: bool, interpolation: Interpolation
 ) -> Image.Image:
-    """One operation of RandAugment, pixel for pixel as timm's of that name.
+    """Apply an operation of RandAugment to an RGB image, pixel for pixel as timm's of that name.
 
     Args:
-        image: RGB.
         name, level, negated: see `operation_argument`.
         interpolation: the filter of turning, shearing and moving; nothing to the others.
-
-    Returns:
-        A new image of the same size.
 
     Raises:
         UsageError: an unknown name, or a level out of its range.
@@ -284,12 +265,8 @@ def apply_operation(
     return _APPLY[name](image, 0.0 if argument is None else argument, FILTERS[interpolation])
 
 
-def _rotate(image: Image.Image, degrees: float, resample: Image.Resampling) -> Image.Image:
-    return image.rotate(degrees, resample, fillcolor=FILL)
-
-
 def _affine(image: Image.Image, matrix: tuple[float, ...], resample: Image.Resampling) -> Image.Image:
-    """`matrix`: from a place in the result to its place in the image, row by row."""
+    """Move each pixel by the matrix from its place in the result to that in the image, row by row."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=FILL)
 
 
@@ -299,7 +276,7 @@ def _solarize_add(image: Image.Image, added: float) -> Image.Image:
 
 
 def _factor(signed: float) -> float:
-    """Of an enhancement: 1 leaves the image as it is."""
+    """Return the factor of an enhancement; 1 leaves the image as it is."""
     return max(0.1, 1 + signed * 0.9)
 
 
@@ -324,7 +301,7 @@ _APPLY: dict[str, Callable[[Image.Image, float, Image.Resampling], Image.Image]]
     "AutoContrast": lambda image, _, __: ImageOps.autocontrast(image),
     "Equalize": lambda image, _, __: ImageOps.equalize(image),
     "Invert": lambda image, _, __: ImageOps.invert(image),
-    "Rotate": _rotate,
+    "Rotate": lambda image, degrees, resample: image.rotate(degrees, resample, fillcolor=FILL),
     "PosterizeIncreasing": lambda image, bits, _: ImageOps.posterize(image, int(bits)),
     "SolarizeIncreasing": lambda image, threshold, _: ImageOps.solarize(image, int(threshold)),
     "SolarizeAdd": lambda image, added, _: _solarize_add(image, added),
@@ -338,19 +315,17 @@ _APPLY: dict[str, Callable[[Image.Image, float, Image.Resampling], Image.Image]]
     "TranslateYRel": lambda image, share, resample: _affine(image, (1, 0, 0, 0, 1, share * image.height), resample),
 }
 
-OPERATIONS = tuple(_APPLY)
-"""The 15 operations of RandAugment by timm's names, those of its "increasing" set."""
+OPERATIONS = tuple(_APPLY)  # the 15 of RandAugment by timm's names, those of its "increasing" set
 
 
 def erase(images: np.ndarray, probability: float, generators: Sequence[np.random.Generator]) -> None:
-    """Random erasing in place: a rectangle of noise, N(0, 1) for each pixel and channel.
+    """Put a rectangle of noise, N(0, 1) for each pixel and channel, into some images, in place.
 
     timm's `RandomErasing` in mode "pixel": its area uniform in 2 % to a third of the image, height over width
-    log-uniform in 0.3 to 1/0.3, ten tries to find one that is smaller than the image, else none. In the
-    authors' pipeline it comes last, after mixing and normalizing.
+    log-uniform in 0.3 to 1/0.3, ten tries to find one that is smaller than the image, else none. In the authors'
+    pipeline it comes last, after mixing and normalizing.
 
-    Drawn for each image from its own generator: whether; area, ratio, as long as it does not fit; top, left;
-    the noise.
+    Drawn for each image from its own generator: whether; area, ratio, as long as it does not fit; top, left; the noise.
 
     Args:
         images: float32 (B, 3, H, W), normalized.
@@ -366,18 +341,13 @@ def erase(images: np.ndarray, probability: float, generators: Sequence[np.random
         raise UsageError(f"probability {probability!r}: expected a number from 0 to 1")
     if len(generators) != len(images):
         raise UsageError(f"{len(generators)} generators: expected one for each of {len(images)} images")
+    height, width = images.shape[2:]
     for image, generator in zip(images, generators, strict=True):
-        if generator.random() < probability:
-            _erase_one(image, generator)
-
-
-def _erase_one(image: np.ndarray, generator: np.random.Generator) -> None:
-    height, width = image.shape[1:]
-    for _ in range(_TRIES):
-        down, across = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
-        if down < height and across < width:
-            top = int(generator.integers(height - down, endpoint=True))
-            left = int(generator.integers(width - across, endpoint=True))
-            noise = generator.standard_normal((len(image), down, across), np.float32)
-            image[:, top : top + down, left : left + across] = noise
-            return
+        for _ in range(_TRIES if generator.random() < probability else 0):
+            down, across = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
+            if down < height and across < width:
+                top = int(generator.integers(height - down, endpoint=True))
+                left = int(generator.integers(width - across, endpoint=True))
+                noise = generator.standard_normal((len(image), down, across), np.float32)
+                image[:, top : top + down, left : left + across] = noise
+                break

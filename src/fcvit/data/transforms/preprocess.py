@@ -1,15 +1,14 @@
 """From an image file to what the network sees, pixel for pixel as in the authors' evaluation.
 
-The authors evaluate with timm's transform over torchvision and Pillow: shorter side to
-`floor(size / crop fraction)` with Pillow's antialiased filter, center crop, [0, 1], normalize.
-OpenCV's and Paddle's own resizing give other pixels.
+The authors evaluate with timm's transform over torchvision and Pillow: shorter side to `floor(size / crop fraction)`
+with Pillow's antialiased filter, center crop, [0, 1], normalize. OpenCV's and Paddle's own resizing give other pixels.
 """
 
 import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -24,9 +23,8 @@ DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel begin so; all 
 
 
 def decoders() -> dict[str, str]:
-    """Versions of the libraries that decode inside Pillow: other releases give other pixels."""
-    found = {name: features.version(name) for name in ("libjpeg_turbo", "zlib", "webp", "libtiff")}
-    return {name: version for name, version in found.items() if version}
+    """Return the versions of the libraries that decode inside Pillow; other releases give other pixels."""
+    return {name: v for name in ("libjpeg_turbo", "zlib", "webp", "libtiff") if (v := features.version(name))}
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
@@ -46,8 +44,8 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB of 8 bits a channel, as torchvision does, but 16-bit gray by its upper 8 bits.
 
-    So does Pillow itself with 16-bit color; 16-bit gray it would cut off at 255, and nearly all of a
-    photograph would be white. Values up to 255 stay as they are, whatever the type.
+    So does Pillow itself with 16-bit color; 16-bit gray it would cut off at 255, and nearly all of a photograph would
+    be white. Values up to 255 stay as they are, whatever the type.
 
     Raises:
         ValueError: 32 bits, or floats, with values that are not from 0 to 255: their range is not known.
@@ -67,11 +65,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
-    """The same image as the file has it, not yet decoded; what fails while it is open, fails as there.
-
-    Raises:
-        BadImages: as `decode`.
-    """
+    """Open an image as the file has it, not yet decoded; whatever fails while it is open raises as `decode` does."""
     shown = source if name is None else name
     try:
         with contextlib.ExitStack() as stack:
@@ -94,7 +88,7 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
 
 
 def _head(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """The first bytes of what is no image."""
+    """Return the first bytes of what is no image."""
     with contextlib.suppress(OSError, ValueError):
         if isinstance(source, str | os.PathLike):
             with open_file(source) as file:
@@ -105,18 +99,18 @@ def _head(source: str | os.PathLike[str] | BinaryIO) -> bytes:
 
 
 def _limit() -> float:
-    """Pixels up to which Pillow opens an image: 179 million, twice the number at which it warns."""
+    """Return how many pixels Pillow opens: 179 million, twice the number at which it warns."""
     return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else float("inf")
 
 
 def resized(size: tuple[int, int], target: int) -> tuple[int, int]:
-    """Width and height after resizing so that the shorter one is `target`; the longer one is truncated, not rounded."""
+    """Return width and height with `target` for the shorter one; the longer one is truncated, not rounded."""
     width, height = size
     return (target, int(target * height / width)) if width <= height else (int(target * width / height), target)
 
 
 def crop_start(length: int, side: int) -> int:
-    """Where the center of a side begins; negative where it is shorter than the crop."""
+    """Return where the center of a side begins; negative where it is shorter than the crop."""
     return round((length - side) / 2.0)  # half to even
 
 
@@ -142,19 +136,12 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
 
 
 def planes(image: Image.Image) -> np.ndarray:
-    """An RGB image as uint8 (3, H, W)."""
+    """Return an RGB image as uint8 (3, H, W)."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and center-crop.
-
-    Args:
-        image: RGB, any size.
-        preprocessing: see `Preprocessing`; S is its input size.
-
-    Returns:
-        uint8 of shape (3, S, S).
+    """Resize and center-crop an RGB image of any size to uint8 (3, S, S), S the input size.
 
     Raises:
         BadImages: so long and thin that its resized form would be enormous.
@@ -170,23 +157,18 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class Center:
-    """The evaluation's view of an image (see `fcvit.data.loader.View`)."""
+class CenterCrop:
+    """Resize and crop an image for evaluation (a `fcvit.data.loader.Transform`); its target stays."""
 
     preprocessing: Preprocessing
 
-    @property
-    def size(self) -> int:
-        return self.preprocessing.input_size
-
-    def __call__(self, image: Image.Image, index: int, /) -> np.ndarray:
-        return crop(image, self.preprocessing)
+    def __call__(self, image: Image.Image, target: Any, index: int, /) -> tuple[np.ndarray, Any]:
+        return crop(image, self.preprocessing), target
 
 
 def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 (B, 3, H, W) in RGB -> float32 of the same shape: to [0, 1], less the mean, over the std."""
-    mean = np.array(preprocessing.mean, np.float32)[:, None, None]
-    std = np.array(preprocessing.std, np.float32)[:, None, None]
+    """Bring uint8 (B, 3, H, W) in RGB to [0, 1], less the mean, over the standard deviation: float32."""
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     scaled = images.astype(np.float32)
     scaled /= np.float32(255)
     scaled -= mean
@@ -195,7 +177,7 @@ def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An image, or the path of one -> uint8 (3, S, S), ready for an engine or for `normalize`.
+    """Make an image, or the path of one, uint8 (3, S, S), ready for an engine or for `normalize`.
 
     Raises:
         BadImages: it cannot be read.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.models.variants import IMAGENET_CLASSES
-from fcvit.text import decode_text
+from fcvit.text import decode_text, parse_json, repeats
 
 logger = logging.getLogger("fcvit")
 
@@ -26,14 +26,11 @@ _LARGEST, _LARGEST_LITERAL = 16 << 20, 1 << 20  # bytes of a list; characters th
 _INDEX = ("index", "idx", "class_index", "class_idx")
 _ID = ("id", "wnid", "synset", "class_id")
 _NAME = ("name", "class_name", "label", "label_name", "class")
-_KEYS = tuple(
-    re.findall(
-        r"\w+", "id2label label2id names classes labels class_names label_names class_to_idx idx_to_class categories"
-    )
+_KEYS = re.findall(
+    r"\w+", "id2label label2id names classes labels class_names label_names class_to_idx idx_to_class categories"
 )
-_STRUCTURED = re.compile(
-    r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,]|-?[0-9]+\s*\]\s*$|$)", re.MULTILINE
-)  # not "[0] cat"
+# Not "[0] cat".
+_STRUCTURED = re.compile(r"\s*([{\[])\s*(['\"{\[}\]]|-?[0-9]+\s*[:,]|-?[0-9]+\s*\]\s*$|$)", re.MULTILINE)
 _YAML = re.compile(
     "^(?:" + "|".join(_KEYS) + r"):[ \t]*(?:([\[{][^\]}]*[\]}])|\n((?:[ \t]*(?:-[ \t]|[0-9]+[ \t]*:).*(?:\n|$))+))",
     re.MULTILINE,
@@ -56,21 +53,18 @@ Classes = tuple[ClassName, ...]
 
 @functools.cache
 def imagenet() -> Classes:
-    """The 1,000 classes of ImageNet-1K in their usual order."""
+    """Return the 1,000 classes of ImageNet-1K in their usual order."""
     text = (importlib.resources.files("fcvit") / "assets" / "imagenet1k_classes.csv").read_text("utf-8")
     return _from_rows(list(csv.DictReader(text.splitlines())), "the bundled list")
 
 
 def digits() -> Classes:
-    """Those of the package's own network."""
+    """Return the classes of the package's own network."""
     return tuple(ClassName(str(digit), f"digit {digit}") for digit in range(10))
 
 
 def resolve_classes(argument: Classes | None, file: Classes | None, num_classes: int) -> Classes:
-    """The one rule by which outputs get names: the argument, else the file's, else ImageNet's for
-    1,000 outputs, else their numbers.
-
-    Args:
+    """Name the outputs by the argument, else by the file's classes, else ImageNet's for 1,000 outputs, else by number.
 
     Raises:
         DoesNotFit: the argument has another count than the model.
@@ -87,28 +81,27 @@ def resolve_classes(argument: Classes | None, file: Classes | None, num_classes:
 
 
 def labels(classes: Classes) -> list[str]:
-    """A name for each class, no two alike: with its id where names repeat."""
+    """Return a name for each class, no two alike: with its id where names repeat."""
     times = collections.Counter(c.name for c in classes)
     return [f"{c.name} ({c.id})" if times[c.name] > 1 else c.name for c in classes]
 
 
 def order_note(listed: Classes, own: Classes | None) -> str:
-    """Say where a list names the weights' classes at other outputs than the weights do; else nothing.
+    """Say where a list names the weights' classes at other outputs than the weights do; else return "".
 
     Args:
         own: the weights' classes; None: they name none, and ImageNet's are meant by 1,000.
     """
+    whose = "the weights' classes in another order than the weights do"
     if own is None and len(listed) == IMAGENET_CLASSES:
         own, whose = imagenet(), "ImageNet's classes in another order than the usual"
-    else:
-        whose = "the weights' classes in another order than the weights do"
     places: dict[str, int] = {}
     for index, c in enumerate(own or ()):
         for key in {_key(c.id), _key(c.name)}:
             places[key] = -1 if key in places else index  # -1: it does not tell which
-    known = {i: places.get(_key(c.id), places.get(_key(c.name), -1)) for i, c in enumerate(listed)}
-    moved = [i for i, place in known.items() if place not in (-1, i)]
-    if not own or not moved or 2 * sum(place != -1 for place in known.values()) < len(listed):
+    known = [places.get(_key(c.id), places.get(_key(c.name), -1)) for c in listed]
+    moved = [index for index, place in enumerate(known) if place not in (-1, index)]
+    if not own or not moved or 2 * sum(place != -1 for place in known) < len(listed):
         return ""
     first = moved[0]
     return (
@@ -164,47 +157,47 @@ def _from_lines(lines: Iterable[str], source: Path) -> Classes:
         return _from_rows(list(csv.DictReader(lines[1:], columns, delimiter=delimiter)), source)
     if len(lines) > 2 and len(columns) == 2:
         # Other headers, such as ClassId,SignName: the numbers below them count.
-        for spec, group in ((_NUMBERED, 1), (_COUNTED, 2)):
-            below = [match for line in lines[1:] if (match := spec.fullmatch(line))]
-            order = _order([int(match[group][:9]) for match in below]) if len(below) == len(lines) - 1 else None
-            if order is not None and not spec.fullmatch(lines[0]):
+        for form, group in ((_NUMBERED, 1), (_COUNTED, 2)):
+            if _order(_numbers(_matches(form, lines[1:]), group)) and not form.fullmatch(lines[0]):
                 return _from_lines(lines[1:], source)
-    matches = [match for line in lines if (match := _NUMBERED.fullmatch(line))]
-    if matches and len(matches) == len(lines):
-        numbers = [int(match[1][:9]) for match in matches]
+    if numbered := _matches(_NUMBERED, lines):
+        numbers = _numbers(numbered, 1)
         order = _order(numbers)
-        spaced = all(not match[2].strip(" .-") for match in matches)
+        spaced = all(not match[2].strip(" .-") for match in numbered)
         # Folders are called 001.cat and 01 cat; years and measures begin names, too.
-        folders = any(match[2] in "._-" or (spaced and re.match("0[0-9]", match[1])) for match in matches)
-        if order is not None and not folders:
-            return _from_values([_bare(matches[place][3]) for place in order])
-        if (
-            (order is not None and numbers != sorted(numbers))
-            if folders
-            else (not spaced or max(numbers) <= len(lines))
-        ):
+        folders = any(match[2] in "._-" or (spaced and re.match("0[0-9]", match[1])) for match in numbered)
+        if order and not folders:
+            return _from_values([_bare(numbered[place][3]) for place in order])
+        if (order and numbers != sorted(numbers)) if folders else (not spaced or max(numbers) <= len(lines)):
             raise DoesNotFit(
                 f"{source}: the numbers before the names must count from 0 to {len(lines) - 1}, each once"
                 + ("; where they are no part of the names, write 7 in place of 007" if folders else "")
             )
-    wordnet = [match for line in lines if (match := _WORDNET.fullmatch(line))]
-    if wordnet and len(wordnet) == len(lines):
+    if wordnet := _matches(_WORDNET, lines):
         # As the devkit's map_clsloc.txt has it: id, number, name.
-        between = [match for one in wordnet if (match := _NUMBERED.fullmatch(one[2]))]
-        order = _order([int(match[1][:9]) for match in between]) if len(between) == len(lines) else None
-        if order is not None:
+        between = _matches(_NUMBERED, [match[2] for match in wordnet])
+        if order := _order(_numbers(between, 1)):
             return tuple(ClassName(wordnet[place][1], _bare(between[place][3])) for place in order)
         return tuple(ClassName(match[1], _bare(match[2])) for match in wordnet)
-    counted_names = [match for line in lines if (match := _COUNTED.fullmatch(line))]
-    if len(counted_names) == len(lines) and len({match[1] for match in counted_names}) == len(lines) > 1:
-        order = _order([int(match[2][:9]) for match in counted_names])
-        if order is not None:
-            return _from_values([_bare(counted_names[place][1]) for place in order])
+    pairs = _matches(_COUNTED, lines)
+    if len({match[1] for match in pairs}) == len(lines) > 1 and (order := _order(_numbers(pairs, 2))):
+        return _from_values([_bare(pairs[place][1]) for place in order])
     if len(lines) == IMAGENET_CLASSES:
         return _from_values(lines)  # two pairs of ImageNet's short names are equal
-    if all(_bare(line) != line for line in lines):
-        lines = [_bare(line) for line in lines]
+    bare = [_bare(line) for line in lines]
+    if all(line != other for line, other in zip(lines, bare, strict=True)):
+        lines = bare
     return tuple(ClassName(line, line) for line in lines)
+
+
+def _matches(form: re.Pattern[str], lines: Sequence[str]) -> list[re.Match[str]]:
+    """Return the match of each line, or nothing where a line has another form."""
+    matches = [match for line in lines if (match := form.fullmatch(line))]
+    return matches if len(matches) == len(lines) else []
+
+
+def _numbers(matches: Sequence[re.Match[str]], group: int) -> list[int]:
+    return [int(match[group][:9]) for match in matches]
 
 
 def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
@@ -233,37 +226,30 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
 
 def _literal(text: str, source: Path) -> object:
     """Read JSON, or a Python literal; nothing is executed, and a key that stands twice is refused."""
-
-    def unique(pairs: Iterable[tuple[object, object]]) -> dict:
-        pairs = list(pairs)
-        keys = collections.Counter(str(key) for key, _ in pairs)
-        if twice := [key for key in keys if keys[key] > 1]:
-            raise DoesNotFit(f"{source}: {twice[0][:60]!r} stands twice in it")
-        return dict(pairs)
-
+    value, repeated = None, []
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        value, repeated = parse_json(text)
     except RecursionError as error:
         raise UnreadableFile(f"{source}: cannot read the class list: it is nested too deeply") from error
-    except json.JSONDecodeError as error:
-        reason = str(error)
-    if len(text) > _LARGEST_LITERAL:
-        raise UnreadableFile(f"{source}: cannot read the class list: not JSON ({reason})")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's about escapes in the text
-            body = ast.parse(text.strip(), mode="eval").body
-        for node in ast.walk(body):
-            if isinstance(node, ast.Dict):
-                unique((ast.literal_eval(key), None) for key in node.keys if key is not None)
-        return ast.literal_eval(body)
-    except DoesNotFit:
-        raise
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        raise UnreadableFile(
-            f"{source}: cannot read the class list: it begins like JSON, but is none ({reason}), nor a Python "
-            "dictionary or list"
-        ) from error
+    except json.JSONDecodeError as reason:
+        if len(text) > _LARGEST_LITERAL:
+            raise UnreadableFile(f"{source}: cannot read the class list: not JSON ({reason})") from reason
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's about escapes in the text
+                body = ast.parse(text.strip(), mode="eval").body
+            for node in ast.walk(body):
+                if isinstance(node, ast.Dict):
+                    repeated += repeats(str(ast.literal_eval(key)) for key in node.keys if key is not None)
+            value = ast.literal_eval(body)
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+            raise UnreadableFile(
+                f"{source}: cannot read the class list: it begins like JSON, but is none ({reason}), nor a Python "
+                "dictionary or list"
+            ) from error
+    if repeated:
+        raise DoesNotFit(f"{source}: {repeated[0][:60]!r} stands twice in it")
+    return value
 
 
 def _from_value(value: object, source: Path) -> Classes:
@@ -271,10 +257,10 @@ def _from_value(value: object, source: Path) -> Classes:
     if isinstance(value, dict):
         inside = {key: value[key] for key in _KEYS if isinstance(value.get(key), dict | list)}
         if inside:
-            found = {key: _from_value(part, source) for key, part in inside.items()}
-            if len(set(found.values())) > 1:
-                raise DoesNotFit(f"{source}: {' and '.join(found)} do not list the same classes; leave one of them")
-            return next(iter(found.values()))
+            lists = {key: _from_value(part, source) for key, part in inside.items()}
+            if len(set(lists.values())) > 1:
+                raise DoesNotFit(f"{source}: {' and '.join(lists)} do not list the same classes; leave one of them")
+            return next(iter(lists.values()))
         if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict | list) and _whole(*value) is None:
             return _from_value(inner, source)
         forward, backward = (_order([_whole(x) for x in side]) for side in (value.keys(), value.values()))
@@ -344,21 +330,19 @@ def _bare(text: str) -> str:
 
 
 def as_classes(given: "Sequence[ClassName | tuple[str, str] | str] | os.PathLike[str]") -> Classes:
-    """A class list as people give it: the path of a file, or (id, name) pairs, or plain names.
+    """Accept a class list as people give it: the path of a file, or (id, name) pairs, or plain names.
 
     Raises:
         As `read_classes`.
     """
-    if isinstance(given, str):
-        given = Path(given)
-    if isinstance(given, os.PathLike):
+    if isinstance(given, str | os.PathLike):
         return read_classes(Path(given))
     pairs = (ClassName(c, c) if isinstance(c, str) else ClassName(*c) for c in given)
     return check_classes(tuple(pairs), "the class list")
 
 
 def check_classes(classes: Classes, source: str) -> Classes:
-    """The same list, if it has classes and every id is there once.
+    """Return the list, if it has classes and every id is there once.
 
     Raises:
         UnreadableFile: no classes, an empty id, or halves of characters, which are no text.
@@ -370,9 +354,6 @@ def check_classes(classes: Classes, source: str) -> Classes:
         # Bytes of file names that are not UTF-8 stand as U+DC80 to U+DCFF, and class folders may have them.
         if re.search("[\ud800-\udc7f\udd00-\udfff]", c.id + c.name):
             raise UnreadableFile(f"{source}: class {ascii(c.id)[:60]} is not text: it has half a character")
-    seen: set[str] = set()
-    for c in classes:
-        if c.id in seen:
-            raise DoesNotFit(f"{source}: class id {c.id!r} stands twice; ids must be unique, names need not")
-        seen.add(c.id)
+    if repeated := repeats(c.id for c in classes):
+        raise DoesNotFit(f"{source}: class id {repeated[0]!r} stands twice; ids must be unique, names need not")
     return classes

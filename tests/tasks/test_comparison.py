@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from fcvit.commands.compare import compare
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
-from fcvit.evaluation.comparison import compare
 from fcvit.evaluation.protocols import protocols
-from fcvit.evaluation.results import Records, Result, class_figures, write_lane
 from fcvit.metrics.classification import calibration, wilson
-from fcvit.models.classes import ClassName
 from fcvit.models.variants import VARIANTS
-from fcvit.report.tables import comparison
+from fcvit.tasks.classification.results import Records, Result, class_figures, write_result
 
 CLASSES = tuple(ClassName(f"n{i}", f"name {i}") for i in range(4))
 DIGITS = VARIANTS["fcvit_digits"]
@@ -54,7 +53,7 @@ def lane(folder, predicted, truth, *, digests=None, names=None, name="a-authors"
         loss=1.0,
         calibration=calibration(probability[:, 0], rank == 0),
         real=None,
-        standing=None,
+        published=None,
         per_class=class_figures(records, 2),
         fingerprint="f" * 64,
         seconds=1.0,
@@ -62,7 +61,7 @@ def lane(folder, predicted, truth, *, digests=None, names=None, name="a-authors"
     from PIL import Image
 
     folder.mkdir(parents=True)
-    write_lane(folder / name, result, records, {}, lambda _: Image.new("RGB", (4, 4)))
+    write_result(folder / name, result, records, {}, lambda _: Image.new("RGB", (4, 4)))
     return folder
 
 
@@ -74,7 +73,7 @@ SECOND = [0] * 8 + [1] * 2 + [1] * 10 + [2] * 10 + [3] * 9 + [1]
 def test_a_comparison_by_hand(tmp_path):
     """Class 1 gains four images, class 0 loses two, one is wrong in another way."""
     found = compare(
-        lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", SECOND, TRUTH) / "a-authors", tmp_path / "out"
+        lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", SECOND, TRUTH) / "a-authors", folder=tmp_path / "out"
     )
     assert (found.images, found.top1) == (40, (87.5, 92.5))
     assert (found.difference, found.only_first, found.only_second) == (5, 2, 4)
@@ -97,7 +96,7 @@ def test_a_comparison_by_hand(tmp_path):
 
 def test_the_tables_begin_with_what_changed_most(tmp_path):
     second = [1] * 3 + [0] * 7 + [1] * 10 + [3] + [2] * 9 + [3] * 10
-    tables = comparison(compare(lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", second, TRUTH)))
+    tables = list(compare(lane(tmp_path / "a", FIRST, TRUTH), lane(tmp_path / "b", second, TRUTH)).tables())
     columns = {table.title: list(table.columns[0].cells) for table in tables}
     assert columns["classes that gained most"] == ["n1", "n3"]
     assert columns["classes that lost most"] == ["n0", "n2"]
@@ -110,7 +109,7 @@ def test_the_tables_show_texts_whole_and_classes_by_name(tmp_path):
         path = folder / "a-authors" / "metrics.json"
         figures = json.loads(path.read_text()) | {"network": network, "weights_sha256": network[::-1] * 2}
         path.write_text(json.dumps(figures | {"predicted": {"n3": "name 3"}}))
-    tables = comparison(compare(one, other))
+    tables = list(compare(one, other).tables())
     cells = {table.title: [list(column.cells) for column in table.columns] for table in tables}
     assert cells["settings that differ"][1][1] == "fcvit_b12 with 4 classes and a long story"
     assert cells["settings that differ"][1][0] == 2 * "fcvit_b12 with 4 classes and a long story"[::-1]

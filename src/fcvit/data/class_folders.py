@@ -13,15 +13,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from fcvit.data.class_indices import assign_classes, assign_labels
+from fcvit.data.classes import Classes, imagenet
 from fcvit.data.folders import ENDINGS, is_image, legible, no_images
 from fcvit.data.lists import find_listed, read_list
-from fcvit.data.sources import PACKED, Location, Source, Tree, open_source
+from fcvit.data.sources import PACKED, Location, Source, open_source
 from fcvit.data.splits import find_layout
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
-from fcvit.models.classes import Classes, imagenet
 from fcvit.models.variants import IMAGENET_CLASSES, VALIDATION_IMAGES
+from fcvit.text import some
 
-_SHOWN = 5
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
 
 
@@ -54,24 +54,21 @@ class LabeledImages:
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """What a task learns of each image: the index of its class."""
+        """Give a task the label of each image."""
         return self.labels
 
     def listing(self) -> str:
-        """SHA-256 of names and labels: whether a run goes on over the same list of images."""
-        content = json.dumps([self.names, self.labels])
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Return the SHA-256 of names and labels, by which a resumed run knows its images."""
+        return hashlib.sha256(json.dumps([self.names, self.labels]).encode()).hexdigest()
 
     def validation_numbers(self) -> list[int] | None:
-        """Of each image its number in ImageNet's validation set, 1 to 50,000; None: not such images."""
-        found = [_VALIDATION_NUMBER.search(name) for name in self.names]
-        numbers = [int(match[1]) for match in found if match]
-        if len(numbers) < len(found) or not all(1 <= number <= VALIDATION_IMAGES for number in numbers):
-            return None
-        return numbers
+        """Return each image's number in ImageNet's validation set, 1 to 50,000; None: they are not such images."""
+        matches = [_VALIDATION_NUMBER.search(name) for name in self.names]
+        numbers = [int(match[1]) if match else 0 for match in matches]
+        return numbers if all(1 <= number <= VALIDATION_IMAGES for number in numbers) else None
 
     def take(self, order: Sequence[int]) -> "LabeledImages":
-        """Those at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return dataclasses.replace(
             self,
             names=tuple(self.names[i] for i in order),
@@ -80,7 +77,7 @@ class LabeledImages:
         )
 
     def subset(self, count: int, seed: int) -> "LabeledImages":
-        """A stratified sample: every class keeps its share, to the nearest whole image.
+        """Draw a stratified sample, in which every class keeps its share to the nearest whole image.
 
         Drawn by hashes of seed and name, so that it is the same on every machine and does not depend on
         the order of the images.
@@ -141,14 +138,12 @@ def read_dataset(
         notes = listed.notes
     else:
         source, notes = (data, ()) if isinstance(data, Source) else _one_split(data, classes, num_classes)
-        folders, tree = sorted(map(legible, source.folders())), source.tree()
-        _refuse_without_classes(source, folders, tree)
+        folders, locations = sorted(map(legible, source.folders())), source.tree().files
+        notes += _check_contents(source, folders, locations)
         assignment = assign_classes(folders, classes, num_classes, "class folders")
-        labels = {name: legible(name.split("/")[0]) for name in tree.files if "/" in name and is_image(name)}
+        labels = {name: legible(name.split("/")[0]) for name in locations if "/" in name and is_image(name)}
         if not labels:
             raise UnreadableFile(f"{source.path}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
-        locations = tree.files
-        notes += _left_out_notes(source, tree)
     names = tuple(sorted(labels))
     return LabeledImages(
         source.path,
@@ -169,67 +164,57 @@ def known_classes(classes: Classes | None, num_classes: int) -> frozenset[str]:
 def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[Source, tuple[str, ...]]:
     """Find the class folders of a path, below folders that wrap them; refuse several splits at once."""
     layout = find_layout(open_source(data), known_classes(classes, num_classes))
-    if len(layout.splits) > 1:
-        names = list(layout.splits)
-        labeled = [name for name in names if layout.splits[name].folders()]
-        one = next((name for name in (*layout.named("val"), *labeled[::-1]) if name in labeled), names[0])
-        raise DoesNotFit(
-            f"{layout.source.path} holds the splits {', '.join(names)}; name the folder of one, such as "
-            f"{layout.source.path / one}"
-        )
+    path, names = layout.source.path, list(layout.splits)
     if layout.doubt:
-        inside = layout.source.path / layout.doubt
         raise DoesNotFit(
-            f"{layout.source.path}: is {layout.doubt} a split or a class? if a split, name {inside}; if a class, name "
+            f"{path}: is {layout.doubt} a split or a class? if a split, name {path / layout.doubt}; if a class, name "
             "the model's classes, in its order, with --classes FILE"
         )
-    for name, source in layout.splits.items():
-        return source, (
-            *layout.notes,
-            f"{layout.source.path} holds the split {name} alone: its folders are the classes",
-        )
+    if len(names) > 1:
+        labeled = [name for name in names if layout.splits[name].folders()]
+        one = next((name for name in (*layout.named("val"), *labeled[::-1]) if name in labeled), names[0])
+        raise DoesNotFit(f"{path} holds the splits {', '.join(names)}; name the folder of one, such as {path / one}")
+    if names:
+        note = f"{path} holds the split {names[0]} alone: its folders are the classes"
+        return layout.splits[names[0]], (*layout.notes, note)
     return layout.source, layout.notes
 
 
-def _refuse_without_classes(source: Source, folders: Sequence[str], tree: Tree) -> None:
-    if folders:
-        return
-    packed = [name for name in tree.files if name.lower().endswith((".tar", *PACKED))]
-    if packed:
-        raise UnreadableFile(
-            f"{source.path}: no class folders in it, but archives: {_some(packed)}; name one tar, or a folder with "
-            "nothing but tars of one class each; unpack others first"
-        )
-    if not any(map(is_image, tree.files)):
-        raise UnreadableFile(f"{source.path}: no class folders and no images in it ({', '.join(sorted(ENDINGS))})")
-    raise UnreadableFile(
-        f"{source.path}: no class folders in it, but images; expected one folder of images a class. For fcvit eval, "
-        "--list FILE may say the class of each image instead"
-    )
+def _check_contents(source: Source, folders: Sequence[str], files: Mapping[str, Location]) -> tuple[str, ...]:
+    """Say what is left out: files in class folders that are no images, and images and archives that are in none.
 
-
-def _left_out_notes(source: Source, tree: Tree) -> tuple[str, ...]:
-    """Say what is left out: files in class folders that are no images, and images and archives that are in none."""
+    Raises:
+        UnreadableFile: there are no class folders.
+    """
     path = source.path
-    outside = sum("/" not in name and is_image(name) for name in tree.files)
-    notes = []
-    packed = [name for name in tree.files if "/" not in name and name.lower().endswith((".tar", *PACKED))]
-    if packed:
-        notes.append(f"{path}: left out {counted(len(packed), 'archive')} beside the class folders: {_some(packed)}")
-    astray = (
-        sum(name.startswith(("/", "../")) and is_image(name) for name in source.archive.files) if source.archive else 0
+    packed = [name for name in files if name.lower().endswith((".tar", *PACKED))]
+    if not folders:
+        if packed:
+            raise UnreadableFile(
+                f"{path}: no class folders in it, but archives: {some(packed)}; name one tar, or a folder with "
+                "nothing but tars of one class each; unpack others first"
+            )
+        if not any(map(is_image, files)):
+            raise UnreadableFile(f"{path}: no class folders and no images in it ({', '.join(sorted(ENDINGS))})")
+        raise UnreadableFile(
+            f"{path}: no class folders in it, but images; expected one folder of images a class. For fcvit eval, "
+            "--list FILE may say the class of each image instead"
+        )
+    packed = [name for name in packed if "/" not in name]
+    stray = [name for name in (source.archive.files if source.archive else ()) if name.startswith(("/", "../"))]
+    outside = sum("/" not in name and is_image(name) for name in files)
+    notes = (
+        packed and f"left out {counted(len(packed), 'archive')} beside the class folders: {some(packed)}",
+        (count := sum(map(is_image, stray)))
+        and f"left out {counted(count, 'image')} whose names lead out of the tar (/ or ..)",
+        no_images(name for name in files if "/" in name),
+        outside and f"left out {counted(outside, 'image')} outside of class folders",
     )
-    if astray:
-        notes.append(f"{path}: left out {counted(astray, 'image')} whose names lead out of the tar (/ or ..)")
-    if others := no_images(name for name in tree.files if "/" in name):
-        notes.append(f"{path}: {others}")
-    if outside:
-        notes.append(f"{path}: left out {counted(outside, 'image')} outside of class folders")
-    return tuple(notes)
+    return tuple(f"{path}: {note}" for note in notes if note)
 
 
 def read_real(path: Path, images: LabeledImages) -> list[frozenset[int]]:
-    """ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the right classes of each image, perhaps none.
+    """Read ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the right classes of each image, perhaps none.
 
     Raises:
         UnreadableFile: the file is not such a list.
@@ -244,14 +229,11 @@ def read_real(path: Path, images: LabeledImages) -> list[frozenset[int]]:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFile(f"{path}: not JSON ({str(error)[:80]})") from error
-    if not isinstance(labels, list) or len(labels) != VALIDATION_IMAGES or not all(map(_is_class_list, labels)):
+    if (
+        not isinstance(labels, list)
+        or len(labels) != VALIDATION_IMAGES
+        or not all(isinstance(classes, list) for classes in labels)
+        or not all(type(c) is int and 0 <= c < IMAGENET_CLASSES for classes in labels for c in classes)
+    ):
         raise UnreadableFile(f"{path}: expected a list of {VALIDATION_IMAGES:,} lists of classes from 0 to 999")
     return [frozenset(labels[number - 1]) for number in numbers]
-
-
-def _is_class_list(value: object) -> bool:
-    return isinstance(value, list) and all(type(c) is int and 0 <= c < IMAGENET_CLASSES for c in value)
-
-
-def _some(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")

@@ -3,16 +3,22 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fcvit import run_folder as runs
-from fcvit.errors import DoesNotFit, UsageError
-from fcvit.evaluation.results import Saved, read_lane
+from fcvit.errors import DoesNotFit, UsageError, counted
 from fcvit.metrics import classification as metrics
+from fcvit.tasks.classification.results import SavedResult, read_result
 from fcvit.text import csv_text
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHOWN, _CLASSES = 20, 10  # rows of listings that may be long
 _SETTINGS = ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size")
 
 
@@ -72,6 +78,45 @@ class ResultComparison:
     classes: tuple[ClassChange, ...]
     differing: tuple[Difference, ...]
 
+    def tables(self) -> "Iterator[Table]":
+        """Show the difference, classes that gained and lost, and images that differ."""
+        from fcvit.report.tables import interval, table
+
+        if self.settings:
+            settings = table("", "first", "second", title="settings that differ")
+            for what, both in self.settings.items():
+                settings.add_row(what.replace("_", " "), *both)
+            yield settings
+        figures = table(title=f"{self.first} and {self.second}, the same {counted(self.images, 'image')}")
+        figures.add_row("top-1 of the first", f"{self.top1[0]:.2f} %")
+        figures.add_row("top-1 of the second", f"{self.top1[1]:.2f} %")
+        figures.add_row("difference", f"{self.difference:+.2f} points (95 % interval {interval(self.interval)})")
+        figures.add_row("only the first is right", str(self.only_first))
+        figures.add_row("only the second is right", str(self.only_second))
+        figures.add_row("exact McNemar test", f"p = {self.p_value:.2g}")
+        figures.add_row("another top-1 class", counted(len(self.differing), "image"))
+        yield figures
+        moved = [change for change in self.classes if change.gained]
+        for title, rows in (
+            ("classes that gained most", [change for change in moved if change.gained > 0][:_CLASSES]),
+            ("classes that lost most", [change for change in reversed(moved) if change.gained < 0][:_CLASSES]),
+        ):
+            if rows:
+                columns = ("images", "first %", "second %", "images gained")
+                listing = table("class", "name", *columns, title=title, right=columns)
+                for row in rows:
+                    shares = (f"{row.first:.1f}", f"{row.second:.1f}")
+                    listing.add_row(row.id, row.name, str(row.images), *shares, f"{row.gained:+d}")
+                yield listing
+        if self.differing:
+            listing = table("image", "truth", "first", "second", title="images on which they differ")
+            for row in self.differing[:_SHOWN]:
+                pairs = ((row.truth, row.truth_name), (row.first, row.first_name), (row.second, row.second_name))
+                listing.add_row(row.path, *(id if name == id else f"{name} ({id})" for id, name in pairs))
+            if len(self.differing) > _SHOWN:
+                listing.add_row(f"... and {len(self.differing) - _SHOWN} more", "", "", "")
+            yield listing
+
 
 def compare(
     first: str | os.PathLike[str], second: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None
@@ -89,7 +134,7 @@ def compare(
         UsageError: a run with several results, or twice the same.
         DoesNotFit: they are over different images, or the images have other classes.
     """
-    one, other = read_lane(Path(first)), read_lane(Path(second))
+    one, other = read_result(Path(first)), read_result(Path(second))
     if one.folder.resolve() == other.folder.resolve():
         raise UsageError(f"{one.folder} twice; expected two results")
     _check_same_images(one, other)
@@ -103,7 +148,7 @@ def compare(
     return found
 
 
-def _check_same_images(one: Saved, other: Saved) -> None:
+def _check_same_images(one: SavedResult, other: SavedResult) -> None:
     """Refuse other images, the same ones with other classes, and other sets of classes."""
     told_apart = [saved.metrics.get("classes") for saved in (one, other)]
     if told_apart[0] != told_apart[1]:
@@ -124,7 +169,7 @@ def _check_same_images(one: Saved, other: Saved) -> None:
             raise DoesNotFit(f"{path} is {truth} in {one.folder} and {theirs} in {other.folder}: other classes")
 
 
-def _compare(one: Saved, other: Saved) -> ResultComparison:
+def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
     truth, first, second = (np.array(names) for names in (one.truth, one.predicted, other.predicted))
     right = first == truth, second == truth
     paired = metrics.paired(*right)
@@ -162,7 +207,7 @@ def _compare(one: Saved, other: Saved) -> ResultComparison:
     )
 
 
-def _settings(one: Saved, other: Saved) -> dict[str, tuple[str, str]]:
+def _settings(one: SavedResult, other: SavedResult) -> dict[str, tuple[str, str]]:
     """What the two were computed with, where it is not the same."""
     sides = []
     for saved in (one, other):

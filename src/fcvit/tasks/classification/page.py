@@ -4,29 +4,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fcvit import run_folder as runs
-from fcvit.evaluation import results
-from fcvit.evaluation.results import Agreement, Effect, Records, Result
 from fcvit.metrics import classification as metrics
 from fcvit.report import charts, page
 from fcvit.report.page import Listing, Page, Picture, Section
+from fcvit.tasks.classification import results
+from fcvit.tasks.classification.results import Agreement, Effect, Records, Result
 
 
 def write_page(
     folder: Path,
-    lanes: Sequence[Result],
+    outcomes: Sequence[Result],
     records: Sequence[Records],
     agreements: Sequence[Agreement],
     effects: Sequence[Effect],
     about: Mapping[str, object],
 ) -> None:
-    """Draw the charts of each lane into its folder, and write the page beside the folders.
+    """Draw the charts of each result into its folder, and write the page beside the folders.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
     page.require_report()
     sections = []
-    for result, kept in zip(lanes, records, strict=True):
+    for result, kept in zip(outcomes, records, strict=True):
         place = folder / result.name
         matrix = metrics.confusion(kept.truth, kept.top[:, 0], len(kept.classes))
         # A title must not hang on the folder: the same results make the same pictures anywhere.
@@ -53,7 +53,7 @@ def write_page(
         sections.append(Section(result.name, _facts(result), _listings(result, kept), pictures))
     left_out = about["left_out"]
     assert isinstance(left_out, list)
-    first = lanes[0]
+    first = outcomes[0]
     masked = about["model_classes"] != first.classes
     lead = (
         f"{first.images:,} images of {len(first.per_class):,} classes"
@@ -62,10 +62,15 @@ def write_page(
         + (f"; {first.classes:,} of the model's {about['model_classes']:,} classes told apart" if masked else "")
         + f"; {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
-    summary = [_summary(lanes)]
+    summary = [_summary(outcomes)]
     for kind in dict.fromkeys(effect.of for effect in effects):
         rows = tuple(
-            (f"{e.lanes[1]} less {e.lanes[0]}", f"{e.difference:+.2f}", _interval(e.interval), f"{e.p_value:.2g}")
+            (
+                f"{e.configurations[1]} less {e.configurations[0]}",
+                f"{e.difference:+.2f}",
+                _interval(e.interval),
+                f"{e.p_value:.2g}",
+            )
             for e in effects
             if e.of == kind
         )
@@ -81,7 +86,7 @@ def write_page(
         columns = ("", "same top-1 %", "largest logit difference", "mean")
         rows = tuple(
             (
-                f"{a.lanes[1]} and {a.lanes[0]}",
+                f"{a.configurations[1]} and {a.configurations[0]}",
                 f"{a.top1_agreement:.2f}",
                 f"{a.max_difference:.2e}",
                 f"{a.mean_difference:.2e}",
@@ -99,19 +104,19 @@ def write_page(
     runs.write_text(folder / results.PAGE, content)
 
 
-def _summary(lanes: Sequence[Result]) -> Listing:
-    k = lanes[0].k
+def _summary(results: Sequence[Result]) -> Listing:
+    k = results[0].k
     figures = ("top-1 %", "95 % interval", f"top-{k} %", "loss", "ECE")
-    real = ("ReaL %",) if lanes[0].real else ()
-    beside = ("published %", "") if any(lane.standing for lane in lanes) else ()
+    real = ("ReaL %",) if results[0].real else ()
+    beside = ("published %", "") if any(row.published for row in results) else ()
     rows = []
-    for lane in lanes:
-        row = [lane.name, f"{lane.top1:.2f}", _interval(lane.top1_interval), f"{lane.top_k:.2f}", f"{lane.loss:.4f}"]
-        row.append(f"{lane.calibration.error:.4f}")
-        row += [f"{lane.real.top1:.2f}"] if lane.real else []
+    for result in results:
+        row = [result.name, f"{result.top1:.2f}", _interval(result.top1_interval), f"{result.top_k:.2f}"]
+        row += [f"{result.loss:.4f}", f"{result.calibration.error:.4f}"]
+        row += [f"{result.real.top1:.2f}"] if result.real else []
         if beside:
-            standing = lane.standing
-            row += [f"{standing.published:.1f}", standing.verdict] if standing else ["", ""]
+            published = result.published
+            row += [f"{published.figure:.1f}", published.verdict] if published else ["", ""]
         rows.append(tuple(row))
     columns = ("", *figures, *real, *beside)
     return Listing("Accuracy", columns, tuple(rows), frozenset((*figures, *real, *beside[:1])))
@@ -129,10 +134,8 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
         facts.append(("the order of the classes", result.hint))
     if result.real:
         facts.append(("ImageNet-ReaL", f"{result.real.top1:.2f} % of {result.real.images:,} images with labels"))
-    if result.standing:
-        facts.append(
-            (f"published by {result.standing.whose}", f"{result.standing.published:.1f} %: {result.standing.reason}")
-        )
+    if published := result.published:
+        facts.append((f"published by {published.whose}", f"{published.figure:.1f} %: {published.reason}"))
     facts += [
         (
             f"protocol {result.protocol.name}",

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fcvit.data.class_folders import LabeledImages, Location, read_dataset, read_real
 from fcvit.data.class_indices import assign_classes
-from fcvit.data.labeled import LabeledImages, Location, read_dataset, read_real
+from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
-from fcvit.models.classes import ClassName
 
 PETS = (ClassName("c1", "cat"), ClassName("d1", "dog"), ClassName("m1", "crane"), ClassName("m2", "crane"))
 FILES = ("a/1 with space.png", "b/2.JPEG", "b/deep/3.webp", "a/z.jpg")

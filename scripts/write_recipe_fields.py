@@ -1,0 +1,29 @@
+"""Write the table of a recipe's fields into docs/training.md, from the declarations in `fcvit.tasks`."""
+
+from pathlib import Path
+
+from fcvit.tasks.recipe import recipe_fields
+from fcvit.training.recipe import RECIPES
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+HEADING = "## Fields of a recipe\n"
+
+
+def page(text: str) -> str:
+    """Return the page's text with the table of today's fields."""
+    rows = ["", "| field | values | default | |", "| --- | --- | --- | --- |"]
+    group = ""
+    fields = {name: field for cls in RECIPES.values() for name, field in recipe_fields(cls).items()}
+    for name, field in fields.items():
+        if field.group != group:
+            group = field.group
+            rows.append(f"| **{group}** | | | |")
+        default = f"`{field.default_text}`" if field.default_text else ""
+        rows.append(f"| `{name}` | {field.expected} | {default} | {field.description} |")
+    before, _, rest = text.partition(HEADING)
+    _, next_heading, after = rest.partition("\n## ")
+    return before + HEADING + "\n".join(rows) + "\n" + next_heading + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

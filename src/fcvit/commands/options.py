@@ -1,0 +1,56 @@
+"""Groups of options that several commands share."""
+
+import dataclasses
+import os
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from fcvit.errors import UsageError
+from fcvit.models.variants import PreprocessingChange, three_channels
+
+Channels = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessingOptions:
+    """Fields of the preprocessing to be replaced.
+
+    Args:
+        input_size: Another input size in pixels.
+        crop_fraction: Another crop fraction.
+        interpolation: Another interpolation.
+        mean: Another mean, of images from 0 to 1: one number, or three for red, green and blue.
+        std: Another standard deviation, in the same way.
+    """
+
+    input_size: int | None = None
+    crop_fraction: float | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    mean: Channels = None
+    std: Channels = None
+
+    def changes(self) -> PreprocessingChange | None:
+        """Return the fields that were given; None: none.
+
+        Raises:
+            UsageError: a mean or standard deviation is not one number or three.
+        """
+        changes: Any = {}
+        for name, value in vars(self).items():
+            if value is not None and name in ("mean", "std"):
+                try:
+                    changes[name] = three_channels(" ".join(value))
+                except ValueError as error:
+                    raise UsageError(f"--{name} {' '.join(value)}: {error}") from None
+            elif value is not None:
+                changes[name] = value
+        return changes or None
+
+
+def decoding_processes(workers: int | None) -> int:
+    """Return how many processes decode images: as asked for, else one for each core that this process has, up to 8."""
+    if workers is not None:
+        return workers
+    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # Paddle's launcher says how many share this machine
+    return max(1, min(8, (os.cpu_count() or 1) // sharing))

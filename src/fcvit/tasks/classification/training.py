@@ -1,0 +1,149 @@
+"""The training of classifiers: splits with the same classes, augmentation, mixing, soft cross-entropy."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fcvit.data.loader import Batch
+from fcvit.data.training_splits import find_splits
+from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
+from fcvit.data.transforms.mixing import mix
+from fcvit.data.transforms.preprocess import normalize
+from fcvit.frameworks import import_framework
+from fcvit.models.build import build_classifier, create_model, weights_of
+from fcvit.models.variants import resolve_preprocessing
+from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
+from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.tasks.classification.results import Result
+from fcvit.weights.reading import Weights
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+    from fcvit.models.network import FCViT
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """The transform of a training image: decided by seed, epoch and its position in the epoch."""
+
+    augmentation: Augmentation
+    seed: int
+    epoch: int
+
+    def __call__(self, image: Image.Image, target: int, index: int, /) -> tuple[np.ndarray, int]:
+        generator = pixel_generator(self.seed, self.epoch, index, "augment")
+        return augment(image, self.augmentation, generator), target
+
+
+class ClassificationTraining:
+    """Trains a classifier (see `fcvit.tasks.base.TrainingTask`).
+
+    Args:
+        recipe: of the run.
+        weights: that it starts from.
+
+    Raises:
+        UsageError, UnreadableFile, DoesNotFit: images, classes and weights do not go together.
+    """
+
+    score = "top1"
+    shown = {  # noqa: RUF012
+        "loss": ("loss", "{:.4f}"),
+        "val_loss": ("validation loss", "{:.4f}"),
+        "top1": ("top-1", "{:.2f} %"),
+        "ema_top1": ("EMA: top-1", "{:.2f} %"),
+        "images_per_second": ("images/s", "{:.1f}"),
+    }
+
+    def __init__(self, recipe: ClassificationRecipe, weights: Weights | None):
+        self.recipe, self.start = recipe, weights
+        splits = find_splits(recipe, weights)
+        self.train, self.val, self.classes, self.notes = splits.train, splits.val, splits.classes, splits.notes
+        self.identity = {"classes": [c.id for c in self.classes]}
+        known = weights.preprocessing if weights is not None else None
+        self.preprocessing = resolve_preprocessing(recipe.preprocessing(), known, recipe.network())
+        self.class_weights: Tensor | None = None
+        if recipe.class_weights == "balanced":
+            counts = np.bincount(self.train.labels, minlength=len(self.classes))
+            self.class_weights = import_framework("paddle").to_tensor(balanced(counts))
+
+    def network(self) -> "FCViT":
+        """Build the classifier, with a fresh head where the recipe asks for one or the weights have none."""
+        recipe, weights, count = self.recipe, self.start, len(self.classes)
+        if weights is None:
+            return create_model(recipe.network(), None, count, recipe.drop_path_rate, recipe.drop_rate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a head that the recipe asks for
+            model = build_classifier(weights, None, recipe.drop_path_rate, recipe.drop_rate)
+        if recipe.new_head or not model.num_classes:
+            model.reset_classifier(count)
+            self.notes = (*self.notes, f"{weights.source.path}: a new head for {count} classes")
+        return model
+
+    def transform(self, epoch: int) -> Augmented:
+        return Augmented(self.recipe.augmentation(self.preprocessing.input_size), self.recipe.seed, epoch)
+
+    def inputs(self, batch: Batch, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mix, normalize, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
+        recipe = self.recipe
+        pixels, targets = mix(
+            batch.pixels[0],
+            np.array(batch.targets[0], np.int64),
+            len(self.classes),
+            pixel_generator(recipe.seed, epoch, batch.number, "mix"),
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+            switch=recipe.mix_switch,
+            smoothing=recipe.label_smoothing,
+        )
+        images = normalize(pixels, self.preprocessing)
+        if recipe.erasing:
+            generators = [pixel_generator(recipe.seed, epoch, int(index), "erase") for index in batch.indices]
+            erase(images, recipe.erasing, generators)
+        return images, targets
+
+    def loss(self, outputs: "Tensor", targets: np.ndarray) -> "dict[str, Tensor]":
+        paddle = import_framework("paddle")
+        return {"loss": soft_cross_entropy(outputs, paddle.to_tensor(targets), self.class_weights)}
+
+    def weights(self, model: "FCViT", **options: Any) -> Weights:
+        return weights_of(model, preprocessing=self.preprocessing, classes=self.classes, **options)
+
+    def evaluator(self, loaded: Sequence[Weights]) -> ClassificationEvaluator:
+        assert self.val is not None
+        return ClassificationEvaluator(loaded, self.val, Options())
+
+    def row(self, result: Result) -> dict[str, float]:
+        """Return loss, top-1 and top-k; of fewer than k classes top-k would be 100 %."""
+        top_k = {f"top{result.k}": result.top_k} if result.k < result.classes else {}
+        return {"val_loss": result.loss, "top1": result.top1} | top_k
+
+
+def soft_cross_entropy(logits: "Tensor", targets: "Tensor", class_weights: "Tensor | None" = None) -> "Tensor":
+    """Return the mean over the images of the cross-entropy with soft targets, in float32 or float64.
+
+    Args:
+        logits, targets: (B, classes); rows of targets sum to 1.
+        class_weights: (classes,), of mean 1 over the training images; None: all 1.
+    """
+    functional = import_framework("paddle").nn.functional
+    logits = logits.astype(targets.dtype)
+    if class_weights is not None:
+        targets = targets * class_weights
+    return -(targets * functional.log_softmax(logits, axis=1)).sum(axis=1).mean()
+
+
+def balanced(counts: np.ndarray) -> np.ndarray:
+    """Return weights in inverse proportion to the images of a class, of mean 1 over all images; float32 (classes,).
+
+    A class without images gets 0.
+    """
+    present = counts > 0
+    weights = np.zeros(len(counts), np.float32)
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return weights

@@ -1,0 +1,150 @@
+"""A second, tiny task for the tests: estimate the brightness of an image, one number. No loop knows of it."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from fcvit import run_folder
+from fcvit.data.sources import open_source
+from fcvit.data.transforms.preprocess import crop, normalize
+from fcvit.models.variants import Preprocessing
+from fcvit.tasks.recipe import Recipe
+
+PIXELS = Preprocessing(32, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images whose names begin with their brightness in per cent, as in 37-a.png."""
+
+    root: Any
+    names: tuple
+    locations: tuple
+
+    @property
+    def targets(self):
+        return [int(name.split("-")[0]) / 100 for name in self.names]
+
+    def __len__(self):
+        return len(self.names)
+
+    def take(self, order):
+        return Images(self.root, tuple(self.names[i] for i in order), tuple(self.locations[i] for i in order))
+
+    def listing(self):
+        return json.dumps(self.names)
+
+
+def read(path):
+    files = open_source(path).tree().files
+    names = tuple(sorted(name for name in files if name.endswith(".png")))
+    return Images(path, names, tuple(files[name] for name in names))
+
+
+def transform(image, target, index):
+    return crop(image, PIXELS), target
+
+
+class Training:
+    score = "accuracy"  # less error is better, more of this is
+    shown = {"loss": ("loss", "{:.4f}"), "accuracy": ("accuracy", "{:.3f}")}  # noqa: RUF012
+    notes, identity, preprocessing = ("brightness of images",), {}, PIXELS
+
+    def __init__(self, recipe, weights):
+        self.recipe, self.start = recipe, weights
+        self.train, self.val = read(recipe.data), read(recipe.val)
+
+    def network(self):
+        from fcvit.models.build import build_network, create_model
+
+        return build_network(self.start) if self.start else create_model(self.recipe.network(), None, 1)
+
+    def transform(self, epoch):
+        return transform
+
+    def inputs(self, batch, epoch):
+        return normalize(batch.pixels[0], PIXELS), np.array(batch.targets[0], np.float32)
+
+    def loss(self, outputs, targets):
+        import paddle
+
+        difference = outputs[:, 0] - paddle.to_tensor(targets)
+        return {"loss_square": (difference**2).mean(), "loss_absolute": 0.1 * difference.abs().mean()}
+
+    def weights(self, model, **options):
+        from fcvit.models.build import weights_of
+
+        return weights_of(model, head="brightness", preprocessing=PIXELS, **options)
+
+    def evaluator(self, loaded):
+        return Evaluator(self.val)
+
+    def row(self, result):
+        return {"accuracy": result["accuracy"]}
+
+
+class Evaluator:
+    notes, rule, outputs = (), "brightness by the names", 1
+    dtype = np.dtype([("estimate", "<f8"), ("error", "<f8")])
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def identity(self):
+        return {"targets": self.dataset.targets}
+
+    def transform(self, preprocessing):
+        return transform
+
+    def record(self, outputs, targets, reference):
+        record = np.zeros(len(outputs), self.dtype)
+        record["estimate"], record["error"] = outputs[:, 0], np.abs(outputs[:, 0] - targets)
+        return record, [b"\0" * round(100 * target) for target in targets]  # bytes of any length
+
+    def report(self, evaluated):
+        return Report(evaluated)
+
+
+class Report:
+    hints = ()
+
+    def __init__(self, evaluated):
+        self.evaluated = evaluated
+        self.results = [{"accuracy": 1 - float(one["error"].mean())} for one in evaluated.records.T]
+        self.lengths = [len(evaluated.bytes_of[index, 0]) for index in range(len(evaluated.index))]
+
+    def write(self, folder):
+        run_folder.write_json(folder / "brightness.json", self.to_json())
+
+    def to_json(self):
+        return {"results": self.results, "lengths": self.lengths}
+
+    def tables(self):
+        yield f"accuracy {self.results[0]['accuracy']:.3f}"
+
+
+class Predictor:
+    def prepare(self, image):
+        return crop(image, PIXELS)
+
+    def decode(self, outputs, top_k):
+        return [float(value) for value in outputs[:, 0]]
+
+
+class Brightness:
+    name, recipe = "brightness", Recipe
+    options = dataclasses.make_dataclass("Options", [])
+
+    def training(self, recipe, weights):
+        return Training(recipe, weights)
+
+    def evaluator(self, loaded, data, options):
+        return Evaluator(read(data))
+
+    def predictor(self, weights, preprocessing, classes):
+        return Predictor()
+
+
+TASK = Brightness()

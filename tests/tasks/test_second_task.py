@@ -1,0 +1,99 @@
+"""The loops with a task that they have never heard of: it trains, resumes, evaluates and predicts."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fcvit
+from conftest import SMALL, needs_paddle
+from fcvit.evaluation import runner
+from fcvit.evaluation.settings import Settings
+from fcvit.models import build, spec
+from fcvit.tasks import base
+from fcvit.training.recipe import build_recipe
+from fcvit.training.run import resume, train
+from fcvit.weights.reading import read_weights
+
+pytestmark = needs_paddle
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """The task is registered by three names in three tables, and images of all sizes are written."""
+    monkeypatch.syspath_prepend(str(__file__).rpartition("/")[0])
+    monkeypatch.setitem(base.TASKS, "brightness", "brightness")
+    head = dataclasses.replace(spec.HEADS["classifier"], task="brightness")
+    monkeypatch.setitem(spec.HEADS, "brightness", head)
+    monkeypatch.setitem(build.NETWORKS, "brightness", build.NETWORKS["classifier"])
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 7)):
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            percent = 10 + 80 * number // count
+            size = (33 + number, 40, 3)
+            pixels = np.clip(generator.normal(2.55 * percent, 20, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"{percent}-{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(images):
+    fields = {**SMALL, "task": "brightness", "data": str(images / "train"), "val": str(images / "val"), "epochs": 4}
+    return build_recipe(fields, {}, "test")
+
+
+def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
+    done = train(recipe, folder=images / "run", device="cpu")
+    assert done.rows[-1]["loss"] < done.rows[0]["loss"] and done.best["best_accuracy"] > 0.5
+    row = done.rows[0]
+    assert row["loss"] == pytest.approx(row["loss_square"] + row["loss_absolute"], rel=1e-5)
+    assert any("brightness" in (images / "run" / name).read_text() for name in ("run.json", "recipe.toml"))
+
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+    with monkeypatch.context() as patch:
+
+        def failing(self, *given):
+            if self.step == 5:
+                raise KeyboardInterrupt
+            return run(self, *given)
+
+        patch.setattr(Trainer, "run", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder=images / "cut", device="cpu")
+    resume(images / "cut")
+    last = [read_weights(images / name / "last.safetensors") for name in ("run", "cut")]
+    assert all((last[0].tensors[name] == last[1].tensors[name]).all() for name in last[0].tensors)
+    assert last[0].spec.task == "brightness"
+
+    settings = Settings(engines="paddle", batch_size=3, device="cpu")
+    result = runner.evaluate([done.weights], images / "val", settings, {}, images / "eval", True)
+    names = sorted(path.name for path in (images / "val").iterdir())
+    assert result.report.lengths == [int(name.split("-")[0]) for name in names]
+    assert result.results[0]["accuracy"] == pytest.approx(done.best["accuracy"], abs=1e-6)
+    written = json.loads((images / "eval" / "brightness.json").read_text())
+    (images / "eval" / "brightness.json").unlink()
+    assert runner.resume(images / "eval").results == result.results
+    assert json.loads((images / "eval" / "brightness.json").read_text()) == written
+
+    predicted = fcvit.load(done.weights, device="cpu", engine="paddle").predict(sorted((images / "val").iterdir()))
+    errors = [abs(value - int(name.split("-")[0]) / 100) for value, name in zip(predicted, names, strict=True)]
+    assert 1 - np.mean(errors) == pytest.approx(done.best["accuracy"], abs=1e-5)
+
+
+def test_no_loop_names_a_task():
+    """The packages of the loops, the loader and the engines mention no task by its name."""
+    import re
+    from pathlib import Path
+
+    source = Path(base.__file__).parents[1]
+    files = [*(source / "training").glob("*.py"), *(source / "evaluation").glob("*.py"), source / "data" / "loader.py"]
+    files += [source / "inference" / name for name in ("engines.py", "runtimes.py", "cache.py")]
+    named = re.compile(
+        r"tasks\.(classification|segmentation|detection)|[\"'](classification|segmentation|detection)[\"']"
+    )
+    assert not [path.name for path in files if named.search(path.read_text("utf-8"))]
