@@ -593,8 +593,7 @@ def test_exporting(run, digits_pth, tmp_path):
 
 @needs_paddle
 @pytest.mark.slow
-def test_benching(run, digits_pth, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcvit.commands.bench._SECONDS", 0)
+def test_benching(run, digits_pth, tmp_path):
     words = (
         "bench",
         "--weights",

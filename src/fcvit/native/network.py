@@ -150,8 +150,8 @@ def _context(layer: GlobalContext, x: Tensor) -> Tensor:
     if not layer.weighted or not layer.competition:
         first = channels_first(x)
         return channels_last(first + layer(first))
-    fc1, fc2 = (layer.fc1.weight, layer.fc1.bias), (layer.fc2.weight, layer.fc2.bias)
-    return context(x, fc1, fc2, (layer.rescale_weight, layer.rescale_bias), SIMILARITY_EPS)
+    parameters = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    return context(x, *parameters, layer.rescale_weight, layer.rescale_bias, eps=SIMILARITY_EPS)
 
 
 def _channel_mixer(mixer: ChannelMixer, x: Tensor) -> Tensor:
