@@ -125,7 +125,6 @@ def test_errors_are_one_line_with_their_code(run, words, code, message):
         ("convert", "SOURCE is missing", "convert SOURCE -o FILE"),
         ("compare a", "SECOND is missing", "compare a SECOND"),
         ("compare a b c", "c stands where", "compare a b"),
-        ("bench w", "w stands where", "bench --weights w"),
         ("demo w.pth", "w.pth stands where", "demo --weights w.pth"),
     ],
 )
@@ -281,7 +280,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a line\nand another")
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", broken)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", broken)
     code, _, err = run("doctor")
     assert code == 1 and err.count("\n") == 1 and "internal error: ZeroDivisionError: a line and another" in err
     code, _, err = run("doctor", "--debug")
@@ -291,7 +290,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", interrupted)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", interrupted)
     assert run("doctor")[0] == 130
 
     def became_another_error(*_):
@@ -301,7 +300,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
             raise MissingExtra("install paddlepaddle") from error
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", became_another_error)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", became_another_error)
     code, _, err = run("doctor")
     assert (code, err) == (130, "fcvit: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -318,7 +317,7 @@ def test_signals_at_the_same_time_are_one(run, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
             cleaned.append(1)
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", twice)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", twice)
     assert run("doctor")[0] == 130 and cleaned
 
 
@@ -676,22 +675,6 @@ def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_chart
     assert code == 2 and "9 images: expected at least 10" in err
     code, out, err = run("heads", images, "--weights", digits_pth, "--vit", "vit_small_patch16_224")
     assert code == 2 and "--vit-weights FILE" in err
-
-
-def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
-    from fcvit.commands import demo
-
-    asked = []
-    monkeypatch.setattr(demo, "demo", lambda weights, **options: asked.append((weights, options)))
-    code, *_ = run("demo", "--weights", digits_pth, "--weights", "b.pth", "--port", "8000", "--device", "cpu", "--open")
-    assert code == 0
-    ((weights, options),) = asked
-    assert [str(one) for one in weights] == [str(digits_pth), "b.pth"]
-    assert options == {"port": 8000, "device": "cpu", "ema": None, "open_browser": True}
-    for port in ("0", "65536"):
-        monkeypatch.undo()
-        code, _, err = run("demo", "--port", port)
-        assert (code, err) == (2, f"fcvit: --port {port}: expected 1 to 65535\n")
 
 
 def test_ctrl_c_while_the_command_line_is_imported_is_an_interruption():
