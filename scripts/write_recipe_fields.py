@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from fcvit.tasks.recipe import recipe_fields
-from fcvit.training.recipe import RECIPES
+from fcvit.training.recipe import fields_of_all_tasks
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 HEADING = "## Fields of a recipe\n"
@@ -13,8 +12,7 @@ def page(text: str) -> str:
     """Return the page's text with the table of today's fields."""
     rows = ["", "| field | values | default | |", "| --- | --- | --- | --- |"]
     group = ""
-    fields = {name: field for cls in RECIPES.values() for name, field in recipe_fields(cls).items()}
-    for name, field in fields.items():
+    for name, field in fields_of_all_tasks().items():
         if field.group != group:
             group = field.group
             rows.append(f"| **{group}** | | | |")

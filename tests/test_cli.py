@@ -144,7 +144,6 @@ def test_errors_are_one_line_with_their_code(run, words, code, message):
         ("verify a b", "--against is missing", "verify a --against b"),
         ("compare a", "SECOND is missing", "compare a SECOND"),
         ("compare a b c", "c stands where", "compare a b"),
-        ("bench w", "w stands where", "bench --weights w"),
         ("demo w.pth", "w.pth stands where", "demo --weights w.pth"),
     ],
 )

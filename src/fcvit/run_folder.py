@@ -149,12 +149,28 @@ def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
 
 
 def read_run(folder: Path, command: str) -> dict[str, Any]:
-    """The record of a run of this command.
+    """Return the record of a run of this command.
 
     Raises:
         UnreadableFile: there is none, or it is damaged.
         UsageError: it is of another command.
     """
+    record = _read_record(folder)
+    if record.get("command") != command:
+        raise UsageError(f"{folder}: not a run of fcvit {command}")
+    return record
+
+
+def read_command(folder: str) -> str:
+    """Return the command of a run.
+
+    Raises:
+        UnreadableFile: there is no run, or its record is damaged.
+    """
+    return str(_read_record(Path(folder)).get("command"))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
@@ -162,8 +178,8 @@ def read_run(folder: Path, command: str) -> dict[str, Any]:
         raise UnreadableFile(f"{path}: {error.strerror}; expected the folder of a run") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFile(f"{path}: damaged ({str(error)[:80]})") from error
-    if not isinstance(record, dict) or record.get("command") != command:
-        raise UsageError(f"{folder}: not a run of fcvit {command}")
+    if not isinstance(record, dict):
+        raise UnreadableFile(f"{path}: damaged (not a record)")
     return record
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Images:
 
 
 def read(path):
-    files = open_source(path).tree().files
+    files = open_source(Path(path)).tree().files
     names = tuple(sorted(name for name in files if name.endswith(".png")))
     return Images(path, names, tuple(files[name] for name in names))
 

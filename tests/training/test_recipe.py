@@ -4,7 +4,9 @@ import dataclasses
 import math
 import operator
 import runpy
+import sys
 import tomllib
+import types
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -23,9 +25,10 @@ from fcvit.commands.train import train
 from fcvit.data.transforms.augment import Augmentation
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.models.variants import VARIANTS
+from fcvit.tasks.base import TASKS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.recipe import LOSS, OTHER_NAMES, Recipe, recipe_fields
-from fcvit.training.recipe import RECIPES, build_recipe, read_recipe, shipped, shipped_text
+from fcvit.training.recipe import build_recipe, read_recipe, shipped, shipped_text
 
 ROOT = Path(__file__).parents[2]
 FIELDS = recipe_fields(ClassificationRecipe)
@@ -169,13 +172,15 @@ class OtherRecipe(Recipe):
 
 
 def test_the_task_selects_the_fields(monkeypatch):
-    monkeypatch.setitem(RECIPES, "mean", OtherRecipe)
+    module = types.SimpleNamespace(TASK=types.SimpleNamespace(recipe=OtherRecipe))
+    monkeypatch.setitem(sys.modules, "task_of_a_test", module)
+    monkeypatch.setitem(TASKS, "mean", "task_of_a_test")
     recipe = build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"quantile": "0.25"}, "file")
     assert type(recipe) is OtherRecipe and recipe.quantile == 0.25
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
     with pytest.raises(UsageError, match="no field 'crop'"):
         build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"crop": "padded"}, "file")
-    with pytest.raises(UsageError, match="task 'sorting': expected 'classification' or 'mean'"):
+    with pytest.raises(UsageError, match="task 'sorting': expected classification, mean"):
         read_recipe("digits", {"task": "sorting"})
 
 

@@ -665,8 +665,8 @@ def recipe_file(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--velocity", "1"], 2, "no field 'velocity' in a recipe .known: variant, data"),
-        (["--wieght_decay", "1"], 2, "did you mean 'weight_decay'"),
+        (["--velocity", "1"], 2, "velocity"),
+        (["--wieght_decay", "1"], 2, "(?i)did you mean .*weight.decay"),
         (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
         (["--data", "nowhere"], 3, "nowhere: no such folder"),
         (["--resume", "somewhere"], 2, "expected a recipe, or --resume"),

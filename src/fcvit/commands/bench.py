@@ -10,7 +10,6 @@ import importlib
 import itertools
 import logging
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
+from fcvit.commands.options import Ema, File, Output
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.inference.engines import ENGINES, create_engine
@@ -196,48 +196,42 @@ class Bench:
             runs.write_bytes(folder / "bench.png", picture)
 
 
-def _separated(kind: Callable[[str], Any], option: str) -> Parameter:
-    """An option whose values are separated by commas on the command line."""
+def _separated(option: str, kind: Callable[[str], Any] = str) -> Parameter:
+    """Define an option whose values are separated by commas on the command line."""
 
     def convert(_: Any, tokens: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(kind(part) for token in tokens for part in token.value.split(",") if part)
 
-    return Parameter(name=option, converter=convert, n_tokens=1, negative=())
-
-
-def _one(kind: Callable[[str], Any], *names: str) -> Parameter:
-    """An option that Python callers may also give as another object."""
-    return Parameter(name=names, converter=lambda _, tokens: kind(tokens[0].value), n_tokens=1, accepts_keys=False)
+    return Parameter(name=option, converter=convert, n_tokens=1, negative=(), show_default=False)
 
 
 def bench(
-    weights: Annotated["Weights | str | os.PathLike[str] | None", _one(Path, "--weights")] = None,
+    weights: Annotated[Any, Parameter()] = None,
     *,
-    variant: Annotated["str | Variant | None", _one(str, "--variant")] = None,
-    engines: Annotated[Sequence[str], _separated(str, "--engine")] = (),
-    batch_sizes: Annotated[Sequence[int], _separated(int, "--batch-size")] = (1, 8),
-    threads: Annotated[Sequence[int], _separated(int, "--threads")] = (),
-    precisions: Annotated[Sequence[str], _separated(str, "--precision")] = ("float32",),
+    variant: Annotated[Any, Parameter()] = None,
+    engines: Annotated[Sequence[str], _separated("--engine")] = (),
+    batch_sizes: Annotated[Sequence[int], _separated("--batch-size", int)] = (1, 8),
+    threads: Annotated[Sequence[int], _separated("--threads", int)] = (),
+    precisions: Annotated[Sequence[str], _separated("--precision")] = ("float32",),
     size: int | None = None,
     rounds: int = 7,
     reference: str | None = None,
-    ema: bool | None = None,
-    folder: Annotated["str | os.PathLike[str] | None", _one(Path, "--output", "-o")] = None,
-    csv: Annotated["str | os.PathLike[str] | None", _one(Path, "--csv")] = None,
+    ema: Ema = None,
+    folder: Annotated[File | None, Output] = None,
+    csv: File | None = None,
 ) -> Bench:
     """Measure how fast the engines are on this machine, in turn, beside PyTorch.
 
     Args:
-        weights: A checkpoint of any format, or weights in memory (default: synthetic weights, which are as fast).
+        weights: A checkpoint of any format, in Python also weights in memory (default: synthetic ones, as fast).
         variant: The network of synthetic weights (default: fcvit_tiny).
         engines: Separated by commas (default: all that are installed, and torch, torch-channels-last, torch-compile).
-        batch_sizes: Images at a time, separated by commas.
+        batch_sizes: Images at a time, separated by commas (default: 1,8).
         threads: Threads that compute, separated by commas (default: one for each core).
-        precisions: float32, bfloat16, separated by commas; those that an engine does not have are skipped.
+        precisions: float32 (default), bfloat16, separated by commas; engines that do not have one are skipped.
         size: Height and width of the images in pixels (default: the weights' own).
         rounds: Number of measurement rounds; a turn takes 0.3 seconds or three calls.
         reference: What ratios refer to (default: torch-channels-last where it could be measured, else the first).
-        ema: Use the EMA (--ema) or the raw (--no-ema) weights of a file with both.
         folder: New folder for bench.json, bench.csv and bench.png.
         csv: Write the table into this file.
 
@@ -288,9 +282,7 @@ def bench(
     return result
 
 
-def _weights(
-    given: "Weights | str | os.PathLike[str] | None", variant: "str | Variant | None", ema: bool | None
-) -> Weights:
+def _weights(given: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
     """Return weights that can be sent to another process: in memory, not as views of a file."""
     if given is None:
         return synthetic_weights(get_variant(variant or "fcvit_tiny"))

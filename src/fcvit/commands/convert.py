@@ -1,24 +1,26 @@
 """Convert weights between frameworks and formats: all checked, then written, or nothing."""
 
 import dataclasses
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from cyclopts import Parameter
 
 from fcvit.commands import verify as verification
-from fcvit.data.classes import ClassName, as_classes, order_note
+from fcvit.commands.options import Classes, Ema, File, Flag, Output, PreprocessingOptions
+from fcvit.data.classes import as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
-from fcvit.models.variants import Preprocessing, PreprocessingChange, Variant, resolve_preprocessing
+from fcvit.models.variants import resolve_preprocessing
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
         source, destination: the files.
@@ -41,37 +43,59 @@ class Conversion:
     notes: tuple[str, ...]
     verification: verification.Verification | None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, with the outcome of the verification."""
+        proof = self.verification
+        return dataclasses.asdict(self) | {"verification": proof and proof.to_json()}
+
+    def tables(self) -> Iterator[Any]:
+        """Show what was written, and what was left out."""
+        from fcvit.report.tables import SHOWN, table
+
+        result = table(title=f"{self.source} -> {self.destination}")
+        result.add_row("network", self.spec)
+        written = f"{self.tensors}, {'/'.join(self.dtypes)}, {self.layout} layout, read back bit for bit"
+        result.add_row("tensors", written)
+        if self.skipped:
+            more = f", ... ({len(self.skipped)})" if len(self.skipped) > SHOWN else ""
+            result.add_row("skipped", ", ".join(self.skipped[:SHOWN]) + more)
+        for note in self.notes:
+            result.add_row("note", note)
+        yield result
+        if self.verification:
+            yield from self.verification.tables()
+
 
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: File,
+    destination: Annotated[File, Output],
     *,
-    layout: str | None = None,
-    dtype: str | None = None,
-    ema: bool | None = None,
+    layout: Literal["paddle", "torch"] | None = None,
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
+    ema: Ema = None,
     key: str | None = None,
-    variant: str | Variant | None = None,
-    classes: Sequence[ClassName | str] | str | os.PathLike[str] | None = None,
-    preprocessing: Preprocessing | PreprocessingChange | None = None,
+    variant: Annotated[Any, Parameter()] = None,
+    classes: Classes = None,
     new_head: int | None = None,
+    pixels: Annotated[PreprocessingOptions | None, Parameter(name="*")] = None,
+    preprocessing: Annotated[Any, Parameter(parse=False)] = None,
     verify: bool | None = None,
-    overwrite: bool = False,
+    overwrite: Flag = False,
 ) -> Conversion:
-    """Convert a checkpoint of any format.
+    """Convert a checkpoint between PyTorch and Paddle, checked and, with both installed, verified.
 
     Args:
-        source: PyTorch (zip or older), safetensors or `.pdparams`; told by content.
-        destination: its ending tells the format: `.safetensors`, `.pdparams` or `.pth`.
-        layout: "paddle" or "torch"; None: the ending's own (safetensors: paddle).
-        dtype: float16, bfloat16, float32 or float64; None: as in the source.
-        ema: choose the averaged (True) or raw (False) weights of a file that has both.
-        key: which of several sets of weights in the source; see `fcvit.weights.reading.read_weights`.
-        variant: what the source must be; None: its header's, else recognized from the tensors.
-        classes: a class list or the path of one (see `read_classes`); None: the source's own.
+        source: PyTorch (.pth, .pth.tar, older format), safetensors or .pdparams; the format is detected.
+        destination: The file to write: .safetensors, .pdparams or .pth.
+        layout: Names and layout of a .safetensors file (default: paddle).
+        dtype: Type to store (default: as in the source).
+        key: Take this one of several sets of weights in the source, such as teacher or model.state_dict.
+        variant: What the file must be (default: recognized from its tensors).
+        new_head: Replace the head by a fresh one for this many classes.
+        pixels: Fields of the preprocessing to store.
         preprocessing: to store; a change replaces single fields; None: the source's own, else the variant's.
-        new_head: replace the head by a fresh one for that many classes.
-        verify: compare the numbers with the source; None: if both frameworks are installed.
-        overwrite: allow an existing destination.
+        verify: Compare the numbers with the source (default: if both frameworks are installed).
+        overwrite: Replace the output if it already exists.
 
     Raises:
         UsageError, UnreadableFile, DoesNotFit: nothing is written.
@@ -79,7 +103,8 @@ def convert(
         MissingExtra: `verify` is True and a framework is missing.
     """
     destination = Path(destination)
-    layout = destination_layout(destination, layout)
+    preprocessing = (pixels.changes() if pixels else None) or preprocessing
+    stored_layout = destination_layout(destination, layout)
     if destination.exists() and Path(source).exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source itself; choose another name for the output")
     notes: list[str] = []
@@ -116,7 +141,7 @@ def convert(
     proof = None
     with staged(destination, overwrite) as temporary:
         stored = cast(weights, dtype)
-        write_weights(temporary, stored, layout)
+        write_weights(temporary, stored, stored_layout)
         written = read_weights(temporary)
         if verify:
             proof = verification.verify_weights(written, weights)
@@ -125,7 +150,7 @@ def convert(
         Path(source),
         destination,
         str(weights.spec),
-        layout,
+        stored_layout,
         tuple(written.dtypes),
         len(written.tensors),
         weights.skipped,

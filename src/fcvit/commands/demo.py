@@ -17,13 +17,15 @@ import webbrowser
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
+from cyclopts import Parameter
 from PIL import Image
 
 from fcvit.analysis.similarity import FIRST, Scale, Seen, Viewer, Which, picture
+from fcvit.commands.options import Device, Ema, File
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
@@ -43,21 +45,19 @@ _EXAMPLES = 6
 
 
 def demo(
-    weights: Sequence[str | os.PathLike[str]] = (),
     *,
+    weights: list[File] | None = None,
     port: int | None = None,
-    device: str = "auto",
-    ema: bool | None = None,
-    open_browser: bool = False,
+    device: Device = "auto",
+    ema: Ema = None,
+    open_browser: Annotated[bool, Parameter(name="--open", negative=())] = False,
 ) -> None:
-    """Serve the page until interrupted.
+    """Serve a local page: drop an image, see its classes and similarity maps, slide through blocks and heads.
 
     Args:
-        weights: one file, or two to compare; none: the digits checkpoint of the package.
-        port: None: the first free one from 7860.
-        device: auto, cpu, gpu or gpu:N.
-        ema: choose the averaged or raw weights of files that have both.
-        open_browser: show the page at once.
+        weights: A checkpoint of any format, or two, each with its own --weights (default: the package's digits).
+        port: Of the page, on this machine only (default: the first free one from 7860).
+        open_browser: Show the page at once.
 
     Raises:
         UsageError: more than two files, a network without maps, or no free port.
@@ -69,7 +69,7 @@ def demo(
     chosen = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
     Path(chosen).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fcvit-demo-", dir=chosen) as folder:
-        page = build(weights, Path(folder), device, ema)
+        page = build(weights or (), Path(folder), device, ema)
         address = serve(page, Path(folder), port, open_browser)
         logger.info(f"the page is at {address} (Ctrl-C ends it)")
         try:

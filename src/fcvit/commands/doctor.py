@@ -1,14 +1,45 @@
 """What this installation can do: versions, devices, and what is missing with its remedy."""
 
+import importlib.metadata
 import platform
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 from fcvit import run_folder as runs
+from fcvit.commands.cache import read_cache
 from fcvit.errors import FcvitError
 from fcvit.frameworks import INSTALL, import_framework
+from fcvit.machine import available_threads
 
 
-def doctor() -> dict[str, object]:
-    """Versions, devices of each framework, and for each missing one the command that installs it."""
+class Diagnosis(dict[str, Any]):
+    """The findings of `doctor`, as a dictionary that JSON can hold."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self)
+
+    def tables(self) -> Iterator[Any]:
+        """Show versions, devices, and what is missing."""
+        from fcvit.report.tables import table
+
+        listing = table()
+        listing.add_row("machine", self["machine"])
+        for title in ("versions", "devices", "missing"):
+            for name, value in self[title].items():
+                shown = ", ".join(value) if isinstance(value, list) else value
+                listing.add_row(name if title == "versions" else f"{name} {title}", shown)
+        for name, command in self["extras"].items():
+            listing.add_row(f"extra {name} is absent", command)
+        for title in ("compiler", "cores", "cache"):
+            listing.add_row(title, str(self[title]))
+        yield listing
+
+
+def doctor() -> Diagnosis:
+    """Print versions, devices, and what is missing with the command that installs it."""
+    cache = read_cache()
     devices: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
     for framework in ("paddle", "torch"):
@@ -22,9 +53,26 @@ def doctor() -> dict[str, object]:
         else:
             gpus = module.cuda.device_count() if module.cuda.is_available() else 0
         devices[framework] = ["cpu", *(f"gpu:{index}" for index in range(gpus))]
-    return {
-        "versions": runs.versions(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "devices": devices,
-        "missing": missing,
-    }
+    return Diagnosis(
+        {
+            "versions": runs.versions(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "devices": devices,
+            "missing": missing,
+            "extras": dict(_absent_extras()),
+            "compiler": shutil.which("c++") or shutil.which("g++") or "none: the native operators need one",
+            "cores": available_threads(),
+            "cache": f"{cache.folder}, {cache.bytes / 2**20:.1f} MiB",
+        }
+    )
+
+
+def _absent_extras() -> Iterator[tuple[str, str]]:
+    """Yield each extra of which a package is not installed, with the command that installs it."""
+    for line in importlib.metadata.requires("fcvit") or ():
+        match = re.fullmatch(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"].*", line)
+        if match and match[2] not in ("dev", "docs"):
+            try:
+                importlib.metadata.version(match[1])
+            except importlib.metadata.PackageNotFoundError:
+                yield match[2], f"pip install 'fcvit[{match[2]}]'"

@@ -8,12 +8,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from cyclopts import Parameter
 
+from fcvit.commands.options import Ema, File, Flag, Output
+from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
-from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError, counted
 from fcvit.inference.check import Check, check_export, require, sample_images
 from fcvit.inference.export import RUNTIME, files, infer_format, write_export
 from fcvit.inference.interface import Interface, output_names
@@ -21,8 +24,12 @@ from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.machine import available_threads
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 logger = logging.getLogger("fcvit")
 
@@ -56,39 +63,74 @@ class Export:
     lively: tuple[Check, ...]
     seconds: float
 
+    def tables(self) -> "Iterator[Table]":
+        """Show what was written, and how near its numbers are to exact ones."""
+        from fcvit.report.tables import table, verdict
+
+        result = table(title=f"{self.network} exported as {self.format}, {self.precision}")
+        for path in self.files:
+            result.add_row("written", path)
+        result.add_row("size", f"{self.bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s")
+        shape = " x ".join("any" if side is None else str(side) for side in self.input["shape"])
+        result.add_row("takes", f"{self.input['type']}, {shape}")
+        result.add_row("gives", ", ".join(self.outputs))
+        for what, checks in (("", self.checks), ("synthetic weights, ", self.lively)):
+            for check in checks:
+                count, height, width = check.images
+                where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {self.runtime}"
+                result.add_row(f"error ratio ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}"))
+                result.add_row("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}")
+        if self.precision == "int8":
+            note = "checked before it was quantized; fcvit eval --precision int8 measures what it costs"
+            result.add_row("int8", note)
+        yield result
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """Return height and width from 224, "240x320" or a pair.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value is None or isinstance(value, tuple):
+        return value
+    sides = str(value).lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
+        raise UsageError(f"--size {value}: expected pixels from 1 to 4096, as in 224 or 240x320 (height x width)")
+    return int(sides[0]), int(sides[-1])
+
 
 def export(
-    weights: "Weights | str | os.PathLike[str]",
-    output: str | os.PathLike[str],
-    format: str | None = None,
+    weights: Annotated[Any, Parameter()],
+    output: Annotated[File, Output],
+    format: Annotated[Literal["onnx", "paddle", "openvino"] | None, Parameter(name="--format")] = None,
     *,
-    size: tuple[int, int] | None = None,
-    dynamic: bool = False,
-    uint8: bool = False,
-    probabilities: bool = False,
-    precision: str = "float32",
-    calibration: str | os.PathLike[str] | None = None,
-    images: Sequence[str | os.PathLike[str]] = (),
-    preprocessing: Preprocessing | None = None,
-    ema: bool | None = None,
-    overwrite: bool = False,
+    size: Annotated[Any, Parameter()] = None,
+    dynamic: Flag = False,
+    uint8: Flag = False,
+    probabilities: Flag = False,
+    precision: Literal["float32", "int8"] = "float32",
+    calibration: Annotated[File | None, Parameter(name="--calibrate")] = None,
+    images: Annotated[list[str] | None, Parameter(negative=())] = None,
+    preprocessing: Annotated[Any, Parameter(parse=False)] = None,
+    ema: Ema = None,
+    overwrite: Flag = False,
 ) -> Export:
-    """Write, load with the runtime, compare with the float64 reference, then rename into place.
+    """Export a network for ONNX Runtime, Paddle Inference or OpenVINO, run there and checked before it is kept.
 
     Args:
-        weights: a file of any format, or weights in memory.
-        output: the file for the runtime: .onnx, .json (paddle), .xml (openvino); others lie beside it.
-        format: "onnx", "paddle" or "openvino"; None: by the ending of `output`.
-        size: height and width in pixels; None: the input size of the preprocessing, squared.
-        dynamic: any size, from `.onnx` and OpenVINO.
-        uint8: take uint8 RGB and normalize inside.
-        probabilities: give the softmax of the logits.
-        precision: "float32", or "int8" (onnx only) with scales found on the images of `calibration`.
-        calibration: a folder of images.
-        images: to check with; empty: the handwritten digits of the package, enlarged.
+        weights: A checkpoint of any format (in Python also weights in memory).
+        output: The file for the runtime: .onnx, .json (paddle, with .pdiparams beside) or .xml (openvino, with .bin).
+        format: onnx, paddle or openvino (default: by the output's ending).
+        size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
+        dynamic: Take images of any size (onnx, openvino).
+        uint8: Take uint8 RGB images and normalize them inside.
+        probabilities: Give probabilities instead of logits.
+        precision: float32 (default), or int8 with --calibrate (onnx).
+        calibration: Folder of images that int8 takes its scales from, such as training images.
+        images: Image, folder or pattern to check with; may be given several times (default: digits of the package).
         preprocessing: another one than the weights'.
-        ema: choose the averaged or raw weights of a file that has both.
-        overwrite: replace files that are there.
+        overwrite: Replace the output if it already exists.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit: a file or an option.
@@ -96,10 +138,11 @@ def export(
         BadImages: an image cannot be read.
         NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
     """
+    size, paths = _size(size), find_images(images) if images else ()
     path = Path(output)
-    format = format or infer_format(path)
-    names = files(path, format)
-    if precision not in PRECISIONS or (precision == "int8" and format != "onnx"):
+    target: str = format or infer_format(path)
+    names = files(path, target)
+    if precision not in PRECISIONS or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
         raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
@@ -112,7 +155,7 @@ def export(
     size = size or (chosen.input_size, chosen.input_size)
     interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
     output_names(read.spec, probabilities)
-    given = _check_images(read, images, size, chosen)
+    given = _check_images(read, paths, size, chosen)
     if precision == "int8" and size[0] != size[1]:
         raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
     square = dataclasses.replace(chosen, input_size=size[0])
@@ -120,10 +163,10 @@ def export(
     with _published(names, overwrite) as folder:
         made = folder / path.name
         began = time.perf_counter()
-        write_export(read, interface, format, made)
+        write_export(read, interface, target, made)
         seconds = time.perf_counter() - began
-        logger.info(f"checking {path.name} with {RUNTIME[format]}")
-        checks = _checks(read, interface, format, made, given)
+        logger.info(f"checking {path.name} with {RUNTIME[target]}")
+        checks = _checks(read, interface, target, made, given)
         lively: tuple[Check, ...] = ()
         if has_near_zero_scale(read.tensors):
             logger.info(
@@ -132,17 +175,17 @@ def export(
             rule = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 other = Path(name) / path.name
-                write_export(rule, interface, format, other)
-                lively = _checks(rule, interface, format, other, given)
+                write_export(rule, interface, target, other)
+                lively = _checks(rule, interface, target, other, given)
         if scales is not None:
             began = time.perf_counter()
             quantize(made, scales, interface)
             seconds += time.perf_counter() - began
-            _require_finite(made, format, given, interface)
+            _require_finite(made, target, given, interface)
         written = sum((folder / name.name).stat().st_size for name in names)
     return Export(
         str(read.spec),
-        format,
+        target,
         tuple(map(str, names)),
         written,
         {
@@ -150,7 +193,7 @@ def export(
             "shape": [None, 3, *((None, None) if dynamic else size)],
         },
         tuple(output_names(read.spec, probabilities)),
-        RUNTIME[format],
+        RUNTIME[target],
         precision,
         checks,
         lively,

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.commands.preview import Preview
-from fcvit.commands.train import (
-    Device,
-    PreviewFile,
-    RunFolder,
-    Workers,
-    recipe_options,
-    recipe_overrides,
-    train,
-)
+from fcvit.commands.train import Device, PreviewFile, RunFolder, Workers, recipe_options, recipe_overrides, train
 from fcvit.data.class_indices import composed
 from fcvit.data.training_splits import find_splits
 from fcvit.errors import counted

@@ -1,7 +1,9 @@
 """Say what a weights file is, without loading it into a model."""
 
-import os
+from collections.abc import Iterator
+from typing import Any
 
+from fcvit.commands.options import Ema, File, Flag
 from fcvit.errors import DoesNotFit
 from fcvit.models.spec import parameter_count
 from fcvit.models.variants import resolve_preprocessing
@@ -9,16 +11,45 @@ from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.reading import WeightsDoNotFit, read_weights
 
 
-def inspect(
-    path: str | os.PathLike[str], ema: bool | None = None, tensors: bool = False, key: str | None = None
-) -> dict[str, object]:
-    """What is in a file, as a dictionary that JSON can hold.
+class Inspection(dict[str, Any]):
+    """The description of a weights file, as a dictionary that JSON can hold."""
+
+    @property
+    def exit_code(self) -> int:
+        return DoesNotFit.exit_code if self["problems"] else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self)
+
+    def tables(self) -> Iterator[Any]:
+        """Show the description; the list of tensors where it was asked for."""
+        from fcvit.report.tables import SHOWN, lines, table
+
+        listing = table()
+        for name, value in self.items():
+            if value is None or value == [] or name == "entries":
+                continue
+            if isinstance(value, list):
+                parts = [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value]
+                more = [f"... ({len(parts)})"] if len(parts) > SHOWN else []
+                shown = parts[:SHOWN] + more
+                value = lines(shown) if name == "problems" else ", ".join(shown)
+            listing.add_row(name.replace("_", " "), str(value) if isinstance(value, int | bool) else value)
+        yield listing
+        if "entries" in self:
+            entries = table("tensor", "shape", "type")
+            for name, shape, dtype in self["entries"]:
+                entries.add_row(name, str(shape), dtype)
+            yield entries
+
+
+def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | None = None) -> Inspection:
+    """Describe a weights file; needs neither framework and executes nothing.
 
     Args:
-        path: any format; told by content.
-        ema: which weights to describe where there are two sets; None: the raw ones, said in the result.
-        tensors: list every tensor with its shape and type.
-        key: which of several sets of weights, as in `fcvit.weights.reading.read_weights`.
+        path: Any format; it is detected from the content.
+        tensors: List every tensor.
+        key: Describe this one of several sets of weights, such as teacher or model.state_dict.
 
     Raises:
         UsageError: the file has several sets of weights, and neither `ema` nor `key` tells which.
@@ -28,19 +59,21 @@ def inspect(
     raw = any(not one.averaged for one in checkpoint.sets)
     chosen = ema if ema is not None or not checkpoint.has_ema else not raw
     named, skipped, _ = checkpoint.select(chosen, key)
-    result: dict[str, object] = {
-        "file": str(checkpoint.path),
-        "bytes": checkpoint.size,
-        "sha256": checkpoint.sha256,
-        "format": checkpoint.format,
-        "tensors": len(named),
-        "dtypes": sorted({tensor.dtype.name for tensor in named.values()}),
-        "has_ema": checkpoint.has_ema,
-        "described": _described(checkpoint.has_ema and raw, chosen, ema, key),
-        "skipped": skipped,
-        "variant": None,
-        "problems": [],
-    }
+    result = Inspection(
+        {
+            "file": str(checkpoint.path),
+            "bytes": checkpoint.size,
+            "sha256": checkpoint.sha256,
+            "format": checkpoint.format,
+            "tensors": len(named),
+            "dtypes": sorted({tensor.dtype.name for tensor in named.values()}),
+            "has_ema": checkpoint.has_ema,
+            "described": _described(checkpoint.has_ema and raw, chosen, ema, key),
+            "skipped": skipped,
+            "variant": None,
+            "problems": [],
+        }
+    )
     if tensors:
         result["entries"] = [[name, list(t.shape), t.dtype.name] for name, t in named.items()]
     try:
@@ -54,7 +87,7 @@ def inspect(
     spec = weights.spec
     preprocessing = resolve_preprocessing(None, weights.preprocessing, spec.variant)
     header = checkpoint.header
-    return result | {
+    result |= {
         "variant": spec.variant.name,
         "form": str(spec),
         "num_classes": spec.num_classes,
@@ -70,6 +103,7 @@ def inspect(
         "source_sha256": header.source_sha256 if header else None,
         "notes": list(weights.notes),
     }
+    return result
 
 
 def _described(has_both: bool, chosen: bool | None, ema: bool | None, key: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -9,6 +10,17 @@ from cyclopts import Parameter
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, three_channels
 
+File = Path | str
+Output = Parameter(name=["--output", "-o"])
+Flag = Annotated[bool, Parameter(negative=())]
+Ema = Annotated[
+    bool | None, Parameter(help="Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.")
+]
+Classes = Annotated[
+    Any, Parameter(help="Class list: CSV with id and name, or one class per line (default: the file's own).")
+]
+Device = Annotated[str, Parameter(help="auto, cpu, gpu or gpu:N.")]
+Threads = Annotated[int | None, Parameter(help="Threads that compute on a CPU (default: one for each core).")]
 Channels = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 
 

@@ -1,31 +1,27 @@
-"""What a network is shown in training, as a picture."""
+"""A picture of training images as the network sees them."""
 
 import dataclasses
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fcvit.data.loader import Batch, Dataset
+from fcvit.data.loader import Batch
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.report.sample_sheet import sample_sheet
-from fcvit.tasks.base import TrainingTask, get_task
+from fcvit.tasks.base import get_task
+from fcvit.tasks.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged
 
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """A picture of training images.
-
-    Attributes:
-        path: the file.
-    """
+    """The file of a picture of training images."""
 
     path: Path
 
@@ -33,34 +29,41 @@ class Preview:
         yield f"written to {self.path}"
 
 
-def draw_preview(recipe: Any, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
-    """Draw training images, each beside what the network sees of it in as many epochs: crops, operations,
-    mixing and erasing of the recipe. The images of the picture form one batch, to be mixed among themselves.
+def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
+    """Draw training images, each beside what the network sees of it in as many epochs.
+
+    The images of the picture form one batch: crops, operations, mixing and erasing are the recipe's.
 
     Args:
         recipe: of a training.
-        path: a new file; its ending says what kind (.png).
-        images: rows, from 1, spread over the training images.
-        versions: of each, from 1.
+        path: a new .png file, or of another type of picture.
+        images: number of rows, from 1, evenly spread over the training images.
+        versions: number of epochs, from 1.
 
     Raises:
-        UsageError: numbers out of range, or the file is there already.
-        As `find_splits`, and BadImages where one cannot be read.
+        UsageError: a number is out of range, or the file already exists.
+        FcvitError: the data, classes and weights do not go together, or an image cannot be read.
     """
     if images < 1 or versions < 1:
         raise UsageError(f"a preview of {images} images in {versions} versions: expected at least 1 of each")
     weights = read_weights(recipe.weights, recipe.ema) if recipe.weights else None
     task = get_task(recipe.task).training(recipe, weights)
-    places = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
-    chosen = task.train.take(places.tolist())
+    positions = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
+    chosen = task.train.take(positions.tolist())
     originals = [
         decode(io.BytesIO(place.read()), name) for name, place in zip(chosen.names, chosen.locations, strict=True)
     ]
-    shown = [_seen(task, epoch, chosen, originals) for epoch in range(versions)]
-    rows = [
-        (name, original, [epoch[place] for epoch in shown])
-        for place, (name, original) in enumerate(zip(chosen.names, originals, strict=True))
-    ]
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
+    epochs = []
+    for epoch in range(versions):
+        transform = task.transform(epoch)
+        samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
+        pixels, targets = zip(*samples, strict=True)
+        batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
+        inputs, _ = task.inputs(batch, epoch)
+        visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # noise may leave the range
+        epochs.append([Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible])
+    rows = [*zip(chosen.names, originals, map(list, zip(*epochs, strict=True)), strict=True)]
     size = task.preprocessing.input_size
     sheet = sample_sheet(rows, f"what the network sees of {len(rows)} training images, at {size} x {size} pixels")
     target = Path(path)
@@ -68,17 +71,5 @@ def draw_preview(recipe: Any, path: str | os.PathLike[str], *, images: int = 6, 
         try:
             sheet.save(temporary)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"{target}: the ending tells the kind of picture; expected .png") from error
+            raise UsageError(f"{target}: the extension selects the type of picture; expected .png") from error
     return Preview(target)
-
-
-def _seen(task: TrainingTask, epoch: int, chosen: Dataset, originals: list[Image.Image]) -> list[Image.Image]:
-    """Return the network's input in one epoch as images again; erasing and normalizing may leave the visible range."""
-    transform = task.transform(epoch)
-    samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
-    pixels = np.stack([pixels for pixels, _ in samples])
-    batch = Batch(0, np.arange(len(originals)), (), (pixels,), ([target for _, target in samples],), ())
-    inputs, _ = task.inputs(batch, epoch)
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
-    visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)
-    return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible]

@@ -7,10 +7,12 @@ comparison was recorded when it was made; where PyTorch is installed it is compu
 
 import dataclasses
 import importlib.resources
+import itertools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +21,7 @@ from fcvit import run_folder as runs
 from fcvit.commands import verify as verification
 from fcvit.commands.convert import Conversion, convert
 from fcvit.commands.evaluate import evaluate
+from fcvit.commands.options import Output
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
@@ -28,6 +31,7 @@ from fcvit.inference.engines import PaddleEngine
 from fcvit.inference.predict import Prediction, rank
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 
 CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
@@ -65,16 +69,41 @@ class Quickstart:
     folder: Path
     seconds: float
 
+    def tables(self) -> Iterator[Any]:
+        """Show the conversion, Paddle beside PyTorch on the same images, and some predictions."""
+        from fcvit.report.tables import predictions, table, verdict
+
+        yield from itertools.islice(self.conversion.tables(), 2)
+        ours = self.evaluation.results[0]
+        right = ("PyTorch", "Paddle")
+        result = table("", *right, "", title=f"the same {ours.images} held-out images", right=right)
+        side = f"PyTorch's side: {self.torch_side}"
+        result.add_row("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", side)
+        result.add_row("same prediction", "", f"{self.agreement:.2f} %", "")
+        result.add_row("largest logit difference, float32", "", f"{self.max_difference:.2e}", "")
+        result.add_row("mean logit difference, float32", "", f"{self.mean_difference:.2e}", "")
+        for what, value, limit, shown in (
+            ("float64 difference, largest over std", self.float64_difference, FLOAT64_LIMIT, ".0e"),
+            ("float32 rms error over PyTorch's", self.error_ratio, RATIO_LIMIT, ".0f"),
+        ):
+            number = f"{value:.1e}" if shown == ".0e" else f"{value:.2f}"
+            result.add_row(what, "", number, verdict(value <= limit, f"{limit:{shown}}"))
+        yield result
+        yield predictions(self.predictions[:3])
+        yield "This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works."
+        yield f"Picture: {self.sheet}"
+        yield f"All of it: {self.folder}   ({self.seconds:.0f} s)"
+
     @property
     def passed(self) -> bool:
         return self.float64_difference <= verification.FLOAT64_LIMIT and self.error_ratio <= verification.RATIO_LIMIT
 
 
-def quickstart(folder: Path | None = None) -> Quickstart:
-    """Run everything; about ten seconds.
+def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
+    """Run the whole path on a small shipped checkpoint and real images; no network needed.
 
     Args:
-        folder: a new folder; None: `runs/quickstart`, or the first free one after it.
+        folder: Folder of the run (default: runs/quickstart, or the first free one after it).
 
     Raises:
         NumbersDisagree: Paddle does not compute what PyTorch does on this machine.

@@ -8,14 +8,13 @@ from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
+from fcvit.commands.options import decoding_processes
 from fcvit.commands.preview import Preview, draw_preview
 from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
-from fcvit.machine import available_threads
-from fcvit.tasks.base import TASKS, get_task
-from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe, recipe_fields
+from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe
 from fcvit.training import run
-from fcvit.training.recipe import build_recipe, read_recipe
+from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe
 
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
 RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: a new one in runs/).")]
@@ -31,7 +30,7 @@ def recipe_options(*left_out: str) -> Any:
     """Return the type of `**fields`: an option for every field of a recipe except some, none of them required."""
     groups = {title: Group(title, sort_key=place) for place, title in enumerate(GROUPS)}
     options: dict[str, Any] = {name: Annotated[str, Parameter(show=False)] for name in OTHER_NAMES}
-    for name, field in (item for task in TASKS for item in recipe_fields(get_task(task).recipe).items()):
+    for name, field in fields_of_all_tasks().items():
         default = f"; default: {field.default_text}" if field.default_text else ""
         about = Parameter(
             help=f"{field.description} [{field.expected}{default}]",
@@ -66,6 +65,7 @@ def train(
         resume: Continue the run in this folder after its last epoch, without a recipe. --data, --val, --classes and
             --weights name new places of what it reads.
         extend: Train longer than the run in this folder was meant to, with --epochs N, in a new folder.
+        workers: A script that lets processes start must call this under `if __name__ == "__main__":`.
         fields: Fields of the recipe; docs/training.md lists them.
 
     Raises:
@@ -76,9 +76,7 @@ def train(
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
     overrides = recipe_overrides(fields)
     if workers is None:  # on a CPU the network needs the cores, and decoding takes little time
-        sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)
-        on_cpu = paddle_place(device.partition(":")[0]) == "cpu"
-        workers = 0 if on_cpu else max(1, min(8, available_threads() // sharing))
+        workers = 0 if paddle_place(device.partition(":")[0]) == "cpu" else decoding_processes(None)
     if recipe is not None:
         if isinstance(recipe, Recipe):
             recipe = build_recipe(dataclasses.asdict(recipe), overrides, "recipe")
@@ -101,12 +99,20 @@ def train(
     return run.extend(extend, int(epochs), folder=folder, moved=moved, workers=workers)
 
 
+def default_workers(workers: int | None, device: str) -> int:
+    """Return how many processes decode: on a CPU none, where the network needs the cores and decoding takes little."""
+    if workers is None and paddle_place(device.partition(":")[0]) == "cpu":
+        return 0
+    return decoding_processes(workers)
+
+
 def recipe_overrides(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a command as `read_recipe` takes them, with options given as a table or as NAME=VALUE."""
-    overrides = {name: value for name, value in fields.items() if name != "options"}
-    options = fields.get("options", {})
-    for word in options if not isinstance(options, Mapping) else ():
-        if "=" not in word:
-            raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
-    pairs = options.items() if isinstance(options, Mapping) else (word.split("=", 1) for word in options)
-    return overrides | {f"options.{name}": value for name, value in pairs}
+    overrides, options = dict(fields), fields.get("options", {})
+    if not isinstance(options, Mapping):
+        for word in options:
+            if "=" not in word:
+                raise UsageError(f"--option {word}: expected NAME=VALUE, as in --option competition=false")
+        options = dict(word.split("=", 1) for word in options)
+    overrides.pop("options", None)
+    return overrides | {f"options.{name}": value for name, value in options.items()}

@@ -9,21 +9,25 @@ images it notices hardly any mistake.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from cyclopts import Parameter
 
+from fcvit.commands.options import Ema, File, Flag
 from fcvit.errors import DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.models.spec import ModelSpec
-from fcvit.models.variants import Variant
 from fcvit.report.progress import progress
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference, images_needed
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_input, synthetic_tensors
 from fcvit.weights.writing import differing_tensors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Verification:
         comparison: on the weights themselves.
         lively: on weights by rule, made where the file's own are nearly untrained and hide the blocks.
         stored_as: type of the converted weights; the source is rounded to it first.
+        blocks: whether the table shows every block.
         rounding_cost: largest change of the float64 logits that this rounding alone makes; 0 without.
     """
 
@@ -88,10 +93,55 @@ class Verification:
     lively: Comparison | None
     stored_as: str
     rounding_cost: float
+    blocks: bool = dataclasses.field(default=False, repr=False)
 
     @property
     def passed(self) -> bool:
         return not self.different and self.comparison.passed and (self.lively is None or self.lively.passed)
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.passed else NumbersDisagree.exit_code
+
+    @property
+    def problem(self) -> str:
+        """Why the files are not one network; empty: they are."""
+        return "" if self.passed else f"verification failed: {self.failure()}"
+
+    def to_json(self) -> dict[str, Any]:
+        failure = None if self.passed else self.failure()
+        return dataclasses.asdict(self) | {"passed": self.passed, "failure": failure}
+
+    def tables(self) -> "Iterator[Table]":
+        """Show the checks, and the drift by stage or after every block."""
+        from fcvit.report.tables import table, verdict
+
+        checks = table(
+            "check", "measured", "limit", "", title=f"verification of {self.spec}", right=("measured", "limit")
+        )
+        same = f"{self.tensors - len(self.different)} of {self.tensors}"
+        checks.add_row("tensors equal bit for bit", same, str(self.tensors), verdict(not self.different))
+        compared = [(self.comparison, "")]
+        if self.lively:
+            compared.append((self.lively, " (synthetic weights: the file's own hide the blocks)"))
+        for one, note in compared:
+            close, near = one.float64_difference <= FLOAT64_LIMIT, one.error_ratio <= RATIO_LIMIT
+            difference, limit = f"{one.float64_difference:.1e}", f"{FLOAT64_LIMIT:.0e}"
+            checks.add_row(f"float64 difference, largest over std{note}", difference, limit, verdict(close))
+            ratio, limit = f"{one.error_ratio:.2f}", f"{RATIO_LIMIT:.0f}"
+            checks.add_row(f"float32 rms error over PyTorch's{note}", ratio, limit, verdict(near))
+        checks.add_row("largest float32 difference", f"{self.comparison.float32_max:.2e}", "", "")
+        checks.add_row("mean float32 difference", f"{self.comparison.float32_mean:.2e}", "", "")
+        if self.rounding_cost:
+            checks.add_row(f"cost of storing as {self.stored_as}, largest", f"{self.rounding_cost:.2e}", "", "")
+        yield checks
+        drift = table(
+            "place", "drift", "", title="drift by stage (float64, over the standard deviation)", right=("drift",)
+        )
+        for place in (self.lively or self.comparison).drift:
+            if self.blocks or place.name.count(".") != 2:
+                drift.add_row(place.name, f"{place.drift:.1e}", verdict(place.drift <= FLOAT64_LIMIT))
+        yield drift
 
     def failure(self) -> str:
         """What is wrong, in one line."""
@@ -112,19 +162,21 @@ def can_verify() -> bool:
     return installed("paddle") and installed("torch")
 
 
-def verify_files(
-    converted: str | os.PathLike[str],
-    against: str | os.PathLike[str],
-    ema: bool | None = None,
-    variant: str | Variant | None = None,
+def verify(
+    converted: File,
+    against: Annotated[File, Parameter(name="--against")],
+    *,
+    ema: Ema = None,
+    variant: Annotated[Any, Parameter()] = None,
+    blocks: Flag = False,
 ) -> Verification:
-    """Compare two files of any format and layout.
+    """Verify that two weights files are one network: tensors, float64 equivalence, float32 error ratio, by stage.
 
     Args:
-        converted: the file to trust or not.
-        against: the file it was made from.
-        ema: choose the averaged or raw weights of whichever file has both.
-        variant: what both must be; None: what `converted` says.
+        converted: The file to check.
+        against: The file it was made from.
+        variant: What both must be (default: what the converted file says).
+        blocks: Show the drift after every block, not only by stage.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit: a file cannot be read or the two are not one network.
@@ -135,7 +187,8 @@ def verify_files(
         raise UsageError(f"neither {converted} nor {against} has averaged weights; leave out --ema")
     ours_ema, source_ema = (ema if both else None for both in choosable)
     ours = read_weights(converted, ours_ema, variant)
-    return verify_weights(ours, read_weights(against, source_ema, variant or ours.spec.variant))
+    proof = verify_weights(ours, read_weights(against, source_ema, variant or ours.spec.variant))
+    return dataclasses.replace(proof, blocks=blocks)
 
 
 def verify_weights(converted: Weights, source: Weights) -> Verification:
@@ -176,7 +229,7 @@ def require(verification: Verification) -> None:
         NumbersDisagree: it did not; the message says where.
     """
     if not verification.passed:
-        raise NumbersDisagree(f"verification failed: {verification.failure()}")
+        raise NumbersDisagree(verification.problem)
 
 
 def compare(ours: Weights, reference: Weights) -> Comparison:

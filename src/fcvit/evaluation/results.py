@@ -53,14 +53,10 @@ class Evaluation:
 
     def tables(self) -> Iterator[Any]:
         """Yield what the terminal shows; nothing where another process speaks."""
-        from fcvit.report.tables import unreadable
-
         if self.first:
             yield from self.report.tables()
             if self.folder is not None:
                 yield f"written to {self.folder}"
-            if self.unreadable:
-                yield unreadable(self.unreadable)
 
 
 class NotWritten(UnreadableFile):

@@ -29,9 +29,6 @@ PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 CountOrZero = Annotated[int, Meta(ge=0)]
 Pixels = Annotated[int, Meta(ge=1, le=4096)]
-BatchSize = Annotated[int, Meta(ge=2)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-LearningRate = Annotated[float, Meta(gt=0, lt=1000)]
 Mean = tuple[Share, Share, Share]
 Deviation = tuple[PositiveShare, PositiveShare, PositiveShare]
 Table = Mapping[str, Any]
@@ -81,7 +78,7 @@ class Recipe:
     epochs: Annotated[Count, SCHEDULE("Epochs of the schedule, warm-up included.")] = 300
     warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; by steps also a fraction.")] = 5.0
     cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Epochs after the schedule, at its last rate.")] = 10
-    lr: Annotated[LearningRate, SCHEDULE("Highest learning rate, for `lr_batch` images per step.")] = 1e-3
+    lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Highest learning rate, for `lr_batch` images per step.")] = 1e-3
     lr_batch: Annotated[CountOrZero, SCHEDULE("The rate grows with `batch_size / lr_batch`; 0: `lr` itself.")] = 1024
     min_lr: Annotated[NonNegative, SCHEDULE("Lowest learning rate.")] = 1e-6
     warmup_lr: Annotated[NonNegative, SCHEDULE("Learning rate at the start of the warm-up.")] = 1e-6
@@ -91,7 +88,7 @@ class Recipe:
     step_epochs: Annotated[tuple[Count, ...], SCHEDULE("Epochs after which the schedule `step` lowers the rate.")] = ()
     step_factor: Annotated[PositiveShare, SCHEDULE("Factor of the rate at each of `step_epochs`.")] = 0.1
 
-    batch_size: Annotated[BatchSize, OPTIMIZER("Images per step, over all processes together.")] = 1024
+    batch_size: Annotated[int, Meta(ge=2), OPTIMIZER("Images per step, over all processes together.")] = 1024
     accumulate: Annotated[Count, OPTIMIZER("Micro-batches of each process per step.")] = 1
     beta1: Annotated[BelowOne, OPTIMIZER("AdamW.")] = 0.9
     beta2: Annotated[BelowOne, OPTIMIZER("AdamW.")] = 0.999
@@ -105,7 +102,7 @@ class Recipe:
     precision: Annotated[Precision, RUN("A 16-bit type means mixed precision, on a GPU that has it.")] = "float32"
     batchnorm: Annotated[BatchNorm, RUN("Average the statistics of processes per epoch, or sync per step.")] = "average"
     operators: Annotated[Operators, RUN("CPU operators: this package's (native), Paddle's (plain) or auto.")] = "auto"
-    seed: Annotated[Seed, RUN("Seed of all random draws.")] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Seed of all random draws.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None
     save_every: Annotated[Count | None, RUN("Also keep the weights of every N-th epoch.")] = None
     tensorboard: Annotated[bool, RUN("Also write a TensorBoard log (extra `tensorboard`).")] = False
@@ -165,11 +162,7 @@ class Recipe:
 _HIGHEST = "from 0 to the highest rate ({r.peak_lr:g})"
 # Conditions between fields: field, condition, expectation.
 _CHECKS: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (
-    (
-        "warmup_epochs",
-        lambda r: r.warmup_epochs <= r.epochs,
-        "from 0 to epochs ({r.epochs}); set --warmup-epochs too",
-    ),
+    ("warmup_epochs", lambda r: r.warmup_epochs <= r.epochs, "from 0 to epochs ({r.epochs}); set --warmup-epochs too"),
     ("min_lr", lambda r: r.min_lr <= r.peak_lr, _HIGHEST),
     ("warmup_lr", lambda r: r.warmup_lr <= r.peak_lr, _HIGHEST),
     ("step_epochs", lambda r: [*r.step_epochs] == sorted(set(r.step_epochs)), "epochs in ascending order"),

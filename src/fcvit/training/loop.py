@@ -72,7 +72,7 @@ class Training:
 
     def tables(self) -> Iterator[Any]:
         """Show the first, best and last epochs; nothing where another process speaks."""
-        from fcvit.report.tables import table, unreadable
+        from fcvit.report.tables import table
 
         if not self.first:
             return
@@ -88,8 +88,6 @@ class Training:
                 grid.add_row(str(row["epoch"]), *cells, f"best{which}" if row["epoch"] == best else "")
         yield grid
         yield f"weights: {self.weights}"
-        if self.unreadable:
-            yield unreadable(self.unreadable)
 
 
 def train_epochs(run: "Run") -> Training:

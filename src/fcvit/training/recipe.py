@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.tasks.base import get_task
+from fcvit.tasks.base import TASKS, get_task
 from fcvit.tasks.recipe import Recipe, RecipeField, recipe_fields, suggestion
 
 
@@ -64,6 +64,11 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
                 f"{source}: no {name}; expected one of fcvit models (fcvit finetune takes that of the weights)"
             )
     return recipe_class(**merged)
+
+
+def fields_of_all_tasks() -> dict[str, RecipeField]:
+    """Return every field that a recipe may have, by name."""
+    return {name: field for task in TASKS for name, field in recipe_fields(get_task(task).recipe).items()}
 
 
 def shipped() -> list[str]:

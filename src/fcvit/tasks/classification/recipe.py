@@ -11,8 +11,8 @@ from fcvit.tasks.recipe import IMAGES, LOSS, BelowOne, PositiveShare, Recipe, Sh
 Level = Annotated[float, Meta(ge=0, le=10)]
 Alpha = Annotated[float, Meta(ge=0, le=1000)]
 Ratio = Annotated[float, Meta(gt=0, le=100)]
-Shares, Ratios = tuple[PositiveShare, PositiveShare], tuple[Ratio, Ratio]
-Pixels, Operations = Annotated[int, Meta(ge=0, le=4096)], Annotated[int, Meta(ge=0, le=100)]
+Shares = tuple[PositiveShare, PositiveShare]
+Ratios = tuple[Ratio, Ratio]
 RandomFilter = Literal["random", "bilinear", "bicubic"]
 
 
@@ -24,9 +24,9 @@ class ClassificationRecipe(Recipe):
     crop_scale: Annotated[Shares, IMAGES("Share of the area that a rectangle takes, lowest and highest.")] = (0.08, 1.0)
     crop_ratio: Annotated[Ratios, IMAGES("Width over height of the rectangle, lowest and highest.")] = (3 / 4, 4 / 3)
     crop_interpolation: Annotated[RandomFilter, IMAGES("Interpolation of the crop.")] = "random"
-    padding: Annotated[Pixels, IMAGES("Width of the reflected border of the crop `padded`, in pixels.")] = 4
+    padding: Annotated[int, Meta(ge=0, le=4096), IMAGES("Pixels of the reflected border of the crop `padded`.")] = 4
     flip: Annotated[Share, IMAGES("Probability of a horizontal flip.")] = 0.5
-    rand_augment: Annotated[Operations, IMAGES("RandAugment operations per image; 0: none.")] = 2
+    rand_augment: Annotated[int, Meta(ge=0, le=100), IMAGES("RandAugment operations per image; 0: none.")] = 2
     magnitude: Annotated[Level, IMAGES("Mean level of the operations.")] = 9.0
     magnitude_std: Annotated[Level, IMAGES("Standard deviation of the level.")] = 0.5
     operation_probability: Annotated[Share, IMAGES("Probability that a drawn operation is applied.")] = 0.5

@@ -1,0 +1,85 @@
+"""The command `fcvit cache`: exports of engines and compiled operators that are kept on this machine."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fcvit.commands.options import Flag
+from fcvit.errors import UsageError
+from fcvit.inference.cache import cache_folder
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The entries of the cache.
+
+    Attributes:
+        folder: of all entries.
+        entries: (name, bytes, seconds since the epoch when it was last changed), the oldest first.
+        removed: names of the entries that were removed.
+    """
+
+    folder: Path
+    entries: tuple[tuple[str, int, float], ...]
+    removed: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size, _ in self.entries)
+
+    def tables(self) -> Iterator[Any]:
+        """Show the entries and their size."""
+        from fcvit.report.tables import table
+
+        listing = table("entry", "MiB", right=("MiB",), title=f"{self.folder}: {self.bytes / 2**20:.1f} MiB")
+        for name, size, _ in self.entries:
+            listing.add_row(name, f"{size / 2**20:.1f}")
+        yield listing
+        if self.removed:
+            yield f"removed: {len(self.removed)}"
+
+
+def cache(*, limit: str | None = None, clear: Flag = False) -> Cache:
+    """Show, limit or empty the cache of exports and compiled operators.
+
+    Args:
+        limit: Remove the oldest entries until it has at most this size, as in 500M or 2G.
+        clear: Remove all entries.
+
+    Raises:
+        UsageError: the limit is no size.
+    """
+    most = 0 if clear else _size(limit) if limit is not None else None
+    before = read_cache()
+    kept, removed, total = [], [], before.bytes
+    for name, size, changed in before.entries:
+        if most is not None and total > most:
+            shutil.rmtree(before.folder / name, ignore_errors=True)
+            removed.append(name)
+            total -= size
+        else:
+            kept.append((name, size, changed))
+    return Cache(before.folder, tuple(kept), tuple(removed))
+
+
+def read_cache() -> Cache:
+    """Return the entries of the cache."""
+    folder = cache_folder().parent
+    entries = []
+    for entry in folder.glob("*/*"):
+        if entry.is_dir():
+            sizes = [path.stat().st_size for path in entry.rglob("*") if path.is_file()]
+            entries.append((str(entry.relative_to(folder)), sum(sizes), entry.stat().st_mtime))
+    return Cache(folder, tuple(sorted(entries, key=lambda entry: (entry[2], entry[0]))))
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"--limit {text:.40}: expected a size, as in 500M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

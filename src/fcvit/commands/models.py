@@ -1,0 +1,42 @@
+"""The command `fcvit models`."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from fcvit.models.spec import ModelSpec, parameter_count
+from fcvit.models.variants import VARIANTS, published
+
+
+class Models(dict[str, Any]):
+    """The variants by name, with their published figures."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self)
+
+    def tables(self) -> Iterator[Any]:
+        """Show the variants, and where the authors' checkpoints are."""
+        from fcvit.report.tables import table
+
+        figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
+        result = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
+        for name, variant in VARIANTS.items():
+            row = published(variant)
+            count = row.parameters if row else parameter_count(ModelSpec(variant, 10))
+            cells = [f"{count:,}", f"{count / 2**20:.1f}M", f"{row.gmac:.3f}" if row else ""]
+            cells += [f"{variant.preprocessing.crop_fraction:.2f}"]
+            result.add_row(name, *cells, f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32")
+        yield result
+        yield "The authors' checkpoints must be downloaded separately (Apache-2.0, github.com/ma-xu/FCViT):"
+        for name, variant in VARIANTS.items():
+            if row := published(variant):
+                yield f"  {name:<11} {row.url}"
+
+
+def models() -> Models:
+    """List the variants, their published figures, and where the authors' checkpoints are."""
+    rows = {}
+    for name, variant in VARIANTS.items():
+        figures = published(variant)
+        rows[name] = dataclasses.asdict(variant) | {"published": figures and dataclasses.asdict(figures)}
+    return Models(rows)
