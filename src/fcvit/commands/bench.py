@@ -10,7 +10,6 @@ import importlib
 import itertools
 import logging
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
+from fcvit.commands.options import Ema, File, Output
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
-from fcvit.frameworks import import_framework
 from fcvit.inference.engines import ENGINES, create_engine
 from fcvit.inference.interface import as_list
 from fcvit.inference.interleave import Timing, interleave, median_ratio, timed
@@ -128,16 +127,13 @@ class Bench:
         return NumbersDisagree.exit_code if any(speed.wrong for speed in self.speeds) else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Everything; `wrong` says of each what a difference of NaN, which JSON does not have, would."""
+        """Return everything; `wrong` says of each what a difference of NaN, which JSON does not have, would."""
         speeds = [dataclasses.asdict(speed) | {"wrong": speed.wrong} for speed in self.speeds]
         return dataclasses.asdict(self) | {"speeds": speeds}
 
     def to_csv(self) -> str:
-        """A row for each contender; what is None is empty."""
-        rows = [
-            dataclasses.asdict(speed.contender) | dataclasses.asdict(speed) | {"wrong": int(speed.wrong)}
-            for speed in self.speeds
-        ]
+        """Return a row for each contender; what is None is empty."""
+        rows = [vars(speed.contender) | vars(speed) | {"wrong": int(speed.wrong)} for speed in self.speeds]
         names = [name for name in rows[0] if name not in ("contender", "rounds_ms")]
         return csv_text([names, *([row[name] for name in names] for row in rows)], "\n")
 
@@ -148,17 +144,12 @@ class Bench:
         speeds = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
         speeds.title = f"{self.network} at {self.size} x {self.size}, {self.machine}; ratios to {self.reference}"
         for speed in self.speeds:
-            ratio = "-" if speed.of_reference is None else f"{speed.of_reference:.2f}"
-            difference = "-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"
-            cells = (
-                f"{speed.images_per_second:.1f}",
-                f"{speed.median_ms:.1f}",
-                ratio,
-                f"{speed.gflops:.1f}",
-                difference,
-            )
             one = speed.contender
-            speeds.add_row(one.label, str(one.batch_size), str(one.threads), *cells)
+            cells = [one.label, str(one.batch_size), str(one.threads)]
+            cells += [f"{speed.images_per_second:.1f}", f"{speed.median_ms:.1f}"]
+            cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
+            cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
+            speeds.add_row(*cells)
         yield speeds
         about = table()
         about.add_row("one image", f"{self.gmac:.3g} GMAC; uint8, normalizing included")
@@ -196,48 +187,42 @@ class Bench:
             runs.write_bytes(folder / "bench.png", picture)
 
 
-def _separated(kind: Callable[[str], Any], option: str) -> Parameter:
-    """An option whose values are separated by commas on the command line."""
+def _separated(option: str, kind: Callable[[str], Any] = str) -> Parameter:
+    """Define an option whose values are separated by commas on the command line."""
 
     def convert(_: Any, tokens: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(kind(part) for token in tokens for part in token.value.split(",") if part)
 
-    return Parameter(name=option, converter=convert, n_tokens=1, negative=())
-
-
-def _one(kind: Callable[[str], Any], *names: str) -> Parameter:
-    """An option that Python callers may also give as another object."""
-    return Parameter(name=names, converter=lambda _, tokens: kind(tokens[0].value), n_tokens=1, accepts_keys=False)
+    return Parameter(name=option, converter=convert, n_tokens=1, negative=(), show_default=False)
 
 
 def bench(
-    weights: Annotated["Weights | str | os.PathLike[str] | None", _one(Path, "--weights")] = None,
+    weights: Annotated[Any, Parameter()] = None,
     *,
-    variant: Annotated["str | Variant | None", _one(str, "--variant")] = None,
-    engines: Annotated[Sequence[str], _separated(str, "--engine")] = (),
-    batch_sizes: Annotated[Sequence[int], _separated(int, "--batch-size")] = (1, 8),
-    threads: Annotated[Sequence[int], _separated(int, "--threads")] = (),
-    precisions: Annotated[Sequence[str], _separated(str, "--precision")] = ("float32",),
+    variant: Annotated[Any, Parameter()] = None,
+    engines: Annotated[Sequence[str], _separated("--engine")] = (),
+    batch_sizes: Annotated[Sequence[int], _separated("--batch-size", int)] = (1, 8),
+    threads: Annotated[Sequence[int], _separated("--threads", int)] = (),
+    precisions: Annotated[Sequence[str], _separated("--precision")] = ("float32",),
     size: int | None = None,
     rounds: int = 7,
     reference: str | None = None,
-    ema: bool | None = None,
-    folder: Annotated["str | os.PathLike[str] | None", _one(Path, "--output", "-o")] = None,
-    csv: Annotated["str | os.PathLike[str] | None", _one(Path, "--csv")] = None,
+    ema: Ema = None,
+    folder: Annotated[File | None, Output] = None,
+    csv: File | None = None,
 ) -> Bench:
     """Measure how fast the engines are on this machine, in turn, beside PyTorch.
 
     Args:
-        weights: A checkpoint of any format, or weights in memory (default: synthetic weights, which are as fast).
+        weights: A checkpoint of any format, in Python also weights in memory (default: synthetic ones, as fast).
         variant: The network of synthetic weights (default: fcvit_tiny).
         engines: Separated by commas (default: all that are installed, and torch, torch-channels-last, torch-compile).
-        batch_sizes: Images at a time, separated by commas.
+        batch_sizes: Images at a time, separated by commas (default: 1,8).
         threads: Threads that compute, separated by commas (default: one for each core).
-        precisions: float32, bfloat16, separated by commas; those that an engine does not have are skipped.
+        precisions: float32 (default), bfloat16, separated by commas; engines that do not have one are skipped.
         size: Height and width of the images in pixels (default: the weights' own).
         rounds: Number of measurement rounds; a turn takes 0.3 seconds or three calls.
         reference: What ratios refer to (default: torch-channels-last where it could be measured, else the first).
-        ema: Use the EMA (--ema) or the raw (--no-ema) weights of a file with both.
         folder: New folder for bench.json, bench.csv and bench.png.
         csv: Write the table into this file.
 
@@ -249,16 +234,14 @@ def bench(
     """
     names = tuple(dict.fromkeys(engines)) or CONTENDERS
     counts = tuple(dict.fromkeys(threads)) or (available_threads(),)
-    for name in (*names, *([reference] if reference else [])):
-        if name not in CONTENDERS:
-            raise UsageError(f"--engine {name!r}: expected {', '.join(CONTENDERS)}")
+    for option, values, known in (("engine", names, CONTENDERS), ("precision", precisions, PRECISIONS)):
+        for value in values:
+            if value not in known:
+                raise UsageError(f"--{option} {value!r}: expected {', '.join(known)}")
     if reference and reference not in names:
         raise UsageError(f"--reference {reference} is not measured; add it to --engine")
-    if rounds < 1 or min(batch_sizes, default=0) < 1 or min(counts) < 1 or (size is not None and size < 1):
+    if not batch_sizes or min(rounds, *batch_sizes, *counts, 1 if size is None else size) < 1:
         raise UsageError("rounds, batch sizes, threads and size are at least 1")
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
     if csv is not None and not Path(csv).absolute().parent.is_dir():
         raise UsageError(f"--csv {csv}: there is no folder {Path(csv).absolute().parent}")
     settings = itertools.product(counts, dict.fromkeys(batch_sizes), dict.fromkeys(precisions), names)
@@ -288,9 +271,7 @@ def bench(
     return result
 
 
-def _weights(
-    given: "Weights | str | os.PathLike[str] | None", variant: "str | Variant | None", ema: bool | None
-) -> Weights:
+def _weights(given: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
     """Return weights that can be sent to another process: in memory, not as views of a file."""
     if given is None:
         return synthetic_weights(get_variant(variant or "fcvit_tiny"))
@@ -321,26 +302,20 @@ def _measure(
 
 
 def _load(job: Contender, weights: Weights, pixels: Preprocessing) -> tuple[Callable[[], float], list[np.ndarray]]:
+    if job.engine in REFERENCES:
+        # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
+        # other work and, alone on a machine, up to twice as slow.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch")
+    name = "torch" if job.engine in REFERENCES else job.engine
+    engine: Any = create_engine(name, weights, pixels, "cpu", job.precision, job.threads)
+    if job.engine in ("torch-channels-last", "torch-compile"):
+        engine.model = engine.model.to(memory_format=engine.torch.channels_last)  # the images follow its weights
+    if job.engine == "torch-compile":
+        engine.model = engine.torch.compile(engine.model)
     shape = (job.batch_size, 3, pixels.input_size, pixels.input_size)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    engine = _engine(job, weights, pixels)
     return timed(lambda: engine(images)), as_list(engine(images))
-
-
-def _engine(job: Contender, weights: Weights, pixels: Preprocessing) -> Callable[[np.ndarray], Any]:
-    if job.engine not in REFERENCES:
-        return create_engine(job.engine, weights, pixels, "cpu", job.precision, job.threads)
-    # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
-    # other work and, alone on a machine, up to twice as slow.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch")
-    engine: Any = create_engine("torch", weights, pixels, "cpu", job.precision, job.threads)
-    torch = import_framework("torch")
-    if job.engine != "torch":
-        engine.model = engine.model.to(memory_format=torch.channels_last)  # the images follow its weights
-    if job.engine == "torch-compile":
-        engine.model = torch.compile(engine.model)
-    return engine
 
 
 def _bench(
@@ -377,4 +352,4 @@ def _difference(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
     """Return the largest difference; NaN where there is one, or where the shapes are not even the same."""
     if [output.shape for output in outputs] != [output.shape for output in expected]:
         return math.nan
-    return max(float(np.abs(one - other).max()) for one, other in zip(outputs, expected, strict=True))
+    return float(np.max([np.abs(one - other).max() for one, other in zip(outputs, expected, strict=True)]))

@@ -25,7 +25,7 @@ import numpy as np
 
 from fcvit import __version__
 from fcvit.errors import FcvitError
-from fcvit.inference.check import check_export, require, require_reference, sample_images
+from fcvit.inference.check import check_export, require_reference, sample_images
 from fcvit.inference.export import files, require_writer, write_export
 from fcvit.inference.interface import Interface
 from fcvit.inference.quantize import quantize
@@ -167,8 +167,10 @@ def _write(weights: Weights, interface: Interface, runtime: str, calibration: np
     """Write the export and check it, then quantize it if asked."""
     assert interface.size is not None
     write_export(weights, interface, FORMAT_OF[runtime], path)
-    check = check_export(RUNTIMES[runtime](path, 1), weights, interface, sample_images(weights.spec, interface.size))
-    require(check, f"{weights.source.path} exported for {runtime}")
+    images = sample_images(weights.spec, interface.size)
+    check_export(
+        RUNTIMES[runtime](path, 1), weights, interface, images, f"{weights.source.path} exported for {runtime}"
+    )
     if calibration is not None:
         quantize(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
