@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from fcvit.commands.export import export as export
     from fcvit.commands.finetune import finetune as finetune
     from fcvit.commands.inspect import inspect as inspect
+    from fcvit.commands.predict import load as load
     from fcvit.commands.resume import resume as resume
     from fcvit.commands.train import train as train
     from fcvit.commands.verify import verify as verify
     from fcvit.errors import FcvitError as FcvitError
     from fcvit.errors import FreshWeights as FreshWeights
-    from fcvit.inference.predict import Classifier as Classifier
-    from fcvit.inference.predict import load as load
     from fcvit.models.build import create_backbone as create_backbone
     from fcvit.models.build import create_model as create_model
     from fcvit.models.variants import VARIANTS as VARIANTS
     from fcvit.models.variants import Preprocessing as Preprocessing
     from fcvit.models.variants import Variant as Variant
+    from fcvit.tasks.classification.prediction import Classifier as Classifier
     from fcvit.tasks.classification.recipe import ClassificationRecipe as Recipe  # noqa: F401
     from fcvit.training.recipe import read_recipe as read_recipe
     from fcvit.training.run import extend as extend
@@ -52,8 +52,8 @@ _MODULES = {
     "create_model": "models.build",
     "create_backbone": "models.build",
     "read_weights": "weights.reading",
-    "load": "inference.predict",
-    "Classifier": "inference.predict",
+    "load": "commands.predict",
+    "Classifier": "tasks.classification.prediction",
     "convert": "commands.convert",
     "verify": "commands.verify",
     "inspect": "commands.inspect",

@@ -20,10 +20,10 @@ from fcvit.data.folders import sample_evenly
 from fcvit.data.transforms.preprocess import crop, decode, normalize, preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
-from fcvit.inference.predict import Prediction, rank
 from fcvit.models.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
 from fcvit.models.variants import Preprocessing, Variant, resolve_preprocessing
 from fcvit.report.progress import progress
+from fcvit.tasks.classification.prediction import Prediction, rank
 from fcvit.weights.reading import Weights, read_weights
 
 logger = logging.getLogger("fcvit")

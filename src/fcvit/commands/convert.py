@@ -68,6 +68,7 @@ class Conversion:
 
 def convert(
     source: File,
+    /,
     destination: Annotated[File, Output],
     *,
     layout: Literal["paddle", "torch"] | None = None,

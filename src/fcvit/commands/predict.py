@@ -1,6 +1,8 @@
 """The command `fcvit predict`; in Python, `fcvit.load(...).predict` does the same."""
 
 import dataclasses
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +12,15 @@ from cyclopts import Parameter
 from fcvit.commands.options import Classes, Device, Ema, File, Threads
 from fcvit.data.folders import find_images
 from fcvit.errors import BadImages, UsageError
-from fcvit.inference.predict import check_counts, load
+from fcvit.inference.engines import AUTO, Engine, create_engine
+from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress
+from fcvit.tasks.base import task_of
+from fcvit.tasks.classification.prediction import check_counts
 from fcvit.text import csv_text, printable
+from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,6 +42,8 @@ class Predictions:
         return BadImages.exit_code if self.unreadable else 0
 
     def to_json(self) -> dict[str, Any]:
+        if self.as_csv:
+            raise UsageError("predict: --json and --csv are two answers; choose one")
         ranked = {str(path): [dataclasses.asdict(row) for row in rows] for path, rows in self.good}
         return {"predictions": ranked, "unreadable": self.unreadable}
 
@@ -54,6 +64,45 @@ class Predictions:
             yield self.csv().rstrip("\n")
         elif self.good:
             yield predictions(self.good)
+
+
+def load(
+    path: "Weights | str | os.PathLike[str]",
+    *,
+    ema: bool | None = None,
+    classes: Any = None,
+    device: str = "auto",
+    engine: str = AUTO,
+    threads: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Any:
+    """Load network, preprocessing and class names of a weights file, ready for `predict`.
+
+    Args:
+        path: a checkpoint of any format, or weights in memory.
+        ema: choose the EMA or raw weights of a file that has both.
+        classes: other names than the file's: a list, or the path of one.
+        device: auto, cpu, gpu or gpu:N.
+        engine: what computes; "auto" is the fastest installed one that passes the numerical check.
+        threads: that compute on a CPU; None: one for each core.
+        preprocessing: another one than the weights'.
+
+    Returns:
+        What the task of the weights predicts with: for classification a `fcvit.Classifier`.
+
+    Raises:
+        UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
+        MissingExtra, NumbersDisagree: the engine; see `fcvit.inference.engines.create_engine`.
+    """
+    weights = path if isinstance(path, Weights) else read_weights(path, ema)
+    for note in weights.notes:
+        logger.info(note)
+    chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.spec.variant)
+
+    def create() -> Engine:
+        return create_engine(engine, weights, chosen, device, threads=threads)
+
+    return task_of([weights]).predictor(weights, chosen, classes, create)
 
 
 def predict(
@@ -80,7 +129,7 @@ def predict(
         csv: Print CSV.
 
     Raises:
-        What `fcvit.load` raises.
+        FcvitError: see `fcvit.load`.
     """
     if not images:
         raise UsageError("predict: name at least one image, folder or pattern")
