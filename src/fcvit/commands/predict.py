@@ -43,6 +43,9 @@ class Predictions:
     as_csv: bool = False
     written: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"<Predictions of {len(self.good)} images>"
+
     @property
     def exit_code(self) -> int:
         return BadImages.exit_code if self.unreadable else 0
