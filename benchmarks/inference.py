@@ -1,9 +1,9 @@
-"""Inference on this CPU: images per second of every engine, beside PyTorch's formats and the machine's peak.
+"""Inference on this CPU: images per second of every engine, beside PyTorch's formats.
 
 Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-sizes N ...] [--threads N]
           [--engines NAME ...] [--rounds N] [--json FILE]
 
-What `fcvit bench` measures, for several variants on weights by rule: contenders in processes of their own,
+What `fcvit bench` measures, for several variants on synthetic weights: contenders in processes of their own,
 interleaved. Images are uint8 and normalized inside, by every engine. Ratios are those to PyTorch in channels last
 between neighbors in time, then the median; they come last.
 """
@@ -13,8 +13,8 @@ import json
 import logging
 from pathlib import Path
 
-from fcvit.commands.bench import CONTENDERS, as_json_ready, bench
-from fcvit.report.tables import console, speeds
+from fcvit.commands.bench import CONTENDERS, bench
+from fcvit.report.tables import console
 
 ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # too slow to wait for
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    found = [
+    results = [
         bench(
             variant=variant,
             engines=arguments.engines,
@@ -42,10 +42,10 @@ def main() -> None:
         for batch in arguments.batch_sizes
     ]
     if arguments.json:
-        arguments.json.write_text(json.dumps([as_json_ready(one) for one in found], indent=2, default=str) + "\n")
-    for one in found:
-        console().print(*speeds(one))
-    for one in found:
+        arguments.json.write_text(json.dumps([one.to_json() for one in results], indent=2, default=str) + "\n")
+    for one in results:
+        console().print(*one.tables())
+    for one in results:
         for speed in one.speeds:
             if speed.of_reference is not None:
                 print(f"{one.network}: {speed.contender}: {speed.of_reference:.2f} times {one.reference}")

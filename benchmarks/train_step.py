@@ -4,30 +4,31 @@ Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N]
           [--classes N] [--one-thread] [--json FILE]
 
 Paddle plain (`fcvit.models.network`), the same with the allocator keeping its memory, native (`accelerate`), and
-PyTorch's twin in its default format and in channels_last, each in a process of its own that waits while
-another computes: they share no allocator and no pool of threads. They step in turn, so that a noisy minute
-hits all alike. Times are medians; ratios those of neighbors in time, then their median.
+the PyTorch reference in its default format and in channels_last, in turn (`fcvit.inference.interleave`). Times are
+medians; ratios those of neighbors in time, then their median.
 On a machine that others use as well, waiting for descheduled threads drowns everything:
 `--one-thread` gives each a single one and counts its processor time instead.
 """
 
 import argparse
+import functools
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from fcvit.errors import FcvitError
+from fcvit.inference.interleave import interleave, median_ratio
 from fcvit.machine import processor_name
 from fcvit.models.variants import VARIANTS
 
 CONTENDERS = ("paddle", "paddle + allocator", "native", "torch", "torch channels_last")
-STEPS = 2  # in a row: the first finds caches cold and threads asleep, the second is timed
 
 
 def clock() -> float:
@@ -56,8 +57,8 @@ def main() -> None:
     if arguments.json:
         setting = {"size": arguments.size, "batch": arguments.batch, "classes": arguments.classes}
         setting["one_thread"] = arguments.one_thread
-        found = {"machine": machine, **setting, "seconds": results, "ratios": ratios}
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        content = {"machine": machine, **setting, "seconds": results, "ratios": ratios}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     print(f"{machine}; {arguments.size} x {arguments.size}, batch {arguments.batch}; medians of {arguments.rounds}")
     print("one thread each, its processor time:" if arguments.one_thread else "all threads, time on the wall:")
     print("| variant | computed by | ms a step | forward | backward | optimizer | images/s |")
@@ -68,41 +69,29 @@ def main() -> None:
             whole = statistics.median(map(sum, steps))
             columns = (f"{number:.1f}" for number in (1e3 * whole, *parts, arguments.batch / whole))
             print(f"| {variant} | {contender} | {' | '.join(columns)} |")
-    for variant, found in ratios.items():
-        for what, ratio in found.items():
+    for variant, ratios_of_variant in ratios.items():
+        for what, ratio in ratios_of_variant.items():
             print(f"{variant}: {what}: {ratio:.2f}")
 
 
 def measure(contenders: list[str], setting: tuple, rounds: int) -> dict[str, list[list[float]]]:
     """For each contender the seconds of forward, backward and optimizer, once a round."""
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for contender in contenders:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(contender, setting, theirs), daemon=True)
-        process.start()
-        workers[contender] = (process, ours)
-        ours.recv()  # ready, and warm
-    times: dict[str, list[list[float]]] = {contender: [] for contender in contenders}
-    for _ in range(rounds):
-        for contender, (_, pipe) in workers.items():
-            pipe.send(True)
-            times[contender].append(pipe.recv())
-            time.sleep(0.25)  # until the threads of a library have stopped spinning
-    for process, pipe in workers.values():
-        pipe.send(False)
-        process.join()
-    return times
+    load = functools.partial(load_step, setting=setting)
+    timings = interleave(load, contenders, rounds, calls=1, seconds=0, pause=0.25)
+    for timing in timings.values():
+        if isinstance(timing, FcvitError):
+            raise timing
+    return {contender: [step for (step,) in timing.rounds] for contender, timing in timings.items()}
 
 
-def work(contender: str, setting: tuple, pipe) -> None:
+def load_step(contender: str, setting: tuple) -> tuple[Callable[[], list[float]], None]:
     step = torch_step(contender, *setting) if contender.startswith("torch") else paddle_step(contender, *setting)
     step()
-    pipe.send(None)
-    while pipe.recv():
-        for _ in range(STEPS):
-            marks = step()
-        pipe.send([later - earlier for earlier, later in itertools.pairwise(marks)])
+
+    def parts() -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(step())]
+
+    return parts, None
 
 
 def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,9 +100,9 @@ def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
+    from fcvit.inference.engines import accelerate
     from fcvit.models.network import FCViT, paddle
     from fcvit.native.allocator import keep_memory
-    from fcvit.native.network import accelerate
 
     if contender == "paddle + allocator":
         keep_memory()
@@ -163,7 +152,7 @@ def compare(times: dict[str, list[list[float]]]) -> dict[str, float]:
     """Speed of each way with Paddle over that of PyTorch in each format."""
     whole = {contender: [sum(step) for step in steps] for contender, steps in times.items()}
     return {
-        f"{one} over {other}": statistics.median(b / a for a, b in zip(whole[one], whole[other], strict=True))
+        f"{one} over {other}": median_ratio(whole[other], whole[one])
         for one in whole
         for other in whole
         if other.startswith("torch") and not one.startswith("torch")

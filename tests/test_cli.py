@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
-from fcvit.cli import app, main
+from fcvit.cli import FORMS, app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
 from fcvit.text import printable
 from fcvit.weights.synthetic import synthetic_tensors
@@ -61,25 +61,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in (
-        "check-data",
-        "compare",
-        "convert",
-        "doctor",
-        "eval",
-        "inspect",
-        "models",
-        "predict",
-        "quickstart",
-        "verify",
-    ):
+    for name in FORMS:
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["check-data", "compare", "convert", "doctor", "eval", "inspect", "models", "predict", "quickstart", "verify"],
-)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_command_explains_every_option(name):
     command = app[name]
     assert command.help
@@ -131,20 +117,14 @@ def test_errors_are_one_line_with_their_code(run, words, code, message):
         ("eval w --data data", "w stands where", "eval --weights w --data data"),
         ("eval --weights w --data", "--data has no value", "eval --weights w --data FOLDER"),
         ("eval --weights w --engine", "--engine has no value", "eval --data FOLDER --weights w --engine VALUE"),
-        ("finetune data w", "--weights is missing", "finetune --weights w --data data"),
-        ("finetune --weights w", "--data is missing", "finetune --data FOLDER --weights w"),
         ("train digits --lr", "--lr has no value", "train digits --lr VALUE"),
         ("predict", "--weights is missing", "predict IMAGE... --weights FILE"),
         ("predict a.jpg b.jpg", "--weights is missing", "predict a.jpg b.jpg --weights FILE"),
         ("predict w.safetensors data", "--weights is missing", "predict data --weights w.safetensors"),
-        ("trust data --weights", "--weights has no value", "trust data --weights FILE"),
-        ("convert a.pth b.pth --dtype float16", "--output is missing", "convert a.pth -o b.pth --dtype float16"),
+        ("faithfulness data --weights", "--weights has no value", "faithfulness data --weights FILE"),
         ("convert", "SOURCE is missing", "convert SOURCE -o FILE"),
-        ("export a.pth m.onnx", "--output is missing", "export a.pth -o m.onnx"),
-        ("verify a b", "--against is missing", "verify a --against b"),
         ("compare a", "SECOND is missing", "compare a SECOND"),
         ("compare a b c", "c stands where", "compare a b"),
-        ("bench w", "w stands where", "bench --weights w"),
         ("demo w.pth", "w.pth stands where", "demo --weights w.pth"),
     ],
 )
@@ -156,10 +136,19 @@ def test_a_wrong_command_line_shows_the_right_one(run, tmp_path, given, reason, 
     assert reason in err and f"; as in: fcvit {meant} (fcvit {given.split()[0]} --help" in err
 
 
-def test_every_command_that_takes_something_has_an_example():
-    from fcvit.cli import _FORMS
+def test_the_line_of_usage_names_what_a_command_requires():
+    """The form of each command in its table has every required parameter of its signature."""
+    import inspect
 
-    assert {name for name in app if name[0] != "-"} - set(_FORMS) == {"models", "quickstart", "doctor"}
+    for name, form in FORMS.items():
+        function = app[name].default_command
+        required = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        assert len(required) <= len(form.replace("IMAGE...", "").split()), name
 
 
 def test_every_problem_is_listed_below_the_line(run, tmp_path, digits_tensors):
@@ -291,7 +280,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a line\nand another")
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", broken)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", broken)
     code, _, err = run("doctor")
     assert code == 1 and err.count("\n") == 1 and "internal error: ZeroDivisionError: a line and another" in err
     code, _, err = run("doctor", "--debug")
@@ -301,7 +290,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", interrupted)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", interrupted)
     assert run("doctor")[0] == 130
 
     def became_another_error(*_):
@@ -311,7 +300,7 @@ def test_our_own_fault_and_interruption(run, monkeypatch):
             raise MissingExtra("install paddlepaddle") from error
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", became_another_error)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", became_another_error)
     code, _, err = run("doctor")
     assert (code, err) == (130, "fcvit: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -328,7 +317,7 @@ def test_signals_at_the_same_time_are_one(run, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
             cleaned.append(1)
 
-    monkeypatch.setattr("fcvit.commands.doctor.doctor", twice)
+    monkeypatch.setattr("fcvit.commands.doctor.read_cache", twice)
     assert run("doctor")[0] == 130 and cleaned
 
 
@@ -603,8 +592,7 @@ def test_exporting(run, digits_pth, tmp_path):
 
 @needs_paddle
 @pytest.mark.slow
-def test_benching(run, digits_pth, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcvit.commands.bench._SECONDS", 0)
+def test_benching(run, digits_pth, tmp_path):
     words = (
         "bench",
         "--weights",
@@ -689,22 +677,6 @@ def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_chart
     assert code == 2 and "--vit-weights FILE" in err
 
 
-def test_the_page_gets_what_the_command_line_says(run, digits_pth, monkeypatch):
-    from fcvit.commands import demo
-
-    asked = []
-    monkeypatch.setattr(demo, "demo", lambda weights, **options: asked.append((weights, options)))
-    code, *_ = run("demo", "--weights", digits_pth, "--weights", "b.pth", "--port", "8000", "--device", "cpu", "--open")
-    assert code == 0
-    ((weights, options),) = asked
-    assert [str(one) for one in weights] == [str(digits_pth), "b.pth"]
-    assert options == {"port": 8000, "device": "cpu", "ema": None, "open_browser": True}
-    for port in ("0", "65536"):
-        monkeypatch.undo()
-        code, _, err = run("demo", "--port", port)
-        assert (code, err) == (2, f"fcvit: --port {port}: expected 1 to 65535\n")
-
-
 def test_ctrl_c_while_the_command_line_is_imported_is_an_interruption():
     code = """
 import signal, sys
@@ -719,3 +691,49 @@ sys.exit(main())
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "fcvit: interrupted\n")
+
+
+@needs_paddle
+def test_predictions_go_into_a_table_or_pictures(run, digits_pth, image):
+    words = ("predict", image, "--weights", digits_pth, "--engine", "paddle", "-o")
+    assert [run(*words, name)[0] for name in ("p.csv", "p.jsonl", "pictures")] == [0, 0, 0]
+    with open("p.csv", newline="") as file:  # noqa: PTH123
+        rows = list(csv.DictReader(file))
+    with open("p.jsonl") as file:  # noqa: PTH123
+        (line,) = map(json.loads, file)
+    assert len(rows) == 5 and line["path"] == str(image)
+    assert [row["id"] for row in rows] == [one["id"] for one in line["predictions"]]
+    with Image.open("pictures/predictions-001.png") as picture:
+        assert min(picture.size) > 100
+    code, _, err = run(*words, "p.csv")
+    assert code == 2 and "already exists" in err
+    assert run(*words, "p.xlsx")[0] == 2
+
+
+def test_recipes_are_listed_and_printed(run):
+    code, out, _ = run("recipes")
+    assert code == 0 and "fcvit_b48" in out and "finetune" in out
+    assert 'variant = "fcvit_digits"' in run("recipes", "digits")[1]
+    assert run("recipes", "nothing")[0] == 2
+
+
+def test_the_cache_is_shown_limited_and_emptied(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for number, name in enumerate(("engines/a", "engines/b", "native/c")):
+        folder = tmp_path / "home" / "fcvit" / name
+        folder.mkdir(parents=True)
+        (folder / "x").write_bytes(bytes(1000))
+        os.utime(folder, (number, number))
+    assert "engines/a" in run("cache")[1]
+    assert json.loads(run("cache", "--limit", "2k", "--json")[1])["removed"] == ["engines/a"]
+    assert run("cache", "--limit", "much")[0] == 2
+    assert run("cache", "--clear")[0] == 0 and not list((tmp_path / "home" / "fcvit").glob("*/*"))
+
+
+@needs_paddle
+def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkeypatch):
+    code, out, err = run("doctor", "-q")
+    assert code == 0 and "cores" in out and not err
+    assert run("recipes", "-v", "digits")[0] == 0
+    code, _, err = run("heads")
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in err

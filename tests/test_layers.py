@@ -80,6 +80,8 @@ def wrong_imports(module, text):
             yield f"{module} imports {name}, which is above it"
         if {module, name} == {"models.network", "reference.network"}:
             yield f"{module} imports {name}: the twin is worth something because it stands alone"
+        if name.startswith("native.") and not module.startswith("native.") and module != "inference.engines":
+            yield f"{module} imports {name}, which has one switch: inference.engines.accelerate"
         for package, order in ORDER.items():
             one, other = (m.removeprefix(f"{package}.") for m in (module, name))
             if module.startswith(package) and name.startswith(package) and order.index(other) > order.index(one):
@@ -108,6 +110,7 @@ def test_imports_point_one_way(module, text):
         ("training.loop", "from fcvit.tasks.classification.training import ClassificationTraining"),
         ("run_folder", "import fcvit.cli"),
         ("models.network", "from fcvit.native.network import accelerate"),
+        ("training.run", "def f():\n    from fcvit.native.network import accelerate"),
         ("evaluation.runner", "from fcvit.training.run import train"),
         ("training.recipe", "from fcvit.training.batches import MicroBatches"),
         ("reference.network", "from fcvit.models.network import mean"),

@@ -1,4 +1,4 @@
-"""FCViT for PaddlePaddle: use, prove and evaluate FCViT image classifiers.
+"""FCViT for PaddlePaddle: use, verify, train and deploy FCViT models.
 
     import fcvit
     model = fcvit.create_model("fcvit_b12", weights="fcvit_b12.pth.tar")
@@ -22,65 +22,68 @@ if TYPE_CHECKING:
     from fcvit.commands.finetune import finetune as finetune
     from fcvit.commands.head_stats import head_stats as head_stats
     from fcvit.commands.inspect import inspect as inspect
+    from fcvit.commands.predict import load as load
+    from fcvit.commands.resume import resume as resume
     from fcvit.commands.similarity import similarity as similarity
-    from fcvit.commands.verify import verify_files as verify  # noqa: F401
+    from fcvit.commands.train import train as train
+    from fcvit.commands.verify import verify as verify
     from fcvit.errors import FcvitError as FcvitError
     from fcvit.errors import FreshWeights as FreshWeights
-    from fcvit.evaluation.runner import resume as resume
-    from fcvit.inference.predict import Classifier as Classifier
-    from fcvit.inference.predict import load as load
     from fcvit.models.build import create_backbone as create_backbone
     from fcvit.models.build import create_model as create_model
     from fcvit.models.variants import VARIANTS as VARIANTS
     from fcvit.models.variants import Preprocessing as Preprocessing
     from fcvit.models.variants import Variant as Variant
-    from fcvit.training.recipe import Recipe as Recipe
+    from fcvit.tasks.classification.prediction import Classifier as Classifier
+    from fcvit.tasks.classification.recipe import ClassificationRecipe as Recipe  # noqa: F401
     from fcvit.training.recipe import read_recipe as read_recipe
-    from fcvit.training.run import train as train
+    from fcvit.training.run import extend as extend
     from fcvit.weights.reading import read_weights as read_weights
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "FcvitError": "fcvit.errors",
-    "FreshWeights": "fcvit.errors",
-    "create_backbone": "fcvit.models.build",
-    "create_model": "fcvit.models.build",
-    "check_data": "fcvit.commands.check_data",
-    "compare": "fcvit.commands.compare",
-    "convert": "fcvit.commands.convert",
-    "evaluate": "fcvit.commands.evaluate",
-    "resume": "fcvit.evaluation.runner",
-    "inspect": "fcvit.commands.inspect",
-    "Classifier": "fcvit.inference.predict",
-    "load": "fcvit.inference.predict",
-    "finetune": "fcvit.commands.finetune",
-    "train": "fcvit.training.run",
-    "export": "fcvit.commands.export",
-    "bench": "fcvit.commands.bench",
-    "similarity": "fcvit.commands.similarity",
-    "Viewer": "fcvit.analysis.similarity",
-    "head_stats": "fcvit.commands.head_stats",
-    "faithfulness": "fcvit.commands.faithfulness",
-    "Recipe": "fcvit.training.recipe",
-    "read_recipe": "fcvit.training.recipe",
-    "verify": "fcvit.commands.verify",
-    "VARIANTS": "fcvit.models.variants",
-    "Preprocessing": "fcvit.models.variants",
-    "Variant": "fcvit.models.variants",
-    "read_weights": "fcvit.weights.reading",
+# Public name -> module, with another name in it where it differs.
+_MODULES = {
+    "FcvitError": "errors",
+    "FreshWeights": "errors",
+    "VARIANTS": "models.variants",
+    "Preprocessing": "models.variants",
+    "Variant": "models.variants",
+    "create_model": "models.build",
+    "create_backbone": "models.build",
+    "read_weights": "weights.reading",
+    "load": "commands.predict",
+    "Classifier": "tasks.classification.prediction",
+    "convert": "commands.convert",
+    "verify": "commands.verify",
+    "inspect": "commands.inspect",
+    "export": "commands.export",
+    "evaluate": "commands.evaluate",
+    "compare": "commands.compare",
+    "bench": "commands.bench",
+    "check_data": "commands.check_data",
+    "Recipe": "tasks.classification.recipe:ClassificationRecipe",
+    "read_recipe": "training.recipe",
+    "train": "commands.train",
+    "finetune": "commands.finetune",
+    "extend": "training.run",
+    "resume": "commands.resume",
+    "similarity": "commands.similarity",
+    "Viewer": "analysis.similarity",
+    "head_stats": "commands.head_stats",
+    "faithfulness": "commands.faithfulness",
 }
-__all__ = [*_HOMES]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fcvit' has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
-    value = getattr(module, {"verify": "verify_files"}.get(name, name))
+    module, _, attribute = _MODULES[name].partition(":")
+    value = getattr(importlib.import_module(f"fcvit.{module}"), attribute or name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

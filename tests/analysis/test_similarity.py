@@ -14,11 +14,11 @@ from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.inference.predict import Prediction
 from fcvit.metrics.classification import softmax
 from fcvit.models.maps import Similarity, SimilarityMap
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import Preprocessing
+from fcvit.tasks.classification.prediction import Prediction
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
 

@@ -59,22 +59,22 @@ def as_tar(folder):
     return path
 
 
-def findings(found):
+def findings(check):
     """What is not empty, under its name."""
-    rows = {name: getattr(found, name) for name in ("odd", "missing")}
-    rows["unreadable"] = [(bad.image, bad.reason) for bad in found.unreadable]
-    rows["duplicates"] = [(group.match, group.images, group.splits, group.classes) for group in found.duplicates]
+    rows = {name: getattr(check, name) for name in ("odd", "missing")}
+    rows["unreadable"] = [(bad.image, bad.reason) for bad in check.unreadable]
+    rows["duplicates"] = [(group.match, group.images, group.splits, group.classes) for group in check.duplicates]
     for name in ("empty", "few", "other_files", "outside"):
-        rows[name] = {split.name: value for split in found.splits if (value := getattr(split, name))}
+        rows[name] = {split.name: value for split in check.splits if (value := getattr(split, name))}
     rows = {name: value for name, value in rows.items() if value}
-    assert found.clean == (not rows)
+    assert check.clean == (not rows)
     return rows
 
 
 def test_clean_data(data, notes):
-    found = check_data(data)
-    assert findings(found) == {} and found.images == 40 and found.modes == {"RGB": 40}
-    assert [(s.name, s.path, s.classes, s.imbalance) for s in found.splits] == [
+    check = check_data(data)
+    assert findings(check) == {} and check.images == 40 and check.modes == {"RGB": 40}
+    assert [(s.name, s.path, s.classes, s.imbalance) for s in check.splits] == [
         (name, data / name, {"cat": 10, "dog": 10}, 1.0) for name in ("train", "val")
     ]
     assert notes == [f"{data} has the folders train, val: each is a split"]
@@ -84,9 +84,9 @@ def test_clean_data(data, notes):
 def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path, notes):
     save(data / "test" / "x.png", picture(100))  # without classes, as a test set may be
     save(data / "other" / "cat" / "x.png", picture(101))
-    found = check_data(data)
-    assert [s.name for s in found.splits] == ["train", "val", "test"]
-    assert findings(found) == {"outside": {"test": ("x.png",)}}
+    check = check_data(data)
+    assert [s.name for s in check.splits] == ["train", "val", "test"]
+    assert findings(check) == {"outside": {"test": ("x.png",)}}
     assert notes[0].endswith("train, val, test: each is a split; not looked at: other")
     moved = (data / "val").rename(tmp_path / "elsewhere")
     assert findings(check_data(data / "train", split=[f"val={moved}"])) == {}
@@ -104,15 +104,15 @@ def test_images_that_cannot_be_read(one, monkeypatch):
     (one / "dog" / "gone.png").symlink_to("nowhere")
     save(one / "dog" / "huge.png", picture(50, (300, 200)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 200)
-    found = findings(check_data(one, few=0))
-    assert [name for name, _ in found["unreadable"]] == ["cat/3.png", "dog/4.png", "dog/gone.png", "dog/huge.png"]
-    reasons = [reason for _, reason in found["unreadable"]]
+    check = findings(check_data(one, few=0))
+    assert [name for name, _ in check["unreadable"]] == ["cat/3.png", "dog/4.png", "dog/gone.png", "dog/huge.png"]
+    reasons = [reason for _, reason in check["unreadable"]]
     assert "truncated" in reasons[0] and reasons[1:] == [
         "not an image that can be read: a text file",
         "No such file or directory",
         "over the limit of 40,000 pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS",
     ]
-    assert list(found) == ["unreadable"]
+    assert list(check) == ["unreadable"]
 
 
 def test_files_and_folders_that_are_out_of_place(one):
@@ -133,9 +133,9 @@ def test_few_images_and_imbalance(one):
     (one / "dog" / "9.png").unlink()
     for index in range(8):
         save(one / "cat" / f"more{index}.png", picture(50 + index))
-    found = check_data(one)
-    assert findings(found) == {"few": {"train": ("dog",)}}
-    assert found.splits[0].imbalance == 2.0 and found.few == 10
+    check = check_data(one)
+    assert findings(check) == {"few": {"train": ("dog",)}}
+    assert check.splits[0].imbalance == 2.0 and check.few == 10
     assert findings(check_data(one, few=9)) == {}
 
 
@@ -203,7 +203,7 @@ def test_odd_images(one):
     add("upright", picture(58), ending="jpg", exif=exif)
     add("tags", picture(59), ending="webp", exif=b"Exif\0\0damaged")  # reading them raises a SyntaxError
     add("gray", picture(60).convert("L"))
-    found = check_data(one)
+    check = check_data(one)
     expected = {
         "small": ("cat/small.png",),
         "long": ("cat/long.png",),
@@ -212,8 +212,8 @@ def test_odd_images(one):
         "deep": ("cat/deep.png",),
         "rotated": ("cat/rotated.jpg",),
     }
-    assert findings(found) == {"odd": expected}
-    assert list(found.odd) == list(expected) and found.modes["P"] == 2 and found.modes["CMYK"] == 1
+    assert findings(check) == {"odd": expected}
+    assert list(check.odd) == list(expected) and check.modes["P"] == 2 and check.modes["CMYK"] == 1
 
 
 def trouble(data):
@@ -260,9 +260,9 @@ def test_an_image_that_crashes_its_decoder_does_not_end_the_check(one, monkeypat
 
     read = Source.tree
     monkeypatch.setattr(Source, "tree", deadly)
-    found = check_data(one, workers=1)
-    assert findings(found) == {"unreadable": [("cat/5.png", "the process that decodes it ends unexpectedly")]}
-    assert found.modes == {"RGB": 19}
+    check = check_data(one, workers=1)
+    assert findings(check) == {"unreadable": [("cat/5.png", "the process that decodes it ends unexpectedly")]}
+    assert check.modes == {"RGB": 19}
 
 
 def test_requests_that_are_wrong(data, tmp_path):
@@ -296,11 +296,11 @@ def test_the_command_line(data, capsys):
     code, out, _ = run(capsys, data)
     assert code == 6 and "train/cat/0.png: not an image" in out and ".txt (1)" in out
     code, out, _ = run(capsys, data, "--json")
-    found = json.loads(out)
-    assert code == 6 and found["unreadable"] == [
+    check = json.loads(out)
+    assert code == 6 and check["unreadable"] == [
         {"image": "train/cat/0.png", "reason": "not an image that can be read: a text file"}
     ]
-    assert found == json.loads(json.dumps(dataclasses.asdict(check_data(data)), default=str))
+    assert check == json.loads(json.dumps(dataclasses.asdict(check_data(data)), default=str))
     code, out, _ = run(capsys, "--split", f"a={data / 'train'}", "--split", f"b={data / 'val'}", "--few", 0, "--json")
     assert [split["name"] for split in json.loads(out)["splits"]] == ["a", "b"] and json.loads(out)["few"] == 0
 
@@ -321,7 +321,7 @@ def test_long_lists_are_shortened_in_the_table_only(one, capsys):
 
 
 def test_every_kind_of_oddity_is_shown_in_words(one):
-    found = dataclasses.replace(check_data(one), odd=dict.fromkeys(module.ODD, ("x.png",)))
-    _, listing = found.tables()
+    check = dataclasses.replace(check_data(one), odd=dict.fromkeys(module.ODD, ("x.png",)))
+    _, listing = check.tables()
     shown = [*listing.columns[0].cells]
     assert shown == list(module.ODD.values())

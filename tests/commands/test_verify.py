@@ -27,7 +27,7 @@ def converted(tmp_path, digits_pth):
 
 
 def test_a_right_conversion_passes(digits_pth, converted):
-    proof = verify.verify_files(converted, digits_pth)
+    proof = verify.verify(converted, digits_pth)
     assert proof.passed and not proof.different and proof.lively is None
     assert proof.tensors == len(tensor_specs(DIGITS))
     assert 0 < proof.comparison.float64_difference < 1e-11
@@ -107,7 +107,7 @@ CODE_FAULTS = {
 @pytest.mark.slow
 def test_a_fault_in_the_network_is_caught_and_located(digits_pth, converted, monkeypatch, fault):
     plant_paddle_code(monkeypatch, fault)
-    proof = verify.verify_files(converted, digits_pth)
+    proof = verify.verify(converted, digits_pth)
     assert not proof.passed
     assert proof.comparison.float64_difference > verify.FLOAT64_LIMIT
     assert proof.comparison.first_over.name == CODE_FAULTS[fault]
@@ -195,7 +195,7 @@ def test_gate_b_catches_sloppy_float32(digits_pth, converted, monkeypatch):
         return out if out.dtype == model.paddle.float64 else (out.astype("bfloat16").astype("float32") + out * 15) / 16
 
     monkeypatch.setattr(model.F, "gelu", coarse)
-    proof = verify.verify_files(converted, digits_pth)
+    proof = verify.verify(converted, digits_pth)
     assert proof.comparison.float64_difference <= verify.FLOAT64_LIMIT
     assert proof.comparison.error_ratio > verify.RATIO_LIMIT
     assert not proof.passed and "gate B" in proof.failure()
@@ -209,7 +209,7 @@ def test_dormant_weights_are_not_taken_as_proof(tmp_path, monkeypatch):
     done = convert(source, tmp_path / "fresh.safetensors")
     assert done.verification.lively is not None and done.verification.passed
     plant_paddle_code(monkeypatch, "eps of the similarity")
-    proof = verify.verify_files(tmp_path / "fresh.safetensors", source)
+    proof = verify.verify(tmp_path / "fresh.safetensors", source)
     assert proof.lively.float64_difference > 100 * proof.comparison.float64_difference
     assert not proof.passed
 
@@ -228,7 +228,7 @@ def test_a_narrower_type_is_held_against_the_rounded_source(tmp_path, digits_pth
 def test_the_way_back_is_verified_too(tmp_path, digits_pth, converted):
     done = convert(converted, tmp_path / "back.pth")
     assert done.verification.passed
-    assert verify.verify_files(tmp_path / "back.pth", digits_pth).passed
+    assert verify.verify(tmp_path / "back.pth", digits_pth).passed
 
 
 def test_a_dense_backbone_is_verified_on_its_four_maps(tmp_path):
@@ -241,7 +241,7 @@ def test_a_dense_backbone_is_verified_on_its_four_maps(tmp_path):
 def test_two_networks_that_are_not_one_are_refused(tmp_path, digits_pth):
     other = write_pth(tmp_path / "other.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=11)))
     with pytest.raises(DoesNotFit, match="not one network"):
-        verify.verify_files(other, digits_pth)
+        verify.verify(other, digits_pth)
 
 
 def test_not_a_number_never_passes():

@@ -59,8 +59,8 @@ def test_an_operation_gives_timms_pixels(name):
     for case in GOLDEN["operations"][name]:
         argument = operation_argument(name, case["level"], case["negated"])
         assert ([] if argument is None else [argument]) == case["arguments"]
-        found = apply_operation(image, name, case["level"], case["negated"], case["interpolation"])
-        assert sha256(np.asarray(found)) == case["sha256"], case
+        result = apply_operation(image, name, case["level"], case["negated"], case["interpolation"])
+        assert sha256(np.asarray(result)) == case["sha256"], case
     assert same(image, image_by_rule(97, 64))  # the image handed in stays as it was
 
 
@@ -80,8 +80,8 @@ def test_level_0_changes_nothing(name, width, height, negated, interpolation):
 @given(st.sampled_from(OPERATIONS), st.floats(0, 10), st.booleans(), SIZES, SIZES)
 @QUICK
 def test_an_operation_keeps_the_form(name, level, negated, width, height):
-    found = apply_operation(image_by_rule(width, height), name, level, negated, "bicubic")
-    assert found.size == (width, height) and found.mode == "RGB"
+    result = apply_operation(image_by_rule(width, height), name, level, negated, "bicubic")
+    assert result.size == (width, height) and result.mode == "RGB"
 
 
 @given(st.floats(0, 10))
@@ -103,11 +103,11 @@ def test_what_moves_in_is_the_mean_of_imagenet():
 
 
 @pytest.mark.parametrize(
-    ("name", "level", "said"),
+    ("name", "level", "message"),
     [("Shear", 1, "operation 'Shear': expected one of AutoContrast"), ("Rotate", 10.5, "level 10.5: expected")],
 )
-def test_what_is_no_operation_is_refused(name, level, said):
-    with pytest.raises(UsageError, match=said):
+def test_what_is_no_operation_is_refused(name, level, message):
+    with pytest.raises(UsageError, match=message):
         apply_operation(Image.new("RGB", (4, 4)), name, level, False, "bilinear")
 
 
@@ -229,8 +229,8 @@ def test_a_crop_is_never_empty_nor_outside(width, height, scale, ratio, seed):
 @QUICK
 def test_any_image_becomes_one_of_the_right_form(width, height, size, how, padding, seed):
     augmentation = Augmentation(size, crop=how, padding=padding, rand_augment=3, operation_probability=1)
-    found = augment(image_by_rule(width, height), augmentation, rule(abs(seed)))
-    assert found.dtype == np.uint8 and found.shape == (3, size, size) and found.flags.c_contiguous
+    result = augment(image_by_rule(width, height), augmentation, rule(abs(seed)))
+    assert result.dtype == np.uint8 and result.shape == (3, size, size) and result.flags.c_contiguous
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -257,8 +257,8 @@ def test_the_result_depends_on_the_generator_alone():
     images = [image_by_rule(60, 40), image_by_rule(31, 57), image_by_rule(40, 60)]
 
     def of(order):
-        found = {i: augment(images[i], Augmentation(24), pixel_generator(7, 2, i, "augment")) for i in order}
-        return [found[i].tobytes() for i in range(3)]
+        result = {i: augment(images[i], Augmentation(24), pixel_generator(7, 2, i, "augment")) for i in order}
+        return [result[i].tobytes() for i in range(3)]
 
     assert of([0, 1, 2]) == of([2, 0, 1]) and len(set(of([0, 1, 2]))) == 3
 
@@ -273,7 +273,7 @@ def test_the_numbers_of_an_image_are_its_own():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((-1, 0, 0, "mix"), "seed -1: expected a whole number from 0 to 9223372036854775807"),
         ((1 << 63, 0, 0, "mix"), "seed 9223372036854775808: expected"),
@@ -282,8 +282,8 @@ def test_the_numbers_of_an_image_are_its_own():
         ((0, 0, 0, "flip"), "purpose 'flip': expected one of augment, erase, mix"),
     ],
 )
-def test_what_is_no_seed_is_refused(arguments, said):
-    with pytest.raises(UsageError, match=said):
+def test_what_is_no_seed_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
         pixel_generator(*arguments)
 
 
@@ -294,9 +294,9 @@ def test_flips_are_as_frequent_as_asked(probability):
     augmentation = dataclasses.replace(PLAIN, flip=probability)
     flipped = 0
     for _ in range(400):
-        found = augment(image, augmentation, generator)
-        flipped += np.array_equal(found, straight[:, :, ::-1])
-        assert np.array_equal(found, straight[:, :, ::-1]) or np.array_equal(found, straight)
+        result = augment(image, augmentation, generator)
+        flipped += np.array_equal(result, straight[:, :, ::-1])
+        assert np.array_equal(result, straight[:, :, ::-1]) or np.array_equal(result, straight)
     assert abs(flipped / 400 - probability) <= 4 * math.sqrt(probability * (1 - probability) / 400)
 
 
@@ -306,8 +306,8 @@ def test_the_crop_is_cut_out_before_it_is_resized(monkeypatch, interpolation):
     image = Image.new("RGB", (90, 90), "blue")
     image.paste("red", (30, 20, 60, 60))
     monkeypatch.setattr(module, "draw_crop", lambda *_: (30, 20, 60, 60))
-    found = augment(image, Augmentation(50, rand_augment=0, crop_interpolation=interpolation), rule(0))
-    assert (found == np.array([255, 0, 0])[:, None, None]).all()
+    result = augment(image, Augmentation(50, rand_augment=0, crop_interpolation=interpolation), rule(0))
+    assert (result == np.array([255, 0, 0])[:, None, None]).all()
 
 
 def test_the_filter_of_the_crop_is_drawn_from_both():
@@ -315,8 +315,8 @@ def test_the_filter_of_the_crop_is_drawn_from_both():
     expected = {
         how: planes(image.resize((24, 24), getattr(Image.Resampling, how.upper()))) for how in ("bilinear", "bicubic")
     }
-    found = [augment(image, PLAIN, generator) for _ in range(200)]
-    counts = {how: sum(np.array_equal(one, pixels) for one in found) for how, pixels in expected.items()}
+    result = [augment(image, PLAIN, generator) for _ in range(200)]
+    counts = {how: sum(np.array_equal(one, pixels) for one in result) for how, pixels in expected.items()}
     assert sum(counts.values()) == 200 and 72 <= counts["bilinear"] <= 128
     for how, pixels in expected.items():
         assert np.array_equal(augment(image, dataclasses.replace(PLAIN, crop_interpolation=how), generator), pixels)
@@ -325,8 +325,8 @@ def test_the_filter_of_the_crop_is_drawn_from_both():
 @pytest.mark.parametrize("size", [(40, 24), (24, 24), (97, 64), (1, 300), (3, 3)])
 def test_the_centre_is_that_of_an_evaluation(size):
     image, generator = image_by_rule(*size), rule(9)
-    found = augment(image, dataclasses.replace(PLAIN, crop="centre"), generator)
-    assert np.array_equal(found, crop(image, Preprocessing(input_size=24, crop_fraction=1)))
+    result = augment(image, dataclasses.replace(PLAIN, crop="centre"), generator)
+    assert np.array_equal(result, crop(image, Preprocessing(input_size=24, crop_fraction=1)))
     expected = rule(9)
     expected.random()  # the flip alone is drawn
     assert generator.random() == expected.random()
@@ -370,7 +370,7 @@ def test_what_would_be_enormous_is_a_bad_image(monkeypatch, how):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "expected"),
     [
         ("size", 0, "a whole number from 1 to 4096"),
         ("size", 22.4, "a whole number"),
@@ -396,11 +396,11 @@ def test_what_would_be_enormous_is_a_bad_image(monkeypatch, how):
         ("erasing", -0.1, "a number from 0 to 1"),
     ],
 )
-def test_a_setting_out_of_its_range_is_refused_by_name(field, value, said):
+def test_a_setting_out_of_its_range_is_refused_by_name(field, value, expected):
     with pytest.raises(UsageError) as caught:
         Augmentation(**{"size": 224, field: value})
     message = str(caught.value)
-    assert message.startswith(f"{field} {value!r}: expected ") and said in message and "\n" not in message
+    assert message.startswith(f"{field} {value!r}: expected ") and expected in message and "\n" not in message
 
 
 def test_settings_survive_json():
@@ -483,7 +483,7 @@ def test_something_is_always_left(count, height, width, seed):
 
 
 @pytest.mark.parametrize(
-    ("images", "probability", "count", "said"),
+    ("images", "probability", "count", "message"),
     [
         (np.zeros((2, 3, 4, 4)), 0.5, 2, r"images float64 \(2, 3, 4, 4\): expected float32"),
         (np.zeros((2, 4, 4, 3), np.float32), 0.5, 2, r"expected float32 of shape \(B, 3, H, W\)"),
@@ -491,6 +491,6 @@ def test_something_is_always_left(count, height, width, seed):
         (np.zeros((2, 3, 4, 4), np.float32), 0.5, 1, "1 generators: expected one for each of 2 images"),
     ],
 )
-def test_what_cannot_be_erased_is_refused(images, probability, count, said):
-    with pytest.raises(UsageError, match=said):
+def test_what_cannot_be_erased_is_refused(images, probability, count, message):
+    with pytest.raises(UsageError, match=message):
         erase(images, probability, [rule(0)] * count)

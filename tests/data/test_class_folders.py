@@ -52,9 +52,9 @@ def content(images):
 
 def test_class_folders(tmp_path):
     root = make(tmp_path, *FILES, "a/notes.txt", "a/.hidden.png", "README.md", "top.png", ".git/x.png")
-    found = read_dataset(root, None, None, 2)
-    assert found.names == ("a/1 with space.png", "a/z.jpg", "b/2.JPEG", "b/deep/3.webp")
-    assert found.labels == (0, 0, 1, 1) and contents(found) == list(found.names)
+    dataset = read_dataset(root, None, None, 2)
+    assert dataset.names == ("a/1 with space.png", "a/z.jpg", "b/2.JPEG", "b/deep/3.webp")
+    assert dataset.labels == (0, 0, 1, 1) and contents(dataset) == list(dataset.names)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_splits_are_never_classes(tmp_path):
 def test_class_folders_that_are_not_utf8_get_names_that_are(tmp_path):
     """The same names in a list; the files keep theirs."""
     root = make(tmp_path / "d", "caf\udce9/\udcfc.png", "zwei/2.png")
-    found = read_dataset(root, None, None, 2)
-    assert found.mapping == {"caf\\xe9": 0, "zwei": 1} and found.names[0] == "caf\udce9/\udcfc.png"
-    assert found.listing() and contents(found)[1] == "zwei/2.png"
+    dataset = read_dataset(root, None, None, 2)
+    assert dataset.mapping == {"caf\\xe9": 0, "zwei": 1} and dataset.names[0] == "caf\udce9/\udcfc.png"
+    assert dataset.listing() and contents(dataset)[1] == "zwei/2.png"
     (tmp_path / "l").write_bytes(b"caf\xe9/\xfc.png caf\xe9\nzwei/2.png zwei\n")
     listed = read_dataset(root, tmp_path / "l", None, 2)
-    assert listed.mapping == found.mapping and listed.names == found.names
+    assert listed.mapping == dataset.mapping and listed.names == dataset.names
 
 
 # Tar
@@ -132,9 +132,9 @@ def test_links_in_a_tar_are_what_they_name(tmp_path):
     add(path, "b/soft.png", tarfile.SYMTYPE, "../a/hard.png")
     add(path, "b/out.png", tarfile.SYMTYPE, "/etc/passwd")
     add(path, "b/circle.png", tarfile.SYMTYPE, "circle.png")
-    found = read_dataset(path, None, None, 2)
-    assert found.names == ("a/1.png", "a/hard.png", "b/2.png", "b/circle.png", "b/out.png", "b/soft.png")
-    for name, place in zip(found.names, found.locations, strict=True):
+    dataset = read_dataset(path, None, None, 2)
+    assert dataset.names == ("a/1.png", "a/hard.png", "b/2.png", "b/circle.png", "b/out.png", "b/soft.png")
+    for name, place in zip(dataset.names, dataset.locations, strict=True):
         if name in ("b/out.png", "b/circle.png"):
             with pytest.raises(OSError, match="Not a directory"):
                 place.read()
@@ -152,10 +152,10 @@ def test_only_files_of_a_tar_are_images(tmp_path):
         member.size = 3
         tar.addfile(member, io.BytesIO(b"new"))
     add(path, "empty", tarfile.DIRTYPE)
-    found = read_dataset(path, None, None, 3)
-    assert found.names == ("a/1.png", "b/2.png") and contents(found) == ["a/1.png", "new"]
-    assert found.mapping == {"a": 0, "b": 1, "empty": 2}
-    assert found.notes == (f"{path}: left out 2 images whose names lead out of the tar (/ or ..)",)
+    dataset = read_dataset(path, None, None, 3)
+    assert dataset.names == ("a/1.png", "b/2.png") and contents(dataset) == ["a/1.png", "new"]
+    assert dataset.mapping == {"a": 0, "b": 1, "empty": 2}
+    assert dataset.notes == (f"{path}: left out 2 images whose names lead out of the tar (/ or ..)",)
 
 
 def test_archives_beside_class_folders_are_noted(tmp_path):
@@ -180,10 +180,10 @@ def test_a_sparse_file_of_a_tar_is_listed_as_unreadable(tmp_path):
     """Not dropped without a word: the data set would be smaller."""
     path = make_tar(tmp_path / "x.tar", "a/1.png", "b/2.png")
     add(path, "b/holes.png", tarfile.GNUTYPE_SPARSE)
-    found = read_dataset(path, None, None, 2)
-    assert found.names == ("a/1.png", "b/2.png", "b/holes.png")
+    dataset = read_dataset(path, None, None, 2)
+    assert dataset.names == ("a/1.png", "b/2.png", "b/holes.png")
     with pytest.raises(OSError, match="Not a directory"):
-        found.locations[2].read()
+        dataset.locations[2].read()
 
 
 def test_a_tar_that_is_cut_or_damaged_is_never_taken_for_a_smaller_one(tmp_path):
@@ -230,11 +230,11 @@ def test_a_damaged_tar_is_read_or_refused(sound_tar, changes, length):
     path = sound_tar.with_name("broken.tar")
     path.write_bytes(broken[: max(length, 600)])
     try:
-        found = read_dataset(path, None, None, 2)
+        dataset = read_dataset(path, None, None, 2)
     except FcvitError as error:
         assert str(path) in str(error) or "class folders" in str(error)
         return
-    for location in found.locations:
+    for location in dataset.locations:
         assert location.offset + location.size <= path.stat().st_size and len(location.read()) == location.size
 
 
@@ -272,16 +272,16 @@ def test_a_list_gives_what_the_folders_give(tmp_path, ending):
     list_file.write_bytes(b"\xef\xbb\xbf" + ("\n".join(lines) + ending).encode())
     assert content(read_dataset(root, list_file, None, 2)) == content(folder)
     tar = make_tar(tmp_path / "x.tar", *FILES, "unlisted.png")
-    found = read_dataset(tar, list_file, None, 2)
-    assert content(found) == content(folder)
-    assert found.rule == "the numbers in val_list.txt are class indices"
+    dataset = read_dataset(tar, list_file, None, 2)
+    assert content(dataset) == content(folder)
+    assert dataset.rule == "the numbers in val_list.txt are class indices"
 
 
 def test_a_list_may_name_classes(tmp_path):
     root = make(tmp_path / "data", "1.png", "2.png")
     (tmp_path / "l.txt").write_text("1.png d1\n2.png m2\n")
-    found = read_dataset(root, tmp_path / "l.txt", PETS, 4)
-    assert found.labels == (1, 3) and found.rule == "labels of the list are the model's class ids"
+    dataset = read_dataset(root, tmp_path / "l.txt", PETS, 4)
+    assert dataset.labels == (1, 3) and dataset.rule == "labels of the list are the model's class ids"
 
 
 def test_a_list_may_name_any_file(tmp_path):
@@ -307,8 +307,8 @@ def test_the_folder_of_a_list_that_the_data_do_not_have(tmp_path):
     """As lists for ILSVRC2012 have it; said aloud."""
     tar = make_tar(tmp_path / "x.tar", "1.png", "2.png")
     (tmp_path / "l.txt").write_text("val/1.png 0\nval/2.png 1\n")
-    found = read_dataset(tar, tmp_path / "l.txt", None, 2)
-    assert found.names == ("1.png", "2.png") and "the list's folder val/ is not in x.tar, left out" in found.rule
+    dataset = read_dataset(tar, tmp_path / "l.txt", None, 2)
+    assert dataset.names == ("1.png", "2.png") and "the list's folder val/ is not in x.tar, left out" in dataset.rule
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def test_any_bytes_as_a_list(tmp_path, text):
 
 
 def assign(labels, classes, count):
-    found = assign_classes(labels, classes, count, "class folders")
-    return found.mapping, found.rule
+    dataset = assign_classes(labels, classes, count, "class folders")
+    return dataset.mapping, dataset.rule
 
 
 def test_known_ids_or_names_come_first():
@@ -444,8 +444,8 @@ def test_reals_labels_are_found_by_the_number_in_the_name(tmp_path):
     labels = [[i % 1000, 7] for i in range(50_000)]
     labels[1] = []
     (tmp_path / "real.json").write_text(json.dumps(labels))
-    found = read_real(tmp_path / "real.json", validation([50_000, 2, 1]))
-    assert found == [{999, 7}, set(), {0, 7}]
+    dataset = read_real(tmp_path / "real.json", validation([50_000, 2, 1]))
+    assert dataset == [{999, 7}, set(), {0, 7}]
     with pytest.raises(DoesNotFit, match="expected images named ILSVRC2012_val_"):
         read_real(tmp_path / "real.json", images([1]))
     assert validation([50_001]).validation_numbers() is None

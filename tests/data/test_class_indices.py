@@ -17,9 +17,9 @@ def named(*ids, names=None):
 
 
 def labels(values, classes, count):
-    found = assign_labels(sorted(values), classes, count, Path("list.txt"))
-    assert not found.counted
-    return [found.mapping[value] for value in values], found.rule
+    assignment = assign_labels(sorted(values), classes, count, Path("list.txt"))
+    assert not assignment.counted
+    return [assignment.mapping[value] for value in values], assignment.rule
 
 
 @pytest.mark.parametrize("form", ["{}", "{}.0", "0{}", "{}e0", "{:.18e}", "+{}", "{}."])
@@ -36,8 +36,8 @@ def test_numbers_are_never_counted_as_text(indices):
 
 @pytest.mark.parametrize("ids", [("0", "90", "180", "270"), ("1950", "1951", "1952", "1953"), ("1", "2", "3", "4")])
 def test_numbers_that_can_only_be_ids_are_ids(ids):
-    found = labels(ids, named(*ids), 4)
-    assert found == ([0, 1, 2, 3], "the numbers in list.txt are the model's class ids")
+    assignment = labels(ids, named(*ids), 4)
+    assert assignment == ([0, 1, 2, 3], "the numbers in list.txt are the model's class ids")
     assert labels(ids[::-1], named(*"abcd", names=ids), 4)[1] == "the numbers in list.txt are the model's class names"
     assert labels([f"{ids[3]}.0", ids[0]], named(*ids), 4)[0] == [3, 0]
 
@@ -86,11 +86,11 @@ def test_letters_match_composed_or_not():
     names = ["café", "zéro", "één"]
     composed, apart = ([unicodedata.normalize(form, name) for name in names] for form in ("NFC", "NFD"))
     for known, given_names in ((composed, apart), (apart, composed)):
-        found = assign_classes(sorted(given_names), named(*known), 3, "class folders")
-        assert [found.mapping[name] for name in given_names] == [0, 1, 2] and "class ids" in found.rule
+        assignment = assign_classes(sorted(given_names), named(*known), 3, "class folders")
+        assert [assignment.mapping[name] for name in given_names] == [0, 1, 2] and "class ids" in assignment.rule
     both = named(composed[0], apart[0])  # two classes: only the exact form tells them apart
-    found = assign_classes(sorted([apart[0], composed[0]]), both, 2, "class folders")
-    assert found.mapping == {composed[0]: 0, apart[0]: 1}
+    assignment = assign_classes(sorted([apart[0], composed[0]]), both, 2, "class folders")
+    assert assignment.mapping == {composed[0]: 0, apart[0]: 1}
 
 
 def test_the_rule_says_where_numbers_in_names_are_sorted_as_text():

@@ -91,8 +91,8 @@ def find(root, text, tmp_path):
 def test_the_shortest_leading_part_is_left_out_of_all_paths(tmp_path):
     """Never more of it, though files of these names are there too."""
     root = make(tmp_path / "images", "val/1.jpg", "val/2.jpg", "1.jpg", "2.jpg")
-    found, remark = find(root, "images/val/1.jpg 0\nimages/val/2.jpg 1\n", tmp_path)
-    assert found == [("val/1.jpg", "0"), ("val/2.jpg", "1")] and "the list's folder images/ is not in images" in remark
+    pairs, remark = find(root, "images/val/1.jpg 0\nimages/val/2.jpg 1\n", tmp_path)
+    assert pairs == [("val/1.jpg", "0"), ("val/2.jpg", "1")] and "the list's folder images/ is not in images" in remark
     assert find(root, "val/1.jpg 0\nval/2.jpg 1\n", tmp_path)[1] == ""
     with pytest.raises(DoesNotFit, match=r"1 of 2 images of .* are not in .*: images/val/3.jpg"):
         find(root, "images/val/1.jpg 0\nimages/val/3.jpg 1\n", tmp_path)
@@ -104,8 +104,8 @@ def test_the_shortest_leading_part_is_left_out_of_all_paths(tmp_path):
 def test_paths_of_windows(tmp_path, start):
     root = make(tmp_path / "d", "val/a/1.jpg", "val/b/2.jpg")
     start += "" if start.startswith("val") else "val\\"
-    found, _ = find(root, f"{start}a\\1.jpg 0\n{start}b\\2.jpg 1\n", tmp_path)
-    assert found == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
+    pairs, _ = find(root, f"{start}a\\1.jpg 0\n{start}b\\2.jpg 1\n", tmp_path)
+    assert pairs == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
 
 
 def test_images_of_another_split_are_not_taken(tmp_path):
@@ -127,8 +127,8 @@ def test_images_beside_the_data_are_not_taken(tmp_path):
 
 def test_the_only_folder_with_all_the_images_is_taken(tmp_path):
     root = make(tmp_path / "d", "a/1.jpg", "a/2.jpg", "b/c/1.jpg")
-    found, remark = find(root, "1.jpg 0\n2.jpg 1\n", tmp_path)
-    assert found == [("a/1.jpg", "0"), ("a/2.jpg", "1")] and f"its paths count from {root}/a" in remark
+    pairs, remark = find(root, "1.jpg 0\n2.jpg 1\n", tmp_path)
+    assert pairs == [("a/1.jpg", "0"), ("a/2.jpg", "1")] and f"its paths count from {root}/a" in remark
     with pytest.raises(DoesNotFit, match="its images are in a, b/c"):
         find(root, "1.jpg 0\n", tmp_path)
 
@@ -143,8 +143,8 @@ def test_names_without_ending_must_be_those_of_one_image(tmp_path):
 
 def test_composed_and_decomposed_letters_are_the_same(tmp_path):
     root = make(tmp_path / "d", "e\u0301 1.jpg", "\u00e9 2.jpg")
-    found, _ = find(root, "\u00e9 1.jpg 0\ne\u0301 2.jpg 1\n", tmp_path)
-    assert found == [("e\u0301 1.jpg", "0"), ("\u00e9 2.jpg", "1")]
+    pairs, _ = find(root, "\u00e9 1.jpg 0\ne\u0301 2.jpg 1\n", tmp_path)
+    assert pairs == [("e\u0301 1.jpg", "0"), ("\u00e9 2.jpg", "1")]
     make(root, "\u00e9 1.jpg")
     assert find(root, "\u00e9 1.jpg 0\n", tmp_path)[0] == [("\u00e9 1.jpg", "0")]
 

@@ -25,9 +25,9 @@ def flat(*values, height=16, width=12):
 
 
 def test_smoothed_targets_by_hand():
-    found = smoothed(np.array([2, 0]), 4, 0.1)
-    np.testing.assert_allclose(found, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
-    assert found.dtype == np.float32
+    result = smoothed(np.array([2, 0]), 4, 0.1)
+    np.testing.assert_allclose(result, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
+    assert result.dtype == np.float32
 
 
 def test_nothing_to_mix_with_only_smooths():
@@ -42,12 +42,12 @@ def test_mixup_by_hand():
     """Lambda is the first number drawn; the batch with itself reversed, rounded to the nearest."""
     pixels = rule(2).integers(0, 256, (5, 3, 6, 4), np.uint8)
     labels = np.array([0, 1, 2, 3, 0])
-    kept = rule(3).beta(0.8, 0.8)
+    share = rule(3).beta(0.8, 0.8)
     mixed, targets = mix(pixels, labels, 4, rule(3), cutmix=0, smoothing=0.2)
-    exact = kept * pixels.astype(float) + (1 - kept) * pixels[::-1]
-    assert 0.05 < kept < 0.95 and mixed.dtype == np.uint8 and np.array_equal(mixed, np.rint(exact).astype(np.uint8))
+    exact = share * pixels.astype(float) + (1 - share) * pixels[::-1]
+    assert 0.05 < share < 0.95 and mixed.dtype == np.uint8 and np.array_equal(mixed, np.rint(exact).astype(np.uint8))
     hot = 0.05 + 0.8 * np.eye(4)[labels]
-    np.testing.assert_allclose(targets, kept * hot + (1 - kept) * hot[::-1], rtol=1e-5)
+    np.testing.assert_allclose(targets, share * hot + (1 - share) * hot[::-1], rtol=1e-5)
     assert np.array_equal(mixed[2], pixels[2])  # the middle of an odd batch
 
 
@@ -62,9 +62,9 @@ def test_mixup_rounds():
 def test_cutmix_by_hand():
     pixels = rule(5).integers(0, 256, (4, 3, 20, 30), np.uint8)
     generator = rule(6)
-    kept = generator.beta(1.0, 1.0)
+    share = generator.beta(1.0, 1.0)
     row, column = int(generator.integers(20)), int(generator.integers(30))
-    half_height, half_width = int(20 * math.sqrt(1 - kept)) // 2, int(30 * math.sqrt(1 - kept)) // 2
+    half_height, half_width = int(20 * math.sqrt(1 - share)) // 2, int(30 * math.sqrt(1 - share)) // 2
     mixed, targets = mix(pixels, np.arange(4), 4, rule(6), mixup=0, smoothing=0)
     expected, cut = pixels.copy(), 0
     for y in range(20):
@@ -118,10 +118,10 @@ def test_equal_images_stay_what_they_are(value, count, seed, alphas):
 
 @given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 10**6))
 @QUICK
-def test_a_rectangle_lies_within_and_is_no_larger_than_asked(height, width, kept, seed):
-    top, bottom, left, right = draw_rectangle(height, width, kept, rule(seed))
+def test_a_rectangle_lies_within_and_is_no_larger_than_asked(height, width, share, seed):
+    top, bottom, left, right = draw_rectangle(height, width, share, rule(seed))
     assert 0 <= top <= bottom <= height and 0 <= left <= right <= width
-    side = math.sqrt(1 - kept)
+    side = math.sqrt(1 - share)
     assert bottom - top <= height * side and right - left <= width * side
 
 
@@ -155,8 +155,8 @@ def test_lambda_and_the_kind_are_drawn_as_the_recipe_says():
 @pytest.mark.parametrize(("switch", "kinds"), [(0.0, {False}), (1.0, {True})])
 def test_the_switch_decides(switch, kinds):
     pixels = flat(0, 200)
-    found = [mix(pixels, np.array([0, 1]), 2, rule(10, seed), switch=switch, mixup=50)[0] for seed in range(40)]
-    assert {set(np.unique(one).tolist()) <= {0, 200} for one in found} == kinds
+    result = [mix(pixels, np.array([0, 1]), 2, rule(10, seed), switch=switch, mixup=50)[0] for seed in range(40)]
+    assert {set(np.unique(one).tolist()) <= {0, 200} for one in result} == kinds
 
 
 def test_the_same_numbers_give_the_same_batch():
@@ -166,7 +166,7 @@ def test_the_same_numbers_give_the_same_batch():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"pixels": flat(1, 2).astype(np.float32)}, r"pixels float32 \(2, 3, 16, 12\): expected uint8"),
         ({"pixels": flat(1, 2)[0]}, r"pixels uint8 \(3, 16, 12\): expected uint8 of shape \(B, 3, H, W\)"),
@@ -182,8 +182,8 @@ def test_the_same_numbers_give_the_same_batch():
         ({"smoothing": 1.0}, r"smoothing 1\.0: expected a number from 0 to below 1"),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(change, said):
+def test_what_cannot_be_mixed_is_refused(change, message):
     arguments = {"pixels": flat(1, 2), "labels": np.array([0, 1], np.int64), "num_classes": 3, "generator": rule(0)}
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         mix(**arguments | change)
     assert "\n" not in str(caught.value)

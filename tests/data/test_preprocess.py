@@ -25,9 +25,9 @@ def test_pixels_are_those_of_the_authors(size):
     golden = GOLDEN[size]
     assert sha256(np.asarray(image)) == golden["decoded_sha256"]
     for name, preprocessing in PROTOCOLS.items():
-        found = crop(image, preprocessing)
-        assert found.shape == (3, 224, 224) and found.dtype == np.uint8
-        assert sha256(found.transpose(1, 2, 0)) == golden[name], name
+        result = crop(image, preprocessing)
+        assert result.shape == (3, 224, 224) and result.dtype == np.uint8
+        assert sha256(result.transpose(1, 2, 0)) == golden[name], name
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,18 @@ def test_pixels_are_those_of_the_authors(size):
     ],
 )
 def test_the_hashes_notice_a_wrong_pipeline(fault):
-    found = crop(image_by_rule(500, 375), fault)
-    assert sha256(found.transpose(1, 2, 0)) != GOLDEN["500x375"]["0.9 bicubic"]
+    result = crop(image_by_rule(500, 375), fault)
+    assert sha256(result.transpose(1, 2, 0)) != GOLDEN["500x375"]["0.9 bicubic"]
 
 
 def test_normalization():
     """(x / 255 - mean) / std per channel, RGB, float32: black and white by hand."""
     pixels = np.zeros((2, 3, 4, 5), np.uint8)
     pixels[1] = 255
-    found = normalize(pixels, Preprocessing())
-    assert found.dtype == np.float32 and found.shape == (2, 3, 4, 5)
-    np.testing.assert_allclose(found[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
-    np.testing.assert_allclose(found[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6)
+    result = normalize(pixels, Preprocessing())
+    assert result.dtype == np.float32 and result.shape == (2, 3, 4, 5)
+    np.testing.assert_allclose(result[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
+    np.testing.assert_allclose(result[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6)
     assert not pixels[0].any()  # the input is left alone
 
 
@@ -58,9 +58,9 @@ def test_normalization():
 @settings(derandomize=True, max_examples=80, deadline=None)
 def test_any_image_becomes_a_crop_of_its_own_color(width, height, size, fraction):
     image = Image.new("RGB", (width, height), (200, 100, 50))
-    found = preprocess(image, Preprocessing(input_size=size, crop_fraction=fraction))
-    assert found.shape == (3, size, size)
-    assert (found == np.array([200, 100, 50])[:, None, None]).all()
+    result = preprocess(image, Preprocessing(input_size=size, crop_fraction=fraction))
+    assert result.shape == (3, size, size)
+    assert (result == np.array([200, 100, 50])[:, None, None]).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
@@ -84,9 +84,9 @@ def test_16_bit_gray_is_scaled_as_16_bit_color_is(tmp_path, ending):
         path.write_bytes(b"P5 48 40 65535\n" + DEEP.astype(">u2").tobytes())
     else:
         Image.fromarray(DEEP).save(path)
-    for found in (decode(path), as_rgb(Image.open(path))):
-        assert found.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(found), np.repeat((DEEP >> 8)[..., None], 3, axis=2))
+    for result in (decode(path), as_rgb(Image.open(path))):
+        assert result.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(result), np.repeat((DEEP >> 8)[..., None], 3, axis=2))
     Image.fromarray(DEEP // 257).save(tmp_path / "low.png")  # 8-bit values in 16 bits
     np.testing.assert_array_equal(np.asarray(decode(tmp_path / "low.png"))[..., 0], DEEP // 257)
 
@@ -114,8 +114,8 @@ def test_orientation_tags_are_not_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "x.png", exif=exif)
-    found = preprocess(tmp_path / "x.png", Preprocessing(input_size=32, crop_fraction=1))
-    assert found[:, :8].max() == 0 and found[:, -8:].min() == 255
+    result = preprocess(tmp_path / "x.png", Preprocessing(input_size=32, crop_fraction=1))
+    assert result[:, :8].max() == 0 and result[:, -8:].min() == 255
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ def test_some_images_are_held_out(small, squares):
 
 def test_classes_are_those_of_the_weights_unless_the_head_is_new(small, squares):
     named = (ClassName("right", "r"), ClassName("left", "l"))
-    kept = find_splits(small(weights="w"), weights(named))
-    assert kept.classes == named and kept.train.labels[:2] == (1, 1)
+    splits = find_splits(small(weights="w"), weights(named))
+    assert splits.classes == named and splits.train.labels[:2] == (1, 1)
     assert find_splits(small(weights="w", new_head=True), weights(named)).classes == LEFT_RIGHT
     assert find_splits(small(weights="w"), weights()).classes == LEFT_RIGHT, "counted in sorted order"
     listed = squares.parent / "classes.csv"

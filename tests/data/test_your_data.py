@@ -51,11 +51,11 @@ def read(command, data):
 def check(expectations):
     for expectation in expectations.splitlines():
         command, data, expected = re.fullmatch(r"→ (\S+) (\S+): (.*)", expectation).groups()
-        said = read(command, Path(data))
+        text = read(command, Path(data))
         if expected.startswith("refused: "):
-            assert said.startswith("refused: ") and expected.removeprefix("refused: ") in said
+            assert text.startswith("refused: ") and expected.removeprefix("refused: ") in text
         else:
-            assert said == expected
+            assert text == expected
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +92,8 @@ def test_lists(text, expectations, encoding, tmp_path):
 def test_class_lists(text, expectations, encoding, tmp_path):
     (tmp_path / "classes").write_text(text, encoding)
     read = read_classes(tmp_path / "classes")
-    found = [f"→ {i} is {c.name}" + (f" ({c.id})" if c.id != c.name else "") for i, c in enumerate(read)]
-    assert found == expectations.splitlines()
+    lines = [f"→ {i} is {c.name}" + (f" ({c.id})" if c.id != c.name else "") for i, c in enumerate(read)]
+    assert lines == expectations.splitlines()
 
 
 @pytest.mark.parametrize(("command", "expectations"), BLOCKS["archive"])

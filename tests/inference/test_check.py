@@ -30,7 +30,7 @@ def outputs(images, off=1e-7):
 
 
 def test_luck_with_a_single_image_refuses_nothing(yardstick):
-    found = task.check_export(outputs, None, INTERFACE, IMAGES)
+    found = task.check_export(outputs, None, INTERFACE, IMAGES, "it")
     assert found.passed and found.ratio == pytest.approx(1.1, abs=0.01) and found.largest == pytest.approx(1e-7)
 
 
@@ -39,13 +39,14 @@ def test_what_is_wrong_in_a_batch_or_alone_is_seen(yardstick, wrong):
     def faulty(images):
         return outputs(images, 1e-6 if (wrong == "together") == (len(images) > 1) else 1e-7)
 
-    assert task.check_export(faulty, None, INTERFACE, IMAGES).ratio > RATIO_LIMIT
+    with pytest.raises(NumbersDisagree, match=rf"it computes other numbers .*\(limit {RATIO_LIMIT}\)"):
+        task.check_export(faulty, None, INTERFACE, IMAGES, "it")
 
 
 @pytest.mark.parametrize("give", [lambda o: o[:1], lambda o: o[:, :5], lambda o: o[None], lambda o: o * np.nan])
 def test_outputs_of_another_shape_or_none_never_pass(yardstick, give):
-    found = task.check_export(lambda images: [give(outputs(images)[0])], None, INTERFACE, IMAGES)
-    assert not found.passed
+    with pytest.raises(NumbersDisagree, match="it computes other numbers"):
+        task.check_export(lambda images: [give(outputs(images)[0])], None, INTERFACE, IMAGES, "it")
 
 
 @needs_torch

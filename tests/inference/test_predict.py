@@ -9,11 +9,12 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
+from fcvit.commands.predict import load
 from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.inference.engines import create_engine
-from fcvit.inference.predict import Classifier, load, rank
+from fcvit.tasks.classification.prediction import Classifier, rank
 from fcvit.weights.reading import read_weights
 
 NAMES = tuple(ClassName(str(i), f"digit {i}") for i in range(10))
@@ -165,7 +166,7 @@ def test_progress_is_shown_on_request(classifier, pictures, monkeypatch):
     def progress(what, total):
         yield lambda count: done.append((what, total, count))
 
-    monkeypatch.setattr("fcvit.inference.predict.progress_of", progress)
+    monkeypatch.setattr("fcvit.tasks.classification.prediction.progress_of", progress)
     assert classifier.predict(pictures, progress=True) == classifier.predict(pictures)
     assert done == [("predicting", 3, 1)] * 3
 
@@ -182,7 +183,7 @@ def test_the_paddle_network_is_there_whatever_computes(classifier):
 
 def test_load_takes_the_engine_that_the_command_takes(digits_pth, monkeypatch):
     given = []
-    monkeypatch.setattr("fcvit.inference.predict.create_engine", lambda *a, **k: given.append((a, k)) or Recorder())
+    monkeypatch.setattr("fcvit.commands.predict.create_engine", lambda *a, **k: given.append((a, k)) or Recorder())
     load(digits_pth, threads=2)
     load(digits_pth, engine="torch", device="cpu")
     ((auto, *_, first), options), ((name, *_, second), _) = given

@@ -10,6 +10,7 @@ import numpy as np
 from fcvit import run_folder
 from fcvit.data.sources import open_source
 from fcvit.data.transforms.preprocess import crop, normalize
+from fcvit.inference.images import predictions
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.recipe import Recipe
 
@@ -41,7 +42,7 @@ class Images:
 def read(path):
     files = open_source(Path(path)).tree().files
     names = tuple(sorted(name for name in files if name.endswith(".png")))
-    return Images(path, names, tuple(files[name] for name in names))
+    return Images(Path(path), names, tuple(files[name] for name in names))
 
 
 def transform(image, target, index):
@@ -126,12 +127,15 @@ class Report:
         yield f"accuracy {self.results[0]['accuracy']:.3f}"
 
 
-class Predictor:
-    def prepare(self, image):
-        return crop(image, PIXELS)
+class Estimator:
+    def __init__(self, weights, engine):
+        self.weights, self.engine = weights, engine
 
-    def decode(self, outputs, top_k):
-        return [float(value) for value in outputs[:, 0]]
+    def predict(self, images):
+        def decode(outputs):
+            return [float(value) for value in outputs[:, 0]]
+
+        return list(predictions(images, self.weights, self.engine, PIXELS, decode, batch_size=3))
 
 
 class Brightness:
@@ -144,8 +148,8 @@ class Brightness:
     def evaluator(self, loaded, data, options):
         return Evaluator(read(data))
 
-    def predictor(self, weights, preprocessing, classes):
-        return Predictor()
+    def predictor(self, weights, preprocessing, classes, create):
+        return Estimator(weights, create())
 
 
 TASK = Brightness()

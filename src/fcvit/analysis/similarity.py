@@ -16,9 +16,9 @@ from fcvit.data.classes import Classes, labels, resolve_classes
 from fcvit.data.transforms.preprocess import crop, normalize, preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
-from fcvit.inference.predict import Prediction, rank
 from fcvit.models.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
 from fcvit.models.variants import Preprocessing, Variant, resolve_preprocessing
+from fcvit.tasks.classification.prediction import Prediction, rank
 from fcvit.weights.reading import Weights
 
 SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network

@@ -213,7 +213,7 @@ class _Image(NamedTuple):
 
 
 def check_data(
-    data: Path | None = None, *, split: Sequence[str] = (), few: int = 10, workers: int | None = None
+    data: Path | None = None, *, split: Sequence[str] | None = None, few: int = 10, workers: int | None = None
 ) -> DataCheck:
     """Look over class folders before training: what cannot be read, what is there twice, odd images.
 
@@ -232,10 +232,10 @@ def check_data(
     for option, value in (("few", few), ("workers", workers)):
         if value < 0:
             raise UsageError(f"--{option} {value}: expected at least 0")
-    sources = {name: (source, source.tree()) for name, source in _find_splits(data, split).items()}
+    sources = {name: (source, source.tree()) for name, source in _find_splits(data, split or ()).items()}
     images = [
-        _Image(f"{split}/{name}" if len(sources) > 1 else name, split, name.rpartition("/")[0].split("/")[0], location)
-        for split, (_, tree) in sources.items()
+        _Image(f"{part}/{name}" if len(sources) > 1 else name, part, name.rpartition("/")[0].split("/")[0], location)
+        for part, (_, tree) in sources.items()
         for name, location in tree.files.items()
         if is_image(name)
     ]

@@ -43,6 +43,9 @@ class Conversion:
     notes: tuple[str, ...]
     verification: verification.Verification | None
 
+    def __repr__(self) -> str:
+        return f"<Conversion {self.destination}: {self.spec}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields, with the outcome of the verification."""
         proof = self.verification
@@ -68,6 +71,7 @@ class Conversion:
 
 def convert(
     source: File,
+    /,
     destination: Annotated[File, Output],
     *,
     layout: Literal["paddle", "torch"] | None = None,
@@ -104,7 +108,7 @@ def convert(
     """
     destination = Path(destination)
     preprocessing = (pixels.changes() if pixels else None) or preprocessing
-    layout = destination_layout(destination, layout)
+    stored_layout = destination_layout(destination, layout)
     if destination.exists() and Path(source).exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source itself; choose another name for the output")
     notes: list[str] = []
@@ -141,7 +145,7 @@ def convert(
     proof = None
     with staged(destination, overwrite) as temporary:
         stored = cast(weights, dtype)
-        write_weights(temporary, stored, layout)
+        write_weights(temporary, stored, stored_layout)
         written = read_weights(temporary)
         if verify:
             proof = verification.verify_weights(written, weights)
@@ -150,7 +154,7 @@ def convert(
         Path(source),
         destination,
         str(weights.spec),
-        layout,
+        stored_layout,
         tuple(written.dtypes),
         len(written.tensors),
         weights.skipped,

@@ -59,7 +59,7 @@ def doctor() -> Diagnosis:
             "machine": f"{platform.system()} {platform.machine()}",
             "devices": devices,
             "missing": missing,
-            "extras": {name: command for name, command in _absent_extras()},
+            "extras": dict(_absent_extras()),
             "compiler": shutil.which("c++") or shutil.which("g++") or "none: the native operators need one",
             "cores": available_threads(),
             "cache": f"{cache.folder}, {cache.bytes / 2**20:.1f} MiB",

@@ -17,13 +17,13 @@ from fcvit.commands.options import Ema, File, Flag, Output
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError, counted
-from fcvit.inference.check import Check, check_export, require, sample_images
+from fcvit.inference.check import Check, check_export, pixels, sample_images
 from fcvit.inference.export import RUNTIME, files, infer_format, write_export
 from fcvit.inference.interface import Interface, output_names
 from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.machine import available_threads
-from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.models.variants import resolve_preprocessing
 from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
@@ -38,16 +38,17 @@ PRECISIONS = ("float32", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What was written, and the proof.
+    """An export, and its check.
 
     Attributes:
         network: in words.
-        format, files: the one for the runtime is the last.
+        files: the one for the runtime is the last.
         bytes: of all files.
-        inputs, outputs: names, types and shapes; None: free.
+        input: type and shape; None: free.
+        outputs: their names.
         runtime: what it was run with; version in `fcvit doctor`.
-        checks: gate B on the weights themselves, at each size; of int8 before it was quantized.
-        lively: gate B of the same export of weights by rule, where the file's own hide the blocks; else empty.
+        checks: float32 error ratio of the weights themselves, at each size; of int8 before it was quantized.
+        lively: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
         seconds: to write, without the checks.
     """
 
@@ -62,6 +63,9 @@ class Export:
     checks: tuple[Check, ...]
     lively: tuple[Check, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"<Export {self.files[-1]}: {self.network}>"
 
     def tables(self) -> "Iterator[Table]":
         """Show what was written, and how near its numbers are to exact ones."""
@@ -138,11 +142,11 @@ def export(
         BadImages: an image cannot be read.
         NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
     """
-    size, images = _size(size), find_images(images) if images else ()
+    size, paths = _size(size), find_images(images) if images else ()
     path = Path(output)
-    format = format or infer_format(path)
-    names = files(path, format)
-    if precision not in PRECISIONS or (precision == "int8" and format != "onnx"):
+    target: str = format or infer_format(path)
+    names = files(path, target)
+    if precision not in PRECISIONS or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
         raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
@@ -155,88 +159,68 @@ def export(
     size = size or (chosen.input_size, chosen.input_size)
     interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
     output_names(read.spec, probabilities)
-    given = _check_images(read, images, size, chosen)
+    if paths:
+        square = dataclasses.replace(chosen, input_size=max(size))
+        batch = np.stack([preprocess(image, square) for image in paths])[:, :, : size[0], : size[1]]
+    else:
+        batch = sample_images(read.spec, size)
     if precision == "int8" and size[0] != size[1]:
         raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
-    square = dataclasses.replace(chosen, input_size=size[0])
-    scales = calibration_images(Path(calibration), square) if calibration else None
+    scales = None
+    if calibration is not None:
+        scales = calibration_images(Path(calibration), dataclasses.replace(chosen, input_size=size[0]))
     with _published(names, overwrite) as folder:
-        made = folder / path.name
         began = time.perf_counter()
-        write_export(read, interface, format, made)
+        write_export(read, interface, target, folder / path.name)
         seconds = time.perf_counter() - began
-        logger.info(f"checking {path.name} with {RUNTIME[format]}")
-        checks = _checks(read, interface, format, made, given)
-        lively: tuple[Check, ...] = ()
+        logger.info(f"checking {path.name} with {RUNTIME[target]}")
+        checks = _checks(read, interface, target, folder / path.name, batch)
+        synthetic_checks: tuple[Check, ...] = ()
         if has_near_zero_scale(read.tensors):
             logger.info(
-                "the weights are nearly untrained and hide their blocks: weights by rule are exported and checked too"
+                "the weights are nearly untrained and hide their blocks: synthetic weights are exported and checked too"
             )
-            rule = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
+            synthetic = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
-                other = Path(name) / path.name
-                write_export(rule, interface, format, other)
-                lively = _checks(rule, interface, format, other, given)
+                write_export(synthetic, interface, target, Path(name) / path.name)
+                synthetic_checks = _checks(synthetic, interface, target, Path(name) / path.name, batch)
         if scales is not None:
             began = time.perf_counter()
-            quantize(made, scales, interface)
+            quantize(folder / path.name, scales, interface)
             seconds += time.perf_counter() - began
-            _require_finite(made, format, given, interface)
-        written = sum((folder / name.name).stat().st_size for name in names)
+            network = RUNTIMES[RUNTIME[target]](folder / path.name, available_threads(), "int8")
+            if not all(np.isfinite(output).all() for output in network(pixels(batch, interface))):
+                raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")
+        size_in_bytes = sum((folder / name.name).stat().st_size for name in names)
     return Export(
-        str(read.spec),
-        format,
-        tuple(map(str, names)),
-        written,
-        {
+        network=str(read.spec),
+        format=target,
+        files=tuple(map(str, names)),
+        bytes=size_in_bytes,
+        input={
             "type": "uint8" if uint8 else "float32, normalized",
             "shape": [None, 3, *((None, None) if dynamic else size)],
         },
-        tuple(output_names(read.spec, probabilities)),
-        RUNTIME[format],
-        precision,
-        checks,
-        lively,
-        seconds,
+        outputs=tuple(output_names(read.spec, probabilities)),
+        runtime=RUNTIME[target],
+        precision=precision,
+        checks=checks,
+        lively=synthetic_checks,
+        seconds=seconds,
     )
 
 
-def _check_images(
-    weights: Weights, images: Sequence[str | os.PathLike[str]], size: tuple[int, int], chosen: Preprocessing
-) -> np.ndarray:
-    if not images:
-        return sample_images(weights.spec, size)
-    side = max(size)
-    square = np.stack([preprocess(path, dataclasses.replace(chosen, input_size=side)) for path in images])
-    return square[:, :, : size[0], : size[1]]
-
-
 def _checks(weights: Weights, interface: Interface, target: str, path: Path, images: np.ndarray) -> tuple[Check, ...]:
-    """At the size; where any will do, at a smaller one as well that is odd and not square."""
-    runtime = RUNTIMES[RUNTIME[target]](path, available_threads())
-    batches = [images]
-    if interface.size is None:
-        height, width = images.shape[2:]
-        batches.append(images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1])
-    found = []
-    for batch in batches:
-        found.append(check_export(runtime, weights, interface, batch))
-        require(found[-1], path.name)
-    return tuple(found)
-
-
-def _require_finite(path: Path, target: str, images: np.ndarray, interface: Interface) -> None:
-    from fcvit.data.transforms.preprocess import normalize
-
-    given = images if interface.uint8 else normalize(images, interface.preprocessing)
-    outputs = RUNTIMES[RUNTIME[target]](path, available_threads(), "int8")(given)
-    if not all(np.isfinite(value).all() for value in outputs):
-        raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")
+    """Check at the size; where any will do, at a smaller one as well that is odd and not square."""
+    network = RUNTIMES[RUNTIME[target]](path, available_threads())
+    height, width = images.shape[2:]
+    smaller = [images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1]] if interface.size is None else []
+    return tuple(check_export(network, weights, interface, batch, path.name) for batch in (images, *smaller))
 
 
 @contextlib.contextmanager
 def _published(names: Sequence[Path], overwrite: bool) -> Iterator[Path]:
-    """A folder beside the files, moved to their names if the block ends well: the one for the runtime last."""
+    """Yield a folder beside the files that is moved to their names if the block ends well, the runtime's file last."""
     for path in names:
         if os.path.lexists(path) and not (overwrite and path.is_file()):
             raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")

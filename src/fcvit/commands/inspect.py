@@ -34,7 +34,7 @@ class Inspection(dict[str, Any]):
                 more = [f"... ({len(parts)})"] if len(parts) > SHOWN else []
                 shown = parts[:SHOWN] + more
                 value = lines(shown) if name == "problems" else ", ".join(shown)
-            listing.add_row(name.replace("_", " "), str(value) if isinstance(value, int | bool) else value)
+            listing.add_row(name.replace("_", " "), value if name == "problems" else str(value))
         yield listing
         if "entries" in self:
             entries = table("tensor", "shape", "type")

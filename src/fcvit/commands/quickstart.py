@@ -28,9 +28,9 @@ from fcvit.errors import NumbersDisagree
 from fcvit.evaluation.results import Evaluation
 from fcvit.frameworks import import_framework, installed, on_paddle_device
 from fcvit.inference.engines import PaddleEngine
-from fcvit.inference.predict import Prediction, rank
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.tasks.classification.prediction import Prediction, rank
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 
@@ -68,6 +68,9 @@ class Quickstart:
     sheet: Path
     folder: Path
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"<Quickstart in {self.folder}>"
 
     def tables(self) -> Iterator[Any]:
         """Show the conversion, Paddle beside PyTorch on the same images, and some predictions."""

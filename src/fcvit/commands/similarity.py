@@ -36,12 +36,12 @@ from fcvit.data.loader import read_file
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.evaluation.request import Request
-from fcvit.inference.predict import Prediction
 from fcvit.models.maps import choose, places
 from fcvit.models.variants import Preprocessing
 from fcvit.report.page import require_report
 from fcvit.report.progress import progress
 from fcvit.tasks.base import get_task
+from fcvit.tasks.classification.prediction import Prediction
 from fcvit.tasks.classification.results import MAPS, SavedResult, read_result
 from fcvit.weights.reading import Weights, read_weights
 

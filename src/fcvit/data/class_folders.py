@@ -79,8 +79,7 @@ class LabeledImages:
     def subset(self, count: int, seed: int) -> "LabeledImages":
         """Draw a stratified sample, in which every class keeps its share to the nearest whole image.
 
-        Drawn by hashes of seed and name, so that it is the same on every machine and does not depend on
-        the order of the images.
+        It is drawn by hashes of seed and name: the same on every machine and in every order of the images.
 
         Raises:
             UsageError: no such number of images.
@@ -112,11 +111,9 @@ def read_dataset(
     """Find the images of a folder or tar, and the class of each, for a model with `num_classes` outputs.
 
     Args:
-        data: a folder, a tar, or a folder inside a tar (`x.tar/val`). Without a list it holds one folder
-            a class, perhaps below folders that only wrap them; hidden folders are none, files beside them are
-            ignored. A source is taken as it is.
-        list_file: one image a line: its name, white space, its class index (or class id); or another form that
-            `fcvit.data.lists.read_list` knows.
+        data: a folder, a tar, or a folder inside a tar (`x.tar/val`). Without a list it holds one folder a class,
+            perhaps below folders that only wrap them; files beside them are ignored. A source is taken as it is.
+        list_file: the class of each image, in a form that `fcvit.data.lists.read_list` knows.
         classes: what is known of the model's classes, or None.
 
     Raises:
@@ -181,11 +178,7 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
 
 
 def _check_contents(source: Source, folders: Sequence[str], files: Mapping[str, Location]) -> tuple[str, ...]:
-    """Say what is left out: files in class folders that are no images, and images and archives that are in none.
-
-    Raises:
-        UnreadableFile: there are no class folders.
-    """
+    """Say what is left out, in class folders and beside them; refuse a source without class folders."""
     path = source.path
     packed = [name for name in files if name.lower().endswith((".tar", *PACKED))]
     if not folders:

@@ -130,11 +130,9 @@ def read_classes(path: Path) -> Classes:
             raise UnreadableFile(f"{path}: over {_LARGEST >> 20} MiB: not a class list")
         text = _ASSIGNED.sub("", decode_text(content).replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
-        raise UnreadableFile(
-            f"{path}: cannot read the class list: it is neither UTF-8 nor UTF-16; save it as UTF-8"
-        ) from error
+        raise _unreadable(path, "it is neither UTF-8 nor UTF-16; save it as UTF-8") from error
     except OSError as error:
-        raise UnreadableFile(f"{path}: cannot read the class list: {error.strerror or error}") from error
+        raise _unreadable(path, error.strerror or error) from error
     if _STRUCTURED.match(text):
         classes = _from_value(_literal(text, path), path)
     elif yaml := _YAML.search(text):
@@ -144,6 +142,10 @@ def read_classes(path: Path) -> Classes:
     else:
         classes = _from_lines(text.splitlines(), path)
     return check_classes(classes, str(path))
+
+
+def _unreadable(source: Path | None, reason: object) -> UnreadableFile:
+    return UnreadableFile(f"{source}: cannot read the class list: {reason}")
 
 
 def _from_lines(lines: Iterable[str], source: Path) -> Classes:
@@ -204,7 +206,6 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
     """Read a table; a column of indices gives the order, else the rows do."""
     present = rows[0].keys() if rows else ()
     index, identity, name = (next((c for c in names if c in present), None) for names in (_INDEX, _ID, _NAME))
-    rows = list(rows)
     if index:
         numbers = [_whole(row[index]) for row in rows]
         order = _order(numbers)
@@ -230,10 +231,10 @@ def _literal(text: str, source: Path) -> object:
     try:
         value, repeated = parse_json(text)
     except RecursionError as error:
-        raise UnreadableFile(f"{source}: cannot read the class list: it is nested too deeply") from error
+        raise _unreadable(source, "it is nested too deeply") from error
     except json.JSONDecodeError as reason:
         if len(text) > _LARGEST_LITERAL:
-            raise UnreadableFile(f"{source}: cannot read the class list: not JSON ({reason})") from reason
+            raise _unreadable(source, f"not JSON ({reason})") from reason
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python's about escapes in the text
@@ -243,10 +244,8 @@ def _literal(text: str, source: Path) -> object:
                     repeated += repeats(str(ast.literal_eval(key)) for key in node.keys if key is not None)
             value = ast.literal_eval(body)
         except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-            raise UnreadableFile(
-                f"{source}: cannot read the class list: it begins like JSON, but is none ({reason}), nor a Python "
-                "dictionary or list"
-            ) from error
+            why = f"it begins like JSON, but is none ({reason}), nor a Python dictionary or list"
+            raise _unreadable(source, why) from error
     if repeated:
         raise DoesNotFit(f"{source}: {repeated[0][:60]!r} stands twice in it")
     return value
@@ -281,7 +280,7 @@ def _from_value(value: object, source: Path) -> Classes:
             if rows[0].keys() & {*_ID, *_NAME}:
                 return _from_rows(rows, source)
         return _from_values(value, source)
-    raise UnreadableFile(f"{source}: cannot read the class list: expected names, not {str(value)[:40]!r}")
+    raise _unreadable(source, f"expected names, not {str(value)[:40]!r}")
 
 
 def _from_values(entries: Iterable[object], source: Path | None = None) -> Classes:
@@ -296,9 +295,7 @@ def _from_values(entries: Iterable[object], source: Path | None = None) -> Class
             case [str() | int() as identity, str() as name]:
                 pairs.append((str(identity).strip(), name.strip()))
             case _:
-                raise UnreadableFile(
-                    f"{source}: cannot read the class list: expected a name, or id and name, not {str(entry)[:40]!r}"
-                )
+                raise _unreadable(source, f"expected a name, or id and name, not {str(entry)[:40]!r}")
     times = collections.Counter(name for _, name in pairs)
     return tuple(
         ClassName(identity or (name if times[name] == 1 else f"{name} ({index})"), name)
@@ -308,11 +305,8 @@ def _from_values(entries: Iterable[object], source: Path | None = None) -> Class
 
 def _order(numbers: Sequence[int | None]) -> list[int] | None:
     """Return where each number is, from the lowest, if they count from 0 or from 1, each once; else None."""
-    places = {number: place for place, number in enumerate(numbers)}
-    for start in (0, 1):
-        if len(places) == len(numbers) and all(number in places for number in range(start, start + len(numbers))):
-            return [places[number] for number in range(start, start + len(numbers))]
-    return None
+    counts = any(set(numbers) == set(range(start, start + len(numbers))) for start in (0, 1))
+    return sorted(range(len(numbers)), key=lambda place: numbers[place] or 0) if counts else None
 
 
 def _whole(value: object) -> int | None:
@@ -330,11 +324,7 @@ def _bare(text: str) -> str:
 
 
 def as_classes(given: "Sequence[ClassName | tuple[str, str] | str] | os.PathLike[str]") -> Classes:
-    """Accept a class list as people give it: the path of a file, or (id, name) pairs, or plain names.
-
-    Raises:
-        As `read_classes`.
-    """
+    """Accept a class list as people give it: the path of a file, or (id, name) pairs, or plain names."""
     if isinstance(given, str | os.PathLike):
         return read_classes(Path(given))
     pairs = (ClassName(c, c) if isinstance(c, str) else ClassName(*c) for c in given)

@@ -1,5 +1,6 @@
 """Lists of images and their classes, in the forms that data sets come with, and the images that they name."""
 
+import codecs
 import csv
 import itertools
 import posixpath
@@ -15,25 +16,21 @@ from fcvit.data.splits import role
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.text import decode_text, parse_json, some
 
-_EXPECTED = "expected the path of an image and its class index"
 # Columns of a list with a header, the surest names first; compared without case, spaces and underscores.
 _PATHS = re.findall(
     r"\w+",
-    """
-    filename fname filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid
-    idcode id
-""",
+    "filename fname filepath filepaths path imagepath imgpath imagefile imagename imgname file image img imageid imgid "
+    "idcode id",
 )
 _LABELS = re.findall(
     r"\w+",
-    """
-    label labels class classes target category labelid classid targetid categoryid classindex labelname classname
-    categoryname wnid synset predictionstring breed species diagnosis dx
-""",
+    "label labels class classes target category labelid classid targetid categoryid classindex labelname classname "
+    "categoryname wnid synset predictionstring breed species diagnosis dx",
 )
-_DELIMITERS = ",;\t|"
 _UNLABELED = "without labels: the folder is the class"
 _BOXES = re.compile(r"(\S+)(?: -?[\d.]+){4}")  # of Kaggle's ImageNet lists: class, and a box
+
+Lines = Sequence[tuple[int, str]]  # numbers of lines that are not empty, and their text
 
 
 class ImageList(NamedTuple):
@@ -66,7 +63,17 @@ def read_list(path: Path) -> ImageList:
         content = path.read_bytes()
     except OSError as error:
         raise UnreadableFile(f"{path}: cannot read the list: {error.strerror}") from error
-    text, encoding = _decode(path, content)
+    encoding = ""
+    try:
+        text = decode_text(content)
+    except UnicodeDecodeError as error:
+        if not error.encoding.startswith("utf-8"):
+            raise UnreadableFile(
+                f"{path}: damaged {error.encoding.upper()} text ({error.reason}); save it as UTF-8"
+            ) from error
+        # Names that are not UTF-8 keep their bytes, as file names do.
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+        encoding = "the list is not UTF-8 text"
     if "\n" not in text:  # of old Macs
         text = text.replace("\r", "\n")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -94,25 +101,13 @@ def read_list(path: Path) -> ImageList:
 
 
 def _bad(path: Path, number: int, line: str) -> UnreadableFile:
-    return UnreadableFile(f"{path}: line {number} is {line[:60]!r}: {_EXPECTED}")
+    return UnreadableFile(f"{path}: line {number} is {line[:60]!r}: expected the path of an image and its class index")
 
 
-def _decode(path: Path, content: bytes) -> tuple[str, str]:
-    """Decode a list; names in it that are not UTF-8 keep their bytes, as file names do."""
-    try:
-        return decode_text(content), ""
-    except UnicodeDecodeError as error:
-        if not error.encoding.startswith("utf-8"):
-            raise UnreadableFile(
-                f"{path}: damaged {error.encoding.upper()} text ({error.reason}); save it as UTF-8"
-            ) from error
-    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), "the list is not UTF-8 text"
+def _json_rows(path: Path, lines: Lines) -> list[_Row] | None:
+    """Read class -> images (Food-101), image -> class, or objects, perhaps one a line; return None: it is not JSON.
 
-
-def _json_rows(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Row] | None:
-    """Read class -> images (Food-101), image -> class, or objects, perhaps one a line; other JSON has no rows.
-
-    None: not JSON.
+    JSON of another form has no rows.
     """
     if lines[0][1][0] not in "{[":
         return None
@@ -128,16 +123,15 @@ def _json_rows(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Row] | Non
         content, repeated = [value for value, _ in parsed], [key for _, keys in parsed for key in keys]
     if repeated:
         raise UnreadableFile(f"{path}: {some(repeated)[:80]} stands there twice")
-    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
-        names = list(content[0])
-        if columns := _columns(names):
-            content = [[entry.get(names[column]) for column in columns] for entry in content]
-    elif isinstance(content, dict) and all(isinstance(names, list) for names in content.values()):
-        content = [[name, label] for label, names in content.items() for name in names]
-    elif isinstance(content, dict):
-        content = [[name, label] for name, label in content.items()]
+    if isinstance(content, dict):
+        lists = all(isinstance(names, list) for names in content.values())
+        content = [(name, label) for label, names in content.items() for name in names] if lists else content.items()
+    elif (
+        content and all(isinstance(entry, dict) for entry in content) and (columns := _columns(names := [*content[0]]))
+    ):
+        content = [[entry.get(names[column]) for column in columns] for entry in content]
     rows = []
-    for row in content if isinstance(content, list) else ():
+    for row in content:
         match row:
             case [str() as name, str() | int() as label] if not isinstance(label, bool):
                 rows.append(_Row(1, name, str(label)))
@@ -152,20 +146,19 @@ def _columns(names: Sequence[str]) -> tuple[int, int] | None:
     """Return which columns have the path and the label, by their names."""
     header = ["".join(filter(str.isalnum, name.lower())) for name in names]
     column = next((header.index(name) for name in _PATHS if name in header), None)
-    value = next((header.index(name) for name in _LABELS if name in header), None)
-    if column is not None and value is None and len(header) == 2:
-        value = 1 - column
+    other = None if column is None or len(header) != 2 else 1 - column
+    value = next((header.index(name) for name in _LABELS if name in header), other)
     return None if column is None or value is None else (column, value)
 
 
-def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str]:
+def _rows(path: Path, lines: Lines) -> tuple[list[_Row], str]:
     """Find the form in which all lines are written, and split them; in words, which form."""
     first = lines[0][1].lower()
     words = [word.replace("_", "") for word in first.split()]
     header = len(words) == 2 and words[0] in _PATHS and words[1] in _LABELS
     if len(lines) > 1 and (header or first.startswith("sep=")):
         lines = lines[1:]
-    for delimiter in _DELIMITERS if len(lines) > 1 else ():
+    for delimiter in ",;\t|" if len(lines) > 1 else "":
         named = _fields(lines[0][1], delimiter)
         if columns := _columns(named):
             column, value = columns
@@ -178,28 +171,33 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[list[_Row], str
             return rows, f"read by its columns {named[column]} and {named[value]}"
     if all("\t" in line for _, line in lines):
         return _without_header(_table(path, lines, "\t"))
-    ended = all(is_image(line.strip("\"'")) for _, line in lines)
     begun = [line.split(None, 1) for _, line in lines]
-    if ended and all(len(parts) == 2 and parts[0].isdecimal() for parts in begun):
-        rows = [_Row(number, _unquoted(name), label) for (number, _), (label, name) in zip(lines, begun, strict=True)]
-        if len(rows) > 1 and [row.label for row in rows] == [str(place) for place in range(1, len(rows) + 1)]:
-            raise UnreadableFile(
-                f"{path}: do the numbers before the paths count the lines, or are they classes? if lines, leave them "
-                "out, and the folder of each image is its class; if classes, write them behind the paths"
-            )
-        return rows, "read as class index and path"
     unlabeled = [_Row(number, _unquoted(line), None) for number, line in lines]
-    if ended and all(_has_folder(line) for _, line in lines):
-        return unlabeled, _UNLABELED
+    if all(is_image(line.strip("\"'")) for _, line in lines):
+        if all(len(parts) == 2 and parts[0].isdecimal() for parts in begun):
+            rows = [
+                _Row(number, _unquoted(parts[1]), parts[0]) for (number, _), parts in zip(lines, begun, strict=True)
+            ]
+            if len(rows) > 1 and [row.label for row in rows] == [str(place) for place in range(1, len(rows) + 1)]:
+                raise UnreadableFile(
+                    f"{path}: do the numbers before the paths count the lines, or are they classes? if lines, leave "
+                    "them out, and the folder of each image is its class; if classes, write them behind the paths"
+                )
+            return rows, "read as class index and path"
+        if all(_has_folder(line) for _, line in lines):
+            return unlabeled, _UNLABELED
     spaced = [_spaced(number, line) for number, line in lines]
+    pictures = sum(is_image(name) for _, name, _ in spaced)
     for delimiter in ",;|":
         # Paths and classes may have commas in them, and spaces.
         cut = [_fields(line, delimiter) for _, line in lines]
-        if min(map(len, cut)) < 2 or len(set(map(len, cut))) > 1:
-            continue
-        pictures = sum(is_image(name) for _, name, _ in spaced)
-        if sum(any(map(is_image, fields[:2])) for fields in cut) > pictures or (
-            not pictures and not all(" " in line for _, line in lines)
+        if (
+            min(map(len, cut)) > 1
+            and len(set(map(len, cut))) == 1
+            and (
+                sum(any(map(is_image, fields[:2])) for fields in cut) > pictures
+                or (not pictures and not all(" " in line for _, line in lines))
+            )
         ):
             rows, note = _without_header(_table(path, lines, delimiter))
             return rows, f"read as columns separated by {delimiter}{note and ', '}{note}"
@@ -215,9 +213,9 @@ def _without_header(rows: list[_Row]) -> tuple[list[_Row], str]:
     """Leave out a first line that is none of an image, whatever its words are; in words, that it is left out."""
     first, *others = rows
     labels = [label for _, _, label in others if label]
-    numbers = all(map(_is_number, labels))
+    numbers = all(_number(label) is not None for label in labels)
     pictures = all(is_image(name) for _, name, _ in others) and first.label not in labels
-    if not others or is_image(first.name) or _is_number(first.label or "") or not (numbers or pictures):
+    if not others or is_image(first.name) or _number(first.label or "") is not None or not (numbers or pictures):
         return rows, ""
     return others, f"line {first.number} taken for a header"
 
@@ -233,7 +231,7 @@ def _has_folder(name: str) -> bool:
     return "/" in name or "\\" in name
 
 
-def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list[_Row]:
+def _table(path: Path, lines: Lines, delimiter: str) -> list[_Row]:
     """Split lines without a header: path, class, and perhaps numbers such as boxes."""
     rows = []
     cut = [_fields(line, delimiter) for _, line in lines]
@@ -243,10 +241,9 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
     for (number, line), fields in zip(lines, cut, strict=True):
         while len(fields) > 2 and not fields[-1]:
             fields.pop()
-        if len(fields) < 2 or not fields[0] or not fields[1] or not all(map(_is_number, fields[2:])):
+        if len(fields) < 2 or not fields[0] or not fields[1] or None in map(_number, fields[2:]):
             raise _bad(path, number, line)
-        name, label = (fields[1], fields[0]) if swapped else (fields[0], fields[1])
-        rows.append(_Row(number, name, label))
+        rows.append(_Row(number, fields[swapped], fields[not swapped]))
     return rows
 
 
@@ -262,10 +259,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _is_number(text: str) -> bool:
-    return _number(text) is not None
 
 
 def _unquoted(name: str) -> str:

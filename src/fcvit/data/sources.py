@@ -176,11 +176,7 @@ def open_source(data: Path) -> Source:
 
 
 def _read_tar(path: Path) -> Archive:
-    """Read the index of a tar, once as long as the file stays the same; nothing is unpacked.
-
-    Raises:
-        UnreadableFile: it is no tar, damaged, cut off, or of a kind that cannot be read whole.
-    """
+    """Read the index of a tar, once as long as the file stays the same; nothing is unpacked."""
     try:
         status = path.stat()
         return _index(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -201,12 +197,7 @@ def _index(path: Path, *_: int) -> Archive:
 
 
 def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, depth: int) -> Archive:
-    """Read the index of the tar between two places of a file, and of the tars in it.
-
-    Args:
-        shown: names the tar in messages.
-        depth: number of tars that it is in.
-    """
+    """Read the index of the tar between two places of a file, `depth` tars deep, and of the tars in it."""
     files: dict[str, Location] = {}
     links: dict[str, str] = {}
     folders: list[str] = []
@@ -281,11 +272,7 @@ def _skip_empty(file: BinaryIO, start: int, end: int) -> int:
 
 
 def _joined(shown: str, tars: Mapping[str, Archive], beside: Collection[str]) -> Archive:
-    """Join tars to one archive: each is a folder by its name without .tar.
-
-    Raises:
-        UnreadableFile: some files beside them are compressed, or these tars are something else than class folders.
-    """
+    """Join tars to one archive, in which each is a class folder by its name without .tar; refuse other tars."""
     packed = [name for name in beside if posixpath.splitext(name)[1].lower() in PACKED]
     if packed:
         raise UnreadableFile(

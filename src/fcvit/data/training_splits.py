@@ -111,12 +111,7 @@ def find_splits(recipe: DataFields, weights: Weights | None) -> Splits:
 
 
 def _roots(recipe: DataFields, classes: Classes | None) -> tuple[Source, Source | Path | None, list[str]]:
-    """Find where training and validation images are, and what to say of it.
-
-    Raises:
-        UsageError: two folders may be the training or the validation split.
-        UnreadableFile: there is no training split among the folders, or they may be splits or classes.
-    """
+    """Find where training and validation images are, and what to say of it; refuse what may be read in two ways."""
     val = Path(recipe.val) if recipe.val else None
     layout = find_layout(open_source(Path(recipe.data)), known_classes(classes, 0))
     root, path, notes = layout.source, layout.source.path, list(layout.notes)
@@ -145,11 +140,7 @@ def _roots(recipe: DataFields, classes: Classes | None) -> tuple[Source, Source 
 
 
 def _hold_out(images: LabeledImages, recipe: DataFields) -> tuple[LabeledImages, LabeledImages]:
-    """Divide into training and validation images; a class keeps at least one to train on.
-
-    Raises:
-        UsageError: there are too few images for both.
-    """
+    """Divide into training and validation images; a class keeps at least one to train on."""
     count = round(recipe.held_out * len(images))
     if not 1 <= count < len(images):
         raise UsageError(f"held_out = {recipe.held_out} of {len(images)} images: too few for both splits")

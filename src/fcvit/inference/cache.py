@@ -2,7 +2,7 @@
 
 An entry is a folder named by a hash of all that its numbers depend on: every tensor, the network, the
 interface, the versions of what wrote it and of what runs it, the processor. It holds the files of the export and
-`entry.json` with their hashes; it is made elsewhere, checked (gate B) and renamed into place as a whole, so
+`entry.json` with their hashes; it is made elsewhere, checked and renamed into place as a whole, so
 two processes at once do the work twice and keep one result. An entry that is damaged is made again. Where the cache
 cannot be written, or goes away while an export is made, the export is made in a temporary folder, and a note says
 so. Anything in it may be deleted at any time.
@@ -18,14 +18,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fcvit import __version__
 from fcvit.errors import FcvitError
-from fcvit.inference.check import check_export, require, require_reference, sample_images
+from fcvit.inference.check import check_export, require_reference, sample_images
 from fcvit.inference.export import files, require_writer, write_export
 from fcvit.inference.interface import Interface
 from fcvit.inference.quantize import quantize
@@ -61,66 +61,66 @@ def exported(
     calibration: np.ndarray | None = None,
     use_cache: bool = True,
 ) -> Iterator[Path]:
-    """Yield the file that a runtime is to load, from the cache or made now; temporary ones end with the block.
+    """Yield the file that a runtime is to load, from the cache or written now; temporary ones end with the block.
 
     Args:
-        weights: of any form.
+        weights: of any network.
         interface: with a fixed size.
         runtime: a key of `RUNTIMES`.
-        calibration: uint8 images: quantize to int8 by them. Gate B is then held before that.
-        use_cache: False makes the export in a temporary folder.
+        calibration: uint8 images: quantize to int8 by them. The export is checked before that.
+        use_cache: False writes the export to a temporary folder.
 
     Raises:
         NumbersDisagree: what the runtime computes is not what the weights say.
         MissingExtra, UsageError: see `write_export`, `check_export`.
     """
-    import_runtime(runtime)  # what is missing is said before any work is announced
-    key = entry_key(weights, interface, runtime, calibration)
+    import_runtime(runtime)  # what is missing is reported before any work is announced
     main = MAIN[FORMAT_OF[runtime]]
-    entry = cache_folder() / key
+    entry = cache_folder() / entry_key(weights, interface, runtime, calibration)
     if use_cache and _intact(entry, main):
         yield entry / main
         return
     require_writer(FORMAT_OF[runtime])
     require_reference()
-    exporting = f"exporting {weights.spec} for {runtime}"
-    if use_cache:
-        try:
-            made = _scratch(key)
-        except OSError as error:
-            logger.info(f"{exporting}; it is not kept: {_not_written(error)}")
-        else:
-            logger.info(f"{exporting}, once: it is kept in {cache_folder()}")
-            try:
-                if _filled(made, weights, interface, runtime, calibration, main):
-                    yield (entry if _publish(made, entry, main) else made) / main
-                    return
-            finally:
-                shutil.rmtree(made, ignore_errors=True)  # unless it was renamed
-    with tempfile.TemporaryDirectory(prefix="fcvit-") as spare:
-        _make(weights, interface, runtime, calibration, Path(spare) / main)
-        yield Path(spare) / main
+    write = functools.partial(_write, weights, interface, runtime, calibration)
+    with contextlib.ExitStack() as stack:
+        path = _publish(write, entry, main, f"{weights.spec} for {runtime}", stack) if use_cache else None
+        if path is None:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fcvit-"))) / main
+            write(path)
+        yield path
 
 
-def _filled(
-    made: Path,
-    weights: Weights,
-    interface: Interface,
-    runtime: str,
-    calibration: np.ndarray | None,
-    main: str,
-) -> bool:
-    """Make an entry; False where the folder is full or went away, whatever error that ends in."""
+def _publish(
+    write: Callable[[Path], None], entry: Path, main: str, what: str, stack: contextlib.ExitStack
+) -> Path | None:
+    """Write an export and rename it to its place; None where the cache cannot be written, is full or goes away."""
     try:
-        _make(weights, interface, runtime, calibration, made / main)
-    except FcvitError:
-        raise
-    except Exception as error:
-        if made.exists() and not isinstance(error, OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    except OSError as error:
+        logger.info(f"exporting {what}; it is not kept: {_not_written(error)}")
+        return None
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)  # unless it was renamed
+    logger.info(f"exporting {what}, once: it is kept in {entry.parent}")
+    try:
+        write(folder / main)
+    except Exception as error:  # a full folder, or one that went away, whatever error that ends in
+        if isinstance(error, FcvitError) or (folder.exists() and not isinstance(error, OSError)):
             raise
+        stack.close()
         logger.info(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
-        return False
-    return True
+        return None
+    for _ in range(2):
+        with contextlib.suppress(OSError):  # it already exists: another process was faster, or it is damaged
+            folder.rename(entry)
+        if _intact(entry, main):
+            return entry / main
+        with contextlib.suppress(OSError):
+            aside = tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent)
+            entry.rename(Path(aside) / "entry")
+            shutil.rmtree(aside, ignore_errors=True)
+    return folder / main
 
 
 def _not_written(error: Exception) -> str:
@@ -129,18 +129,22 @@ def _not_written(error: Exception) -> str:
 
 
 def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
-    """Name of the entry: all that the numbers depend on."""
+    """Return the name of the entry: a hash of all that the numbers depend on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
         if not is_counter(name):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\0".encode())
             digest.update(tensor.tobytes())
+    versions = {"fcvit": __version__, "sources": _sources()}
+    for package in PACKAGES[runtime]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     about = {
         "layout": LAYOUT,
         "form": dataclasses.asdict(weights.spec),
         "interface": dataclasses.asdict(interface),
         "runtime": runtime,
-        "versions": _versions(runtime),
+        "versions": versions,
         "processor": processor_identity(),
         "calibration": calibration is not None and hashlib.sha256(calibration.tobytes()).hexdigest(),
     }
@@ -148,58 +152,33 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
     return digest.hexdigest()[:32]
 
 
-def _versions(runtime: str) -> dict[str, str]:
-    found = {"fcvit": __version__, "sources": _sources()}
-    for package in PACKAGES[runtime]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 @functools.cache
 def _sources() -> str:
-    """Hash of what writes an export: between two releases it may change too."""
+    """Return a hash of the modules that write an export: between two releases they may change too."""
+    here = Path(__file__).parent
+    writers = [here / name for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py")]
     digest = hashlib.sha256()
-    for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py", "../models/network.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for path in (*writers, *sorted((here.parent / "models").glob("*.py"))):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _make(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
+def _write(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
     """Write the export and check it, then quantize it if asked."""
     assert interface.size is not None
     write_export(weights, interface, FORMAT_OF[runtime], path)
-    loaded = RUNTIMES[runtime](path, 1)
-    what = f"{weights.source.path} exported for {runtime}"
-    require(check_export(loaded, weights, interface, sample_images(weights.spec, interface.size)), what)
+    images = sample_images(weights.spec, interface.size)
+    check_export(
+        RUNTIMES[runtime](path, 1), weights, interface, images, f"{weights.source.path} exported for {runtime}"
+    )
     if calibration is not None:
         quantize(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
 
 
-def _scratch(key: str) -> Path:
-    """Make a folder beside the entries."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_folder()))
-
-
-def _publish(made: Path, entry: Path, main: str) -> bool:
-    """Rename the folder to its place; whether the entry there is good now, ours or another process's."""
-    for _ in range(2):
-        with contextlib.suppress(OSError):  # it is there already: another process was faster, or it is damaged
-            made.rename(entry)
-        if _intact(entry, main):
-            return True
-        with contextlib.suppress(OSError):
-            aside = tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent)
-            entry.rename(Path(aside) / "entry")
-            shutil.rmtree(aside, ignore_errors=True)
-    return False
-
-
 def _intact(entry: Path, main: str) -> bool:
-    """Whether all files are there with the numbers that were written."""
+    """Return whether all files exist with the content that was written."""
     try:
         hashes = json.loads((entry / ENTRY).read_bytes())
         return main in hashes and all(_sha256(entry / Path(name).name) == known for name, known in hashes.items())

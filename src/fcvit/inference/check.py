@@ -44,7 +44,7 @@ class Check:
         return self.ratio <= RATIO_LIMIT
 
 
-def check_export(network: Network, weights: Weights, interface: Interface, images: np.ndarray) -> Check:
+def check_export(network: Network, weights: Weights, interface: Interface, images: np.ndarray, what: str) -> Check:
     """Run `images` through an export and through the network that it was made from, and compare.
 
     Args:
@@ -52,38 +52,31 @@ def check_export(network: Network, weights: Weights, interface: Interface, image
         weights: what it was made from.
         interface: how it was made.
         images: uint8 RGB (B, 3, H, W), B from 1.
+        what: the name of the export in the error.
 
     Raises:
         MissingExtra: neither PyTorch nor Paddle is installed.
+        NumbersDisagree: the error is too large.
     """
     exact, single, yardstick = reference(weights, interface, images)
     expected, measure = (np.concatenate([o.ravel() for o in run]) for run in (exact, single))
-    given = images if interface.uint8 else normalized(images, interface).astype(np.float32)
-    together = network(given)
+    batch = pixels(images, interface)
+    together = network(batch)
     # All of them alone: the error of a single image's few logits over that of another's few is a matter of luck.
-    alone = [np.concatenate(parts) for parts in zip(*(network(image[None]) for image in given), strict=True)]
+    alone = [np.concatenate(parts) for parts in zip(*(network(image[None]) for image in batch), strict=True)]
     ratio = largest = 0.0
     for outputs in (together, alone):
-        if [o.shape for o in outputs] != [o.shape for o in exact]:
-            values = np.full(expected.shape, np.nan, np.float32)
-        else:
+        values = np.full(expected.shape, np.nan, np.float32)
+        if [o.shape for o in outputs] == [o.shape for o in exact]:
             values = np.concatenate([o.ravel() for o in outputs])
         ratio = max(ratio, error_ratio(values, measure, expected))
         largest = max(largest, float(np.abs(values - expected).max()))
-    return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
-
-
-def require(check: Check, what: str) -> None:
-    """Refuse an export that failed its check; `what` names it.
-
-    Raises:
-        NumbersDisagree: it did not.
-    """
-    if not check.passed:
+    if not ratio <= RATIO_LIMIT:
         raise NumbersDisagree(
-            f"{what} computes other numbers than its weights: {check.ratio:.3g} times the rounding error of "
-            f"{check.yardstick}'s float32 (limit {RATIO_LIMIT}), largest difference {check.largest:.2g}"
+            f"{what} computes other numbers than its weights: {ratio:.3g} times the rounding error of {yardstick}'s "
+            f"float32 (limit {RATIO_LIMIT}), largest difference {largest:.2g}"
         )
+    return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
 
 
 def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
@@ -98,8 +91,12 @@ def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
     return np.stack([gray, 255 - gray, np.roll(gray, 1, axis=0)], axis=1)
 
 
-def normalized(images: np.ndarray, interface: Interface) -> np.ndarray:
-    """Normalize uint8 images in float64."""
+def pixels(images: np.ndarray, interface: Interface) -> np.ndarray:
+    """Return what a network of that interface takes for uint8 images, normalized in float64."""
+    return images if interface.uint8 else _normalized(images, interface).astype(np.float32)
+
+
+def _normalized(images: np.ndarray, interface: Interface) -> np.ndarray:
     mean, std = (np.array(v)[:, None, None] for v in (interface.preprocessing.mean, interface.preprocessing.std))
     return (images / 255 - mean) / std
 
@@ -125,8 +122,8 @@ def reference(
     """
     require_reference()
     framework = "torch" if installed("torch") else "paddle"
-    pixels = normalized(images, interface)
-    exact, single = (_compute(framework, weights, pixels.astype(dtype)) for dtype in ("float64", "float32"))
+    normalized = _normalized(images, interface)
+    exact, single = (_compute(framework, weights, normalized.astype(dtype)) for dtype in ("float64", "float32"))
     if not all(np.isfinite(output).all() for output in single):
         raise NumbersDisagree(
             f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"

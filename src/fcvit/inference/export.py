@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fcvit import __version__
-from fcvit.errors import MissingExtra, UsageError
+from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework, on_paddle_device
 from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.runtimes import import_runtime
 from fcvit.models.build import build_network
 from fcvit.weights.reading import Weights
 
@@ -34,7 +35,7 @@ KEY = "fcvit"
 
 
 def files(path: Path, target: str) -> list[Path]:
-    """The files of an export, the one for the runtime last. `path` ends as that one does.
+    """Return the files of an export, the one for the runtime last, which `path` names.
 
     Raises:
         UsageError: an unknown format, or another ending.
@@ -52,7 +53,7 @@ def infer_format(path: Path) -> str:
     """Return the format that the ending of a file stands for.
 
     Raises:
-        UsageError: none.
+        UsageError: it stands for none.
     """
     for target, endings in ENDINGS.items():
         if path.suffix.lower() == endings[-1]:
@@ -77,10 +78,10 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
     """Write the files of a format; not checked and not atomic by itself.
 
     Args:
-        weights: of any form.
+        weights: of any network.
         interface: what goes in and comes out.
         target: a key of `ENDINGS`.
-        path: of the file for the runtime, in a folder that is there.
+        path: of the file for the runtime, in a folder that exists.
 
     Raises:
         UsageError: the format does not have that interface, or the ending is another.
@@ -97,14 +98,14 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
         if target == "onnx":
             path.write_bytes(model.SerializeToString(deterministic=True))
         else:
-            openvino = _openvino()
+            openvino = import_runtime("openvino")
             openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
     if target != "onnx":
         beside[0].write_text(about, "utf-8")
 
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
-    """What the numbers that go in and come out mean."""
+    """Describe what the numbers that go in and come out mean."""
     spec = weights.spec
     return {
         "format_version": 1,
@@ -126,22 +127,13 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
     }
 
 
-def _openvino() -> Any:
-    try:
-        return importlib.import_module("openvino")
-    except ImportError as error:
-        raise MissingExtra(
-            f"openvino cannot be had ({error}); install it with: pip install 'fcvit[openvino]'"
-        ) from error
-
-
 def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
     if interface.size is None:
         raise UsageError("--format paddle has one image size; leave out --dynamic, or use onnx")
     paddle = import_framework("paddle")
 
     class Served(paddle.nn.Layer):
-        """The network with what the interface adds."""
+        """The network, and the layers that the interface adds."""
 
         def __init__(self):
             super().__init__()
@@ -153,8 +145,8 @@ def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
         def forward(self, images):  # noqa: ANN001, ANN202 -- traced
             if interface.uint8:
                 images = (images.astype("float32") - self.mean) / self.std
-            found = self.network(images)
-            return paddle.nn.functional.softmax(found, axis=1) if interface.probabilities else found
+            outputs = self.network(images)
+            return paddle.nn.functional.softmax(outputs, axis=1) if interface.probabilities else outputs
 
     with on_paddle_device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about itself

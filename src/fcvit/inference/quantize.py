@@ -4,9 +4,7 @@ By ONNX Runtime's own quantizer, which the field uses: weights per output channe
 QuantizeLinear and DequantizeLinear around the convolutions and matrix products, so that any runtime can read it.
 """
 
-import importlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,16 +12,16 @@ import numpy as np
 
 from fcvit.data.folders import images_below, sample_evenly
 from fcvit.data.transforms.preprocess import normalize, preprocess
-from fcvit.errors import MissingExtra, UsageError
+from fcvit.errors import UsageError
 from fcvit.inference.interface import Interface
+from fcvit.inference.runtimes import import_runtime
 from fcvit.models.variants import Preprocessing
 
-MOST = 64  # images; the scales hardly move beyond
-_OPERATORS = ["Conv", "Gemm", "MatMul"]
+MAX_IMAGES = 64  # the scales hardly move beyond
 
 
 def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Up to `MOST` images of a folder and those below it, evenly over their sorted names: uint8 (B, 3, S, S).
+    """Read up to `MAX_IMAGES` images of a folder and those below it, evenly sampled: uint8 (B, 3, S, S).
 
     Raises:
         UsageError: there are none.
@@ -32,7 +30,7 @@ def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray
     paths = images_below(folder)
     if not paths:
         raise UsageError(f"{folder}: no images to calibrate int8 on")
-    return np.stack([preprocess(path, preprocessing) for path in sample_evenly(paths, MOST)])
+    return np.stack([preprocess(path, preprocessing) for path in sample_evenly(paths, MAX_IMAGES)])
 
 
 def quantize(path: Path, images: np.ndarray, interface: Interface) -> None:
@@ -49,33 +47,29 @@ def quantize(path: Path, images: np.ndarray, interface: Interface) -> None:
     """
     if interface.size is not None and images.shape[2:] != interface.size:
         raise UsageError(f"calibration images of {images.shape[2:]} pixels for a network of {interface.size}")
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        package = importlib.import_module("onnxruntime.quantization")
-    except ImportError as error:
-        raise MissingExtra(f"int8 needs onnxruntime ({error}); install it with: pip install 'fcvit[onnx]'") from error
-    given = iter(images[:, None] if interface.uint8 else normalize(images, interface.preprocessing)[:, None])
+    package = import_runtime("onnxruntime.quantization")
+    batches = iter(images[:, None] if interface.uint8 else normalize(images, interface.preprocessing)[:, None])
 
     class Reader(package.CalibrationDataReader):
         def get_next(self):  # noqa: ANN202 -- what the library calls
-            batch = next(given, None)
+            batch = next(batches, None)
             return None if batch is None else {"images": batch}
 
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing that this graph does not need
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as name:
-            made = Path(name) / path.name
+            quantized = Path(name) / path.name
             package.quantize_static(
                 str(path),
-                str(made),
+                str(quantized),
                 Reader(),
                 quant_format=package.QuantFormat.QDQ,
                 activation_type=package.QuantType.QUInt8,
                 weight_type=package.QuantType.QInt8,
                 per_channel=True,
-                op_types_to_quantize=_OPERATORS,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             )
-            made.replace(path)
+            quantized.replace(path)
     finally:
         logging.getLogger().setLevel(level)

@@ -143,7 +143,7 @@ RUNTIMES: dict[str, Callable[..., Network]] = {
 
 
 def import_runtime(package: str) -> ModuleType:
-    """Import the package of a runtime.
+    """Import the package of a runtime, or a module of it.
 
     Raises:
         MissingExtra: it is not installed, or does not load on this machine.
@@ -155,4 +155,5 @@ def import_runtime(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingExtra(f"{package} is not available ({error}); install it with: {INSTALL[package]}") from error
+        install = INSTALL[package.partition(".")[0]]
+        raise MissingExtra(f"{package} is not available ({error}); install it with: {install}") from error

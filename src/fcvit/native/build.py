@@ -4,7 +4,6 @@ The library is plain C to Python's ctypes: neither Paddle's headers nor its buil
 compiler, and one library serves every release of Python and Paddle.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from fcvit.errors import MissingExtra
@@ -27,7 +25,7 @@ REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
 
 @functools.cache
 def operators() -> ctypes.CDLL:
-    """The library of `operators.cc`, compiled at the first call on a machine (about 15 seconds).
+    """Load the library of `operators.cc`, compiled at the first call on a machine (about 15 seconds).
 
     It is kept in `$XDG_CACHE_HOME/fcvit/native` (`~/.cache/...`), under a hash of all it depends on.
 
@@ -36,13 +34,16 @@ def operators() -> ctypes.CDLL:
     """
     if os.name != "posix":
         raise _missing("they are for Linux and macOS", "do without them")
+    import fcntl  # which Windows has not
+
     compiler = _compiler()
-    folder = _cache() / _key(compiler)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "fcvit" / "native" / _key(compiler)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            library = _kept(folder) or _compile(compiler, folder)
-            return ctypes.CDLL(str(library))
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time compiles; the others find its library
+            return ctypes.CDLL(str(_intact_library(folder) or _compile(compiler, folder)))
     except OSError as error:
         raise _missing(
             f"{error} ({folder})", "see that the folder can be written, or name another by XDG_CACHE_HOME"
@@ -61,41 +62,19 @@ def _compiler() -> str:
     raise _missing(f"no C++ compiler ({chosen or ', '.join(COMPILERS)})")
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fcvit" / "native"
-
-
 def _key(compiler: str) -> str:
-    """Hash of the sources, flags, compiler and processor: `-march=native` on another may not run here."""
+    """Return a hash of sources, flags, compiler and processor: `-march=native` of another may not run here."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256()
-    for part in (
-        *(source.read_text("utf-8") for source in _sources()),
-        *FLAGS,
-        compiler,
-        version,
-        processor_identity(),
-    ):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:32]
+    parts = [*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, processor_identity()]
+    return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
 
 
 def _sources() -> list[Path]:
     return [Path(__file__).with_name(name) for name in SOURCES]
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time compiles; the others wait and find its library."""
-    import fcntl  # which Windows has not
-
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _kept(folder: Path) -> Path | None:
-    """The library, named by its own hash; what was cut off or altered is removed, loading it could crash."""
+def _intact_library(folder: Path) -> Path | None:
+    """Return the library, named by its own hash; one that was cut off or altered is removed: it could crash."""
     for path in folder.glob("*.so"):
         if hashlib.sha256(path.read_bytes()).hexdigest() == path.stem:
             return path
@@ -105,13 +84,11 @@ def _kept(folder: Path) -> Path | None:
 
 def _compile(compiler: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "operators.so"
-        command = [compiler, *FLAGS, str(_sources()[0]), "-o", str(made)]
+        library = Path(scratch) / "operators.so"
+        command = [compiler, *FLAGS, str(_sources()[0]), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
             first = next((line for line in lines if "error" in line.lower()), lines[0])
             raise _missing(f"{compiler} fails: {first.strip()}")
-        path = folder / f"{hashlib.sha256(made.read_bytes()).hexdigest()}.so"
-        os.replace(made, path)
-    return path
+        return library.replace(folder / f"{hashlib.sha256(library.read_bytes()).hexdigest()}.so")

@@ -637,22 +637,6 @@ void swap(T** t, const int64_t* n, const double*) {
     }
 }
 
-// x -> gelu(x), of n[0] numbers
-template <class T>
-void gelu(T** t, const int64_t* n, const double*) {
-    constexpr int64_t PIECE = 1024;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row(t[0] + i, t[1] + i, std::min(PIECE, n[0] - i));
-}
-
-// x, dy -> dx
-template <class T>
-void gelu_backward(T** t, const int64_t* n, const double*) {
-    constexpr int64_t PIECE = 1024;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n[0]; i += PIECE) gelu_row_backward(t[0] + i, t[1] + i, t[2] + i, std::min(PIECE, n[0] - i));
-}
-
 // What Python calls: 0, or 1 where memory ran out.
 template <class T>
 int guarded(void (*operation)(T**, const int64_t*, const double*), T** tensors, const int64_t* sizes, const double* options) {
@@ -683,5 +667,3 @@ EXPORT(residual_backward)
 EXPORT(strided)
 EXPORT(strided_backward)
 EXPORT(swap)
-EXPORT(gelu)
-EXPORT(gelu_backward)

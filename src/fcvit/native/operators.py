@@ -1,7 +1,7 @@
 """The native operators as Paddle functions with gradients; `operators.cc` computes them.
 
-All take float32 or float64 tensors on the CPU, activations as (B, H, W, C), and give new ones. First
-derivatives only.
+All take float32 or float64 tensors on the CPU, activations as (B, H, W, C), and return new ones. First
+derivatives only. The functions stand at the end of the file.
 """
 
 import ctypes
@@ -21,60 +21,7 @@ from paddle import Tensor, _C_ops  # noqa: E402
 PyLayer: Any = paddle.autograd.PyLayer  # its stubs know no particular arguments
 SUFFIXES = {paddle.float32: "float32", paddle.float64: "float64"}
 CPU = paddle.CPUPlace()
-Pair = tuple[Tensor, Tensor]  # weight and bias
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Over positions and channels together; `weight`, `bias` (C,)."""
-    return LayerNorm.apply(x, weight, bias, eps)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, transposed: bool = False) -> Tensor:
-    """(..., K) -> (..., N), then GELU if asked.
-
-    `weight` has the N x K numbers of a 1x1 convolution, or, `transposed`, the (K, N) of Paddle's Linear.
-    """
-    return Linear.apply(x, weight, bias, gelu, transposed)
-
-
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """Convolution of each channel, padded by half the kernel, then GELU if asked; `weight` (C, 1, K, K), K odd."""
-    return Depthwise.apply(x, weight, bias, gelu)
-
-
-def strided(x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool = False) -> Tensor:
-    """Convolution padded by half its kernel: (B, H, W, C), or `channels_first` (B, C, H, W) -> (B, H', W', N)."""
-    return Strided.apply(x, weight, bias, stride, channels_first)
-
-
-def context(x: Tensor, fc1: Pair, fc2: Pair, rescale: Pair, eps: float) -> Tensor:
-    """x plus its global context, weighted and with competition, as `fcvit.models.network.GlobalContext` has it."""
-    return Context.apply(x, *fc1, *fc2, *rescale, eps)
-
-
-def pool(x: Tensor) -> Tensor:
-    """The mean over positions: (B, H, W, C) -> (B, C)."""
-    return Pool.apply(x)
-
-
-def residual(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
-    """x + branch * scale * factor: `scale` (C,) per channel, `factor` (B,), a constant, per image."""
-    return Residual.apply(x, branch, scale, factor)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact one; any shape."""
-    return Gelu.apply(x)
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W)."""
-    return Swap.apply(x, True)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C)."""
-    return Swap.apply(x, False)
+Gradients = tuple[Tensor | None, ...]
 
 
 def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *options: float) -> None:
@@ -101,12 +48,12 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _empty(shape: list[int], dtype: paddle.dtype) -> Tensor:
-    """As `paddle.empty`, which takes four times as long: a step asks for a thousand."""
+    """Do what `paddle.empty` does in a fourth of the time: a step asks for a thousand."""
     return _C_ops.empty(shape, dtype, CPU)
 
 
 def _gradients(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Memory for the gradient of each tensor that wants one."""
+    """Return memory for the gradient of each tensor that wants one."""
     return [None if tensor is None or tensor.stop_gradient else _like(tensor) for tensor in tensors]
 
 
@@ -116,6 +63,8 @@ def _positions(x: Tensor) -> tuple[int, int, int]:
 
 
 class LayerNorm(PyLayer):
+    """Normalize over positions and channels together; `weight`, `bias` (C,)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = _dense(x)
@@ -125,7 +74,7 @@ class LayerNorm(PyLayer):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, statistics = ctx.saved_tensor()
         gradients = _like(x), _like(weight), _like(bias)
         _run("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
@@ -133,8 +82,15 @@ class LayerNorm(PyLayer):
 
 
 class Linear(PyLayer):
+    """Map (..., K) to (..., N), then GELU if asked.
+
+    `weight` has the N x K numbers of a 1x1 convolution, or, `transposed`, the (K, N) of Paddle's Linear.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, transposed: bool = False
+    ) -> Tensor:
         x = _dense(x)
         *rows, inputs = x.shape
         outputs = weight.shape[1 if transposed else 0]
@@ -146,7 +102,7 @@ class Linear(PyLayer):
         return z if y is None else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
         _run("linear_backward", (x, weight, z, _dense(dy), *gradients), ctx.sizes)
@@ -154,8 +110,10 @@ class Linear(PyLayer):
 
 
 class Depthwise(PyLayer):
+    """Convolve each channel, padded by half the kernel, then GELU if asked; `weight` (C, 1, K, K), K odd."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
         x = _dense(x)
         z = _like(x)
         y = _like(x) if gelu else None
@@ -164,7 +122,7 @@ class Depthwise(PyLayer):
         return z if y is None else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
         _run("depthwise_backward", (x, weight, z, _dense(dy), *gradients), (*x.shape, weight.shape[-1]))
@@ -172,8 +130,10 @@ class Depthwise(PyLayer):
 
 
 class Strided(PyLayer):
+    """Convolve, padded by half the kernel: (B, H, W, C), or `channels_first` (B, C, H, W), to (B, H', W', N)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool = False) -> Tensor:
         x = _dense(x)
         outputs, _, kernel, _ = weight.shape
         if channels_first:
@@ -191,7 +151,7 @@ class Strided(PyLayer):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, patches = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
         _run("strided_backward", (patches, weight, _dense(dy), *gradients), ctx.sizes)
@@ -199,31 +159,34 @@ class Strided(PyLayer):
 
 
 class Context(PyLayer):
+    """Add the global context, weighted and with competition, as `fcvit.models.network.GlobalContext` has it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        *parameters, eps = given
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor, eps: float) -> Tensor:
         x = _dense(x)
         b, positions, width = _positions(x)
         fc1, _, _, _, weight, _ = parameters
         heads, inner = weight.shape[0], fc1.shape[1] // 2
         # Context, halves, winner, value, centered similarity and deviation together: see operators.cc.
-        kept = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
+        intermediates = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
         y = _like(x)
         ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps
-        _run("context", (x, *parameters, y, kept), ctx.sizes, eps)
-        ctx.save_for_backward(x, *parameters, kept)
+        _run("context", (x, *parameters, y, intermediates), ctx.sizes, eps)
+        ctx.save_for_backward(x, *parameters, intermediates)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        x, *parameters, kept = ctx.saved_tensor()
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, *parameters, intermediates = ctx.saved_tensor()
         fc1, _, fc2, _, weight, bias = parameters
         gradients = [_like(x), *map(_like, parameters)]
-        _run("context_backward", (x, fc1, fc2, weight, bias, kept, _dense(dy), *gradients), ctx.sizes, ctx.eps)
+        _run("context_backward", (x, fc1, fc2, weight, bias, intermediates, _dense(dy), *gradients), ctx.sizes, ctx.eps)
         return tuple(gradients)
 
 
 class Pool(PyLayer):
+    """Average over positions: (B, H, W, C) to (B, C)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = _dense(x)
@@ -240,6 +203,8 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
+    """Return x + branch * scale * factor: `scale` (C,) per channel, `factor` (B,), a constant, per image."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
         x, branch = _dense(x), _dense(branch)
@@ -249,7 +214,7 @@ class Residual(PyLayer):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         branch, scale, factor = ctx.saved_tensor()
         dy = _dense(dy)
         dbranch, (dscale,) = _like(branch), _gradients(scale)
@@ -262,24 +227,9 @@ class Residual(PyLayer):
         return tuple(gradients)
 
 
-class Gelu(PyLayer):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = _dense(x)
-        y = _like(x)
-        _run("gelu", (x, y), (math.prod(x.shape),))
-        ctx.save_for_backward(x)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensor()
-        dx = _like(x)
-        _run("gelu_backward", (x, _dense(dy), dx), (math.prod(x.shape),))
-        return dx
-
-
 class Swap(PyLayer):
+    """Move the channels: (B, H, W, C) to (B, C, H, W) `to_first`, or back."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, to_first: bool) -> Tensor:
         ctx.to_first = to_first
@@ -301,3 +251,17 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
     y = _empty(shape, x.dtype)
     _run("swap", (x, y), sizes)
     return y
+
+
+layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
+context, pool, residual = Context.apply, Pool.apply, Residual.apply
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """Move the channels: (B, H, W, C) to (B, C, H, W)."""
+    return Swap.apply(x, True)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Move the channels: (B, C, H, W) to (B, H, W, C)."""
+    return Swap.apply(x, False)

@@ -5,6 +5,7 @@ out of them (see `console` and `table`).
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box

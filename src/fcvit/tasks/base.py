@@ -6,12 +6,11 @@ imports a task's module when it is asked for.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.models.variants import Preprocessing
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from paddle import Tensor, nn
 
     from fcvit.data.loader import Batch, Dataset, Transform
+    from fcvit.inference.engines import Engine
     from fcvit.tasks.recipe import Recipe
     from fcvit.weights.reading import Weights
 
@@ -189,24 +189,20 @@ class Task(Protocol):
         """Prepare an evaluation of weights on the data at a path."""
         ...
 
-    def predictor(self, weights: "Weights", preprocessing: Preprocessing, classes: Any) -> "Predictor":
-        """Prepare predictions."""
+    def predictor(
+        self, weights: "Weights", preprocessing: Preprocessing, classes: Any, create: "Callable[[], Engine]"
+    ) -> Any:
+        """Return what `fcvit.load` gives: an object with `predict` and `stream` (see `fcvit.inference.images`).
+
+        Args:
+            weights, preprocessing: of the network.
+            classes: other names of the classes; None: the weights' own.
+            create: makes the engine, once all else fits.
+        """
         ...
 
     def compare(self, first: Path, second: Path, folder: Path | None) -> Any:
         """Compare two results of evaluations over the same samples; write the comparison into a folder."""
-        ...
-
-
-class Predictor(Protocol):
-    """From an image to what the network takes, and from its outputs to what people want to know."""
-
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """Return uint8 (3, H, W)."""
-        ...
-
-    def decode(self, outputs: np.ndarray, top_k: int) -> list[Any]:
-        """Return a prediction for each image of a batch."""
         ...
 
 
@@ -232,5 +228,5 @@ def task_of(loaded: "Sequence[Weights]") -> Task:
         raise DoesNotFit(f"the weights are for different tasks ({', '.join(tasks)}); name them one by one")
     if tasks[0] not in TASKS:
         weights = loaded[0]
-        raise DoesNotFit(f"{weights.source.path} is {weights.spec}: it has no classes to evaluate")
+        raise DoesNotFit(f"{weights.source.path} is {weights.spec}: it has no classes")
     return get_task(tasks[0])

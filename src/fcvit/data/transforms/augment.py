@@ -45,20 +45,10 @@ _RANGES: tuple[tuple[str, float, float, type], ...] = (
 class Augmentation:
     """What happens to a training image before it is normalized; the defaults are the authors' recipe.
 
-    Args:
-        size: S, the side of the result in pixels.
-        crop: "resized": a random rectangle, resized to S x S; "padded": the shorter side resized to S, then S x S at
-            random from the image with a reflected border; "centre": the shorter side resized to S (bicubic), then
-            the center, as an evaluation with crop fraction 1 does.
-        crop_scale: lowest and highest share of the image's area that the crop "resized" takes.
-        crop_ratio: lowest and highest width over height of that rectangle.
-        crop_interpolation: filter of the crops "resized" and "padded"; "random": one of both.
-        padding: width of the border of the crop "padded", in pixels.
-        flip: probability of a horizontal flip.
-        rand_augment: operations drawn per image; 0: none.
-        magnitude, magnitude_std: mean and standard deviation of their level, which is cut to 0 to 10.
-        operation_probability: that a drawn operation is applied.
-        erasing: probability of random erasing, for `erase`.
+    The recipe, whose fields these are, describes them. `size` is S, the side of the result in pixels. Crops: "resized"
+    is a random rectangle, resized to S x S; "padded" has the shorter side resized to S, then S x S at random from the
+    image with a reflected border; "centre" has the shorter side resized to S (bicubic), then the center, as an
+    evaluation with crop fraction 1 does. The interpolation "random" is one of both, drawn for each image.
 
     Raises:
         UsageError: a value out of its range.
@@ -165,13 +155,7 @@ def draw_crop(
 
     Its area is uniform in `scale`, width over height log-uniform in `ratio`. Drawn: area, ratio, as long as the
     rectangle does not fit, at most ten times; then top, left. Where none fits: the largest at the center whose ratio
-    is in the range.
-
-    Args:
-        size: width and height of the image.
-
-    Returns:
-        (left, top, right, bottom), at least 1 x 1 and within the image.
+    is in the range. `size` is width and height of the image; returns (left, top, right, bottom), at least 1 x 1.
     """
     width, height = size
     for _ in range(_TRIES):

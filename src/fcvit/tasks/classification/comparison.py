@@ -62,6 +62,7 @@ class ResultComparison:
         p_value: of the exact McNemar test.
         classes: the most gained first, the most lost last.
         differing: images with another top-1 class.
+        folder: where it was written, or None.
     """
 
     first: str
@@ -77,8 +78,12 @@ class ResultComparison:
     p_value: float
     classes: tuple[ClassChange, ...]
     differing: tuple[Difference, ...]
+    folder: Path | None = None
 
-    def tables(self) -> "Iterator[Table]":
+    def __repr__(self) -> str:
+        return f"<ResultComparison: {self.difference:+.2f} points over {counted(self.images, 'image')}>"
+
+    def tables(self) -> "Iterator[Table | str]":
         """Show the difference, classes that gained and lost, and images that differ."""
         from fcvit.report.tables import interval, table
 
@@ -116,6 +121,8 @@ class ResultComparison:
             if len(self.differing) > _SHOWN:
                 listing.add_row(f"... and {len(self.differing) - _SHOWN} more", "", "", "")
             yield listing
+        if self.folder is not None:
+            yield f"written to {self.folder}"
 
 
 def compare(
@@ -145,7 +152,7 @@ def compare(
             header = [field.name for field in dataclasses.fields(Difference)]
             rows = [header, *map(dataclasses.astuple, found.differing)]
             runs.write_text(target / "differing.csv", csv_text(rows), "surrogateescape")
-    return found
+    return dataclasses.replace(found, folder=None if folder is None else Path(folder))
 
 
 def _check_same_images(one: SavedResult, other: SavedResult) -> None:

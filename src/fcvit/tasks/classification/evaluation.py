@@ -36,9 +36,6 @@ class Options:
         seed: Draws the subset (default: 0).
         real: The file real.json of ImageNet-ReaL, for accuracy by its labels too.
         class_subset: Restrict the evaluation to these classes: a class list, or present for those of the data.
-
-    Raises:
-        UsageError: a seed without a subset.
     """
 
     list_file: Annotated[str | None, Parameter(name="--list")] = None
@@ -52,8 +49,6 @@ class Options:
         for name in ("list_file", "classes", "real", "class_subset"):
             if (value := getattr(self, name)) and value != PRESENT:
                 object.__setattr__(self, name, absolute(value))
-        if self.seed is not None and self.subset is None:
-            raise UsageError("eval: --seed draws a --subset; there is none")
 
 
 class ClassificationEvaluator:
@@ -73,10 +68,12 @@ class ClassificationEvaluator:
         real: the right classes of each image by ImageNet-ReaL; None: not asked for.
 
     Raises:
-        UnreadableFile, DoesNotFit, UsageError: data, lists and weights do not go together.
+        UnreadableFile, DoesNotFit, UsageError: data, lists, options and weights do not go together.
     """
 
     def __init__(self, loaded: Sequence[Weights], data: Path | LabeledImages, options: Options):
+        if options.seed is not None and options.subset is None:
+            raise UsageError("eval: --seed draws a --subset; there is none")
         self.options = options
         given = read_classes(Path(options.classes)) if options.classes else None
         first = loaded[0]

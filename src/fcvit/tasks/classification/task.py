@@ -1,13 +1,21 @@
 """The task of image classification, as the registry knows it."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from fcvit.data.classes import as_classes, resolve_classes
+from fcvit.inference.engines import Engine
+from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing
 from fcvit.tasks.classification.comparison import ResultComparison, compare
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
+from fcvit.tasks.classification.prediction import Classifier
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.training import ClassificationTraining
 from fcvit.weights.reading import Weights
+
+logger = logging.getLogger("fcvit")
 
 
 class Classification:
@@ -22,6 +30,16 @@ class Classification:
 
     def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> ClassificationEvaluator:
         return ClassificationEvaluator(loaded, data, options)
+
+    def predictor(
+        self, weights: Weights, preprocessing: Preprocessing, classes: Any, create: Callable[[], Engine]
+    ) -> Classifier:
+        given = None if classes is None else as_classes(classes)
+        names = resolve_classes(given, weights.classes, weights.spec.num_classes)
+        engine = create()
+        if given is None and weights.classes is None and weights.spec.num_classes == IMAGENET_CLASSES:
+            logger.info("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
+        return Classifier(weights, engine, preprocessing, names)
 
     def compare(self, first: Path, second: Path, folder: Path | None) -> ResultComparison:
         return compare(first, second, folder)

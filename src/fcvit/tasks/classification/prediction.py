@@ -1,23 +1,22 @@
-"""Classify images: one implementation for the command line and `fcvit.load`."""
+"""The predictions of a classifier: the best classes of each image."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit.data.classes import Classes, ClassName, as_classes, resolve_classes
+from fcvit.data.classes import Classes
 from fcvit.errors import BadImages, DoesNotFit, UsageError
-from fcvit.inference.engines import AUTO, Engine, PaddleEngine, create_engine
+from fcvit.inference.engines import Engine, PaddleEngine
 from fcvit.inference.images import ImageLike, predictions, several
 from fcvit.metrics.classification import softmax, top_classes
-from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, resolve_preprocessing
+from fcvit.models.variants import Preprocessing
 from fcvit.report.progress import progress as progress_of
-from fcvit.weights.reading import Weights, read_weights
+from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
 
@@ -134,43 +133,3 @@ def check_counts(top_k: object, batch_size: object) -> None:
     for option, value in (("top-k", top_k), ("batch-size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise UsageError(f"--{option} {value!r:.40}: expected a whole number, at least 1")
-
-
-def load(
-    path: "Weights | str | os.PathLike[str]",
-    *,
-    ema: bool | None = None,
-    classes: "Sequence[ClassName | str] | str | os.PathLike[str] | None" = None,
-    device: str = "auto",
-    engine: str = AUTO,
-    threads: int | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Classifier:
-    """Load the model, preprocessing and class names of a weights file, ready for `predict`.
-
-    Args:
-        path: a checkpoint of any format, or weights in memory.
-        ema: choose the averaged or raw weights of a file that has both.
-        classes: other names than the file's: a list, or the path of one.
-        device: auto, cpu, gpu or gpu:N.
-        engine: what computes, as in `fcvit predict`: "auto" is the fastest one that is installed and right.
-        threads: that compute on a CPU; None: one for each core.
-        preprocessing: another one than the weights'.
-
-    Raises:
-        UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
-        MissingExtra, NumbersDisagree: the engine; see `fcvit.inference.engines.create_engine`.
-    """
-    weights = path if isinstance(path, Weights) else read_weights(path, ema)
-    for note in weights.notes:
-        logger.info(note)
-    spec = weights.spec
-    if not spec.has_classes:
-        raise DoesNotFit(f"{weights.source.path} is {spec}: it has no classes to predict")
-    given = None if classes is None else as_classes(classes)
-    names = resolve_classes(given, weights.classes, spec.num_classes)
-    chosen = resolve_preprocessing(preprocessing, weights.preprocessing, spec.variant)
-    created = create_engine(engine, weights, chosen, device, threads=threads)
-    if classes is None and weights.classes is None and spec.num_classes == IMAGENET_CLASSES:
-        logger.info("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
-    return Classifier(weights, created, chosen, names)
