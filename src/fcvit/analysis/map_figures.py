@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fcvit.report.charts import drawn, new_figure, shown
+from fcvit.report.charts import DPI, drawn, new_figure, shown
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -22,6 +22,7 @@ LONGEST = 1.9  # longer over shorter side of an image that leaves room for what 
 _DARKEST = 165  # gray under a map
 _LEAST = 0.1  # of similarity: from the lowest to the highest color
 _OPACITY = 0.7
+_NO_MAP = "one position:\nno map"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label:
     across = max(len(row.maps) for row in rows)
     tile = 1.6 if len(rows) > 1 or across > 1 else 3.2
     tall, wide = (tile * side / max(scene.seen.shape) for side in scene.seen.shape)
-    width, height = max((1 + across) * (wide + 0.15) + 0.8, 6.4), len(rows) * (tall + 0.3) + 1.5
+    cell = max(wide, 1.45)  # a name with its range has room
+    width, height = max((1 + across) * (cell + 0.15) + 0.8, 6.4), len(rows) * (tall + 0.3) + 1.5
     figure = new_figure(width, height, title, subtitle)
     grid = figure.subplots(len(rows), 1 + across, squeeze=False)
     scale = _scale(row.maps for row in rows)
@@ -100,35 +102,42 @@ def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label:
         axes.set_axis_off()
     for row, line in zip(rows, grid, strict=True):
         for axes, name, one in zip(line[1:], row.names, row.maps, strict=False):
-            _show_map(axes, scene, one, scale, shown(name, max(7, int(13 * wide))))
+            _show_map(axes, scene, one, scale, shown(name, int(15 * cell)))
         line[1].set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=9)
     _color_bar(figure, scale, label, ax=grid, location="bottom", aspect=40, shrink=min(1, 4 / width))
     return figure
 
 
 def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
-    """Draw all axes where they belong, as a layout of hundreds takes long."""
+    """Paste all images into one, a pixel of theirs a pixel of the picture: a layout of hundreds would take long."""
     columns = 1 if len(panels) <= 6 else 2
     lines, across = -(-len(panels) // columns), 1 + len(names)
-    width, height, head = columns * (1.3 * across + 0.2) + 0.2, 1.6 * lines + 1.6, 1.5  # inches
+    step = max(max(panel.scene.seen.shape) for panel in panels) + 14
+    room = across * step + 30  # of a panel
+    heights = [len(panel.scene.seen) + 44 for panel in panels]  # with the title
+    longest = max(sum(heights[start : start + lines]) for start in range(0, len(panels), lines))
+    pasted = np.full((longest, columns * room, 3), 255, np.uint8)
+    height, width = longest / DPI + 1.6, columns * room / DPI + 0.1
     figure = new_figure(width, height, title, layout="none")
-    # Between two columns of images an empty column.
-    ratios = ([1.0] * across + [0.2]) * columns
-    edges = {"left": 0.15 / width, "right": 1 - 0.05 / width, "bottom": 0.1 / height, "top": 1 - head / height}
-    gaps: Any = {"wspace": 0.1, "hspace": 0.3, "width_ratios": ratios}
-    grid = figure.add_gridspec(lines, len(ratios), **edges, **gaps)
+    axes = figure.add_axes((0.1 / width, 0, 1 - 0.1 / width, longest / DPI / height))
     scale = _scale(panel.maps for panel in panels)
     for number, panel in enumerate(panels):
         column, line = divmod(number, lines)
-        row = [figure.add_subplot(grid[line, column * (across + 1) + place]) for place in range(across)]
-        _show(row[0], _pale(panel.scene.image, panel.scene.seen), shown(panel.title, 16 * across))
-        for axes, name, one in zip(row[1:], names, panel.maps, strict=True):
-            _show_map(axes, panel.scene, one, scale)
-            if not line:
-                axes.annotate(name, (0, 1), (0, 18), "axes fraction", textcoords="offset points", fontsize=9)
-        for axes in row:
-            axes.set_anchor("NW")
-    bar = figure.add_axes((0.15 / width, 1 - 0.62 / height, 3.4 / width, 0.12 / height))
+        left, top = column * room, sum(heights[column * lines : number]) + 30
+        tall, wide = panel.scene.seen.shape
+        axes.text(left, top - 6, shown(panel.title, room // 10), fontsize=9)
+        for place in range(across):
+            x, one = left + place * step, panel.maps[place - 1] if place else None
+            tile = _pale(panel.scene.image, panel.scene.seen) if one is None else overlay(panel.scene, one, scale)
+            pasted[top - 1 : top + tall + 1, x : x + wide + 2] = 204  # a light image ends somewhere, too
+            pasted[top : top + tall, x + 1 : x + 1 + wide] = tile
+            if one is not None and not np.isfinite(one).any():
+                axes.text(x + wide / 2, top + tall / 2, _NO_MAP, ha="center", va="center", fontsize=8)
+            if place and not line:
+                axes.text(x, -8, names[place - 1], fontsize=9)
+    axes.imshow(pasted, aspect="auto", interpolation="none")
+    axes.set_axis_off()
+    bar = figure.add_axes((0.15 / width, 1 - 0.6 / height, 3.4 / width, 0.12 / height))
     _color_bar(figure, scale, label, cax=bar, orientation="horizontal")
     return figure
 
@@ -179,7 +188,7 @@ def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
 def _show_map(axes: Any, scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
     _show(axes, overlay(scene, one, scale), name)
     if not np.isfinite(one).any():
-        axes.text(0.5, 0.5, "one position:\nno map", transform=axes.transAxes, ha="center", va="center", fontsize=8)
+        axes.text(0.5, 0.5, _NO_MAP, transform=axes.transAxes, ha="center", va="center", fontsize=8)
 
 
 def _show(axes: Any, image: np.ndarray, name: str = "") -> None:
@@ -187,6 +196,7 @@ def _show(axes: Any, image: np.ndarray, name: str = "") -> None:
     for spine in axes.spines.values():
         spine.set(visible=True, color="#cccccc", linewidth=0.5)  # a light image ends somewhere, too
     axes.imshow(image)
+    axes.set_anchor("W")
     axes.set_title(name, loc="left", fontsize=9, pad=3)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MATRIX_CLASSES = 30  # with more, the cells of a confusion matrix are too small to read
 WORST_PAIRS = 30
 UNSURE, FAINT = "#56B4E9", "#d9d9d9"  # Okabe and Ito's sky blue; gray
+DPI = 160
 _WIDTH = 8.0  # inches, of most charts
 _NAME = 20  # columns, of a class's name
 # The font that comes with Matplotlib has no Chinese, Japanese or Korean; the usual ones that have.
@@ -306,7 +307,7 @@ def drawing() -> Generator[None]:
     own = {
         "font.family": _fonts()[0],
         "font.size": 10,
-        "savefig.dpi": 160,
+        "savefig.dpi": DPI,
         "text.parse_math": False,  # a dollar in a name is a dollar
         "axes.edgecolor": "#888888",
         "figure.facecolor": PAPER,
@@ -324,7 +325,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str = "", layo
 
     figure = Figure(figsize=(width, height), layout=layout)
     lines = [shown(line, int(width * 11)) for line in (title, *subtitle.split("\n")) if line]
-    figure.suptitle("\n".join(lines), x=0.1 / width, y=1 - 0.08 / height, ha="left", va="top", fontsize=11)
+    figure.suptitle("\n".join(lines), x=0.1 / width, ha="left", va="top", fontsize=11)
     return figure
 
 
