@@ -64,6 +64,9 @@ class Export:
     lively: tuple[Check, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"<Export {self.files[-1]}: {self.network}>"
+
     def tables(self) -> "Iterator[Table]":
         """Show what was written, and how near its numbers are to exact ones."""
         from fcvit.report.tables import table, verdict
