@@ -120,7 +120,7 @@ _CURVES = (  # of each panel: its name, and the columns with their names
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A bar of a `speed_chart`: images per second, with the range that half of all calls lie in.
+    """A bar of a `speed_chart`: images per second, with the range of the rounds.
 
     Attributes:
         reference: whether the others are measured by it.
