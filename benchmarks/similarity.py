@@ -72,7 +72,7 @@ def paddle_passes(weights, images):
 
 def torch_passes(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     model, x = build_reference(weights.spec, weights.tensors), torch.from_numpy(images)
 

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from fcvit.data.transforms.preprocess import normalize, preprocess
 from fcvit.models.variants import VARIANTS
-from fcvit.reference.network import FCViT
+from fcvit.reference.classifier import FCViT
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "fcvit" / "assets"
 VARIANT = VARIANTS["fcvit_digits"]

@@ -73,7 +73,7 @@ def test_the_whole_path(tmp_path, monkeypatch, live):
 def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
     """With PyTorch away, too: the planted fault is a coarse activation."""
     from fcvit.errors import NumbersDisagree
-    from fcvit.models import network as model
+    from fcvit.models import backbone as model
 
     import_framework("paddle")
     for module in ("fcvit.commands.quickstart", "fcvit.commands.verify", "fcvit.commands.convert"):

@@ -41,7 +41,7 @@ def test_a_right_conversion_passes(digits_pth, converted):
 
 def plant_paddle_code(monkeypatch, fault):
     """Change one thing in the Paddle network."""
-    from fcvit.models import network as model
+    from fcvit.models import backbone as model
 
     paddle, functional = model.paddle, model.F
     if fault == "GELU by tanh":
@@ -186,7 +186,7 @@ def test_a_changed_counter_is_caught_although_no_number_moves(digits_pth, conver
 
 def test_gate_b_catches_sloppy_float32(digits_pth, converted, monkeypatch):
     """Right logic, wrong precision: one activation rounded to half the digits."""
-    from fcvit.models import network as model
+    from fcvit.models import backbone as model
 
     exact = model.F.gelu
 

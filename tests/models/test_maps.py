@@ -32,7 +32,7 @@ def paddle_similarity(weights, images):
 
 def twin_similarity(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     with torch.inference_mode():
         reference_model = build_reference(weights.spec, weights.tensors, torch.float64)

@@ -108,7 +108,7 @@ def test_drop_path_grows_over_all_blocks_and_works_per_image(fcvit, paddle):
     model = fcvit.create_model("fcvit_digits", num_classes=10, drop_path_rate=0.4)
     rates = [layer.rate for name, layer in model.named_sublayers() if name.endswith("drop_path")]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    from fcvit.models.network import DropPath
+    from fcvit.models.layers import DropPath
 
     paddle.seed(0)
     layer = DropPath(0.25)
@@ -195,7 +195,7 @@ def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
 
 def test_dormant_and_lively_kernels_agree(paddle):
     """The staged norm against Paddle's own kernel."""
-    from fcvit.models.network import LayerNorm2D
+    from fcvit.models.layers import LayerNorm2D
 
     layer = LayerNorm2D(24)
     layer.weight.set_value(images(paddle, 24))

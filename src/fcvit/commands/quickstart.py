@@ -179,7 +179,7 @@ def torch_logits(
     if not installed("torch"):
         return record["logits_float64"], record["logits_float32"], "recorded"
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     preprocessing = resolve_preprocessing(None, source.preprocessing, source.spec.variant)
     images = torch.from_numpy(normalize(batch, preprocessing))

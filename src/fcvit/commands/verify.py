@@ -284,7 +284,7 @@ def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, 
 def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The same of the twin."""
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     model = build_reference(weights.spec, weights.tensors, getattr(torch, dtype))
     places: dict[str, np.ndarray] = {}
