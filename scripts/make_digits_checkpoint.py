@@ -1,6 +1,6 @@
 """Make the checkpoint and the held-out images that `fcvit quickstart` runs on.
 
-Trains the PyTorch twin of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0) and
+Trains the PyTorch reference of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0) and
 saves it as the authors' training script would: epoch, arch, state_dict, optimizer, args, metric.
 Beside it go the held-out images and what PyTorch computes for them, in float64 and float32.
 

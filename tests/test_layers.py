@@ -11,11 +11,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # From the lowest: a module may import from its own layer and those below.
 LAYERS = (
     ("errors", "foreign", "frameworks", "interrupts", "machine", "text", "models.variants"),
-    ("run_folder", "models.maps", "models.spec", "metrics", "verification", "processes"),
+    ("run_folder", "models.maps", "models.spec", "metrics", "verification.equivalence", "processes"),
     ("weights", "data.classes"),
     ("data",),
     ("models", "reference"),
     ("report",),
+    ("verification",),
     ("native",),
     ("inference",),
     ("tasks.base", "tasks.recipe"),

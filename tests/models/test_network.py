@@ -1,4 +1,4 @@
-"""The Paddle network as an ordinary layer, and as the twin of its table."""
+"""The Paddle network as an ordinary layer, and held against its table."""
 
 import dataclasses
 
@@ -193,7 +193,7 @@ def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
         fcvit.create_model("fcvit_digits", path)
 
 
-def test_dormant_and_lively_kernels_agree(paddle):
+def test_both_layer_norms_agree(paddle):
     """The staged norm against Paddle's own kernel."""
     from fcvit.models.layers import LayerNorm2D
 
@@ -237,7 +237,7 @@ def test_works_with_summary_save_and_data_parallel(fcvit, paddle, tmp_path, caps
     np.testing.assert_array_equal(paddle.DataParallel(model)(x).numpy(), model(x).numpy())
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_works_in_to_static_and_jit_save_with_free_sizes(fcvit, paddle, tmp_path, digits_pth):
     model = fcvit.create_model("fcvit_digits", digits_pth)
     inputs = [images(paddle, 2, 3, 32, 32), images(paddle, 1, 3, 48, 33)]

@@ -120,7 +120,7 @@ def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
 
 
 @needs_torch
-def test_the_twin_loads_a_pth_strictly(tmp_path, digits_pth):
+def test_the_reference_loads_a_pth_strictly(tmp_path, digits_pth):
     torch = import_framework("torch")
     from fcvit.reference.classifier import FCViT
 
