@@ -2,7 +2,7 @@
 
 Run:  .venv/bin/python benchmarks/similarity.py [--variant NAME] [--size N] [--rounds N] [--json FILE]
 
-One image, float32, the Paddle network and the PyTorch reference on synthetic weights; plain and keeping passes in turn, the
+One image, float32, both networks on synthetic weights; plain and keeping passes in turn, the
 ratio of neighbors in time, then the median. The maps are taken to NumPy in the time. Prints its ratios last.
 """
 
