@@ -5,7 +5,7 @@ here every node is meant, and the algebra of `fcvit.inference.algebra` is in the
 the affine part of a norm in front of a 1x1 convolution or of the head, the second layer scale and the
 division by the standard deviation of an image all sit in the weights of their neighbors.
 
-`fcvit.models.network` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
+`fcvit.models` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
 GELU as one operator.
 """
 
@@ -136,7 +136,7 @@ class _Writer:
     def scale(self, x: str, scale: np.ndarray) -> str:
         return self.op("Mul", x, _column(scale))
 
-    # The layers of `fcvit.models.network`
+    # The layers of `fcvit.models`
 
     def network(self, x: str) -> list[str]:
         """Write the network and return all outputs."""
