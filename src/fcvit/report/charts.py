@@ -90,7 +90,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A bar of a `speed_chart`: images per second, with the range that half of all calls lie in.
+    """A bar of a `speed_chart`: images per second, with the range of the rounds.
 
     Attributes:
         reference: whether the others are measured by it.
