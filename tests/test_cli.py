@@ -661,7 +661,7 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
 def test_head_stats_and_faithfulness_as_tables_and_as_json(run, digits_pth, images, no_charts, monkeypatch):
     from fcvit.analysis import faithfulness as measuring
 
-    for name, few in (("STEPS", 3), ("RANDOM", 1), ("PATCHES", 2)):
+    for name, few in (("STEPS", 2), ("RANDOM", 1), ("PATCHES", 1)):
         monkeypatch.setattr(measuring, name, few)
     code, out, err = run("head-stats", images, "--weights", digits_pth, "-o", "heads")
     assert code == 6 and "bad.png" in err and "queries agree" in out and "3.2.2" in out and "written to heads" in out

@@ -210,21 +210,28 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 @pytest.fixture(params=["short", pytest.param("whole", marks=[pytest.mark.ci, pytest.mark.slow])])
-def size(request, monkeypatch):
-    """A measurement with few points, which takes seconds, or the whole one."""
-    if request.param == "short":
-        for name, few in (("STEPS", 3), ("RANDOM", 1), ("PATCHES", 2)):
-            monkeypatch.setattr(task, name, few)
+def count(request, monkeypatch):
+    """A measurement of few images with few points, which takes seconds, or the whole one; returns the images."""
+    if request.param == "whole":
+        return 10
+    for module, name, few in (
+        (task, "STEPS", 3),
+        (task, "RANDOM", 1),
+        (task, "PATCHES", 2),
+        (command, "MIN_IMAGES", 3),
+    ):
+        monkeypatch.setattr(module, name, few)
+    return 3
 
 
 @needs_paddle
 @pytest.mark.charts
-@pytest.mark.usefixtures("size")
-def test_the_faithfulness_of_a_network(digits_pth, photos, tmp_path):
+def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
+    photos = photos[:count]
     (bad := tmp_path / "bad.png").write_bytes(b"?")
     options = {"weights": digits_pth, "engine": "paddle", "device": "cpu"}
     result = faithfulness(photos[0], bad, *photos[1:], output=tmp_path / "run", **options)
-    assert result.images == 10 and [one.partition(":")[0] for one in result.unreadable] == [str(bad)]
+    assert result.images == count and [one.partition(":")[0] for one in result.unreadable] == [str(bad)]
     names = [short(one.name) for one in result.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.2.2", "occlusion"]
     for one in result.curves:
@@ -235,7 +242,7 @@ def test_the_faithfulness_of_a_network(digits_pth, photos, tmp_path):
     assert all(-1 <= one.occlusion.mean <= 1 for one in result.curves[:-1])
     assert np.isnan(result.curves[-1].occlusion.mean)
     written = json.loads((tmp_path / "run" / "trust.json").read_text())
-    assert written["images"] == 10 and written["curves"][-1]["occlusion"]["mean"] is None
+    assert written["images"] == count and written["curves"][-1]["occlusion"]["mean"] is None
     assert written["curves"][0]["name"] == "stage1.block1.context1" and written["values"] == "signed"
     assert (tmp_path / "run" / "trust.png").read_bytes().startswith(b"\x89PNG")
     assert result.curves[0].random_deletion == result.curves[1].random_deletion, "one control for maps of one shape"

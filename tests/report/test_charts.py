@@ -56,7 +56,12 @@ def words(figures):
     """What stands in the charts."""
     from matplotlib.text import Text
 
-    texts = [text.get_text().replace("\u200e", "") for figure in figures for text in figure.findobj(Text) if text.get_visible()]
+    texts = [
+        text.get_text().replace("\u200e", "")
+        for figure in figures
+        for text in figure.findobj(Text)
+        if text.get_visible()
+    ]
     return [line for text in texts if text.strip() for line in text.split("\n")]
 
 
