@@ -11,7 +11,7 @@ import functools
 import io
 import unicodedata
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -38,7 +38,27 @@ _NO_GLYPH = "\u25a1"
 _LEFT_TO_RIGHT = "\u200e"  # keeps "Hebrew → Arabic" from being set from right to left, which says the opposite
 
 
-def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> bytes:
+P = ParamSpec("P")
+
+
+def chart(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
+    """Make a function that draws a figure return its PNG file: the same bytes for the same arguments on one machine.
+
+    It raises MissingExtra where the extra `report` is not installed.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> bytes:
+        with drawing():
+            file = io.BytesIO()
+            draw(*arguments, **options).savefig(file, format="png", metadata={"Software": None})
+            return file.getvalue()
+
+    return drawn
+
+
+@chart
+def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     """Draw which classes are taken for which: the matrix of up to `MATRIX_CLASSES` classes, else the worst pairs.
 
     Args:
@@ -46,128 +66,12 @@ def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> bytes:
         classes: C of them; names may repeat and hold anything.
         title: one line; cut where it is too long.
 
-    Returns:
-        A PNG file, the same bytes for the same arguments on the same machine.
-
     Raises:
         DoesNotFit: the matrix has another shape.
-        MissingExtra: the extra `report` is not installed.
     """
     if matrix.shape != (len(classes), len(classes)):
         raise DoesNotFit(f"a confusion matrix of shape {matrix.shape} for {len(classes)} classes")
-    return drawn(_heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs, matrix, classes, title)
-
-
-def reliability_chart(calibration: Calibration, title: str) -> bytes:
-    """Draw accuracy in bins of confidence beside the diagonal, and below it how many images are in each bin.
-
-    Args:
-        calibration: any number of bins, of equal width over 0 to 1; bins may be empty.
-        title: one line; cut where it is too long.
-
-    Returns:
-        A PNG file, the same bytes for the same arguments on the same machine.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_reliability, calibration, title)
-
-
-def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """Draw loss, top-1 and learning rate over the epochs of a training, one below the other: a PNG file.
-
-    Args:
-        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
-            (per cent) and the same of EMA weights, `ema_val_loss`, `ema_top1`.
-        title: one line; cut where it is too long.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_curves, rows, title)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A bar of a `speed_chart`: images per second, with the range of the rounds.
-
-    Attributes:
-        reference: whether the others are measured by it.
-    """
-
-    label: str
-    rate: float
-    low: float
-    high: float
-    reference: bool = False
-
-
-def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> bytes:
-    """Draw images per second as bars, group by group, on one scale: a PNG file, the same bytes for the same arguments.
-
-    Args:
-        groups: a name, and from one bar.
-        title, subtitle: one line each; cut where they are too long.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_speeds, groups, title, subtitle)
-
-
-_CURVES = (  # of each panel: its name, and the columns with their names and colors
-    (
-        "loss",
-        (
-            ("loss", "training", INK),
-            ("val_loss", "validation", RIGHT),
-            ("ema_val_loss", "validation, averaged weights", WRONG),
-        ),
-    ),
-    ("top-1 accuracy, %", (("top1", "validation", RIGHT), ("ema_top1", "validation, averaged weights", WRONG))),
-    ("learning rate", (("lr", "at the end of the epoch", INK),)),
-)
-
-
-def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    from matplotlib.ticker import MaxNLocator
-
-    panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
-    subtitle = counted(len(rows), "epoch")
-    if scored := [row for row in rows if "top1" in row]:
-        best = max(scored, key=lambda row: row["top1"])
-        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
-    figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
-    for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
-        for key, label, color in lines:
-            if points := [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]:
-                axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
-        axes.set_title(name, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color=FAINT, linewidth=0.5)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False)
-    figure.axes[-1].set_xlabel("epoch")
-    return figure
-
-
-def _speeds(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
-    sizes = [len(bars) for _, bars in groups]
-    figure = new_figure(_WIDTH, 1 + 0.5 * len(groups) + 0.28 * sum(sizes), title, subtitle)
-    panels = _column(figure, len(groups), sharex=True, height_ratios=sizes)
-    for axes, (name, bars) in zip(panels, groups, strict=True):
-        places = range(len(bars))
-        colors = [UNSURE if bar.reference else RIGHT for bar in bars]
-        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colors)
-        axes.hlines(places, [bar.low for bar in bars], [bar.high for bar in bars], INK, linewidth=1.2)
-        for place, bar in enumerate(bars):
-            speed = f"{bar.rate:,.{0 if bar.rate >= 1000 else 1}f}{' (reference)' if bar.reference else ''}"
-            _annotate(axes, speed, (max(bar.rate, bar.high), place))
-        axes.set_title(shown(name), loc="left", fontweight="bold")
-        _name_bars(axes, [shown(bar.label, 36) for bar in bars])
-    figure.axes[0].set_xlim(0, 1.25 * max(bar.high for _, bars in groups for bar in bars))
-    return figure
+    return (_heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs)(matrix, classes, title)
 
 
 def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
@@ -237,7 +141,9 @@ def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     return figure
 
 
-def _reliability(calibration: Calibration, title: str) -> "Figure":
+@chart
+def reliability_chart(calibration: Calibration, title: str) -> "Figure":
+    """Draw accuracy in bins of confidence beside the diagonal, and below it how many images are in each bin."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
@@ -284,16 +190,83 @@ def _reliability(calibration: Calibration, title: str) -> "Figure":
     return figure
 
 
-def drawn(draw: Callable[..., "Figure"], *arguments: Any) -> bytes:
-    """Draw a figure in the one style; return its PNG file.
+_CURVES = (  # of each panel: its name, and the columns with their names and colors
+    (
+        "loss",
+        (
+            ("loss", "training", INK),
+            ("val_loss", "validation", RIGHT),
+            ("ema_val_loss", "validation, averaged weights", WRONG),
+        ),
+    ),
+    ("top-1 accuracy, %", (("top1", "validation", RIGHT), ("ema_top1", "validation, averaged weights", WRONG))),
+    ("learning rate", (("lr", "at the end of the epoch", INK),)),
+)
 
-    Raises:
-        MissingExtra: the extra `report` is not installed.
+
+@chart
+def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Draw loss, top-1 and learning rate over the epochs of a training, one below the other.
+
+    Args:
+        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
+            (per cent) and the same of EMA weights, `ema_val_loss`, `ema_top1`.
+        title: one line; cut where it is too long.
     """
-    with drawing():
-        file = io.BytesIO()
-        draw(*arguments).savefig(file, format="png", metadata={"Software": None})
-        return file.getvalue()
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
+    subtitle = counted(len(rows), "epoch")
+    if scored := [row for row in rows if "top1" in row]:
+        best = max(scored, key=lambda row: row["top1"])
+        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
+    figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
+    for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
+        for key, label, color in lines:
+            if points := [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]:
+                axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
+        axes.set_title(name, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=FAINT, linewidth=0.5)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
+    figure.axes[-1].set_xlabel("epoch")
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A bar of a `speed_chart`: images per second, with the range of the rounds.
+
+    Attributes:
+        reference: whether the others are measured by it.
+    """
+
+    label: str
+    rate: float
+    low: float
+    high: float
+    reference: bool = False
+
+
+@chart
+def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
+    """Draw images per second as bars, group by group (a name and its bars), on one scale."""
+    sizes = [len(bars) for _, bars in groups]
+    figure = new_figure(_WIDTH, 1 + 0.5 * len(groups) + 0.28 * sum(sizes), title, subtitle)
+    panels = _column(figure, len(groups), sharex=True, height_ratios=sizes)
+    for axes, (name, bars) in zip(panels, groups, strict=True):
+        places = range(len(bars))
+        colors = [UNSURE if bar.reference else RIGHT for bar in bars]
+        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colors)
+        axes.hlines(places, [bar.low for bar in bars], [bar.high for bar in bars], INK, linewidth=1.2)
+        for place, bar in enumerate(bars):
+            speed = f"{bar.rate:,.{0 if bar.rate >= 1000 else 1}f}{' (reference)' if bar.reference else ''}"
+            _annotate(axes, speed, (max(bar.rate, bar.high), place))
+        axes.set_title(shown(name), loc="left", fontweight="bold")
+        _name_bars(axes, [shown(bar.label, 36) for bar in bars])
+    figure.axes[0].set_xlim(0, 1.25 * max(bar.high for _, bars in groups for bar in bars))
+    return figure
 
 
 @contextlib.contextmanager
