@@ -71,7 +71,7 @@ def faithfulness(
         compute = create_engine(engine, read, viewer.preprocessing, device)
         bad: list[BadImages] = []
         with progress("reading", len(paths)) as advance:
-            pixels = [one for _, one in each_readable(paths, viewer.preprocessing, bad, advance)]
+            pixels = list(each_readable(paths, viewer.preprocessing, bad, advance))
         count = len(pixels)
         if count < MIN_IMAGES:
             raise BadImages(f"{counted(count, 'image')} can be read: expected at least {MIN_IMAGES}; first: {bad[0]}")
