@@ -318,4 +318,5 @@ def summary(name: str, measured: Sequence[ImageCurves], seed: int) -> Curves:
     own, random, other = np.moveaxis(areas, 1, 0)
     gains = (random - own, own - random, other - own, own - other)  # better is lower in deletion, higher in insertion
     fields += [over_images(gain[:, number % 2]) for number, gain in enumerate(gains)]
-    return Curves(name, *fields, over_images(np.array([one.occlusion for one in measured])))
+    fields.append(over_images(np.array([one.occlusion for one in measured])))
+    return Curves(name, *fields)
