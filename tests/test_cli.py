@@ -691,3 +691,49 @@ sys.exit(main())
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "fcvit: interrupted\n")
+
+
+@needs_paddle
+def test_predictions_go_into_a_table_or_pictures(run, digits_pth, image):
+    words = ("predict", image, "--weights", digits_pth, "--engine", "paddle", "-o")
+    assert [run(*words, name)[0] for name in ("p.csv", "p.jsonl", "pictures")] == [0, 0, 0]
+    with open("p.csv", newline="") as file:  # noqa: PTH123
+        rows = list(csv.DictReader(file))
+    with open("p.jsonl") as file:  # noqa: PTH123
+        (line,) = map(json.loads, file)
+    assert len(rows) == 5 and line["path"] == str(image)
+    assert [row["id"] for row in rows] == [one["id"] for one in line["predictions"]]
+    with Image.open("pictures/predictions-001.png") as picture:
+        assert min(picture.size) > 100
+    code, _, err = run(*words, "p.csv")
+    assert code == 2 and "already exists" in err
+    assert run(*words, "p.xlsx")[0] == 2
+
+
+def test_recipes_are_listed_and_printed(run):
+    code, out, _ = run("recipes")
+    assert code == 0 and "fcvit_b48" in out and "finetune" in out
+    assert 'variant = "fcvit_digits"' in run("recipes", "digits")[1]
+    assert run("recipes", "nothing")[0] == 2
+
+
+def test_the_cache_is_shown_limited_and_emptied(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for number, name in enumerate(("engines/a", "engines/b", "native/c")):
+        folder = tmp_path / "home" / "fcvit" / name
+        folder.mkdir(parents=True)
+        (folder / "x").write_bytes(bytes(1000))
+        os.utime(folder, (number, number))
+    assert "engines/a" in run("cache")[1]
+    assert json.loads(run("cache", "--limit", "2k", "--json")[1])["removed"] == ["engines/a"]
+    assert run("cache", "--limit", "much")[0] == 2
+    assert run("cache", "--clear")[0] == 0 and not list((tmp_path / "home" / "fcvit").glob("*/*"))
+
+
+@needs_paddle
+def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkeypatch):
+    code, out, err = run("doctor", "-q")
+    assert code == 0 and "cores" in out and not err
+    assert run("recipes", "-v", "digits")[0] == 0
+    code, _, err = run("heads")
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in err

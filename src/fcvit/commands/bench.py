@@ -91,7 +91,7 @@ class Speed:
 
     @property
     def wrong(self) -> bool:
-        """Whether these are no roundings any more: in float32, NaN or `WRONG` and more."""
+        """Return whether this is more than rounding: in float32, NaN or `WRONG` and more."""
         return self.contender.precision == "float32" and self.difference is not None and not self.difference < WRONG
 
 
@@ -271,15 +271,15 @@ def bench(
     return result
 
 
-def _weights(given: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
+def _weights(source: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
     """Return weights that can be sent to another process: in memory, not as views of a file."""
-    if given is None:
+    if source is None:
         return synthetic_weights(get_variant(variant or "fcvit_tiny"))
     if variant is not None:
         raise UsageError("--variant is for synthetic weights; a file of weights says itself which variant it is")
-    read = given if isinstance(given, Weights) else read_weights(given, ema)
-    source = Checkpoint(read.source.path, MEMORY, {}, None, b"")
-    return dataclasses.replace(read, tensors={n: np.array(t) for n, t in read.tensors.items()}, source=source)
+    read = source if isinstance(source, Weights) else read_weights(source, ema)
+    checkpoint = Checkpoint(read.source.path, MEMORY, {}, None, b"")
+    return dataclasses.replace(read, tensors={n: np.array(t) for n, t in read.tensors.items()}, source=checkpoint)
 
 
 def synthetic_weights(variant: Variant) -> Weights:

@@ -43,6 +43,9 @@ class Conversion:
     notes: tuple[str, ...]
     verification: Verification | None
 
+    def __repr__(self) -> str:
+        return f"<Conversion {self.destination}: {self.spec}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields, with the outcome of the verification."""
         proof = self.verification

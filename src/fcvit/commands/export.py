@@ -38,16 +38,17 @@ PRECISIONS = ("float32", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What was written, and the proof.
+    """An export, and its check.
 
     Attributes:
         network: in words.
-        format, files: the one for the runtime is the last.
+        files: the one for the runtime is the last.
         bytes: of all files.
-        inputs, outputs: names, types and shapes; None: free.
+        input: type and shape; None: free.
+        outputs: their names.
         runtime: what it was run with; version in `fcvit doctor`.
-        checks: gate B on the weights themselves, at each size; of int8 before it was quantized.
-        lively: gate B of the same export of weights by rule, where the file's own hide the blocks; else empty.
+        checks: float32 error ratio of the weights themselves, at each size; of int8 before it was quantized.
+        lively: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
         seconds: to write, without the checks.
     """
 
@@ -62,6 +63,9 @@ class Export:
     checks: tuple[Check, ...]
     lively: tuple[Check, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"<Export {self.files[-1]}: {self.network}>"
 
     def tables(self) -> "Iterator[Table]":
         """Show what was written, and how near its numbers are to exact ones."""
@@ -157,9 +161,9 @@ def export(
     output_names(read.spec, probabilities)
     if paths:
         square = dataclasses.replace(chosen, input_size=max(size))
-        given = np.stack([preprocess(image, square) for image in paths])[:, :, : size[0], : size[1]]
+        batch = np.stack([preprocess(image, square) for image in paths])[:, :, : size[0], : size[1]]
     else:
-        given = sample_images(read.spec, size)
+        batch = sample_images(read.spec, size)
     if precision == "int8" and size[0] != size[1]:
         raise UsageError("--precision int8 is calibrated on square images; leave out --size or give one number")
     scales = None
@@ -170,7 +174,7 @@ def export(
         write_export(read, interface, target, folder / path.name)
         seconds = time.perf_counter() - began
         logger.info(f"checking {path.name} with {RUNTIME[target]}")
-        checks = _checks(read, interface, target, folder / path.name, given)
+        checks = _checks(read, interface, target, folder / path.name, batch)
         synthetic_checks: tuple[Check, ...] = ()
         if has_near_zero_scale(read.tensors):
             logger.info(
@@ -179,13 +183,13 @@ def export(
             synthetic = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 write_export(synthetic, interface, target, Path(name) / path.name)
-                synthetic_checks = _checks(synthetic, interface, target, Path(name) / path.name, given)
+                synthetic_checks = _checks(synthetic, interface, target, Path(name) / path.name, batch)
         if scales is not None:
             began = time.perf_counter()
             quantize(folder / path.name, scales, interface)
             seconds += time.perf_counter() - began
             network = RUNTIMES[RUNTIME[target]](folder / path.name, available_threads(), "int8")
-            if not all(np.isfinite(output).all() for output in network(pixels(given, interface))):
+            if not all(np.isfinite(output).all() for output in network(pixels(batch, interface))):
                 raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")
         size_in_bytes = sum((folder / name.name).stat().st_size for name in names)
     return Export(

@@ -1,25 +1,29 @@
 """The command `fcvit predict`; in Python, `fcvit.load(...).predict` does the same."""
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
-
-from fcvit.commands.options import Classes, Device, Ema, File, Threads
+from fcvit import run_folder as runs
+from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads
 from fcvit.data.folders import find_images
+from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.engines import AUTO, Engine, create_engine
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.base import task_of
 from fcvit.tasks.classification.prediction import check_counts
 from fcvit.text import csv_text, printable
 from fcvit.weights.reading import Weights, read_weights
 
+_TABLES = (".csv", ".jsonl")
+_ON_A_SHEET = 24  # images in a picture
 logger = logging.getLogger("fcvit")
 
 
@@ -31,11 +35,16 @@ class Predictions:
         good: path and prediction of each image, in their order.
         unreadable: reasons of the images that could not be read.
         as_csv: show them as CSV.
+        written: the file or folder that was written; None: nothing.
     """
 
     good: tuple[tuple[Path, Any], ...]
     unreadable: tuple[str, ...]
     as_csv: bool = False
+    written: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<Predictions of {len(self.good)} images>"
 
     @property
     def exit_code(self) -> int:
@@ -64,6 +73,8 @@ class Predictions:
             yield self.csv().rstrip("\n")
         elif self.good:
             yield predictions(self.good)
+        if self.written:
+            yield f"written to {self.written}"
 
 
 def load(
@@ -115,7 +126,8 @@ def predict(
     batch_size: int = 32,
     threads: Threads = None,
     ema: Ema = None,
-    csv: Annotated[bool, Parameter(negative=())] = False,
+    csv: Flag = False,
+    output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
     """Classify images: files, folders or glob patterns.
 
@@ -127,6 +139,7 @@ def predict(
             paddle-inference, native, torch.
         batch_size: Images at a time.
         csv: Print CSV.
+        output: A new table (.csv or .jsonl), or a new folder for pictures of the images with their best classes.
 
     Raises:
         FcvitError: see `fcvit.load`.
@@ -134,6 +147,10 @@ def predict(
     if not images:
         raise UsageError("predict: name at least one image, folder or pattern")
     check_counts(top_k, batch_size)
+    if output is not None and output.suffix not in ("", *_TABLES):
+        raise UsageError(f"{output}: expected a table ({' or '.join(_TABLES)}), or a folder for pictures")
+    if output is not None and output.exists():
+        raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
     classifier = load(weights, ema=ema, classes=classes, device=device, engine=engine, threads=threads)
     good, bad = [], []
@@ -144,4 +161,22 @@ def predict(
             else:
                 good.append((path, found))
             advance(1)
-    return Predictions(tuple(good), tuple(bad), csv)
+    predictions = Predictions(tuple(good), tuple(bad), csv, output)
+    if output is not None:
+        _write(predictions, output)
+    return predictions
+
+
+def _write(predictions: Predictions, output: Path) -> None:
+    if output.suffix == ".csv":
+        runs.write_text(output, predictions.csv())
+    elif output.suffix == ".jsonl":
+        rows = ({"path": str(path), "predictions": [*map(dataclasses.asdict, best)]} for path, best in predictions.good)
+        runs.write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with runs.run_folder(output, "predict") as folder:
+            for start in range(0, len(predictions.good), _ON_A_SHEET):
+                part = predictions.good[start : start + _ON_A_SHEET]
+                tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
+                title = f"images {start + 1} to {start + len(part)} of {len(predictions.good)}"
+                contact_sheet(tiles, title).save(folder / f"predictions-{start // _ON_A_SHEET + 1:03d}.png")

@@ -68,6 +68,9 @@ class Quickstart:
     folder: Path
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"<Quickstart in {self.folder}>"
+
     def tables(self) -> Iterator[Any]:
         """Show the conversion, Paddle beside PyTorch on the same images, and some predictions."""
         from fcvit.report.tables import predictions, table, verdict

@@ -1,1 +1,1 @@
-"""What computes logits: engines."""
+"""Compute the outputs of a network, by the fastest engine that is right; export it."""

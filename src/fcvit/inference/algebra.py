@@ -11,25 +11,25 @@ Pair = tuple[np.ndarray, np.ndarray]  # weight and bias
 
 
 def batch_norm(weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray, eps: float) -> Pair:
-    """BatchNorm with fixed statistics as a scale and shift of each channel: y = scale * x + shift."""
+    """Return BatchNorm with fixed statistics as scale and shift of each channel: y = scale * x + shift."""
     scale = weight / np.sqrt(variance + eps)
     return scale, bias - mean * scale
 
 
 def scale_outputs(layer: Pair, scale: np.ndarray, shift: np.ndarray | float = 0.0) -> Pair:
-    """The layer whose output is scale * y + shift, per channel: BatchNorm or layer scale behind it."""
+    """Return the layer whose output is scale * y + shift, per channel: BatchNorm or layer scale behind it."""
     weight, bias = layer
     return weight * _along(scale, 0, weight.ndim), bias * scale + shift
 
 
 def scale_inputs(layer: Pair, scale: np.ndarray) -> Pair:
-    """The layer that takes x where the given one took scale * x; groups of one channel are not meant."""
+    """Return the layer that takes x where the given one took scale * x; not for groups of one channel."""
     weight, bias = layer
     return weight * _along(scale, 1, weight.ndim), bias
 
 
 def shift_inputs(layer: Pair, shift: np.ndarray) -> Pair:
-    """The layer that takes x where the given one took x + shift; only for a layer without padding."""
+    """Return the layer that takes x where the given one took x + shift; only for a layer without padding."""
     weight, bias = layer
     assert all(side == 1 for side in weight.shape[2:]), weight.shape
     return weight, bias + weight.reshape(weight.shape[:2]) @ shift

@@ -1,4 +1,4 @@
-"""The batch size that fits: found by trying."""
+"""Find the batch size that fits by trying."""
 
 import time
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _ROUNDS = 2  # the faster one counts: something else may use the machine
 
 
 def fitting_batch_size(jobs: Sequence[tuple[Engine, int]]) -> tuple[int, str]:
-    """Double the batch size while it fits and is worth it; the size, and why, in words.
+    """Double the batch size while it fits and is worth it; return it, and the reason in words.
 
     Args:
-        jobs: what every batch goes through: engines, each with its input size in pixels.
+        jobs: engines that every batch goes through, each with its input size in pixels.
     """
     generator = np.random.default_rng(0)
     best = _FIRST
@@ -49,7 +49,7 @@ def fitting_batch_size(jobs: Sequence[tuple[Engine, int]]) -> tuple[int, str]:
 
 
 def _run(jobs: Sequence[tuple[Engine, int]], size: int, generator: np.random.Generator) -> float:
-    """Seconds for one batch through everything."""
+    """Return the seconds for one batch through all engines."""
     batches = [generator.integers(0, 256, (size, 3, pixels, pixels), np.uint8) for _, pixels in jobs]
     began = time.perf_counter()
     for (engine, _), batch in zip(jobs, batches, strict=True):

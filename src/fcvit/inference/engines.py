@@ -192,16 +192,16 @@ class ExportedEngine(Engine):
 
     def _load(self, size: tuple[int, int], uint8: bool) -> Network:
         interface = Interface(size, uint8, False, self.preprocessing)
-        given = (self.weights, interface, self.name, self.calibration)
+        export = (self.weights, interface, self.name, self.calibration)
         options = (self.threads or available_threads(), self.precision)
-        with cache.exported(*given) as path:
+        with cache.exported(*export) as path:
             try:
                 return RUNTIMES[self.name](path, *options)
             except Exception:
                 if path.exists():
                     raise
         # Somebody deleted the entry after it was checked.
-        with cache.exported(*given, use_cache=False) as path:
+        with cache.exported(*export, use_cache=False) as path:
             return RUNTIMES[self.name](path, *options)
 
     def compute(self, images: np.ndarray) -> list[np.ndarray]:
@@ -251,8 +251,8 @@ def create_engine(
     parse_device(device)
     if name != AUTO and name not in ENGINES:
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
-    given = (weights, preprocessing, device, precision, threads)
-    return _fastest(*given) if name == AUTO else ENGINES[name](*given, calibration)
+    arguments = (weights, preprocessing, device, precision, threads)
+    return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration)
 
 
 def _fastest(weights: Weights, preprocessing: Preprocessing, device: str, *options: Any) -> Engine:

@@ -133,7 +133,7 @@ def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
     paddle = import_framework("paddle")
 
     class Served(paddle.nn.Layer):
-        """The network with what the interface adds."""
+        """The network, and the layers that the interface adds."""
 
         def __init__(self):
             super().__init__()

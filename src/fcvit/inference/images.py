@@ -1,4 +1,4 @@
-"""From images as users hold them to predictions: read, batch, compute, decode. No task is named here."""
+"""Read images, batch them, compute outputs, decode them to predictions. No task is named here."""
 
 import io
 import itertools

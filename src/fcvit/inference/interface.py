@@ -1,4 +1,4 @@
-"""What goes into a network and what comes out."""
+"""The input and the outputs of a network."""
 
 import dataclasses
 from typing import Any

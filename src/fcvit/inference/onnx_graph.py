@@ -39,13 +39,13 @@ _HIDDEN_BYTES = 1 << 20
 
 
 def onnx_model(weights: Weights, interface: Interface, metadata: dict[str, str] | None = None, dtype: str = "float32"):  # noqa: ANN201
-    """The graph as an `onnx.ModelProto`; the batch is free.
+    """Return the graph as an `onnx.ModelProto`; the batch is free.
 
     Args:
-        weights: of any form; the folding is computed in float64.
-        interface: see `Interface`.
+        weights: of any network; the folding is computed in float64.
+        interface: what goes in and comes out.
         metadata: texts that travel inside.
-        dtype: float32, or float64 for a proof by onnx's own evaluator.
+        dtype: float32, or float64 for a check by onnx's own evaluator.
 
     Raises:
         UsageError: probabilities of a network without classes.
@@ -99,7 +99,7 @@ class _Writer:
         return output
 
     def constant(self, value: np.ndarray) -> str:
-        """Equal ones are kept once; floating-point ones in the type of the graph."""
+        """Return the name of a constant: equal ones are stored once, floating-point ones in the type of the graph."""
         value = np.asarray(value, self.dtype if np.asarray(value).dtype.kind == "f" else None, order="C")
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self.constants:
@@ -111,15 +111,15 @@ class _Writer:
         node = next(node for node in self.nodes if node.output[0] == value)
         node.output[0] = name
         for later in self.nodes:
-            for place, given in enumerate(later.input):
-                if given == value:
-                    later.input[place] = name
+            for index, source in enumerate(later.input):
+                if source == value:
+                    later.input[index] = name
 
     def pair(self, name: str) -> algebra.Pair:
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
     def conv(self, x: str, layer: algebra.Pair, stride: int = 1, groups: int = 1) -> str:
-        """Padded by half the kernel, in one dimension or two."""
+        """Convolve in one dimension or two, padded by half the kernel."""
         weight, bias = layer
         kernel = list(weight.shape[2:])
         pads = [side // 2 for side in kernel] * 2
@@ -134,7 +134,7 @@ class _Writer:
         return self.op("Gelu", x)
 
     def mean(self, x: str) -> str:
-        """Of all channels and positions: (B, 1, 1, 1). Positions first: a long sum in float32 is inexact."""
+        """Average over channels and positions: (B, 1, 1, 1). Positions first: a long sum in float32 is inexact."""
         return self.op("ReduceMean", self.op("GlobalAveragePool", x), _CHANNELS)
 
     def scale(self, x: str, scale: np.ndarray) -> str:
@@ -143,7 +143,7 @@ class _Writer:
     # The layers of `fcvit.models`
 
     def network(self, x: str) -> list[str]:
-        """All outputs."""
+        """Write the network and return all outputs."""
         self.place = "patch_embed"
         if self.interface.uint8:
             x = self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(self.dtype))
@@ -180,9 +180,8 @@ class _Writer:
     def conv_norm(self, x: str, name: str, stride: int) -> str:
         norm = f"{name}.norm"
         statistics = self.tensors[f"{norm}.running_mean"], self.tensors[f"{norm}.running_var"]
-        layer = algebra.scale_outputs(
-            self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, EPS)
-        )
+        scale, shift = algebra.batch_norm(*self.pair(norm), *statistics, EPS)
+        layer = algebra.scale_outputs(self.pair(f"{name}.proj"), scale, shift)
         if name == "patch_embed" and self.interface.uint8:
             layer = algebra.scale_inputs(layer, 1 / (255 * np.array(self.interface.preprocessing.std)))
         if self.sides is not None:
@@ -190,7 +189,7 @@ class _Writer:
         return self.conv(x, layer, stride)
 
     def norm(self, x: str, affine: algebra.Pair | None, name: str) -> str:
-        """Layer norm over channels and positions; None: its affine part is in the layer behind it."""
+        """Normalize over channels and positions; None: the affine part is in the layer behind it."""
         self.place = name
         centered = self.op("Sub", x, self.mean(x))
         variance = self.mean(self.op("Mul", centered, centered))
@@ -202,9 +201,8 @@ class _Writer:
 
     def block(self, x: str, stage: int, name: str) -> str:
         scales = [self.tensors.get(f"{name}.layer_scale_{branch}") for branch in (1, 2)]
-        tokens = self.token_mixer(
-            self.norm(x, self.pair(f"{name}.norm1"), f"{name}.norm1"), stage, f"{name}.token_mixer"
-        )
+        normed = self.norm(x, self.pair(f"{name}.norm1"), f"{name}.norm1")
+        tokens = self.token_mixer(normed, stage, f"{name}.token_mixer")
         if scales[0] is not None:
             tokens = self.scale(tokens, scales[0])
         x = self.op("Add", x, tokens)
@@ -224,7 +222,7 @@ class _Writer:
         return self.spatial_attention(x, width, f"{name}.spatial_att.spatial_att") if self.v.spatial_attention else x
 
     def context(self, x: str, width: int, name: str) -> str:
-        """x and its global context."""
+        """Add the global context."""
         self.place = name
         heads, share = self.v.heads, width // self.v.heads
         context = self.op("Flatten", self.op("GlobalAveragePool", x))
@@ -243,7 +241,7 @@ class _Writer:
         return self.spread(self.op("Add", flat, self.op("Mul", weight, value)), width)
 
     def unbiased(self, variance: str) -> str:
-        """From the mean of squares to the unbiased variance: over heads and positions together."""
+        """Turn the mean of squares over heads and positions into the unbiased variance."""
         heads = self.v.heads
         if self.sides is not None:
             count = heads * self.sides[0] * self.sides[1]
@@ -255,7 +253,7 @@ class _Writer:
         return self.op("Mul", variance, self.op("Div", count, others))
 
     def spread(self, x: str, width: int) -> str:
-        """(B, heads, share, positions) -> (B, C, H, W)."""
+        """Reshape (B, heads, share, positions) to (B, C, H, W)."""
         if self.sides is not None:
             return self.op("Reshape", x, _target(0, width, *self.sides))
         return self.op("Reshape", x, self.op("Concat", _target(0, width), self.shape, axis=0))
@@ -268,7 +266,7 @@ class _Writer:
         return self.linear(self.op("Max", *halves), self.pair(f"{name}.fc2"))
 
     def channel_mixer(self, x: str, stage: int, block: str, layer_scale: np.ndarray | None) -> str:
-        """x and its channel mixer, the norm before and the scale behind it in the weights."""
+        """Add the channel mixer; the norm before and the scale behind it are in the weights."""
         name = f"{block}.channel_mixer"
         scale, shift = self.pair(f"{block}.norm2")
         first = algebra.scale_inputs(algebra.shift_inputs(self.pair(f"{name}.fc1"), shift), scale)
@@ -290,7 +288,7 @@ class _Writer:
         return self.op("Add", x, result if layer_scale is None else self.scale(result, layer_scale))
 
     def hidden(self, x: str, first: algebra.Pair, part: slice, name: str) -> str:
-        """Some of the hidden channels."""
+        """Compute some of the hidden channels."""
         self.place = f"{name}.fc1"
         x = self.conv(x, (first[0][part], first[1][part]))
         if self.v.channel_dwconv:
@@ -300,7 +298,7 @@ class _Writer:
         return self.gelu(x)
 
     def parts(self, channels: int) -> list[slice]:
-        """The hidden channels in groups, each so small that it stays in a core's cache; whole vectors of 16."""
+        """Divide the hidden channels into groups that stay in a core's cache; whole vectors of 16."""
         count = 1
         if self.sides is not None:
             size = channels * self.sides[0] * self.sides[1] * self.dtype.itemsize
@@ -324,10 +322,10 @@ class _Writer:
 
 
 def _column(vector: np.ndarray) -> np.ndarray:
-    """(C,) -> (C, 1, 1), to meet (B, C, H, W)."""
+    """Reshape (C,) to (C, 1, 1), to meet (B, C, H, W)."""
     return np.asarray(vector)[:, None, None]
 
 
 def _target(*shape: int) -> np.ndarray:
-    """A shape for Reshape: 0 keeps a dimension, -1 is what is left."""
+    """Return a shape for Reshape: 0 keeps a dimension, -1 is what is left."""
     return np.array(shape, np.int64)

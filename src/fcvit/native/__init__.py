@@ -1,1 +1,1 @@
-"""The network on a CPU by operators of our own, compiled on the user's machine: for training."""
+"""Compute the network on a CPU by operators of our own, compiled on the user's machine: for training."""

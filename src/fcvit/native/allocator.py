@@ -9,10 +9,10 @@ LARGEST_INT = 2**31 - 1
 
 
 def keep_memory() -> bool:
-    """For this whole process, from now on: blocks below 32 MB come from, and stay in, the heap.
+    """Let blocks below 32 MB come from, and stay in, the heap, for this whole process from now on.
 
     As it is, every large block is mapped anew, page by page, and unmapped again, which takes longer than
-    an elementwise operation on it. Whether it was done: not where the C library is not glibc.
+    an elementwise operation on it. Returns whether it was done: not where the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

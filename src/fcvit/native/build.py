@@ -63,7 +63,7 @@ def _compiler() -> str:
 
 
 def _key(compiler: str) -> str:
-    """Hash of the sources, flags, compiler and processor: `-march=native` on another may not run here."""
+    """Return a hash of sources, flags, compiler and processor: `-march=native` of another may not run here."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, processor_identity()]
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]

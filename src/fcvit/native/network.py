@@ -33,7 +33,7 @@ from paddle import Tensor, nn  # noqa: E402
 
 
 def accelerate(model: FCViT | FCViTBackbone) -> None:
-    """From now on `model` computes by the native operators on a CPU, in training and evaluation, to rounding the same.
+    """Let `model` compute by the native operators on a CPU, in training and evaluation, the same up to rounding.
 
     Parameters, their names and the random numbers of drop path stay as they are. Memory that is freed is from
     now on kept by this process (`keep_memory`).
@@ -76,7 +76,7 @@ class NativeFCViTBackbone(FCViTBackbone):
 
 
 def _applies(model: nn.Layer, x: Tensor) -> bool:
-    """Whether the operators can compute it; where not, the plain network does or says why it cannot."""
+    """Return whether the operators can compute it; where not, the plain network does or says why it cannot."""
     return (
         paddle.in_dynamic_mode()
         and x.place.is_cpu_place()
@@ -89,7 +89,7 @@ def _applies(model: nn.Layer, x: Tensor) -> bool:
 
 
 def _stages(model: nn.Layer, x: Tensor) -> list[Tensor]:
-    """The outputs of the four stages, (B, H, W, C)."""
+    """Return the outputs of the four stages, (B, H, W, C)."""
     x = _conv_norm(model.patch_embed, x, channels_first=True)
     outputs = []
     for index, part in enumerate(model.network):
@@ -119,7 +119,7 @@ def _block(block: Block, x: Tensor) -> Tensor:
 
 
 def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
-    """What the layer itself does to 1, for each image: (B,), or None where it does nothing."""
+    """Return the factor of each image, by the layer itself: (B,), or None where it does nothing."""
     if not drop_path.training or drop_path.rate == 0:
         return None
     return drop_path(paddle.ones([x.shape[0], 1, 1, 1], x.dtype)).flatten()
@@ -154,5 +154,5 @@ def _channel_mixer(mixer: ChannelMixer, x: Tensor) -> Tensor:
 
 
 def _plain(layer: nn.Layer, x: Tensor) -> Tensor:
-    """A layer off the published path, as it stands."""
+    """Run a layer off the published path, as it stands."""
     return channels_last(layer(channels_first(x)))

@@ -92,6 +92,9 @@ class Verification:
     def passed(self) -> bool:
         return not self.different and self.comparison.passed and (self.synthetic is None or self.synthetic.passed)
 
+    def __repr__(self) -> str:
+        return f"<Verification of {self.spec}: {'passed' if self.passed else self.failure()}>"
+
     @property
     def exit_code(self) -> int:
         return 0 if self.passed else NumbersDisagree.exit_code

@@ -74,6 +74,9 @@ class Weights:
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"<Weights {self.source.path.name}: {self.spec}>"
+
     @property
     def dtypes(self) -> list[str]:
         """Types of the floating-point tensors, sorted."""

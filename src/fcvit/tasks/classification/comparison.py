@@ -80,6 +80,9 @@ class ResultComparison:
     differing: tuple[Difference, ...]
     folder: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"<ResultComparison: {self.difference:+.2f} points over {counted(self.images, 'image')}>"
+
     def tables(self) -> "Iterator[Table | str]":
         """Show the difference, classes that gained and lost, and images that differ."""
         from fcvit.report.tables import interval, table
