@@ -12,7 +12,7 @@ from fcvit.data.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.models.spec import HEADS, ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
-from fcvit.weights.safetensors_file import unique
+from fcvit.text import strict_json
 
 FORMAT_VERSION = 2
 KEY = "fcvit"  # of the text entry in a safetensors header
@@ -25,7 +25,7 @@ class Header:
     """Everything about weights that is not a number in a tensor.
 
     Attributes:
-        form: variant, class count, head.
+        spec: variant, class count, head.
         layout: names and Linear layout of the tensors: "paddle" or "torch".
         preprocessing: what the weights were trained for; None: the variant's.
         classes: ordered; None: unknown.
@@ -43,7 +43,7 @@ class Header:
     weights_sha256: str = ""
 
     def to_json(self) -> str:
-        """One JSON object; the fields of the variant by name."""
+        """Write one JSON object; the fields of the variant by name."""
         return json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -63,13 +63,13 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        """The inverse of `to_json`.
+        """Invert `to_json`.
 
         Raises:
             UnreadableFile: not such a header, or of a newer format.
         """
         try:
-            fields = json.loads(text, object_pairs_hook=unique)
+            fields = strict_json(text)
             json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
             version = fields["format_version"]
             if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
