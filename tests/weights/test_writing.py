@@ -21,8 +21,8 @@ from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file
-from fcvit.weights.checkpoint import read_checkpoint, sidecar
-from fcvit.weights.header import Header
+from fcvit.weights.checkpoint import read_checkpoint
+from fcvit.weights.header import Header, sidecar
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import differing_tensors, staged, write_weights
 

@@ -19,7 +19,7 @@ from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
 from fcvit.models.spec import LAST_NAMES, is_counter, is_statistic
 from fcvit.weights import hub, pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
-from fcvit.weights.header import KEY, Header
+from fcvit.weights.header import KEY, Header, read_sidecar, sidecar
 from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import (
     DETECTOR_PARTS,
@@ -155,10 +155,10 @@ class Checkpoint:
             return named[0]
         averaged = [one for one in self.sets if one.averaged]
         raw = [one for one in self.sets if not one.averaged]
+        which = _one_line(averaged[0].label) if averaged else ""
+        if averaged and not ema and not raw:
+            raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
         if ema is None and averaged:
-            which = _one_line(averaged[0].label)
-            if not raw:
-                raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
             raise UsageError(
                 f"{self.path} has averaged weights ({which}) beside the raw ones: "
                 "choose with --ema or --no-ema (in Python: ema=True or False)"
@@ -171,8 +171,6 @@ class Checkpoint:
             )
         if ema and not averaged and not raw[0].counted:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
-        if averaged and not ema and not raw:
-            raise UsageError(f"{self.path} has averaged weights only; choose them with --ema")
         chosen = averaged if ema and averaged else raw
         fitting = [one for one in chosen if self._fits(one)] if len(chosen) > 1 else chosen
         if len(fitting) != 1:
@@ -183,7 +181,7 @@ class Checkpoint:
         return fitting[0]
 
     def _nameless_average(self) -> str | None:
-        """Return where averaged weights stand in a list, which does not say what belongs to which name; None: nowhere."""
+        """Return where averaged weights stand in a list, which does not say their names; None: nowhere."""
 
         def weights(value: object) -> bool:
             if isinstance(value, dict):
@@ -374,8 +372,8 @@ def _parse(path: Path, data: bytes, shards: bool) -> Checkpoint:
         raise UnreadableFile(_ENDINGS[".pdopt"])
     checkpoint = Checkpoint(path, kind, top, header, data)
     if header is None and os.path.isfile(sidecar(path)):  # noqa: PTH113 -- the path's own method raises if it is too long
-        header = _read_sidecar(checkpoint)
-    return dataclasses.replace(checkpoint, header=header)
+        checkpoint = dataclasses.replace(checkpoint, header=read_sidecar(path, checkpoint.sha256))
+    return checkpoint
 
 
 def _read_shards(path: Path, data: bytes) -> Checkpoint:
@@ -391,23 +389,3 @@ def _read_shards(path: Path, data: bytes) -> Checkpoint:
             )
         tensors |= {tensor: part.array(value) for tensor, value in part.top.items()}
     return Checkpoint(path, f"{parts[0].format} in {len(parts)} shards", tensors, None, data, parts)
-
-
-def sidecar(path: Path) -> Path:
-    """Return where the header of a format without one stands: the file's whole name with `.json` added."""
-    return path.with_name(path.name + ".json")
-
-
-def _read_sidecar(checkpoint: Checkpoint) -> Header:
-    path = sidecar(checkpoint.path)
-    try:
-        if path.stat().st_size > hub.MAX_JSON:
-            raise UnreadableFile(f"{path.name} beside it is over {hub.MAX_JSON >> 20} MiB: not a header")
-        header = Header.from_json(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{path.name} beside it cannot be read ({error}); mend or remove it") from error
-    if header.weights_sha256 != checkpoint.sha256:
-        raise UnreadableFile(
-            f"{path.name} beside it describes other weights (SHA-256 differs); remove it or restore both"
-        )
-    return header

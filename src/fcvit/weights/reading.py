@@ -21,8 +21,9 @@ from fcvit.models.spec import (
     torch_shapes,
 )
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
-from fcvit.weights.checkpoint import Checkpoint, read_checkpoint, sidecar
+from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
 from fcvit.weights.dtypes import FLOATS, is_float
+from fcvit.weights.header import sidecar
 from fcvit.weights.hub import settings_beside
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
