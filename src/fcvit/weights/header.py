@@ -19,6 +19,7 @@ from fcvit.weights.hub import MAX_JSON
 FORMAT_VERSION = 2
 KEY = "fcvit"  # of the text entry in a safetensors header
 LAYOUTS = ("paddle", "torch")
+_FIRST_HEADS = {True: "backbone", False: "classifier"}  # of the flag `dense` in format version 1
 EXAMPLE = VARIANTS["fcvit_tiny"]  # what kind of value each field has
 
 
@@ -80,8 +81,7 @@ class Header:
                 )
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
-            # The first version knew two heads by a flag.
-            head = ("backbone" if fields["dense"] is True else "classifier") if version == 1 else fields["head"]
+            head = _FIRST_HEADS[fields["dense"]] if version == 1 else fields["head"]
             if not isinstance(head, str) or head not in HEADS:
                 raise UnreadableFile(f"header with the unknown head {str(head)[:40]!r}; update fcvit")
             spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head)
