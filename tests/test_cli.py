@@ -740,4 +740,5 @@ def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkey
     assert loud[:2] == quiet[:2] and "note: engine" in loud[2] and not quiet[2]
     assert run("recipes", "-v", "digits")[0] == 0
     code, _, err = run("heads")
-    assert code == 2 and "fcvit heads is now fcvit head-stats" in err
+    note, problem = err.splitlines()
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in note and problem.startswith("fcvit: head-stats: ")
