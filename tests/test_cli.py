@@ -235,6 +235,7 @@ def test_evaluating(run, digits_pth, image, no_charts):
     found = json.loads(run("eval", "--weights", digits_pth, "--data", "data", "--json", "--input-size", 64)[1])
     assert found["results"][0]["protocol"]["changed"] == {"input_size": [32, 64]}
     assert "digits-authors" in run("eval", "--resume", "runs/eval")[1]
+    assert "digits-authors" in run("resume", "runs/eval")[1]
     code, out, _ = run("compare", "runs/eval", "runs/eval-3", "-o", "compared")
     assert code == 0 and "p = " in out and "written to compared" in out
     assert json.loads(run("compare", "runs/eval", "runs/eval-3", "--json")[1])["images"] == 10
@@ -734,8 +735,10 @@ def test_the_cache_is_shown_limited_and_emptied(run, tmp_path, monkeypatch):
 
 @needs_paddle
 def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkeypatch):
-    code, out, err = run("doctor", "-q")
-    assert code == 0 and "cores" in out and not err
+    words = ("predict", image, "--weights", digits_pth, "--engine", "auto")
+    loud, quiet = run(*words), run(*words, "-q")
+    assert loud[:2] == quiet[:2] and "note: engine" in loud[2] and not quiet[2]
     assert run("recipes", "-v", "digits")[0] == 0
     code, _, err = run("heads")
-    assert code == 2 and "fcvit heads is now fcvit head-stats" in err
+    note, problem = err.splitlines()
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in note and problem.startswith("fcvit: head-stats: ")
