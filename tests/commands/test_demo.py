@@ -263,6 +263,7 @@ class Page:
         until(same, "the expected picture")
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
@@ -313,6 +314,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     until(lambda: page.text("#place") == "stage 1, block 1, context 2", "settings work without an image")
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
