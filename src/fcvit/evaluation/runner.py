@@ -59,7 +59,7 @@ def evaluate(
         raise UsageError("save_logits needs a folder")
     began = time.perf_counter()
     processes = join()
-    loaded = [read_weights(path, settings.ema) for path in weights]
+    loaded = [read_weights(absolute(path), settings.ema) for path in weights]
     for note in dict.fromkeys(note for one in loaded for note in one.notes):
         logger.info(note)
     task = task_of(loaded)
