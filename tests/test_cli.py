@@ -371,7 +371,7 @@ def test_python_dash_m():
     assert command("--version").stdout.strip() == __import__("fcvit").__version__
 
 
-def test_a_lively_golden_of_the_command_line(run, tmp_path):
+def test_a_golden_of_the_command_line_on_synthetic_weights(run, tmp_path):
     """What `fcvit inspect --json` says of a dense backbone."""
     import dataclasses
 
