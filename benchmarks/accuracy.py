@@ -1,8 +1,8 @@
 """How near both networks come to the authors' own numbers (tests/golden), as a table.
 
 Run:  .venv/bin/python benchmarks/accuracy.py [--json FILE]
-For each variant at (2, 3, 224, 224): the largest float64 difference of Paddle and of the twin over the
-standard deviation of the logits, and gate B against the PyTorch float32 run recorded with the goldens.
+For each variant at (2, 3, 224, 224): the largest float64 difference of Paddle and of the reference over the
+standard deviation of the logits, and the float32 error ratio against the PyTorch float32 run recorded with the goldens.
 """
 
 import argparse
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.commands.verify import trace_paddle, trace_torch
 from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, published
 from fcvit.verification.equivalence import error_ratio, float64_difference
+from fcvit.verification.traces import trace_paddle, trace_torch
 from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
@@ -39,20 +39,20 @@ def main() -> None:
             {
                 "variant": name,
                 "paddle_float64": float64_difference(trace_paddle(weights, images, "float64")["output"], exact),
-                "twin_float64": float64_difference(trace_torch(weights, images, "float64")["output"], exact),
-                "gate_b": error_ratio(paddle_32, torch_32, exact),
+                "reference_float64": float64_difference(trace_torch(weights, images, "float64")["output"], exact),
+                "error_ratio": error_ratio(paddle_32, torch_32, exact),
                 "float32_max": float(np.abs(paddle_32 - torch_32).max()),
                 "float32_mean": float(np.abs(paddle_32 - torch_32).mean()),
             }
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    print("| variant | Paddle float64 | twin float64 | largest float32 | mean float32 | gate B |")
+    print("| variant | Paddle float64 | reference float64 | largest float32 | mean float32 | error ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(
-            f"| {row['variant']} | {row['paddle_float64']:.1e} | {row['twin_float64']:.1e} "
-            f"| {row['float32_max']:.1e} | {row['float32_mean']:.1e} | {row['gate_b']:.2f} |"
+            f"| {row['variant']} | {row['paddle_float64']:.1e} | {row['reference_float64']:.1e} "
+            f"| {row['float32_max']:.1e} | {row['float32_mean']:.1e} | {row['error_ratio']:.2f} |"
         )
 
 

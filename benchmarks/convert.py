@@ -1,7 +1,7 @@
 """Converting a full-size fcvit_b48 checkpoint without verification: seconds, and peak memory over file size.
 
 Run:  .venv/bin/python benchmarks/convert.py [--repeat N] [--json FILE]
-Writes the checkpoint itself (weights by rule, 206 MB) to a temporary folder. Each conversion is a process
+Writes the checkpoint itself (synthetic weights, 206 MB) to a temporary folder. Each conversion is a process
 of its own, so its start, imports and peak memory count in full. Next to it, in turn, a process that
 copies the same file and flushes it: what the disk alone costs. Prints its ratios last.
 """

@@ -4,7 +4,7 @@ Run:  .venv/bin/python benchmarks/evaluate.py [--photos FOLDER] [--variant NAME]
           [--json FILE]
 
 The photographs are those below FOLDER, copied to 200 files; without one, 200 made-up JPEG files of
-ImageNet's usual sizes. Weights by rule, 224 x 224: of fcvit_tiny, or of fcvit_digits, which is so small that
+ImageNet's usual sizes. Synthetic weights, 224 x 224: of fcvit_tiny, or of fcvit_digits, which is so small that
 decoding weighs. All rates are steady: from the end of the first batch on, since starting processes is paid
 once. Worker processes and model share the same cores, so decoding at rate d and a model at rate m can give
 1 / (1/d + 1/m) at best; the model alone is measured before and after each

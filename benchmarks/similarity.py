@@ -2,7 +2,7 @@
 
 Run:  .venv/bin/python benchmarks/similarity.py [--variant NAME] [--size N] [--rounds N] [--json FILE]
 
-One image, float32, the Paddle network and the PyTorch twin on weights by rule; plain and keeping passes in turn, the
+One image, float32, both networks on synthetic weights; plain and keeping passes in turn, the
 ratio of neighbors in time, then the median. The maps are taken to NumPy in the time. Prints its ratios last.
 """
 
@@ -72,7 +72,7 @@ def paddle_passes(weights, images):
 
 def torch_passes(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     model, x = build_reference(weights.spec, weights.tensors), torch.from_numpy(images)
 

@@ -3,7 +3,7 @@
 Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N] [--batch N] [--rounds N]
           [--classes N] [--one-thread] [--json FILE]
 
-Paddle plain (`fcvit.models.network`), the same with the allocator keeping its memory, native (`accelerate`), and
+Paddle plain (`fcvit.models`), the same with the allocator keeping its memory, native (`accelerate`), and
 the PyTorch reference in its default format and in channels_last, in turn (`fcvit.inference.interleave`). Times are
 medians; ratios those of neighbors in time, then their median.
 On a machine that others use as well, waiting for descheduled threads drowns everything:
@@ -100,8 +100,10 @@ def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
+    import paddle
+
     from fcvit.inference.engines import accelerate
-    from fcvit.models.network import FCViT, paddle
+    from fcvit.models.classifier import FCViT
     from fcvit.native.allocator import keep_memory
 
     if contender == "paddle + allocator":
@@ -127,7 +129,9 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
 
 
 def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
-    from fcvit.reference.network import FCViT, torch
+    import torch
+
+    from fcvit.reference.classifier import FCViT
 
     memory_format = torch.channels_last if "channels_last" in contender else torch.contiguous_format
     model = FCViT(VARIANTS[name], classes, drop_path_rate=0.1).to(memory_format=memory_format).train()

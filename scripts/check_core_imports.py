@@ -14,10 +14,14 @@ from fcvit.frameworks import installed
 
 NEED_AN_EXTRA = {
     "fcvit.inference.onnx_graph",
-    "fcvit.models.network",
+    "fcvit.models.backbone",
+    "fcvit.models.classifier",
+    "fcvit.models.layers",
     "fcvit.native.network",
     "fcvit.native.operators",
-    "fcvit.reference.network",
+    "fcvit.reference.backbone",
+    "fcvit.reference.build",
+    "fcvit.reference.classifier",
     "fcvit.training.optimizer",
     "fcvit.training.statistics",
     "fcvit.training.step",

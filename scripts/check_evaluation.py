@@ -3,7 +3,7 @@
 Run:  .venv/bin/python scripts/check_evaluation.py [PHOTOS]
 
 On the held-out digits with the shipped checkpoint, and on the photographs in PHOTOS (files whose names begin
-with a WordNet id) with fcvit_tiny's weights by rule:
+with a WordNet id) with fcvit_tiny's synthetic weights:
 
 - the same bytes for any number of workers, and for a run that is killed and continued;
 - the same predictions for class folders, a list and a tar;

@@ -1,6 +1,6 @@
 """Make the checkpoint and the held-out images that `fcvit quickstart` runs on.
 
-Trains the PyTorch twin of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0) and
+Trains the PyTorch reference of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0) and
 saves it as the authors' training script would: epoch, arch, state_dict, optimizer, args, metric.
 Beside it go the held-out images and what PyTorch computes for them, in float64 and float32.
 
@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from fcvit.data.transforms.preprocess import normalize, preprocess
 from fcvit.models.variants import VARIANTS
-from fcvit.reference.network import FCViT
+from fcvit.reference.classifier import FCViT
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "fcvit" / "assets"
 VARIANT = VARIANTS["fcvit_digits"]

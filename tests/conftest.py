@@ -1,4 +1,4 @@
-"""What several test files share: goldens, weights by rule, small files, missing extras."""
+"""What several test files share: goldens, synthetic weights, small files, missing extras."""
 
 import hashlib
 import json

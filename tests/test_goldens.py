@@ -6,55 +6,61 @@ import numpy as np
 import pytest
 
 from conftest import PUBLISHED, golden_arrays, golden_json, needs_paddle, needs_torch
-from fcvit.commands.verify import trace_paddle, trace_torch
 from fcvit.models.spec import ModelSpec, recognize, tensor_specs
 from fcvit.models.variants import VARIANTS, Variant
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio
+from fcvit.verification.traces import trace_paddle, trace_torch
 from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 OPTIONS = golden_json("options.json")
+CI_ONLY = ("fcvit_b24", "fcvit_b48")  # a trace of these takes many seconds
+PUBLISHED_VARIANTS = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.ci] if n in CI_ONLY else [pytest.mark.slow] if n != "fcvit_tiny" else [])
+        for n in PUBLISHED
+    ],
+)
 SIDES = [
     pytest.param(trace_paddle, marks=needs_paddle, id="paddle"),
-    pytest.param(trace_torch, marks=needs_torch, id="twin"),
+    pytest.param(trace_torch, marks=needs_torch, id="reference"),
 ]
 
 
-def lively(spec: ModelSpec, salt: str = "") -> Weights:
+def synthetic_weights(spec: ModelSpec, salt: str = "") -> Weights:
     return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
-def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == expected.dtype == np.float64
-    assert np.abs(found - expected).max() <= FLOAT64_LIMIT * expected.std()
+def assert_equal(computed: np.ndarray, expected: np.ndarray) -> None:
+    assert computed.dtype == expected.dtype == np.float64
+    assert np.abs(computed - expected).max() <= FLOAT64_LIMIT * expected.std()
 
 
 @pytest.mark.parametrize("trace", SIDES)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "fcvit_tiny" else pytest.mark.slow) for n in PUBLISHED]
-)
+@PUBLISHED_VARIANTS
 def test_published_variants_in_float64(name, trace):
     golden = golden_json(f"{name}.json")
-    places = trace(lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float64")
-    assert_equal(places["output"], golden_arrays(f"{name}.npz")["logits"])
+    layers = trace(synthetic_weights(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float64")
+    assert_equal(layers["output"], golden_arrays(f"{name}.npz")["logits"])
     stages = ("patch_embed", *(f"network.{i}" for i in range(7)), "norm")
     for stage in stages:
-        expected, found = golden["stages"][stage], places[stage]
-        assert list(found.shape) == expected["shape"]
-        assert np.abs(found.ravel()[expected["index"]] - expected["value"]).max() <= FLOAT64_LIMIT * expected["std"]
-        assert found.mean() == pytest.approx(expected["mean"], abs=FLOAT64_LIMIT * expected["std"])
-        assert found.std() == pytest.approx(expected["std"], rel=FLOAT64_LIMIT)
+        expected, computed = golden["stages"][stage], layers[stage]
+        assert list(computed.shape) == expected["shape"]
+        assert np.abs(computed.ravel()[expected["index"]] - expected["value"]).max() <= FLOAT64_LIMIT * expected["std"]
+        assert computed.mean() == pytest.approx(expected["mean"], abs=FLOAT64_LIMIT * expected["std"])
+        assert computed.std() == pytest.approx(expected["std"], rel=FLOAT64_LIMIT)
 
 
 @needs_paddle
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "fcvit_tiny" else pytest.mark.slow) for n in PUBLISHED]
-)
+@PUBLISHED_VARIANTS
 @pytest.mark.slow
 def test_published_variants_in_float32(name):
     golden = golden_arrays(f"{name}.npz")
-    places = trace_paddle(lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float32")
-    assert error_ratio(places["output"], golden["float32_logits"], golden["logits"]) <= RATIO_LIMIT
+    layers = trace_paddle(
+        synthetic_weights(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float32"
+    )
+    assert error_ratio(layers["output"], golden["float32_logits"], golden["logits"]) <= RATIO_LIMIT
 
 
 @pytest.mark.parametrize("trace", SIDES)
@@ -63,26 +69,28 @@ def test_published_variants_in_float32(name):
 def test_every_option_in_float64(name, trace):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
-    places = trace(lively(recognize(shapes), salt), synthetic_input(tuple(OPTIONS["input_shape"]), salt), "float64")
-    assert_equal(places["output"], golden_arrays("options.npz")[name])
+    layers = trace(
+        synthetic_weights(recognize(shapes), salt), synthetic_input(tuple(OPTIONS["input_shape"]), salt), "float64"
+    )
+    assert_equal(layers["output"], golden_arrays("options.npz")[name])
 
 
 @pytest.mark.parametrize("trace", SIDES)
 @pytest.mark.slow
 def test_dense_backbone_in_float64(trace):
-    weights = lively(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/")
-    places = trace(weights, synthetic_input((1, 3, 72, 104), "features/"), "float64")
+    weights = synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/")
+    layers = trace(weights, synthetic_input((1, 3, 72, 104), "features/"), "float64")
     for stage, expected in golden_arrays("features.npz").items():
-        assert_equal(places[f"output{stage.removeprefix('stage')}"], expected)
+        assert_equal(layers[f"output{stage.removeprefix('stage')}"], expected)
 
 
 @needs_torch
 def test_the_goldens_notice_an_option_that_was_ignored():
     """The same tensors but for the weighting of the context: other logits."""
     spec = ModelSpec(dataclasses.replace(VARIANTS["fcvit_tiny"], weighted_context=False), 1000)
-    places = trace_torch(lively(spec), synthetic_input((2, 3, 224, 224)), "float64")
+    layers = trace_torch(synthetic_weights(spec), synthetic_input((2, 3, 224, 224)), "float64")
     expected = golden_arrays("fcvit_tiny.npz")["logits"]
-    assert np.abs(places["output"] - expected).max() > 1e-3 * expected.std()
+    assert np.abs(layers["output"] - expected).max() > 1e-3 * expected.std()
 
 
 @pytest.mark.parametrize("name", OPTIONS["cases"])

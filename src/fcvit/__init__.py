@@ -11,20 +11,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fcvit.analysis.heads import heads as heads
     from fcvit.analysis.similarity import Viewer as Viewer
-    from fcvit.analysis.similarity import similarity as similarity
-    from fcvit.analysis.trust import trust as trust
     from fcvit.commands.bench import bench as bench
     from fcvit.commands.check_data import check_data as check_data
     from fcvit.commands.compare import compare as compare
     from fcvit.commands.convert import convert as convert
     from fcvit.commands.evaluate import evaluate as evaluate
     from fcvit.commands.export import export as export
+    from fcvit.commands.faithfulness import faithfulness as faithfulness
     from fcvit.commands.finetune import finetune as finetune
+    from fcvit.commands.head_stats import head_stats as head_stats
     from fcvit.commands.inspect import inspect as inspect
     from fcvit.commands.predict import load as load
     from fcvit.commands.resume import resume as resume
+    from fcvit.commands.similarity import similarity as similarity
     from fcvit.commands.train import train as train
     from fcvit.commands.verify import verify as verify
     from fcvit.errors import FcvitError as FcvitError
@@ -68,10 +68,10 @@ _MODULES = {
     "finetune": "commands.finetune",
     "extend": "training.run",
     "resume": "commands.resume",
-    "similarity": "analysis.similarity",
+    "similarity": "commands.similarity",
     "Viewer": "analysis.similarity",
-    "heads": "analysis.heads",
-    "trust": "analysis.trust",
+    "head_stats": "commands.head_stats",
+    "faithfulness": "commands.faithfulness",
 }
 __all__ = [*_MODULES]
 

@@ -6,6 +6,7 @@ standard error. Exit codes are in `fcvit.errors` and docs/cli.md.
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import logging
 import math
@@ -101,6 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
             if words and words[0] in RENAMED:
                 _note(f"fcvit {words[0]} is now fcvit {RENAMED[words[0]]}; the old name goes with the next version")
                 words[0] = RENAMED[words[0]]
+            if words and words[0] and words[0][0] != "-" and words[0] not in FORMS:
+                near = difflib.get_close_matches(words[0], FORMS, 1)
+                hint = f' Did you mean "{near[0]}"?' if near else ""
+                raise UsageError(f'unknown command "{words[0]:.60}".{hint} (fcvit --help lists the commands)')
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
             code = _print_result(result, asked["json"])
             sys.stdout.flush()

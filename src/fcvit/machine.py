@@ -65,9 +65,3 @@ def available_memory() -> int:
     except OSError:
         pass
     return found
-
-
-def default_workers() -> int:
-    """Return the number of processes that decode images by default: one for each core, at most 8."""
-    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # Paddle's launcher says how many share this machine
-    return max(1, min(8, (os.cpu_count() or 1) // sharing))

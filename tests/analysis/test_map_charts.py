@@ -1,10 +1,10 @@
 """Charts and tables of what maps measure, read back: every figure under its own name."""
 
 import pytest
-
-from fcvit.analysis import map_charts as task
 from fcvit.analysis.heads import Heads, Measures, NetworkMeasures
 from fcvit.analysis.trust import STEPS, Curves, Estimate, Trust
+
+from fcvit.analysis import map_charts as task
 from fcvit.report import tables
 from fcvit.report.charts import drawing
 

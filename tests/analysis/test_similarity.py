@@ -252,7 +252,7 @@ def test_what_is_shown_without_a_choice_has_several_positions(size, stage, digit
 def test_a_viewer_and_the_arrays_have_what_the_twin_computes(viewer, digits_tensors):
     """Standardised and rescaled, each under its own name, in the shapes of the network."""
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     image = image_by_rule(71, 40)
     batch = crop(image, PIXELS)[None]

@@ -265,6 +265,11 @@ def test_an_image_that_crashes_its_decoder_does_not_end_the_check(one, monkeypat
     assert check.modes == {"RGB": 19}
 
 
+def test_the_option_of_near_duplicates_is_accepted_for_one_version(data, capsys):
+    code, out, err = run(capsys, data, "--near", 0.3)
+    assert code == 0 and "nothing found" in out and "near duplicates are no longer looked for" in err
+
+
 def test_requests_that_are_wrong(data, tmp_path):
     for arguments, options, message in (
         ((data,), {"few": -1}, "--few -1"),

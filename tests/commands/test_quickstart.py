@@ -48,7 +48,7 @@ def test_the_record_is_what_pytorch_computes(held_out):
 @pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
 def test_the_whole_path(tmp_path, monkeypatch, live):
     if not live:
-        for module in ("fcvit.commands.quickstart", "fcvit.commands.verify", "fcvit.commands.convert"):
+        for module in ("fcvit.commands.quickstart", "fcvit.verification.comparison", "fcvit.commands.convert"):
             name = f"{module}.installed"
             monkeypatch.setattr(name, lambda framework: framework != "torch" and installed(framework))
     done = quickstart.quickstart(tmp_path / "run")
@@ -73,10 +73,10 @@ def test_the_whole_path(tmp_path, monkeypatch, live):
 def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
     """With PyTorch away, too: the planted fault is a coarse activation."""
     from fcvit.errors import NumbersDisagree
-    from fcvit.models import network as model
+    from fcvit.models import backbone as model
 
     import_framework("paddle")
-    for module in ("fcvit.commands.quickstart", "fcvit.commands.verify", "fcvit.commands.convert"):
+    for module in ("fcvit.commands.quickstart", "fcvit.verification.comparison", "fcvit.commands.convert"):
         monkeypatch.setattr(f"{module}.installed", lambda framework: framework == "paddle")
     monkeypatch.setattr(model, "SIMILARITY_EPS", 1e-6)
     with pytest.raises(NumbersDisagree, match="differ on the held-out digits"):

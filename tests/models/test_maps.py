@@ -17,7 +17,7 @@ from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 OPTIONS = golden_json("options.json")
 
 
-def lively(spec, salt=""):
+def synthetic_weights(spec, salt=""):
     return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
@@ -30,9 +30,9 @@ def paddle_similarity(weights, images):
         return model, model.similarity(paddle.to_tensor(images.astype("float64")))
 
 
-def twin_similarity(weights, images):
+def reference_similarity(weights, images):
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     with torch.inference_mode():
         reference_model = build_reference(weights.spec, weights.tensors, torch.float64)
@@ -45,18 +45,21 @@ def twin_similarity(weights, images):
 @pytest.mark.slow
 def test_both_networks_give_the_same_maps_in_float64(name):
     if name == "fcvit_tiny":
-        weights, images = lively(ModelSpec(VARIANTS[name], 1000)), synthetic_input((1, 3, 97, 130))
+        weights, images = synthetic_weights(ModelSpec(VARIANTS[name], 1000)), synthetic_input((1, 3, 97, 130))
     else:
         shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
         salt = f"options/{name}/"
-        weights, images = lively(recognize(shapes), salt), synthetic_input(tuple(OPTIONS["input_shape"]), salt)
+        weights, images = (
+            synthetic_weights(recognize(shapes), salt),
+            synthetic_input(tuple(OPTIONS["input_shape"]), salt),
+        )
     variant = weights.spec.variant
     if not (variant.global_context and variant.weighted_context):
-        for compute in (paddle_similarity, twin_similarity):
+        for compute in (paddle_similarity, reference_similarity):
             with pytest.raises(UsageError, match=r"has no similarity maps: (global|weighted)_context is off"):
                 compute(weights, images)
         return
-    (_, ours), (_, theirs) = paddle_similarity(weights, images), twin_similarity(weights, images)
+    (_, ours), (_, theirs) = paddle_similarity(weights, images), reference_similarity(weights, images)
     assert float64_difference(ours.output.numpy(), theirs.output.numpy()) <= FLOAT64_LIMIT
     mixes = 2 if variant.second_mix else 1
     assert len(ours.maps) == len(theirs.maps) == sum(variant.depths) * mixes
@@ -77,7 +80,7 @@ def test_both_networks_give_the_same_maps_in_float64(name):
 @needs_paddle
 def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
     paddle = import_framework("paddle")
-    weights, images = lively(DIGITS), synthetic_input((3, 3, 32, 40))
+    weights, images = synthetic_weights(DIGITS), synthetic_input((3, 3, 32, 40))
     model, found = paddle_similarity(weights, images)
     x = paddle.to_tensor(images.astype("float64"))
     with paddle.no_grad():
@@ -114,7 +117,7 @@ def test_an_accelerated_network_has_the_same_maps():
     from fcvit.models.build import build_network
     from fcvit.native.network import accelerate
 
-    weights, images = lively(DIGITS), synthetic_input((2, 3, 32, 32))
+    weights, images = synthetic_weights(DIGITS), synthetic_input((2, 3, 32, 32))
     model = build_network(weights)
     expected = model.similarity(paddle.to_tensor(images))
     try:
@@ -127,7 +130,7 @@ def test_an_accelerated_network_has_the_same_maps():
 
 @needs_torch
 def test_choosing_a_map():
-    _, found = twin_similarity(lively(DIGITS), synthetic_input((1, 3, 32, 32)))
+    _, found = reference_similarity(synthetic_weights(DIGITS), synthetic_input((1, 3, 32, 32)))
     assert found.at(3).name == "stage3.block2.context2"
     assert found.at(3, 1, -2).name == "stage3.block1.context1" and found.at(-4).name == "stage1.block1.context2"
     for wrong in ((5,), (0,), (-5,), (1, 2), (1, 1, 3)):
@@ -141,5 +144,5 @@ def test_choosing_a_map():
 @needs_torch
 def test_without_the_second_mix_there_is_one_map_a_block():
     variant = dataclasses.replace(DIGITS.variant, second_mix=False)
-    _, found = twin_similarity(lively(ModelSpec(variant, 10)), synthetic_input((1, 3, 32, 32)))
+    _, found = reference_similarity(synthetic_weights(ModelSpec(variant, 10)), synthetic_input((1, 3, 32, 32)))
     assert [one.context for one in found] == [1] * 5

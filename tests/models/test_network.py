@@ -1,4 +1,4 @@
-"""The Paddle network as an ordinary layer, and as the twin of its table."""
+"""The Paddle network as an ordinary layer, and held against its table."""
 
 import dataclasses
 
@@ -108,7 +108,7 @@ def test_drop_path_grows_over_all_blocks_and_works_per_image(fcvit, paddle):
     model = fcvit.create_model("fcvit_digits", num_classes=10, drop_path_rate=0.4)
     rates = [layer.rate for name, layer in model.named_sublayers() if name.endswith("drop_path")]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    from fcvit.models.network import DropPath
+    from fcvit.models.layers import DropPath
 
     paddle.seed(0)
     layer = DropPath(0.25)
@@ -193,9 +193,9 @@ def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
         fcvit.create_model("fcvit_digits", path)
 
 
-def test_dormant_and_lively_kernels_agree(paddle):
+def test_both_layer_norms_agree(paddle):
     """The staged norm against Paddle's own kernel."""
-    from fcvit.models.network import LayerNorm2D
+    from fcvit.models.layers import LayerNorm2D
 
     layer = LayerNorm2D(24)
     layer.weight.set_value(images(paddle, 24))
@@ -237,7 +237,7 @@ def test_works_with_summary_save_and_data_parallel(fcvit, paddle, tmp_path, caps
     np.testing.assert_array_equal(paddle.DataParallel(model)(x).numpy(), model(x).numpy())
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_works_in_to_static_and_jit_save_with_free_sizes(fcvit, paddle, tmp_path, digits_pth):
     model = fcvit.create_model("fcvit_digits", digits_pth)
     inputs = [images(paddle, 2, 3, 32, 32), images(paddle, 1, 3, 48, 33)]

@@ -119,7 +119,7 @@ def test_linear(library, rows, inputs, outputs, transposed, activated, dtype, to
 @precisions
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 1, 1, 16), (5, 16, 16, 40)])
 def test_layer_norm(library, shape, dtype, tolerance):
-    from fcvit.models.network import LayerNorm2D
+    from fcvit.models.layers import LayerNorm2D
     from fcvit.native import operators
 
     def plain(x, weight, bias):
@@ -138,7 +138,7 @@ def test_layer_norm(library, shape, dtype, tolerance):
     ("shape", "heads"), [((2, 5, 7, 24), 8), ((3, 1, 1, 16), 8), ((2, 3, 4, 30), 5), ((5, 13, 16, 40), 8)]
 )
 def test_context(library, shape, heads, dtype, tolerance):
-    from fcvit.models.network import SIMILARITY_EPS, GlobalContext
+    from fcvit.models.backbone import SIMILARITY_EPS, GlobalContext
     from fcvit.native import operators
 
     width, inner = shape[3], shape[3] // 8
@@ -237,7 +237,8 @@ def test_gradients_are_only_made_for_those_that_want_them(library):
 
 def lively_model(variant, dtype="float64", backbone=False, **rates):
     """Every parameter moved away from its first value, so that none leaves another without effect."""
-    from fcvit.models.network import FCViT, FCViTBackbone
+    from fcvit.models.backbone import FCViTBackbone
+    from fcvit.models.classifier import FCViT
 
     paddle.seed(0)
     model = FCViTBackbone(variant, **rates) if backbone else FCViT(variant, 10, **rates)
@@ -385,7 +386,7 @@ def test_published_variant_in_float32(library):
 
 
 def test_accelerating(library):
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
     from fcvit.native.network import accelerate
 
     model = lively_model(SMALL, "float32")

@@ -57,7 +57,7 @@ def test_lower_blocks_learn_more_slowly(model, small):
 
 
 def test_deep_stages_are_counted_block_by_block():
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
     from fcvit.models.variants import VARIANTS
     from fcvit.training.optimizer import depth_of
 

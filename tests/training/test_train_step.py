@@ -67,7 +67,7 @@ def test_three_steps_of_the_authors_code():
 def test_the_running_variance_is_the_unbiased_one():
     """As PyTorch keeps it; what it normalizes by within a batch is the biased one."""
     paddle = import_framework("paddle")
-    from fcvit.models.network import BatchNorm
+    from fcvit.models.layers import BatchNorm
 
     x = np.random.default_rng(0).standard_normal((3, 2, 2, 1))
     norm = BatchNorm(2)
@@ -83,7 +83,7 @@ def test_the_running_variance_is_the_unbiased_one():
 def test_batchnorm_says_that_one_position_is_too_little():
     paddle = import_framework("paddle")
     from fcvit.errors import UsageError
-    from fcvit.models.network import BatchNorm
+    from fcvit.models.layers import BatchNorm
 
     with pytest.raises(UsageError, match="at least two images"):
         BatchNorm(2)(paddle.ones([1, 2, 1, 1]))

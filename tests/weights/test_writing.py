@@ -120,9 +120,9 @@ def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
 
 
 @needs_torch
-def test_the_twin_loads_a_pth_strictly(tmp_path, digits_pth):
+def test_the_reference_loads_a_pth_strictly(tmp_path, digits_pth):
     torch = import_framework("torch")
-    from fcvit.reference.network import FCViT
+    from fcvit.reference.classifier import FCViT
 
     convert(digits_pth, tmp_path / "a.safetensors", verify=False)
     convert(tmp_path / "a.safetensors", tmp_path / "b.pth", verify=False)

@@ -1,182 +1,116 @@
 """Charts about similarity maps: how they change with depth, and whether they mark what predictions rest on."""
 
-import dataclasses
+import logging
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fcvit import run_folder as runs
+from fcvit.analysis.faithfulness import Curves, Faithfulness
+from fcvit.analysis.head_stats import HeadStats, LayerStats
+from fcvit.errors import MissingExtra
 from fcvit.models.maps import short
-from fcvit.report.charts import axes_at, canvas, drawing, joined, png
+from fcvit.report.charts import FAINT, UNSURE, drawn, new_figure
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-_FAINT = "#d9d9d9"
-_OTHER = "#333333"
-_LEGEND: dict[str, Any] = {"ncols": 4, "frameon": False, "bbox_to_anchor": (0.02, 0.005)}
-_LOOKS = ((RIGHT, "o", "-"), ("#56B4E9", "s", "--"))  # of the first group of layers, and of the second
+logger = logging.getLogger("fcvit")
+
+_MEASURES = (  # title, field, field of what noise would have
+    ("correlation of two heads (1: they are one)", "correlation", None),
+    ("entropy over that of a flat map", "entropy", "noise_entropy"),
+    ("mass in the top tenth of positions (0.1: flat)", "top_decile", "noise_top_decile"),
+    ("correlation with the map before", "kept", None),
+    ("agreement of queries (1: the query does not matter)", "agreement", None),
+)
+_CONTEXTS = (("1", "first contexts", RIGHT, "o", "-"), ("2", "second contexts", UNSURE, "s", "--"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A measure over depth: its name, a value for each layer (NaN: none), and what noise would have, if it matters."""
-
-    name: str
-    values: Sequence[float]
-    noise: Sequence[float] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-    """A network's measures over depth.
-
-    Attributes:
-        network: its name.
-        layers: the names of its layers.
-        lines: the measures.
-        groups: what each layer is drawn as one line with; none: all are one.
-        ends: where a stage ends, as the number of layers before.
-    """
-
-    network: str
-    layers: Sequence[str]
-    lines: Sequence[Line]
-    groups: Sequence[str] = ()
-    ends: Sequence[int] = ()
+def save(folder: Path, name: str, result: HeadStats | Faithfulness, draw: Callable[[], bytes]) -> None:
+    """Write a result as NAME.json and, where the extra `report` is installed, its chart as NAME.png."""
+    runs.write_json(folder / f"{name}.json", result.to_json())
+    try:
+        runs.write_bytes(folder / f"{name}.png", draw())
+    except MissingExtra as error:
+        logger.info(f"no picture: {error}")
 
 
-class RemovalCurves(Protocol):
-    """What `trust_chart` draws of one kind of map; probabilities when 0 to 100 % of the pixels are gone or there.
-
-    Beside its own those of random maps, and of the maps of other images.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def deletion(self) -> tuple[float, ...]: ...
-    @property
-    def insertion(self) -> tuple[float, ...]: ...
-    @property
-    def random_deletion(self) -> tuple[float, ...]: ...
-    @property
-    def random_insertion(self) -> tuple[float, ...]: ...
-    @property
-    def other_deletion(self) -> tuple[float, ...]: ...
-    @property
-    def other_insertion(self) -> tuple[float, ...]: ...
-
-
-def depth_chart(networks: Sequence[Depth], images: int) -> bytes:
-    """One panel a measure, one below the other, over the layers; networks side by side on one scale: a PNG file.
-
-    Args:
-        networks: at least one, all with the same measures.
-        images: how many the values are means over.
+def depth_chart(network: str, layers: Sequence[LayerStats], images: int) -> bytes:
+    """Draw each measure over the layers, one below the other: a PNG file.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    with drawing():
-        return png(_depth(networks, images))
+    return drawn(_depth, network, layers, images)
 
 
-def trust_chart(curves: Sequence[RemovalCurves], title: str, images: int) -> bytes:
-    """Deletion above, insertion below, one column a kind of map, each beside its controls: a PNG file.
+def faithfulness_chart(curves: Sequence[Curves], title: str, images: int) -> bytes:
+    """Draw deletion above, insertion below, one column a kind of map, each with its controls: a PNG file.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    with drawing():
-        return png(_trust(curves, title, images))
+    return drawn(_faithfulness, curves, title, images)
 
 
-def _depth(networks: Sequence[Depth], images: int) -> "Figure":
-    panel, gap, left = 1.25, 0.42, 0.65
-    wide = 7.1 if len(networks) == 1 else 5.6
-    width = left + len(networks) * (wide + 0.25)
-    count = len(networks[0].lines)
-    height = 1.9 + count * (panel + gap) + 0.3
-    title = "Maps over depth"
-    figure = canvas(width, height, title, f"means over {images} images; layers in the order of the pass")
-    for row in range(count):
-        rows = [network.lines[count - 1 - row] for network in networks]
-        known = [value for line in rows for value in (*line.values, *line.noise) if math.isfinite(value)] or [0.0]
-        margin = 0.15 * (max(known) - min(known)) or 0.05
-        for column, (network, line) in enumerate(zip(networks, rows, strict=True)):
-            axes = axes_at(figure, left + column * (wide + 0.25), 1.2 + row * (panel + gap), wide, panel)
-            places = range(len(network.layers))
-            groups = network.groups or [""] * len(places)
-            for (color, marker, style), group in zip(_LOOKS, dict.fromkeys(groups), strict=False):
-                own = [place for place in places if groups[place] == group]
-                shown = [line.values[place] for place in own]
-                axes.plot(own, shown, color=color, marker=marker, linestyle=style, markersize=5, label=group or None)
-                if line.noise:
-                    noise = [line.noise[place] for place in own]
-                    axes.plot(own, noise, color=WRONG, linestyle=style, linewidth=1, label=f"noise {group}".strip())
-            for end in network.ends:
-                axes.axvline(end - 0.5, color="#888888", linewidth=0.5)
-            axes.set_title(line.name, loc="left", fontsize=10)
-            axes.grid(color=_FAINT, linewidth=0.5)
-            axes.set_ylim(min(known) - margin, max(known) + margin)
-            axes.set_xlim(-0.5, len(places) - 0.5)
-            step = -(-len(places) // 26)
-            axes.set_xticks(places[::step], network.layers[::step] if not row else [""] * len(places[::step]))
-            axes.tick_params("x", rotation=90)
-            if column:
-                axes.set_yticklabels([])
-            if row == count - 1:
-                name = joined((network.network,), wide, 11)
-                axes.annotate(name, (0, 1), (0, 22), "axes fraction", textcoords="offset points", fontsize=11)
-    known_labels: dict[str, Artist] = {}
-    for axes in figure.axes:
-        known_labels |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    if known_labels:
-        figure.legend(known_labels.values(), known_labels.keys(), loc="lower left", **_LEGEND)
+def _depth(network: str, layers: Sequence[LayerStats], images: int) -> "Figure":
+    subtitle = f"means over {images} images; layers in the order of the pass"
+    figure = new_figure(8, 9, f"Maps over depth: {network}", subtitle)
+    names = [short(layer.name).split(".") for layer in layers]  # stage, block, context
+    panels = figure.subplots(len(_MEASURES), 1, sharex=True)
+    for axes, (title, field, noise) in zip(panels, _MEASURES, strict=True):
+        for context, label, color, marker, style in _CONTEXTS:
+            own = [place for place, name in enumerate(names) if name[2] == context]
+            for which, look in (
+                (field, {"color": color, "marker": marker, "markersize": 5, "label": label}),
+                (noise, {"color": WRONG, "linewidth": 1, "label": f"noise {label}"}),
+            ):
+                if which and own:
+                    axes.plot(own, [getattr(layers[place], which) for place in own], linestyle=style, **look)
+        for place in range(1, len(names)):
+            if names[place][0] != names[place - 1][0]:  # a stage ends
+                axes.axvline(place - 0.5, color="#888888", linewidth=0.5)
+        if not any(math.isfinite(getattr(layer, field)) for layer in layers):
+            axes.set_ylim(0, 1)
+        axes.set_title(title, loc="left")
+        axes.grid(color=FAINT, linewidth=0.5)
+    step = -(-len(names) // 26)
+    labels = [".".join(name) for name in names]
+    panels[-1].set_xticks(range(len(names))[::step], labels[::step], rotation=90)
+    panels[-1].set_xlim(-0.5, len(names) - 0.5)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False)
     return figure
 
 
-def _trust(curves: Sequence[RemovalCurves], title: str, images: int) -> "Figure":
-    side, gap, left, foot = 1.75, 0.3, 0.75, 0.55
+def _faithfulness(curves: Sequence[Curves], title: str, images: int) -> "Figure":
     across = len(curves) if len(curves) <= 9 else 8  # the heads of a context, where each is drawn
-    band = 2 * (side + 0.6) + 0.15  # deletion and insertion of as many maps as stand side by side
-    bands = -(-len(curves) // across)
-    width, height = max(left + across * (side + gap) + 0.1, 6.0), 1.0 + bands * band + foot
+    bands = -(-len(curves) // across)  # of deletion and insertion each
     subtitle = f"{images} images; probability of the predicted class; stage.block.context"
-    figure = canvas(width, height, title, subtitle)
-    # Of a thousand classes the likeliest may have but a few per cent.
-    top = max(
-        max(
-            *(*one.deletion, *one.insertion),
-            *(*one.random_deletion, *one.random_insertion),
-            *(*one.other_deletion, *one.other_insertion),
+    figure = new_figure(max(0.8 + 2 * across, 6.5), 1.2 + 4.6 * bands, title, subtitle)
+    panels = figure.subplots(2 * bands, across, sharex=True, sharey=True, squeeze=False)
+    for number, axes in enumerate(panels.flat):
+        row, column = divmod(number, across)
+        place, what = row // 2 * across + column, ("deletion", "insertion")[row % 2]
+        if place >= len(curves):
+            axes.set_axis_off()
+            continue
+        one = curves[place]
+        styles: Any = (
+            (what, {"color": RIGHT, "linewidth": 2, "label": "the map"}),
+            (f"random_{what}", {"color": WRONG, "linestyle": "--", "label": "random maps"}),
+            (f"other_{what}", {"color": INK, "linestyle": ":", "label": "another image's map"}),
         )
-        for one in curves
-    )
-    for number, one in enumerate(curves):
-        column = number % across
-        base = foot + (bands - 1 - number // across) * band + 0.4
-        for row, (own, random, other, what) in enumerate(
-            (
-                (one.insertion, one.random_insertion, one.other_insertion, "% of pixels returned"),
-                (one.deletion, one.random_deletion, one.other_deletion, "% of pixels removed"),
-            )
-        ):
-            axes = axes_at(figure, left + column * (side + gap), base + row * (side + 0.6), side, side)
-            shares = [100 * index / (len(own) - 1) for index in range(len(own))]
-            axes.plot(shares, own, color=RIGHT, linewidth=2, label="the map")
-            axes.plot(shares, random, color=WRONG, linewidth=1.5, linestyle="--", label="random maps")
-            axes.plot(shares, other, color=_OTHER, linewidth=1.5, linestyle=":", label="another image's map")
-            axes.set_ylim(0, 1.04 * top)
-            axes.grid(color=_FAINT, linewidth=0.5)
-            axes.set_xlabel(what, fontsize=9)
-            if row:
-                axes.set_title(short(one.name), loc="left", fontsize=10)
-            if column:
-                axes.set_yticklabels([])
-            else:
-                axes.set_ylabel("insertion" if not row else "deletion", color=INK)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower left", **_LEGEND)
+        for field, style in styles:
+            values = getattr(one, field)
+            axes.plot([100 * step / (len(values) - 1) for step in range(len(values))], values, **style)
+        axes.grid(color=FAINT, linewidth=0.5)
+        axes.set_xlabel("% of pixels removed" if what == "deletion" else "% of pixels returned", fontsize=9)
+        axes.set_title(short(one.name) if what == "deletion" else "", loc="left")
+        axes.set_ylabel(what if not column else "")
+    panels[0, 0].set_ylim(bottom=0)  # of a thousand classes the likeliest may have but a few per cent
+    legend = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower left", ncols=3, frameon=False)
     return figure

@@ -2,39 +2,28 @@
 
 import dataclasses
 import io
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-from fcvit import run_folder as runs
-from fcvit.analysis.maps_sheet import LONGEST, Panel, Row, Scene, maps_overview, maps_sheet, own_range
+from fcvit.analysis.map_figures import LONGEST, Panel, Row, Scene, maps_figure, maps_overview, own_range
 from fcvit.analysis.placement import place, surroundings
 from fcvit.analysis.placement import seen as seen_in
-from fcvit.data.classes import Classes, labels, order_note, resolve_classes
-from fcvit.data.folders import sample_evenly
-from fcvit.data.transforms.preprocess import crop, decode, normalize, preprocess
+from fcvit.data.classes import Classes, labels, resolve_classes
+from fcvit.data.transforms.preprocess import crop, normalize, preprocess
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place
 from fcvit.models.maps import Place, Similarity, SimilarityMap, choose, places, require_maps
 from fcvit.models.variants import Preprocessing, Variant, resolve_preprocessing
-from fcvit.report.progress import progress
 from fcvit.tasks.classification.prediction import Prediction, rank
-from fcvit.weights.reading import Weights, read_weights
-
-logger = logging.getLogger("fcvit")
+from fcvit.weights.reading import Weights
 
 SHOWN = 480  # pixels: pictures are drawn on the image at most this large; the arrays are those of the network
 _SMALL = 200  # where there are many images
-MOST = 60  # images of an overview
-OVERVIEW = "overview.png"
 FIRST = 1  # context of a block: what docs/similarity.md measured to mark more than the second
-_ENDINGS = (".png", "-depth.png", ".npz")
-_STEM = 200  # bytes of a file's name
 Which = Literal["standardised", "rescaled"]
 Scale = Literal["picture", "head"]
 
@@ -46,27 +35,12 @@ class Seen:
     Attributes:
         image: the original, RGB.
         predictions: best first; empty without a head. Names that several classes have come with the id.
-        found: output (classes,) and the maps of every global context, (heads, H, W), float32.
+        similarity: output (classes,) and the maps of every global context, (heads, H, W), float32.
     """
 
     image: Image.Image
     predictions: tuple[Prediction, ...]
-    found: Similarity[np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """What the command leaves.
-
-    Attributes:
-        folder: of the run.
-        images: path of each image, the files that were written for it (under `folder`), its best class.
-        unreadable: images that were left out, with the reason.
-    """
-
-    folder: Path
-    images: tuple[tuple[str, tuple[str, ...], Prediction | None], ...]
-    unreadable: tuple[str, ...]
+    similarity: Similarity[np.ndarray]
 
 
 class Viewer:
@@ -185,7 +159,7 @@ def each_readable(
         try:
             pixels = preprocess(path, preprocessing)
         except BadImages as error:
-            bad.append(_named(error, path))
+            bad.append(with_path(error, path))
         else:
             yield number, pixels
         advance(1)
@@ -217,208 +191,98 @@ def check_heads(variant: Variant, heads: str) -> None:
     choose_heads(np.zeros((variant.heads, 1, 1)), heads)
 
 
-def caption(predictions: Sequence[Prediction]) -> tuple[str, ...]:
-    """The best classes with their probabilities, as the parts of a line (`fcvit.report.charts.joined`)."""
-    parts = [part for row in predictions for part in (", ", row.name, f": {100 * row.probability:.1f} %")]
-    return tuple(parts[1:])
+def caption(predictions: Sequence[Prediction]) -> str:
+    """Return the classes with their probabilities."""
+    return ", ".join(f"{cut(row.name)}: {100 * row.probability:.1f} %" for row in predictions)
 
 
-def picture(
-    viewer: Viewer, seen: Seen, name: str, where: Place, heads: str, which: Which, scale: Scale = "picture"
+def cut(name: str, longest: int = 40) -> str:
+    """Shorten a name, so that what follows it has room."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+@dataclasses.dataclass(frozen=True)
+class MapChoice:
+    """What pictures of maps show.
+
+    Attributes:
+        heads: "each", "mean", or the number of one.
+        which: "standardised", or "rescaled", as it multiplies the context.
+        scale: of the colors: one for a "picture", or one for each "head", whose name then has its range.
+    """
+
+    heads: str = "each"
+    which: Which = "standardised"
+    scale: Scale = "picture"
+
+    @property
+    def one(self) -> "MapChoice":
+        """Return what stands for all heads where there is room for one map."""
+        return dataclasses.replace(self, heads="mean") if self.heads == "each" else self
+
+    def of(self, one: SimilarityMap[np.ndarray]) -> tuple[np.ndarray, list[str]]:
+        """Return the chosen maps of a context with their names."""
+        return choose_heads(getattr(one, self.which), self.heads)
+
+
+def picture(viewer: Viewer, seen: Seen, name: str, where: Place, choice: MapChoice) -> bytes:
+    """Draw the maps of one global context on the image: a PNG file."""
+    one = seen.similarity.at(*where)
+    title = f"{cut(name)}: stage {one.stage}, block {one.block}, context {one.context}"
+    return _drawn(viewer, seen, {"": one}, title, choice)
+
+
+def depth_picture(viewer: Viewer, seen: Seen, name: str, context: int, choice: MapChoice) -> bytes:
+    """Draw that context of the last block of each stage, one below the other: a PNG file."""
+    rows = {f"stage {one.stage}\nblock {one.block}\ncontext {one.context}": one for one in _by_stage(seen, context)}
+    return _drawn(viewer, seen, rows, f"{cut(name)}: from stage to stage", choice)
+
+
+def _drawn(
+    viewer: Viewer, seen: Seen, contexts: Mapping[str, SimilarityMap[np.ndarray]], title: str, choice: MapChoice
 ) -> bytes:
-    """The maps of one global context on the image: a PNG file; colors have one scale, or each head its own."""
-    one = seen.found.at(*where)
-    scene = viewer.scene(seen.image)
-    maps, names = choose_heads(getattr(one, which), heads)
-    title = (name, f": stage {one.stage}, block {one.block}, context {one.context}")
-    rows = [Row("", names, viewer.placed(maps, seen.image, scene))]
-    return maps_sheet(scene, _scaled(rows, scale), title, _subtitle(viewer, seen), _label(which, scale))
-
-
-def depth_picture(
-    viewer: Viewer, seen: Seen, name: str, context: int, heads: str, which: Which, scale: Scale = "picture"
-) -> bytes:
-    """That context of the last block of each stage, one below the other: a PNG file."""
     scene = viewer.scene(seen.image)
     rows = []
-    for one in _by_stage(seen, context):
-        maps, names = choose_heads(getattr(one, which), heads)
-        place_of = f"stage {one.stage}\nblock {one.block}\ncontext {one.context}"
-        rows.append(Row(place_of, names, viewer.placed(maps, seen.image, scene)))
-    title = (name, ": from stage to stage")
-    return maps_sheet(scene, _scaled(rows, scale), title, _subtitle(viewer, seen), _label(which, scale))
-
-
-def _scaled(rows: list[Row], scale: Scale) -> list[Row]:
-    return rows if scale == "picture" else [own_range(row) for row in rows]
-
-
-def _label(which: Which, scale: Scale) -> str:
-    return f"{which} similarity" + (", from the lowest to the highest of each head" if scale == "head" else "")
-
-
-def _subtitle(viewer: Viewer, seen: Seen) -> tuple[str, ...]:
-    """The network, and what it takes the image for."""
-    return (viewer.name, *((": ", *caption(seen.predictions)) if seen.predictions else ()))
+    for beside, one in contexts.items():
+        maps, names = choice.of(one)
+        row = Row(beside, names, viewer.placed(maps, seen.image, scene))
+        rows.append(row if choice.scale == "picture" else own_range(row))
+    label = f"{choice.which} similarity"
+    label += ", from the lowest to the highest of each head" if choice.scale == "head" else ""
+    subtitle = f"{cut(viewer.name)}: {caption(seen.predictions)}" if seen.predictions else viewer.name
+    return maps_figure(scene, rows, title, subtitle, label)
 
 
 def _by_stage(seen: Seen, context: int) -> list[SimilarityMap[np.ndarray]]:
-    return [seen.found.at(stage, -1, context) for stage in sorted({one.stage for one in seen.found})]
+    return [seen.similarity.at(stage, -1, context) for stage in sorted({one.stage for one in seen.similarity})]
 
 
-def panel(
-    viewer: Viewer,
-    seen: Seen,
-    title: Sequence[str],
-    context: int = FIRST,
-    heads: str = "mean",
-    which: Which = "standardised",
-) -> Panel:
-    """The image, small, with one map of each stage: the mean over heads, or one head, of the last block's context."""
+def panel(viewer: Viewer, seen: Seen, title: str, context: int = FIRST, choice: MapChoice = MapChoice("mean")) -> Panel:
+    """Return the image, small, with one map of each stage: the mean over heads, or one head, of the last block."""
     scene = viewer.scene(seen.image, _SMALL)
-    maps = [choose_heads(getattr(one, which), _one(heads))[0] for one in _by_stage(seen, context)]
+    maps = [choice.one.of(one)[0] for one in _by_stage(seen, context)]
     return Panel(title, scene, np.concatenate([viewer.placed(one, seen.image, scene) for one in maps]))
 
 
 def overview(
-    panels: Sequence[Panel],
-    title: str,
-    variant: Variant,
-    context: int = FIRST,
-    heads: str = "mean",
-    which: Which = "standardised",
+    panels: Sequence[Panel], title: str, variant: Variant, context: int = FIRST, choice: MapChoice = MapChoice("mean")
 ) -> bytes:
-    """Several images, each with its maps from stage to stage: a PNG file; what is shown as for `panel`."""
+    """Draw several images, each with its maps from stage to stage: a PNG file; what is shown as for `panel`."""
     chosen = [choose(places(variant), stage, -1, context) for stage in range(1, 1 + len(panels[0].maps))]
     names = [f"stage {stage}, block {block}" for stage, block, _ in chosen]
-    of_heads = "mean over heads" if _one(heads) == "mean" else f"head {heads}"
-    return maps_overview(panels, names, title, f"{which} similarity, context {chosen[0][2]}, {of_heads}")
+    heads = choice.one.heads
+    shown = "mean over heads" if heads == "mean" else f"head {heads}"
+    return maps_overview(panels, names, title, f"{choice.which} similarity, context {chosen[0][2]}, {shown}")
 
 
-def _one(heads: str) -> str:
-    """What stands for all heads where there is room for one map."""
-    return "mean" if heads == "each" else heads
-
-
-def similarity(
-    weights: "Weights | str | os.PathLike[str]",
-    images: Sequence[Path],
-    folder: str | os.PathLike[str] | None = None,
-    *,
-    stage: int | None = None,
-    block: int = -1,
-    context: int = FIRST,
-    heads: str = "each",
-    which: Which = "standardised",
-    scale: Scale = "picture",
-    top_k: int = 5,
-    classes: Classes | None = None,
-    preprocessing: Preprocessing | None = None,
-    device: str = "auto",
-    ema: bool | None = None,
-) -> Written:
-    """For each image two pictures (the heads of one global context; the stages one below the other) and all arrays.
-
-    Several images have an overview besides, from stage to stage.
-
-    Args:
-        weights: a file of any format, or weights in memory.
-        images: files.
-        folder: a new one; None: `runs/similarity`, or the first free one after it.
-        stage, block, context: which global context; numbers from 1, or from the end with -1. No stage: the last one
-            whose maps have more than one position.
-        heads: "each", "mean", or the number of one.
-        which: "standardised", or "rescaled", as it multiplies the context.
-        scale: of the colors: one for a "picture", or one for each "head", whose name then has its range. The overview
-            has one.
-        top_k: classes in the caption.
-
-    Raises:
-        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: not one image can be read. Single ones are listed in the result.
-        NumbersDisagree: maps that are no finite numbers.
-        KeyboardInterrupt: the files of the images before are there, which a note says.
-    """
-    if which not in get_args(Which):
-        raise UsageError(f"--values {which}: expected standardised or rescaled")
-    if scale not in get_args(Scale):
-        raise UsageError(f"--scale {scale}: expected picture or head")
-    if not images:
-        raise UsageError("expected at least one image")
-    if top_k < 1:
-        raise UsageError(f"--top-k {top_k}: expected at least 1")
-    from fcvit.report.page import require_report
-
-    require_report()
-    read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
-    viewer = Viewer(read, classes, preprocessing, device)
-    if classes and (note := order_note(classes, read.classes)):
-        logger.info(note)
-    where = choose(places(viewer.variant), viewer.stage if stage is None else stage, block, context)
-    check_heads(viewer.variant, heads)
-    done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
-    panels: list[Panel] = []
-    bad: list[BadImages] = []
-    taken = {OVERVIEW}
-    shown = set(sample_evenly(range(len(images)), MOST))
-    with (
-        runs.run_folder(None if folder is None else Path(folder), "similarity") as target,
-        progress("drawing", len(images)) as advance,
-    ):
-        try:
-            for number, path in enumerate(images):
-                advance(1)
-                try:
-                    seen = viewer.see(decode(path), top_k)
-                except BadImages as error:
-                    bad.append(_named(error, path))
-                    continue
-                contents = (
-                    picture(viewer, seen, path.name, where, heads, which, scale),
-                    depth_picture(viewer, seen, path.name, where[2], heads, which, scale),
-                    _arrays(seen),
-                )
-                files = _free(path.stem, taken)
-                for file, content in zip(files, contents, strict=True):
-                    runs.write_bytes(target / file, content)
-                done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
-                if number in shown:
-                    best = (": ", *caption(seen.predictions[:1])) if seen.predictions else ()
-                    panels.append(panel(viewer, seen, (path.name, *best), where[2], heads, which))
-        except KeyboardInterrupt:
-            logger.info(f"the files of {len(done)} of {len(images)} images are in {target}")
-            raise
-        if not done:
-            raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
-        if len(panels) > 1:
-            of_how_many = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
-            title = f"{viewer.name}: {of_how_many}"
-            runs.write_bytes(target / OVERVIEW, overview(panels, title, viewer.variant, where[2], heads, which))
-    return Written(target, tuple(done), tuple(map(str, bad)))
-
-
-def _named(error: BadImages, path: Path) -> BadImages:
-    """With the path, which what fails after decoding does not know."""
-    return error if str(error).startswith(str(path)) else BadImages(f"{path}: {error}")
-
-
-def _free(stem: str, taken: set[str]) -> list[str]:
-    """Names for the three files of an image: no other's, also where upper and lower case are one, nor too long."""
-    # 255 bytes are what file systems allow; bytes that are not UTF-8 are left out.
-    stem = os.fsencode(stem)[:_STEM].decode("utf-8", "ignore") or "image"
-    number = 1
-    while True:
-        name = stem if number == 1 else f"{stem}-{number}"
-        files = [f"{name}{ending}" for ending in _ENDINGS]
-        if taken.isdisjoint(file.casefold() for file in files):
-            taken.update(file.casefold() for file in files)
-            return files
-        number += 1
-
-
-def _arrays(seen: Seen) -> bytes:
-    """All maps of an image, as `NAME.standardised` and `NAME.rescaled`, (heads, H, W)."""
+def map_arrays(seen: Seen) -> bytes:
+    """Return all maps of an image as an .npz file: `NAME.standardised` and `NAME.rescaled`, (heads, H, W)."""
     file = io.BytesIO()
-    arrays = {f"{one.name}.{which}": getattr(one, which) for one in seen.found for which in get_args(Which)}
+    arrays = {f"{one.name}.{which}": getattr(one, which) for one in seen.similarity for which in get_args(Which)}
     np.savez_compressed(file, **arrays)
     return file.getvalue()
+
+
+def with_path(error: BadImages, path: Path) -> BadImages:
+    """Return the error with the path, which what fails after decoding does not know."""
+    return error if str(error).startswith(str(path)) else BadImages(f"{path}: {error}")

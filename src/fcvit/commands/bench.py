@@ -70,8 +70,7 @@ class Speed:
 
     Attributes:
         calls: how many are counted.
-        median_ms, p25_ms, p75_ms: milliseconds of a batch: median and quartiles of all calls.
-        rounds_ms: median milliseconds of a batch in each round.
+        median_ms, rounds_ms: median milliseconds of a batch, over all calls and in each round.
         images_per_second: from the median.
         gflops: GFLOP/s of the network, two for a multiply-accumulate.
         of_reference: speed over the reference's at the same batch size and threads, median over neighbors in time.
@@ -81,8 +80,6 @@ class Speed:
     contender: Contender
     calls: int
     median_ms: float
-    p25_ms: float
-    p75_ms: float
     rounds_ms: tuple[float, ...]
     images_per_second: float
     gflops: float
@@ -168,7 +165,7 @@ class Bench:
         groups: dict[str, list[Bar]] = {}
         for speed in self.speeds:
             one = speed.contender
-            low, high = (1e3 * one.batch_size / ms for ms in (speed.p75_ms, speed.p25_ms))
+            low, high = (1e3 * one.batch_size / extreme(speed.rounds_ms) for extreme in (max, min))
             reference = one.engine == self.reference and one.precision == "float32"
             group = groups.setdefault(f"batch {one.batch_size}, {one.threads} thread{'s' * (one.threads > 1)}", [])
             group.append(Bar(one.label, speed.images_per_second, low, high, reference))
@@ -178,7 +175,7 @@ class Bench:
         """Write bench.json, bench.csv and, where charts can be drawn, bench.png."""
         runs.write_json(folder / "bench.json", self.to_json())
         runs.write_text(folder / "bench.csv", self.to_csv())
-        about = f"{self.machine}; images per second, normalization included; lines: the middle half of all calls"
+        about = f"{self.machine}; images per second, normalization included; lines: the range of the rounds"
         try:
             picture = speed_chart(self.bars(), f"{self.network} at {self.size} x {self.size}", about)
         except MissingExtra as error:
@@ -333,16 +330,15 @@ def _bench(
     speeds = []
     for contender, timing in timings.items():
         samples = [1e3 * second for turn in timing.rounds for second in turn]
-        p25, median, p75 = np.percentile(samples, (25, 50, 75)).tolist()
+        median = statistics.median(samples)
         rate = 1e3 * contender.batch_size / median
         base = dataclasses.replace(contender, engine=reference, precision="float32")
         ratio = difference = None
         if base in timings:
             ratio = median_ratio(medians[base], medians[contender])
             difference = _difference(timing.about, timings[base].about)
-        rounds = tuple(medians[contender])
-        speed = (contender, len(samples), median, p25, p75, rounds, rate, 2 * gmac * rate, ratio, difference)
-        speeds.append(Speed(*speed))
+        times = (len(samples), median, tuple(medians[contender]), rate, 2 * gmac * rate)
+        speeds.append(Speed(contender, *times, ratio, difference))
     machine = f"{processor_name()}, {available_threads()} cores"
     about = (str(weights.spec), pixels.input_size, machine, runs.versions(), gmac, reference)
     return Bench(*about, tuple(speeds), tuple(skipped))

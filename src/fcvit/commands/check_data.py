@@ -10,18 +10,19 @@ import posixpath
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from cyclopts import Parameter
 from PIL import ExifTags, Image
 
+from fcvit.commands.options import File, decoding_processes
 from fcvit.data.folders import is_image
 from fcvit.data.loader import each, read_file
 from fcvit.data.sources import Location, Source, Tree, open_source
 from fcvit.data.splits import find_layout
 from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
 from fcvit.errors import BadImages, UnreadableFile, UsageError, counted
-from fcvit.machine import default_workers
 from fcvit.report.progress import progress
 from fcvit.text import printable, some
 
@@ -213,7 +214,12 @@ class _Image(NamedTuple):
 
 
 def check_data(
-    data: Path | None = None, *, split: Sequence[str] | None = None, few: int = 10, workers: int | None = None
+    data: File | None = None,
+    *,
+    split: Annotated[Sequence[str] | None, Parameter(negative=())] = None,
+    few: int = 10,
+    workers: int | None = None,
+    near: Annotated[float | None, Parameter(show=False)] = None,
 ) -> DataCheck:
     """Look over class folders before training: what cannot be read, what is there twice, odd images.
 
@@ -223,12 +229,15 @@ def check_data(
         few: List classes with fewer images than this; 0: none.
         workers: Processes that decode images (default: one for each core, at most 8); 0: none. The result does not
             depend on it.
+        near: Accepted from earlier versions, without effect.
 
     Raises:
         UsageError: a bad number, no data, or two splits of one name.
         UnreadableFile: no such folder or tar, or no images there. Images that cannot be read are in the result.
     """
-    workers = default_workers() if workers is None else workers
+    if near:
+        logger.info("near duplicates are no longer looked for, exact ones are; --near goes with the next version")
+    workers = decoding_processes(workers)
     for option, value in (("few", few), ("workers", workers)):
         if value < 0:
             raise UsageError(f"--{option} {value}: expected at least 0")
@@ -264,11 +273,11 @@ def check_data(
     )
 
 
-def _find_splits(data: Path | None, elsewhere: Iterable[str]) -> dict[str, Source]:
+def _find_splits(data: File | None, elsewhere: Iterable[str]) -> dict[str, Source]:
     """Return the splits by name, in the order in which they are shown."""
     splits: dict[str, Source] = {}
     if data is not None:
-        layout = find_layout(open_source(data))
+        layout = find_layout(open_source(Path(data)))
         source = layout.source
         for note in layout.notes:
             logger.info(note)

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from fcvit.commands import verify as verification
 from fcvit.commands.options import Classes, Ema, File, Flag, Output, PreprocessingOptions
 from fcvit.data.classes import as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.verification.comparison import Verification, can_verify, require, verify_weights
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
 
@@ -24,7 +24,7 @@ class Conversion:
 
     Attributes:
         source, destination: the files.
-        form: the network, in words.
+        spec: the network, in words.
         layout: of the destination: "paddle" or "torch".
         dtypes: of its floating-point tensors.
         tensors: how many were written.
@@ -41,7 +41,7 @@ class Conversion:
     tensors: int
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
-    verification: verification.Verification | None
+    verification: Verification | None
 
     def __repr__(self) -> str:
         return f"<Conversion {self.destination}: {self.spec}>"
@@ -103,7 +103,7 @@ def convert(
 
     Raises:
         UsageError, UnreadableFile, DoesNotFit: nothing is written.
-        NumbersDisagree: a gate failed; nothing is written.
+        NumbersDisagree: the verification failed; nothing is written.
         MissingExtra: `verify` is True and a framework is missing.
     """
     destination = Path(destination)
@@ -116,7 +116,7 @@ def convert(
         import_framework("paddle")
         import_framework("torch")
     elif verify is None:
-        verify = verification.can_verify()
+        verify = can_verify()
         if not verify:
             missing = next(name for name in ("paddle", "torch") if not installed(name))
             notes.append(
@@ -148,8 +148,8 @@ def convert(
         write_weights(temporary, stored, stored_layout)
         written = read_weights(temporary)
         if verify:
-            proof = verification.verify_weights(written, weights)
-            verification.require(proof)
+            proof = verify_weights(written, weights)
+            require(proof)
     return Conversion(
         Path(source),
         destination,

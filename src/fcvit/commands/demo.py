@@ -24,7 +24,7 @@ import numpy as np
 from cyclopts import Parameter
 from PIL import Image
 
-from fcvit.analysis.similarity import FIRST, Scale, Seen, Viewer, Which, picture
+from fcvit.analysis.similarity import FIRST, MapChoice, Scale, Seen, Viewer, Which, picture
 from fcvit.commands.options import Device, Ema, File
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
@@ -261,14 +261,16 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
         if seen is not None:
             name, found = seen
             for number, (viewer, one, where) in enumerate(zip(viewers, found, places_of, strict=True)):
-                pictures[number] = Image.open(io.BytesIO(picture(viewer, one, name, where, head, values, scale)))
+                pictures[number] = Image.open(
+                    io.BytesIO(picture(viewer, one, name, where, MapChoice(head, values, scale)))
+                )
         return [" · ".join(texts), *pictures]
 
     with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
         gradio.Markdown(
             "# What the model sees\nHow similar each place of the image is to the mean of all places, head by head: "
             "yellow is like it, purple unlike it. Whether that marks what the answer rests on is another question, "
-            "which `fcvit trust` measures."
+            "which `fcvit faithfulness` measures."
         )
         state = gradio.State()
         with gradio.Row():

@@ -21,7 +21,7 @@ _MOVABLE = ("list_file", "classes", "real", "calibration")  # files that a conti
 
 def command(
     *,
-    weights: list[Path] | None = None,
+    weights: Annotated[list[Path] | None, Parameter(negative=())] = None,
     data: Path | None = None,
     settings: Annotated[Settings | None, Parameter(name="*")] = None,
     options: Annotated[Options | None, Parameter(name="*")] = None,

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fcvit import run_folder as runs
+from fcvit.data.folders import find_images
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, three_channels
 
@@ -21,6 +24,9 @@ Classes = Annotated[
 ]
 Device = Annotated[str, Parameter(help="auto, cpu, gpu or gpu:N.")]
 Threads = Annotated[int | None, Parameter(help="Threads that compute on a CPU (default: one for each core).")]
+MaxImages = Annotated[
+    int, Parameter(name=["--max-images", "--most"], help="Use at most this many images, evenly sampled.")
+]
 Channels = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 
 
@@ -58,6 +64,21 @@ class PreprocessingOptions:
             elif value is not None:
                 changes[name] = value
         return changes or None
+
+
+def named_images(command: str, images: Sequence[str | os.PathLike[str]], output: File | None) -> list[Path]:
+    """Return the images that the arguments of a command name.
+
+    Raises:
+        UsageError: none is named, or the folder that is written is among them.
+        UnreadableFile: an argument matches nothing.
+    """
+    if not images:
+        raise UsageError(f"{command}: name at least one image, folder or pattern")
+    if output is not None:
+        for argument in images:
+            runs.refuse_inside(Path(output), Path(argument), str(argument))
+    return find_images([str(image) for image in images])
 
 
 def decoding_processes(workers: int | None) -> int:

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from fcvit import run_folder as runs
-from fcvit.commands import verify as verification
 from fcvit.commands.convert import Conversion, convert
 from fcvit.commands.evaluate import evaluate
 from fcvit.commands.options import Output
@@ -31,7 +30,7 @@ from fcvit.inference.engines import PaddleEngine
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.tasks.classification.prediction import Prediction, rank
-from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference
 from fcvit.weights.reading import Weights, read_weights
 
 CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
@@ -48,7 +47,7 @@ class Quickstart:
         torch_side: "computed now" or "recorded".
         torch_top1, agreement: per cent.
         max_difference, mean_difference: absolute, float32 logits.
-        gate_a, gate_b: over the held-out images.
+        float64_difference, error_ratio: over the held-out images.
         predictions: of every held-out image, the three best classes.
         sheet: the picture.
         folder: everything.
@@ -99,7 +98,7 @@ class Quickstart:
 
     @property
     def passed(self) -> bool:
-        return self.float64_difference <= verification.FLOAT64_LIMIT and self.error_ratio <= verification.RATIO_LIMIT
+        return self.float64_difference <= FLOAT64_LIMIT and self.error_ratio <= RATIO_LIMIT
 
 
 def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
@@ -145,8 +144,8 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
             100 * float((torch_32.argmax(1) == logits.argmax(1)).mean()),
             float(difference.max()),
             float(difference.mean()),
-            verification.float64_difference(ours_64, exact),
-            verification.error_ratio(logits, torch_32, exact),
+            float64_difference(ours_64, exact),
+            error_ratio(logits, torch_32, exact),
             predictions,
             folder / "predictions.png",
             folder,
@@ -182,7 +181,7 @@ def torch_logits(
     if not installed("torch"):
         return record["logits_float64"], record["logits_float32"], "recorded"
     torch = import_framework("torch")
-    from fcvit.reference.network import build_reference
+    from fcvit.reference.build import build_reference
 
     preprocessing = resolve_preprocessing(None, source.preprocessing, source.spec.variant)
     images = torch.from_numpy(normalize(batch, preprocessing))

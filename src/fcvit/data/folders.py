@@ -164,5 +164,5 @@ def sample_evenly(items: Sequence[T], most: int) -> list[T]:
         UsageError: fewer than one is asked for.
     """
     if most < 1:
-        raise UsageError(f"--most {most}: expected at least 1")
+        raise UsageError(f"--max-images {most}: expected at least 1")
     return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)

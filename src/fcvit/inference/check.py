@@ -137,7 +137,7 @@ def _compute(framework: str, weights: Weights, images: np.ndarray) -> list[np.nd
     """Return the outputs in the precision of the images."""
     if framework == "torch":
         torch = import_framework("torch")
-        from fcvit.reference.network import build_reference
+        from fcvit.reference.build import build_reference
 
         model = build_reference(weights.spec, weights.tensors, getattr(torch, images.dtype.name))
         with torch.inference_mode():

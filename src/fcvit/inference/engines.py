@@ -159,7 +159,7 @@ class TorchEngine(Engine):
             raise UsageError(
                 f"--precision {self.precision}: PyTorch does not have it on {self.device}; use float32 or bfloat16"
             )
-        from fcvit.reference.network import build_reference
+        from fcvit.reference.build import build_reference
 
         if self.threads is not None and self.device == "cpu":
             self.torch.set_num_threads(self.threads)

@@ -5,7 +5,7 @@ here every node is meant, and the algebra of `fcvit.inference.algebra` is in the
 the affine part of a norm in front of a 1x1 convolution or of the head, the second layer scale and the
 division by the standard deviation of an image all sit in the weights of their neighbors.
 
-`fcvit.models.network` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
+`fcvit.models` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
 GELU as one operator.
 """
 
@@ -127,11 +127,7 @@ class _Writer:
         return self.op("Conv", x, weight, bias, kernel_shape=kernel, pads=pads, strides=steps, group=groups)
 
     def linear(self, x: str, layer: algebra.Pair) -> str:
-        weight, bias = layer
-        return self.op("Gemm", x, weight, bias, transB=1)
-
-    def gelu(self, x: str) -> str:
-        return self.op("Gelu", x)
+        return self.op("Gemm", x, *layer, transB=1)
 
     def mean(self, x: str) -> str:
         """Average over channels and positions: (B, 1, 1, 1). Positions first: a long sum in float32 is inexact."""
@@ -140,7 +136,7 @@ class _Writer:
     def scale(self, x: str, scale: np.ndarray) -> str:
         return self.op("Mul", x, _column(scale))
 
-    # The layers of `fcvit.models.network`
+    # The layers of `fcvit.models`
 
     def network(self, x: str) -> list[str]:
         """Write the network and return all outputs."""
@@ -218,7 +214,7 @@ class _Writer:
             bottleneck = self.v.token_width(width) is not None
             for layer in (f"{name}.fc{mix}.0", f"{name}.fc{mix}.2") if bottleneck else (f"{name}.fc{mix}",):
                 self.place = layer
-                x = self.gelu(self.conv(x, self.pair(layer)))
+                x = self.op("Gelu", self.conv(x, self.pair(layer)))
         return self.spatial_attention(x, width, f"{name}.spatial_att.spatial_att") if self.v.spatial_attention else x
 
     def context(self, x: str, width: int, name: str) -> str:
@@ -260,7 +256,7 @@ class _Writer:
 
     def bottleneck(self, x: str, inner: int, name: str) -> str:
         if not self.v.competition:
-            return self.linear(self.gelu(self.linear(x, self.pair(f"{name}.fc.0"))), self.pair(f"{name}.fc.2"))
+            return self.linear(self.op("Gelu", self.linear(x, self.pair(f"{name}.fc.0"))), self.pair(f"{name}.fc.2"))
         weight, bias = self.pair(f"{name}.fc1")
         halves = [self.linear(x, (weight[part], bias[part])) for part in (slice(inner), slice(inner, None))]
         return self.linear(self.op("Max", *halves), self.pair(f"{name}.fc2"))
@@ -295,7 +291,7 @@ class _Writer:
             self.place = f"{name}.dwconv"
             weight, bias = self.pair(self.place)
             x = self.conv(x, (weight[part], bias[part]), groups=len(bias[part]))
-        return self.gelu(x)
+        return self.op("Gelu", x)
 
     def parts(self, channels: int) -> list[slice]:
         """Divide the hidden channels into groups that stay in a core's cache; whole vectors of 16."""
@@ -310,14 +306,14 @@ class _Writer:
     def spatial_attention(self, x: str, width: int, name: str) -> str:
         self.place = name
         mask = self.conv(x, self.pair(f"{name}.0"), groups=width)
-        mask = self.conv(self.gelu(self.conv(mask, self.pair(f"{name}.1"))), self.pair(f"{name}.3"))
+        mask = self.conv(self.op("Gelu", self.conv(mask, self.pair(f"{name}.1"))), self.pair(f"{name}.3"))
         return self.op("Mul", x, self.op("Sigmoid", mask))
 
     def channel_attention(self, x: str, name: str) -> str:
         self.place = name
-        pooled = self.op("GlobalAveragePool", self.gelu(x))  # (B, C, 1, 1), for the convolution (B, 1, C)
+        pooled = self.op("GlobalAveragePool", self.op("Gelu", x))  # (B, C, 1, 1), for the convolution (B, 1, C)
         gate = self.conv(self.op("Reshape", pooled, _target(0, 1, -1)), self.pair(f"{name}.channelConv1"))
-        gate = self.conv(self.gelu(gate), self.pair(f"{name}.channelConv2"))
+        gate = self.conv(self.op("Gelu", gate), self.pair(f"{name}.channelConv2"))
         return self.op("Add", x, self.op("Reshape", gate, _target(0, -1, 1, 1)))
 
 

@@ -20,17 +20,18 @@ from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 if TYPE_CHECKING:
     from paddle import Tensor, nn
 
-    from fcvit.models.network import FCViT, FCViTBackbone
+    from fcvit.models.backbone import FCViTBackbone
+    from fcvit.models.classifier import FCViT
 
 
 def _classifier(spec: ModelSpec) -> "nn.Layer":
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
 
     return FCViT(spec.variant, spec.num_classes)
 
 
 def _backbone(spec: ModelSpec) -> "nn.Layer":
-    from fcvit.models.network import FCViTBackbone
+    from fcvit.models.backbone import FCViTBackbone
 
     return FCViTBackbone(spec.variant)
 
@@ -63,7 +64,7 @@ def create_model(
         UsageError: unknown variant (the nearest is suggested) or option out of range.
         UnreadableFile, DoesNotFit: the file; see `fcvit.weights.reading.read_weights`.
     """
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
 
     variant = get_variant(variant)
     if weights is None:
@@ -81,7 +82,7 @@ def build_classifier(
     Raises:
         DoesNotFit: they are a dense-prediction backbone's.
     """
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
 
     spec = weights.spec
     if spec.head != "classifier":
@@ -160,7 +161,7 @@ def create_backbone(
     Raises:
         As `create_model`.
     """
-    from fcvit.models.network import FCViTBackbone
+    from fcvit.models.backbone import FCViTBackbone
 
     spec = get_variant(variant)
     loaded = read_weights(weights, ema, spec, backbone=True) if weights is not None else None

@@ -1,6 +1,6 @@
 """Run an existing FCViT by the native operators, channels last, with its own parameters.
 
-`fcvit.models.network` is what is computed, and what computes it wherever the operators cannot: on other devices, in
+`fcvit.models` is what is computed, and what computes it wherever the operators cannot: on other devices, in
 other precisions, while a graph is traced.
 """
 
@@ -8,19 +8,9 @@ from typing import Any
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.network import (
-    NORM_EPS,
-    SIMILARITY_EPS,
-    Block,
-    ChannelMixer,
-    ConvNorm,
-    DropPath,
-    FCViT,
-    FCViTBackbone,
-    GlobalContext,
-    LayerNorm2D,
-    TokenMixer,
-)
+from fcvit.models.backbone import Block, ChannelMixer, FCViTBackbone, GlobalContext, TokenMixer
+from fcvit.models.classifier import FCViT
+from fcvit.models.layers import NORM_EPS, SIMILARITY_EPS, ConvNorm, DropPath, LayerNorm2D
 from fcvit.native import build
 from fcvit.native.allocator import keep_memory
 from fcvit.native.operators import (

@@ -164,7 +164,7 @@ class Strided(PyLayer):
 
 
 class Context(PyLayer):
-    """Add the global context, weighted and with competition, as `fcvit.models.network.GlobalContext` has it."""
+    """Add the global context, weighted and with competition, as `fcvit.models.backbone.GlobalContext` has it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor, eps: float) -> Tensor:

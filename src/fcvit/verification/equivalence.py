@@ -1,7 +1,7 @@
-"""When two computations count as equal: gate A for the logic, gate B for the rounding.
+"""Decide whether two computations are equal: the float64 equivalence check and the float32 error ratio.
 
-Gate A: both compute in float64; the largest difference is at most 1e-10 of the standard deviation.
-Gate B: the rms error of our float32 against float64 is at most 3 times that of PyTorch's own float32.
+Logic: both compute in float64; the largest difference is at most 1e-10 of the standard deviation.
+Rounding: the rms error of our float32 against float64 is at most 3 times that of PyTorch's own float32.
 """
 
 import math
@@ -10,32 +10,32 @@ import numpy as np
 
 FLOAT64_LIMIT = 1e-10
 RATIO_LIMIT = 3.0
-_MIN_OUTPUTS = 256  # fewer make the ratio of gate B a matter of luck
+_MIN_OUTPUTS = 256  # fewer make the error ratio a matter of luck
 
 
-def float64_difference(found: np.ndarray, reference: np.ndarray) -> float:
-    """Largest difference over the standard deviation of the reference; both float64. NaN counts as infinite."""
+def float64_difference(computed: np.ndarray, reference: np.ndarray) -> float:
+    """Return the largest difference over the standard deviation of the reference; infinite for NaN."""
     scale = float(reference.std()) or 1.0
-    difference = float(np.abs(found - reference).max()) if reference.size else 0.0
+    difference = float(np.abs(computed - reference).max()) if reference.size else 0.0
     return difference / scale if math.isfinite(difference) else math.inf
 
 
-def error_ratio(found_32: np.ndarray, yardstick_32: np.ndarray, exact: np.ndarray) -> float:
-    """rms error of the first over rms error of the second, both against `exact` (float64). NaN counts as infinite."""
-    ours = rms_error(found_32, exact)
-    theirs = rms_error(yardstick_32, exact)
+def error_ratio(computed_32: np.ndarray, reference_32: np.ndarray, exact: np.ndarray) -> float:
+    """Return the rms error of the first over that of the second, both against `exact` (float64); infinite for NaN."""
+    ours = rms_error(computed_32, exact)
+    theirs = rms_error(reference_32, exact)
     if not math.isfinite(ours):
         return math.inf
     return ours / theirs if theirs else (0.0 if not ours else math.inf)
 
 
-def rms_error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Root of the mean squared difference, in float64."""
-    return math.sqrt(np.mean((found.astype(np.float64) - exact) ** 2))
+def rms_error(computed: np.ndarray, exact: np.ndarray) -> float:
+    """Return the root of the mean squared difference, in float64."""
+    return math.sqrt(np.mean((computed.astype(np.float64) - exact) ** 2))
 
 
 def images_needed(outputs: int, pixels: int) -> int:
-    """How many images give gate B enough numbers, where they are not too large; at least two.
+    """Return the number of images that give the error ratio enough numbers, if they are not too large; at least two.
 
     Args:
         outputs: of one image.

@@ -219,6 +219,6 @@ def _is_optimizer(text: str) -> bool:
     named = (
         bool(found & _OPTIMIZER)
         or found >= {"exp", "avg"}
-        or any(word.startswith(("optimizer", "optimizer")) for word in found)
+        or any(word.startswith(("optimizer", "optimiser")) for word in found)
     )
     return named or ("momentum" in found and found <= _MOMENTUM)

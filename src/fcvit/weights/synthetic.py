@@ -1,4 +1,4 @@
-"""Weights by rule that let every parameter matter.
+"""Synthetic weights and inputs, the same everywhere, that let every parameter matter.
 
 Freshly initialized weights prove little: a layer scale of 1e-5 hides every block behind it. These
 follow from the names alone, so any framework can rebuild them; the goldens are computed on them.

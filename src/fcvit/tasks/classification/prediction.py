@@ -21,7 +21,7 @@ from fcvit.weights.reading import Weights
 logger = logging.getLogger("fcvit")
 
 if TYPE_CHECKING:
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
 
 BATCH_SIZE = 32
 

@@ -258,6 +258,7 @@ class SavedResult:
         metrics: the content of `metrics.json`.
         images: of each image the beginning of its SHA-256 and its name.
         truth, predicted: class ids.
+        confidence: probability of the predicted class.
         names: class id -> name.
     """
 
@@ -266,6 +267,7 @@ class SavedResult:
     images: tuple[tuple[str, str], ...]
     truth: tuple[str, ...]
     predicted: tuple[str, ...]
+    confidence: tuple[float, ...]
     names: Mapping[str, str]
 
 
@@ -296,6 +298,7 @@ def read_result(folder: Path) -> SavedResult:
         columns = [
             tuple(row[key] and csv_value(row[key]) for row in rows) for key in ("image", "path", "truth", "class_1")
         ]
+        confidence = tuple(float(row["probability_1"]) for row in rows)
         if not rows or None in columns[3] or figures["images"] != len(rows):
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")
     except OSError as error:
@@ -303,7 +306,7 @@ def read_result(folder: Path) -> SavedResult:
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
         raise UnreadableFile(f"{path}: damaged, or of another version ({error!s:.80})") from error
     images, paths, truth, predicted = columns
-    return SavedResult(folder, figures, tuple(zip(images, paths, strict=True)), truth, predicted, names)
+    return SavedResult(folder, figures, tuple(zip(images, paths, strict=True)), truth, predicted, confidence, names)
 
 
 def file_and_hash(path: str | None) -> "dict[str, str] | str | None":

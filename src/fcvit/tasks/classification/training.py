@@ -24,7 +24,7 @@ from fcvit.weights.reading import Weights
 if TYPE_CHECKING:
     from paddle import Tensor
 
-    from fcvit.models.network import FCViT
+    from fcvit.models.classifier import FCViT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
+from fcvit.analysis.maps_sheet import Scene
 from PIL import Image
 
 from fcvit.analysis import maps_sheet as task
-from fcvit.analysis.maps_sheet import Scene
 from fcvit.report.charts import drawing, joined
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -1,4 +1,4 @@
-"""Can a map be trusted? Deletion and insertion curves against other maps, and occlusion as another opinion.
+"""Faithfulness of maps: deletion and insertion curves against other maps, and occlusion as another opinion.
 
 A map that marks what the prediction rests on, marks pixels whose removal hurts it early (deletion: a low area under
 the curve of the predicted class's probability) and whose return brings it back early (insertion: a high one). There are
@@ -10,35 +10,26 @@ measure that owes nothing to the curves.
 (Petsiuk, Das and Saenko, RISE, arXiv 1806.07421, for the curves; Zeiler and Fergus, arXiv 1311.2901, for occlusion.)
 """
 
-import contextlib
 import dataclasses
-import logging
-import os
-import time
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fcvit import run_folder as runs
-from fcvit.analysis.map_charts import trust_chart
 from fcvit.analysis.placement import place
-from fcvit.analysis.similarity import Viewer, check_heads, choose_heads, each_readable
-from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError, counted
-from fcvit.inference.engines import AUTO, create_engine
+from fcvit.analysis.similarity import Viewer, choose_heads
+from fcvit.errors import BadImages, counted
 from fcvit.metrics.classification import softmax
-from fcvit.models.maps import Place, SimilarityMap, places
+from fcvit.models.maps import Place, SimilarityMap, short
 from fcvit.models.variants import Preprocessing
-from fcvit.report.progress import duration, progress
-from fcvit.weights.reading import Weights, read_weights
-
-logger = logging.getLogger("fcvit")
 
 STEPS = 11  # points of a curve, from nothing to all
 RANDOM = 4  # control maps of an image
 PATCHES = 8  # of occlusion, along a side
-LEAST = 10  # images: a bootstrap over fewer says nothing
+MIN_IMAGES = 10  # images: a bootstrap over fewer says nothing
 OCCLUSION = "occlusion"
 _RESAMPLES = 2000
 Compute = Callable[[np.ndarray], np.ndarray]  # of a batch of images
@@ -51,6 +42,15 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        """Return it with as many digits as it takes for two that count in the interval; "" where there is none."""
+        if math.isnan(self.mean):
+            return ""
+        spread = self.high - self.low
+        digits = max(3, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
+        mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} ({low} to {high})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,15 @@ class Curves:
     occlusion: Estimate
 
 
-@dataclasses.dataclass(frozen=True)
-class Trust:
-    """All kinds of maps over so many images.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Faithfulness:
+    """The faithfulness of all kinds of maps of a network.
 
     Attributes:
+        network: in words.
+        images: how many were measured.
         values: "signed" or "absolute".
+        curves: of each kind of map; of occlusion last.
         unreadable: images that were left out, with the reason.
         folder: where it was written, or None.
     """
@@ -96,135 +99,42 @@ class Trust:
     images: int
     values: str
     curves: tuple[Curves, ...]
-    unreadable: tuple[str, ...]
-    folder: Path | None
+    unreadable: tuple[str, ...] = ()
+    folder: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"<Faithfulness of {self.network}: {len(self.curves)} maps, {counted(self.images, 'image')}>"
 
-def trust(
-    weights: "Weights | str | os.PathLike[str]",
-    images: Sequence[Path],
-    folder: str | os.PathLike[str] | None = None,
-    *,
-    absolute: bool = False,
-    every: bool = False,
-    heads: str = "mean",
-    seed: int = 0,
-    engine: str = AUTO,
-    device: str = "auto",
-    ema: bool | None = None,
-) -> Trust:
-    """Measure maps, and occlusion.
+    @property
+    def exit_code(self) -> int:
+        return BadImages.exit_code if self.unreadable else 0
 
-    Args:
-        weights: a file of any format, or weights in memory; with a head.
-        images: files; at least `LEAST`.
-        folder: a new one for trust.json and trust.png; None: nothing is written.
-        absolute: what is unlike the context counts as marked too: the absolute values, head by head.
-        every: the maps of all global contexts; else those of the first and the last of each stage.
-        heads: "mean" over them, "each", or the number of one.
-        seed: of the random maps and of the bootstrap.
-        engine: what computes the probabilities.
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
-    Raises:
-        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: too few images can be read. Single ones are listed in the result.
-        KeyboardInterrupt: what was measured until then is in the folder, if it is of `LEAST` images.
-        NumbersDisagree: maps that are no finite numbers.
-    """
-    if len(images) < LEAST:
-        raise UsageError(f"{counted(len(images), 'image')}: expected at least {LEAST}, for an interval")
-    read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
-    if not read.spec.num_classes:
-        raise DoesNotFit(f"{read.source.path} is {read.spec}: it predicts nothing that a map could explain")
-    viewer = Viewer(read, device=device)
-    check_heads(viewer.variant, heads)
-    chosen = _chosen(places(viewer.variant), every)
-    with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "trust") as target:
-        compute = create_engine(engine, read, viewer.preprocessing, device)
-        bad: list[BadImages] = []
-        with progress("reading", len(images)) as advance:
-            pixels = [one for _, one in each_readable(images, viewer.preprocessing, bad, advance)]
-        if len(pixels) < LEAST:
-            raise BadImages(f"{counted(len(pixels), 'image')} can be read: expected at least {LEAST}; first: {bad[0]}")
-        logger.info(_expected(viewer, compute, pixels, chosen, heads, absolute))
-        seen: dict[int, Looked] = {}
-        marks: dict[str, list[Marks]] = {}
+    def tables(self) -> Iterator[Any]:
+        """Show how much better the maps are than others, and how like occlusion."""
+        from fcvit.report.tables import table
 
-        def result() -> Trust:
-            done = len(next(iter(marks.values())))
-            curves = tuple(summary(name, found, seed) for name, found in marks.items())
-            values = "absolute" if absolute else "signed"
-            found = Trust(str(read.spec), done, values, curves, tuple(map(str, bad)), target)
-            if target is not None:
-                _write(target, found)
-            return found
-
-        try:
-            with progress("removing and returning pixels", len(pixels)) as advance:
-                for number in _order(len(pixels)):
-                    pair = number, partner(number, len(pixels))
-                    for one in pair:
-                        if one not in seen:
-                            seen[one] = look(viewer, compute, one, pixels[one], chosen, heads, absolute)
-                    for name, found in measure(seen[pair[0]], seen[pair[1]], compute, seed).items():
-                        marks.setdefault(name, []).append(found)
-                    advance(1)
-        except KeyboardInterrupt:
-            done = len(next(iter(marks.values()), ()))
-            if done >= LEAST and target is not None:
-                result()
-                logger.info(f"interrupted: the figures of {done} of {len(pixels)} images are in {target}")
-            raise
-        return result()
-
-
-def _expected(
-    viewer: Viewer, compute: Compute, pixels: Sequence[np.ndarray], chosen: Sequence[Place], heads: str, absolute: bool
-) -> str:
-    """How long the measuring will take, by the time of one batch as large as that of a curve."""
-    similar = viewer.similarity(pixels[0][None])
-    maps = [m for where in chosen for m in named_maps(similar.at(*where), heads, absolute).values()]
-    # A map has its own curves and those of another image's; each shape, occlusion's too, has random ones.
-    curves = 2 * (len(maps) + 1) + RANDOM * (len({one.shape for one in maps}) + 1)
-    passes = curves * 2 * STEPS + PATCHES**2 + 1
-    batch = np.stack([pixels[0]] * (2 * STEPS))
-    compute(batch[:1])  # the first call may prepare something
-    began = time.perf_counter()
-    compute(batch)
-    seconds = len(pixels) * passes * (time.perf_counter() - began) / len(batch)
-    of = f"{counted(len(pixels), 'image')}, each {passes:,} times through the network"
-    return f"{of}: about {duration(seconds)}; fewer images (--most) take less"
-
-
-def _write(target: Path, found: Trust) -> None:
-    runs.write_json(target / "trust.json", dataclasses.asdict(found))
-    try:
-        title = f"{found.network}: are the {found.values} maps right?"
-        runs.write_bytes(target / "trust.png", trust_chart(found.curves, title, found.images))
-    except MissingExtra as error:
-        logger.info(f"no picture: {error}")
-
-
-def _order(count: int) -> list[int]:
-    """All numbers, from both halves in turn: an interruption leaves images of most classes."""
-    half = (count + 1) // 2
-    pairs = zip(range(half), range(half, 2 * half), strict=True)
-    return [number for pair in pairs for number in pair if number < count]
-
-
-def partner(number: int, count: int) -> int:
-    """Whose maps an image is held against: half of all images further, of class folders mostly another class."""
-    return (number + count // 2) % count
-
-
-def _chosen(known: Sequence[Place], every: bool) -> list[Place]:
-    """All, or of each stage the first and the last."""
-    ends = [[where for where in known if where[0] == stage] for stage in sorted({where[0] for where in known})]
-    return list(known) if every else [where for one in ends for where in dict.fromkeys((one[0], one[-1]))]
+        controls = ("random maps", "another image's")
+        for what in ("deletion", "insertion"):
+            title = f"{self.network}, {self.images} images, {self.values} maps: {what}, area gained over"
+            result = table("map", *controls, right=controls, title=title)
+            for one in self.curves:
+                gains = (getattr(one, f"{what}_over_random"), getattr(one, f"{what}_over_other"))
+                result.add_row(short(one.name), *map(str, gains))
+            yield result
+        result = table("map", "rank correlation", right=("rank correlation",), title="with occlusion, over the patches")
+        for one in self.curves:
+            if cell := str(one.occlusion):
+                result.add_row(short(one.name), cell)
+        yield result
+        if self.folder is not None:
+            yield f"written to {self.folder}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Looked:
+class Attribution:
     """What the network makes of one image.
 
     Attributes:
@@ -241,7 +151,7 @@ class Looked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
+class ImageCurves:
     """What one map of one image came to.
 
     Attributes:
@@ -257,7 +167,7 @@ class Marks:
     occlusion: float
 
 
-def look(
+def attribute(
     viewer: Viewer,
     compute: Compute,
     number: int,
@@ -265,7 +175,7 @@ def look(
     chosen: Sequence[Place],
     heads: str,
     absolute: bool,
-) -> Looked:
+) -> Attribution:
     """One image; a map of a single position is none."""
     found = viewer.similarity(pixels[None])
     predicted = int(found.output[0].argmax())
@@ -273,7 +183,7 @@ def look(
     for where in chosen:
         maps |= named_maps(found.at(*where), heads, absolute)
     maps[OCCLUSION] = occlusion(pixels, lambda batch: softmax(compute(batch))[:, predicted])
-    return Looked(number, pixels, predicted, maps)
+    return Attribution(number, pixels, predicted, maps)
 
 
 def named_maps(one: SimilarityMap[np.ndarray], heads: str, absolute: bool) -> dict[str, np.ndarray]:
@@ -287,7 +197,7 @@ def named_maps(one: SimilarityMap[np.ndarray], heads: str, absolute: bool) -> di
     }
 
 
-def measure(one: Looked, other: Looked, compute: Compute, seed: int) -> dict[str, Marks]:
+def measure(one: Attribution, other: Attribution, compute: Compute, seed: int) -> dict[str, ImageCurves]:
     """The maps of one image, beside random ones and those of another image."""
     side = one.pixels.shape[1]
 
@@ -303,7 +213,7 @@ def measure(one: Looked, other: Looked, compute: Compute, seed: int) -> dict[str
             generator = np.random.default_rng([seed, one.number, *map(int, kind)])
             random[kind] = np.mean([curves(name, generator.random(values.shape)) for _ in range(RANDOM)], axis=0)
         agreed = rank_correlation(over_blocks(spread(name, values, side), PATCHES), reference)
-        found[name] = Marks(
+        found[name] = ImageCurves(
             curves(name, values),
             random[kind],
             curves(name, other.maps[name]),
@@ -370,7 +280,7 @@ def occlusion(pixels: np.ndarray, probability: Compute) -> np.ndarray:
     return (found[0] - found[1:]).reshape(PATCHES, PATCHES)
 
 
-def summary(name: str, marks: Sequence[Marks], seed: int) -> Curves:
+def summary(name: str, marks: Sequence[ImageCurves], seed: int) -> Curves:
     """From what one kind of map came to on all images, to figures with intervals."""
     curves = np.stack([[one.own, one.random, one.other] for one in marks])  # (images, 3, deletion or insertion, STEPS)
     own, random, other = np.moveaxis((curves[..., 1:] + curves[..., :-1]).mean(-1) / 2, 1, 0)  # areas, (images, 2) each

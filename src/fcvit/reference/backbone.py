@@ -1,20 +1,15 @@
-"""The same FCViT in PyTorch, under the authors' parameter names: the reference of every proof.
+"""The same FCViT in PyTorch up to the four stages, under the authors' parameter names: the reference of every check.
 
-It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is
-written against the paper and the behavior of the authors' code, not against `fcvit.models.network`, and
-must meet the goldens by itself: a twin that merely copied the Paddle network would prove nothing.
-This is the only file that imports PyTorch. Shapes are written as in `fcvit.models.network`.
+It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is written against the paper
+and the behavior of the authors' code, not against the Paddle networks in `fcvit.models`, and must meet the goldens by
+itself: a reference that merely copied them would verify nothing. Only the files of this folder import PyTorch.
+
+Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
-
-from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.maps import Recorder, Similarity, require_maps
-from fcvit.models.spec import ModelSpec, is_counter
-from fcvit.models.variants import IMAGENET_CLASSES, Variant
+from fcvit.models.maps import Recorder
+from fcvit.models.variants import Variant
 
 import_framework("torch")  # or the remedy where it is missing
 
@@ -23,52 +18,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 
-class FCViT(nn.Module):
-    """The classifier: (B, 3, H, W) -> (B, num_classes) logits; 0 classes: pooled embeddings.
-
-    Args:
-        variant: the architecture.
-        num_classes: logits per image, or 0.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        drop_rate: dropout in the channel mixers.
-    """
-
-    def __init__(
-        self,
-        variant: Variant,
-        num_classes: int = IMAGENET_CLASSES,
-        drop_path_rate: float = 0.0,
-        drop_rate: float = 0.0,
-    ):
-        super().__init__()
-        self.variant = variant
-        self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
-        self.norm = layer_norm(variant.widths[-1])
-        if num_classes < 0:
-            raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
-        self.head = nn.Linear(variant.widths[-1], num_classes) if num_classes else nn.Identity()
-        self.apply(initialize)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Raw outputs of the four stages."""
-        return run_stages(self.patch_embed(x), self.network)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.features(x))
-
-    def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
-        """As `fcvit.models.network.FCViT.similarity`."""
-        require_maps(self.variant)
-        recorder: Recorder[Tensor] = Recorder(tokens)
-        output = self.classify(run_stages(self.patch_embed(x), self.network, recorder))
-        return Similarity(output, tuple(recorder.maps))
-
-    def classify(self, stages: list[Tensor]) -> Tensor:
-        return self.head(self.norm(stages[-1]).mean((-2, -1)))
-
-
 class FCViTBackbone(nn.Module):
-    """The dense-prediction form: four feature maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`."""
+    """The backbone for dense prediction: four feature maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`."""
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
         super().__init__()
@@ -82,31 +33,8 @@ class FCViTBackbone(nn.Module):
         return [self.norm0(stage0), self.norm2(stage2), self.norm4(stage4), self.norm6(stage6)]
 
 
-NETWORKS = {
-    "classifier": lambda spec: FCViT(spec.variant, spec.num_classes),
-    "backbone": lambda spec: FCViTBackbone(spec.variant),
-}
-
-
-def build_reference(
-    spec: ModelSpec, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The twin of that form with these weights (authors' names, PyTorch's layout), in evaluation mode.
-
-    Floating-point tensors are cast to `dtype`; names and shapes must match strictly.
-    """
-    reference_model = NETWORKS[spec.head](spec)
-    state = {}
-    for name, tensor in tensors.items():
-        # Float64 holds every stored type exactly, bfloat16 (which PyTorch does not take from NumPy) included.
-        exact = np.array(tensor, np.int64 if is_counter(name) else np.float64)
-        state[name] = torch.from_numpy(exact) if is_counter(name) else torch.from_numpy(exact).to(dtype)
-    reference_model.to(dtype).load_state_dict(state, strict=True)
-    return reference_model.eval()
-
-
 def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:
-    """Stem, and the seven parts of `network`: stages at even, downsampling at odd indices."""
+    """Build the stem and the seven parts of `network`: stages at even, downsampling at odd indices."""
     rates = torch.linspace(0, drop_path_rate, sum(variant.depths), dtype=torch.float64).tolist()
     parts: list[nn.Module] = []
     for stage, depth in enumerate(variant.depths):
@@ -239,10 +167,10 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
         context = x.mean((-2, -1))  # (B, C)
         if self.variant.competition:
-            value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))
+            value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))  # of (B, 2, C // reduction)
         else:
             value = self.fc(context)
-        value = value[:, :, None, None]
+        value = value[:, :, None, None]  # (B, C, 1, 1)
         if not self.variant.weighted_context:
             return value
         heads = (self.variant.heads, -1)
@@ -251,11 +179,11 @@ class GlobalContext(nn.Module):
         others = max(similarity[0].numel() - 1, 1)  # one head at one position has no deviation
         correction = similarity[0].numel() - others
         deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
-        standardised = (similarity - mean) / (deviation + 1e-5)
-        rescaled = standardised * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
+        standardized = (similarity - mean) / (deviation + 1e-5)
+        rescaled = standardized * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
         if recorder is not None:
-            recorder.take(x, standardised, rescaled)
-        return (rescaled[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)
+            recorder.take(x, standardized, rescaled)
+        return (rescaled[:, :, None] * value.unflatten(1, heads)).flatten(1, 2)  # (B, h, d, H, W) -> (B, C, H, W)
 
 
 class ChannelMixer(nn.Module):
@@ -303,11 +231,11 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = F.gelu(x).mean((-2, -1)).unsqueeze(1)  # (B, 1, C)
         gate = self.channelConv2(F.gelu(self.channelConv1(pooled)))
-        return x + gate.squeeze(1)[:, :, None, None]
+        return x + gate.squeeze(1)[:, :, None, None]  # (B, C, 1, 1)
 
 
 def initialize(module: nn.Module) -> None:
-    """The authors' initialization; norms start at 1 and 0 by themselves."""
+    """Initialize a layer as the authors do; norms start at 1 and 0 by themselves."""
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

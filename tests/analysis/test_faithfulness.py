@@ -1,18 +1,19 @@
 """Whether maps mark what predictions rest on: the measures of it, on maps that do and maps that do not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from conftest import DIGITS, image_by_rule, needs_paddle, write_pth
-from fcvit.analysis import trust as task
-from fcvit.analysis.trust import (
-    LEAST,
+from fcvit.analysis import faithfulness as task
+from fcvit.analysis.faithfulness import (
+    MIN_IMAGES,
     OCCLUSION,
     STEPS,
-    Looked,
-    Marks,
+    Attribution,
+    ImageCurves,
     measure,
     named_maps,
     occlusion,
@@ -21,8 +22,9 @@ from fcvit.analysis.trust import (
     removal,
     spread,
     summary,
-    trust,
 )
+from fcvit.commands import faithfulness as command
+from fcvit.commands.faithfulness import faithfulness, image_order, partner
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.models.maps import SimilarityMap, short
 from fcvit.models.spec import ModelSpec
@@ -116,7 +118,7 @@ def seen(number, mark):
     maps = {"stage1.block1.context1": np.zeros((8, 8)), "stage1.block1.context2": np.zeros((8, 8))}
     maps["stage1.block1.context1"][{"right": np.s_[:4, :4], "wrong": np.s_[4:, 4:]}[mark]] = 1
     maps["stage2.block1.context1"] = np.arange(16.0).reshape(4, 4)
-    return Looked(number, quarter(), 1, maps | {OCCLUSION: occlusion(quarter(), mass)})
+    return Attribution(number, quarter(), 1, maps | {OCCLUSION: occlusion(quarter(), mass)})
 
 
 def logits(batch):
@@ -167,7 +169,7 @@ def test_gains_are_positive_where_the_map_is_better_and_intervals_hold_them():
     fall, slow = np.linspace(1, 0, STEPS) ** 3, np.linspace(1, 0, STEPS)
     own, random, other = np.stack([fall, 1 - fall]), np.stack([slow, 1 - slow]), np.stack([slow**2, 1 - slow**2])
     noise = generator.normal(0, 0.01, (20, 3, 2, 1))
-    marks = [Marks(own + a, random + b, other + c, 0.4 + a[0, 0]) for a, b, c in noise]
+    marks = [ImageCurves(own + a, random + b, other + c, 0.4 + a[0, 0]) for a, b, c in noise]
     found = summary("x", marks, 1)
     curves = {"own": fall, "random": slow, "other": slow**2}
     area = {name: 0.1 * (curve.sum() - (curve[0] + curve[-1]) / 2) for name, curve in curves.items()}
@@ -189,11 +191,11 @@ def test_gains_are_positive_where_the_map_is_better_and_intervals_hold_them():
         (found.other_insertion, 1 - slow**2),
     ):
         assert curve == pytest.approx(expected, abs=0.01)
-    nowhere = [Marks(one.random, one.own, one.other, float("nan")) for one in marks]
+    nowhere = [ImageCurves(one.random, one.own, one.other, float("nan")) for one in marks]
     worse = summary("x", nowhere, 1)
     assert worse.deletion_over_random.mean == pytest.approx(-found.deletion_over_random.mean)
     assert np.isnan(worse.occlusion.mean) and np.isnan(worse.occlusion.low)
-    some = [*marks, Marks(own, random, other, float("nan"))]
+    some = [*marks, ImageCurves(own, random, other, float("nan"))]
     assert summary("x", some, 1).occlusion.mean == pytest.approx(found.occlusion.mean), "what is known"
 
 
@@ -201,7 +203,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
     flat, held = np.zeros((2, STEPS)), 0
     for seed in range(200):
-        marks = [Marks(flat, flat + gain, flat, 0.0) for gain in generator.normal(0.1, 0.05, 40)]
+        marks = [ImageCurves(flat, flat + gain, flat, 0.0) for gain in generator.normal(0.1, 0.05, 40)]
         estimate = summary("x", marks, seed).deletion_over_random
         held += estimate.low < 0.1 < estimate.high
     assert 178 <= held <= 198  # 95 %, a little less with 40 images
@@ -210,10 +212,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 @needs_paddle
 @pytest.mark.charts
 @pytest.mark.slow
-def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
+def test_the_faithfulness_of_a_network(digits_pth, photos, tmp_path):
     pytest.importorskip("onnxruntime")  # eight times as fast as Paddle here
-    (tmp_path / "bad.png").write_bytes(b"?")
-    found = trust(digits_pth, [photos[0], tmp_path / "bad.png", *photos[1:]], tmp_path / "run", engine="onnxruntime")
+    (bad := tmp_path / "bad.png").write_bytes(b"?")
+    found = faithfulness(photos[0], bad, *photos[1:], weights=digits_pth, output=tmp_path / "run", engine="onnxruntime")
     assert found.images == 10 and [one.partition(":")[0] for one in found.unreadable] == [str(tmp_path / "bad.png")]
     names = [short(one.name) for one in found.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.2.2", "occlusion"]
@@ -228,16 +230,16 @@ def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
     assert kept["images"] == 10 and kept["curves"][-1]["occlusion"]["mean"] is None
     assert kept["curves"][0]["name"] == "stage1.block1.context1" and kept["values"] == "signed"
     assert (tmp_path / "run" / "trust.png").read_bytes().startswith(b"\x89PNG")
-    again = trust(digits_pth, photos, engine="onnxruntime", every=True)
+    again = faithfulness(*photos, weights=digits_pth, engine="onnxruntime", every=True)
     names = [short(one.name) for one in again.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.1.2", "3.2.1", "3.2.2", "occlusion"]
     shared = {one.name: one for one in again.curves}
     assert found.curves[0].random_deletion == found.curves[1].random_deletion, "one control for maps of one shape"
     assert found.curves[0].random_deletion != found.curves[2].random_deletion
-    other = trust(digits_pth, photos, engine="onnxruntime", seed=1, absolute=True)
+    other = faithfulness(*photos, weights=digits_pth, engine="onnxruntime", seed=1, absolute=True)
     assert other.curves[0].random_deletion != again.curves[0].random_deletion
     assert other.curves[0].deletion != again.curves[0].deletion and other.values == "absolute"
-    for one in trust(digits_pth, photos, engine="onnxruntime").curves:
+    for one in faithfulness(*photos, weights=digits_pth, engine="onnxruntime").curves:
         assert str(one) == str(shared[one.name]), "the figures of a map do not depend on what else is measured"
 
 
@@ -246,17 +248,18 @@ def test_the_trust_of_a_network(digits_pth, photos, tmp_path):
 def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
     """Of ten images at least; from both halves of them."""
     measured, told = [], notes
+    copies = [shutil.copy(path, tmp_path / f"copy-{path.name}") for path in photos]
 
     def interrupted(one, other, *_):
         if len(measured) == after:
             raise KeyboardInterrupt
         measured.append((one.number, other.number))
-        return {"x": Marks(*np.full((3, 2, STEPS), one.number), 0.0)}
+        return {"x": ImageCurves(*np.full((3, 2, STEPS), one.number), 0.0)}
 
     monkeypatch.setattr(task, "measure", interrupted)
-    monkeypatch.setattr(task, "trust_chart", lambda *_: b"png")
+    monkeypatch.setattr(command, "faithfulness_chart", lambda *_: b"png")
     with pytest.raises(KeyboardInterrupt):
-        trust(digits_pth, [*photos, *photos], tmp_path / "run", engine="paddle")
+        faithfulness(*photos, *copies, weights=digits_pth, output=tmp_path / "run", engine="paddle")
     assert measured[:4] == [(0, 10), (10, 0), (1, 11), (11, 1)]
     assert (tmp_path / "run" / "trust.json").exists() == (after == 11)
     if after == 11:
@@ -274,26 +277,26 @@ def test_how_long_it_takes_is_told_before_the_work(digits_pth, photos, monkeypat
         done.append(len(batch))
         return np.zeros((len(batch), 10), np.float32)
 
-    monkeypatch.setattr(task, "create_engine", lambda *_, **__: compute)
-    trust(digits_pth, photos)
+    monkeypatch.setattr(command, "create_engine", lambda *_, **__: compute)
+    faithfulness(*photos, weights=digits_pth)
     passes = (sum(done) - 1 - 2 * STEPS) // len(photos)  # without those that the time was taken of
     (note,) = told
     assert note.startswith(f"10 images, each {passes:,} times through the network: about 0:00:0")
 
 
 def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, tmp_path):
-    with pytest.raises(UsageError, match=f"9 image.* expected at least {LEAST}"):
-        trust(digits_pth, photos[:9])
+    with pytest.raises(UsageError, match=f"9 image.* expected at least {MIN_IMAGES}"):
+        faithfulness(*photos[:9], weights=digits_pth)
     with pytest.raises(UsageError, match="--heads 9: expected each, mean, or a number from 1 to 8"):
-        trust(digits_pth, photos, tmp_path / "run", heads="9")
+        faithfulness(*photos, weights=digits_pth, output=tmp_path / "run", heads="9")
     body = write_pth(tmp_path / "body.pth", synthetic_tensors(ModelSpec(DIGITS.variant)))
     with pytest.raises(DoesNotFit, match="predicts nothing"):
-        trust(body, photos)
+        faithfulness(*photos, weights=body)
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("mine")
     with pytest.raises(UsageError, match="full is not empty"):
-        trust(digits_pth, photos, full)
+        faithfulness(*photos, weights=digits_pth, output=full)
     assert not (tmp_path / "run").exists()
 
 
@@ -301,17 +304,17 @@ def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, 
 def test_too_few_images_that_can_be_read_end_it(digits_pth, photos, tmp_path):
     photos[3].write_bytes(b"?")
     with pytest.raises(BadImages, match=r"9 images can be read: expected at least 10; first: .*3.png"):
-        trust(digits_pth, photos, engine="paddle")
+        faithfulness(*photos, weights=digits_pth, engine="paddle")
 
 
 @pytest.mark.parametrize("count", [10, 11, 360])
 def test_images_are_taken_from_both_halves_in_turn(count):
-    found = task._order(count)
+    found = image_order(count)
     assert sorted(found) == list(range(count)) and found[:2] == [0, (count + 1) // 2]
 
 
 @pytest.mark.parametrize("count", [10, 11, 360])
 def test_the_partner_of_an_image_is_from_the_other_half(count):
     """So that of class folders it is mostly of another class; nobody is his own, and everybody is one's."""
-    found = [task.partner(number, count) for number in range(count)]
+    found = [partner(number, count) for number in range(count)]
     assert sorted(found) == list(range(count)) and min(abs(a - b) for a, b in enumerate(found)) >= count // 2

@@ -1,0 +1,49 @@
+"""The command `fcvit head-stats`, and `fcvit.head_stats`."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from fcvit import run_folder as runs
+from fcvit.analysis.head_stats import HeadStats, over_images
+from fcvit.analysis.map_charts import depth_chart, save
+from fcvit.analysis.similarity import Viewer
+from fcvit.commands.options import Device, Ema, File, MaxImages, Output, named_images
+from fcvit.data.folders import sample_evenly
+from fcvit.errors import BadImages
+from fcvit.weights.reading import Weights, read_weights
+
+
+def head_stats(
+    *images: str,
+    weights: Annotated[Any, Parameter()],
+    output: Annotated[File | None, Output] = None,
+    max_images: MaxImages = 200,
+    device: Device = "auto",
+    ema: Ema = None,
+) -> HeadStats:
+    """Measure how the maps of heads differ, how sparse they are, how they change with depth, and whether queries would.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format (in Python also weights in memory).
+        output: New folder for heads.json and heads.png (default: nothing is written).
+
+    Raises:
+        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
+        BadImages: not one image can be read. Single ones are listed in the result.
+        NumbersDisagree: maps that are no finite numbers.
+    """
+    paths = sample_evenly(named_images("head-stats", images, output), max_images)
+    read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
+    viewer = Viewer(read, device=device)
+    bad: list[BadImages] = []
+
+    with runs.run_folder(Path(output), "head-stats") if output is not None else contextlib.nullcontext() as folder:
+        layers = over_images(viewer, paths, bad)
+        stats = HeadStats(str(read.spec), len(paths) - len(bad), layers, tuple(map(str, bad)), folder)
+        if folder is not None:
+            save(folder, "heads", stats, lambda: depth_chart(stats.network, layers, stats.images))
+    return stats

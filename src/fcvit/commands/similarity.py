@@ -1,0 +1,268 @@
+"""The command `fcvit similarity`, and `fcvit.similarity`."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from cyclopts import Parameter
+
+from fcvit import run_folder as runs
+from fcvit.analysis.similarity import (
+    FIRST,
+    MapChoice,
+    Scale,
+    Viewer,
+    Which,
+    caption,
+    check_heads,
+    cut,
+    depth_picture,
+    map_arrays,
+    overview,
+    panel,
+    picture,
+    with_path,
+)
+from fcvit.commands.options import Classes, Device, Ema, File, Output, named_images
+from fcvit.data.classes import as_classes, labels, order_note
+from fcvit.data.folders import sample_evenly
+from fcvit.data.loader import read_file
+from fcvit.data.transforms.preprocess import decode
+from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
+from fcvit.evaluation.request import Request
+from fcvit.models.maps import choose, places
+from fcvit.models.variants import Preprocessing
+from fcvit.report.page import require_report
+from fcvit.report.progress import progress
+from fcvit.tasks.base import get_task
+from fcvit.tasks.classification.prediction import Prediction
+from fcvit.tasks.classification.results import MAPS, SavedResult, read_result
+from fcvit.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("fcvit")
+
+OVERVIEW = "overview.png"
+MAX_PANELS = 60  # images of an overview
+_ENDINGS = (".png", "-depth.png", ".npz")
+_STEM = 200  # bytes of a file's name
+_EACH = 2  # mistakes and right answers of an evaluation that are drawn
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DrawnMaps:
+    """The files that `similarity` wrote.
+
+    Attributes:
+        folder: of the files.
+        images: path of each image, the files that were written for it (under `folder`), its best class.
+        unreadable: images that were left out, with the reason.
+    """
+
+    folder: Path
+    images: tuple[tuple[str, tuple[str, ...], Prediction | None], ...]
+    unreadable: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<DrawnMaps of {len(self.images)} images in {self.folder}>"
+
+    @property
+    def exit_code(self) -> int:
+        return BadImages.exit_code if self.unreadable else 0
+
+    def tables(self) -> Iterator[Any]:
+        """Show what was drawn for each image."""
+        from fcvit.report.tables import SHOWN, table
+
+        result = table("image", "%", "class", "first file", right=("%",))
+        if any(len(files) > 1 for _, files, _ in self.images):
+            result.caption = "NAME.png: heads; NAME-depth.png: from stage to stage; NAME.npz: all maps"
+        for path, files, best in self.images[:SHOWN]:
+            cells = (f"{100 * best.probability:.1f}", best.name) if best else ("", "")
+            result.add_row(path, *cells, files[0])
+        if len(self.images) > SHOWN:
+            result.add_row(f"... and {len(self.images) - SHOWN} more", "", "", "")
+        yield result
+        yield f"written to {self.folder}"
+
+
+def similarity(
+    *images: str,
+    weights: Annotated[Any, Parameter()] = None,
+    run: File | None = None,
+    output: Annotated[File | None, Output] = None,
+    stage: int | None = None,
+    block: int = -1,
+    context: int = FIRST,
+    heads: str = "each",
+    values: Which = "standardised",
+    scale: Scale = "picture",
+    top_k: int = 3,
+    classes: Classes = None,
+    preprocessing: Annotated[Preprocessing | None, Parameter(parse=False)] = None,
+    device: Device = "auto",
+    ema: Ema = None,
+) -> DrawnMaps:
+    """Draw what the network finds similar to the whole image: its token-global similarity on the image, by head.
+
+    For each image there are two pictures (the heads of one global context; the stages one below the other) and all
+    arrays; several images have an overview besides, from stage to stage.
+
+    Args:
+        images: Files, folders (searched through) or quoted patterns.
+        weights: A checkpoint of any format (in Python also weights in memory).
+        run: Instead of images and weights: the folder of a run of fcvit eval, or of one of its results. Draws its most
+            confident mistakes and right answers into maps.png beside its predictions.
+        output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
+        stage: Which stage, from 1, or from the end with -1 (default: the last with more than one position).
+        block: Which block of it, in the same way (default: the last).
+        context: The first or second global context of the block.
+        heads: each (default), mean, or the number of a head.
+        values: standardised (default), or rescaled as they multiply the context.
+        scale: Scale of the colors: one for a picture (default), or one for each head, which then has its range in its
+            name.
+        top_k: Classes in the caption.
+        preprocessing: another one than the weights'.
+
+    Raises:
+        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
+        BadImages: not one image can be read. Single ones are listed in the result.
+        NumbersDisagree: maps that are no finite numbers.
+        KeyboardInterrupt: the files of the images before are there, which a note says.
+    """
+    if values not in get_args(Which):
+        raise UsageError(f"--values {values}: expected standardised or rescaled")
+    if scale not in get_args(Scale):
+        raise UsageError(f"--scale {scale}: expected picture or head")
+    if top_k < 1:
+        raise UsageError(f"--top-k {top_k}: expected at least 1")
+    choice = MapChoice(heads, values, scale)
+    if run is not None:
+        if images or weights is not None or classes is not None or preprocessing is not None:
+            raise UsageError("similarity: --run takes images, weights and classes from the run; leave them out")
+        return _of_run(Path(run), None if output is None else Path(output), context, choice, device)
+    paths = named_images("similarity", images, output or Path("runs"))
+    if weights is None:
+        raise UsageError("similarity: --weights is missing; as in: fcvit similarity IMAGE... --weights FILE")
+    require_report()
+    read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
+    named = None if classes is None else as_classes(classes)
+    viewer = Viewer(read, named, preprocessing, device)
+    if named and (note := order_note(named, read.classes)):
+        logger.info(note)
+    where = choose(places(viewer.variant), viewer.stage if stage is None else stage, block, context)
+    check_heads(viewer.variant, heads)
+    done: list[tuple[str, tuple[str, ...], Prediction | None]] = []
+    panels, bad, taken = [], [], {OVERVIEW}
+    sampled = set(sample_evenly(range(len(paths)), MAX_PANELS))
+    with (
+        runs.run_folder(None if output is None else Path(output), "similarity") as folder,
+        progress("drawing", len(paths)) as advance,
+    ):
+        try:
+            for number, path in enumerate(paths):
+                advance(1)
+                try:
+                    seen = viewer.see(decode(path), top_k)
+                except BadImages as error:
+                    bad.append(with_path(error, path))
+                    continue
+                contents = (
+                    picture(viewer, seen, path.name, where, choice),
+                    depth_picture(viewer, seen, path.name, where[2], choice),
+                    map_arrays(seen),
+                )
+                files = free_names(path.stem, taken)
+                for file, content in zip(files, contents, strict=True):
+                    runs.write_bytes(folder / file, content)
+                done.append((str(path), tuple(files), seen.predictions[0] if seen.predictions else None))
+                if number in sampled:
+                    best = f": {caption(seen.predictions[:1])}" if seen.predictions else ""
+                    panels.append(panel(viewer, seen, f"{cut(path.name)}{best}", where[2], choice))
+        except KeyboardInterrupt:
+            logger.info(f"the files of {len(done)} of {len(paths)} images are in {folder}")
+            raise
+        if not done:
+            raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
+        if len(panels) > 1:
+            count = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
+            title = f"{cut(viewer.name)}: {count}"
+            runs.write_bytes(folder / OVERVIEW, overview(panels, title, viewer.variant, where[2], choice))
+    return DrawnMaps(folder, tuple(done), tuple(map(str, bad)))
+
+
+def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, device: str) -> DrawnMaps:
+    """Draw the most confident mistakes and right answers of a result of an evaluation."""
+    require_report()
+    result = read_result(run)
+    request = Request.from_json(runs.read_run(result.folder.parent, "eval"), result.folder.parent / "run.json")
+    name, digest = Path(result.metrics["weights"]).name, result.metrics["weights_sha256"]
+    candidates = [read_weights(path, request.settings.ema) for path in request.weights if Path(path).name == name]
+    read = next((one for one in candidates if one.source.sha256 == digest), None)
+    if read is None:
+        raise DoesNotFit(f"{name} of {run} is no longer the file that was evaluated")
+    evaluator: Any = get_task(request.task).evaluator([read], Path(request.data), request.options)
+    stored: dict[str, Any] = dict(result.metrics["protocol"]["preprocessing"])
+    stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
+    pixels = Preprocessing(**stored)
+    viewer = Viewer(read, evaluator.classes, pixels, device)
+    check_heads(viewer.variant, choice.heads)
+    locations = dict(zip(evaluator.dataset.names, evaluator.dataset.locations, strict=True))
+    known = evaluator.told_apart
+    names = dict(zip((one.id for one in known), labels(known), strict=True))
+    panels, done, bad = [], [], []
+    for number in _most_confident(result):
+        (digest, name), truth, predicted = result.images[number], result.truth[number], result.predicted[number]
+        # As the predictions have it: of a subset of the classes, the network's own best may be another.
+        best = Prediction(0, predicted, names[predicted], result.confidence[number])
+        wrong = truth != predicted
+        title = f"wrong: {cut(names[truth])}, taken for {caption([best])}" if wrong else f"right: {caption([best])}"
+        try:
+            if name not in locations:
+                raise BadImages(f"{name}: no longer there")
+            content = read_file(name, locations[name])
+            if not hashlib.sha256(content).hexdigest().startswith(digest):
+                raise BadImages(f"{name}: no longer the image that was evaluated")
+            seen = viewer.see(decode(io.BytesIO(content), name))
+        except (BadImages, NumbersDisagree) as error:
+            bad.append(str(error))
+            continue
+        panels.append(panel(viewer, seen, title, context, choice))
+        done.append((name, (MAPS,), best))
+    if not panels:
+        raise BadImages(f"{result.folder}: none of its images can be drawn, first: {bad[0]}")
+    title = "The most confident mistakes and right answers"
+    content = overview(panels, title, viewer.variant, context, choice)
+    if output is None:
+        runs.write_bytes(result.folder / MAPS, content)
+        logger.info(f"to show it in the page: fcvit eval --resume {result.folder.parent}")
+        return DrawnMaps(result.folder, tuple(done), tuple(bad))
+    with runs.run_folder(output, "similarity") as folder:
+        runs.write_bytes(folder / MAPS, content)
+    return DrawnMaps(folder, tuple(done), tuple(bad))
+
+
+def _most_confident(result: SavedResult) -> list[int]:
+    """Return the numbers of the mistakes and then of the right answers with the highest probability."""
+    order = sorted(range(len(result.images)), key=lambda number: -result.confidence[number])
+    right = [result.truth[number] == result.predicted[number] for number in order]
+    chosen = [[number for number, one in zip(order, right, strict=True) if one == which] for which in (False, True)]
+    return [number for numbers in chosen for number in numbers[:_EACH]]
+
+
+def free_names(stem: str, taken: set[str]) -> list[str]:
+    """Return names for the three files of an image, which no other has, and add them to `taken`, in lower case."""
+    # 255 bytes are what file systems allow; bytes that are not UTF-8 are left out.
+    stem = os.fsencode(stem)[:_STEM].decode("utf-8", "ignore") or "image"
+    for number in itertools.count(1):
+        name = stem if number == 1 else f"{stem}-{number}"
+        files = [f"{name}{ending}" for ending in _ENDINGS]
+        if taken.isdisjoint(file.casefold() for file in files):
+            break
+    taken.update(file.casefold() for file in files)
+    return files

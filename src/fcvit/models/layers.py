@@ -1,0 +1,102 @@
+"""Layers that the networks are made of, where PaddlePaddle's own are missing, differ or are too coarse on a CPU."""
+
+from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
+
+import_framework("paddle")  # quietly, or with the remedy where it is missing
+
+import paddle  # noqa: E402
+import paddle.nn.functional as F  # noqa: E402
+from paddle import Tensor, nn  # noqa: E402
+
+SIMILARITY_EPS = 1e-5  # added to the standard deviation, not to the variance
+NORM_EPS = 1e-5
+
+
+class ConvNorm(nn.Layer):
+    """Stem and downsampling: a strided convolution and BatchNorm, no activation; H, W over the stride, rounded up."""
+
+    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2D(width_in, width_out, kernel, stride, padding=kernel // 2)
+        self.norm = BatchNorm(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class BatchNorm(nn.BatchNorm2D):
+    """BatchNorm whose running variance is updated with the unbiased variance of the batch, as PyTorch's is.
+
+    Paddle's own layer takes the biased one. Whoever continues a run that began in PyTorch, or evaluates
+    there what was trained here, has one meaning of the numbers in the file; normalization within a
+    batch is by the biased variance in both.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, epsilon=NORM_EPS)  # momentum 0.9 is PyTorch's 0.1
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        count = input.shape[0] * input.shape[2] * input.shape[3]
+        if count < 2:
+            raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
+        with paddle.no_grad():
+            # Ourselves: which variance a kernel keeps depends on the device, and its momentum is a float32.
+            given = input.astype(self._mean.dtype)
+            center = mean(given, (0, 2, 3))
+            variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))
+            kept = self._momentum
+            self._mean.set_value(kept * self._mean + (1 - kept) * center.flatten())
+            self._variance.set_value(kept * self._variance + (1 - kept) * variance.flatten())
+        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # for the kernel to write to
+        return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
+
+
+def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mean over `axes`, kept as axes of length 1, taken one axis at a time, the last first.
+
+    Paddle's CPU kernels add float32 numbers one after the other: over the 200,000 of a feature map
+    the result is off by 1e-5, over one short axis at a time by 1e-7.
+    """
+    for axis in sorted(axes, reverse=True):
+        x = x.mean(axis=axis, keepdim=True)
+    return x
+
+
+class LayerNorm2D(nn.GroupNorm):
+    """Layer norm over channels and positions together: GroupNorm with one group.
+
+    On a CPU the reductions are staged (see `mean`): the float32 logits come out up to twice as
+    near to the exact ones as with Paddle's own kernel. Elsewhere that kernel is used.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(1, width, epsilon=NORM_EPS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if paddle.device.get_device() != "cpu":
+            return super().forward(input)
+        x = input - mean(input, (1, 2, 3))
+        x = x * paddle.rsqrt(mean(x * x, (1, 2, 3)) + self._epsilon)
+        return x * self.weight.reshape([1, -1, 1, 1]) + self.bias.reshape([1, -1, 1, 1])
+
+
+class DropPath(nn.Layer):
+    """Stochastic depth: in training, drop the whole branch for an image with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        # Drawn in float32: in a half type the rounding would change the probability.
+        mask = paddle.floor(keep + paddle.rand([x.shape[0], 1, 1, 1], dtype="float32"))
+        return x / keep * mask.astype(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
