@@ -1,6 +1,7 @@
 """The command line as a person meets it: output, errors in one line, documented exit codes."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -16,8 +17,10 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
+from fcvit.analysis.similarity import MapChoice
 from fcvit.cli import FORMS, app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
+from fcvit.inference.interleave import interleave
 from fcvit.text import printable
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -590,25 +593,26 @@ def test_exporting(run, digits_pth, tmp_path):
     assert not (tmp_path / "c.onnx").exists()
 
 
-@needs_paddle
+@needs_torch
 @pytest.mark.slow
-def test_benching(run, digits_pth, tmp_path):
-    words = (
+def test_benching(run, digits_pth, tmp_path, monkeypatch):
+    """For real, but without the pauses between turns; tests/commands/test_bench.py has the rest without processes."""
+    monkeypatch.setattr("fcvit.commands.bench.interleave", functools.partial(interleave, seconds=0, pause=0))
+    words = [
         "bench",
         "--weights",
         digits_pth,
         "--engine",
-        "paddle",
+        "torch",
         "--batch-size",
         "1",
         "--threads",
         "1",
         "--rounds",
         "1",
-    )
+    ]
     code, out, _ = run(*words, "--csv", "a.csv")
-    assert code == 0 and "paddle" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
-    assert json.loads(run(*words, "--json")[1])["speeds"][0]["contender"]["engine"] == "paddle"
+    assert code == 0 and "torch" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
     assert run("bench", "--batch-size", "many")[0] == 2
 
 
@@ -631,17 +635,16 @@ def images(tmp_path):
 @pytest.mark.charts
 @pytest.mark.slow
 def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
-    from fcvit.analysis import similarity as task
-
     asked = []
-    monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
-    monkeypatch.setattr(task, "depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.picture", lambda *given: asked.append(given[3:]) or b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.overview", lambda *_: b"png")
     options = {"stage": 3, "block": 1, "context": 1, "heads": "mean", "values": "rescaled", "top-k": 1, "scale": "head"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
     assert "1 image left out: cannot be read" in err and "bad.png" in err
-    assert asked == [((3, 1, 1), "mean", "rescaled", "head")] * 10
+    assert asked == [((3, 1, 1), MapChoice("mean", "rescaled", "head"))] * 10
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
     (path, files, best) = json.loads(out)["images"][0]
     assert (
@@ -657,24 +660,22 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
 
 @needs_paddle
 @pytest.mark.slow
-def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_charts):
-    code, out, err = run("heads", images, "--weights", digits_pth, "-o", "heads")
+def test_head_stats_and_faithfulness_as_tables_and_as_json(run, digits_pth, images, no_charts):
+    code, out, err = run("head-stats", images, "--weights", digits_pth, "-o", "heads")
     assert code == 6 and "bad.png" in err and "queries agree" in out and "3.2.2" in out and "written to heads" in out
     (images / "bad.png").unlink()
-    code, out, err = run("heads", images, "--weights", digits_pth, "--json", "--most", "4")
+    code, out, err = run("head-stats", images, "--weights", digits_pth, "--json", "--max-images", "4")
     found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert code == 0 and found["images"] == 4 and found["networks"][0]["layers"][-1]["entropy"] is None
     pytest.importorskip("onnxruntime")
     engine = "--engine", "onnxruntime"  # the fastest here
-    code, out, err = run("trust", images, "--weights", digits_pth, *engine, "--heads", "3", "--absolute")
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--heads", "3", "--absolute")
     assert code == 0 and "1.1.1, head 3" in out and "absolute maps" in out and "another image's" in out
-    code, out, err = run("trust", images, "--weights", digits_pth, *engine, "--json", "--every", "-o", "t")
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--json", "--every", "-o", "t")
     found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert code == 0 and len(found["curves"]) == 9 and found["folder"] == "t"
-    code, out, err = run("trust", images, "--weights", digits_pth, "--most", "9")
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, "--max-images", "9")
     assert code == 2 and "9 images: expected at least 10" in err
-    code, out, err = run("heads", images, "--weights", digits_pth, "--vit", "vit_small_patch16_224")
-    assert code == 2 and "--vit-weights FILE" in err
 
 
 def test_ctrl_c_while_the_command_line_is_imported_is_an_interruption():

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import SMALL, needs_paddle, write_squares
 from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.training.run import train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 
@@ -108,8 +109,9 @@ def test_sigterm_ends_in_order(work):
 
 def test_two_processes_are_one_that_accumulates(work, tmp_path):
     """The same loss curve, running statistics and weights, within the rounding of a sum of two."""
+    fields = {**FIELDS, "data": str(work / "images"), "clip_norm": 0.5, "accumulate": 2}
+    train(ClassificationRecipe(**fields), folder=tmp_path / "alone", device="cpu")
     words = ["recipe.toml", "--device", "cpu", "--clip_norm", "0.5"]
-    finish(start(work, *words, "--accumulate", "2", "-o", tmp_path / "alone"))
     launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", tmp_path / "log"]
     out = finish(start(work, *words, "-o", tmp_path / "shared", launcher=launcher))
     assert out.count("weights: ") == 1, "one process speaks for both"
