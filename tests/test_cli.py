@@ -475,6 +475,7 @@ def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors,
 
 @needs_paddle
 @needs_torch
+@pytest.mark.slow
 def test_both_engines_on_the_command_line(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)
