@@ -24,6 +24,7 @@ pytestmark = needs_paddle
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """The task is registered by three names in three tables, and images of all sizes are written."""
+    monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
     monkeypatch.syspath_prepend(str(__file__).rpartition("/")[0])
     monkeypatch.setitem(base.TASKS, "brightness", "brightness")
     head = dataclasses.replace(spec.HEADS["classifier"], task="brightness")
