@@ -25,12 +25,7 @@ TORCH_STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 # Names under which PyTorch stores a dtype by itself (tensors over untyped storages).
-TORCH_DTYPES = {
-    **FLOATS,
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-    "uint64": np.dtype("<u8"),
-}
+TORCH_DTYPES = {**FLOATS, "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
 SAFETENSORS = {
     "F64": FLOATS["float64"],
     "F32": FLOATS["float32"],
@@ -49,12 +44,12 @@ SAFETENSORS = {
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether weights may be of this type (`numpy.issubdtype` does not know bfloat16)."""
+    """Return whether weights may be of this type (`numpy.issubdtype` does not know bfloat16)."""
     return dtype in FLOATS.values()
 
 
 def checked_shape(shape: object, dtype: np.dtype, file_size: int) -> tuple[int, ...]:
-    """The shape that a file gives a tensor, if it can be true.
+    """Return the shape that a file gives a tensor, if it can be true.
 
     Raises:
         UnreadableFile: not at most 8 whole numbers, or more than a file of that size can hold.

@@ -20,13 +20,11 @@ from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.
 ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
-
-
 SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats that have no header of their own
 
 
 def destination_layout(path: Path, layout: str | None = None) -> str:
-    """The layout to write: the one asked for, else the ending's own.
+    """Return the layout to write: the one asked for, else the ending's own.
 
     Raises:
         UsageError: an unknown ending or layout, or a pair that does not go together.
@@ -44,7 +42,7 @@ def destination_layout(path: Path, layout: str | None = None) -> str:
 
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block ends well and removed if not.
+    """Give a temporary path beside `path`, renamed to it if the block ends well and removed if not.
 
     A header written beside the temporary file (see `sidecar`) comes along.
 
@@ -59,29 +57,26 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
             raise UsageError(f"{part} is there already and is not a file; choose another name")
         if not overwrite:
             raise UsageError(f"{part} is there already; choose another name or allow it with --overwrite")
+    os.umask(mask := os.umask(0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent)
-    except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
-    with folder as name:
-        temporary = Path(name) / path.name
-        try:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as name:
+            temporary = Path(name) / path.name
             yield temporary
             for part in Path(name).iterdir():
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())
-                part.chmod(0o666 & ~_umask())  # a temporary file is private, the result need not be
+                part.chmod(0o666 & ~mask)  # a temporary file is private, the result need not be
             if sidecar(temporary).exists():
                 _replace_both(temporary, path, Path(name) / "replaced")
             else:
                 os.replace(temporary, path)
-        except OSError as error:
-            raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
+    except OSError as error:
+        raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _replace_both(temporary: Path, path: Path, replaced: Path) -> None:
-    """First the header: should we be stopped between the two, its hash tells. It is undone if the second fails."""
+    """Replace first the header: after a stop between the two its hash tells. It is undone if the second fails."""
     header = sidecar(path)
     if header.exists():
         os.replace(header, replaced)
@@ -93,12 +88,6 @@ def _replace_both(temporary: Path, path: Path, replaced: Path) -> None:
         if replaced.exists():
             os.replace(replaced, header)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:
@@ -140,7 +129,7 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
 
 
 def differing_tensors(one: Weights, other: Weights) -> list[str]:
-    """Names of the tensors that are not the same bit for bit, missing ones included."""
+    """Return the names of the tensors that are not the same bit for bit, missing ones included."""
     names = dict.fromkeys([*one.tensors, *other.tensors])
     return [name for name in names if not _same_bits(one.tensors.get(name), other.tensors.get(name))]
 
