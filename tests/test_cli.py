@@ -1,6 +1,7 @@
 """The command line as a person meets it: output, errors in one line, documented exit codes."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -16,8 +17,10 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
+from fcvit.analysis.similarity import MapChoice
 from fcvit.cli import FORMS, app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
+from fcvit.inference.interleave import interleave
 from fcvit.text import printable
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -473,6 +476,7 @@ def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors,
 
 @needs_paddle
 @needs_torch
+@pytest.mark.slow
 def test_both_engines_on_the_command_line(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)
@@ -591,25 +595,26 @@ def test_exporting(run, digits_pth, tmp_path):
     assert not (tmp_path / "c.onnx").exists()
 
 
-@needs_paddle
+@needs_torch
 @pytest.mark.slow
-def test_benching(run, digits_pth, tmp_path):
-    words = (
+def test_benching(run, digits_pth, tmp_path, monkeypatch):
+    """For real, but without the pauses between turns; tests/commands/test_bench.py has the rest without processes."""
+    monkeypatch.setattr("fcvit.commands.bench.interleave", functools.partial(interleave, seconds=0, pause=0))
+    words = [
         "bench",
         "--weights",
         digits_pth,
         "--engine",
-        "paddle",
+        "torch",
         "--batch-size",
         "1",
         "--threads",
         "1",
         "--rounds",
         "1",
-    )
+    ]
     code, out, _ = run(*words, "--csv", "a.csv")
-    assert code == 0 and "paddle" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
-    assert json.loads(run(*words, "--json")[1])["speeds"][0]["contender"]["engine"] == "paddle"
+    assert code == 0 and "torch" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
     assert run("bench", "--batch-size", "many")[0] == 2
 
 
@@ -632,12 +637,11 @@ def images(tmp_path):
 @pytest.mark.charts
 @pytest.mark.slow
 def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
-    from fcvit.analysis.similarity import MapChoice
-    from fcvit.commands import similarity as task
 
     asked = []
-    monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
-    monkeypatch.setattr(task, "depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.picture", lambda *given: asked.append(given[3:]) or b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.overview", lambda *_: b"png")
     options = {"stage": 3, "block": 1, "context": 1, "heads": "mean", "values": "rescaled", "top-k": 1, "scale": "head"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)

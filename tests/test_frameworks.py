@@ -21,7 +21,7 @@ def run(code):
 
 
 @needs_paddle
-@pytest.mark.parametrize("how", [HERE, THREAD, pytest.param(BEFORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [HERE, *(pytest.param(how, marks=pytest.mark.slow) for how in (THREAD, BEFORE))])
 def test_importing_paddle_leaves_the_handlers_that_were_there(how):
     """Also in a thread, where Python cannot set any: Paddle's own end the process."""
     done = run(
@@ -31,6 +31,7 @@ def test_importing_paddle_leaves_the_handlers_that_were_there(how):
     assert (done.returncode, done.stdout) == (0, "handled\nalive\n"), done.stderr
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_importing_paddle_leaves_the_default_and_the_handlers_of_others(how=THREAD):
     done = run(f"faulthandler.enable()\n{how}\nsignal.raise_signal(signal.SIGSEGV)")

@@ -157,6 +157,7 @@ def test_a_fault_planted_in_the_file_is_caught_and_nothing_is_left(spoil, weight
     assert (tmp_path / "network.onnx").read_bytes() == b"the one before"
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch, notes):
     """A layer scale of 1e-5 hides what is in the blocks, also from the check."""
     tensors = {n: t * np.float32(1e-5) if "layer_scale" in n else t for n, t in weights.tensors.items()}
@@ -234,6 +235,7 @@ def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
     assert export(body, tmp_path / "a.onnx").outputs == ("embeddings",)
 
 
+@pytest.mark.slow
 def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
     spec = ModelSpec(DIGITS.variant, head="backbone")
     dense = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)

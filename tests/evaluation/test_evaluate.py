@@ -237,6 +237,7 @@ def test_a_finished_run_is_only_written_again(folder, digits_pth, tmp_path, monk
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits_pth, tmp_path, monkeypatch, no_charts):
     evaluate(digits_pth, folder, batch_size=4, device="cpu", folder=tmp_path / "whole")
     run = tmp_path / "run"
@@ -384,6 +385,7 @@ def test_every_figure_follows_from_the_logits(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_the_fingerprint_is_of_contents_and_classes(folder, digits_pth):
     def fingerprint():
         return evaluate(digits_pth, folder, device="cpu").results[0].fingerprint
@@ -430,6 +432,7 @@ def test_an_image_that_goes_away_costs_its_picture_and_nothing_else(folder, digi
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
     names = ["a,b.png", 'quo"te.png', "new\nline.png", "car\rriage.png", "semi;colon.png"]
     for name in names:
@@ -444,6 +447,7 @@ STRANGE = ("=1+1", "@x", "-2", "'=y", "a\nb", "\x1b[2J", "$\\frac{$", "[red]z", 
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_class_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
     """Formulas of a spreadsheet, lines, escapes: the sheet is drawn, and the result can be compared and continued."""
     (tmp_path / "classes.json").write_text(json.dumps(STRANGE))
@@ -479,6 +483,7 @@ def test_folders_whose_names_are_no_text_name_the_classes(tmp_path, folder):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch, notes):
     """In a note, the figures and the table; labels that count from 1 are called so."""
     with np.load(Path(fcvit.__file__).parent / "assets" / "digits_held_out.npz") as held_out:
@@ -873,6 +878,7 @@ def test_another_preprocessing_is_called_custom(folder, digits_pth):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         evaluate(digits_pth, folder, subset=12, seed=seed, device="cpu", folder=tmp_path / name)
@@ -908,6 +914,7 @@ def test_half_precision_is_computed_and_stated(folder, digits_pth):
 
 
 @needs_torch
+@pytest.mark.slow
 def test_precision_and_protocol_are_changes_of_their_own(folder, digits_pth):
     found = evaluate(digits_pth, folder, engines="torch", precision="bfloat16", protocol="both", device="cpu")
     names = [row.name for row in found.results]
@@ -968,3 +975,16 @@ def test_the_callers_device_is_left_alone(folder, digits_pth, monkeypatch):
     with pytest.raises(ZeroDivisionError), frameworks.on_paddle_device("cpu"):
         raise ZeroDivisionError
     assert calls == ["cpu", "gpu:7"]
+
+
+@needs_paddle
+def test_auto_is_decided_once(folder, digits_pth, tmp_path, monkeypatch):
+    """A run that goes on must not decide again which engine is the fastest."""
+    from fcvit.evaluation import settings
+
+    create = settings.create_engine
+    chosen = {"auto": "paddle"}
+    monkeypatch.setattr(settings, "create_engine", lambda name, *given: create(chosen.get(name, name), *given))
+    done = evaluate(digits_pth, folder, engines="auto", device="cpu", folder=tmp_path / "run")
+    assert done.results[0].engine == "paddle"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]["engines"] == "paddle"

@@ -244,7 +244,12 @@ def test_what_an_export_needs_is_looked_for_before_it_is_announced(package, weig
 
 
 @pytest.mark.parametrize(
-    "name", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "paddle-inference"))]
+    "name",
+    [
+        "onnxruntime",
+        pytest.param("openvino", marks=pytest.mark.slow),
+        pytest.param("paddle-inference", marks=pytest.mark.ci),
+    ],
 )
 def test_a_loaded_export_needs_no_file(name, weights, images, tmp_path, monkeypatch, notes):
     """A cache that cannot be written, or is deleted in use: single images and batches by several threads go on."""

@@ -50,7 +50,9 @@ def run(model, images):
     return ReferenceEvaluator(model, new_ops=[Gelu]).run(None, {INPUT: images})
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="fixed"), pytest.param(True, id="dynamic", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", OPTIONS["cases"])
 def test_every_option_is_the_authors(name, dynamic):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}

@@ -396,6 +396,7 @@ def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(fin
     assert hidden == {".git", ".dvc", ".last.safetensors.old", ".notes.tmp"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_images_elsewhere(small, whole, squares, tmp_path, monkeypatch, capsys):
     """By names, classes and the content of the files; the new place is recorded."""
     from fcvit.cli import main
@@ -441,6 +442,7 @@ def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, 
         resume(tmp_path / "run", moved={"weights": other})
 
 
+@pytest.mark.slow
 def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares, notes):
     (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
     said = notes
