@@ -238,6 +238,7 @@ def test_evaluating(run, digits_pth, image, no_charts):
     found = json.loads(run("eval", "--weights", digits_pth, "--data", "data", "--json", "--input-size", 64)[1])
     assert found["results"][0]["protocol"]["changed"] == {"input_size": [32, 64]}
     assert "digits-authors" in run("eval", "--resume", "runs/eval")[1]
+    assert "digits-authors" in run("resume", "runs/eval")[1]
     code, out, _ = run("compare", "runs/eval", "runs/eval-3", "-o", "compared")
     assert code == 0 and "p = " in out and "written to compared" in out
     assert json.loads(run("compare", "runs/eval", "runs/eval-3", "--json")[1])["images"] == 10
@@ -661,20 +662,23 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
 
 @needs_paddle
 @pytest.mark.slow
-def test_head_stats_and_faithfulness_as_tables_and_as_json(run, digits_pth, images, no_charts):
+def test_head_stats_and_faithfulness_as_tables_and_as_json(run, digits_pth, images, no_charts, monkeypatch):
+    from fcvit.analysis import faithfulness as measuring
+
+    for name, few in (("STEPS", 2), ("RANDOM", 1), ("PATCHES", 1)):
+        monkeypatch.setattr(measuring, name, few)
     code, out, err = run("head-stats", images, "--weights", digits_pth, "-o", "heads")
     assert code == 6 and "bad.png" in err and "queries agree" in out and "3.2.2" in out and "written to heads" in out
     (images / "bad.png").unlink()
-    code, out, err = run("head-stats", images, "--weights", digits_pth, "--json", "--max-images", "4")
-    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert code == 0 and found["images"] == 4 and found["networks"][0]["layers"][-1]["entropy"] is None
-    pytest.importorskip("onnxruntime")
-    engine = "--engine", "onnxruntime"  # the fastest here
+    code, out, err = run("head-stats", images, "--weights", digits_pth, "--json", "--most", "4")
+    stats = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and stats["images"] == 4 and stats["networks"][0]["layers"][-1]["entropy"] is None
+    engine = "--engine", "paddle"
     code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--heads", "3", "--absolute")
     assert code == 0 and "1.1.1, head 3" in out and "absolute maps" in out and "another image's" in out
-    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--json", "--every", "-o", "t")
-    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert code == 0 and len(found["curves"]) == 9 and found["folder"] == "t"
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--json", "-o", "t")
+    curves = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and len(curves["curves"]) == 7 and curves["folder"] == "t"
     code, out, err = run("faithfulness", images, "--weights", digits_pth, "--max-images", "9")
     assert code == 2 and "9 images: expected at least 10" in err
 
@@ -734,8 +738,10 @@ def test_the_cache_is_shown_limited_and_emptied(run, tmp_path, monkeypatch):
 
 @needs_paddle
 def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkeypatch):
-    code, out, err = run("doctor", "-q")
-    assert code == 0 and "cores" in out and not err
+    words = ("predict", image, "--weights", digits_pth, "--engine", "auto")
+    loud, quiet = run(*words), run(*words, "-q")
+    assert loud[:2] == quiet[:2] and "note: engine" in loud[2] and not quiet[2]
     assert run("recipes", "-v", "digits")[0] == 0
     code, _, err = run("heads")
-    assert code == 2 and "fcvit heads is now fcvit head-stats" in err
+    note, problem = err.splitlines()
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in note and problem.startswith("fcvit: head-stats: ")

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fcvit.errors import UnreadableFile
+
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins it
@@ -57,7 +59,7 @@ def repeats(values: Iterable[str]) -> list[str]:
     return [value for value, times in collections.Counter(values).items() if times > 1]
 
 
-def parse_json(text: str) -> tuple[Any, list[str]]:
+def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
     """Parse JSON; also return the keys that stand twice in one object, of which `json` would take the last."""
     repeated: list[str] = []
 
@@ -66,6 +68,19 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=build), repeated
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON that says the same to every program.
+
+    Raises:
+        UnreadableFile: a key stands twice in one object.
+        ValueError, RecursionError: it is no JSON, or nested too deeply.
+    """
+    value, repeated = parse_json(text)
+    if repeated:
+        raise UnreadableFile("two entries of one name in the header: refused, it could show other weights to others")
+    return value
 
 
 def escape_json(text: str) -> str:

@@ -960,7 +960,7 @@ def test_wrong_options(folder, digits_pth, options):
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
     bare = write_pth(tmp_path / "bare.pth", synthetic_tensors(ModelSpec(DIGITS.variant, 0)))
-    with pytest.raises(DoesNotFit, match="it has no classes"):
+    with pytest.raises(DoesNotFit, match="has no classes"):
         evaluate(bare, folder)
     with pytest.raises(UnreadableFile, match="no such folder or tar"):
         evaluate(digits_pth, tmp_path / "nowhere")

@@ -47,15 +47,19 @@ def recipe(images):
 
 
 def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
-    done = train(recipe, folder=images / "run", device="cpu")
+    from fcvit.training.step import Trainer
+
+    run, steps = Trainer.run, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", lambda *given: steps.append(run(*given)) or steps[-1])
+        done = train(recipe, folder=images / "run", device="cpu")
+    means = np.mean([[step["loss"] for step in steps]], axis=0).reshape(len(done.rows), -1).mean(1)
+    assert [row["loss"] for row in done.rows] == pytest.approx(means)
     assert done.rows[-1]["loss"] < done.rows[0]["loss"] and done.best["best_accuracy"] > 0.5
     row = done.rows[0]
     assert row["loss"] == pytest.approx(row["loss_square"] + row["loss_absolute"], rel=1e-5)
     assert any("brightness" in (images / "run" / name).read_text() for name in ("run.json", "recipe.toml"))
 
-    from fcvit.training.step import Trainer
-
-    run = Trainer.run
     with monkeypatch.context() as patch:
 
         def failing(self, *given):

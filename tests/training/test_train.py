@@ -799,3 +799,19 @@ def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp
     assert 1 <= read_state(run)[0].epoch < epochs
     assert main(words) == 0
     assert state_of(run) == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_resume_continues_either_kind_of_run(small, squares, tmp_path, monkeypatch):
+    import fcvit
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), folder=tmp_path / "run", device="cpu")
+    done = fcvit.resume(tmp_path / "run")
+    assert len(done.rows) == 3
+    fcvit.evaluate(done.weights, squares / "val", engines="paddle", device="cpu", folder=tmp_path / "eval")
+    assert fcvit.resume(tmp_path / "eval").results[0].images == 6
+    with pytest.raises(UnreadableFile, match="expected the folder of a run"):
+        fcvit.resume(tmp_path)

@@ -38,7 +38,7 @@ from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.evaluation.request import Request
 from fcvit.models.maps import choose, places
 from fcvit.models.variants import Preprocessing
-from fcvit.report.page import require_report
+from fcvit.report import page
 from fcvit.report.progress import progress
 from fcvit.tasks.base import get_task
 from fcvit.tasks.classification.prediction import Prediction
@@ -149,7 +149,7 @@ def similarity(
     paths = named_images("similarity", images, output or Path("runs"))
     if weights is None:
         raise UsageError("similarity: --weights is missing; as in: fcvit similarity IMAGE... --weights FILE")
-    require_report()
+    page.require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     named = None if classes is None else as_classes(classes)
     viewer = Viewer(read, named, preprocessing, device)
@@ -198,7 +198,7 @@ def similarity(
 
 def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, device: str) -> DrawnMaps:
     """Draw the most confident mistakes and right answers of a result of an evaluation."""
-    require_report()
+    page.require_report()
     result = read_result(run)
     request = Request.from_json(runs.read_run(result.folder.parent, "eval"), result.folder.parent / "run.json")
     name, digest = Path(result.metrics["weights"]).name, result.metrics["weights_sha256"]

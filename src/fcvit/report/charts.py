@@ -18,8 +18,8 @@ import numpy as np
 from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, counted
 from fcvit.metrics.classification import Calibration, wilson
+from fcvit.report import page
 from fcvit.report.contact_sheet import INK, PAPER, RIGHT, WRONG
-from fcvit.report.page import require_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -299,7 +299,7 @@ def drawn(draw: Callable[..., "Figure"], *arguments: Any) -> bytes:
 @contextlib.contextmanager
 def drawing() -> Generator[None]:
     """Apply the settings of all charts while one is drawn."""
-    require_report()
+    page.require_report()
     import matplotlib.style
 
     small = {f"{what}.labelsize": 9 for what in ("xtick", "ytick")} | {"legend.fontsize": 9, "axes.titlesize": 10}

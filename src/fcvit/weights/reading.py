@@ -21,8 +21,10 @@ from fcvit.models.spec import (
     torch_shapes,
 )
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant, get_variant, resolve_preprocessing
-from fcvit.weights.checkpoint import Checkpoint, hub_settings, read_checkpoint, sidecar
+from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
 from fcvit.weights.dtypes import FLOATS, is_float
+from fcvit.weights.header import sidecar
+from fcvit.weights.hub import settings_beside
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
 
@@ -159,7 +161,7 @@ def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -
         DoesNotFit: the two contradict each other.
     """
     header, assumed = checkpoint.header, variant.preprocessing
-    beside = hub_settings(checkpoint.path) if header is None else {}
+    beside = settings_beside(checkpoint.path) if header is None else {}
     change, remarks = stated_preprocessing({**checkpoint.top, **beside}, checkpoint.array)
     notes += remarks
     known = header.preprocessing if header else None

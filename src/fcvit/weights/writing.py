@@ -14,8 +14,8 @@ from fcvit.models.spec import is_counter
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.run_folder import TEMPORARY
 from fcvit.weights import pdparams, safetensors_file, torch_file
-from fcvit.weights.checkpoint import read_checkpoint, sidecar
-from fcvit.weights.header import KEY, LAYOUTS, Header
+from fcvit.weights.checkpoint import read_checkpoint
+from fcvit.weights.header import KEY, LAYOUTS, Header, sidecar
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.
