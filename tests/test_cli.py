@@ -637,7 +637,6 @@ def images(tmp_path):
 @pytest.mark.charts
 @pytest.mark.slow
 def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
-
     asked = []
     monkeypatch.setattr("fcvit.commands.similarity.picture", lambda *given: asked.append(given[3:]) or b"png")
     monkeypatch.setattr("fcvit.commands.similarity.depth_picture", lambda *_: b"png")

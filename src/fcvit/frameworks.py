@@ -1,6 +1,6 @@
 """Import PaddlePaddle or PyTorch when a model is needed: quietly, or with the remedy.
 
-Nothing else of the package imports either of them at the top, save the two files that hold the
+Nothing else of the package imports either of them at the top, save the files that hold
 networks. Importing Paddle warns about a compiler cache and adds a handler to the root logger;
 neither is the user's business.
 """

@@ -48,6 +48,11 @@ def printable(text: str, keep: str = "") -> str:
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
+def one_line(text: object) -> str:
+    """Return a file's own words for a message: one line, of bearable length, nothing that a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
+
+
 def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
     """Join the first values with commas, each cut to `length` characters, and mark that there are more."""
     texts = list(map(str, values))

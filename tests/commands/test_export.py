@@ -89,6 +89,7 @@ def test_every_format_takes_bytes_and_gives_probabilities(target, weights, image
     assert np.allclose(load(done)(images)[0], softmax(logits), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_size_is_checked_at_two(weights, tmp_path):
     done = export(weights, tmp_path / "any.onnx", dynamic=True)
     assert [check.images[1:] for check in done.checks] == [(32, 32), (25, 17)]

@@ -704,6 +704,7 @@ def test_a_class_list_maps_the_folders(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_only_the_classes_of_the_data_are_told_apart(folder, digits_pth, tmp_path):
     for label in (0, 1, 4, 5, 6, 8, 9):
         shutil.rmtree(folder / str(label))

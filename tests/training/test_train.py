@@ -167,6 +167,7 @@ def test_a_finished_run_stays_as_it_is(finished):
     assert (finished / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch, notes):
     """Begun without a compiler: the run stays plain where there is one."""
     from fcvit.errors import MissingExtra
@@ -256,7 +257,9 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
     assert (best["head.bias"] != last["head.bias"]).any()
 
 
-@pytest.mark.parametrize(("raw", "ema", "kept"), [(50, 90, "last-ema"), (90, 50, "last")])
+@pytest.mark.parametrize(
+    ("raw", "ema", "kept"), [(50, 90, "last-ema"), pytest.param(90, 50, "last", marks=pytest.mark.slow)]
+)
 def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
     from fcvit.training import loop as module
 
@@ -425,6 +428,7 @@ def test_a_run_goes_on_with_the_same_images_elsewhere(small, whole, squares, tmp
     assert main(words) == 0, "from now on it is known where they are"
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, monkeypatch):
     """An interruption in the first epoch: the weights are needed again."""
     with monkeypatch.context() as patch:
@@ -541,6 +545,7 @@ def test_parts_of_a_step_add_up(small, tmp_path):
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_every_step_and_part_draws_anew(small):
     """Of dropout: the same images give another loss in each step and part, and the same again from the start."""
     from fcvit.models.build import create_model

@@ -11,6 +11,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.models.variants import Preprocessing, PreprocessingChange, three_channels
+from fcvit.text import one_line
 from fcvit.weights.pdparams import ArrayRef, single
 from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import words
@@ -103,7 +104,7 @@ def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
         if isinstance(value, list | tuple):
             inner = [(place, part, depth) for part in value[:MAX_PARTS]]
         elif (arguments := _mapping(value)) is not None:
-            yield "".join(c if c.isprintable() else "?" for c in place), arguments, depth
+            yield one_line(place), arguments, depth
             inner = [
                 (f"{place}.{key[:40]}", part, depth + 1) for key, part in arguments.items() if isinstance(key, str)
             ]
@@ -165,9 +166,7 @@ def _shown(value: object) -> str:
     match value:
         case str():
             return repr(value[:60])
-        case float():
-            return str(value)
-        case int() if -1 << 63 < value < 1 << 63:
+        case int() | float() if isinstance(value, float) or -1 << 63 < value < 1 << 63:
             return str(value)
         case list() | tuple() if len(value) <= 4 and not any(isinstance(one, list | tuple) for one in value):
             return f"[{', '.join(map(_shown, value))}]"
@@ -189,9 +188,7 @@ def _plain(value: object, array: Callable[[object], np.ndarray], nested: bool = 
             return number.item()
         case Opaque(args=(str(word),)):
             return word
-        case bool() | Opaque():
-            raise ValueError("neither numbers nor text")
-        case int() | float():
+        case int() | float() if not isinstance(value, bool):
             return value
         case str() if len(value) <= 200:
             return value
