@@ -73,6 +73,10 @@ def notes():
 @pytest.fixture
 def no_charts(monkeypatch):
     """As if the extra `report` were not installed: charts take a second for each result."""
+    hide_charts(monkeypatch)
+
+
+def hide_charts(monkeypatch):
     from fcvit.errors import MissingExtra
     from fcvit.report import page
 

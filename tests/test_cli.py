@@ -1,6 +1,7 @@
 """The command line as a person meets it: output, errors in one line, documented exit codes."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -16,8 +17,10 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
 from fcvit import frameworks
+from fcvit.analysis.similarity import MapChoice
 from fcvit.cli import FORMS, app, main
 from fcvit.errors import FcvitError, MissingExtra, counted
+from fcvit.inference.interleave import interleave
 from fcvit.text import printable
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -235,6 +238,7 @@ def test_evaluating(run, digits_pth, image, no_charts):
     found = json.loads(run("eval", "--weights", digits_pth, "--data", "data", "--json", "--input-size", 64)[1])
     assert found["results"][0]["protocol"]["changed"] == {"input_size": [32, 64]}
     assert "digits-authors" in run("eval", "--resume", "runs/eval")[1]
+    assert "digits-authors" in run("resume", "runs/eval")[1]
     code, out, _ = run("compare", "runs/eval", "runs/eval-3", "-o", "compared")
     assert code == 0 and "p = " in out and "written to compared" in out
     assert json.loads(run("compare", "runs/eval", "runs/eval-3", "--json")[1])["images"] == 10
@@ -370,7 +374,7 @@ def test_python_dash_m():
     assert command("--version").stdout.strip() == __import__("fcvit").__version__
 
 
-def test_a_lively_golden_of_the_command_line(run, tmp_path):
+def test_a_golden_of_the_command_line_on_synthetic_weights(run, tmp_path):
     """What `fcvit inspect --json` says of a dense backbone."""
     import dataclasses
 
@@ -472,6 +476,7 @@ def test_texts_from_files_are_shown_as_they_are(run, digits_pth, digits_tensors,
 
 @needs_paddle
 @needs_torch
+@pytest.mark.slow
 def test_both_engines_on_the_command_line(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)
@@ -590,25 +595,26 @@ def test_exporting(run, digits_pth, tmp_path):
     assert not (tmp_path / "c.onnx").exists()
 
 
-@needs_paddle
+@needs_torch
 @pytest.mark.slow
-def test_benching(run, digits_pth, tmp_path):
-    words = (
+def test_benching(run, digits_pth, tmp_path, monkeypatch):
+    """For real, but without the pauses between turns; tests/commands/test_bench.py has the rest without processes."""
+    monkeypatch.setattr("fcvit.commands.bench.interleave", functools.partial(interleave, seconds=0, pause=0))
+    words = [
         "bench",
         "--weights",
         digits_pth,
         "--engine",
-        "paddle",
+        "torch",
         "--batch-size",
         "1",
         "--threads",
         "1",
         "--rounds",
         "1",
-    )
+    ]
     code, out, _ = run(*words, "--csv", "a.csv")
-    assert code == 0 and "paddle" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
-    assert json.loads(run(*words, "--json")[1])["speeds"][0]["contender"]["engine"] == "paddle"
+    assert code == 0 and "torch" in out and (tmp_path / "a.csv").read_text().count("\n") == 2
     assert run("bench", "--batch-size", "many")[0] == 2
 
 
@@ -631,17 +637,16 @@ def images(tmp_path):
 @pytest.mark.charts
 @pytest.mark.slow
 def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, images, tmp_path, monkeypatch):
-    from fcvit.analysis import similarity as task
-
     asked = []
-    monkeypatch.setattr(task, "picture", lambda *given: asked.append(given[3:]) or b"png")
-    monkeypatch.setattr(task, "depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.picture", lambda *given: asked.append(given[3:]) or b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.depth_picture", lambda *_: b"png")
+    monkeypatch.setattr("fcvit.commands.similarity.overview", lambda *_: b"png")
     options = {"stage": 3, "block": 1, "context": 1, "heads": "mean", "values": "rescaled", "top-k": 1, "scale": "head"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
     assert "1 image left out: cannot be read" in err and "bad.png" in err
-    assert asked == [((3, 1, 1), "mean", "rescaled", "head")] * 10
+    assert asked == [((3, 1, 1), MapChoice("mean", "rescaled", "head"))] * 10
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
     (path, files, best) = json.loads(out)["images"][0]
     assert (
@@ -657,24 +662,25 @@ def test_similarity_says_what_it_drew_and_what_it_could_not(run, digits_pth, ima
 
 @needs_paddle
 @pytest.mark.slow
-def test_heads_and_trust_as_tables_and_as_json(run, digits_pth, images, no_charts):
-    code, out, err = run("heads", images, "--weights", digits_pth, "-o", "heads")
+def test_head_stats_and_faithfulness_as_tables_and_as_json(run, digits_pth, images, no_charts, monkeypatch):
+    from fcvit.analysis import faithfulness as measuring
+
+    for name, few in (("STEPS", 2), ("RANDOM", 1), ("PATCHES", 1)):
+        monkeypatch.setattr(measuring, name, few)
+    code, out, err = run("head-stats", images, "--weights", digits_pth, "-o", "heads")
     assert code == 6 and "bad.png" in err and "queries agree" in out and "3.2.2" in out and "written to heads" in out
     (images / "bad.png").unlink()
-    code, out, err = run("heads", images, "--weights", digits_pth, "--json", "--most", "4")
-    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert code == 0 and found["images"] == 4 and found["networks"][0]["layers"][-1]["entropy"] is None
-    pytest.importorskip("onnxruntime")
-    engine = "--engine", "onnxruntime"  # the fastest here
-    code, out, err = run("trust", images, "--weights", digits_pth, *engine, "--heads", "3", "--absolute")
+    code, out, err = run("head-stats", images, "--weights", digits_pth, "--json", "--most", "4")
+    stats = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and stats["images"] == 4 and stats["networks"][0]["layers"][-1]["entropy"] is None
+    engine = "--engine", "paddle"
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--heads", "3", "--absolute")
     assert code == 0 and "1.1.1, head 3" in out and "absolute maps" in out and "another image's" in out
-    code, out, err = run("trust", images, "--weights", digits_pth, *engine, "--json", "--every", "-o", "t")
-    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert code == 0 and len(found["curves"]) == 9 and found["folder"] == "t"
-    code, out, err = run("trust", images, "--weights", digits_pth, "--most", "9")
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, *engine, "--json", "-o", "t")
+    curves = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and len(curves["curves"]) == 7 and curves["folder"] == "t"
+    code, out, err = run("faithfulness", images, "--weights", digits_pth, "--max-images", "9")
     assert code == 2 and "9 images: expected at least 10" in err
-    code, out, err = run("heads", images, "--weights", digits_pth, "--vit", "vit_small_patch16_224")
-    assert code == 2 and "--vit-weights FILE" in err
 
 
 def test_ctrl_c_while_the_command_line_is_imported_is_an_interruption():
@@ -732,8 +738,10 @@ def test_the_cache_is_shown_limited_and_emptied(run, tmp_path, monkeypatch):
 
 @needs_paddle
 def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkeypatch):
-    code, out, err = run("doctor", "-q")
-    assert code == 0 and "cores" in out and not err
+    words = ("predict", image, "--weights", digits_pth, "--engine", "auto")
+    loud, quiet = run(*words), run(*words, "-q")
+    assert loud[:2] == quiet[:2] and "note: engine" in loud[2] and not quiet[2]
     assert run("recipes", "-v", "digits")[0] == 0
     code, _, err = run("heads")
-    assert code == 2 and "fcvit heads is now fcvit head-stats" in err
+    note, problem = err.splitlines()
+    assert code == 2 and "fcvit heads is now fcvit head-stats" in note and problem.startswith("fcvit: head-stats: ")

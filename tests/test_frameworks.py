@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from conftest import needs_paddle
+from fcvit import frameworks
+from fcvit.errors import UsageError
 
 THREAD = "thread = threading.Thread(target=import_framework, args=('paddle',)); thread.start(); thread.join()"
 HERE = "import_framework('paddle')"
@@ -19,7 +21,7 @@ def run(code):
 
 
 @needs_paddle
-@pytest.mark.parametrize("how", [HERE, THREAD, pytest.param(BEFORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [HERE, *(pytest.param(how, marks=pytest.mark.slow) for how in (THREAD, BEFORE))])
 def test_importing_paddle_leaves_the_handlers_that_were_there(how):
     """Also in a thread, where Python cannot set any: Paddle's own end the process."""
     done = run(
@@ -29,6 +31,7 @@ def test_importing_paddle_leaves_the_handlers_that_were_there(how):
     assert (done.returncode, done.stdout) == (0, "handled\nalive\n"), done.stderr
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_importing_paddle_leaves_the_default_and_the_handlers_of_others(how=THREAD):
     done = run(f"faulthandler.enable()\n{how}\nsignal.raise_signal(signal.SIGSEGV)")
@@ -58,3 +61,21 @@ def test_an_interrupt_while_a_framework_is_imported_is_no_missing_framework(tmp_
         "    print('interrupted')\n"
     )
     assert done.stdout == "interrupted\n", done.stderr
+
+
+@pytest.mark.parametrize("framework", ["Paddle", "PyTorch"])
+def test_a_build_without_gpus_is_told_from_a_machine_without(framework):
+    with pytest.raises(
+        UsageError, match=rf"CPU build of {framework} is installed.*install the GPU build.*https?|www|org"
+    ):
+        frameworks._place("gpu", "gpu", 0, None, "gpu", framework)
+    with pytest.raises(UsageError, match="sees no GPU or no driver"):
+        frameworks._place("gpu", "gpu", 0, 0, "gpu", framework)
+    with pytest.raises(UsageError, match=r"sees 2 GPU\(s\) here; use gpu:0 to gpu:1"):
+        frameworks._place("gpu:2", "gpu", 2, 2, "gpu", framework)
+    assert frameworks._place("gpu:1", "gpu", 1, 2, "cuda", framework) == "cuda:1"
+    assert [frameworks._place("auto", "auto", 0, gpus, "gpu", framework) for gpus in (None, 0, 1)] == [
+        "cpu",
+        "cpu",
+        "gpu:0",
+    ]

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fcvit.errors import UnreadableFile
+
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins it
@@ -43,7 +45,12 @@ def printable(text: str, keep: str = "") -> str:
         text: anything, such as a name from a file.
         keep: unsafe characters that stay, such as a line feed in text of several lines.
     """
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+
+def one_line(text: object) -> str:
+    """Return a file's own words for a message: one line, of bearable length, nothing that a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
 def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
@@ -57,7 +64,7 @@ def repeats(values: Iterable[str]) -> list[str]:
     return [value for value, times in collections.Counter(values).items() if times > 1]
 
 
-def parse_json(text: str) -> tuple[Any, list[str]]:
+def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
     """Parse JSON; also return the keys that stand twice in one object, of which `json` would take the last."""
     repeated: list[str] = []
 
@@ -68,9 +75,22 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
     return json.loads(text, object_pairs_hook=build), repeated
 
 
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON that says the same to every program.
+
+    Raises:
+        UnreadableFile: a key stands twice in one object.
+        ValueError, RecursionError: it is no JSON, or nested too deeply.
+    """
+    value, repeated = parse_json(text)
+    if repeated:
+        raise UnreadableFile("two entries of one name in the header: refused, it could show other weights to others")
+    return value
+
+
 def escape_json(text: str) -> str:
     """Escape in JSON what `printable` replaces; the values stay the same."""
-    return re.sub(_UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+    return re.sub(_UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:

@@ -209,38 +209,53 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert 178 <= held <= 198  # 95 %, a little less with 40 images
 
 
+@pytest.fixture(params=["short", pytest.param("whole", marks=[pytest.mark.ci, pytest.mark.slow])])
+def count(request, monkeypatch):
+    """A measurement of few images with few points, which takes seconds, or the whole one; returns the images."""
+    if request.param == "whole":
+        return 10
+    for module, name, few in (
+        (task, "STEPS", 3),
+        (task, "RANDOM", 1),
+        (task, "PATCHES", 2),
+        (command, "MIN_IMAGES", 3),
+    ):
+        monkeypatch.setattr(module, name, few)
+    return 3
+
+
 @needs_paddle
 @pytest.mark.charts
-@pytest.mark.slow
-def test_the_faithfulness_of_a_network(digits_pth, photos, tmp_path):
-    pytest.importorskip("onnxruntime")  # eight times as fast as Paddle here
+def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
+    photos = photos[:count]
     (bad := tmp_path / "bad.png").write_bytes(b"?")
-    found = faithfulness(photos[0], bad, *photos[1:], weights=digits_pth, output=tmp_path / "run", engine="onnxruntime")
-    assert found.images == 10 and [one.partition(":")[0] for one in found.unreadable] == [str(tmp_path / "bad.png")]
-    names = [short(one.name) for one in found.curves]
+    options = {"weights": digits_pth, "engine": "paddle", "device": "cpu"}
+    result = faithfulness(photos[0], bad, *photos[1:], output=tmp_path / "run", **options)
+    assert result.images == count and [one.partition(":")[0] for one in result.unreadable] == [str(bad)]
+    names = [short(one.name) for one in result.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.2.2", "occlusion"]
-    for one in found.curves:
+    for one in result.curves:
         ends = one.deletion[0], one.random_deletion[0], one.other_deletion[0], one.insertion[-1]
         assert ends == pytest.approx([one.deletion[0]] * 4, abs=1e-6)
         assert one.deletion[0] > 0.1, "the likeliest of ten classes"
         assert one.other_deletion != one.deletion
-    assert all(-1 <= one.occlusion.mean <= 1 for one in found.curves[:-1])
-    assert np.isnan(found.curves[-1].occlusion.mean)
-    kept = json.loads((tmp_path / "run" / "trust.json").read_text())
-    assert kept["images"] == 10 and kept["curves"][-1]["occlusion"]["mean"] is None
-    assert kept["curves"][0]["name"] == "stage1.block1.context1" and kept["values"] == "signed"
+    assert all(-1 <= one.occlusion.mean <= 1 for one in result.curves[:-1])
+    assert np.isnan(result.curves[-1].occlusion.mean)
+    written = json.loads((tmp_path / "run" / "trust.json").read_text())
+    assert written["images"] == count and written["curves"][-1]["occlusion"]["mean"] is None
+    assert written["curves"][0]["name"] == "stage1.block1.context1" and written["values"] == "signed"
     assert (tmp_path / "run" / "trust.png").read_bytes().startswith(b"\x89PNG")
-    again = faithfulness(*photos, weights=digits_pth, engine="onnxruntime", every=True)
-    names = [short(one.name) for one in again.curves]
+    assert result.curves[0].random_deletion == result.curves[1].random_deletion, "one control for maps of one shape"
+    assert result.curves[0].random_deletion != result.curves[2].random_deletion
+    every = faithfulness(*photos, every=True, **options)
+    names = [short(one.name) for one in every.curves]
     assert names == ["1.1.1", "1.1.2", "2.1.1", "2.1.2", "3.1.1", "3.1.2", "3.2.1", "3.2.2", "occlusion"]
-    shared = {one.name: one for one in again.curves}
-    assert found.curves[0].random_deletion == found.curves[1].random_deletion, "one control for maps of one shape"
-    assert found.curves[0].random_deletion != found.curves[2].random_deletion
-    other = faithfulness(*photos, weights=digits_pth, engine="onnxruntime", seed=1, absolute=True)
-    assert other.curves[0].random_deletion != again.curves[0].random_deletion
-    assert other.curves[0].deletion != again.curves[0].deletion and other.values == "absolute"
-    for one in faithfulness(*photos, weights=digits_pth, engine="onnxruntime").curves:
-        assert str(one) == str(shared[one.name]), "the figures of a map do not depend on what else is measured"
+    shared = {one.name: one for one in every.curves}
+    for one in result.curves:
+        assert repr(one) == repr(shared[one.name]), "the figures of a map do not depend on what else is measured"
+    other = faithfulness(*photos, seed=1, absolute=True, **options)
+    assert other.curves[0].random_deletion != every.curves[0].random_deletion
+    assert other.curves[0].deletion != every.curves[0].deletion and other.values == "absolute"
 
 
 @needs_paddle

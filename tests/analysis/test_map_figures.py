@@ -1,14 +1,15 @@
 """Pictures of maps, read back: what is where, in which color, under which name."""
 
+import inspect
 import io
 
 import numpy as np
 import pytest
-from fcvit.analysis.maps_sheet import Scene
 from PIL import Image
 
-from fcvit.analysis import maps_sheet as task
-from fcvit.report.charts import drawing, joined
+from fcvit.analysis import map_figures as task
+from fcvit.analysis.map_figures import Scene
+from fcvit.report.charts import drawing
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -25,27 +26,14 @@ def level(row, column, low=0.0, high=1.0):
     return one
 
 
-def sheet(rows, title=("a.png", ": stage 1"), subtitle=("cat", " 90 %"), columns=4, scene=SCENE):
+def figure_of(rows, title="a.png: stage 1", subtitle="cat 90 %", columns=4, scene=SCENE):
     with drawing():
-        return task._sheet(scene, rows, title, subtitle, "similarity", columns)
+        return inspect.unwrap(task.maps_figure)(scene, rows, title, subtitle, "similarity", columns)
 
 
 def tiles(figure):
     """Name and pixels of everything that is drawn, but the color bar."""
     return {axes.get_title(loc="left"): np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images}
-
-
-def texts(figure):
-    return [text.get_text().replace("\u200e", "") for text in figure.texts]
-
-
-def drawn(figure):
-    """Its renderer, which knows how large texts are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return canvas.get_renderer()
 
 
 def viridis(value):
@@ -61,7 +49,7 @@ def gray(row):
 
 def test_each_map_is_where_it_says_in_viridis_over_gray():
     rows = [task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), level(30, 40, 0.0, 0.5)]))]
-    drawn = tiles(sheet(rows))
+    drawn = tiles(figure_of(rows))
     assert list(drawn) == ["image, what was seen", "head 1", "head 2"]
     for name, corner, value in (("head 1", (5, 5), 1.0), ("head 2", (35, 45), 0.5), ("head 1", (35, 45), 0.0)):
         expected = 0.7 * 255 * viridis(value) + 0.3 * gray(corner[0])
@@ -88,7 +76,7 @@ def test_no_place_of_a_photograph_looks_like_another_value(contrast):
 
 def test_a_single_position_is_no_map_and_says_so():
     nothing = np.full((40, 60), np.nan)
-    figure = sheet([task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), nothing]))])
+    figure = figure_of([task.Row("", ["head 1", "head 2"], np.stack([level(0, 0), nothing]))])
     tile = next(axes for axes in figure.axes if axes.get_title(loc="left") == "head 2")
     assert [text.get_text() for text in tile.texts] == ["one position:\nno map"]
     shown = np.asarray(tile.images[0].get_array()).astype(int)
@@ -100,7 +88,9 @@ def test_a_single_position_is_no_map_and_says_so():
 
 @pytest.mark.parametrize("values", [np.zeros((40, 60)), np.full((40, 60), 0.238697) + 1e-8 * RAMP[..., 0]])
 def test_a_flat_map_is_not_stretched_to_its_rounding_errors(values):
-    (bar,) = [axes for axes in sheet([task.Row("", ["head 1"], values[None])]).axes if not axes.images]
+    (bar,) = [
+        axes for axes in figure_of([task.Row("", ["head 1"], values[None])]).axes if axes.get_label() == "<colorbar>"
+    ]
     low, high = bar.get_xlim()
     assert high - low == pytest.approx(0.1, rel=1e-3)
     assert all("e" not in text.get_text() for text in bar.get_xticklabels())
@@ -108,13 +98,14 @@ def test_a_flat_map_is_not_stretched_to_its_rounding_errors(values):
 
 def test_one_scale_holds_for_all_and_its_bar_says_what_it_means():
     rows = [task.Row(f"stage {n}", ["head 1"], level(0, 0, 0.0, high)[None]) for n, high in ((1, 1.0), (2, 4.0))]
-    figure = sheet(rows)
-    (bar,) = [axes for axes in figure.axes if not axes.images]
+    figure = figure_of(rows)
+    (bar,) = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
     assert bar.get_xlabel() == "similarity"
     low, high = bar.get_xlim()
     assert low == pytest.approx(0) and high == pytest.approx(4)
-    assert "stage 1" in texts(figure) and "stage 2" in texts(figure)
-    one, four = [np.asarray(axes.images[0].get_array())[5, 5] for axes in figure.axes[1:3]]
+    maps = [axes for axes in figure.axes if axes.get_title(loc="left") == "head 1"]
+    assert [axes.get_ylabel() for axes in maps] == ["stage 1", "stage 2"]
+    one, four = [np.asarray(axes.images[0].get_array())[5, 5] for axes in maps]
     assert np.abs(one - (0.7 * 255 * viridis(0.25) + 0.3 * gray(5))).max() <= 3
     assert four[0] > one[0]
 
@@ -134,83 +125,65 @@ def test_each_head_may_have_its_own_range():
 
 def test_what_is_not_finite_takes_the_color_of_nothing_else():
     rows = [task.Row("", ["a", "b"], np.stack([level(0, 0), np.full((40, 60), np.nan)]))]
-    drawn = tiles(sheet(rows))
+    drawn = tiles(figure_of(rows))
     assert np.abs(drawn["a"][5, 5] - drawn["a"][35, 45].astype(float)).max() > 50
 
 
 def test_a_single_row_is_broken_and_columns_run_across():
     rows = [task.Row("", [f"head {n}" for n in range(1, 9)], np.stack([level(0, 0)] * 8))]
-    figure = sheet(rows)
-    place = {axes.get_title(loc="left"): axes.get_position() for axes in figure.axes}
-    assert place["head 1"].y0 == place["head 4"].y0 > place["head 5"].y0 == place["head 8"].y0
-    assert (
-        place["head 1"].x0 == place["head 5"].x0 < place["head 2"].x0
-        and place["head 1"].x0 > place["image, what was seen"].x1
-    )
-    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in place.values())
+    figure = figure_of(rows)
+    cell = {axes.get_title(loc="left"): axes.get_subplotspec() for axes in figure.axes if axes.images}
+    place = {name: (spec.rowspan.start, spec.colspan.start) for name, spec in cell.items()}
+    assert place.pop("image, what was seen") == (0, 0)
+    assert place == {f"head {n + 1}": (n // 4, 1 + n % 4) for n in range(8)}
 
 
-@pytest.mark.parametrize("shape", [(40, 21), (21, 40), (40, 40)])
+@pytest.mark.parametrize("shape", [(40, 21), (21, 40)])
 def test_names_have_room_whatever_the_shape(shape):
-    maps = np.zeros((8, *shape))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     scene = Scene(np.zeros((*shape, 3), np.uint8), np.ones(shape, bool))
-    figure = sheet([task.Row("", [f"head {n}" for n in range(1, 9)], maps)], scene=scene)
-    renderer = drawn(figure)
-    boxes = [axes._left_title.get_window_extent(renderer) for axes in figure.axes if axes.get_title(loc="left")]
-    for one in boxes:
-        for other in boxes:
-            assert one is other or not one.overlaps(other)
-
-
-def test_titles_that_do_not_fit_keep_what_the_file_name_would_push_away():
-    long = "a name of very many letters " * 12
-    figure = sheet([task.Row("", ["head 1"], level(0, 0)[None])], (f"{long}.jpg", ": stage 4, block 2"), (long, " 3 %"))
-    title, subtitle = texts(figure)[:2]
-    assert title.endswith("…: stage 4, block 2") and subtitle.endswith("… 3 %")
-    renderer = drawn(figure)
-    for text in figure.texts[:2]:
-        assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
-
-
-def test_names_of_other_scripts_and_odd_characters_do_not_move_their_neighbors():
-    with drawing():
-        line = joined(("שלום.png", ": stage 1"), 5)
-        assert line == "\u200eשלום.png\u200e\u200e: stage 1\u200e"
-        assert joined(("cost\n$1$", " 5 %"), 5).replace("\u200e", "") == "cost $1$ 5 %"
-        long = "many letters " * 20
-        both = joined((long, ": ", long, " 3 %", ", ", "cat", " 2 %"), 5).replace("\u200e", "")
-        assert both.count("…") == 2 and both.endswith("… 3 %, cat 2 %"), "the longest give way alike"
-        assert joined(("a",), 5) == "a" and joined(("", " b"), 5).replace("\u200e", "") == " b"
+    row = task.Row("", [f"head {n} (-2.0 to 3.1)" for n in range(1, 9)], np.zeros((8, *shape)))
+    figure = figure_of([row], scene=scene)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")] + [figure._suptitle]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 30])
 def test_an_overview_has_a_line_for_each_image_and_one_bar(count):
+    nothing = np.full((40, 60), np.nan)
     panels = [
         task.Panel(
-            (f"{n}.png", ": cat 5 %"),
+            f"{n}.png: cat 5 %",
             Scene(np.full((40, 60, 3), n, np.uint8), SEEN),
-            np.stack([level(0, 0, 0, n + 1)] * 4),
+            np.stack([*[level(0, 0, 0, n + 1)] * 3, nothing]),
         )
         for n in range(count)
     ]
-    names = [f"stage {n}" for n in range(1, 5)]
     with drawing():
-        figure = task._overview(panels, names, "thirty", "similarity")
-    assert len(figure.axes) == 5 * count + 1 and figure.axes[0].get_xlabel() == "similarity"
-    found = texts(figure)
-    assert [f"{n}.png: cat 5 %" in found for n in range(count)] == [True] * count
-    assert found.count("stage 1") == (1 if count <= 6 else 2)
-    boxes = [axes.get_position() for axes in figure.axes[1:]]
-    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
-    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    first = [np.asarray(axes.images[0].get_array())[5, 5].tolist() for axes in figure.axes[1::5]]
-    assert first == [[n] * 3 for n in range(count)], "each image at its line"
+        figure = inspect.unwrap(task.maps_overview)(panels, [f"stage {n}" for n in range(1, 5)], "thirty", "similarity")
+    axes, bar = figure.axes
+    assert bar.get_xlabel() == "similarity"
+    pasted, texts = (
+        np.asarray(axes.images[0].get_array()),
+        [(text.get_text(), *text.get_position()) for text in axes.texts],
+    )
+    titles = {text: (x, y) for text, x, y in texts if "cat" in text}
+    assert list(titles) == [f"{n}.png: cat 5 %" for n in range(count)]
+    assert sum(text == "stage 1" for text, *_ in texts) == (1 if count <= 6 else 2)
+    assert sum(text.startswith("one position") for text, *_ in texts) == count
+    for n, (x, y) in enumerate(titles.values()):
+        assert pasted[y + 11, x + 6].tolist() == [n] * 3, "each image below its title"
+        assert np.ptp(pasted[y + 11, x + 6 + 74].astype(int)) > 20, "a map beside it"
 
 
 def test_the_file_is_a_png_of_that_figure():
     row = task.Row("", ["head 1"], level(0, 0)[None])
-    with Image.open(io.BytesIO(task.maps_sheet(SCENE, [row], ("a",), ("b",), "c"))) as image:
+    with Image.open(io.BytesIO(task.maps_figure(SCENE, [row], "a", "b", "c"))) as image:
         assert image.format == "PNG" and image.width > 900
-    panel = task.Panel(("a",), SCENE, level(0, 0)[None])
+    panel = task.Panel("a", SCENE, level(0, 0)[None])
     with Image.open(io.BytesIO(task.maps_overview([panel], ["stage 1"], "a", "b"))) as image:
         assert image.format == "PNG"

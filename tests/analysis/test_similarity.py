@@ -9,7 +9,9 @@ from PIL import Image
 from conftest import DIGITS, image_by_rule, needs_paddle, needs_torch, write_pth
 from fcvit.analysis import similarity as task
 from fcvit.analysis.placement import place
-from fcvit.analysis.similarity import Seen, Viewer, choose_heads, similarity
+from fcvit.analysis.similarity import MapChoice, Seen, Viewer, choose_heads
+from fcvit.commands import similarity as command
+from fcvit.commands.similarity import free_names, similarity
 from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import crop, normalize
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, NumbersDisagree, UsageError
@@ -43,7 +45,7 @@ def photos(tmp_path):
 @pytest.mark.slow
 def test_what_the_command_leaves(digits_pth, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"?")
-    done = similarity(digits_pth, [*photos, tmp_path / "bad.png"], tmp_path / "run", stage=1)
+    done = similarity(*photos, tmp_path / "bad.png", weights=digits_pth, output=tmp_path / "run", stage=1)
     names = [files for _, files, _ in done.images]
     assert names[0] == ("wide.png", "wide-depth.png", "wide.npz") and names[2][0] == "wide-2.png"
     assert [error.partition(":")[0] for error in done.unreadable] == [str(tmp_path / "bad.png")]
@@ -66,17 +68,17 @@ def test_what_the_command_leaves(digits_pth, photos, tmp_path):
 def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos, tmp_path, monkeypatch):
     """Of one image there is none; of very many some, evenly over them."""
     (named := photos[0].with_name("overview.png")).write_bytes(photos[0].read_bytes())
-    done = similarity(digits_pth, [named], tmp_path / "one")
+    done = similarity(named, weights=digits_pth, output=tmp_path / "one")
     assert done.images[0][1][0] == "overview-2.png" and not (tmp_path / "one" / "overview.png").exists()
     drawn = []
-    monkeypatch.setattr(task, "maps_sheet", lambda *_: b"png")
-    monkeypatch.setattr(task, "overview", lambda panels, title, *_: drawn.append((panels, title)) or b"png")
-    similarity(digits_pth, [named, *photos], tmp_path / "all")
-    monkeypatch.setattr(task, "MOST", 2)
-    similarity(digits_pth, [named, *photos], tmp_path / "some")
+    monkeypatch.setattr(task, "maps_figure", lambda *_: b"png")
+    monkeypatch.setattr(command, "overview", lambda panels, title, *_: drawn.append((panels, title)) or b"png")
+    similarity(named, *photos, weights=digits_pth, output=tmp_path / "all")
+    monkeypatch.setattr(command, "MAX_PANELS", 2)
+    similarity(named, *photos, weights=digits_pth, output=tmp_path / "some")
     (every, title), (some, of_how_many) = drawn
     assert title == f"{digits_pth.name}: 4 images" and of_how_many == f"{digits_pth.name}: 2 of 4 images"
-    assert [one.title[0] for one in every] == [path.name for path in (named, *photos)]
+    assert [one.title.partition(": ")[0] for one in every] == [path.name for path in (named, *photos)]
     assert [one.title for one in some] == [every[0].title, every[2].title]
     assert all(one.maps.shape == (4, *one.scene.seen.shape) for one in every)
 
@@ -86,7 +88,7 @@ def test_the_overview_has_every_image_and_takes_no_name_away(digits_pth, photos,
 def test_not_one_image_is_an_error(digits_pth, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"?")
     with pytest.raises(BadImages, match="none of 1 images"):
-        similarity(digits_pth, [tmp_path / "bad.png"], tmp_path / "run")
+        similarity(tmp_path / "bad.png", weights=digits_pth, output=tmp_path / "run")
 
 
 @needs_paddle
@@ -97,23 +99,25 @@ def test_not_one_image_is_an_error(digits_pth, tmp_path):
         ({"stage": 5}, "stage 5: expected 1 to 4"),
         ({"heads": "9"}, "--heads 9: expected each, mean, or a number from 1 to 8"),
         ({"heads": "some"}, "--heads some"),
-        ({"which": "raw"}, "--values raw"),
+        ({"values": "raw"}, "--values raw"),
         ({"scale": "each"}, "--scale each: expected picture or head"),
         ({"top_k": 0}, "--top-k 0: expected at least 1"),
-        ({"images": []}, "at least one image"),
+        ({"images": []}, "name at least one image"),
+        ({"weights": None}, "--weights is missing"),
+        ({"run": "runs/eval"}, "leave them out"),
     ],
 )
 def test_requests_that_cannot_be(options, message, digits_pth, photos, tmp_path):
-    given = {"weights": digits_pth, "images": photos, "folder": tmp_path / "run", **options}
+    given = {"weights": digits_pth, "images": photos, "output": tmp_path / "run", **options}
     with pytest.raises(UsageError, match=message):
-        similarity(given.pop("weights"), given.pop("images"), given.pop("folder"), **given)
+        similarity(*given.pop("images"), **given)
     assert not list(tmp_path.glob("run/*.png"))
 
 
 @needs_paddle
 def test_without_the_extra_the_command_is_named(digits_pth, photos, tmp_path, no_charts):
     with pytest.raises(MissingExtra, match=r"fcvit\[report\]"):
-        similarity(digits_pth, photos, tmp_path / "run")
+        similarity(*photos, weights=digits_pth, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -156,9 +160,9 @@ def viewer(digits_pth):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What `maps_sheet` was asked to draw."""
+    """What `maps_figure` was asked to draw."""
     calls = []
-    monkeypatch.setattr(task, "maps_sheet", lambda *given: calls.append(given) or b"png")
+    monkeypatch.setattr(task, "maps_figure", lambda *given: calls.append(given) or b"png")
     return calls
 
 
@@ -168,12 +172,12 @@ def drawn(monkeypatch):
 def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
     image = image_by_rule(71, 40)
     seen = coded(image)
-    task.picture(viewer, seen, "a.png", where, "each", which)
+    task.picture(viewer, seen, "a.png", where, MapChoice("each", which))
     ((scene, (row,), title, subtitle, label),) = drawn
     shown = scene.image
-    values = getattr(seen.found.maps[STAGES.index(where)], which)
-    assert title == ("a.png", f": stage {where[0]}, block {where[1]}, context {where[2]}")
-    assert "".join(subtitle) == "digits.pth: cat: 25.0 %, dog: 12.5 %" and label == f"{which} similarity"
+    values = getattr(seen.similarity.maps[STAGES.index(where)], which)
+    assert title == f"a.png: stage {where[0]}, block {where[1]}, context {where[2]}"
+    assert subtitle == "digits.pth: cat: 25.0 %, dog: 12.5 %" and label == f"{which} similarity"
     assert row.names == [f"head {n}" for n in range(1, 9)]
     scale = shown.shape[1] // 71
     assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))
@@ -183,9 +187,9 @@ def test_a_picture_shows_the_maps_of_that_context(which, where, viewer, drawn):
 
 @needs_paddle
 def test_heads_with_colors_of_their_own(viewer, drawn):
-    seen = coded(image_by_rule(32, 32))
-    task.picture(viewer, seen, "a.png", (1, 1, 1), "each", "standardised", "head")
-    task.depth_picture(viewer, seen, "a.png", 1, "each", "standardised", "head")
+    seen, choice = coded(image_by_rule(32, 32)), MapChoice(scale="head")
+    task.picture(viewer, seen, "a.png", (1, 1, 1), choice)
+    task.depth_picture(viewer, seen, "a.png", 1, choice)
     for _, rows, *_, label in drawn:
         assert label == "standardised similarity, from the lowest to the highest of each head"
         for row in rows[:3]:
@@ -196,14 +200,14 @@ def test_heads_with_colors_of_their_own(viewer, drawn):
 @needs_paddle
 @pytest.mark.parametrize(("heads", "expected"), [("mean", 3.5), ("1", 0), ("8", 7)])
 def test_one_head_or_their_mean(heads, expected, viewer, drawn):
-    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (3, 2, 1), heads, "standardised")
+    task.picture(viewer, coded(image_by_rule(32, 32)), "a.png", (3, 2, 1), MapChoice(heads))
     assert np.allclose(drawn[0][1][0].maps, 100 * STAGES.index((3, 2, 1)) + expected, atol=0.01)
 
 
 @needs_paddle
 @pytest.mark.parametrize("context", [1, 2])
 def test_the_picture_over_depth_has_one_context_of_the_last_block_of_each_stage(context, viewer, drawn):
-    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", context, "each", "rescaled")
+    task.depth_picture(viewer, coded(image_by_rule(32, 32)), "a.png", context, MapChoice(which="rescaled"))
     rows = drawn[0][1]
     last = [(1, 1, context), (2, 1, context), (3, 2, context), (4, 1, context)]
     assert [row.name for row in rows] == ["stage {}\nblock {}\ncontext {}".format(*where) for where in last]
@@ -218,16 +222,16 @@ def test_the_picture_over_depth_has_one_context_of_the_last_block_of_each_stage(
     [
         ((), 3.5),
         ((2,), 3.5),
-        ((1, "each"), 3.5),
-        ((2, "4"), 3),
-        ((1, "mean", "rescaled"), 5003.5),
+        ((1, MapChoice("each")), 3.5),
+        ((2, MapChoice("4")), 3),
+        ((1, MapChoice("mean", "rescaled")), 5003.5),
     ],
 )
 def test_a_panel_has_what_was_chosen_of_the_last_block_of_each_stage(choice, offset, viewer, monkeypatch):
-    found = task.panel(viewer, coded(image_by_rule(32, 32)), ("a.png",), *choice)
+    found = task.panel(viewer, coded(image_by_rule(32, 32)), "a.png", *choice)
     context = choice[0] if choice else 1
     last = [(1, 1, context), (2, 1, context), (3, 2, context)]
-    assert found.maps.shape[0] == 4 and found.title == ("a.png",)
+    assert found.maps.shape[0] == 4 and found.title == "a.png"
     expected = [100 * STAGES.index(where) + offset for where in last]
     assert np.allclose(found.maps[:3, 0, 0], expected, atol=0.01) and np.isnan(found.maps[3]).all()
     asked = []
@@ -235,9 +239,9 @@ def test_a_panel_has_what_was_chosen_of_the_last_block_of_each_stage(choice, off
     task.overview([found], "title", viewer.variant, *choice)
     ((_, names, title, label),) = asked
     assert names == ["stage 1, block 1", "stage 2, block 1", "stage 3, block 2", "stage 4, block 1"]
-    which = choice[2] if len(choice) > 2 else "standardised"
-    heads = "head 4" if "4" in choice else "mean over heads"
-    assert (title, label) == ("title", f"{which} similarity, context {context}, {heads}")
+    shown = choice[1] if len(choice) > 1 else MapChoice()
+    heads = "head 4" if shown.heads == "4" else "mean over heads"
+    assert (title, label) == ("title", f"{shown.which} similarity, context {context}, {heads}")
 
 
 @needs_paddle
@@ -260,7 +264,7 @@ def test_a_viewer_and_the_arrays_have_what_the_twin_computes(viewer, digits_tens
         expected = build_reference(DIGITS, digits_tensors).similarity(torch.from_numpy(normalize(batch, PIXELS)), True)
     found = viewer.similarity(batch, tokens=True)
     seen = viewer.see(image)
-    with np.load(io.BytesIO(task._arrays(seen)), allow_pickle=False) as kept:
+    with np.load(io.BytesIO(task.map_arrays(seen)), allow_pickle=False) as kept:
         assert len(kept) == 2 * len(expected.maps)
         for one, other in zip(found, expected, strict=True):
             assert one.name == other.name
@@ -295,7 +299,7 @@ def test_maps_that_are_no_numbers_are_an_error(tmp_path, digits_tensors):
 def test_no_image_takes_the_files_of_another():
     taken = {"overview.png"}
     given = ["a", "a-depth", "A", "a", "overview", "é" * 150, "é" * 151, "b\udcfc", "\udcff"]
-    files = [file for stem in given for file in task._free(stem, taken)]
+    files = [file for stem in given for file in free_names(stem, taken)]
     assert len({file.casefold() for file in files}) == len(files) == 3 * len(given)
     assert files[:3] == ["a.png", "a-depth.png", "a.npz"] and "overview.png" not in files
     assert all(len(file.encode()) < 255 for file in files)
@@ -306,7 +310,7 @@ def test_no_image_takes_the_files_of_another():
 def test_a_request_that_cannot_be_leaves_no_folder(digits_pth, photos, tmp_path):
     for wrong, message in (({"context": 3}, "context 3"), ({"heads": "9"}, "--heads 9")):
         with pytest.raises(UsageError, match=message):
-            similarity(digits_pth, photos, tmp_path / "run", **wrong)
+            similarity(*photos, weights=digits_pth, output=tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 
@@ -323,7 +327,7 @@ def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkey
 
     monkeypatch.setattr(Viewer, "see", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        similarity(digits_pth, photos, tmp_path / "run")
+        similarity(*photos, weights=digits_pth, output=tmp_path / "run")
     assert told == [f"the files of 1 of 3 images are in {tmp_path / 'run'}"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "run.json",
@@ -341,5 +345,5 @@ def test_an_image_that_cannot_be_resized_is_named(digits_pth, photos, tmp_path):
     Image.new("RGB", (60000, 1)).save(tmp_path / "longer.png")
     bad = []
     readable = task.each_readable([tmp_path / "longer.png", *photos], Preprocessing(4000), bad, lambda _: None)
-    assert [number for number, _ in readable] == [1, 2, 3]
+    assert len(list(readable)) == 3
     assert str(bad[0]).startswith(f"{tmp_path / 'longer.png'}: 60000 x 1 pixels would be resized")

@@ -62,7 +62,7 @@ def test_every_format_is_run_and_right(target, weights, tmp_path):
     assert done.runtime == RUNTIME[target] and done.format == target and done.files[-1] == str(path)
     assert left(path.parent) == sorted(file.rpartition("/")[2] for file in done.files)
     (check,) = done.checks
-    assert check.passed and 0 < check.ratio <= RATIO_LIMIT and check.images == (26, 32, 32) and not done.lively
+    assert check.passed and 0 < check.ratio <= RATIO_LIMIT and check.images == (26, 32, 32) and not done.synthetic
     if target == "onnx":
         about = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["fcvit"])
     else:
@@ -89,6 +89,7 @@ def test_every_format_takes_bytes_and_gives_probabilities(target, weights, image
     assert np.allclose(load(done)(images)[0], softmax(logits), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_size_is_checked_at_two(weights, tmp_path):
     done = export(weights, tmp_path / "any.onnx", dynamic=True)
     assert [check.images[1:] for check in done.checks] == [(32, 32), (25, 17)]
@@ -157,13 +158,14 @@ def test_a_fault_planted_in_the_file_is_caught_and_nothing_is_left(spoil, weight
     assert (tmp_path / "network.onnx").read_bytes() == b"the one before"
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch, notes):
     """A layer scale of 1e-5 hides what is in the blocks, also from the check."""
     tensors = {n: t * np.float32(1e-5) if "layer_scale" in n else t for n, t in weights.tensors.items()}
     asleep = dataclasses.replace(weights, tensors=tensors)
     said = notes
     done = export(asleep, tmp_path / "asleep.onnx")
-    assert done.lively and done.lively[0].passed and any("synthetic weights" in text for text in said)
+    assert done.synthetic and done.synthetic[0].passed and any("synthetic weights" in text for text in said)
     write = task.write_export
 
     def faulty(weights, interface, target, path):
@@ -234,6 +236,7 @@ def test_a_network_without_classes_has_no_probabilities(weights, tmp_path):
     assert export(body, tmp_path / "a.onnx").outputs == ("embeddings",)
 
 
+@pytest.mark.slow
 def test_a_dense_backbone_gives_four_maps(weights, tmp_path):
     spec = ModelSpec(DIGITS.variant, head="backbone")
     dense = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec), classes=None)

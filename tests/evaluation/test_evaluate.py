@@ -47,6 +47,15 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.fixture
+def few(folder):
+    """One image of each class: networks at 224 pixels take their time."""
+    for path in sorted(folder.glob("*/*.png"))[::-1]:
+        if len(list(path.parent.iterdir())) > 1:
+            path.unlink()
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def charts(request):
     """Only tests that are marked draw charts."""
@@ -79,9 +88,9 @@ def test_workers_and_interruptions_change_no_byte(folder, digits_pth, tmp_path, 
     (folder / "5" / "broken.png").touch()
     options = {"batch_size": 4, "device": "cpu"}
     evaluate(digits_pth, folder, **options, workers=0, folder=tmp_path / "alone")
-    evaluate(digits_pth, folder, **options, workers=3, folder=tmp_path / "three")
+    evaluate(digits_pth, folder, **options, workers=2, folder=tmp_path / "two")
     whole = files(tmp_path / "alone")
-    assert len(whole) == 7 and files(tmp_path / "three") == whole
+    assert len(whole) == 7 and files(tmp_path / "two") == whole
     run = tmp_path / "again"
     for patience in (2, 1, None):  # interrupted after two batches, after one more, then not
         with monkeypatch.context() as patch:
@@ -192,8 +201,12 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(folder, digits_pth, tmp_path
 
     match what:
         case "journal":
-            full = tmp_path / "0-0.journal"
-            monkeypatch.setattr("fcvit.evaluation.journal.Journal._create", lambda *_: FullFile(full, "w"))
+            usual = Path.open
+
+            def opened(path, *how, **options):
+                return FullFile(path, "w") if path.suffix == ".journal" else usual(path, *how, **options)
+
+            monkeypatch.setattr(Path, "open", opened)
             expected = r"0-0.journal: No space left on device; go on with: fcvit eval --resume"
         case "logits":
             monkeypatch.setattr(os, "posix_fallocate", full)
@@ -224,6 +237,7 @@ def test_a_finished_run_is_only_written_again(folder, digits_pth, tmp_path, monk
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_images_and_weights_elsewhere(folder, digits_pth, tmp_path, monkeypatch, no_charts):
     evaluate(digits_pth, folder, batch_size=4, device="cpu", folder=tmp_path / "whole")
     run = tmp_path / "run"
@@ -371,6 +385,7 @@ def test_every_figure_follows_from_the_logits(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_the_fingerprint_is_of_contents_and_classes(folder, digits_pth):
     def fingerprint():
         return evaluate(digits_pth, folder, device="cpu").results[0].fingerprint
@@ -417,6 +432,7 @@ def test_an_image_that_goes_away_costs_its_picture_and_nothing_else(folder, digi
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
     names = ["a,b.png", 'quo"te.png', "new\nline.png", "car\rriage.png", "semi;colon.png"]
     for name in names:
@@ -431,6 +447,7 @@ STRANGE = ("=1+1", "@x", "-2", "'=y", "a\nb", "\x1b[2J", "$\\frac{$", "[red]z", 
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_class_names_with_anything_in_them_come_back_from_the_table(folder, digits_pth, tmp_path):
     """Formulas of a spreadsheet, lines, escapes: the sheet is drawn, and the result can be compared and continued."""
     (tmp_path / "classes.json").write_text(json.dumps(STRANGE))
@@ -466,6 +483,7 @@ def test_folders_whose_names_are_no_text_name_the_classes(tmp_path, folder):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_classes_in_another_order_are_noticed(folder, tmp_path, monkeypatch, notes):
     """In a note, the figures and the table; labels that count from 1 are called so."""
     with np.load(Path(fcvit.__file__).parent / "assets" / "digits_held_out.npz") as held_out:
@@ -526,9 +544,9 @@ def test_one_run_is_not_continued_twice_at_once(folder, digits_pth, tmp_path):
 @needs_paddle
 @pytest.mark.slow
 @pytest.mark.charts
-def test_the_page_shows_it_all(folder, digits_pth, tmp_path):
-    (folder / "0" / "<b>bad.png").touch()
-    evaluate([digits_pth, digits_pth], folder, protocol="both", device="cpu", folder=tmp_path / "run")
+def test_the_page_shows_it_all(few, digits_pth, tmp_path):
+    (few / "0" / "<b>bad.png").touch()
+    evaluate([digits_pth, digits_pth], few, protocol="both", device="cpu", folder=tmp_path / "run")
     shown = (tmp_path / "run" / "report.html").read_text("utf-8")
     metrics = json.loads((tmp_path / "run" / "digits-authors" / "metrics.json").read_text())
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown)
@@ -577,16 +595,17 @@ def test_without_a_folder_nothing_is_written(folder, digits_pth, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @needs_paddle
 @needs_torch
-def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, tmp_path, digits_tensors):
+def test_several_weights_protocols_and_engines_in_one_pass(few, digits_pth, tmp_path, digits_tensors):
     """Each lane is what it is alone; engines are compared with the first, protocols with each other."""
     other = write_pth(
         tmp_path / "other.v2.pth", {n: t[::-1].copy() if t.ndim else t for n, t in digits_tensors.items()}
     )
     options = {"batch_size": 10, "device": "cpu"}
     found = evaluate(
-        (digits_pth, other), folder, engines=("paddle", "torch"), protocol="both", **options, folder=tmp_path / "all"
+        (digits_pth, other), few, engines=("paddle", "torch"), protocol="both", **options, folder=tmp_path / "all"
     )
     names = [
         f"{w}-{p}-{e}"
@@ -595,7 +614,7 @@ def test_several_weights_protocols_and_engines_in_one_pass(folder, digits_pth, t
         for e in ("paddle", "torch")
     ]
     assert [result.name for result in found.results] == names
-    alone = evaluate(other, folder, protocol="resize256-bilinear", **options).results[0]
+    alone = evaluate(other, few, protocol="resize256-bilinear", **options).results[0]
     lane = found.results[6]
     same = ("top1", "top_k", "loss", "calibration", "per_class", "protocol", "weights_sha256", "fingerprint")
     assert all(getattr(lane, key) == getattr(alone, key) for key in same)
@@ -685,6 +704,7 @@ def test_a_class_list_maps_the_folders(folder, digits_pth, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_only_the_classes_of_the_data_are_told_apart(folder, digits_pth, tmp_path):
     for label in (0, 1, 4, 5, 6, 8, 9):
         shutil.rmtree(folder / str(label))
@@ -779,8 +799,8 @@ def test_the_published_figure_stands_beside(validation, thousand, tmp_path, monk
     from fcvit.tasks.classification import published as protocols
 
     monkeypatch.setattr(protocols, "published", lambda variant: published(VARIANTS["fcvit_b12"]))
-    options = {"list_file": tmp_path / "val_list.txt", "device": "cpu", "protocol": "both"}
-    ours, port = evaluate(thousand, validation, **options).results
+    options = {"list_file": tmp_path / "val_list.txt", "device": "cpu"}
+    ours, port = evaluate(thousand, validation, **options, protocol="both").results
     assert (ours.published.whose, ours.published.figure) == ("the authors", 80.9)
     assert (port.published.whose, port.published.figure) == ("the earlier port", 80.5)
     assert ours.published.verdict == "inconsistent"  # a part: twelve images, none right
@@ -859,6 +879,7 @@ def test_another_preprocessing_is_called_custom(folder, digits_pth):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_a_subset_is_drawn_by_its_seed(folder, digits_pth, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         evaluate(digits_pth, folder, subset=12, seed=seed, device="cpu", folder=tmp_path / name)
@@ -894,6 +915,7 @@ def test_half_precision_is_computed_and_stated(folder, digits_pth):
 
 
 @needs_torch
+@pytest.mark.slow
 def test_precision_and_protocol_are_changes_of_their_own(folder, digits_pth):
     found = evaluate(digits_pth, folder, engines="torch", precision="bfloat16", protocol="both", device="cpu")
     names = [row.name for row in found.results]
@@ -939,7 +961,7 @@ def test_wrong_options(folder, digits_pth, options):
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_batch(folder, tmp_path, digits_pth):
     bare = write_pth(tmp_path / "bare.pth", synthetic_tensors(ModelSpec(DIGITS.variant, 0)))
-    with pytest.raises(DoesNotFit, match="no classes to evaluate"):
+    with pytest.raises(DoesNotFit, match="has no classes"):
         evaluate(bare, folder)
     with pytest.raises(UnreadableFile, match="no such folder or tar"):
         evaluate(digits_pth, tmp_path / "nowhere")
@@ -954,3 +976,16 @@ def test_the_callers_device_is_left_alone(folder, digits_pth, monkeypatch):
     with pytest.raises(ZeroDivisionError), frameworks.on_paddle_device("cpu"):
         raise ZeroDivisionError
     assert calls == ["cpu", "gpu:7"]
+
+
+@needs_paddle
+def test_auto_is_decided_once(folder, digits_pth, tmp_path, monkeypatch):
+    """A run that goes on must not decide again which engine is the fastest."""
+    from fcvit.evaluation import settings
+
+    create = settings.create_engine
+    chosen = {"auto": "paddle"}
+    monkeypatch.setattr(settings, "create_engine", lambda name, *given: create(chosen.get(name, name), *given))
+    done = evaluate(digits_pth, folder, engines="auto", device="cpu", folder=tmp_path / "run")
+    assert done.results[0].engine == "paddle"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]["engines"] == "paddle"

@@ -1,6 +1,7 @@
 """Evaluation in processes of its own: killed in the middle and continued, and shared by several."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,19 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import needs_paddle, write_pth
+from conftest import hide_charts, needs_paddle, write_pth
 from fcvit.commands.evaluate import evaluate
-from fcvit.evaluation.journal import frames
-from fcvit.weights.reading import read_weights
+from fcvit.evaluation.journal import HEAD, frames
 
 pytestmark = [pytest.mark.slow, needs_paddle]
 LANE = "digits-custom"
-OPTIONS = ["--device", "cpu", "--input-size", "96", "--batch-size", "2"]
+OPTIONS = ["--device", "cpu", "--engine", "paddle", "--input-size", "96", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, digits_tensors):
-    """33 images, weights, and an uninterrupted run in this process."""
+    """33 images, weights, and an uninterrupted run in this process. Nobody draws charts, which take longer than all."""
     root = tmp_path_factory.mktemp("work")
     generator = np.random.default_rng(0)
     for index in range(33):
@@ -33,7 +33,11 @@ def work(tmp_path_factory, digits_tensors):
     (root / "data" / "7" / "bad.png").write_bytes(b"\x89PNG")
     weights = write_pth(root / "digits.pth", digits_tensors)
     options = {"preprocessing": {"input_size": 96}, "batch_size": 2, "device": "cpu", "save_logits": True}
-    evaluate(read_weights(weights), root / "data", folder=root / "whole", **options)
+    (root / "hidden").mkdir()
+    (root / "hidden" / "matplotlib.py").write_text("raise ModuleNotFoundError('hidden by the test', name=__name__)")
+    with pytest.MonkeyPatch.context() as patch:
+        hide_charts(patch)
+        evaluate(weights, root / "data", engines="paddle", folder=root / "whole", **options)
     return root
 
 
@@ -41,7 +45,10 @@ def start(root, *words, launcher=()):
     # Paddle's launcher knows no -m: it starts a program, or a file that ends in .py.
     program = [Path(sys.executable).with_name("fcvit")] if launcher else ["fcvit"]
     command = list(map(str, [sys.executable, "-m", *launcher, *program, "eval", *words]))
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(root / "hidden")}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def figures(run):
@@ -49,19 +56,38 @@ def figures(run):
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
+def children(pid):
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in listed.read_text().split()] if listed.exists() else []
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
-    """kill -9 in the middle of a batch, twice; the journal's last frame is cut off as a power cut would."""
+    """kill -9 in the middle of a batch, twice; the journal's last frame is cut off as a power cut would.
+
+    With the killed process its workers end.
+    """
     run = work / "killed"
     words = ["--weights", "digits.pth", "--data", "data", *OPTIONS, "-o", run, "--workers", "2"]
-    for attempt in (words, ["--resume", run, "--workers", "1"]):
+    for attempt in (words, ["--resume", run, "--workers", "2"]):
         process = start(work, *attempt)
         journal = run / "journals" / f"0-{0 if attempt is words else 1}.journal"
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.stat().st_size > 700) and time.monotonic() < deadline:
             time.sleep(0.01)
+        workers = children(process.pid)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=60)  # their ends of the pipes are closed too
         assert process.returncode == -signal.SIGKILL
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(alive, workers)) and (len(workers) >= 2 or not sys.platform.startswith("linux"))
         assert json.loads((run / "run.json").read_text())["status"] == "running"  # nothing could be written
         assert not (run / LANE / "metrics.json").exists()
         journal.write_bytes(journal.read_bytes()[:-3])
@@ -71,36 +97,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
     for name in ("predictions.csv", "per_class.csv", "worst.png"):
         assert (run / LANE / name).read_bytes() == (work / "whole" / LANE / name).read_bytes()
     assert figures(run) == figures(work / "whole")
-
-
-def test_its_workers_end_with_a_process_that_is_killed(work):
-    run = work / "orphans"
-    words = ["--weights", "digits.pth", "--data", "data", *OPTIONS, "-o", run, "--workers", "2"]
-    process = start(work, *words)
-    deadline = time.monotonic() + 60
-    while not list(run.glob("journals/*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # their ends of the pipes are closed too
-    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(worker) for worker in workers)
-
-
-def children(pid):
-    listed = Path(f"/proc/{pid}/task/{pid}/children")
-    if not listed.exists():
-        pytest.skip("needs the list of child processes that Linux has")
-    return [int(word) for word in listed.read_text().split()]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -117,7 +113,7 @@ def test_an_interruption_says_how_to_go_on(work, sign):
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_several_processes_count_every_image_once(work, count):
     """17 batches over two or three processes of Paddle's launcher; one figure is the same for all."""
     run = work / f"shared{count}"
@@ -127,7 +123,7 @@ def test_several_processes_count_every_image_once(work, count):
     out, err = process.communicate(timeout=180)
     logs = "\n".join(path.read_text() for path in sorted((work / f"log{count}").glob("workerlog.*")))
     assert (run / LANE / "metrics.json").exists(), out + err + logs
-    kept = [list(frames(path.read_bytes()[8 + 32 :], record_type())) for path in sorted((run / "journals").iterdir())]
+    kept = [list(frames(path.read_bytes()[HEAD:], np.dtype("V1"))) for path in sorted((run / "journals").iterdir())]
     assert len(kept) == count and all(kept)
     batches = sorted(frame.number for journal in kept for frame in journal)
     assert batches == list(range(17))
@@ -139,8 +135,3 @@ def test_several_processes_count_every_image_once(work, count):
     logits = [np.load(folder / LANE / "logits.npy") for folder in (run, work / "whole")]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     assert logs.count("written to") == 1  # one process speaks for all
-
-
-def record_type():
-    lane = [("rank", "<i4"), ("loss", "<f8"), ("top", "<i4", (5,)), ("probability", "<f8", (5,)), ("x", "<f8", (2,))]
-    return np.dtype([("index", "<i4"), ("digest", "u1", (8,)), ("lanes", lane, (1,))])

@@ -86,7 +86,11 @@ def test_the_key_depends_on_all_that_decides_the_numbers(weights, monkeypatch):
     other()
 
 
-@pytest.mark.parametrize("damage", ["cut", "altered", "no entry", "no file", "entry of garbage", "empty folder"])
+@pytest.mark.parametrize(
+    "damage",
+    ["altered", "entry of garbage"]
+    + [pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "no entry", "no file", "empty folder")],
+)
 def test_a_damaged_entry_is_made_again(weights, writes, damage):
     path, content = take(weights)
     entry = path.parent / ENTRY
@@ -207,6 +211,7 @@ def test_processes_at_once_end_with_one_entry(digits_pth, home):
     assert len(found) == 1 and len(list(home.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_slower_of_two_takes_what_the_faster_has_published(weights, home, monkeypatch):
     """Between its look and its rename, another process puts the entry there."""
     write = cache._write

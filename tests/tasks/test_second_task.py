@@ -9,6 +9,7 @@ from PIL import Image
 
 import fcvit
 from conftest import SMALL, needs_paddle
+from fcvit.errors import UsageError
 from fcvit.evaluation import runner
 from fcvit.evaluation.settings import Settings
 from fcvit.models import build, spec
@@ -23,6 +24,7 @@ pytestmark = needs_paddle
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """The task is registered by three names in three tables, and images of all sizes are written."""
+    monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
     monkeypatch.syspath_prepend(str(__file__).rpartition("/")[0])
     monkeypatch.setitem(base.TASKS, "brightness", "brightness")
     head = dataclasses.replace(spec.HEADS["classifier"], task="brightness")
@@ -46,15 +48,19 @@ def recipe(images):
 
 
 def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
-    done = train(recipe, folder=images / "run", device="cpu")
+    from fcvit.training.step import Trainer
+
+    run, steps = Trainer.run, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", lambda *given: steps.append(run(*given)) or steps[-1])
+        done = train(recipe, folder=images / "run", device="cpu")
+    means = np.mean([[step["loss"] for step in steps]], axis=0).reshape(len(done.rows), -1).mean(1)
+    assert [row["loss"] for row in done.rows] == pytest.approx(means)
     assert done.rows[-1]["loss"] < done.rows[0]["loss"] and done.best["best_accuracy"] > 0.5
     row = done.rows[0]
     assert row["loss"] == pytest.approx(row["loss_square"] + row["loss_absolute"], rel=1e-5)
     assert any("brightness" in (images / "run" / name).read_text() for name in ("run.json", "recipe.toml"))
 
-    from fcvit.training.step import Trainer
-
-    run = Trainer.run
     with monkeypatch.context() as patch:
 
         def failing(self, *given):
@@ -71,6 +77,8 @@ def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
     assert last[0].spec.task == "brightness"
 
     settings = Settings(engines="paddle", batch_size=3, device="cpu")
+    with pytest.raises(UsageError, match="subset: no options of brightness"):
+        runner.evaluate([done.weights], images / "val", settings, {"subset": 3}, None, False)
     result = runner.evaluate([done.weights], images / "val", settings, {}, images / "eval", True)
     names = sorted(path.name for path in (images / "val").iterdir())
     assert result.report.lengths == [int(name.split("-")[0]) for name in names]

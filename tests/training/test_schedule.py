@@ -27,3 +27,22 @@ def test_by_step_it_moves_within_an_epoch():
     assert rates[0] == 1e-6 and rates[10] == pytest.approx((1e-3 + 1e-6) / 2)
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert len(set(rates[20:100])) == 80 and set(rates[100:]) == {1e-6}
+
+
+def test_poly_and_step_are_those_of_segmentation_and_detection():
+    common = {
+        "variant": "fcvit_tiny",
+        "lr": 1e-2,
+        "lr_batch": 0,
+        "warmup_epochs": 0,
+        "cooldown_epochs": 2,
+        "min_lr": 1e-4,
+    }
+    poly = ClassificationRecipe(**common, epochs=10, schedule="poly")
+    assert learning_rate(poly, 4) == pytest.approx(1e-4 + 9.9e-3 * 0.6**0.9) and learning_rate(poly, 11) == 1e-4
+    steps = ClassificationRecipe(**common, epochs=12, schedule="step", step_epochs=(8, 11))
+    assert [learning_rate(steps, epoch) for epoch in (0, 7, 8, 10, 11, 13)] == pytest.approx(
+        [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4]
+    )
+    later = ClassificationRecipe(**{**common, "warmup_epochs": 2, "warmup_lr": 0}, epochs=10, schedule="poly")
+    assert learning_rate(later, 1) == pytest.approx(5e-3)

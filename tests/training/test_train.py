@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import classifier_loss, needs_paddle, write_squares
+from conftest import SMALL, classifier_loss, needs_paddle, write_squares
 from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
 from fcvit.training.state import read_state
@@ -33,6 +34,62 @@ def state_of(folder):
     progress, tensors = read_state(folder)
     rows = [{key: row[key] for key in ("epoch", "step", "lr", "loss", "top1") if key in row} for row in progress.rows]
     return rows, {name: array.tobytes() for name, array in tensors.items()}
+
+
+def trained_in(root, **fields):
+    """Train the small network on squares in a folder and return that of the run."""
+    write_squares(root / "images" / "train", {"left": 11, "right": 9})
+    write_squares(root / "images" / "val", {"left": 3, "right": 3})
+    recipe = ClassificationRecipe(**{**SMALL, "data": str(root / "images"), **fields})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
+        return train(recipe, folder=root / "run", device="cpu").folder
+
+
+# Runs that many tests look at and none changes.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of `small()` as it is."""
+    return trained_in(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    return trained_in(tmp_path_factory.mktemp("one"), epochs=1)
+
+
+REGULARIZED = {"ema_decay": 0.9, "drop_rate": 0.1, "drop_path_rate": 0.3, "accumulate": 2}
+
+
+@pytest.fixture(scope="module")
+def regularized(tmp_path_factory):
+    """A run with drop path, dropout, mixing and averages."""
+    return trained_in(tmp_path_factory.mktemp("regularized"), **REGULARIZED)
+
+
+@pytest.fixture(scope="module")
+def extended(whole, tmp_path_factory):
+    """Two more epochs of `whole`, and their rows."""
+    return extend(whole, 5, folder=tmp_path_factory.mktemp("extended") / "run")
+
+
+@pytest.fixture
+def finished(one_epoch, squares, tmp_path):
+    """A run of one epoch for a test of its own."""
+    run = shutil.copytree(one_epoch, tmp_path / "run")
+    for name in ("run.json", "recipe.toml"):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace(str(one_epoch.parent / "images"), str(squares)))
+    return run
+
+
+@pytest.fixture
+def trained(whole, tmp_path):
+    """Weights of two classes, `left` and `right`."""
+    (tmp_path / "first").mkdir()
+    return shutil.copy(whole / "last.safetensors", tmp_path / "first" / "last.safetensors")
 
 
 def stop_after(monkeypatch, steps, error):
@@ -89,32 +146,28 @@ def test_it_learns(small, tmp_path):
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
-def test_an_interrupted_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, step, notes):
-    """Interrupted in the first epoch, between two, and in the last; drop path, dropout, mixing and averages on."""
-    recipe = small(ema_decay=0.9, drop_rate=0.1, drop_path_rate=0.3, accumulate=2)
-    train(recipe, folder=tmp_path / "whole", device="cpu")
-    said = notes
+def test_an_interrupted_run_ends_with_the_same_bits(small, regularized, tmp_path, monkeypatch, step, notes):
+    """Interrupted in the first epoch, between two, and in the last."""
     with monkeypatch.context() as patch:
         stop_after(patch, step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder=tmp_path / "cut", device="cpu")
-    assert said[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
+            train(small(**REGULARIZED), folder=tmp_path / "cut", device="cpu")
+    assert notes[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
-    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+    assert state_of(tmp_path / "cut") == state_of(regularized)
     for name in ("last", "last-ema", "best"):
-        whole, cut = (read_weights(tmp_path / run / f"{name}.safetensors").tensors for run in ("whole", "cut"))
-        assert all((whole[key] == cut[key]).all() for key in whole), name
+        expected, cut = (read_weights(run / f"{name}.safetensors").tensors for run in (regularized, tmp_path / "cut"))
+        assert all((expected[key] == cut[key]).all() for key in expected), name
+
+
+def test_a_finished_run_stays_as_it_is(finished):
+    before = (finished / "state.safetensors").read_bytes()
+    again = resume(finished)
+    assert (finished / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_as_it_is(small, tmp_path):
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
-    before = (tmp_path / "run" / "state.safetensors").read_bytes()
-    again = resume(tmp_path / "run")
-    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before and len(again.rows) == 1
-
-
 def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch, notes):
     """Begun without a compiler: the run stays plain where there is one."""
     from fcvit.errors import MissingExtra
@@ -136,17 +189,13 @@ def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_training_longer_is_an_act_of_its_own(small, tmp_path):
-    train(small(), folder=tmp_path / "run", device="cpu")
-    longer = extend(tmp_path / "run", 5, folder=tmp_path / "longer")
-    assert [row["epoch"] for row in longer.rows] == [1, 2, 3, 4, 5]
-    assert [row["loss"] for row in longer.rows[:3]] == [row["loss"] for row in read_state(tmp_path / "run")[0].rows]
-    from fcvit.training.schedule import learning_rate
-
-    assert longer.rows[3]["lr"] == learning_rate(small(epochs=5), 3.5)
-    assert json.loads((tmp_path / "longer" / "run.json").read_text())["extends"] == str(tmp_path / "run")
+def test_training_longer_is_an_act_of_its_own(small, whole, extended):
+    assert [row["epoch"] for row in extended.rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in extended.rows[:3]] == [row["loss"] for row in read_state(whole)[0].rows]
+    assert extended.rows[3]["lr"] == learning_rate(small(epochs=5), 3.5)
+    assert json.loads((extended.folder / "run.json").read_text())["extends"] == str(whole)
     with pytest.raises(UsageError, match="no more than the 3 that are done"):
-        extend(tmp_path / "run", 3)
+        extend(whole, 3)
 
 
 @pytest.mark.slow
@@ -167,28 +216,25 @@ def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares
 
 
 @pytest.mark.slow
-def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(small, tmp_path, monkeypatch):
+def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(one_epoch, tmp_path, monkeypatch):
     from fcvit.training import files
 
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
     with monkeypatch.context() as patch:
         patch.setattr(files, "replace_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            extend(tmp_path / "run", 2, folder=tmp_path / "cut")
+            extend(one_epoch, 2, folder=tmp_path / "cut")
     with pytest.raises(UnreadableFile, match="extend that run again"):
         resume(tmp_path / "cut")
 
 
 @pytest.mark.slow
-def test_an_extended_run_can_be_interrupted(small, tmp_path, monkeypatch):
-    train(small(), folder=tmp_path / "run", device="cpu")
-    extend(tmp_path / "run", 5, folder=tmp_path / "whole")
+def test_an_extended_run_can_be_interrupted(whole, extended, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            extend(tmp_path / "run", 5, folder=tmp_path / "cut")
+            extend(whole, 5, folder=tmp_path / "cut")
     resume(tmp_path / "cut")
-    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+    assert state_of(tmp_path / "cut") == state_of(extended.folder)
 
 
 def outcome(results):
@@ -211,7 +257,9 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
     assert (best["head.bias"] != last["head.bias"]).any()
 
 
-@pytest.mark.parametrize(("raw", "ema", "kept"), [(50, 90, "last-ema"), (90, 50, "last")])
+@pytest.mark.parametrize(
+    ("raw", "ema", "kept"), [(50, 90, "last-ema"), pytest.param(90, 50, "last", marks=pytest.mark.slow)]
+)
 def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
     from fcvit.training import loop as module
 
@@ -231,7 +279,7 @@ def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_the_training(small, whole, tmp_path, monkeypatch):
     from fcvit.tasks.classification import training as module
 
     loss = module.soft_cross_entropy
@@ -245,8 +293,7 @@ def test_a_loss_that_is_no_number_stops_the_training(small, tmp_path, monkeypatc
     assert TrainingStopped.exit_code == 8
     monkeypatch.undo()
     resume(tmp_path / "run")
-    train(small(), folder=tmp_path / "whole", device="cpu")
-    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert state_of(tmp_path / "run") == state_of(whole)
 
 
 @pytest.mark.slow
@@ -258,7 +305,7 @@ def test_real_weights_that_diverge_are_noticed(small, tmp_path):
 
 @pytest.mark.parametrize("target", [pytest.param("last.safetensors", marks=pytest.mark.slow), "state.safetensors"])
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, target):
+def test_a_full_disk_leaves_the_last_checkpoint(small, whole, tmp_path, monkeypatch, target):
     """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
     from fcvit.weights import safetensors_file
 
@@ -280,8 +327,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, monkeypatch, ta
     assert read_state(tmp_path / "run")[0].epoch == 1 and read_weights(tmp_path / "run" / "last.safetensors")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     resume(tmp_path / "run")
-    train(small(), folder=tmp_path / "whole", device="cpu")
-    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert state_of(tmp_path / "run") == state_of(whole)
 
 
 @pytest.mark.slow
@@ -313,20 +359,17 @@ def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares
     )
 
 
-@pytest.mark.slow
-def test_what_changed_is_said_when_a_run_goes_on(small, tmp_path, squares):
-    train(small(), folder=tmp_path / "run", device="cpu")
+def test_what_changed_is_said_when_a_run_goes_on(finished, squares):
     for split in ("val", "train"):
         (squares / split / "left" / "00.png").unlink()
         with pytest.raises(DoesNotFit, match="validation images changed" if split == "val" else "training images, val"):
-            resume(tmp_path / "run")
+            resume(finished)
 
 
-def test_a_lost_state_is_not_taken_for_a_new_run(small, tmp_path):
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
-    (tmp_path / "run" / "state.safetensors").unlink()
+def test_a_lost_state_is_not_taken_for_a_new_run(finished):
+    (finished / "state.safetensors").unlink()
     with pytest.raises(UnreadableFile, match=r"state\.safetensors is gone"):
-        resume(tmp_path / "run")
+        resume(finished)
 
 
 @pytest.mark.slow
@@ -343,8 +386,8 @@ def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, square
     assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
 
 
-def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(small, tmp_path):
-    run = train(small(epochs=1), folder=tmp_path / "run", device="cpu").folder
+def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(finished):
+    run = finished
     (run / ".fcvit-tmp-x1").mkdir()
     (run / ".fcvit-tmp-x1" / "last.safetensors").touch()
     (run / ".fcvit-tmp-run.json").touch()
@@ -356,16 +399,15 @@ def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(sma
     assert hidden == {".git", ".dvc", ".last.safetensors.old", ".notes.tmp"}
 
 
-def test_a_run_goes_on_with_the_same_images_elsewhere(small, squares, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_images_elsewhere(small, whole, squares, tmp_path, monkeypatch, capsys):
     """By names, classes and the content of the files; the new place is recorded."""
     from fcvit.cli import main
 
-    recipe = small(epochs=2)
-    train(recipe, folder=tmp_path / "whole", device="cpu")
     with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
+        stop_after(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder=tmp_path / "run", device="cpu")
+            train(small(), folder=tmp_path / "run", device="cpu")
     moved = squares.rename(tmp_path / "elsewhere")
     words = ["train", "--resume", str(tmp_path / "run")]
     assert main(words) == 3 and "say where with --data" in capsys.readouterr().err
@@ -380,12 +422,13 @@ def test_a_run_goes_on_with_the_same_images_elsewhere(small, squares, tmp_path, 
     assert main([*words, "--data", str(moved), "--lr", "1"]) == 2
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     assert main([*words, "--data", str(moved)]) == 0
-    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert state_of(tmp_path / "run") == state_of(whole)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["data"] == str(moved)
     assert str(moved) in (tmp_path / "run" / "recipe.toml").read_text()
     assert main(words) == 0, "from now on it is known where they are"
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, monkeypatch):
     """An interruption in the first epoch: the weights are needed again."""
     with monkeypatch.context() as patch:
@@ -403,6 +446,7 @@ def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, 
         resume(tmp_path / "run", moved={"weights": other})
 
 
+@pytest.mark.slow
 def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares, notes):
     (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
     said = notes
@@ -433,25 +477,21 @@ def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
-@pytest.mark.slow
-def test_a_damaged_state_is_not_taken(small, tmp_path, damage):
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
-    path = tmp_path / "run" / "state.safetensors"
+def test_a_damaged_state_is_not_taken(finished, damage):
+    path = finished / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     with pytest.raises(UnreadableFile, match=r"state\.safetensors"):
-        resume(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text('{"command": "train", "recipe": {}}')
+        resume(finished)
+    (finished / "run.json").write_text('{"command": "train", "recipe": {}}')
     with pytest.raises(UnreadableFile, match="without the recipe"):
-        resume(tmp_path / "run")
+        resume(finished)
 
 
 @pytest.mark.slow
-def test_the_state_of_another_network_is_not_taken(small, tmp_path):
-    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
-    train(small(epochs=1, ema_decay=0.9), folder=tmp_path / "other", device="cpu")
-    shutil.copy(tmp_path / "other" / "state.safetensors", tmp_path / "run" / "state.safetensors")
+def test_the_state_of_another_network_is_not_taken(finished, regularized):
+    shutil.copy(regularized / "state.safetensors", finished / "state.safetensors")
     with pytest.raises(UnreadableFile, match="does not fit the network at ema/"):
-        resume(tmp_path / "run")
+        resume(finished)
 
 
 @pytest.mark.parametrize(
@@ -505,6 +545,7 @@ def test_parts_of_a_step_add_up(small, tmp_path):
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_every_step_and_part_draws_anew(small):
     """Of dropout: the same images give another loss in each step and part, and the same again from the start."""
     from fcvit.models.build import create_model
@@ -530,12 +571,6 @@ def test_every_step_and_part_draws_anew(small):
 
     first = losses()
     assert len(set(first)) == 4 and losses() == first
-
-
-@pytest.fixture
-def trained(small, tmp_path):
-    """Weights of two classes, `left` and `right`."""
-    return train(small(), folder=tmp_path / "first", device="cpu").folder / "last.safetensors"
 
 
 @pytest.mark.slow
@@ -728,7 +763,8 @@ def test_a_preview_shows_what_the_network_sees(small, tmp_path):
     assert (pictures["plain"] != pictures["erased"]).any()
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.ci)])
 def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
     """At seeded moments, in the native operators of a step or of the validation, or while a file is replaced."""
     from fcvit.cli import main
@@ -749,7 +785,7 @@ def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp
 
         return wrapped
 
-    monkeypatch.setattr(operators, "_run", interrupting(operators._run))
+    monkeypatch.setattr(operators, "run_kernel", interrupting(operators.run_kernel))
     monkeypatch.setattr(os, "replace", interrupting(os.replace))
     assert main([*command, str(tmp_path / "whole")]) == 0
     each_epoch = calls // epochs
@@ -768,3 +804,19 @@ def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp
     assert 1 <= read_state(run)[0].epoch < epochs
     assert main(words) == 0
     assert state_of(run) == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_resume_continues_either_kind_of_run(small, squares, tmp_path, monkeypatch):
+    import fcvit
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), folder=tmp_path / "run", device="cpu")
+    done = fcvit.resume(tmp_path / "run")
+    assert len(done.rows) == 3
+    fcvit.evaluate(done.weights, squares / "val", engines="paddle", device="cpu", folder=tmp_path / "eval")
+    assert fcvit.resume(tmp_path / "eval").results[0].images == 6
+    with pytest.raises(UnreadableFile, match="expected the folder of a run"):
+        fcvit.resume(tmp_path)

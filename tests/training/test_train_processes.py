@@ -13,6 +13,7 @@ import pytest
 
 from conftest import SMALL, needs_paddle, write_squares
 from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.training.run import train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 
@@ -22,8 +23,10 @@ FIELDS = {**SMALL, "ema_decay": 0.9, "drop_path_rate": 0.3, "drop_rate": 0.1, "o
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Images, a recipe of some epochs, and an uninterrupted run of it."""
+    """Images, a recipe of some epochs, and an uninterrupted run of it. Nobody draws curves, which takes long."""
     root = tmp_path_factory.mktemp("work")
+    (root / "hidden").mkdir()
+    (root / "hidden" / "matplotlib.py").write_text("raise ModuleNotFoundError('hidden by the test', name=__name__)")
     write_squares(root / "images" / "train", {"left": 25, "right": 15})
     write_squares(root / "images" / "val", {"left": 3, "right": 3})
     (root / "recipe.toml").write_text(ClassificationRecipe(**{**FIELDS, "data": "images"}).to_toml())
@@ -35,7 +38,10 @@ def start(root, *words, launcher=()):
     # Paddle's launcher knows no -m: it starts a program, or a file that ends in .py.
     program = [Path(sys.executable).with_name("fcvit")] if launcher else ["fcvit"]
     command = list(map(str, [sys.executable, "-m", *launcher, *program, "train", *words]))
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(root / "hidden")}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process):
@@ -88,6 +94,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.ci
 def test_sigterm_ends_in_order(work):
     run = work / "ended"
     process = start(work, "recipe.toml", "-o", run, "--epochs", "50")
@@ -102,8 +109,9 @@ def test_sigterm_ends_in_order(work):
 
 def test_two_processes_are_one_that_accumulates(work, tmp_path):
     """The same loss curve, running statistics and weights, within the rounding of a sum of two."""
+    fields = {**FIELDS, "data": str(work / "images"), "clip_norm": 0.5, "accumulate": 2}
+    train(ClassificationRecipe(**fields), folder=tmp_path / "alone", device="cpu")
     words = ["recipe.toml", "--device", "cpu", "--clip_norm", "0.5"]
-    finish(start(work, *words, "--accumulate", "2", "-o", tmp_path / "alone"))
     launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", tmp_path / "log"]
     out = finish(start(work, *words, "-o", tmp_path / "shared", launcher=launcher))
     assert out.count("weights: ") == 1, "one process speaks for both"
@@ -116,6 +124,7 @@ def test_two_processes_are_one_that_accumulates(work, tmp_path):
         assert np.abs(one[name].astype(np.float64) - other[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()), name
 
 
+@pytest.mark.ci
 def test_a_process_that_sees_other_images_is_told(work, tmp_path):
     """Each process gets a folder of its own, and one of them lacks an image."""
     script = tmp_path / "own.py"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from conftest import write_pth
 from fcvit.errors import DoesNotFit
 from fcvit.models.variants import IMAGENET_MEAN, VARIANTS, Preprocessing
-from fcvit.weights.checkpoint import read_checkpoint, sidecar
-from fcvit.weights.header import Header
+from fcvit.weights.checkpoint import read_checkpoint
+from fcvit.weights.header import Header, sidecar
 from fcvit.weights.reading import read_weights
 from fcvit.weights.training_args import stated_preprocessing
 

@@ -21,9 +21,10 @@ from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.weights import safetensors_file
-from fcvit.weights.checkpoint import read_checkpoint, sidecar
-from fcvit.weights.header import Header
+from fcvit.weights.checkpoint import read_checkpoint
+from fcvit.weights.header import Header, sidecar
 from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.writing import differing_tensors, staged, write_weights
 
 TEN = tuple(ClassName(f"n{i}", "same name" if i > 7 else f"class {i}") for i in range(10))
@@ -70,6 +71,24 @@ def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
     assert set(header["variant"]) == {field.name for field in dataclasses.fields(DIGITS.variant)}
     assert header["layout"] == "paddle" and header["format_version"] == 2
     assert header["preprocessing"]["input_size"] == 32
+
+
+@pytest.mark.parametrize(("dense", "head"), [(False, "classifier"), (True, "backbone")])
+def test_a_header_of_the_first_version_is_read(tmp_path, digits_tensors, dense, head):
+    """It had a flag `dense` in place of task and head; the file gives the same weights as one of today."""
+    spec = ModelSpec(VARIANTS["fcvit_digits"], 0 if dense else 10, head)
+    tensors = synthetic_tensors(spec) if dense else digits_tensors
+    convert(write_pth(tmp_path / "source.pth", tensors), tmp_path / "new.safetensors", verify=False)
+    stored, text = safetensors_file.read((tmp_path / "new.safetensors").read_bytes())
+    fields = json.loads(text["fcvit"])
+    assert (fields.pop("task"), fields.pop("head")) == (spec.task, head)
+    fields |= {"format_version": 1, "dense": dense}
+    safetensors_file.write(tmp_path / "old.safetensors", stored, {"fcvit": json.dumps(fields)})
+    old, new = (read_weights(tmp_path / f"{age}.safetensors") for age in ("old", "new"))
+    assert old.spec == new.spec == spec and not differing_tensors(old, new)
+    fields["dense"] = "yes"
+    with pytest.raises(UnreadableFile, match="header is damaged"):
+        Header.from_json(json.dumps(fields))
 
 
 @given(

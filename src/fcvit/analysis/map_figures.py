@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fcvit.report.charts import DPI, drawn, new_figure, shown
+from fcvit.report.charts import DPI, chart, new_figure, shown
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -51,37 +51,16 @@ class Panel:
     maps: np.ndarray
 
 
-def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4) -> bytes:
-    """Draw the image, and every map over it: a PNG file.
+@chart
+def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4) -> "Figure":
+    """Draw the image, and every map over it.
 
     Args:
         scene: the image.
         rows: the maps; a single row is broken after `columns`, several stand one below the other.
         title, subtitle: one line each.
         label: what the colors mean.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
     """
-    return drawn(_figure, scene, rows, title, subtitle, label, columns)
-
-
-def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> bytes:
-    """Draw many images, each with its maps beside it, in two columns from seven images on: a PNG file.
-
-    Args:
-        panels: at least one.
-        names: of the maps, which all have.
-        title: one line.
-        label: what the colors mean.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_overview, panels, names, title, label)
-
-
-def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int) -> "Figure":
     if len(rows) == 1:
         row = rows[0]
         starts = range(0, len(row.maps), columns)
@@ -108,8 +87,10 @@ def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label:
     return figure
 
 
-def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
-    """Paste all images into one, a pixel of theirs a pixel of the picture: a layout of hundreds would take long."""
+@chart
+def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
+    """Draw many images, each with its maps of those names beside it, in two columns from seven images on."""
+    # All images are pasted into one, a pixel of theirs a pixel of the picture: a layout of hundreds would take long.
     columns = 1 if len(panels) <= 6 else 2
     lines, across = -(-len(panels) // columns), 1 + len(names)
     step = max(max(panel.scene.seen.shape) for panel in panels) + 14

@@ -47,7 +47,7 @@ class Export:
         outputs: their names.
         runtime: what it was run with; version in `fcvit doctor`.
         checks: float32 error ratio of the weights themselves, at each size; of int8 before it was quantized.
-        lively: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
+        synthetic: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
         seconds: to write, without the checks.
     """
 
@@ -60,7 +60,7 @@ class Export:
     runtime: str
     precision: str
     checks: tuple[Check, ...]
-    lively: tuple[Check, ...]
+    synthetic: tuple[Check, ...]
     seconds: float
 
     def __repr__(self) -> str:
@@ -77,7 +77,7 @@ class Export:
             ("takes", f"{self.input['type']}, {shape}"),
             ("gives", ", ".join(self.outputs)),
         ]
-        for what, checks in (("", self.checks), ("synthetic weights, ", self.lively)):
+        for what, checks in (("", self.checks), ("synthetic weights, ", self.synthetic)):
             for check in checks:
                 count, height, width = check.images
                 where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {self.runtime}"
@@ -204,7 +204,7 @@ def export(
         runtime=RUNTIME[target],
         precision=precision,
         checks=checks,
-        lively=synthetic_checks,
+        synthetic=synthetic_checks,
         seconds=seconds,
     )
 

@@ -158,7 +158,7 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
-                f"gate A {result.float64_difference:.1e}, gate B {result.error_ratio:.2f}"
+                f"float64 difference {result.float64_difference:.1e}, float32 error ratio {result.error_ratio:.2f}"
             )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
 

@@ -38,7 +38,7 @@ from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.evaluation.request import Request
 from fcvit.models.maps import choose, places
 from fcvit.models.variants import Preprocessing
-from fcvit.report.page import require_report
+from fcvit.report import page
 from fcvit.report.progress import progress
 from fcvit.tasks.base import get_task
 from fcvit.tasks.classification.prediction import Prediction
@@ -116,16 +116,14 @@ def similarity(
     Args:
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format (in Python also weights in memory).
-        run: Instead of images and weights: the folder of a run of fcvit eval, or of one of its results. Draws its most
-            confident mistakes and right answers into maps.png beside its predictions.
+        run: Run or result of fcvit eval instead: draw maps.png of its most confident mistakes and right answers.
         output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
         stage: Which stage, from 1, or from the end with -1 (default: the last with more than one position).
         block: Which block of it, in the same way (default: the last).
         context: The first or second global context of the block.
         heads: each (default), mean, or the number of a head.
         values: standardised (default), or rescaled as they multiply the context.
-        scale: Scale of the colors: one for a picture (default), or one for each head, which then has its range in its
-            name.
+        scale: Scale of the colors: one for a picture (default), or one for each head, named with its range.
         top_k: Classes in the caption.
         preprocessing: another one than the weights'.
 
@@ -149,7 +147,7 @@ def similarity(
     paths = named_images("similarity", images, output or Path("runs"))
     if weights is None:
         raise UsageError("similarity: --weights is missing; as in: fcvit similarity IMAGE... --weights FILE")
-    require_report()
+    page.require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     named = None if classes is None else as_classes(classes)
     viewer = Viewer(read, named, preprocessing, device)
@@ -198,7 +196,7 @@ def similarity(
 
 def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, device: str) -> DrawnMaps:
     """Draw the most confident mistakes and right answers of a result of an evaluation."""
-    require_report()
+    page.require_report()
     result = read_result(run)
     request = Request.from_json(runs.read_run(result.folder.parent, "eval"), result.folder.parent / "run.json")
     name, digest = Path(result.metrics["weights"]).name, result.metrics["weights_sha256"]

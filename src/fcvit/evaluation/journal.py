@@ -27,6 +27,8 @@ _HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
 _MAGIC, _FILE = b"FCVJ", b"FCVITJ2\n"
 KEY = 32
 """Length of a run's key in bytes: a SHA-256 of everything that decides its records."""
+HEAD = len(_FILE) + KEY
+"""Length of what a file has before its frames, in bytes."""
 
 
 class Frame(NamedTuple):
@@ -90,10 +92,10 @@ class Journal:
 
     def merge(self, content: bytes, source: str) -> None:
         """Take the frames of a journal."""
-        head = content[: len(self._head)]
+        head = content[:HEAD]
         if not self._head.startswith(head):
             raise DoesNotFit(f"{source}: records of other weights, images or settings; start a new run")
-        for frame in frames(content[len(head) :], self._dtype):
+        for frame in frames(content[HEAD:], self._dtype):
             self.frames.setdefault(frame.number, frame)
 
     def append(self, frame: Frame) -> None:

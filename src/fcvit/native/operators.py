@@ -24,7 +24,12 @@ CPU = paddle.CPUPlace()
 Gradients = tuple[Tensor | None, ...]
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *options: float) -> None:
+def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *options: float) -> None:
+    """Call a function of the compiled library for the tensors' type.
+
+    Raises:
+        MemoryError: it has not got the memory that it needs.
+    """
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
     if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"{name}: tensors of different types")
@@ -69,7 +74,7 @@ class LayerNorm(PyLayer):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = _dense(x)
         y, statistics = _like(x), _empty([x.shape[0], 2], x.dtype)
-        _run("layer_norm", (x, weight, bias, y, statistics), _positions(x), eps)
+        run_kernel("layer_norm", (x, weight, bias, y, statistics), _positions(x), eps)
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
 
@@ -77,7 +82,7 @@ class LayerNorm(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, statistics = ctx.saved_tensor()
         gradients = _like(x), _like(weight), _like(bias)
-        _run("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
+        run_kernel("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
         return gradients
 
 
@@ -97,7 +102,7 @@ class Linear(PyLayer):
         ctx.sizes = (math.prod(rows), inputs, outputs, int(transposed))
         z = _empty([*rows, outputs], x.dtype)
         y = _like(z) if gelu else None
-        _run("linear", (x, weight, bias, z, y), ctx.sizes)
+        run_kernel("linear", (x, weight, bias, z, y), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, z if gelu else None)
         return z if y is None else y
 
@@ -105,7 +110,7 @@ class Linear(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        _run("linear_backward", (x, weight, z, _dense(dy), *gradients), ctx.sizes)
+        run_kernel("linear_backward", (x, weight, z, _dense(dy), *gradients), ctx.sizes)
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -117,7 +122,7 @@ class Depthwise(PyLayer):
         x = _dense(x)
         z = _like(x)
         y = _like(x) if gelu else None
-        _run("depthwise", (x, weight, bias, z, y), (*x.shape, weight.shape[-1]))
+        run_kernel("depthwise", (x, weight, bias, z, y), (*x.shape, weight.shape[-1]))
         ctx.save_for_backward(x, weight, bias, z if gelu else None)
         return z if y is None else y
 
@@ -125,7 +130,7 @@ class Depthwise(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, z = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        _run("depthwise_backward", (x, weight, z, _dense(dy), *gradients), (*x.shape, weight.shape[-1]))
+        run_kernel("depthwise_backward", (x, weight, z, _dense(dy), *gradients), (*x.shape, weight.shape[-1]))
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -146,7 +151,7 @@ class Strided(PyLayer):
         y = _empty([b, high, wide, outputs], x.dtype)
         patches = _empty([b * high * wide, c * kernel * kernel], x.dtype)
         ctx.sizes = (b, h, w, c, outputs, kernel, stride, *steps)
-        _run("strided", (x, weight, bias, y, patches), ctx.sizes)
+        run_kernel("strided", (x, weight, bias, y, patches), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, patches)
         return y
 
@@ -154,7 +159,7 @@ class Strided(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, patches = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
-        _run("strided_backward", (patches, weight, _dense(dy), *gradients), ctx.sizes)
+        run_kernel("strided_backward", (patches, weight, _dense(dy), *gradients), ctx.sizes)
         return tuple(gradients)
 
 
@@ -171,7 +176,7 @@ class Context(PyLayer):
         intermediates = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
         y = _like(x)
         ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps
-        _run("context", (x, *parameters, y, intermediates), ctx.sizes, eps)
+        run_kernel("context", (x, *parameters, y, intermediates), ctx.sizes, eps)
         ctx.save_for_backward(x, *parameters, intermediates)
         return y
 
@@ -180,7 +185,9 @@ class Context(PyLayer):
         x, *parameters, intermediates = ctx.saved_tensor()
         fc1, _, fc2, _, weight, bias = parameters
         gradients = [_like(x), *map(_like, parameters)]
-        _run("context_backward", (x, fc1, fc2, weight, bias, intermediates, _dense(dy), *gradients), ctx.sizes, ctx.eps)
+        run_kernel(
+            "context_backward", (x, fc1, fc2, weight, bias, intermediates, _dense(dy), *gradients), ctx.sizes, ctx.eps
+        )
         return tuple(gradients)
 
 
@@ -192,13 +199,13 @@ class Pool(PyLayer):
         x = _dense(x)
         ctx.shape = x.shape
         y = _empty([x.shape[0], x.shape[-1]], x.dtype)
-        _run("pool", (x, y), _positions(x))
+        run_kernel("pool", (x, y), _positions(x))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         dx = _empty(ctx.shape, dy.dtype)
-        _run("pool_backward", (_dense(dy), dx), _positions(dx))
+        run_kernel("pool_backward", (_dense(dy), dx), _positions(dx))
         return dx
 
 
@@ -209,7 +216,7 @@ class Residual(PyLayer):
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
         x, branch = _dense(x), _dense(branch)
         y = _like(x)
-        _run("residual", (x, branch, scale, factor, y), _positions(x))
+        run_kernel("residual", (x, branch, scale, factor, y), _positions(x))
         ctx.save_for_backward(branch, scale, factor)
         return y
 
@@ -218,7 +225,7 @@ class Residual(PyLayer):
         branch, scale, factor = ctx.saved_tensor()
         dy = _dense(dy)
         dbranch, (dscale,) = _like(branch), _gradients(scale)
-        _run("residual_backward", (branch, scale, factor, dy, dbranch, dscale), _positions(dy))
+        run_kernel("residual_backward", (branch, scale, factor, dy, dbranch, dscale), _positions(dy))
         gradients: list[Tensor | None] = [dy, dbranch]
         if scale is not None:
             gradients.append(dscale)
@@ -249,7 +256,7 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
         b, c, h, w = x.shape
         shape, sizes = [b, h, w, c], (b, c, h * w)
     y = _empty(shape, x.dtype)
-    _run("swap", (x, y), sizes)
+    run_kernel("swap", (x, y), sizes)
     return y
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fcvit.errors import UnreadableFile
+from fcvit.text import strict_json
 from fcvit.weights import safetensors_file
 from fcvit.weights.checkpoint import read_file
 from fcvit.weights.writing import staged
@@ -60,7 +61,7 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, np.ndarray]]:
     path = folder / STATE
     try:
         tensors, metadata = safetensors_file.read(read_file(path))
-        progress = Progress(**json.loads(metadata[_KEY], object_pairs_hook=safetensors_file.unique))
+        progress = Progress(**strict_json(metadata[_KEY]))
         if not (type(progress.epoch) is int and type(progress.step) is int and isinstance(progress.rows, list)):
             raise TypeError("no counts in it")
     except OSError as error:

@@ -1,14 +1,12 @@
-"""Open a checkpoint of any format, told by content, and pick its weights: named NumPy tensors.
+"""Open a checkpoint of any format, detected from the content, and select its weights: named NumPy tensors.
 
 Nothing in the file is executed, neither framework is needed, and the tensors are views into the bytes
 of the file, which are read once: nobody can change or cut the file under them.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +17,10 @@ import numpy as np
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
 from fcvit.models.spec import LAST_NAMES, is_counter, is_statistic
-from fcvit.weights import pdparams, safetensors_file, torch_file
+from fcvit.text import one_line
+from fcvit.weights import hub, pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
-from fcvit.weights.header import KEY, Header
+from fcvit.weights.header import KEY, Header, read_sidecar, sidecar
 from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import (
     DETECTOR_PARTS,
@@ -45,19 +44,9 @@ _ENDINGS = {
     ".pdmodel": "an exported Paddle network without its weights; give the .pdparams of the training",
     ".pdopt": "the state of Paddle's optimizer; the weights are in the .pdparams beside it",
 }
-# What a folder of the Hugging Face Hub calls its weights, the preferred first.
-HUB_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-HUB_SETTINGS = ("config.json", "preprocessor_config.json")
 _MOMENTS = ("_moment1_0", "_velocity_0", "LR_Scheduler")  # ends of names in the state of Paddle's optimizers
-MAX_SHARDS = 1000
 _HEAD = 512  # bytes at the beginning of a file that tell what it is
 MAX_NAME = 256  # characters of a tensor's name
-MAX_SIDECAR = 2 << 20  # bytes: 21,000 classes take 1 MB
 _TENSORS = (np.ndarray, torch_file.TensorRef, pdparams.ArrayRef, torch_file.Refused, tuple)
 _MODELS = ("model", "state_dict", "net", "ema")  # where whole pickled models stand
 
@@ -86,7 +75,7 @@ class Checkpoint:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the whole file, in hexadecimal; of weights that were never in one, nothing."""
+        """The digest of the whole file, in hexadecimal; empty for weights that were never in one."""
         if not self.data:
             return ""
         digest = hashlib.sha256(self.data)
@@ -96,7 +85,7 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of the file and of the shards that it names."""
+        """The bytes of the file and of the shards that it names."""
         return len(self.data) + sum(len(shard.data) for shard in self.shards)
 
     @functools.cached_property
@@ -106,21 +95,23 @@ class Checkpoint:
         Raises:
             UnreadableFile: none, but a whole pickled model.
         """
-        found = find_sets(self.top) or any_state(self.top, _TENSORS)
-        for name, value in self.top.items() if not found else ():
-            if isinstance(value, Opaque) and (name in _MODELS or _has_parameters(value)):
+        sets = find_sets(self.top) or any_state(self.top, _TENSORS)
+        for name, value in self.top.items() if not sets else ():
+            if isinstance(value, Opaque) and (
+                name in _MODELS or (isinstance(value.state, dict) and "_parameters" in value.state)
+            ):
                 raise UnreadableFile(
                     f"{self.path} holds a whole pickled model, which only its own code can load; "
                     "in PyTorch: torch.save(model.state_dict(), FILE)"
                 )
-        return found or [WeightSet((), "", self.top, {}, averaged=False, probed=False)]
+        return sets or [WeightSet((), "", self.top, {}, averaged=False, probed=False)]
 
     @property
     def has_ema(self) -> bool:
         return any(one.averaged for one in self.sets)
 
     def select(self, ema: bool | None = None, key: str | None = None) -> Selection:
-        """The weights as named tensors, without what stands before their names in the file.
+        """Return the weights as named tensors, without what stands before their names in the file.
 
         Args:
             ema: the averaged weights (True) or the raw ones (False) of a file that has both.
@@ -135,9 +126,9 @@ class Checkpoint:
         tensors, rest = self._tensors(chosen)
         notes = []
         if len(chosen.keys) > 1 or not set(chosen.keys) <= {"state_dict", "model"}:
-            notes.append(f"weights taken from: {_one_line('.'.join(chosen.keys))}")
+            notes.append(f"weights taken from: {one_line('.'.join(chosen.keys))}")
         if chosen.prefix:
-            notes.append(f"prefix stripped from the names: {_one_line(chosen.prefix)}")
+            notes.append(f"prefix stripped from the names: {one_line(chosen.prefix)}")
         if note := swapped_by(self.top):
             notes.append(note)
         if chosen.averaged and not any(map(is_statistic, tensors)):
@@ -146,54 +137,52 @@ class Checkpoint:
                 tensors |= {name: t for name, t in self._tensors(raw[0])[0].items() if is_statistic(name)}
                 notes.append("the averaged weights are stored without BatchNorm's statistics: the raw ones' are used")
         if chosen.probed and (foreign := [name for name in rest if name != pdparams.NAME_TABLE]):
-            shown = ", ".join(map(_one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
+            shown = ", ".join(map(one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
             notes.append(f"entries that are no weights of the network were left out: {shown}")
         skipped, here = [], self.top
         for depth, part in enumerate(chosen.keys):
-            skipped += [_one_line(".".join((*chosen.keys[:depth], str(name)))) for name in here if name != part]
+            skipped += [one_line(".".join((*chosen.keys[:depth], str(name)))) for name in here if name != part]
             here = here[part]
-        skipped += [_one_line(one.label) for one in self.sets if one.keys == chosen.keys and one != chosen]
+        skipped += [one_line(one.label) for one in self.sets if one.keys == chosen.keys and one != chosen]
         return Selection(tensors, skipped + rest, notes)
 
     def _choose(self, ema: bool | None, key: str | None) -> WeightSet:
-        """The one set that fits the request."""
-        labels = ", ".join(_one_line(one.label) for one in self.sets)
+        """Return the one set that fits the request."""
+        labels = ", ".join(one_line(one.label) for one in self.sets)
         if key is not None:
             named = [one for one in self.sets if one.label == key]
             if len(named) != 1:
-                raise UsageError(f"{self.path} has no set of weights {_one_line(key)!r}; expected one of: {labels}")
+                raise UsageError(f"{self.path} has no set of weights {one_line(key)!r}; expected one of: {labels}")
             return named[0]
         averaged = [one for one in self.sets if one.averaged]
         raw = [one for one in self.sets if not one.averaged]
+        which = one_line(averaged[0].label) if averaged else ""
+        if averaged and not ema and not raw:
+            raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
         if ema is None and averaged:
-            which = _one_line(averaged[0].label)
-            if not raw:
-                raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
             raise UsageError(
                 f"{self.path} has averaged weights ({which}) beside the raw ones: "
                 "choose with --ema or --no-ema (in Python: ema=True or False)"
             )
         if not averaged and ema is not False and (where := self._nameless_average()):
             raise UsageError(
-                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names and "
+                f"{self.path} has averaged weights ({one_line(where)}) as a list, which does not say their names and "
                 "is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
                 "the averaged ones into the model and save its state_dict()"
             )
         if ema and not averaged and not raw[0].counted:
             raise UsageError(f"{self.path} has no averaged weights; leave out --ema")
-        if averaged and not ema and not raw:
-            raise UsageError(f"{self.path} has averaged weights only; choose them with --ema")
         chosen = averaged if ema and averaged else raw
         fitting = [one for one in chosen if self._fits(one)] if len(chosen) > 1 else chosen
         if len(fitting) != 1:
             raise UsageError(
-                f"{self.path} has several sets of weights ({', '.join(_one_line(one.label) for one in chosen)}): "
+                f"{self.path} has several sets of weights ({', '.join(one_line(one.label) for one in chosen)}): "
                 "choose one with --key NAME in fcvit inspect, or write it alone with fcvit convert --key NAME"
             )
         return fitting[0]
 
     def _nameless_average(self) -> str | None:
-        """Where averaged weights stand in a list, which does not say what belongs to which name; None: nowhere."""
+        """Return where averaged weights stand in a list, which does not say their names; None: nowhere."""
 
         def weights(value: object) -> bool:
             if isinstance(value, dict):
@@ -212,7 +201,7 @@ class Checkpoint:
         return makes_fcvit({name: tensor.shape for name, tensor in tensors.items()})
 
     def _tensors(self, one: WeightSet) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The tensors of a set, and the names in its dictionary that are not among them.
+        """Return the tensors of a set, and the names in its dictionary that are not among them.
 
         The rest of the dictionary is left out if the set is a whole classifier without it. Else it belongs to
         the network, its names stripped of wrappers' prefixes, as a head beside a backbone does.
@@ -236,7 +225,7 @@ class Checkpoint:
         return self._arrays(one, joined)
 
     def _arrays(self, one: WeightSet, entries: Mapping[str, object]) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The tensors among entries, and the names of those that are no weights, such as an average's counters.
+        """Return the tensors among entries, and the names of those that are no weights, such as an average's counters.
 
         Raises:
             UnreadableFile: one cannot be read, or they are absurdly large.
@@ -249,7 +238,7 @@ class Checkpoint:
                 rest.append(name)
                 continue
             if len(name) > MAX_NAME or not name.isprintable():
-                raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {_one_line(name)}")
+                raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {one_line(name)}")
             foreign = one.probed and name.rpartition(".")[2] not in LAST_NAMES
             if foreign and not isinstance(value, _TENSORS):
                 rest.append(name)
@@ -258,7 +247,7 @@ class Checkpoint:
                 number = pdparams.single(value) if is_counter(name) else None
                 array = self.array(value) if number is None else number
             except UnreadableFile as error:
-                raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
+                raise UnreadableFile(f"{self.path}: {name[:80]}: {one_line(error)}") from error
             # Such as n_averaged or steps. A fraction may be a parameter of another architecture; that of an
             # average is its decay.
             if foreign and array.size == 1 and "." not in name and (one.averaged or array.dtype.kind in "iub"):
@@ -272,7 +261,7 @@ class Checkpoint:
         return tensors, rest
 
     def array(self, value: object) -> np.ndarray:
-        """One entry of the file as an array.
+        """Return one entry of the file as an array.
 
         Raises:
             UnreadableFile: it is no plain tensor.
@@ -295,12 +284,8 @@ class Checkpoint:
                 raise UnreadableFile(f"is a {kind[:60]}, expected a tensor; the file is not a state dict")
 
 
-def _has_parameters(value: Opaque) -> bool:
-    return isinstance(value.state, dict) and "_parameters" in value.state
-
-
 def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Checkpoint:
-    """Open a PyTorch (zip or older), safetensors or Paddle file; what it is is told by its content.
+    """Open a PyTorch (zip or older), safetensors or Paddle file; the format is detected from the content.
 
     Args:
         path: the file; or a folder of the Hugging Face Hub; or the index of a file in several shards.
@@ -309,7 +294,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Che
     Raises:
         UnreadableFile: missing, empty, of another kind, damaged, or unsafe.
     """
-    path = _file_in(Path(path))
+    path = hub.file_in(Path(path))
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
             raise UnreadableFile("a directory or a device, not a file")
@@ -317,7 +302,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Che
             _kind(file.read(_HEAD), path.suffix)  # before much memory is taken for something else
         return _parse(path, read_file(path), shards)
     except UnreadableFile as error:
-        raise UnreadableFile(f"{path}: {_one_line(error)}") from error
+        raise UnreadableFile(f"{path}: {one_line(error)}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
@@ -339,32 +324,6 @@ def read_file(path: Path) -> bytes:
     if not before.st_size == len(data) == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise UnreadableFile("the file changed while it was read; wait until it is written, then try again")
     return data
-
-
-def _one_line(text: object) -> str:
-    """A file's own words as part of a message: one line, of bearable length, nothing a terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
-
-
-def _file_in(path: Path) -> Path:
-    """The weights in a folder of the Hugging Face Hub; any other path is its own."""
-    if not os.path.isdir(path):  # noqa: PTH112 -- the path's own method raises if it is too long
-        return path
-    for name in HUB_NAMES:
-        if (path / name).is_file():
-            return path / name
-    raise UnreadableFile(f"{path}: a directory, and without {HUB_NAMES[0]} or {HUB_NAMES[2]}; name the weights file")
-
-
-def hub_settings(path: Path) -> dict[str, object]:
-    """Read what stands beside the weights in a folder of the Hugging Face Hub, by the names of the files."""
-    found: dict[str, object] = {}
-    for name in HUB_SETTINGS if path.name in HUB_NAMES else ():
-        beside = path.with_name(name)
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # of a pipe, too: it has no size
-            if 0 < beside.stat().st_size <= MAX_SIDECAR and isinstance(read := json.loads(beside.read_bytes()), dict):
-                found[name] = read
-    return found
 
 
 def _kind(head: bytes, suffix: str) -> str:
@@ -409,35 +368,16 @@ def _parse(path: Path, data: bytes, shards: bool) -> Checkpoint:
         raise UnreadableFile(_ENDINGS[".pdopt"])
     checkpoint = Checkpoint(path, kind, top, header, data)
     if header is None and os.path.isfile(sidecar(path)):  # noqa: PTH113 -- the path's own method raises if it is too long
-        header = _read_sidecar(checkpoint)
-    return dataclasses.replace(checkpoint, header=header)
+        checkpoint = dataclasses.replace(checkpoint, header=read_sidecar(path, checkpoint.sha256))
+    return checkpoint
 
 
 def _read_shards(path: Path, data: bytes) -> Checkpoint:
-    """The tensors of all shards that an index of the Hugging Face Hub names, each checked to be where it says."""
-    try:
-        if len(data) > MAX_SIDECAR:
-            raise UnreadableFile(f"JSON of over {MAX_SIDECAR >> 20} MiB: not the index of a checkpoint")
-        index = json.loads(data, object_pairs_hook=safetensors_file.unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnreadableFile):
-            raise
-        raise UnreadableFile("not a checkpoint: expected weights or the index of their shards, found text") from error
-    where = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise UnreadableFile("not a checkpoint: expected weights or the index of their shards, found other JSON")
-    files = list(dict.fromkeys(where.values()))
-    if len(files) > MAX_SHARDS:
-        raise UnreadableFile(f"an index of {len(files)} shards; expected at most {MAX_SHARDS}")
-    for name in files:
-        if "\\" in name or Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
-            raise UnreadableFile(f"the index names {name[:80]!r}, which is not below its own folder")
-        if not (path.parent / name).is_file():
-            raise UnreadableFile(f"the shard {name[:80]} of the index is missing; fetch it too")
-    parts = tuple(read_checkpoint(path.parent / name, shards=False) for name in files)
+    """Read the tensors of all shards that an index names, each checked to be where it says."""
+    names = hub.shards(path, data)
+    parts = tuple(read_checkpoint(path.parent / name, shards=False) for name in names)
     tensors = {}
-    for name, part in zip(files, parts, strict=True):
-        expected = {tensor for tensor, file in where.items() if file == name}
+    for (name, expected), part in zip(names.items(), parts, strict=True):
         if wrong := sorted(expected ^ {str(tensor) for tensor in part.top}):
             raise UnreadableFile(
                 f"{wrong[0][:80]} is {'missing from' if wrong[0] in expected else 'in'} the shard {name[:80]}, "
@@ -445,23 +385,3 @@ def _read_shards(path: Path, data: bytes) -> Checkpoint:
             )
         tensors |= {tensor: part.array(value) for tensor, value in part.top.items()}
     return Checkpoint(path, f"{parts[0].format} in {len(parts)} shards", tensors, None, data, parts)
-
-
-def sidecar(path: Path) -> Path:
-    """Where the header of a format without one stands: the file's whole name with `.json` added."""
-    return path.with_name(path.name + ".json")
-
-
-def _read_sidecar(checkpoint: Checkpoint) -> Header:
-    path = sidecar(checkpoint.path)
-    try:
-        if path.stat().st_size > MAX_SIDECAR:
-            raise UnreadableFile(f"{path.name} beside it is over {MAX_SIDECAR >> 20} MiB: not a header")
-        header = Header.from_json(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{path.name} beside it cannot be read ({error}); mend or remove it") from error
-    if header.weights_sha256 != checkpoint.sha256:
-        raise UnreadableFile(
-            f"{path.name} beside it describes other weights (SHA-256 differs); remove it or restore both"
-        )
-    return header

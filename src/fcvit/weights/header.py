@@ -7,16 +7,19 @@ variant, the preprocessing, the class list, the layout, PyTorch's counters, the 
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from fcvit.data.classes import Classes, ClassName, check_classes
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.models.spec import HEADS, ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
-from fcvit.weights.safetensors_file import unique
+from fcvit.text import strict_json
+from fcvit.weights.hub import MAX_JSON
 
 FORMAT_VERSION = 2
 KEY = "fcvit"  # of the text entry in a safetensors header
 LAYOUTS = ("paddle", "torch")
+_FIRST_HEADS = {True: "backbone", False: "classifier"}  # of the flag `dense` in format version 1
 EXAMPLE = VARIANTS["fcvit_tiny"]  # what kind of value each field has
 
 
@@ -25,7 +28,7 @@ class Header:
     """Everything about weights that is not a number in a tensor.
 
     Attributes:
-        form: variant, class count, head.
+        spec: variant, class count, head.
         layout: names and Linear layout of the tensors: "paddle" or "torch".
         preprocessing: what the weights were trained for; None: the variant's.
         classes: ordered; None: unknown.
@@ -43,7 +46,7 @@ class Header:
     weights_sha256: str = ""
 
     def to_json(self) -> str:
-        """One JSON object; the fields of the variant by name."""
+        """Write one JSON object; the fields of the variant by name."""
         return json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -63,13 +66,13 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        """The inverse of `to_json`.
+        """Invert `to_json`.
 
         Raises:
             UnreadableFile: not such a header, or of a newer format.
         """
         try:
-            fields = json.loads(text, object_pairs_hook=unique)
+            fields = strict_json(text)
             json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
             version = fields["format_version"]
             if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
@@ -78,8 +81,7 @@ class Header:
                 )
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
-            # The first version knew two heads by a flag.
-            head = ("backbone" if fields["dense"] is True else "classifier") if version == 1 else fields["head"]
+            head = _FIRST_HEADS[fields["dense"]] if version == 1 else fields["head"]
             if not isinstance(head, str) or head not in HEADS:
                 raise UnreadableFile(f"header with the unknown head {str(head)[:40]!r}; update fcvit")
             spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head)
@@ -108,29 +110,54 @@ class Header:
             raise UnreadableFile(f"header is damaged ({type(error).__name__}: {str(error)[:80]})") from error
 
 
+def sidecar(path: Path) -> Path:
+    """Return where the header of a format without one stands: the file's whole name with `.json` added."""
+    return path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: Path, sha256: str) -> Header:
+    """Read the header beside the weights file at `path`, which has that hash.
+
+    Raises:
+        UnreadableFile: it cannot be read, or describes other weights.
+    """
+    beside = sidecar(path)
+    try:
+        if beside.stat().st_size > MAX_JSON:
+            raise UnreadableFile(f"{beside.name} beside it is over {MAX_JSON >> 20} MiB: not a header")
+        header = Header.from_json(beside.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"{beside.name} beside it cannot be read ({error}); mend or remove it") from error
+    if header.weights_sha256 != sha256:
+        raise UnreadableFile(
+            f"{beside.name} beside it describes other weights (SHA-256 differs); remove it or restore both"
+        )
+    return header
+
+
 def _tuples(fields: Mapping[str, object]) -> dict:
-    """JSON has lists where the dataclasses have tuples."""
+    """Replace JSON's lists by the tuples that the dataclasses have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def _check_kinds(name: str, found: object, example: object) -> None:
-    """The dataclasses check sizes; what came from a file need not even be numbers."""
+def _check_kinds(name: str, value: object, example: object) -> None:
+    """Check the types; the dataclasses check sizes, but what came from a file need not even be numbers."""
     if dataclasses.is_dataclass(example):
         for field in dataclasses.fields(example):
-            _check_kinds(field.name, getattr(found, field.name), getattr(example, field.name))
-    elif isinstance(example, tuple) and isinstance(found, tuple):
-        if len(found) != len(example):
-            raise ValueError(f"{name} has {len(found)} values, expected {len(example)}")
-        for one in found:
+            _check_kinds(field.name, getattr(value, field.name), getattr(example, field.name))
+    elif isinstance(example, tuple) and isinstance(value, tuple):
+        if len(value) != len(example):
+            raise ValueError(f"{name} has {len(value)} values, expected {len(example)}")
+        for one in value:
             _check_kinds(name, one, example[0])
-    elif isinstance(example, float) and isinstance(found, int | float):
-        if not 1e-12 < abs(found) < 1e9 and found != 0:  # a deviation near 0 would make every input infinite
-            raise ValueError(f"{name} is {found!r:.40}")
-    elif isinstance(example, str) and isinstance(found, str):
-        if not found.isprintable() or len(found) > 100:
+    elif isinstance(example, float) and isinstance(value, int | float):
+        if not 1e-12 < abs(value) < 1e9 and value != 0:  # a deviation near 0 would make every input infinite
+            raise ValueError(f"{name} is {value!r:.40}")
+    elif isinstance(example, str) and isinstance(value, str):
+        if not value.isprintable() or len(value) > 100:
             raise ValueError(f"{name} is not a name")
-    elif type(found) is not type(example) and not (name == "layer_scale" and found is None):
-        raise ValueError(f"{name} is a {type(found).__name__}, expected a {type(example).__name__}")
+    elif type(value) is not type(example) and not (name == "layer_scale" and value is None):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a {type(example).__name__}")
 
 
 def _whole(value: object) -> int:

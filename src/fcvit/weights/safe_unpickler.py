@@ -104,7 +104,7 @@ class Opaque:
         self.state: object = None
 
     def build(self, state: object) -> None:
-        """What pickle's BUILD gives the object after its construction."""
+        """Take what pickle's BUILD gives the object after its construction."""
         self.state = state
 
 
@@ -113,7 +113,7 @@ _MARK = object()
 
 
 def ordered_dict(*items: object) -> object:
-    """A constructor for `collections.OrderedDict`, which Python 3 fills only after construction.
+    """Construct a `collections.OrderedDict`, which Python 3 fills only after construction.
 
     Items as arguments stay what they are: their keys are not safe to hash, nor checked for doubles.
     """
@@ -167,16 +167,15 @@ class _Machine:
             elif name == "STOP":
                 return self.stack.pop()
             else:
-                step = getattr(self, f"op_{name.lower()}", None)
-                if step is None:
+                if name not in _STEPS:
                     raise UnreadableFile(f"pickle opcode {name}: not used by any checkpoint, refused")
-                step(argument)
+                _STEPS[name](self, argument)
         raise UnreadableFile(
             f"pickle of over {limit} opcodes in a file of {file_size} bytes: no FCViT checkpoint needs that"
         )
 
     def pop_mark(self) -> list:
-        """Everything above the topmost mark, which is removed too."""
+        """Remove and return everything above the topmost mark, and the mark."""
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
                 items = self.stack[index + 1 :]
@@ -193,77 +192,13 @@ class _Machine:
             return constructor(*args) if constructor else Opaque(what.name, args)
         return Opaque("call", (what, args))
 
-    def op_proto(self, _: object) -> None:
-        pass
-
-    op_frame = op_proto
-
-    def op_mark(self, _: object) -> None:
-        self.stack.append(_MARK)
-
-    def op_pop(self, _: object) -> None:
-        self.stack.pop()
-
-    def op_pop_mark(self, _: object) -> None:
-        self.pop_mark()
-
-    def op_dup(self, _: object) -> None:
-        self.stack.append(self.stack[-1])
-
-    def op_put(self, index: int) -> None:
+    def put(self, index: int) -> None:
         if not 0 <= index < MAX_OPCODES:  # picklers count up; numbers of the file's choice could collide as keys
             raise UnreadableFile("pickle: a memo index that is negative or absurdly large")
         self.memo[index] = self.stack[-1]
 
-    op_binput = op_long_binput = op_put
-
-    def op_memoize(self, _: object) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def op_get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    op_binget = op_long_binget = op_get
-
-    def op_empty_list(self, _: object) -> None:
-        self.stack.append([])
-
-    def op_empty_dict(self, _: object) -> None:
-        self.stack.append({})
-
-    def op_empty_set(self, _: object) -> None:
-        self.stack.append(Opaque("builtins.set"))
-
-    def op_list(self, _: object) -> None:
-        self.stack.append(self.pop_mark())
-
-    def op_tuple(self, _: object) -> None:
-        self.stack.append(tuple(self.pop_mark()))
-
-    def op_frozenset(self, _: object) -> None:
-        self.stack.append(Opaque("builtins.frozenset", tuple(self.pop_mark())))
-
-    def op_dict(self, _: object) -> None:
-        items = self.pop_mark()
-        self.stack.append({})
-        self.set_items(items)
-
-    def op_tuple1(self, _: object) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def op_tuple2(self, _: object) -> None:
-        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
-
-    def op_tuple3(self, _: object) -> None:
-        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
-
-    def op_append(self, _: object) -> None:
-        self.append([self.stack.pop()])
-
-    def op_appends(self, _: object) -> None:
-        self.append(self.pop_mark())
-
-    op_additems = op_appends
+    def pack(self, count: int) -> None:
+        self.stack[-count:] = [tuple(self.stack[place] for place in range(-count, 0))]
 
     def append(self, items: list) -> None:
         if isinstance(self.stack[-1], list):
@@ -271,14 +206,9 @@ class _Machine:
         elif type(self.stack[-1]) is not Opaque:
             raise UnreadableFile("pickle: items for something that has none")
 
-    def op_setitem(self, _: object) -> None:
-        value = self.stack.pop()
-        self.set_items([self.stack.pop(), value])
-
-    def op_setitems(self, _: object) -> None:
-        self.set_items(self.pop_mark())
-
-    def set_items(self, items: list) -> None:
+    def set_items(self, items: list, new: dict | None = None) -> None:
+        if new is not None:
+            self.stack.append(new)
         target = self.stack[-1]
         if type(target) is Opaque:
             target.items = target = {} if target.items is None else target.items
@@ -291,7 +221,7 @@ class _Machine:
                 raise UnreadableFile(f"entry {key[:80]!r} stands twice in one dictionary")
             target[key] = value
 
-    def op_global(self, argument: tuple[object, object]) -> None:
+    def push_global(self, argument: tuple[object, object]) -> None:
         module, name = argument
         if not isinstance(name, str) or not isinstance(module, str):
             raise UnreadableFile("pickle: a global whose name is no text")
@@ -299,30 +229,20 @@ class _Machine:
             raise UnreadableFile(f"pickle: a global whose name has {len(module)} + {len(name)} characters")
         self.stack.append(Opaque(f"{module}.{name}"))
 
-    def op_stack_global(self, _: object) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.op_global((module, name))
-
-    def op_inst(self, argument: tuple[object, object]) -> None:
+    def instance(self, argument: tuple[object, object]) -> None:
         args = tuple(self.pop_mark())
-        self.op_global(argument)
+        self.push_global(argument)
         self.stack[-1] = self.construct(self.stack[-1], args)
 
-    def op_obj(self, _: object) -> None:
+    def make_instance(self) -> None:
         what, *args = self.pop_mark()
         self.stack.append(self.construct(what, tuple(args)))
 
-    def op_reduce(self, _: object) -> None:
+    def reduce(self) -> None:
         args = self.stack.pop()
         self.stack[-1] = self.construct(self.stack[-1], args)
 
-    op_newobj = op_reduce
-
-    def op_newobj_ex(self, _: object) -> None:
-        self.stack.pop()  # keyword arguments: nothing we construct takes any
-        self.op_reduce(None)
-
-    def op_build(self, _: object) -> None:
+    def build(self) -> None:
         state = self.stack.pop()
         if isinstance(self.stack[-1], dict):
             return  # its attributes (`_metadata`) are of no use here
@@ -331,12 +251,46 @@ class _Machine:
             raise UnreadableFile("pickle: a state for something that has none")
         build(state)
 
-    def op_binpersid(self, _: object) -> None:
+    def persistent_id(self) -> None:
         if self.persistent is None:
             raise UnreadableFile("pickle: refers to storages outside of it, which this format does not have")
         self.stack.append(self.persistent(self.stack.pop()))
 
 
+# What the other opcodes do with the machine and their argument.
+_STEPS: dict[str, Callable[[_Machine, Any], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    "MARK": lambda machine, _: machine.stack.append(_MARK),
+    "POP": lambda machine, _: machine.stack.pop(),
+    "POP_MARK": lambda machine, _: machine.pop_mark(),
+    "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.stack.append(machine.memo[index])),
+    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_SET": lambda machine, _: machine.stack.append(Opaque("builtins.set")),
+    "LIST": lambda machine, _: machine.stack.append(machine.pop_mark()),
+    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.pop_mark())),
+    "FROZENSET": lambda machine, _: machine.stack.append(Opaque("builtins.frozenset", tuple(machine.pop_mark()))),
+    "DICT": lambda machine, _: machine.set_items(machine.pop_mark(), {}),
+    "TUPLE1": lambda machine, _: machine.pack(1),
+    "TUPLE2": lambda machine, _: machine.pack(2),
+    "TUPLE3": lambda machine, _: machine.pack(3),
+    "APPEND": lambda machine, _: machine.append([machine.stack.pop()]),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, _: machine.append(machine.pop_mark())),
+    "SETITEM": lambda machine, _: machine.set_items([machine.stack.pop(), machine.stack.pop()][::-1]),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
+    "GLOBAL": _Machine.push_global,
+    "STACK_GLOBAL": lambda machine, _: machine.push_global((machine.stack.pop(), machine.stack.pop())[::-1]),
+    "INST": _Machine.instance,
+    "OBJ": lambda machine, _: machine.make_instance(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.reduce()),
+    # Its keyword arguments are dropped: nothing that is constructed takes any.
+    "NEWOBJ_EX": lambda machine, _: (machine.stack.pop(), machine.reduce()),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.persistent_id(),
+}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _PUSH_ARGUMENT = frozenset(
     (

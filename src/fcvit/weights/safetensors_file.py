@@ -1,6 +1,5 @@
 """Read and write safetensors; the tensors that are read are views into the file's bytes."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +8,14 @@ import numpy as np
 import safetensors
 
 from fcvit.errors import UnreadableFile
+from fcvit.text import strict_json
 from fcvit.weights.dtypes import SAFETENSORS, checked_shape
 
 MAX_HEADER = 2 << 20  # bytes: the largest variant has 0.2 MB, 21,000 classes take another 1 MB
 
 
 def looks_like(head: bytes) -> bool:
-    """Eight bytes of length, then a JSON object."""
+    """Return whether a file begins with eight bytes of length, then a JSON object."""
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
@@ -31,7 +31,7 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if length > MAX_HEADER:
         raise UnreadableFile(f"a safetensors header of {length} bytes: not a checkpoint, or damaged")
     try:
-        header = json.loads(str(data[8 : 8 + length], "utf-8"), object_pairs_hook=unique)
+        header = strict_json(str(data[8 : 8 + length], "utf-8"))
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("an entry of its metadata is no text")
@@ -59,29 +59,16 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return {name: tensors[name] for name in header}, metadata
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build a dictionary of a JSON object's fields, for `json.loads`.
-
-    Raises:
-        UnreadableFile: a field stands there twice.
-    """
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise UnreadableFile("two entries of one name in the header: refused, it could show other weights to others")
-    return result
-
-
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write the tensors and the header's text entries.
 
     Raises:
         OSError: the file cannot be written.
     """
-    spelled = {dtype: name for name, dtype in SAFETENSORS.items()}
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     specs = {
         name: safetensors.TensorSpec(
-            dtype=_LIBRARY_NAMES.get(spelled[array.dtype], array.dtype.name),
+            dtype=array.dtype.name,  # "bool" of NumPy, too
             shape=list(array.shape),
             data_ptr=array.ctypes.data,
             data_len=array.nbytes,
@@ -92,6 +79,3 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         safetensors.serialize_file(specs, str(path), dict(metadata))
     except safetensors.SafetensorError as error:  # the library's word for a full disk, too
         raise OSError(str(error)) from error
-
-
-_LIBRARY_NAMES = {"BOOL": "bool"}

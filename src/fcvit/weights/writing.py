@@ -12,19 +12,17 @@ from fcvit.models.spec import is_counter
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.run_folder import staged_files
 from fcvit.weights import pdparams, safetensors_file, torch_file
-from fcvit.weights.checkpoint import read_checkpoint, sidecar
-from fcvit.weights.header import KEY, LAYOUTS, Header
+from fcvit.weights.checkpoint import read_checkpoint
+from fcvit.weights.header import KEY, LAYOUTS, Header, sidecar
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.
 ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
-
-
 SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats that have no header of their own
 
 
 def destination_layout(path: Path, layout: str | None = None) -> str:
-    """The layout to write: the one asked for, else the ending's own.
+    """Return the layout to write: the one asked for, else the ending's own.
 
     Raises:
         UsageError: an unknown ending or layout, or a pair that does not go together.
@@ -94,7 +92,7 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
 
 
 def differing_tensors(one: Weights, other: Weights) -> list[str]:
-    """Names of the tensors that are not the same bit for bit, missing ones included."""
+    """Return the names of the tensors that are not the same bit for bit, missing ones included."""
     names = dict.fromkeys([*one.tensors, *other.tensors])
     return [name for name in names if not _same_bits(one.tensors.get(name), other.tensors.get(name))]
 
