@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.errors import NumbersDisagree, UsageError
 from fcvit.models.spec import is_counter
 from fcvit.models.variants import resolve_preprocessing
-from fcvit.run_folder import TEMPORARY
+from fcvit.run_folder import staged_files
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import KEY, LAYOUTS, Header, sidecar
@@ -42,52 +40,17 @@ def destination_layout(path: Path, layout: str | None = None) -> str:
 
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to it if the block ends well and removed if not.
+    """Yield a temporary path beside `path`, renamed to it if the block ends well and removed if not.
 
     A header written beside the temporary file (see `sidecar`) comes along.
 
     Raises:
-        UsageError: `path` or its header is there already and `overwrite` is off, or is no file.
-        UnreadableFile: the folder cannot be written to, or the disk is full.
+        UsageError, UnreadableFile: see `fcvit.run_folder.staged_files`.
     """
-    header = sidecar(path)
-    taken = [part for part in (path, *([header] if path.suffix in SIDECAR_ENDINGS else [])) if os.path.lexists(part)]
-    for part in taken:
-        if not part.is_file():
-            raise UsageError(f"{part} is there already and is not a file; choose another name")
-        if not overwrite:
-            raise UsageError(f"{part} is there already; choose another name or allow it with --overwrite")
-    os.umask(mask := os.umask(0))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as name:
-            temporary = Path(name) / path.name
-            yield temporary
-            for part in Path(name).iterdir():
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                part.chmod(0o666 & ~mask)  # a temporary file is private, the result need not be
-            if sidecar(temporary).exists():
-                _replace_both(temporary, path, Path(name) / "replaced")
-            else:
-                os.replace(temporary, path)
-    except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _replace_both(temporary: Path, path: Path, replaced: Path) -> None:
-    """Replace first the header: after a stop between the two its hash tells. It is undone if the second fails."""
-    header = sidecar(path)
-    if header.exists():
-        os.replace(header, replaced)
-    os.replace(sidecar(temporary), header)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        header.unlink()
-        if replaced.exists():
-            os.replace(replaced, header)
-        raise
+    # First the header: if the process is stopped between the two, its hash tells.
+    names = [sidecar(path), path] if path.suffix in SIDECAR_ENDINGS else [path]
+    with staged_files(names, overwrite) as folder:
+        yield folder / path.name
 
 
 def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:
