@@ -2,7 +2,7 @@
 #   make quickstart            the whole path on real input (installs Paddle, not PyTorch)
 #   make train-digits          train the small network on handwritten digits, from scratch
 #   make finetune-digits       teach the shipped network even against odd on the same images
-#   make test                  all tests (installs PyTorch too)
+#   make test                  all tests (installs PyTorch too), but those that only CI runs: FCVIT_ALL_TESTS=1 make test
 #   make test-fast             the tests to run while working
 #   make test-lowest           the same with the oldest versions that pyproject.toml allows, in .venv-lowest
 #   make lint                  style and types
@@ -15,7 +15,8 @@
 #   make quickstart CONSTRAINTS=
 PYTHON ?= python3
 PIP_OPTIONS ?=
-PYTEST_OPTIONS ?= --numprocesses auto
+# Neighbors stay together until a process runs out of work: they share what is made once for a file.
+PYTEST_OPTIONS ?= --numprocesses auto --dist worksteal
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 
@@ -47,7 +48,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not slow and not ci" $(PYTEST_OPTIONS)
 
 test-lowest: $(BIN)/uv
 	$(BIN)/uv pip compile --quiet --python $(BIN)/python --only-binary :all: --resolution lowest-direct \
