@@ -49,7 +49,7 @@ def test_the_record_is_what_pytorch_computes(held_out):
 @pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
 def test_the_whole_path(tmp_path, monkeypatch, live):
     if not live:
-        for module in ("fcvit.commands.quickstart", "fcvit.verification.comparison", "fcvit.commands.convert"):
+        for module in ("fcvit.commands.quickstart", "fcvit.commands.convert"):
             name = f"{module}.installed"
             monkeypatch.setattr(name, lambda framework: framework != "torch" and installed(framework))
     done = quickstart.quickstart(tmp_path / "run")
@@ -77,7 +77,7 @@ def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
     from fcvit.models import backbone as model
 
     import_framework("paddle")
-    for module in ("fcvit.commands.quickstart", "fcvit.verification.comparison", "fcvit.commands.convert"):
+    for module in ("fcvit.commands.quickstart", "fcvit.commands.convert"):
         monkeypatch.setattr(f"{module}.installed", lambda framework: framework == "paddle")
     monkeypatch.setattr(model, "SIMILARITY_EPS", 1e-6)
     with pytest.raises(NumbersDisagree, match="differ on the held-out digits"):

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
@@ -33,9 +33,6 @@ from fcvit.text import csv_text
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import synthetic_tensors
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 logger = logging.getLogger("fcvit")
 
@@ -134,7 +131,7 @@ class Bench:
         names = [name for name in rows[0] if name not in ("contender", "rounds_ms")]
         return csv_text([names, *([row[name] for name in names] for row in rows)], "\n")
 
-    def tables(self) -> "Iterator[Table | str]":
+    def tables(self) -> Iterator[Any]:
         from fcvit.report.tables import table
 
         columns = ("batch", "threads", "images/s", "median ms", "ratio", "GFLOP/s", "outputs differ by")

@@ -13,7 +13,7 @@ from fcvit.data.classes import as_classes, order_note
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.models.variants import resolve_preprocessing
-from fcvit.verification.comparison import Verification, can_verify, require, verify_weights
+from fcvit.verification.comparison import Verification, require, verify_weights
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
 
@@ -109,19 +109,16 @@ def convert(
     if destination.exists() and Path(source).exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the source itself; choose another name for the output")
     notes: list[str] = []
+    reason = ""
     if verify:
         import_framework("paddle")
         import_framework("torch")
-    elif verify is None:
-        verify = can_verify()
-        if not verify:
-            missing = next(name for name in ("paddle", "torch") if not installed(name))
-            notes.append(
-                f"names, shapes and read-back were checked, but the numbers were NOT compared: {missing} "
-                f"is not installed ({INSTALL[missing]})"
-            )
+    elif verify is None and (missing := next((name for name in ("paddle", "torch") if not installed(name)), None)):
+        reason = f": {missing} is not installed ({INSTALL[missing]})"
     else:
-        notes.append("names, shapes and read-back were checked, but the numbers were NOT compared, as asked")
+        reason, verify = ", as asked", verify is None
+    if not verify:
+        notes.append(f"names, shapes and read-back were checked, but the numbers were NOT compared{reason}")
     weights = read_weights(source, ema, variant, key=key)
     if new_head is not None:
         weights = _with_new_head(weights, new_head)

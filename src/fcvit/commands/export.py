@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -26,9 +26,6 @@ from fcvit.run_folder import staged_files
 from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 logger = logging.getLogger("fcvit")
 
@@ -66,7 +63,7 @@ class Export:
     def __repr__(self) -> str:
         return f"<Export {self.files[-1]}: {self.network}>"
 
-    def tables(self) -> "Iterator[Table]":
+    def tables(self) -> Iterator[Any]:
         """Show what was written, and how near its numbers are to exact ones."""
         from fcvit.report.tables import table, verdict
 

@@ -75,8 +75,7 @@ def train(
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
     overrides = recipe_overrides(fields)
-    if workers is None:  # on a CPU the network needs the cores, and decoding takes little time
-        workers = 0 if paddle_place(device.partition(":")[0]) == "cpu" else decoding_processes(None)
+    workers = default_workers(workers, device)
     if recipe is not None:
         if isinstance(recipe, Recipe):
             recipe = build_recipe(dataclasses.asdict(recipe), overrides, "recipe")

@@ -4,14 +4,13 @@ They share no allocator, no pool of threads and no thread that still spins. They
 a noisy minute hits all alike, and ratios are those of neighbors in time.
 """
 
-import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias, TypeVar
@@ -114,27 +113,21 @@ Worker: TypeAlias = tuple[Any, Connection]
 
 
 def _start(load: Load, job: Any, calls: int, seconds: float) -> Worker:
+    """Start a process that leaves Ctrl-C to this one, which gets it afterwards and ends the others."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(load, job, calls, seconds, theirs), daemon=True)
-    with _deaf_to_interrupts():
+    before = None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        resource_tracker.ensure_running()  # or it would start with the process, and undo this
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         process.start()
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return process, ours
-
-
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start in the block leave Ctrl-C to this one, which gets it after the block and ends them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # or it would start in the block, and undo this
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(worker: Worker, ask: bool = False) -> Any:

@@ -86,7 +86,19 @@ class LayerNorm(PyLayer):
         return gradients
 
 
-class Linear(PyLayer):
+class Weighted(PyLayer):
+    """The backward of layers with a weight and a bias, which may be None."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, weight, bias, intermediate = ctx.saved_tensor()
+        gradients = _gradients(x, weight, bias)
+        inputs = (intermediate, weight) if ctx.kernel == "strided" else (x, weight, intermediate)
+        run_kernel(f"{ctx.kernel}_backward", (*inputs, _dense(dy), *gradients), ctx.sizes)
+        return tuple(gradients if bias is not None else gradients[:2])
+
+
+class Linear(Weighted):
     """Map (..., K) to (..., N), then GELU if asked.
 
     `weight` has the N x K numbers of a 1x1 convolution, or, `transposed`, the (K, N) of Paddle's Linear.
@@ -99,42 +111,29 @@ class Linear(PyLayer):
         x = _dense(x)
         *rows, inputs = x.shape
         outputs = weight.shape[1 if transposed else 0]
-        ctx.sizes = (math.prod(rows), inputs, outputs, int(transposed))
-        z = _empty([*rows, outputs], x.dtype)
-        y = _like(z) if gelu else None
-        run_kernel("linear", (x, weight, bias, z, y), ctx.sizes)
-        ctx.save_for_backward(x, weight, bias, z if gelu else None)
-        return z if y is None else y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, weight, bias, z = ctx.saved_tensor()
-        gradients = _gradients(x, weight, bias)
-        run_kernel("linear_backward", (x, weight, z, _dense(dy), *gradients), ctx.sizes)
-        return tuple(gradients if bias is not None else gradients[:2])
+        ctx.kernel, ctx.sizes = "linear", (math.prod(rows), inputs, outputs, int(transposed))
+        return _activated(ctx, x, weight, bias, _empty([*rows, outputs], x.dtype), gelu)
 
 
-class Depthwise(PyLayer):
+class Depthwise(Weighted):
     """Convolve each channel, padded by half the kernel, then GELU if asked; `weight` (C, 1, K, K), K odd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
         x = _dense(x)
-        z = _like(x)
-        y = _like(x) if gelu else None
-        run_kernel("depthwise", (x, weight, bias, z, y), (*x.shape, weight.shape[-1]))
-        ctx.save_for_backward(x, weight, bias, z if gelu else None)
-        return z if y is None else y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, weight, bias, z = ctx.saved_tensor()
-        gradients = _gradients(x, weight, bias)
-        run_kernel("depthwise_backward", (x, weight, z, _dense(dy), *gradients), (*x.shape, weight.shape[-1]))
-        return tuple(gradients if bias is not None else gradients[:2])
+        ctx.kernel, ctx.sizes = "depthwise", (*x.shape, weight.shape[-1])
+        return _activated(ctx, x, weight, bias, _like(x), gelu)
 
 
-class Strided(PyLayer):
+def _activated(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gelu: bool) -> Tensor:
+    """Run the kernel into `z`; return it, or what GELU makes of it."""
+    y = _like(z) if gelu else None
+    run_kernel(ctx.kernel, (x, weight, bias, z, y), ctx.sizes)
+    ctx.save_for_backward(x, weight, bias, z if gelu else None)
+    return z if y is None else y
+
+
+class Strided(Weighted):
     """Convolve, padded by half the kernel: (B, H, W, C), or `channels_first` (B, C, H, W), to (B, H', W', N)."""
 
     @staticmethod
@@ -150,17 +149,10 @@ class Strided(PyLayer):
         high, wide = -(-h // stride), -(-w // stride)
         y = _empty([b, high, wide, outputs], x.dtype)
         patches = _empty([b * high * wide, c * kernel * kernel], x.dtype)
-        ctx.sizes = (b, h, w, c, outputs, kernel, stride, *steps)
+        ctx.kernel, ctx.sizes = "strided", (b, h, w, c, outputs, kernel, stride, *steps)
         run_kernel("strided", (x, weight, bias, y, patches), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, patches)
         return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, weight, bias, patches = ctx.saved_tensor()
-        gradients = _gradients(x, weight, bias)
-        run_kernel("strided_backward", (patches, weight, _dense(dy), *gradients), ctx.sizes)
-        return tuple(gradients)
 
 
 class Context(PyLayer):
@@ -249,14 +241,9 @@ class Swap(PyLayer):
 
 def _swapped(x: Tensor, to_first: bool) -> Tensor:
     x = _dense(x)
-    if to_first:
-        b, h, w, c = x.shape
-        shape, sizes = [b, c, h, w], (b, h * w, c)
-    else:
-        b, c, h, w = x.shape
-        shape, sizes = [b, h, w, c], (b, c, h * w)
-    y = _empty(shape, x.dtype)
-    run_kernel("swap", (x, y), sizes)
+    b, one, two, three = x.shape
+    y = _empty([b, three, one, two] if to_first else [b, two, three, one], x.dtype)
+    run_kernel("swap", (x, y), (b, one * two, three) if to_first else (b, one, two * three))
     return y
 
 

@@ -31,7 +31,16 @@ def progress(
     console = Console(stderr=True)
     estimate = _Estimate(total, unit, after)
     if not console.is_terminal:
-        yield _Lines(what, estimate, every)
+        last = estimate.began
+
+        def print_line(done: int) -> None:
+            nonlocal last
+            estimate.add(done)
+            if estimate.now - last >= every:
+                last = estimate.now
+                print(f"{what}: {estimate.done} of {total} {unit}, {estimate}", file=sys.stderr, flush=True)
+
+        yield print_line
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), estimate)
     with Progress(*columns, console=console, transient=True) as bar:
@@ -68,22 +77,6 @@ class _Estimate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(str(self), style="cyan")
-
-
-class _Lines:
-    """Progress for a log file."""
-
-    def __init__(self, what: str, estimate: _Estimate, every: float):
-        self.what, self.estimate, self.every = what, estimate, every
-        self.last = estimate.began
-
-    def __call__(self, done: int) -> None:
-        estimate = self.estimate
-        estimate.add(done)
-        if estimate.now - self.last >= self.every:
-            self.last = estimate.now
-            of = f"{estimate.done} of {estimate.total} {estimate.unit}"
-            print(f"{self.what}: {of}, {estimate}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fcvit.errors import DoesNotFit, NumbersDisagree
-from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec
 from fcvit.report.progress import progress
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference, images_needed
@@ -151,11 +150,6 @@ class Verification:
             f"float64 difference {comparison.float64_difference:.1e} (limit {FLOAT64_LIMIT:.0e}), "
             f"float32 error ratio {comparison.error_ratio:.2f} (limit {RATIO_LIMIT})"
         )
-
-
-def can_verify() -> bool:
-    """Return whether both frameworks are installed."""
-    return installed("paddle") and installed("torch")
 
 
 def verify_weights(converted: Weights, source: Weights) -> Verification:
