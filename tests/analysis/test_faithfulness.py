@@ -225,6 +225,7 @@ def count(request, monkeypatch):
 
 
 @needs_paddle
+@pytest.mark.slow
 @pytest.mark.charts
 def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
     photos = photos[:count]
@@ -259,6 +260,7 @@ def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [9, 11])
 def test_an_interruption_keeps_what_was_measured(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
     """Of ten images at least; from both halves of them."""
