@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -21,6 +22,8 @@ from typing import Any
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.interrupts import check, held_back, kept
 from fcvit.text import escape_json
+
+logger = logging.getLogger("fcvit")
 
 try:
     import fcntl
@@ -167,6 +170,7 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
     """
     folder = _free_folder(command) if folder is None else _claim(folder)
     record: dict[str, object] = {"command": command, "arguments": sys.argv[1:], "began": _now(), "versions": versions()}
+    logger.debug(f"writing to {folder}")
     with _recorded(folder, record | dict(details or {})):
         yield folder
 

@@ -6,6 +6,7 @@ What the network did not see is pale and has no color.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,14 @@ class Scene:
 
     image: np.ndarray
     seen: np.ndarray
+
+    @functools.cached_property
+    def gray(self) -> np.ndarray:
+        """Give the luminance in three channels, from light gray to white: dark and bright are for the map."""
+        luminance = self.image @ np.array([0.299, 0.587, 0.114])
+        low, high = np.percentile(luminance[self.seen], [1, 99])
+        share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
+        return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +170,8 @@ def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
 
     there = np.isfinite(one)
     colors = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
-    gray = _gray(scene)
-    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * gray
-    return np.where(there[..., None], mixed.round(), _pale(gray, scene.seen)).astype(np.uint8)
+    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * scene.gray
+    return np.where(there[..., None], mixed.round(), _pale(scene.gray, scene.seen)).astype(np.uint8)
 
 
 def _show_map(axes: Any, scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
@@ -193,14 +201,6 @@ def _color_bar(figure: "Figure", scale: "Normalize", label: str, **where: Any) -
     colors = ScalarMappable(scale, ListedColormap(mixed))
     bar = figure.colorbar(colors, label=label, extend="both", ticks=MaxNLocator(5), format="%g", **where)
     bar.ax.tick_params(labelsize=8, length=2)
-
-
-def _gray(scene: Scene) -> np.ndarray:
-    """Return the luminance in three channels, stretched from light gray to white: dark and bright are for the map."""
-    luminance = scene.image @ np.array([0.299, 0.587, 0.114])
-    low, high = np.percentile(luminance[scene.seen], [1, 99])
-    share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
-    return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Read weights that fit an FCViT exactly, or list everything that does not fit."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from fcvit.weights.header import sidecar
 from fcvit.weights.hub import settings_beside
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
+
+logger = logging.getLogger("fcvit")
 
 CLASSIFIER_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
@@ -144,6 +147,9 @@ def read_weights(
     if backbone and spec.head == "classifier":
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
+    logger.debug(
+        f"read {checkpoint.path}: {spec}, {checkpoint.format}, {layout} layout, {len(skipped)} entries skipped"
+    )
     return Weights(
         spec,
         {name: tensors[name] for name in wanted if name in tensors},
