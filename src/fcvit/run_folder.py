@@ -33,18 +33,8 @@ except ImportError:  # Windows
 TEMPORARY = ".fcvit-tmp-"
 """Names of what is being written begin so: what a process that was killed has left is known by it."""
 
-PACKAGES = [
-    "fcvit",
-    "paddlepaddle",
-    "paddlepaddle-gpu",
-    "torch",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "numpy",
-    "pillow",
-    "safetensors",
-]
+FRAMEWORKS = ("paddlepaddle", "paddlepaddle-gpu", "torch", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("fcvit", *FRAMEWORKS, "numpy", "pillow", "safetensors")
 
 
 def versions() -> dict[str, str]:

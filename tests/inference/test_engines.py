@@ -321,7 +321,7 @@ def test_a_batch_in_pieces(images, threads, most, sizes):
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_an_engine_names_what_its_export_depends_on(name):
-    assert cache.PACKAGES[name] and cache.FORMAT_OF[name] in cache.MAIN
+    assert cache.PACKAGES[name] and cache.FORMATS[name] in cache.ENDINGS
 
 
 def test_the_mean_is_not_taken_twice(weights, images):

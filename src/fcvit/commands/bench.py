@@ -244,7 +244,12 @@ def bench(
     pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
     pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
-        timings = _measure(possible, read, pixels, rounds)
+        timings: dict[Contender, Timing | FcvitError] = {}
+        load = functools.partial(_load, weights=read, pixels=pixels)
+        with progress("measuring", (1 + rounds) * len(possible), "turns") as advance:  # loading counts as one
+            # Only those that are compared live at the same time.
+            for _, group in itertools.groupby(possible, key=lambda one: (one.threads, one.batch_size)):
+                timings |= interleave(load, list(group), rounds, advance=advance)
         errors = {one: error for one, error in timings.items() if isinstance(error, FcvitError)}
         if len(errors) == len(timings):
             one, error = next(iter(errors.items()))
@@ -277,18 +282,6 @@ def synthetic_weights(variant: Variant) -> Weights:
     spec = ModelSpec(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} synthetic"), MEMORY, {}, None, b"")
     return Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ())
-
-
-def _measure(
-    contenders: Sequence[Contender], weights: Weights, pixels: Preprocessing, rounds: int
-) -> dict[Contender, Timing | FcvitError]:
-    """Measure group by group: only those that are compared live at the same time."""
-    timings: dict[Contender, Timing | FcvitError] = {}
-    load = functools.partial(_load, weights=weights, pixels=pixels)
-    with progress("measuring", (1 + rounds) * len(contenders), "turns") as advance:  # loading counts as one
-        for _, group in itertools.groupby(contenders, key=lambda one: (one.threads, one.batch_size)):
-            timings |= interleave(load, list(group), rounds, advance=advance)
-    return timings
 
 
 def _load(job: Contender, weights: Weights, pixels: Preprocessing) -> tuple[Callable[[], float], list[np.ndarray]]:

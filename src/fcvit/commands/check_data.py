@@ -297,16 +297,10 @@ def _find_splits(data: File | None, elsewhere: Iterable[str]) -> dict[str, Sourc
 
 
 def _count(name: str, source: Source, tree: Tree, few: int) -> Split:
-    classes = dict.fromkeys(source.folders(), 0)
-    others: collections.Counter[str] = collections.Counter()
-    outside = []
-    for file in tree.files:
-        if not is_image(file):
-            others.update([posixpath.splitext(file)[1].lower()] if "/" in file else [])
-        elif "/" in file:
-            classes[file.split("/")[0]] += 1
-        else:
-            outside.append(file)
+    inside = [file for file in tree.files if "/" in file]
+    images = collections.Counter(file.split("/")[0] for file in inside if is_image(file))
+    others = collections.Counter(posixpath.splitext(file)[1].lower() for file in inside if not is_image(file))
+    classes = {label: images[label] for label in source.folders()}
     sizes = [count for count in classes.values() if count]
     return Split(
         name,
@@ -316,7 +310,7 @@ def _count(name: str, source: Source, tree: Tree, few: int) -> Split:
         tuple(label for label, count in classes.items() if 0 < count < few),
         max(sizes) / min(sizes) if sizes else None,
         dict(sorted(others.items())),
-        tuple(outside),
+        tuple(file for file in tree.files if "/" not in file and is_image(file)),
     )
 
 

@@ -54,18 +54,10 @@ def finetune(
 def finetune_recipe(
     weights: str | os.PathLike[str], data: str | os.PathLike[str], overrides: Mapping[str, object] | None = None
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe of a fine-tuning, and notes about the choices in it.
+    """Return the recipe of a fine-tuning with fields as in `read_recipe`, and notes about the choices in it.
 
     The head is new unless the folders are the classes that the weights name. A batch is at most a quarter of
     the training images, so that an epoch has several steps; the warm-up is at most a fifth of the epochs.
-
-    Args:
-        weights: a checkpoint of any format.
-        data: class folders, or `train` and `val` with class folders in them; also a tar.
-        overrides: fields of the recipe, as in `fcvit.training.recipe.read_recipe`.
-
-    Raises:
-        What `read_recipe`, `read_weights` and `find_splits` raise.
     """
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, {"true": True, "false": False}.get(str(given.get("ema")).lower()))

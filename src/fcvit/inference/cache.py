@@ -26,7 +26,7 @@ import numpy as np
 from fcvit import __version__
 from fcvit.errors import FcvitError
 from fcvit.inference.check import check_export, require_reference, sample_images
-from fcvit.inference.export import files, require_writer, write_export
+from fcvit.inference.export import ENDINGS, files, require_writer, write_export
 from fcvit.inference.interface import Interface
 from fcvit.inference.quantize import quantize
 from fcvit.inference.runtimes import RUNTIMES, import_runtime
@@ -36,8 +36,7 @@ from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
 
-FORMAT_OF = {"onnxruntime": "onnx", "openvino": "onnx", "paddle-inference": "paddle"}
-MAIN = {"onnx": "network.onnx", "paddle": "network.json"}
+FORMATS = {"onnxruntime": "onnx", "openvino": "onnx", "paddle-inference": "paddle"}
 PACKAGES = {
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
@@ -75,12 +74,12 @@ def exported(
         MissingExtra, UsageError: see `write_export`, `check_export`.
     """
     import_runtime(runtime)  # what is missing is reported before any work is announced
-    main = MAIN[FORMAT_OF[runtime]]
+    main = f"network{ENDINGS[FORMATS[runtime]][-1]}"
     entry = cache_folder() / entry_key(weights, interface, runtime, calibration)
     if use_cache and _intact(entry, main):
         yield entry / main
         return
-    require_writer(FORMAT_OF[runtime])
+    require_writer(FORMATS[runtime])
     require_reference()
     write = functools.partial(_write, weights, interface, runtime, calibration)
     with contextlib.ExitStack() as stack:
@@ -166,14 +165,14 @@ def _sources() -> str:
 def _write(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
     """Write the export and check it, then quantize it if asked."""
     assert interface.size is not None
-    write_export(weights, interface, FORMAT_OF[runtime], path)
+    write_export(weights, interface, FORMATS[runtime], path)
     images = sample_images(weights.spec, interface.size)
     check_export(
         RUNTIMES[runtime](path, 1), weights, interface, images, f"{weights.source.path} exported for {runtime}"
     )
     if calibration is not None:
         quantize(path, calibration, interface)
-    hashes = {file.name: _sha256(file) for file in files(path, FORMAT_OF[runtime])}
+    hashes = {file.name: _sha256(file) for file in files(path, FORMATS[runtime])}
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
 
 

@@ -234,7 +234,10 @@ class _Writer:
         weight = self.scale(self.op("Div", centered, deviation), self.tensors[f"{name}.rescale_weight"])
         weight = self.op("Add", weight, _column(self.tensors[f"{name}.rescale_bias"]))
         value = self.op("Reshape", value, _target(0, heads, share, 1))
-        return self.spread(self.op("Add", flat, self.op("Mul", weight, value)), width)
+        mixed = self.op("Add", flat, self.op("Mul", weight, value))  # (B, heads, share, positions)
+        if self.sides is not None:
+            return self.op("Reshape", mixed, _target(0, width, *self.sides))
+        return self.op("Reshape", mixed, self.op("Concat", _target(0, width), self.shape, axis=0))
 
     def unbiased(self, variance: str) -> str:
         """Turn the mean of squares over heads and positions into the unbiased variance."""
@@ -247,12 +250,6 @@ class _Writer:
         count = self.op("Mul", positions, np.array(float(heads)))
         others = self.op("Max", self.op("Sub", count, np.array(1.0)), np.array(1.0))
         return self.op("Mul", variance, self.op("Div", count, others))
-
-    def spread(self, x: str, width: int) -> str:
-        """Reshape (B, heads, share, positions) to (B, C, H, W)."""
-        if self.sides is not None:
-            return self.op("Reshape", x, _target(0, width, *self.sides))
-        return self.op("Reshape", x, self.op("Concat", _target(0, width), self.shape, axis=0))
 
     def bottleneck(self, x: str, inner: int, name: str) -> str:
         if not self.v.competition:
@@ -273,7 +270,13 @@ class _Writer:
         normed = self.norm(x, None, f"{block}.norm2")
         result = None if attention else x
         for part in self.parts(self.v.widths[stage] * self.v.mlp_ratios[stage]):
-            hidden = self.hidden(normed, first, part, name)
+            self.place = f"{name}.fc1"
+            hidden = self.conv(normed, (first[0][part], first[1][part]))
+            if self.v.channel_dwconv:
+                self.place = f"{name}.dwconv"
+                weight, bias = self.pair(self.place)
+                hidden = self.conv(hidden, (weight[part], bias[part]), groups=len(bias[part]))
+            hidden = self.op("Gelu", hidden)
             self.place = f"{name}.fc2"
             piece = self.conv(hidden, (last[0][:, part], last[1] * (part.start == 0)))  # the bias once
             result = piece if result is None else self.op("Add", piece, result)
@@ -282,16 +285,6 @@ class _Writer:
             return result
         result = self.channel_attention(result, f"{name}.channel_att")
         return self.op("Add", x, result if layer_scale is None else self.scale(result, layer_scale))
-
-    def hidden(self, x: str, first: algebra.Pair, part: slice, name: str) -> str:
-        """Compute some of the hidden channels."""
-        self.place = f"{name}.fc1"
-        x = self.conv(x, (first[0][part], first[1][part]))
-        if self.v.channel_dwconv:
-            self.place = f"{name}.dwconv"
-            weight, bias = self.pair(self.place)
-            x = self.conv(x, (weight[part], bias[part]), groups=len(bias[part]))
-        return self.op("Gelu", x)
 
     def parts(self, channels: int) -> list[slice]:
         """Divide the hidden channels into groups that stay in a core's cache; whole vectors of 16."""

@@ -7,7 +7,7 @@ that drifts. Top-1 agreement decides nothing: on a handful of images it notices 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,32 +111,29 @@ class Verification:
         """Show the checks, and the drift by stage or after every block."""
         from fcvit.report.tables import table, verdict
 
-        checks = table(
-            "check", "measured", "limit", "", title=f"verification of {self.spec}", right=("measured", "limit")
-        )
         same = f"{self.tensors - len(self.different)} of {self.tensors}"
-        checks.add_row("tensors equal bit for bit", same, str(self.tensors), verdict(not self.different))
+        rows: list[Sequence[Any]] = [
+            ("tensors equal bit for bit", same, str(self.tensors), verdict(not self.different))
+        ]
         compared = [(self.comparison, "")]
         if self.synthetic:
             compared.append((self.synthetic, " (synthetic weights: the file's own hide the blocks)"))
         for one, note in compared:
             close, near = one.float64_difference <= FLOAT64_LIMIT, one.error_ratio <= RATIO_LIMIT
             difference, limit = f"{one.float64_difference:.1e}", f"{FLOAT64_LIMIT:.0e}"
-            checks.add_row(f"float64 difference, largest over std{note}", difference, limit, verdict(close))
+            rows.append((f"float64 difference, largest over std{note}", difference, limit, verdict(close)))
             ratio, limit = f"{one.error_ratio:.2f}", f"{RATIO_LIMIT:.0f}"
-            checks.add_row(f"float32 rms error over PyTorch's{note}", ratio, limit, verdict(near))
-        checks.add_row("largest float32 difference", f"{self.comparison.float32_max:.2e}", "", "")
-        checks.add_row("mean float32 difference", f"{self.comparison.float32_mean:.2e}", "", "")
+            rows.append((f"float32 rms error over PyTorch's{note}", ratio, limit, verdict(near)))
+        rows.append(("largest float32 difference", f"{self.comparison.float32_max:.2e}"))
+        rows.append(("mean float32 difference", f"{self.comparison.float32_mean:.2e}"))
         if self.rounding_cost:
-            checks.add_row(f"cost of storing as {self.stored_as}, largest", f"{self.rounding_cost:.2e}", "", "")
-        yield checks
-        drift = table(
-            "layer", "drift", "", title="drift by stage (float64, over the standard deviation)", right=("drift",)
-        )
-        for layer in (self.synthetic or self.comparison).drift:
-            if self.blocks or layer.name.count(".") != 2:
-                drift.add_row(layer.name, f"{layer.drift:.1e}", verdict(layer.drift <= FLOAT64_LIMIT))
-        yield drift
+            rows.append((f"cost of storing as {self.stored_as}, largest", f"{self.rounding_cost:.2e}"))
+        right = ("measured", "limit")
+        yield table("check", *right, "", rows=rows, title=f"verification of {self.spec}", right=right)
+        layers = [one for one in (self.synthetic or self.comparison).drift if self.blocks or one.name.count(".") != 2]
+        rows = [(one.name, f"{one.drift:.1e}", verdict(one.drift <= FLOAT64_LIMIT)) for one in layers]
+        title = "drift by stage (float64, over the standard deviation)"
+        yield table("layer", "drift", "", rows=rows, title=title, right=("drift",))
 
     def failure(self) -> str:
         """Return what is wrong, in one line."""
