@@ -2,20 +2,23 @@
 
 Run:  .venv/bin/python benchmarks/similarity.py [--variant NAME] [--size N] [--rounds N] [--json FILE]
 
-One image, float32, both networks on synthetic weights; plain and keeping passes in turn, the
-ratio of neighbors in time, then the median. The maps are taken to NumPy in the time. Prints its ratios last.
+One image, float32, both networks on synthetic weights; plain and keeping passes in turn, the ratio of neighbors in
+time, then the median (`fcvit.inference.interleave`). The maps are taken to NumPy in the time. Prints its ratios last.
 """
 
 import argparse
+import functools
 import json
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from fcvit.commands.bench import synthetic_weights
+from fcvit.errors import FcvitError
 from fcvit.frameworks import import_framework
+from fcvit.inference.interleave import interleave, median_ratio, timed
 from fcvit.machine import available_threads, processor_name
 from fcvit.models.variants import VARIANTS
 
@@ -27,66 +30,50 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    weights = synthetic_weights(VARIANTS[arguments.variant], print)
-    images = np.random.default_rng(0).normal(size=(1, 3, arguments.size, arguments.size)).astype(np.float32)
-    found = {}
-    for name, passes in (("paddle", paddle_passes(weights, images)), ("torch", torch_passes(weights, images))):
-        times: list[list[float]] = []
-        for _ in range(arguments.rounds + 1):
-            times.append([])
-            for compute in passes:
-                began = time.perf_counter()
-                compute()
-                times[-1].append(time.perf_counter() - began)
-        plain, keeping = zip(*times[1:], strict=True)
-        ratio = statistics.median(one / other for one, other in zip(keeping, plain, strict=True))
-        found[name] = {"plain": statistics.median(plain), "keeping": statistics.median(keeping), "ratio": ratio}
+    load = functools.partial(load_passes, variant=arguments.variant, size=arguments.size)
+    results = {}
+    for name, timing in interleave(load, ("paddle", "torch"), arguments.rounds, calls=1, seconds=0).items():
+        if isinstance(timing, FcvitError):
+            raise timing
+        plain, keeping = zip(*(times for (times,) in timing.rounds), strict=True)
+        medians = {"plain": statistics.median(plain), "keeping": statistics.median(keeping)}
+        results[name] = medians | {"ratio": median_ratio(keeping, plain)}
     machine = f"{processor_name()}, {available_threads()} cores"
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "seconds": found}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"machine": machine, "seconds": results}, indent=2) + "\n")
     print(f"{arguments.variant} at {arguments.size} x {arguments.size}, {machine}; medians of {arguments.rounds}")
-    for name, row in found.items():
+    for name, row in results.items():
         print(f"{name}: plain {1e3 * row['plain']:.1f} ms, with the maps {1e3 * row['keeping']:.1f} ms")
-    for name, row in found.items():
+    for name, row in results.items():
         print(f"{name}: {row['ratio']:.2f} times a plain pass")
 
 
-def paddle_passes(weights, images):
-    paddle = import_framework("paddle")
-    from fcvit.models.build import build_classifier
+def load_passes(name: str, variant: str, size: int) -> tuple[Callable[[], list[float]], None]:
+    """Return a function that does a plain and a keeping pass, and returns the seconds of each."""
+    weights = synthetic_weights(VARIANTS[variant])
+    images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
+    framework = import_framework(name)
+    if name == "paddle":
+        from fcvit.models.build import build_classifier
 
-    model, x = build_classifier(weights), paddle.to_tensor(images)
+        model, x, without_gradients = build_classifier(weights), framework.to_tensor(images), framework.no_grad
+    else:
+        from fcvit.reference.build import build_reference
 
-    def plain():
-        with paddle.no_grad():
+        model = build_reference(weights.spec, weights.tensors)
+        x, without_gradients = framework.from_numpy(images), framework.inference_mode
+
+    def plain() -> None:
+        with without_gradients():
             model(x).numpy()
 
-    def keeping():
-        with paddle.no_grad():
+    def keeping() -> None:
+        with without_gradients():
             for one in model.similarity(x):
                 one.standardised.numpy()
                 one.rescaled.numpy()
 
-    return plain, keeping
-
-
-def torch_passes(weights, images):
-    torch = import_framework("torch")
-    from fcvit.reference.build import build_reference
-
-    model, x = build_reference(weights.spec, weights.tensors), torch.from_numpy(images)
-
-    def plain():
-        with torch.inference_mode():
-            model(x).numpy()
-
-    def keeping():
-        with torch.inference_mode():
-            for one in model.similarity(x):
-                one.standardised.numpy()
-                one.rescaled.numpy()
-
-    return plain, keeping
+    return lambda: [timed(plain)(), timed(keeping)()], None
 
 
 if __name__ == "__main__":

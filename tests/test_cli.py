@@ -375,7 +375,7 @@ def test_python_dash_m():
     assert command("--version").stdout.strip() == __import__("fcvit").__version__
 
 
-def test_a_lively_golden_of_the_command_line(run, tmp_path):
+def test_a_golden_of_the_command_line_on_synthetic_weights(run, tmp_path):
     """What `fcvit inspect --json` says of a dense backbone."""
     import dataclasses
 
@@ -727,6 +727,7 @@ def test_old_names_and_the_flags_of_every_command(run, digits_pth, image, monkey
     words = ("predict", image, "--weights", digits_pth, "--engine", "auto")
     loud, quiet = run(*words), run(*words, "-q")
     assert loud[:2] == quiet[:2] and "note: engine" in loud[2] and not quiet[2]
+    assert f"note: read {digits_pth}" in run(*words, "-v")[2] and "note: read" not in loud[2]
     assert run("recipes", "-v", "digits")[0] == 0
     code, _, err = run("heads")
     note, problem = err.splitlines()

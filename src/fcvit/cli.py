@@ -146,7 +146,8 @@ def _print_result(result: Any, as_json: bool) -> int:
     if as_json:
         from fcvit.run_folder import to_json
 
-        content = result.to_json() if hasattr(result, "to_json") else dataclasses.asdict(result)
+        as_fields = dict if isinstance(result, dict) else dataclasses.asdict
+        content = result.to_json() if hasattr(result, "to_json") else as_fields(result)
         if content is not None:
             print(to_json(content), end="")
     else:

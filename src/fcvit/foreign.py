@@ -1,4 +1,4 @@
-"""What a file really is that is no image, or no checkpoint, by its first bytes."""
+"""Tell by its first bytes what a file is that is no image, or no checkpoint."""
 
 KIND_BYTES = 512  # that `foreign_kind` looks at
 TEXT = "a text file"

@@ -1,6 +1,6 @@
 """Import PaddlePaddle or PyTorch when a model is needed: quietly, or with the remedy.
 
-Nothing else of the package imports either of them at the top, save the two files that hold the
+Nothing else of the package imports either of them at the top, save the files that hold
 networks. Importing Paddle warns about a compiler cache and adds a handler to the root logger;
 neither is the user's business.
 """
@@ -39,7 +39,7 @@ _SIGACTION = 512  # bytes, more than any system's `struct sigaction`
 
 
 def installed(framework: str) -> bool:
-    """Whether `framework` ("paddle" or "torch") can be found, without importing it."""
+    """Return whether `framework` ("paddle" or "torch") is installed, without importing it."""
     return importlib.util.find_spec(framework) is not None
 
 
@@ -125,7 +125,7 @@ def _sigterm_taken_back() -> Iterator[None]:
 def quiet_standard_output() -> Iterator[None]:
     """Send what C++ code prints to the standard output, which is the user's, to nowhere; of the whole process."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    standard_output = os.dup(1)
     try:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
@@ -133,12 +133,12 @@ def quiet_standard_output() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, TypeError):
             ctypes.CDLL(None).fflush(None)  # what is still in C's buffer would come out later
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(standard_output, 1)
+        os.close(standard_output)
 
 
 def paddle_place(device: str = "auto") -> str:
-    """Resolve `--device` (auto, cpu, gpu, gpu:N) to Paddle's name of the place, and check it.
+    """Resolve `--device` (auto, cpu, gpu, gpu:N) to Paddle's name of the device, and check it.
 
     `auto` is the first GPU where this build of Paddle has one, else the CPU.
 
@@ -153,7 +153,7 @@ def paddle_place(device: str = "auto") -> str:
 
 @contextlib.contextmanager
 def on_paddle_device(place: str) -> Iterator[None]:
-    """Paddle's device for the time of a block: it is global, and the caller's afterwards."""
+    """Set Paddle's device for a block: it is global, and the caller's afterwards."""
     device = import_framework("paddle").device
     before = device.get_device()
     device.set_device(place)
@@ -164,7 +164,7 @@ def on_paddle_device(place: str) -> Iterator[None]:
 
 
 def torch_place(device: str = "auto") -> str:
-    """The same for PyTorch, whose name of a GPU is `cuda:N`.
+    """Resolve `--device` for PyTorch, whose name of a GPU is `cuda:N`.
 
     Raises:
         UsageError: the name is unknown, or the machine has no such device.
@@ -204,7 +204,7 @@ _GPU_BUILD = {
 
 
 def _place(device: str, kind: str, index: int, gpus: int | None, gpu_name: str, framework: str) -> str:
-    """The framework's name of a place; `gpus`: how many it sees, None in a build for CPUs only."""
+    """Return the framework's name of a device; `gpus`: how many it sees, None in a build for CPUs only."""
     if kind == "cpu" or (kind == "auto" and not gpus):
         return "cpu"
     if gpus is None:

@@ -13,19 +13,19 @@ except ImportError:  # Windows
 
 
 def processor_name() -> str:
-    """The model, for people."""
+    """Return a readable name of the processor."""
     return _cpuinfo().get("model name", "").strip() or platform.processor() or platform.machine()
 
 
 def processor_identity() -> str:
-    """Model and instruction sets: what was made or proved for this processor may not hold on another."""
+    """Return model and instruction sets: what was verified for this processor may not hold on another."""
     info = _cpuinfo()
-    kept = [info[name] for name in ("model name", "flags", "Features") if name in info]
-    return "".join(kept) or f"{platform.machine()} {platform.processor()}"
+    known = [info[name] for name in ("model name", "flags", "Features") if name in info]
+    return "".join(known) or f"{platform.machine()} {platform.processor()}"
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Fields of the first core; empty where the system does not tell."""
+    """Return the fields of the first core; empty where the system does not tell."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0].splitlines()
         return {name.strip(): value for name, _, value in (line.partition(":") for line in lines)}
@@ -33,14 +33,14 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def available_threads() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most so far; 0 where the system does not tell."""
+    """Return the bytes that this process held at most so far; 0 where the system does not tell."""
     # Linux counts what the parent process held into `getrusage`, so a small child of a large process looks large.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -52,16 +52,16 @@ def peak_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping: of the machine, or of the container where that is less."""
-    found = 1 << 62
+    """Return the bytes that are available without swapping: of the machine, or of the container where that is less."""
+    available = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found = int(line.split()[1]) * 1024
+                available = int(line.split()[1]) * 1024
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit.isdecimal():
-            found = min(found, int(limit) - int((group / "memory.current").read_text()))
+            available = min(available, int(limit) - int((group / "memory.current").read_text()))
     except OSError:
         pass
-    return found
+    return available

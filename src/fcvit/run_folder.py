@@ -7,18 +7,23 @@
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
+import logging
 import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.interrupts import check, held_back, kept
 from fcvit.text import escape_json
+
+logger = logging.getLogger("fcvit")
 
 try:
     import fcntl
@@ -28,7 +33,7 @@ except ImportError:  # Windows
 TEMPORARY = ".fcvit-tmp-"
 """Names of what is being written begin so: what a process that was killed has left is known by it."""
 
-PACKAGES = (
+PACKAGES = [
     "fcvit",
     "paddlepaddle",
     "paddlepaddle-gpu",
@@ -39,7 +44,7 @@ PACKAGES = (
     "numpy",
     "pillow",
     "safetensors",
-)
+]
 
 
 def versions() -> dict[str, str]:
@@ -78,6 +83,57 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def staged_files(paths: Sequence[Path], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder beside files of one folder; those written in it replace them if the block ends well.
+
+    Args:
+        paths: replaced in this order; should the last one fail, those before it are put back.
+        overwrite: whether they may exist.
+
+    Raises:
+        UsageError: one exists and `overwrite` is off, or it is no file.
+        UnreadableFile: the folder cannot be written to, or the disk is full.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not path.is_file():
+            raise UsageError(f"{path} is there already and is not a file; choose another name")
+        if os.path.lexists(path) and not overwrite:
+            raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
+    parent = paths[-1].parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent) as name:
+            yield Path(name)
+            written = [path for path in paths if (Path(name) / path.name).exists()]
+            os.umask(umask := os.umask(0))
+            for path in written:
+                temporary = Path(name) / path.name
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.chmod(0o666 & ~umask)  # a library may make its files private, the result need not be
+            _replace_all(Path(name), written)
+    except OSError as error:
+        raise UnreadableFile(f"{paths[-1]}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace_all(folder: Path, paths: Sequence[Path]) -> None:
+    *others, last = paths
+    try:
+        for path in others:
+            if path.exists():
+                os.replace(path, folder / f"replaced-{path.name}")
+            os.replace(folder / path.name, path)
+        os.replace(folder / last.name, last)
+    except OSError:
+        for path in others:
+            if not (folder / path.name).exists():
+                path.unlink()
+            if (folder / f"replaced-{path.name}").exists():
+                os.replace(folder / f"replaced-{path.name}", path)
+        raise
+
+
 def to_json(content: object) -> str:
     """Readable JSON; infinite numbers and NaN, which JSON does not have, become null."""
     return escape_json(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False)) + "\n"
@@ -114,6 +170,7 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
     """
     folder = _free_folder(command) if folder is None else _claim(folder)
     record: dict[str, object] = {"command": command, "arguments": sys.argv[1:], "began": _now(), "versions": versions()}
+    logger.debug(f"writing to {folder}")
     with _recorded(folder, record | dict(details or {})):
         yield folder
 
@@ -148,29 +205,13 @@ def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
         yield folder
 
 
-def read_run(folder: Path, command: str) -> dict[str, Any]:
-    """Return the record of a run of this command.
+def read_run(folder: Path, command: str | None = None) -> dict[str, Any]:
+    """Return the record of a run, of this command if one is given.
 
     Raises:
         UnreadableFile: there is none, or it is damaged.
         UsageError: it is of another command.
     """
-    record = _read_record(folder)
-    if record.get("command") != command:
-        raise UsageError(f"{folder}: not a run of fcvit {command}")
-    return record
-
-
-def read_command(folder: str) -> str:
-    """Return the command of a run.
-
-    Raises:
-        UnreadableFile: there is no run, or its record is damaged.
-    """
-    return str(_read_record(Path(folder)).get("command"))
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
@@ -180,6 +221,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise UnreadableFile(f"{path}: damaged ({str(error)[:80]})") from error
     if not isinstance(record, dict):
         raise UnreadableFile(f"{path}: damaged (not a record)")
+    if command and record.get("command") != command:
+        raise UsageError(f"{folder}: not a run of fcvit {command}")
     return record
 
 
@@ -226,21 +269,14 @@ def _locked(folder: Path) -> Iterator[None]:
                 raise UsageError(f"{folder}: another process is at work on this run") from error
             except OSError:
                 break  # a network disk without locks
-            if _is_at(file, path):
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
             # Who had the lock has removed the file since it was opened: others lock a new one.
         try:
             yield
         finally:
             path.unlink(missing_ok=True)  # while the lock is held, so that it is no other's
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is the one at the path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _now() -> str:
@@ -261,10 +297,7 @@ def _claim(folder: Path) -> Path:
 
 
 def _free_folder(name: str) -> Path:
-    number = 1
-    while True:
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
-            return _claim(folder)
-        except UsageError:
-            number += 1
+    for number in itertools.count(1):
+        with contextlib.suppress(UsageError):
+            return _claim(Path("runs") / (name if number == 1 else f"{name}-{number}"))
+    raise AssertionError

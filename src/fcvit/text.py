@@ -45,7 +45,12 @@ def printable(text: str, keep: str = "") -> str:
         text: anything, such as a name from a file.
         keep: unsafe characters that stay, such as a line feed in text of several lines.
     """
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+
+def one_line(text: object) -> str:
+    """Return a file's own words for a message: one line, of bearable length, nothing that a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
 def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
@@ -85,7 +90,7 @@ def strict_json(text: str | bytes) -> Any:
 
 def escape_json(text: str) -> str:
     """Escape in JSON what `printable` replaces; the values stay the same."""
-    return re.sub(_UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+    return re.sub(_UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:

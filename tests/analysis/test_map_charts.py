@@ -1,5 +1,7 @@
 """Charts and tables of what maps measure, read back: every figure under its own name."""
 
+import inspect
+
 import pytest
 
 from fcvit.analysis import map_charts as task
@@ -14,7 +16,7 @@ def figure_of(draw, *arguments):
     """What a chart draws, before it becomes a PNG file."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with drawing():
-        return draw(*arguments)
+        return inspect.unwrap(draw)(*arguments)
 
 
 @pytest.mark.charts
@@ -22,7 +24,7 @@ def test_measures_stand_over_the_layers_first_and_second_contexts_apart():
     names = ["stage1.block1.context1", "stage1.block1.context2", "stage2.block1.context1", "stage2.block1.context2"]
     layers = [LayerStats(name, *(number + field / 10 for field in range(7))) for number, name in enumerate(names)]
     assert task.depth_chart("net", layers, 12).startswith(b"\x89PNG")
-    figure = figure_of(task._depth, "net", layers, 12)
+    figure = figure_of(task.depth_chart, "net", layers, 12)
     expected = ((0, None), (1, 3), (2, 4), (5, None), (6, None))  # fields of each measure and its noise
     for axes, (field, noise) in zip(figure.axes, expected, strict=True):
         drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
@@ -47,7 +49,7 @@ def curves(name, start):
 @pytest.mark.charts
 def test_curves_and_their_controls_are_drawn_where_they_belong():
     one, other = curves("stage1.block1.context2", 0.0), curves("occlusion", 0.5)
-    figure = figure_of(task._faithfulness, [one, other], "title", 12)
+    figure = figure_of(task.faithfulness_chart, [one, other], "title", 12)
     assert task.faithfulness_chart([one, other], "title", 12).startswith(b"\x89PNG")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["1.1.2", "occlusion", "", ""]
     highest = max(max(line.get_ydata()) for axes in figure.axes for line in axes.lines)
@@ -67,7 +69,7 @@ def test_curves_and_their_controls_are_drawn_where_they_belong():
 @pytest.mark.charts
 @pytest.mark.parametrize(("count", "across"), [(9, 9), (17, 8)])
 def test_many_maps_are_broken_into_bands(count, across):
-    figure = figure_of(task._faithfulness, [curves(f"{n}", 0.0) for n in range(count)], "title", 12)
+    figure = figure_of(task.faithfulness_chart, [curves(f"{n}", 0.0) for n in range(count)], "title", 12)
     drawn = [axes for axes in figure.axes if axes.lines]
     assert len(drawn) == 2 * count and figure.axes[0].get_gridspec().ncols == across
 

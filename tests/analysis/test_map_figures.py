@@ -1,5 +1,6 @@
 """Pictures of maps, read back: what is where, in which color, under which name."""
 
+import inspect
 import io
 
 import numpy as np
@@ -27,7 +28,7 @@ def level(row, column, low=0.0, high=1.0):
 
 def figure_of(rows, title="a.png: stage 1", subtitle="cat 90 %", columns=4, scene=SCENE):
     with drawing():
-        return task._figure(scene, rows, title, subtitle, "similarity", columns)
+        return inspect.unwrap(task.maps_figure)(scene, rows, title, subtitle, "similarity", columns)
 
 
 def tiles(figure):
@@ -163,7 +164,7 @@ def test_an_overview_has_a_line_for_each_image_and_one_bar(count):
         for n in range(count)
     ]
     with drawing():
-        figure = task._overview(panels, [f"stage {n}" for n in range(1, 5)], "thirty", "similarity")
+        figure = inspect.unwrap(task.maps_overview)(panels, [f"stage {n}" for n in range(1, 5)], "thirty", "similarity")
     axes, bar = figure.axes
     assert bar.get_xlabel() == "similarity"
     pasted, texts = (

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from conftest import DIGITS, needs_paddle, write_pth
-from fcvit.analysis.similarity import Viewer, picture
+from fcvit.analysis.similarity import MapChoice, Viewer, picture
 from fcvit.commands import demo as task
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
@@ -263,17 +263,18 @@ class Page:
         until(same, "the expected picture")
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page, seen = Page(browser, address), shipped.see(decode(three))
 
     def expected(where, heads, which, scale="picture"):
-        return picture(shipped, seen, "three.png", where, heads, which, scale)
+        return picture(shipped, seen, "three.png", where, MapChoice(heads, which, scale))
 
     until(lambda: page.text("#place") == "stage 3, block 2, context 1", "the last context that has a map")
     page.field.send_keys(str(three))
-    page.shows(expected((3, 2, 1), "each", "standardised"))
+    page.shows(expected((3, 2, 1), MapChoice()))
     label = until(lambda: page.text("#prediction-0").split("\n")[1:], "the classes")
     assert label[0] == "digit 3" and sum(text.endswith("%") for text in label) == 5
     page.choose("head", "mean")
@@ -301,7 +302,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     until(lambda: page.find("#examples button img"), "the examples")[0].click()
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         first = Image.fromarray(np.load(file, allow_pickle=False)["images"][0]).convert("RGB")
-    page.shows(picture(shipped, shipped.see(first), "digit-1.png", (3, 2, 1), "each", "standardised"))
+    page.shows(picture(shipped, shipped.see(first), "digit-1.png", (3, 2, 1), MapChoice()))
 
     (tmp_path / "bad.png").write_bytes(b"this is no image")
     page = Page(browser, address)
@@ -313,6 +314,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     until(lambda: page.text("#place") == "stage 1, block 1, context 2", "settings work without an image")
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
@@ -327,7 +329,7 @@ def test_two_checkpoints_stand_side_by_side(browser, shipped, three, tmp_path):
 
     def expected(*where):
         each = zip(viewers, seen, where, strict=True)
-        return [picture(viewer, one, "three.png", place, "each", "standardised") for viewer, one, place in each]
+        return [picture(viewer, one, "three.png", place, MapChoice()) for viewer, one, place in each]
 
     with served("--weights", ours, "--weights", other) as (_, address):
         page = Page(browser, address)

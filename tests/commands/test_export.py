@@ -62,7 +62,7 @@ def test_every_format_is_run_and_right(target, weights, tmp_path):
     assert done.runtime == RUNTIME[target] and done.format == target and done.files[-1] == str(path)
     assert left(path.parent) == sorted(file.rpartition("/")[2] for file in done.files)
     (check,) = done.checks
-    assert check.passed and 0 < check.ratio <= RATIO_LIMIT and check.images == (26, 32, 32) and not done.lively
+    assert check.passed and 0 < check.ratio <= RATIO_LIMIT and check.images == (26, 32, 32) and not done.synthetic
     if target == "onnx":
         about = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["fcvit"])
     else:
@@ -165,7 +165,7 @@ def test_untrained_weights_are_proved_on_others(tmp_path, weights, monkeypatch, 
     asleep = dataclasses.replace(weights, tensors=tensors)
     said = notes
     done = export(asleep, tmp_path / "asleep.onnx")
-    assert done.lively and done.lively[0].passed and any("synthetic weights" in text for text in said)
+    assert done.synthetic and done.synthetic[0].passed and any("synthetic weights" in text for text in said)
     write = task.write_export
 
     def faulty(weights, interface, target, path):

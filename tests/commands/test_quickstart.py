@@ -11,7 +11,7 @@ from conftest import needs_paddle, needs_torch
 from fcvit.commands import quickstart
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.frameworks import import_framework, installed
-from fcvit.verification import equivalence
+from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference
 from fcvit.weights.reading import read_weights
 
 ASSETS = importlib.resources.files("fcvit") / "assets"
@@ -38,19 +38,15 @@ def test_the_record_is_what_pytorch_computes(held_out):
     batch = np.stack([preprocess(Image.fromarray(i), weights.spec.variant.preprocessing) for i in held_out["images"]])
     exact, single, side = quickstart.torch_logits(weights, batch, held_out)
     assert side == "computed now"
-    assert equivalence.float64_difference(held_out["logits_float64"], exact) <= equivalence.FLOAT64_LIMIT
+    assert float64_difference(held_out["logits_float64"], exact) <= FLOAT64_LIMIT
     # Float32 differs from processor to processor, but not by more than PyTorch's own rounding error.
-    assert (
-        1 / equivalence.RATIO_LIMIT
-        <= equivalence.error_ratio(held_out["logits_float32"], single, exact)
-        <= equivalence.RATIO_LIMIT
-    )
+    assert 1 / RATIO_LIMIT <= error_ratio(held_out["logits_float32"], single, exact) <= RATIO_LIMIT
     assert len(held_out["labels"]) == 360 and np.bincount(held_out["labels"]).min() > 30
 
 
 @pytest.mark.slow
 @needs_paddle
-@pytest.mark.parametrize("live", [pytest.param(True, marks=[needs_torch, pytest.mark.ci]), False])
+@pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
 def test_the_whole_path(tmp_path, monkeypatch, live):
     if not live:
         for module in ("fcvit.commands.quickstart", "fcvit.verification.comparison", "fcvit.commands.convert"):

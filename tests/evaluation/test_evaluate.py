@@ -976,3 +976,16 @@ def test_the_callers_device_is_left_alone(folder, digits_pth, monkeypatch):
     with pytest.raises(ZeroDivisionError), frameworks.on_paddle_device("cpu"):
         raise ZeroDivisionError
     assert calls == ["cpu", "gpu:7"]
+
+
+@needs_paddle
+def test_auto_is_decided_once(folder, digits_pth, tmp_path, monkeypatch):
+    """A run that goes on must not decide again which engine is the fastest."""
+    from fcvit.evaluation import settings
+
+    create = settings.create_engine
+    chosen = {"auto": "paddle"}
+    monkeypatch.setattr(settings, "create_engine", lambda name, *given: create(chosen.get(name, name), *given))
+    done = evaluate(digits_pth, folder, engines="auto", device="cpu", folder=tmp_path / "run")
+    assert done.results[0].engine == "paddle"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]["engines"] == "paddle"

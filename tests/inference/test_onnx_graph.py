@@ -1,4 +1,4 @@
-"""The ONNX graph against the authors' goldens in float64, computed by onnx's own evaluator: gate A."""
+"""The ONNX graph against the authors' goldens in float64, computed by onnx's own evaluator."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ OPTIONS = golden_json("options.json")
 PIXELS = Preprocessing()
 
 
-def lively(spec, salt=""):
+def synthetic_weights(spec, salt=""):
     return Weights(spec, synthetic_tensors(spec, salt), None, "torch", None, None, (), ())
 
 
@@ -58,7 +58,7 @@ def test_every_option_is_the_authors(name, dynamic):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
     images = synthetic_input(tuple(OPTIONS["input_shape"]), salt)
-    model = write(lively(recognize(shapes), salt), None if dynamic else images.shape[2:])
+    model = write(synthetic_weights(recognize(shapes), salt), None if dynamic else images.shape[2:])
     (found,) = run(model, images)
     assert float64_difference(found, golden_arrays("options.npz")[name]) <= FLOAT64_LIMIT
 
@@ -68,7 +68,8 @@ def test_every_option_is_the_authors(name, dynamic):
 def test_a_dense_backbone_at_an_odd_size(dynamic):
     images = synthetic_input((1, 3, 72, 104), "features/")
     model = write(
-        lively(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/"), None if dynamic else (72, 104)
+        synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/"),
+        None if dynamic else (72, 104),
     )
     found = dict(zip((o.name for o in model.graph.output), run(model, images), strict=True))
     for stage, expected in golden_arrays("features.npz").items():
@@ -77,7 +78,7 @@ def test_a_dense_backbone_at_an_odd_size(dynamic):
 
 @pytest.mark.slow
 def test_a_published_variant_with_its_hidden_channels_in_groups():
-    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), (224, 224))
+    model = write(synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), (224, 224))
     adds = [node for node in model.graph.node if node.op_type == "Add" and "channel_mixer" in node.name]
     assert len(adds) > sum(VARIANTS["fcvit_tiny"].depths)
     (found,) = run(model, synthetic_input((2, 3, 224, 224))[:1])
@@ -87,7 +88,7 @@ def test_a_published_variant_with_its_hidden_channels_in_groups():
 def test_hidden_channels_in_groups_are_the_same_function(monkeypatch):
     from fcvit.inference import onnx_graph
 
-    weights, images = lively(DIGITS), synthetic_input((2, 3, 32, 32))
+    weights, images = synthetic_weights(DIGITS), synthetic_input((2, 3, 32, 32))
     whole = write(weights, (32, 32))
     (plain,) = run(whole, images)
     monkeypatch.setattr(onnx_graph, "_HIDDEN_BYTES", 2048)
@@ -102,23 +103,23 @@ def test_uint8_images_are_normalized_inside_borders_included():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 33, 40), np.uint8)
     normalized = (images / 255 - np.array(pixels.mean)[:, None, None]) / np.array(pixels.std)[:, None, None]
     assert np.abs(normalize(images, pixels) - normalized).max() < 1e-5
-    weights = lively(DIGITS)
+    weights = synthetic_weights(DIGITS)
     (expected,) = run(write(weights, (33, 40)), normalized)
     (found,) = run(write(weights, (33, 40), uint8=True, preprocessing=pixels), images)
     assert float64_difference(found, expected) <= FLOAT64_LIMIT
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
-    weights, images = lively(DIGITS), synthetic_input((3, 3, 32, 32))
+    weights, images = synthetic_weights(DIGITS), synthetic_input((3, 3, 32, 32))
     (logits,) = run(write(weights, (32, 32)), images)
     (found,) = run(write(weights, (32, 32), probabilities=True), images)
     assert np.abs(found - softmax(logits)).max() < 1e-12
     with pytest.raises(UsageError, match="has no classes"):
-        write(lively(ModelSpec(DIGITS.variant)), (32, 32), probabilities=True)
+        write(synthetic_weights(ModelSpec(DIGITS.variant)), (32, 32), probabilities=True)
 
 
 def test_without_a_head_there_are_embeddings():
-    weights = lively(DIGITS)
+    weights = synthetic_weights(DIGITS)
     body = dataclasses.replace(weights, spec=ModelSpec(DIGITS.variant))
     images = synthetic_input((2, 3, 32, 32))
     (embeddings,) = run(write(body, (32, 32)), images)
@@ -129,14 +130,14 @@ def test_without_a_head_there_are_embeddings():
 
 def test_one_head_at_one_position_is_its_own_mean():
     variant = dataclasses.replace(DIGITS.variant, heads=1, depths=(1, 1, 1, 1))
-    weights, images = lively(ModelSpec(variant, 10)), synthetic_input((2, 3, 32, 32))
+    weights, images = synthetic_weights(ModelSpec(variant, 10)), synthetic_input((2, 3, 32, 32))
     fixed, dynamic = (run(write(weights, size), images)[0] for size in ((32, 32), None))
     assert np.isfinite(fixed).all() and float64_difference(dynamic, fixed) <= FLOAT64_LIMIT
 
 
 @pytest.mark.parametrize("size", [(224, 224), None])
 def test_the_graph_is_lean(size):
-    model = write(lively(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), size)
+    model = write(synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), size)
     kinds = [node.op_type for node in model.graph.node]
     for kind in ("Identity", "Gather", "If", "Unsqueeze", "Cast", "BatchNormalization", "Constant", "Transpose"):
         assert kinds.count(kind) == 0 or (kind == "Cast" and size is None)
@@ -147,4 +148,4 @@ def test_the_graph_is_lean(size):
 
 def test_a_size_of_nothing_is_refused():
     with pytest.raises(UsageError, match=r"image size \(0, 32\)"):
-        write(lively(DIGITS), (0, 32))
+        write(synthetic_weights(DIGITS), (0, 32))

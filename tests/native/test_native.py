@@ -235,7 +235,7 @@ def test_gradients_are_only_made_for_those_that_want_them(library):
     assert bias.grad.numpy() == pytest.approx(np.full(8, 18.0))
 
 
-def lively_model(variant, dtype="float64", backbone=False, **rates):
+def synthetic_model(variant, dtype="float64", backbone=False, **rates):
     """Every parameter moved away from its first value, so that none leaves another without effect."""
     from fcvit.models.backbone import FCViTBackbone
     from fcvit.models.classifier import FCViT
@@ -293,7 +293,7 @@ def assert_same_step(plain, native, tolerance=1e-9, **settings):
 @pytest.mark.slow
 def test_network_with_every_option(library, name):
     shapes = {key: tuple(shape) for key, shape in OPTIONS[name]["state_dict"].items()}
-    model = lively_model(recognize(shapes).variant, drop_path_rate=0.4)
+    model = synthetic_model(recognize(shapes).variant, drop_path_rate=0.4)
     assert_same_step(model, accelerated(model), batch=2)
 
 
@@ -301,7 +301,7 @@ def test_network_with_every_option(library, name):
 @pytest.mark.slow
 def test_network_of_the_published_shape(library, size):
     """Drop path draws the same numbers; in evaluation both agree, too, `features` and all."""
-    model = lively_model(dataclasses.replace(VARIANTS["fcvit_tiny"], depths=(1, 2, 1, 1)), drop_path_rate=0.5)
+    model = synthetic_model(dataclasses.replace(VARIANTS["fcvit_tiny"], depths=(1, 2, 1, 1)), drop_path_rate=0.5)
     native = accelerated(model)
     assert_same_step(model, native, size=size, batch=4)
     model.eval()
@@ -315,12 +315,12 @@ def test_network_of_the_published_shape(library, size):
 
 
 def test_backbone(library):
-    model = lively_model(SMALL, backbone=True, drop_path_rate=0.3)
+    model = synthetic_model(SMALL, backbone=True, drop_path_rate=0.3)
     assert_same_step(model, accelerated(model))
 
 
 def test_without_a_head_and_with_another(library):
-    model = lively_model(SMALL)
+    model = synthetic_model(SMALL)
     native = accelerated(model)
     for one in (model, native):
         one.reset_classifier(0)
@@ -329,7 +329,7 @@ def test_without_a_head_and_with_another(library):
 
 def test_dropout_is_honoured(library):
     """At both places of every channel mixer, by the layer itself; in evaluation it does nothing."""
-    model = lively_model(SMALL, drop_rate=0.5)
+    model = synthetic_model(SMALL, drop_rate=0.5)
     native = accelerated(model)
     widths = []
     for stage in native.network[::2]:
@@ -349,7 +349,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(library, dtype):
     results = []
     for threads in (3, 3, 1, 2):
         library.omp_set_num_threads(threads)
-        model = accelerated(lively_model(VARIANTS["fcvit_digits"], dtype, drop_path_rate=0.2))
+        model = accelerated(synthetic_model(VARIANTS["fcvit_digits"], dtype, drop_path_rate=0.2))
         results.append(step(model, size=(128, 136), batch=5))
     for other in results[1:]:
         assert all((a == b).all() for a, b in zip(other[0], results[0][0], strict=True))
@@ -357,7 +357,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(library, dtype):
 
 
 def test_what_is_not_a_number_stays_so(library):
-    model = accelerated(lively_model(SMALL, "float32")).eval()
+    model = accelerated(synthetic_model(SMALL, "float32")).eval()
     images = np.zeros((2, 3, 32, 32), np.float32)
     images[1, 2, 3, 4] = np.nan
     logits = model(paddle.to_tensor(images))
@@ -365,7 +365,7 @@ def test_what_is_not_a_number_stays_so(library):
     assert np.isfinite(logits.numpy()[0]).all()
     logits.sum().backward()
     assert all(np.isnan(p.grad.numpy()).any() for p in model.parameters() if p.grad is not None and p.ndim > 1)
-    huge = accelerated(lively_model(SMALL, "float32"))
+    huge = accelerated(synthetic_model(SMALL, "float32"))
     huge.network[0][0].token_mixer.dw1.weight.set_value(np.full((16, 1, 11, 11), np.inf, np.float32))
     assert not np.isfinite(huge(paddle.ones([2, 3, 32, 32])).numpy()).any()
 
@@ -389,7 +389,7 @@ def test_accelerating(library):
     from fcvit.models.classifier import FCViT
     from fcvit.native.network import accelerate
 
-    model = lively_model(SMALL, "float32")
+    model = synthetic_model(SMALL, "float32")
     names = list(model.state_dict())
     accelerate(model)
     accelerate(model)

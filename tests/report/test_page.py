@@ -81,7 +81,7 @@ def check(html):
             assert not name.startswith("on")
             if name == "href":
                 assert value.startswith("#") and value[1:] in ids
-            elif name == "aria-labeledby":
+            elif name == "aria-labelledby":
                 assert value in ids
             elif name == "src":
                 assert re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/]+=*", value)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import fcvit
 from conftest import SMALL, needs_paddle
+from fcvit.errors import UsageError
 from fcvit.evaluation import runner
 from fcvit.evaluation.settings import Settings
 from fcvit.models import build, spec
@@ -76,6 +77,8 @@ def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
     assert last[0].spec.task == "brightness"
 
     settings = Settings(engines="paddle", batch_size=3, device="cpu")
+    with pytest.raises(UsageError, match="subset: no options of brightness"):
+        runner.evaluate([done.weights], images / "val", settings, {"subset": 3}, None, False)
     result = runner.evaluate([done.weights], images / "val", settings, {}, images / "eval", True)
     names = sorted(path.name for path in (images / "val").iterdir())
     assert result.report.lengths == [int(name.split("-")[0]) for name in names]

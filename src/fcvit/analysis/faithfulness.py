@@ -12,6 +12,7 @@ measure that owes nothing to the curves.
 
 import dataclasses
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ from fcvit.analysis.placement import place
 from fcvit.analysis.similarity import Viewer, choose_heads
 from fcvit.errors import BadImages, counted
 from fcvit.metrics.classification import softmax
-from fcvit.models.maps import Place, SimilarityMap, short
+from fcvit.models.maps import Place, Similarity, SimilarityMap, short
 from fcvit.models.variants import Preprocessing
+from fcvit.report.progress import duration
 
 STEPS = 11  # points of a curve, from nothing to all
 RANDOM = 4  # control maps of an image
@@ -135,7 +137,7 @@ class Faithfulness:
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """What the network makes of one image.
+    """The class that the network predicts of one image, and its maps.
 
     Attributes:
         number: of the image, from 0.
@@ -152,7 +154,7 @@ class Attribution:
 
 @dataclasses.dataclass(frozen=True)
 class ImageCurves:
-    """What one map of one image came to.
+    """The curves of one map of one image.
 
     Attributes:
         own: deletion and insertion curve, (2, STEPS).
@@ -167,63 +169,82 @@ class ImageCurves:
     occlusion: float
 
 
-def attribute(
-    viewer: Viewer,
-    compute: Compute,
-    number: int,
-    pixels: np.ndarray,
-    chosen: Sequence[Place],
-    heads: str,
-    absolute: bool,
-) -> Attribution:
-    """One image; a map of a single position is none."""
-    found = viewer.similarity(pixels[None])
-    predicted = int(found.output[0].argmax())
-    maps = {}
-    for where in chosen:
-        maps |= named_maps(found.at(*where), heads, absolute)
-    maps[OCCLUSION] = occlusion(pixels, lambda batch: softmax(compute(batch))[:, predicted])
-    return Attribution(number, pixels, predicted, maps)
+@dataclasses.dataclass(frozen=True)
+class Explainer:
+    """A network with its maps and what computes its logits.
+
+    Attributes:
+        viewer: shows the maps.
+        compute: the logits of a batch of images.
+        chosen: whose maps are measured.
+        heads: "mean", "each", or the number of one.
+        absolute: whether what is unlike the context counts as marked too.
+    """
+
+    viewer: Viewer
+    compute: Compute
+    chosen: Sequence[Place]
+    heads: str = "mean"
+    absolute: bool = False
+
+    def maps(self, similarity: Similarity[np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the maps of the first image by name; a map of a single position is none."""
+        contexts = [named_maps(similarity.at(*where), self.heads, self.absolute) for where in self.chosen]
+        return {name: values for context in contexts for name, values in context.items()}
+
+    def attribution(self, number: int, pixels: np.ndarray) -> Attribution:
+        """Explain one image."""
+        similarity = self.viewer.similarity(pixels[None])
+        predicted = int(similarity.output[0].argmax())
+        covered = occlusion(pixels, lambda batch: softmax(self.compute(batch))[:, predicted])
+        return Attribution(number, pixels, predicted, self.maps(similarity) | {OCCLUSION: covered})
+
+    def expected(self, pixels: Sequence[np.ndarray]) -> str:
+        """Say how long the measuring will take, by the time of one batch as large as that of a curve."""
+        shapes = [one.shape for one in self.maps(self.viewer.similarity(pixels[0][None])).values()]
+        # A map has its own curves and those of another image's; each shape, occlusion's too, has random ones.
+        curves = 2 * (len(shapes) + 1) + RANDOM * (len(set(shapes)) + 1)
+        passes = curves * 2 * STEPS + PATCHES**2 + 1
+        batch = np.stack([pixels[0]] * (2 * STEPS))
+        self.compute(batch[:1])  # the first call may prepare something
+        began = time.perf_counter()
+        self.compute(batch)
+        seconds = len(pixels) * passes * (time.perf_counter() - began) / len(batch)
+        each = f"{counted(len(pixels), 'image')}, each {passes:,} times through the network"
+        return f"{each}: about {duration(seconds)}; fewer images (--max-images) take less"
 
 
 def named_maps(one: SimilarityMap[np.ndarray], heads: str, absolute: bool) -> dict[str, np.ndarray]:
-    """Standardised maps of the first image, (h, w), by the names of context and head."""
+    """Return the standardised maps of the first image, (h, w), by the names of context and head."""
     values = one.standardised[0]
     if values[0].size < 2:
         return {}
     maps, names = choose_heads(np.abs(values) if absolute else values, heads)
-    return {
-        one.name if heads == "mean" else f"{one.name}, {name}": each for name, each in zip(names, maps, strict=True)
-    }
+    return dict(zip([one.name if heads == "mean" else f"{one.name}, {name}" for name in names], maps, strict=True))
 
 
 def measure(one: Attribution, other: Attribution, compute: Compute, seed: int) -> dict[str, ImageCurves]:
-    """The maps of one image, beside random ones and those of another image."""
+    """Measure the maps of one image, beside random ones and those of another image."""
     side = one.pixels.shape[1]
 
     def curves(name: str, values: np.ndarray) -> np.ndarray:
         return removal(one.pixels, spread(name, values, side), lambda x: softmax(compute(x))[:, one.predicted])
 
-    found = {}
-    random: dict[tuple[object, ...], np.ndarray] = {}  # one control for all maps of a shape
-    reference = one.maps[OCCLUSION]
+    results = {}
+    random: dict[tuple[int, ...], np.ndarray] = {}  # one control for all maps of a shape
     for name, values in one.maps.items():
-        kind = (name == OCCLUSION, *values.shape)
+        kind = (int(name == OCCLUSION), *values.shape)
         if kind not in random:
-            generator = np.random.default_rng([seed, one.number, *map(int, kind)])
+            generator = np.random.default_rng([seed, one.number, *kind])
             random[kind] = np.mean([curves(name, generator.random(values.shape)) for _ in range(RANDOM)], axis=0)
-        agreed = rank_correlation(over_blocks(spread(name, values, side), PATCHES), reference)
-        found[name] = ImageCurves(
-            curves(name, values),
-            random[kind],
-            curves(name, other.maps[name]),
-            float("nan") if name == OCCLUSION else agreed,
-        )
-    return found
+        ranked = rank_correlation(over_blocks(spread(name, values, side), PATCHES), one.maps[OCCLUSION])
+        rank = float("nan") if name == OCCLUSION else ranked
+        results[name] = ImageCurves(curves(name, values), random[kind], curves(name, other.maps[name]), rank)
+    return results
 
 
 def spread(name: str, values: np.ndarray, side: int) -> np.ndarray:
-    """A map over the crop's pixels, (h, w) -> (side, side): as the network computed it, or in patches."""
+    """Spread a map over the crop's pixels, (h, w) -> (side, side): as the network computed it, or in patches."""
     if name == OCCLUSION:
         block = np.arange(side) * len(values) // side
         return values[np.ix_(block, block)]
@@ -231,16 +252,15 @@ def spread(name: str, values: np.ndarray, side: int) -> np.ndarray:
 
 
 def over_blocks(values: np.ndarray, blocks: int) -> np.ndarray:
-    """The mean over each block of pixels: (side, side) -> (blocks, blocks)."""
-    side = len(values)
-    averaging = np.zeros((blocks, side))
-    averaging[np.arange(side) * blocks // side, np.arange(side)] = 1
-    averaging /= averaging.sum(1, keepdims=True)
-    return averaging @ values @ averaging.T
+    """Average over each block of pixels: (side, side) -> (blocks, blocks)."""
+    starts = -(-np.arange(blocks + 1) * len(values) // blocks)  # where index * blocks // side changes
+    sizes = np.diff(starts)
+    sums = np.add.reduceat(np.add.reduceat(values, starts[:-1], 0), starts[:-1], 1)
+    return sums / np.outer(sizes, sizes)
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's, ties by their mean rank; NaN where one does not vary."""
+    """Return Spearman's correlation, ties by their mean rank; NaN where one does not vary."""
     ranks = []
     for values in (one, other):
         _, place_of, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -251,7 +271,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def removal(pixels: np.ndarray, marked: np.ndarray, probability: Compute) -> np.ndarray:
-    """Deletion and insertion curve of one map: (2, STEPS).
+    """Return the deletion and the insertion curve of one map: (2, STEPS).
 
     Args:
         pixels: uint8 (3, S, S).
@@ -270,20 +290,20 @@ def removal(pixels: np.ndarray, marked: np.ndarray, probability: Compute) -> np.
 
 
 def occlusion(pixels: np.ndarray, probability: Compute) -> np.ndarray:
-    """How much the probability falls when a patch is covered: (PATCHES, PATCHES)."""
+    """Return how much the probability falls when a patch is covered: (PATCHES, PATCHES)."""
     side = pixels.shape[1]
     block = np.arange(side) * PATCHES // side
     grid = block[:, None] * PATCHES + block
     nothing = pixels.mean((1, 2), keepdims=True).round().astype(np.uint8)
     covered = np.stack([np.where(grid == patch, nothing, pixels) for patch in range(PATCHES**2)])
-    found = probability(np.concatenate([pixels[None], covered]))
-    return (found[0] - found[1:]).reshape(PATCHES, PATCHES)
+    probabilities = probability(np.concatenate([pixels[None], covered]))
+    return (probabilities[0] - probabilities[1:]).reshape(PATCHES, PATCHES)
 
 
-def summary(name: str, marks: Sequence[ImageCurves], seed: int) -> Curves:
-    """From what one kind of map came to on all images, to figures with intervals."""
-    curves = np.stack([[one.own, one.random, one.other] for one in marks])  # (images, 3, deletion or insertion, STEPS)
-    own, random, other = np.moveaxis((curves[..., 1:] + curves[..., :-1]).mean(-1) / 2, 1, 0)  # areas, (images, 2) each
+def summary(name: str, measured: Sequence[ImageCurves], seed: int) -> Curves:
+    """Summarize the curves of one kind of map on all images, with intervals."""
+    curves = np.stack([[one.own, one.random, one.other] for one in measured])  # (images, 3, 2, STEPS)
+    areas = (curves[..., 1:] + curves[..., :-1]).mean(-1) / 2  # (images, 3, deletion or insertion)
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])  # the same, whatever else is measured
 
     def over_images(values: np.ndarray) -> Estimate:
@@ -294,18 +314,9 @@ def summary(name: str, marks: Sequence[ImageCurves], seed: int) -> Curves:
         low, high = np.percentile(known[drawn].mean(1), [2.5, 97.5])
         return Estimate(float(known.mean()), float(low), float(high))
 
-    means = [[tuple(map(float, curve)) for curve in kind] for kind in curves.mean(0)]
-    return Curves(
-        name=name,
-        deletion=means[0][0],
-        insertion=means[0][1],
-        random_deletion=means[1][0],
-        random_insertion=means[1][1],
-        other_deletion=means[2][0],
-        other_insertion=means[2][1],
-        deletion_over_random=over_images(random[:, 0] - own[:, 0]),
-        insertion_over_random=over_images(own[:, 1] - random[:, 1]),
-        deletion_over_other=over_images(other[:, 0] - own[:, 0]),
-        insertion_over_other=over_images(own[:, 1] - other[:, 1]),
-        occlusion=over_images(np.array([one.occlusion for one in marks])),
-    )
+    fields: list[Any] = [tuple(map(float, curve)) for kind in curves.mean(0) for curve in kind]
+    own, random, other = np.moveaxis(areas, 1, 0)
+    gains = (random - own, own - random, other - own, own - other)  # better is lower in deletion, higher in insertion
+    fields += [over_images(gain[:, number % 2]) for number, gain in enumerate(gains)]
+    fields.append(over_images(np.array([one.occlusion for one in measured])))
+    return Curves(name, *fields)

@@ -119,7 +119,7 @@ def over_images(viewer: Viewer, images: Sequence[Path], bad: list[BadImages]) ->
     batches: dict[str, list[Figures]] = {}
     with progress(f"measuring {viewer.name}", len(images)) as advance:
         readable = each_readable(images, viewer.preprocessing, bad, advance)
-        while batch := [pixels for _, pixels in itertools.islice(readable, _BATCH)]:
+        while batch := list(itertools.islice(readable, _BATCH)):
             for name, figures in measure(viewer.similarity(np.stack(batch), tokens=True)).items():
                 batches.setdefault(name, []).append(figures)
     return tuple(

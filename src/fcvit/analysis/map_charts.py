@@ -11,7 +11,7 @@ from fcvit.analysis.faithfulness import Curves, Faithfulness
 from fcvit.analysis.head_stats import HeadStats, LayerStats
 from fcvit.errors import MissingExtra
 from fcvit.models.maps import short
-from fcvit.report.charts import FAINT, UNSURE, drawn, new_figure
+from fcvit.report.charts import FAINT, UNSURE, chart, new_figure
 from fcvit.report.contact_sheet import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
@@ -38,25 +38,9 @@ def save(folder: Path, name: str, result: HeadStats | Faithfulness, draw: Callab
         logger.info(f"no picture: {error}")
 
 
-def depth_chart(network: str, layers: Sequence[LayerStats], images: int) -> bytes:
-    """Draw each measure over the layers, one below the other: a PNG file.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_depth, network, layers, images)
-
-
-def faithfulness_chart(curves: Sequence[Curves], title: str, images: int) -> bytes:
-    """Draw deletion above, insertion below, one column a kind of map, each with its controls: a PNG file.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_faithfulness, curves, title, images)
-
-
-def _depth(network: str, layers: Sequence[LayerStats], images: int) -> "Figure":
+@chart
+def depth_chart(network: str, layers: Sequence[LayerStats], images: int) -> "Figure":
+    """Draw each measure over the layers, one below the other."""
     subtitle = f"means over {images} images; layers in the order of the pass"
     figure = new_figure(8, 9, f"Maps over depth: {network}", subtitle)
     names = [short(layer.name).split(".") for layer in layers]  # stage, block, context
@@ -85,7 +69,9 @@ def _depth(network: str, layers: Sequence[LayerStats], images: int) -> "Figure":
     return figure
 
 
-def _faithfulness(curves: Sequence[Curves], title: str, images: int) -> "Figure":
+@chart
+def faithfulness_chart(curves: Sequence[Curves], title: str, images: int) -> "Figure":
+    """Draw deletion above, insertion below, one column a kind of map, each with its controls."""
     across = len(curves) if len(curves) <= 9 else 8  # the heads of a context, where each is drawn
     bands = -(-len(curves) // across)  # of deletion and insertion each
     subtitle = f"{images} images; probability of the predicted class; stage.block.context"

@@ -6,12 +6,13 @@ What the network did not see is pale and has no color.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fcvit.report.charts import DPI, drawn, new_figure, shown
+from fcvit.report.charts import DPI, chart, new_figure, shown
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -32,6 +33,14 @@ class Scene:
     image: np.ndarray
     seen: np.ndarray
 
+    @functools.cached_property
+    def gray(self) -> np.ndarray:
+        """Give the luminance in three channels, from light gray to white: dark and bright are for the map."""
+        luminance = self.image @ np.array([0.299, 0.587, 0.114])
+        low, high = np.percentile(luminance[self.seen], [1, 99])
+        share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
+        return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -51,37 +60,16 @@ class Panel:
     maps: np.ndarray
 
 
-def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4) -> bytes:
-    """Draw the image, and every map over it: a PNG file.
+@chart
+def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int = 4) -> "Figure":
+    """Draw the image, and every map over it.
 
     Args:
         scene: the image.
         rows: the maps; a single row is broken after `columns`, several stand one below the other.
         title, subtitle: one line each.
         label: what the colors mean.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
     """
-    return drawn(_figure, scene, rows, title, subtitle, label, columns)
-
-
-def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> bytes:
-    """Draw many images, each with its maps beside it, in two columns from seven images on: a PNG file.
-
-    Args:
-        panels: at least one.
-        names: of the maps, which all have.
-        title: one line.
-        label: what the colors mean.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_overview, panels, names, title, label)
-
-
-def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label: str, columns: int) -> "Figure":
     if len(rows) == 1:
         row = rows[0]
         starts = range(0, len(row.maps), columns)
@@ -108,8 +96,10 @@ def _figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, label:
     return figure
 
 
-def _overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
-    """Paste all images into one, a pixel of theirs a pixel of the picture: a layout of hundreds would take long."""
+@chart
+def maps_overview(panels: Sequence[Panel], names: Sequence[str], title: str, label: str) -> "Figure":
+    """Draw many images, each with its maps of those names beside it, in two columns from seven images on."""
+    # All images are pasted into one, a pixel of theirs a pixel of the picture: a layout of hundreds would take long.
     columns = 1 if len(panels) <= 6 else 2
     lines, across = -(-len(panels) // columns), 1 + len(names)
     step = max(max(panel.scene.seen.shape) for panel in panels) + 14
@@ -180,9 +170,8 @@ def overlay(scene: Scene, one: np.ndarray, scale: "Normalize") -> np.ndarray:
 
     there = np.isfinite(one)
     colors = colormaps[COLOURS](scale(np.where(there, one, 0)))[..., :3]
-    gray = _gray(scene)
-    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * gray
-    return np.where(there[..., None], mixed.round(), _pale(gray, scene.seen)).astype(np.uint8)
+    mixed = _OPACITY * 255 * colors + (1 - _OPACITY) * scene.gray
+    return np.where(there[..., None], mixed.round(), _pale(scene.gray, scene.seen)).astype(np.uint8)
 
 
 def _show_map(axes: Any, scene: Scene, one: np.ndarray, scale: "Normalize", name: str = "") -> None:
@@ -212,14 +201,6 @@ def _color_bar(figure: "Figure", scale: "Normalize", label: str, **where: Any) -
     colors = ScalarMappable(scale, ListedColormap(mixed))
     bar = figure.colorbar(colors, label=label, extend="both", ticks=MaxNLocator(5), format="%g", **where)
     bar.ax.tick_params(labelsize=8, length=2)
-
-
-def _gray(scene: Scene) -> np.ndarray:
-    """Return the luminance in three channels, stretched from light gray to white: dark and bright are for the map."""
-    luminance = scene.image @ np.array([0.299, 0.587, 0.114])
-    low, high = np.percentile(luminance[scene.seen], [1, 99])
-    share = np.clip((luminance - low) / (high - low), 0, 1) if high - low > 8 else np.full(luminance.shape, 0.5)
-    return np.repeat((_DARKEST + share * (255 - _DARKEST)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _pale(image: np.ndarray, seen: np.ndarray) -> np.ndarray:

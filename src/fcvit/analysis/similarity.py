@@ -82,53 +82,41 @@ class Viewer:
             self.model = build_classifier(weights)
 
     def similarity(self, batch: np.ndarray, tokens: bool = False) -> Similarity[np.ndarray]:
-        """uint8 (B, 3, S, S) -> logits and maps, as NumPy arrays; with what each context is taken of, if asked.
+        """Compute logits and maps of uint8 (B, 3, S, S), as NumPy arrays; with what each context is taken of, if asked.
 
         Raises:
             NumbersDisagree: some are no finite numbers.
         """
         with on_paddle_device(self.device), self.paddle.no_grad():
-            found = self.model.similarity(self.paddle.to_tensor(normalize(batch, self.preprocessing)), tokens)
-            maps = [
-                SimilarityMap(
-                    one.stage,
-                    one.block,
-                    one.context,
-                    one.standardised.numpy(),
-                    one.rescaled.numpy(),
-                    None if one.tokens is None else one.tokens.numpy(),
-                )
-                for one in found
-            ]
-            output = found.output.numpy()
+            tensors = self.model.similarity(self.paddle.to_tensor(normalize(batch, self.preprocessing)), tokens)
+            maps = [one.map(lambda tensor: tensor.numpy()) for one in tensors]
+            output = tensors.output.numpy()
         for name, values in (("output", output), *((one.name, one.rescaled) for one in maps)):
             if not np.isfinite(values).all():
                 raise NumbersDisagree(f"{self.name}: {name} is not finite; the weights are damaged, or no trained ones")
         return Similarity(output, maps)
 
     def see(self, image: Image.Image, top_k: int = 5) -> Seen:
-        """One image, RGB, of any size.
+        """Compute the maps and the best classes of one image, RGB, of any size.
 
         Raises:
             BadImages: so long and thin that it cannot be resized.
             NumbersDisagree: as `similarity`.
         """
-        found = self.similarity(crop(image, self.preprocessing)[None])
-        best = rank(found.output, self.classes, top_k)[0] if self.classes else []
-        predictions = [dataclasses.replace(one, name=self._labels[one.index]) for one in best]
-        maps = tuple(
-            dataclasses.replace(one, standardised=one.standardised[0], rescaled=one.rescaled[0]) for one in found
-        )
-        return Seen(image, tuple(predictions), Similarity(found.output[0], maps))
+        similarity = self.similarity(crop(image, self.preprocessing)[None])
+        best = rank(similarity.output, self.classes, top_k)[0] if self.classes else []
+        predictions = tuple(dataclasses.replace(one, name=self._labels[one.index]) for one in best)
+        maps = [one.map(lambda array: array[0]) for one in similarity]
+        return Seen(image, predictions, Similarity(similarity.output[0], maps))
 
     @property
     def stage(self) -> int:
-        """The last one whose maps have more than one position, which are no maps."""
-        sides = {stage: -(-self.preprocessing.input_size // stride) for stage, stride in enumerate((4, 8, 16, 32), 1)}
-        return max((stage for stage, side in sides.items() if side > 1), default=4)
+        """Return the last stage whose maps have more than one position, without which they are none."""
+        strides = enumerate((4, 8, 16, 32), 1)
+        return max((stage for stage, stride in strides if self.preprocessing.input_size > stride), default=4)
 
     def scene(self, image: Image.Image, side: int = SHOWN) -> Scene:
-        """The image as it is shown: at most `side` pixels long, without the far ends of a long and thin one."""
+        """Return the image as it is shown: at most `side` pixels long, without the far ends of a long and thin one."""
         shown = image.crop(self._window(image))
         shown.thumbnail((side, side))
         factor = 256 // max(shown.size)
@@ -137,7 +125,7 @@ class Viewer:
         return Scene(np.asarray(shown), seen_in(image.size, self.preprocessing, shown.size, self._window(image)))
 
     def placed(self, maps: np.ndarray, image: Image.Image, scene: Scene) -> np.ndarray:
-        """Maps on the image as it is shown: (n, h, w) -> (n, H, W), NaN where nothing was seen or is no map."""
+        """Resample maps onto the image as it is shown, (n, h, w) -> (n, H, W); NaN where there is no map."""
         if maps[0].size == 1:
             return np.full((len(maps), *scene.seen.shape), np.nan)
         height, width = scene.seen.shape
@@ -149,26 +137,24 @@ class Viewer:
 
 def each_readable(
     images: Sequence[Path], preprocessing: Preprocessing, bad: list[BadImages], advance: Callable[[int], None]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and uint8 (3, S, S) of each image; those that cannot be read go to `bad`.
+) -> Iterator[np.ndarray]:
+    """Yield the pixels of each image, uint8 (3, S, S); those that cannot be read go to `bad`.
 
     Raises:
         BadImages: not one can.
     """
-    for number, path in enumerate(images):
+    for path in images:
         try:
-            pixels = preprocess(path, preprocessing)
+            yield preprocess(path, preprocessing)
         except BadImages as error:
             bad.append(with_path(error, path))
-        else:
-            yield number, pixels
         advance(1)
     if len(bad) == len(images):
         raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
 
 
 def choose_heads(maps: np.ndarray, heads: str) -> tuple[np.ndarray, list[str]]:
-    """(heads, h, w) -> those that are to be shown, with their names.
+    """Return the maps that are to be shown of (heads, h, w), with their names.
 
     Raises:
         UsageError: not "each", "mean" or the number of a head.
@@ -183,11 +169,7 @@ def choose_heads(maps: np.ndarray, heads: str) -> tuple[np.ndarray, list[str]]:
 
 
 def check_heads(variant: Variant, heads: str) -> None:
-    """Nothing, where `choose_heads` will find them.
-
-    Raises:
-        UsageError: it will not.
-    """
+    """Raise the UsageError of `choose_heads` before there are maps."""
     choose_heads(np.zeros((variant.heads, 1, 1)), heads)
 
 

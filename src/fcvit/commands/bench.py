@@ -137,26 +137,22 @@ class Bench:
     def tables(self) -> "Iterator[Table | str]":
         from fcvit.report.tables import table
 
-        columns = ("images/s", "median ms", "ratio", "GFLOP/s", "outputs differ by")
-        speeds = table("engine", "batch", "threads", *columns, right=("batch", "threads", *columns))
-        speeds.title = f"{self.network} at {self.size} x {self.size}, {self.machine}; ratios to {self.reference}"
+        columns = ("batch", "threads", "images/s", "median ms", "ratio", "GFLOP/s", "outputs differ by")
+        rows = []
         for speed in self.speeds:
             one = speed.contender
             cells = [one.label, str(one.batch_size), str(one.threads)]
             cells += [f"{speed.images_per_second:.1f}", f"{speed.median_ms:.1f}"]
             cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
             cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
-            speeds.add_row(*cells)
-        yield speeds
-        about = table()
-        about.add_row("one image", f"{self.gmac:.3g} GMAC; uint8, normalizing included")
-        about.add_row("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items()))
-        yield about
+            rows.append(cells)
+        title = f"{self.network} at {self.size} x {self.size}, {self.machine}; ratios to {self.reference}"
+        yield table("engine", *columns, rows=rows, title=title, right=columns)
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        image = f"{self.gmac:.3g} GMAC; uint8, normalizing included"
+        yield table(rows=[("one image", image), ("versions", versions)])
         if self.skipped:
-            skipped = table("not measured", "reason")
-            for contender, reason in self.skipped:
-                skipped.add_row(contender, reason)
-            yield skipped
+            yield table("not measured", "reason", rows=self.skipped)
         if self.folder:
             yield f"written to {self.folder}"
 

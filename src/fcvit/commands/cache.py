@@ -36,10 +36,9 @@ class Cache:
         """Show the entries and their size."""
         from fcvit.report.tables import table
 
-        listing = table("entry", "MiB", right=("MiB",), title=f"{self.folder}: {self.bytes / 2**20:.1f} MiB")
-        for name, size, _ in self.entries:
-            listing.add_row(name, f"{size / 2**20:.1f}")
-        yield listing
+        rows = [(name, f"{size / 2**20:.1f}") for name, size, _ in self.entries]
+        title = f"{self.folder}: {self.bytes / 2**20:.1f} MiB"
+        yield table("entry", "MiB", rows=rows, right=("MiB",), title=title)
         if self.removed:
             yield f"removed: {len(self.removed)}"
 

@@ -24,7 +24,7 @@ from fcvit.data.splits import find_layout
 from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
 from fcvit.errors import BadImages, UnreadableFile, UsageError, counted
 from fcvit.report.progress import progress
-from fcvit.text import printable, some
+from fcvit.text import some
 
 logger = logging.getLogger("fcvit")
 
@@ -138,8 +138,6 @@ class DataCheck:
 
     def tables(self) -> Iterator[Any]:
         """Yield the counts of each split, the findings with examples, and groups of images that show one picture."""
-        from rich.text import Text
-
         from fcvit.report import tables
 
         columns = ("images", "classes", "smallest", "largest", "imbalance")
@@ -153,25 +151,22 @@ class DataCheck:
         yield counts
         if self.clean:
             return
-        findings = tables.table("finding", "number", "examples", right=("number",))
+        rows: list[Sequence[Any]] = []
         for what, names in self._findings():
             if isinstance(names, Mapping):  # ending -> number of files
                 endings = [f"{ending or 'no ending'} ({count})" for ending, count in names.items()]
-                findings.add_row(what, str(sum(names.values())), ", ".join(endings)) if names else None
+                rows += [(what, str(sum(names.values())), ", ".join(endings))] if names else []
             elif names:
-                findings.add_row(what, str(len(names)), some(names, _EXAMPLES))
-        yield findings
+                rows.append((what, str(len(names)), some(names, _EXAMPLES)))
+        yield tables.table("finding", "number", "examples", rows=rows, right=("number",))
         if self.duplicates:
-            groups = tables.table("same", "images", "splits", "classes", title="images of one picture")
-            for group in self.duplicates[:_GROUPS]:
-                names = list(group.images[:_EXAMPLES])
-                if len(group.images) > _EXAMPLES:
-                    names.append(f"... and {len(group.images) - _EXAMPLES} more")
-                shown = Text("\n".join(map(printable, names)))
-                groups.add_row(group.match, shown, ", ".join(group.splits), ", ".join(group.classes))
-            if len(self.duplicates) > _GROUPS:
-                groups.add_row("", f"... and {len(self.duplicates) - _GROUPS} more groups", "", "")
-            yield groups
+            rows = []
+            for group in self.duplicates:
+                others = len(group.images) - _EXAMPLES
+                shown = tables.lines([*group.images[:_EXAMPLES], *([f"... and {others} more"] if others > 0 else [])])
+                rows.append((group.match, shown, ", ".join(group.splits), ", ".join(group.classes)))
+            columns, more = ("same", "images", "splits", "classes"), ("", "... and {} more groups")
+            yield tables.table(*columns, rows=rows, title="images of one picture", limit=_GROUPS, more=more)
         if self.unreadable:
             yield tables.unreadable([f"{bad.image}: {bad.reason}" for bad in self.unreadable])
 

@@ -55,16 +55,13 @@ class Conversion:
         """Show what was written, and what was left out."""
         from fcvit.report.tables import SHOWN, table
 
-        result = table(title=f"{self.source} -> {self.destination}")
-        result.add_row("network", self.spec)
         written = f"{self.tensors}, {'/'.join(self.dtypes)}, {self.layout} layout, read back bit for bit"
-        result.add_row("tensors", written)
+        rows = [("network", self.spec), ("tensors", written)]
         if self.skipped:
             more = f", ... ({len(self.skipped)})" if len(self.skipped) > SHOWN else ""
-            result.add_row("skipped", ", ".join(self.skipped[:SHOWN]) + more)
-        for note in self.notes:
-            result.add_row("note", note)
-        yield result
+            rows.append(("skipped", ", ".join(self.skipped[:SHOWN]) + more))
+        rows += [("note", note) for note in self.notes]
+        yield table(rows=rows, title=f"{self.source} -> {self.destination}")
         if self.verification:
             yield from self.verification.tables()
 

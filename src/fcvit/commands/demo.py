@@ -83,7 +83,7 @@ def demo(
 def build(
     weights: Sequence[str | os.PathLike[str]], folder: Path, device: str = "auto", ema: bool | None = None
 ) -> Any:
-    """The page, as `gradio.Blocks`, not yet served.
+    """Build the page, as `gradio.Blocks`, not yet served.
 
     Args:
         weights, device, ema: as for `demo`.
@@ -177,11 +177,9 @@ class _Guard:
                 if path not in self.own and path.is_file():
                     status = path.stat()
                     files.append((status.st_mtime_ns, status.st_size, path))
-        files.sort(reverse=True)
-        total = coming
-        for count, (_, size, path) in enumerate(files, 1):
-            total += size
-            if total > KEPT_BYTES or count > KEPT_FILES:
+        for count, (_, size, path) in enumerate(sorted(files, reverse=True), 1):
+            coming += size
+            if coming > KEPT_BYTES or count > KEPT_FILES:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -223,12 +221,12 @@ def _gradio() -> Any:
 
 
 def titles(weights: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Of the files: their names, with as many folders as it takes to tell them apart."""
+    """Return the names of the files, with as many folders as it takes to tell them apart."""
     parts = [Path(path).absolute().parts for path in weights]
     for count in range(1, max(map(len, parts)) + 1):
-        found = [str(Path(*one[-count:])) for one in parts]
-        if len(set(found)) == len(found):
-            return found
+        names = [str(Path(*one[-count:])) for one in parts]
+        if len(set(names)) == len(names):
+            return names
     return [f"{letter}: {Path(*one).name}" for letter, one in zip("AB", parts, strict=False)]  # one file twice
 
 
@@ -239,7 +237,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
     def look(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
-        """A new image: the state, a message, the classes of each network, and what `show` gives."""
+        """Take a new image: the state, a message, the classes of each network, and what `show` gives."""
         seen, message = None, ""
         if path is not None:
             try:
@@ -254,16 +252,14 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     def show(
         seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which, scale: Scale
     ) -> list[Any]:
-        """Which context it is, and the picture of each network."""
+        """Return which context it is, and the picture of each network."""
         places_of = [_place(viewer, depth) for viewer in viewers]
         texts = dict.fromkeys("stage {}, block {}, context {}".format(*place) for place in places_of)
         pictures: list[Image.Image | None] = [None] * len(viewers)
         if seen is not None:
-            name, found = seen
-            for number, (viewer, one, where) in enumerate(zip(viewers, found, places_of, strict=True)):
-                pictures[number] = Image.open(
-                    io.BytesIO(picture(viewer, one, name, where, MapChoice(head, values, scale)))
-                )
+            name, choice = seen[0], MapChoice(head, values, scale)
+            drawn = (picture(*one[:2], name, one[2], choice) for one in zip(viewers, seen[1], places_of, strict=True))
+            pictures = [Image.open(io.BytesIO(content)) for content in drawn]
         return [" · ".join(texts), *pictures]
 
     with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
@@ -291,7 +287,10 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
                     classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
-                    pictures.append(_image(gradio, f"maps-{number}"))
+                    # Without the button that would send it to somebody else's server.
+                    buttons = ["download", "fullscreen"]
+                    still: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
+                    pictures.append(gradio.Image(type="pil", format="png", buttons=buttons, **still))
         settings = [depth, head, values, scale]
         # One after the other: neither Matplotlib's settings nor Paddle's device belong to a thread.
         alone: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
@@ -302,19 +301,11 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
 
 
 def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:
-    """Images to click on instead of one's own."""
-    gallery = gradio.Gallery(
-        list(examples),
-        label="Or one of these, which the network has not been trained on",
-        columns=3,
-        rows=2,
-        height=300,
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        elem_id="examples",
-        buttons=[],
-    )
+    """Show images to click on instead of one's own."""
+    label = "Or one of these, which the network has not been trained on"
+    look: dict[str, Any] = {"columns": 3, "rows": 2, "height": 300, "object_fit": "contain", "elem_id": "examples"}
+    still: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": []}
+    gallery = gradio.Gallery(list(examples), label=label, **look, **still)
 
     def pick(event: Any) -> str:
         return examples[event.index]
@@ -323,26 +314,19 @@ def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:
     gallery.select(pick, None, file, api_name=False)
 
 
-def _image(gradio: Any, name: str) -> Any:
-    """A picture without the button that would send it to somebody else's server."""
-    return gradio.Image(
-        show_label=False, type="pil", format="png", interactive=False, elem_id=name, buttons=["download", "fullscreen"]
-    )
-
-
 def _place(viewer: Viewer, depth: float | None) -> Place:
-    """The context at that depth, from 1; the last of a network that has fewer, and where the field was emptied."""
+    """Return the context at that depth, from 1; the last where there are fewer or the field was emptied."""
     known = places(viewer.variant)
     return known[min(max(int(depth or len(known)), 1), len(known)) - 1]
 
 
 def _plain(text: object) -> str:
-    """Without what Markdown would read as markup."""
+    """Escape what Markdown would read as markup."""
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>" else letter for letter in str(text))
 
 
 def _examples(folder: Path) -> list[str]:
-    """Held-out digits of the package, as files."""
+    """Write held-out digits of the package as files."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"][:_EXAMPLES]
     paths = []

@@ -17,24 +17,19 @@ from fcvit.machine import available_threads
 class Diagnosis(dict[str, Any]):
     """The findings of `doctor`, as a dictionary that JSON can hold."""
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(self)
-
     def tables(self) -> Iterator[Any]:
         """Show versions, devices, and what is missing."""
         from fcvit.report.tables import table
 
-        listing = table()
-        listing.add_row("machine", self["machine"])
-        for title in ("versions", "devices", "missing"):
-            for name, value in self[title].items():
-                shown = ", ".join(value) if isinstance(value, list) else value
-                listing.add_row(name if title == "versions" else f"{name} {title}", shown)
-        for name, command in self["extras"].items():
-            listing.add_row(f"extra {name} is absent", command)
-        for title in ("compiler", "cores", "cache"):
-            listing.add_row(title, str(self[title]))
-        yield listing
+        rows = [
+            ("machine", self["machine"]),
+            *self["versions"].items(),
+            *((f"{name} devices", ", ".join(devices)) for name, devices in self["devices"].items()),
+            *((f"{name} missing", remedy) for name, remedy in self["missing"].items()),
+            *((f"extra {name} is absent", command) for name, command in self["extras"].items()),
+            *((title, str(self[title])) for title in ("compiler", "cores", "cache")),
+        ]
+        yield table(rows=rows)
 
 
 def doctor() -> Diagnosis:

@@ -14,9 +14,13 @@ from fcvit.evaluation import runner
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.settings import Settings
 from fcvit.models.variants import Preprocessing
-from fcvit.tasks.classification.evaluation import Options
+from fcvit.tasks.base import TASKS, get_task
 
 _MOVABLE = ("list_file", "classes", "real", "calibration")  # files that a continued run may find elsewhere
+
+# The options of all tasks in one group; the task of the weights takes its own.
+_options = tuple(get_task(name).options for name in TASKS)
+TaskOptions: Any = dataclasses.dataclass(frozen=True)(type("TaskOptions", _options, {"__module__": __name__}))
 
 
 def command(
@@ -24,7 +28,7 @@ def command(
     weights: Annotated[list[Path] | None, Parameter(negative=())] = None,
     data: Path | None = None,
     settings: Annotated[Settings | None, Parameter(name="*")] = None,
-    options: Annotated[Options | None, Parameter(name="*")] = None,
+    options: Annotated[TaskOptions | None, Parameter(name="*")] = None,
     pixels: Annotated[PreprocessingOptions | None, Parameter(name="*")] = None,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     resume: Path | None = None,
@@ -38,7 +42,7 @@ def command(
         weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
         data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
         settings: Of every task.
-        options: Of classification.
+        options: Of the task of the weights.
         pixels: Another preprocessing.
         output: Folder of the run (default: runs/eval, or the first free one after it).
         resume: Go on with the run in this folder; takes no other option but --workers, --strict, and
@@ -62,7 +66,7 @@ def command(
     settings = settings or Settings()
     if changes:
         settings = dataclasses.replace(settings, preprocessing=dict(changes))
-    return runner.evaluate(weights, data, settings, vars(options or Options()), output, record, workers, strict)
+    return runner.evaluate(weights, data, settings, _given(options), output, record, workers, strict)
 
 
 def evaluate(
@@ -90,7 +94,7 @@ def evaluate(
         preprocessing: another one, or single fields of it, which makes the protocol "custom".
         engines: names of `fcvit.inference.engines.ENGINES`, or "auto"; all see the same batches.
         options: the other options of `fcvit eval`, by the names of the fields of `fcvit.evaluation.settings.Settings`
-            and `fcvit.tasks.classification.evaluation.Options`, such as `batch_size` and `subset`.
+            and of the options of the task (`fcvit.tasks.classification.evaluation.Options`), such as `subset`.
 
     Raises:
         UnreadableFile, UsageError, DoesNotFit, MissingExtra: before the first batch.

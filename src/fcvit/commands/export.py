@@ -1,9 +1,7 @@
 """Export a network for a runtime; reported only after the runtime computed the right numbers with it."""
 
-import contextlib
 import dataclasses
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,7 @@ from cyclopts import Parameter
 from fcvit.commands.options import Ema, File, Flag, Output
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
-from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError, counted
+from fcvit.errors import NumbersDisagree, UsageError, counted
 from fcvit.inference.check import Check, check_export, pixels, sample_images
 from fcvit.inference.export import RUNTIME, files, infer_format, write_export
 from fcvit.inference.interface import Interface, output_names
@@ -24,6 +22,7 @@ from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.machine import available_threads
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.run_folder import staged_files
 from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
@@ -48,7 +47,7 @@ class Export:
         outputs: their names.
         runtime: what it was run with; version in `fcvit doctor`.
         checks: float32 error ratio of the weights themselves, at each size; of int8 before it was quantized.
-        lively: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
+        synthetic: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
         seconds: to write, without the checks.
     """
 
@@ -61,7 +60,7 @@ class Export:
     runtime: str
     precision: str
     checks: tuple[Check, ...]
-    lively: tuple[Check, ...]
+    synthetic: tuple[Check, ...]
     seconds: float
 
     def __repr__(self) -> str:
@@ -71,23 +70,23 @@ class Export:
         """Show what was written, and how near its numbers are to exact ones."""
         from fcvit.report.tables import table, verdict
 
-        result = table(title=f"{self.network} exported as {self.format}, {self.precision}")
-        for path in self.files:
-            result.add_row("written", path)
-        result.add_row("size", f"{self.bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s")
         shape = " x ".join("any" if side is None else str(side) for side in self.input["shape"])
-        result.add_row("takes", f"{self.input['type']}, {shape}")
-        result.add_row("gives", ", ".join(self.outputs))
-        for what, checks in (("", self.checks), ("synthetic weights, ", self.lively)):
+        rows: list[Sequence[Any]] = [
+            *(("written", path) for path in self.files),
+            ("size", f"{self.bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s"),
+            ("takes", f"{self.input['type']}, {shape}"),
+            ("gives", ", ".join(self.outputs)),
+        ]
+        for what, checks in (("", self.checks), ("synthetic weights, ", self.synthetic)):
             for check in checks:
                 count, height, width = check.images
                 where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {self.runtime}"
-                result.add_row(f"error ratio ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}"))
-                result.add_row("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}")
+                rows.append((f"error ratio ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}")))
+                rows.append(("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}"))
         if self.precision == "int8":
             note = "checked before it was quantized; fcvit eval --precision int8 measures what it costs"
-            result.add_row("int8", note)
-        yield result
+            rows.append(("int8", note))
+        yield table(rows=rows, title=f"{self.network} exported as {self.format}, {self.precision}")
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -169,7 +168,7 @@ def export(
     scales = None
     if calibration is not None:
         scales = calibration_images(Path(calibration), dataclasses.replace(chosen, input_size=size[0]))
-    with _published(names, overwrite) as folder:
+    with staged_files(names, overwrite) as folder:
         began = time.perf_counter()
         write_export(read, interface, target, folder / path.name)
         seconds = time.perf_counter() - began
@@ -205,7 +204,7 @@ def export(
         runtime=RUNTIME[target],
         precision=precision,
         checks=checks,
-        lively=synthetic_checks,
+        synthetic=synthetic_checks,
         seconds=seconds,
     )
 
@@ -216,24 +215,3 @@ def _checks(weights: Weights, interface: Interface, target: str, path: Path, ima
     height, width = images.shape[2:]
     smaller = [images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1]] if interface.size is None else []
     return tuple(check_export(network, weights, interface, batch, path.name) for batch in (images, *smaller))
-
-
-@contextlib.contextmanager
-def _published(names: Sequence[Path], overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside the files that is moved to their names if the block ends well, the runtime's file last."""
-    for path in names:
-        if os.path.lexists(path) and not (overwrite and path.is_file()):
-            raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
-    parent = names[-1].parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{names[-1].name}.", dir=parent) as name:
-            folder = Path(name)
-            yield folder
-            for path in names:
-                with (folder / path.name).open("rb+") as file:
-                    os.fsync(file.fileno())
-            for path in names:
-                (folder / path.name).replace(path)
-    except OSError as error:
-        raise UnreadableFile(f"{names[-1]}: cannot be written: {error.strerror or error}") from error

@@ -1,26 +1,24 @@
 """The command `fcvit faithfulness`, and `fcvit.faithfulness`."""
 
 import contextlib
+import functools
 import logging
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
 from fcvit.analysis import faithfulness as measuring
-from fcvit.analysis.faithfulness import MIN_IMAGES, Attribution, Faithfulness, ImageCurves
+from fcvit.analysis.faithfulness import MIN_IMAGES, Faithfulness, ImageCurves
 from fcvit.analysis.map_charts import faithfulness_chart, save
 from fcvit.analysis.similarity import Viewer, check_heads, each_readable
 from fcvit.commands.options import Device, Ema, File, Flag, MaxImages, Output, named_images
 from fcvit.data.folders import sample_evenly
 from fcvit.errors import BadImages, DoesNotFit, UsageError, counted
 from fcvit.inference.engines import create_engine
-from fcvit.models.maps import Place, places
-from fcvit.report.progress import duration, progress
+from fcvit.models.maps import places
+from fcvit.report.progress import progress
 from fcvit.weights.reading import Weights, read_weights
 
 logger = logging.getLogger("fcvit")
@@ -65,18 +63,21 @@ def faithfulness(
         raise DoesNotFit(f"{read.source.path} is {read.spec}: it predicts nothing that a map could explain")
     viewer = Viewer(read, device=device)
     check_heads(viewer.variant, heads)
-    known = places(viewer.variant)
-    chosen = known if every else _ends_of_stages(known)
+    chosen = places(viewer.variant)
+    if not every:  # the first and the last of each stage
+        stages = [[where for where in chosen if where[0] == stage] for stage in range(1, chosen[-1][0] + 1)]
+        chosen = [where for stage in stages for where in dict.fromkeys((stage[0], stage[-1]))]
     with runs.run_folder(Path(output), "faithfulness") if output is not None else contextlib.nullcontext() as folder:
         compute = create_engine(engine, read, viewer.preprocessing, device)
         bad: list[BadImages] = []
         with progress("reading", len(paths)) as advance:
-            pixels = [one for _, one in each_readable(paths, viewer.preprocessing, bad, advance)]
+            pixels = list(each_readable(paths, viewer.preprocessing, bad, advance))
         count = len(pixels)
         if count < MIN_IMAGES:
             raise BadImages(f"{counted(count, 'image')} can be read: expected at least {MIN_IMAGES}; first: {bad[0]}")
-        logger.info(_expected(viewer, compute, pixels, chosen, heads, absolute))
-        attributions: dict[int, Attribution] = {}
+        explainer = measuring.Explainer(viewer, compute, chosen, heads, absolute)
+        logger.info(explainer.expected(pixels))
+        attribution = functools.cache(lambda number: explainer.attribution(number, pixels[number]))
         curves: dict[str, list[ImageCurves]] = {}
 
         def result() -> Faithfulness:
@@ -91,15 +92,9 @@ def faithfulness(
         try:
             with progress("removing and returning pixels", count) as advance:
                 for number in image_order(count):
-                    pair = number, partner(number, count)
-                    for one in pair:
-                        if one not in attributions:
-                            attributions[one] = measuring.attribute(
-                                viewer, compute, one, pixels[one], chosen, heads, absolute
-                            )
-                    measured = measuring.measure(attributions[pair[0]], attributions[pair[1]], compute, seed)
-                    for name, one_image in measured.items():
-                        curves.setdefault(name, []).append(one_image)
+                    pair = attribution(number), attribution(partner(number, count))
+                    for name, one in measuring.measure(*pair, compute, seed).items():
+                        curves.setdefault(name, []).append(one)
                     advance(1)
         except KeyboardInterrupt:
             done = len(next(iter(curves.values()), ()))
@@ -108,29 +103,6 @@ def faithfulness(
                 logger.info(f"interrupted: the figures of {done} of {count} images are in {folder}")
             raise
         return result()
-
-
-def _expected(
-    viewer: Viewer,
-    compute: measuring.Compute,
-    pixels: Sequence[np.ndarray],
-    chosen: Sequence[Place],
-    heads: str,
-    absolute: bool,
-) -> str:
-    """Say how long the measuring will take, by the time of one batch as large as that of a curve."""
-    similar = viewer.similarity(pixels[0][None])
-    maps = [one for where in chosen for one in measuring.named_maps(similar.at(*where), heads, absolute).values()]
-    # A map has its own curves and those of another image's; each shape, occlusion's too, has random ones.
-    curves = 2 * (len(maps) + 1) + measuring.RANDOM * (len({one.shape for one in maps}) + 1)
-    passes = curves * 2 * measuring.STEPS + measuring.PATCHES**2 + 1
-    batch = np.stack([pixels[0]] * (2 * measuring.STEPS))
-    compute(batch[:1])  # the first call may prepare something
-    began = time.perf_counter()
-    compute(batch)
-    seconds = len(pixels) * passes * (time.perf_counter() - began) / len(batch)
-    each = f"{counted(len(pixels), 'image')}, each {passes:,} times through the network"
-    return f"{each}: about {duration(seconds)}; fewer images (--max-images) take less"
 
 
 def image_order(count: int) -> list[int]:
@@ -144,9 +116,3 @@ def image_order(count: int) -> list[int]:
 def partner(number: int, count: int) -> int:
     """Return whose maps an image is compared with: half of all images further, mostly of another class."""
     return (number + count // 2) % count
-
-
-def _ends_of_stages(known: Sequence[Place]) -> list[Place]:
-    """Return the first and the last place of each stage."""
-    stages = [[where for where in known if where[0] == stage] for stage in sorted({where[0] for where in known})]
-    return [where for places_of in stages for where in dict.fromkeys((places_of[0], places_of[-1]))]

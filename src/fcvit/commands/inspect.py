@@ -18,9 +18,6 @@ class Inspection(dict[str, Any]):
     def exit_code(self) -> int:
         return DoesNotFit.exit_code if self["problems"] else 0
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(self)
-
     def tables(self) -> Iterator[Any]:
         """Show the description; the list of tensors where it was asked for."""
         from fcvit.report.tables import SHOWN, lines, table
@@ -37,10 +34,8 @@ class Inspection(dict[str, Any]):
             listing.add_row(name.replace("_", " "), value if name == "problems" else str(value))
         yield listing
         if "entries" in self:
-            entries = table("tensor", "shape", "type")
-            for name, shape, dtype in self["entries"]:
-                entries.add_row(name, str(shape), dtype)
-            yield entries
+            rows = [(name, str(shape), dtype) for name, shape, dtype in self["entries"]]
+            yield table("tensor", "shape", "type", rows=rows)
 
 
 def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | None = None) -> Inspection:

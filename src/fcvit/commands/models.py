@@ -11,9 +11,6 @@ from fcvit.models.variants import VARIANTS, published
 class Models(dict[str, Any]):
     """The variants by name, with their published figures."""
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(self)
-
     def tables(self) -> Iterator[Any]:
         """Show the variants, and where the authors' checkpoints are."""
         from fcvit.report.tables import table

@@ -25,7 +25,8 @@ from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
 from fcvit.evaluation.results import Evaluation
-from fcvit.frameworks import import_framework, installed, on_paddle_device
+from fcvit.frameworks import import_framework, installed
+from fcvit.inference.check import compute
 from fcvit.inference.engines import PaddleEngine
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
@@ -78,19 +79,18 @@ class Quickstart:
         yield from itertools.islice(self.conversion.tables(), 2)
         ours = self.evaluation.results[0]
         right = ("PyTorch", "Paddle")
-        result = table("", *right, "", title=f"the same {ours.images} held-out images", right=right)
+        close = verdict(self.float64_difference <= FLOAT64_LIMIT, f"{FLOAT64_LIMIT:.0e}")
+        near = verdict(self.error_ratio <= RATIO_LIMIT, f"{RATIO_LIMIT:.0f}")
         side = f"PyTorch's side: {self.torch_side}"
-        result.add_row("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", side)
-        result.add_row("same prediction", "", f"{self.agreement:.2f} %", "")
-        result.add_row("largest logit difference, float32", "", f"{self.max_difference:.2e}", "")
-        result.add_row("mean logit difference, float32", "", f"{self.mean_difference:.2e}", "")
-        for what, value, limit, shown in (
-            ("float64 difference, largest over std", self.float64_difference, FLOAT64_LIMIT, ".0e"),
-            ("float32 rms error over PyTorch's", self.error_ratio, RATIO_LIMIT, ".0f"),
-        ):
-            number = f"{value:.1e}" if shown == ".0e" else f"{value:.2f}"
-            result.add_row(what, "", number, verdict(value <= limit, f"{limit:{shown}}"))
-        yield result
+        rows = [
+            ("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", side),
+            ("same prediction", "", f"{self.agreement:.2f} %"),
+            ("largest logit difference, float32", "", f"{self.max_difference:.2e}"),
+            ("mean logit difference, float32", "", f"{self.mean_difference:.2e}"),
+            ("float64 difference, largest over std", "", f"{self.float64_difference:.1e}", close),
+            ("float32 rms error over PyTorch's", "", f"{self.error_ratio:.2f}", near),
+        ]
+        yield table("", *right, "", rows=rows, title=f"the same {ours.images} held-out images", right=right)
         yield predictions(self.predictions[:3])
         yield "This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works."
         yield f"Picture: {self.sheet}"
@@ -134,7 +134,7 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
         predictions = tuple(zip(paths, rank(logits, digits(), 3), strict=True))
         exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
-        ours_64 = _paddle_float64(weights, batch)
+        (ours_64,) = compute("paddle", weights, normalize(batch, preprocessing).astype(np.float64))
         difference = np.abs(logits.astype(np.float64) - torch_32)
         result = Quickstart(
             conversion,
@@ -158,7 +158,7 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
-                f"gate A {result.float64_difference:.1e}, gate B {result.error_ratio:.2f}"
+                f"float64 difference {result.float64_difference:.1e}, float32 error ratio {result.error_ratio:.2f}"
             )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
@@ -180,37 +180,16 @@ def torch_logits(
     """PyTorch's logits for uint8 images in float64 and float32, and whether they were computed now."""
     if not installed("torch"):
         return record["logits_float64"], record["logits_float32"], "recorded"
-    torch = import_framework("torch")
-    from fcvit.reference.build import build_reference
-
-    preprocessing = resolve_preprocessing(None, source.preprocessing, source.spec.variant)
-    images = torch.from_numpy(normalize(batch, preprocessing))
-    with torch.inference_mode():
-        exact, single = (
-            build_reference(source.spec, source.tensors, dtype)(images.to(dtype)).numpy()
-            for dtype in (torch.float64, torch.float32)
-        )
+    images = normalize(batch, resolve_preprocessing(None, source.preprocessing, source.spec.variant))
+    exact, single = (compute("torch", source, images.astype(dtype))[0] for dtype in ("float64", "float32"))
     return exact, single, "computed now"
-
-
-def _paddle_float64(weights: Weights, batch: np.ndarray) -> np.ndarray:
-    paddle = import_framework("paddle")
-    from fcvit.models.build import build_network
-
-    preprocessing = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
-    images = normalize(batch, preprocessing).astype(np.float64)
-    with on_paddle_device("cpu"), paddle.no_grad():
-        return build_network(weights, "float64")(paddle.to_tensor(images)).numpy()
 
 
 def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
     """The mistakes first, then the first images, up to a sheetful."""
-    found = list(zip(predictions, map(str, labels), strict=True))
-    wrong = [row for row in found if row[0][1][0].id != row[1]]
-    right = [row for row in found if row[0][1][0].id == row[1]]
-    tiles = [
-        Tile(decode(path), ranked[0].id, ranked[0].probability, truth)
-        for (path, ranked), truth in [*wrong, *right][:_SHEET]
-    ]
-    title = f"fcvit_digits on held-out handwritten digits: {len(wrong)} of {len(labels)} wrong (shown first)"
+    rows = [(path, ranked[0], str(truth)) for (path, ranked), truth in zip(predictions, labels, strict=True)]
+    rows.sort(key=lambda row: row[1].id == row[2])
+    wrong = sum(best.id != truth for _, best, truth in rows)
+    tiles = [Tile(decode(path), best.id, best.probability, truth) for path, best, truth in rows[:_SHEET]]
+    title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(labels)} wrong (shown first)"
     contact_sheet(tiles, title).save(sheet)

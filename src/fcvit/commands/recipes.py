@@ -25,9 +25,6 @@ class Recipes(dict[str, Any]):
         yield listing
         yield "fcvit recipes NAME prints one; fcvit train NAME --data FOLDER trains by it"
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(self)
-
 
 def recipes(name: str | None = None, /) -> Recipes:
     """List the recipes that come with the package, or print one.

@@ -1,6 +1,6 @@
 """The command `fcvit resume`, which is `fcvit.resume` too."""
 
-import os
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -34,7 +34,7 @@ def resume(
     from fcvit.evaluation import runner
     from fcvit.training import run as training
 
-    command = runs.read_command(os.fspath(run))
+    command = str(runs.read_run(Path(run)).get("command"))
     if command == "eval":
         return runner.resume(run, moved=moved, workers=decoding_processes(workers), strict=strict)
     if command == "train":

@@ -116,16 +116,14 @@ def similarity(
     Args:
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format (in Python also weights in memory).
-        run: Instead of images and weights: the folder of a run of fcvit eval, or of one of its results. Draws its most
-            confident mistakes and right answers into maps.png beside its predictions.
+        run: Run or result of fcvit eval instead: draw maps.png of its most confident mistakes and right answers.
         output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
         stage: Which stage, from 1, or from the end with -1 (default: the last with more than one position).
         block: Which block of it, in the same way (default: the last).
         context: The first or second global context of the block.
         heads: each (default), mean, or the number of a head.
         values: standardised (default), or rescaled as they multiply the context.
-        scale: Scale of the colors: one for a picture (default), or one for each head, which then has its range in its
-            name.
+        scale: Scale of the colors: one for a picture (default), or one for each head, named with its range.
         top_k: Classes in the caption.
         preprocessing: another one than the weights'.
 

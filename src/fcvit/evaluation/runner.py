@@ -63,10 +63,10 @@ def evaluate(
     for note in dict.fromkeys(note for one in loaded for note in one.notes):
         logger.info(note)
     task = task_of(loaded)
-    try:
-        asked = task.options(**options)
-    except TypeError as error:
-        raise UsageError(f"eval: {error}") from error
+    known = {field.name for field in dataclasses.fields(task.options)}
+    if foreign := sorted(set(options) - known):
+        raise UsageError(f"eval: {', '.join(foreign)}: no options of {task.name}; known: {', '.join(sorted(known))}")
+    asked = task.options(**options)
     request = Request(tuple(map(absolute, weights)), absolute(data), task.name, settings, asked)
     evaluator = task.evaluator(loaded, Path(request.data), asked)
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)

@@ -123,7 +123,7 @@ def reference(
     require_reference()
     framework = "torch" if installed("torch") else "paddle"
     normalized = _normalized(images, interface)
-    exact, single = (_compute(framework, weights, normalized.astype(dtype)) for dtype in ("float64", "float32"))
+    exact, single = (compute(framework, weights, normalized.astype(dtype)) for dtype in ("float64", "float32"))
     if not all(np.isfinite(output).all() for output in single):
         raise NumbersDisagree(
             f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
@@ -133,8 +133,8 @@ def reference(
     return exact, single, framework
 
 
-def _compute(framework: str, weights: Weights, images: np.ndarray) -> list[np.ndarray]:
-    """Return the outputs in the precision of the images."""
+def compute(framework: str, weights: Weights, images: np.ndarray) -> list[np.ndarray]:
+    """Return the outputs for normalized images by "torch" or "paddle", in the precision of the images."""
     if framework == "torch":
         torch = import_framework("torch")
         from fcvit.reference.build import build_reference

@@ -251,6 +251,7 @@ def create_engine(
     parse_device(device)
     if name != AUTO and name not in ENGINES:
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
+    logger.debug(f"engine {name}: device {device}, {precision}, threads {threads or 'by default'}")
     arguments = (weights, preprocessing, device, precision, threads)
     return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration)
 

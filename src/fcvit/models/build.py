@@ -1,4 +1,4 @@
-"""Networks in Paddle, empty or with the weights of a file; strictly, and aloud where something starts fresh."""
+"""Build networks in Paddle, fresh or with the weights of a file; strictly, with a warning where something is fresh."""
 
 import dataclasses
 import os
@@ -50,7 +50,7 @@ def create_model(
     *,
     ema: bool | None = None,
 ) -> "FCViT":
-    """An FCViT classifier in evaluation mode.
+    """Build an FCViT classifier in evaluation mode.
 
     Args:
         variant: a name of `fcvit.VARIANTS`, or a `Variant` of one's own.
@@ -77,10 +77,10 @@ def create_model(
 def build_classifier(
     weights: Weights, num_classes: int | None = None, drop_path_rate: float = 0.0, drop_rate: float = 0.0
 ) -> "FCViT":
-    """The classifier that weights in memory belong to; arguments as in `create_model`.
+    """Build the classifier that weights in memory belong to; arguments as in `create_model`.
 
     Raises:
-        DoesNotFit: they are a dense-prediction backbone's.
+        DoesNotFit: they are not a classifier's.
     """
     from fcvit.models.classifier import FCViT
 
@@ -109,7 +109,7 @@ def weights_of(
     tensors: "Mapping[str, Tensor] | None" = None,
     updates: int = 0,
 ) -> Weights:
-    """The weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
+    """Return the weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
 
     Args:
         name: what messages and results call them.
@@ -120,19 +120,19 @@ def weights_of(
     """
     spec = ModelSpec(model.variant, model.num_classes, head)
     state = tensors or model.state_dict()
-    found: dict[str, np.ndarray] = {}
+    stored: dict[str, np.ndarray] = {}
     for key, entry in tensor_specs(spec).items():
         if is_counter(key):
-            found[key] = np.array(updates, np.int64)
+            stored[key] = np.array(updates, np.int64)
         else:
             array = state[paddle_name(key)].numpy()
-            found[key] = array.T if entry.transposed_in_paddle else array
+            stored[key] = array.T if entry.transposed_in_paddle else array
     source = Checkpoint(Path(name), MEMORY, {}, None, b"")
-    return Weights(spec, found, source, "paddle", preprocessing, classes, (), ())
+    return Weights(spec, stored, source, "paddle", preprocessing, classes, (), ())
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
-    """The network that weights belong to, computing in `dtype`."""
+    """Build the network that weights belong to, computing in `dtype`."""
     spec = weights.spec
     model = NETWORKS[spec.head](spec)
     model.to(dtype=getattr(import_framework("paddle"), dtype))
@@ -150,7 +150,7 @@ def create_backbone(
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
 ) -> "FCViTBackbone":
-    """The dense-prediction form in evaluation mode: four maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`.
+    """Build the backbone for dense prediction in evaluation mode; its four maps are normalized by `norm0` to `norm6`.
 
     Args:
         variant: as in `create_model`. A named one starts its layer scale at 1e-6, as the authors'
@@ -181,7 +181,7 @@ def _warn(weights: Weights, what: str, stacklevel: int) -> None:
 
 
 def _set_tensors(model: "nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Copy tensors (Paddle's names and layout) into a model; the names that the model has besides.
+    """Copy tensors (Paddle's names and layout) into a model; return the names that the model has besides.
 
     `set_state_dict` only warns where a tensor is missing or ill-shaped, so all is checked first.
     """

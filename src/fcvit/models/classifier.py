@@ -29,11 +29,7 @@ class FCViT(Stages):
     """
 
     def __init__(
-        self,
-        variant: Variant,
-        num_classes: int = IMAGENET_CLASSES,
-        drop_path_rate: float = 0.0,
-        drop_rate: float = 0.0,
+        self, variant: Variant, num_classes: int = IMAGENET_CLASSES, drop_path_rate: float = 0.0, drop_rate: float = 0.0
     ):
         super().__init__(variant, drop_path_rate, drop_rate)
         self.norm = LayerNorm2D(variant.widths[-1])

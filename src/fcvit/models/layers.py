@@ -43,19 +43,19 @@ class BatchNorm(nn.BatchNorm2D):
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
         with paddle.no_grad():
-            # Ourselves: which variance a kernel keeps depends on the device, and its momentum is a float32.
+            # Not by the kernel: which variance a kernel keeps depends on the device, and its momentum is a float32.
             given = input.astype(self._mean.dtype)
             center = mean(given, (0, 2, 3))
             variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))
-            kept = self._momentum
-            self._mean.set_value(kept * self._mean + (1 - kept) * center.flatten())
-            self._variance.set_value(kept * self._variance + (1 - kept) * variance.flatten())
+            momentum = self._momentum
+            self._mean.set_value(momentum * self._mean + (1 - momentum) * center.flatten())
+            self._variance.set_value(momentum * self._variance + (1 - momentum) * variance.flatten())
         own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # for the kernel to write to
         return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
 
 
 def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean over `axes`, kept as axes of length 1, taken one axis at a time, the last first.
+    """Return the mean over `axes`, kept as axes of length 1, taken one axis at a time, the last first.
 
     Paddle's CPU kernels add float32 numbers one after the other: over the 200,000 of a feature map
     the result is off by 1e-5, over one short axis at a time by 1e-7.

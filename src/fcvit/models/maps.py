@@ -6,12 +6,13 @@ heads and positions, then scaled and shifted per head. It does so twice in a blo
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from fcvit.errors import UsageError
 from fcvit.models.variants import Variant
 
+U = TypeVar("U")
 T = TypeVar("T")  # a tensor of either framework, or an array
 
 
@@ -39,10 +40,16 @@ class SimilarityMap(Generic[T]):
     def name(self) -> str:
         return f"stage{self.stage}.block{self.block}.context{self.context}"
 
+    def map(self, change: Callable[[T], U]) -> "SimilarityMap[U]":
+        """Return the same map with other tensors."""
+        tokens = None if self.tokens is None else change(self.tokens)
+        place = self.stage, self.block, self.context
+        return SimilarityMap(*place, change(self.standardised), change(self.rescaled), tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Similarity(Generic[T]):
-    """What a forward pass gave.
+    """The output of a forward pass with its maps.
 
     Attributes:
         output: what `model(x)` gives.
@@ -56,7 +63,7 @@ class Similarity(Generic[T]):
         return iter(self.maps)
 
     def at(self, stage: int = -1, block: int = -1, context: int = -1) -> SimilarityMap[T]:
-        """One map; numbers from 1, or from the end with -1 (the default is the last of all).
+        """Return one map; numbers from 1, or from the end with -1 (the default is the last of all).
 
         Raises:
             UsageError: there is no such one.
@@ -69,23 +76,19 @@ Place = tuple[int, int, int]  # stage, block and context of a map, from 1
 
 
 def places(variant: Variant) -> list[Place]:
-    """Of every map of the variant, in the order of the pass.
+    """Return the place of every map of the variant, in the order of the pass.
 
     Raises:
         UsageError: it has none.
     """
     require_maps(variant)
-    mixes = 2 if variant.second_mix else 1
-    return [
-        (stage, block, context)
-        for stage, depth in enumerate(variant.depths, 1)
-        for block in range(1, depth + 1)
-        for context in range(1, mixes + 1)
-    ]
+    contexts = range(1, 3 if variant.second_mix else 2)
+    stages = enumerate(variant.depths, 1)
+    return [(stage, block, one) for stage, depth in stages for block in range(1, depth + 1) for one in contexts]
 
 
 def choose(known: Sequence[Place], stage: int = -1, block: int = -1, context: int = -1) -> Place:
-    """One of them; numbers from 1, or from the end with -1.
+    """Return one of the places; numbers from 1, or from the end with -1.
 
     Raises:
         UsageError: there is no such one.
@@ -101,23 +104,19 @@ def choose(known: Sequence[Place], stage: int = -1, block: int = -1, context: in
 
 
 def short(name: str) -> str:
-    """A map's name where there is little room: "stage3.block2.context1" -> "3.2.1"."""
+    """Shorten a map's name: "stage3.block2.context1" -> "3.2.1"."""
     return name.replace("stage", "").replace("block", "").replace("context", "")
 
 
 def require_maps(variant: Variant) -> None:
-    """Nothing, where the network computes similarities.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Raise a UsageError where the network computes no similarities."""
     if not variant.global_context or not variant.weighted_context:
         off = "global_context" if not variant.global_context else "weighted_context"
         raise UsageError(f"{variant.name} has no similarity maps: {off} is off")
 
 
 class Recorder(Generic[T]):
-    """Takes the maps of one forward pass as they are computed; it knows where the pass is by what it is told.
+    """Take the maps of one forward pass as they are computed; what it is told says where the pass is.
 
     Args:
         tokens: keep them too, which takes as much memory as the pass of a network in training.
@@ -136,5 +135,5 @@ class Recorder(Generic[T]):
 
     def take(self, tokens: T, standardised: T, rescaled: T) -> None:
         self.context += 1
-        kept = tokens if self.tokens else None
-        self.maps.append(SimilarityMap(self.stage, self.block, self.context, standardised, rescaled, kept))
+        place = self.stage, self.block, self.context
+        self.maps.append(SimilarityMap(*place, standardised, rescaled, tokens if self.tokens else None))

@@ -7,6 +7,7 @@ convolution elsewhere. Tests hold this table against the layers of both networks
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -98,7 +99,7 @@ class ModelSpec:
 
 
 def _changes(variant: Variant) -> str:
-    """What makes a variant another one than the table's of its name."""
+    """Return in words what differs from the variant of that name."""
     known = VARIANTS.get(variant.name, variant)
     fields = (f.name for f in dataclasses.fields(variant) if f.name not in ("preprocessing", "layer_scale"))
     changed = [f"{name}={getattr(variant, name)}" for name in fields if getattr(variant, name) != getattr(known, name)]
@@ -106,13 +107,13 @@ def _changes(variant: Variant) -> str:
 
 
 def paddle_name(name: str) -> str:
-    """The authors' name of a tensor -> its name in the Paddle network."""
+    """Translate the authors' name of a tensor to its name in the Paddle network."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{PADDLE_STATISTICS[last]}" if last in PADDLE_STATISTICS else name
 
 
 def torch_name(name: str) -> str:
-    """The inverse of `paddle_name`."""
+    """Invert `paddle_name`."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{TORCH_STATISTICS[last]}" if last in TORCH_STATISTICS else name
 
@@ -124,7 +125,7 @@ def torch_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
 
 
 def is_counter(name: str) -> bool:
-    """Whether this is BatchNorm's `num_batches_tracked`, which Paddle does not have."""
+    """Return whether this is BatchNorm's `num_batches_tracked`, which Paddle does not have."""
     return name.rpartition(".")[2] == COUNTER
 
 
@@ -134,12 +135,12 @@ def is_statistic(name: str) -> bool:
 
 
 def tensor_specs(spec: ModelSpec) -> dict[str, TensorSpec]:
-    """Every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
+    """Return every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
     return dict(_entries(spec))
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Trainable numbers: running statistics and counters are none."""
+    """Count the trainable numbers: running statistics and counters are none."""
     total = 0
     for name, entry in tensor_specs(spec).items():
         if not name.endswith((*PADDLE_STATISTICS, COUNTER)):
@@ -148,7 +149,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
-    """Multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
+    """Count the multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
     positions = []
     for stage in range(4):
         height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
@@ -168,7 +169,7 @@ def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
 
 
 def _stage(name: str) -> int:
-    """Whose size the output of a layer has: 0 to 3. `network.1`, between the first two stages, makes the second's."""
+    """Return the stage whose size the output of a layer has; `network.1`, between the first two, makes the second's."""
     first, number, *_ = name.split(".")
     return (int(number) + 1) // 2 if first == "network" else 0
 
@@ -274,7 +275,7 @@ def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[st
 
 
 def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = None) -> ModelSpec:
-    """The form that tensors with these names and shapes (authors' names, PyTorch's layout) belong to.
+    """Return the network that tensors with these names and shapes (authors' names, PyTorch's layout) belong to.
 
     What a tensor cannot show (initial layer scale, preprocessing; heads where the context is not
     weighted) comes from `expected`, else from the named variant of that architecture, else from
@@ -299,76 +300,80 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
 
 
 def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != rank or not all(found):
-            state = "is missing" if found is None else f"has shape {list(found)}"
+    def has(name: str) -> bool:
+        return f"network.0.0.{name}" in shapes
+
+    def length(name: str, rank: int, axis: int = 0, stage: int = 0) -> int:
+        """Return a length of a tensor in the first block of a stage."""
+        name = f"network.{2 * stage}.0.{name}"
+        shape = shapes.get(name)
+        if shape is None or len(shape) != rank or not all(shape):
+            state = "is missing" if shape is None else f"has shape {list(shape)}"
             raise DoesNotFit(
                 f"not an FCViT: {name} {state}, expected a tensor with {rank} dimension(s); "
                 "the file needs the authors' names (see docs/checkpoints.md)"
             )
-        return found
+        return shape[axis]
 
-    depths = []
-    for stage in range(4):
-        shape(f"network.{2 * stage}.0.norm1.weight", 1)
-        blocks = 0
-        while f"network.{2 * stage}.{blocks}.norm1.weight" in shapes:
-            blocks += 1
-        depths.append(blocks)
-    block, mixer = "network.{}.0", "network.{}.0.token_mixer"
-    widths = [shape(f"{block.format(2 * s)}.norm1.weight", 1)[0] for s in range(4)]
+    def lengths(name: str, rank: int, axis: int = 0) -> list[int]:
+        return [length(name, rank, axis, stage) for stage in range(4)]
+
+    widths = lengths("norm1.weight", 1)
+    depths = [
+        next(block for block in itertools.count() if f"network.{2 * stage}.{block}.norm1.weight" not in shapes)
+        for stage in range(4)
+    ]
     if max(widths) > 1 << 16:
         raise DoesNotFit(f"not an FCViT: widths {widths}")
-    hidden = [shape(f"{block.format(2 * s)}.channel_mixer.fc1.weight", 4)[0] for s in range(4)]
-    ratios = [max(h // w, 1) for h, w in zip(hidden, widths, strict=True)]
-    first = mixer.format(0)
-    options: dict[str, Any] = {}
-    options["layer_scale"] = 1e-5 if "network.0.0.layer_scale_1" in shapes else None
-    options["global_context"] = any(name.startswith(f"{first}.gc1.") for name in shapes)
-    options["second_mix"] = f"{first}.dw2.weight" in shapes
-    kernel_1 = shape(f"{first}.dw1.weight", 4)[2]
-    kernel_2 = shape(f"{first}.dw2.weight", 4)[2] if options["second_mix"] else 11
-    options["kernel_sizes"] = (kernel_1, kernel_2)
+    hidden = lengths("channel_mixer.fc1.weight", 4)
+    context, attention, pooled = "token_mixer.gc1", "token_mixer.spatial_att.spatial_att", "channel_mixer.channel_att"
+    second_mix = has("token_mixer.dw2.weight")
+    options: dict[str, Any] = {
+        "depths": tuple(depths),
+        "widths": tuple(widths),
+        "mlp_ratios": tuple(max(h // w, 1) for h, w in zip(hidden, widths, strict=True)),
+        "layer_scale": 1e-5 if has("layer_scale_1") else None,
+        "global_context": any(name.startswith(f"network.0.0.{context}.") for name in shapes),
+        "second_mix": second_mix,
+        "kernel_sizes": (
+            length("token_mixer.dw1.weight", 4, 2),
+            length("token_mixer.dw2.weight", 4, 2) if second_mix else 11,
+        ),
+        "spatial_attention": has(f"{attention}.0.weight"),
+        "channel_dwconv": has("channel_mixer.dwconv.weight"),
+        "channel_attention": has(f"{pooled}.channelConv1.weight"),
+    }
     if options["global_context"]:
-        options["weighted_context"] = f"{first}.gc1.rescale_weight" in shapes
-        if options["weighted_context"]:
-            options["heads"] = shape(f"{first}.gc1.rescale_weight", 1)[0]
-        options["competition"] = f"{first}.gc1.fc.0.weight" not in shapes
-        last = "fc2" if options["competition"] else "fc.2"
-        inner = [shape(f"{mixer.format(2 * s)}.gc1.{last}.weight", 2)[1] for s in range(4)]
+        options["weighted_context"] = has(f"{context}.rescale_weight")
+        options["competition"] = not has(f"{context}.fc.0.weight")
+        inner = lengths(f"{context}.{'fc2' if options['competition'] else 'fc.2'}.weight", 2, 1)
         options["reduction"] = _divisor(widths, inner, preferred=8)
-    if not options.get("weighted_context", False):
+    if options.get("weighted_context"):
+        options["heads"] = length(f"{context}.rescale_weight", 1)
+    else:
         options["heads"] = next(h for h in (8, 4, 2, 1) if all(w % h == 0 for w in widths))
-    if f"{first}.fc1.weight" in shapes:
+    if has("token_mixer.fc1.weight"):
         options["token_factor"] = 1
     else:
-        inner = [shape(f"{mixer.format(2 * s)}.fc1.0.weight", 4)[0] for s in range(4)]
-        options["token_factor"], options["token_minimum"] = _bottleneck(widths, inner)
-    attention = "spatial_att.spatial_att"
-    options["spatial_attention"] = f"{first}.{attention}.0.weight" in shapes
+        options["token_factor"], options["token_minimum"] = _bottleneck(widths, lengths("token_mixer.fc1.0.weight", 4))
     if options["spatial_attention"]:
-        options["spatial_attention_kernel"] = shape(f"{first}.{attention}.0.weight", 4)[2]
-        inner = [shape(f"{mixer.format(2 * s)}.{attention}.1.weight", 4)[0] for s in range(4)]
-        options["spatial_attention_reduction"] = _divisor(widths, inner, preferred=8)
+        options["spatial_attention_kernel"] = length(f"{attention}.0.weight", 4, 2)
+        options["spatial_attention_reduction"] = _divisor(widths, lengths(f"{attention}.1.weight", 4), preferred=8)
     elif min(widths) < 8:
         options["spatial_attention_reduction"] = 1
-    options["channel_dwconv"] = "network.0.0.channel_mixer.dwconv.weight" in shapes
     if options["channel_dwconv"]:
-        options["channel_kernel"] = shape("network.0.0.channel_mixer.dwconv.weight", 4)[2]
-    attention = "network.0.0.channel_mixer.channel_att.channelConv"
-    options["channel_attention"] = f"{attention}1.weight" in shapes
+        options["channel_kernel"] = length("channel_mixer.dwconv.weight", 4, 2)
     if options["channel_attention"]:
-        options["channel_attention_kernels"] = tuple(shape(f"{attention}{i}.weight", 3)[2] for i in (1, 2))
-    sizes: dict[str, Any] = {"depths": tuple(depths), "widths": tuple(widths), "mlp_ratios": tuple(ratios)}
+        kernels = (length(f"{pooled}.channelConv{number}.weight", 3, 2) for number in (1, 2))
+        options["channel_attention_kernels"] = tuple(kernels)
     try:
-        return Variant("custom", **sizes, **options)
+        return Variant("custom", **options)
     except ValueError as error:
         raise DoesNotFit(f"not an FCViT: {error}") from None
 
 
 def _divisor(widths: list[int], inner: list[int], preferred: int) -> int:
-    """The r with `width // r == inner` in every stage; several give the same network, any serves."""
+    """Return the r with `width // r == inner` in every stage; several give the same network, any serves."""
     fitting = [r for r in range(1, min(widths) + 1) if [w // r for w in widths] == inner]
     if not fitting:
         raise DoesNotFit(f"not an FCViT: no reduction turns the widths {widths} into the bottlenecks {inner}")
@@ -376,7 +381,7 @@ def _divisor(widths: list[int], inner: list[int], preferred: int) -> int:
 
 
 def _bottleneck(widths: list[int], inner: list[int]) -> tuple[int, int]:
-    """The (factor, minimum) with `max(width // factor, minimum) == inner` in every stage."""
+    """Return the (factor, minimum) with `max(width // factor, minimum) == inner` in every stage."""
     candidates = [(8, 16), *((f, m) for m in (16, min(inner), 1) for f in range(2, max(widths) + 1))]
     for factor, minimum in candidates:
         if [max(w // factor, minimum) for w in widths] == inner:

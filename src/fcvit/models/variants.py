@@ -21,7 +21,7 @@ VALIDATION_IMAGES = 50_000  # of ImageNet-1K
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the network sees it.
+    """The preprocessing of an image for the network.
 
     The shorter side is resized to `floor(input_size / crop_fraction)`, the center of
     `input_size` x `input_size` is cut out, scaled to [0, 1] and normalized per channel (RGB).
@@ -165,13 +165,13 @@ class Variant:
                 )
 
     def token_width(self, width: int) -> int | None:
-        """Channels of the token mixer's bottleneck in a stage of `width`; None: it has none."""
+        """Return the channels of the token mixer's bottleneck in a stage of `width`; None: it has none."""
         return None if self.token_factor <= 1 else max(width // self.token_factor, self.token_minimum)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What the authors report for a variant, beside what was counted from their code.
+    """The figures that the authors report for a variant, beside what was counted from their code.
 
     Attributes:
         top1: ImageNet-1K top-1 accuracy in per cent, as the authors report it.
@@ -239,7 +239,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for va
 
 
 def get_variant(variant: "str | Variant") -> Variant:
-    """The variant of that name, or the argument itself if it is one already.
+    """Return the variant of that name, or the argument itself if it is one already.
 
     Raises:
         UsageError: no such name; the message suggests the nearest.
@@ -254,14 +254,14 @@ def get_variant(variant: "str | Variant") -> Variant:
 
 
 def published(variant: Variant) -> Published | None:
-    """The published figures of exactly this variant; None for one of one's own, ablations included."""
+    """Return the published figures of exactly this variant; None for one of one's own, ablations included."""
     return next((row for known, row in _TABLE if known == variant), None)
 
 
 def resolve_preprocessing(
     argument: Preprocessing | PreprocessingChange | None, file: Preprocessing | None, variant: Variant
 ) -> Preprocessing:
-    """The one rule by which preprocessing is chosen: the argument, else the file's, else the variant's.
+    """Choose the preprocessing by the one rule: the argument, else the file's, else the variant's.
 
     An argument that is a change replaces single fields of what would be chosen without it.
     """

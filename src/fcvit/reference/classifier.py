@@ -22,11 +22,7 @@ class FCViT(nn.Module):
     """
 
     def __init__(
-        self,
-        variant: Variant,
-        num_classes: int = IMAGENET_CLASSES,
-        drop_path_rate: float = 0.0,
-        drop_rate: float = 0.0,
+        self, variant: Variant, num_classes: int = IMAGENET_CLASSES, drop_path_rate: float = 0.0, drop_rate: float = 0.0
     ):
         super().__init__()
         self.variant = variant

@@ -11,7 +11,7 @@ import functools
 import io
 import unicodedata
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -38,7 +38,27 @@ _NO_GLYPH = "\u25a1"
 _LEFT_TO_RIGHT = "\u200e"  # keeps "Hebrew → Arabic" from being set from right to left, which says the opposite
 
 
-def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> bytes:
+P = ParamSpec("P")
+
+
+def chart(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
+    """Make a function that draws a figure return its PNG file: the same bytes for the same arguments on one machine.
+
+    It raises MissingExtra where the extra `report` is not installed.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> bytes:
+        with drawing():
+            file = io.BytesIO()
+            draw(*arguments, **options).savefig(file, format="png", metadata={"Software": None})
+            return file.getvalue()
+
+    return drawn
+
+
+@chart
+def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     """Draw which classes are taken for which: the matrix of up to `MATRIX_CLASSES` classes, else the worst pairs.
 
     Args:
@@ -46,128 +66,12 @@ def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> bytes:
         classes: C of them; names may repeat and hold anything.
         title: one line; cut where it is too long.
 
-    Returns:
-        A PNG file, the same bytes for the same arguments on the same machine.
-
     Raises:
         DoesNotFit: the matrix has another shape.
-        MissingExtra: the extra `report` is not installed.
     """
     if matrix.shape != (len(classes), len(classes)):
         raise DoesNotFit(f"a confusion matrix of shape {matrix.shape} for {len(classes)} classes")
-    return drawn(_heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs, matrix, classes, title)
-
-
-def reliability_chart(calibration: Calibration, title: str) -> bytes:
-    """Draw accuracy in bins of confidence beside the diagonal, and below it how many images are in each bin.
-
-    Args:
-        calibration: any number of bins, of equal width over 0 to 1; bins may be empty.
-        title: one line; cut where it is too long.
-
-    Returns:
-        A PNG file, the same bytes for the same arguments on the same machine.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_reliability, calibration, title)
-
-
-def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """Draw loss, top-1 and learning rate over the epochs of a training, one below the other: a PNG file.
-
-    Args:
-        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
-            (per cent) and the same of EMA weights, `ema_val_loss`, `ema_top1`.
-        title: one line; cut where it is too long.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_curves, rows, title)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A bar of a `speed_chart`: images per second, with the range of the rounds.
-
-    Attributes:
-        reference: whether the others are measured by it.
-    """
-
-    label: str
-    rate: float
-    low: float
-    high: float
-    reference: bool = False
-
-
-def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> bytes:
-    """Draw images per second as bars, group by group, on one scale: a PNG file, the same bytes for the same arguments.
-
-    Args:
-        groups: a name, and from one bar.
-        title, subtitle: one line each; cut where they are too long.
-
-    Raises:
-        MissingExtra: the extra `report` is not installed.
-    """
-    return drawn(_speeds, groups, title, subtitle)
-
-
-_CURVES = (  # of each panel: its name, and the columns with their names and colors
-    (
-        "loss",
-        (
-            ("loss", "training", INK),
-            ("val_loss", "validation", RIGHT),
-            ("ema_val_loss", "validation, averaged weights", WRONG),
-        ),
-    ),
-    ("top-1 accuracy, %", (("top1", "validation", RIGHT), ("ema_top1", "validation, averaged weights", WRONG))),
-    ("learning rate", (("lr", "at the end of the epoch", INK),)),
-)
-
-
-def _curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    from matplotlib.ticker import MaxNLocator
-
-    panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
-    subtitle = counted(len(rows), "epoch")
-    if scored := [row for row in rows if "top1" in row]:
-        best = max(scored, key=lambda row: row["top1"])
-        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
-    figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
-    for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
-        for key, label, color in lines:
-            if points := [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]:
-                axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
-        axes.set_title(name, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color=FAINT, linewidth=0.5)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False)
-    figure.axes[-1].set_xlabel("epoch")
-    return figure
-
-
-def _speeds(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
-    sizes = [len(bars) for _, bars in groups]
-    figure = new_figure(_WIDTH, 1 + 0.5 * len(groups) + 0.28 * sum(sizes), title, subtitle)
-    panels = _column(figure, len(groups), sharex=True, height_ratios=sizes)
-    for axes, (name, bars) in zip(panels, groups, strict=True):
-        places = range(len(bars))
-        colors = [UNSURE if bar.reference else RIGHT for bar in bars]
-        axes.barh(places, [bar.rate for bar in bars], height=0.74, color=colors)
-        axes.hlines(places, [bar.low for bar in bars], [bar.high for bar in bars], INK, linewidth=1.2)
-        for place, bar in enumerate(bars):
-            speed = f"{bar.rate:,.{0 if bar.rate >= 1000 else 1}f}{' (reference)' if bar.reference else ''}"
-            _annotate(axes, speed, (max(bar.rate, bar.high), place))
-        axes.set_title(shown(name), loc="left", fontweight="bold")
-        _name_bars(axes, [shown(bar.label, 36) for bar in bars])
-    figure.axes[0].set_xlim(0, 1.25 * max(bar.high for _, bars in groups for bar in bars))
-    return figure
+    return (_heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs)(matrix, classes, title)
 
 
 def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
@@ -196,17 +100,9 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     axes.set_yticks(np.arange(count) + 0.5, names)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    label, ticks = "share of the true class's images", [0, 0.01, 0.1, 0.25, 0.5, 1]
-    bar = figure.colorbar(
-        cells,
-        ax=axes,
-        location="bottom",
-        aspect=40,
-        shrink=0.6,
-        label=label,
-        ticks=ticks,
-        format=PercentFormatter(1, 0),
-    )
+    scale: dict[str, Any] = {"ticks": [0, 0.01, 0.1, 0.25, 0.5, 1], "format": PercentFormatter(1, 0, " %")}
+    where: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.6}
+    bar = figure.colorbar(cells, ax=axes, label="share of the true class's images", **scale, **where)
     bar.outline.set_visible(False)  # pyrefly: ignore
     return figure
 
@@ -226,18 +122,19 @@ def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
         extent = f"all of them, in {counted(every, 'pair')} of classes"
     figure = new_figure(9.0, 1.6 + len(pairs) * 0.26, title, f"{_tally(matrix)}\nShown: {extent}")
     axes = figure.subplots()
-    axes.barh(range(len(pairs)), counts, height=0.72, color=WRONG)
-    for place, (number, (i, _)) in enumerate(zip(counts, pairs, strict=True)):
-        # Decimals of a few images would pretend to know more.
-        share = f"{100 * number / totals[i]:.{0 if totals[i] < 1000 else 1}f} %"
-        _annotate(axes, f"{number:,}   ({share})", (number, place))
+    # Decimals of a few images would pretend to know more.
+    shares = [100 * number / totals[i] for number, (i, _) in zip(counts, pairs, strict=True)]
+    digits = [0 if totals[i] < 1000 else 1 for i, _ in pairs]
+    texts = [f"{n:,}   ({share:.{digit}f} %)" for n, share, digit in zip(counts, shares, digits, strict=True)]
+    _bars(axes, [f"{names[i]} → {names[j]}" for i, j in pairs], counts, texts, [WRONG] * len(pairs))
     axes.set_xlim(0, 1.25 * counts.max())
-    _name_bars(axes, [f"{names[i]} → {names[j]}" for i, j in pairs])
     axes.set_title("true class → predicted class: images, and their share of the true class's", loc="left", fontsize=9)
     return figure
 
 
-def _reliability(calibration: Calibration, title: str) -> "Figure":
+@chart
+def reliability_chart(calibration: Calibration, title: str) -> "Figure":
+    """Draw accuracy in bins of confidence beside the diagonal, and below it how many images are in each bin."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
@@ -284,16 +181,80 @@ def _reliability(calibration: Calibration, title: str) -> "Figure":
     return figure
 
 
-def drawn(draw: Callable[..., "Figure"], *arguments: Any) -> bytes:
-    """Draw a figure in the one style; return its PNG file.
+_CURVES = (  # of each panel: its name, and the columns with their names and colors
+    (
+        "loss",
+        (
+            ("loss", "training", INK),
+            ("val_loss", "validation", RIGHT),
+            ("ema_val_loss", "validation, averaged weights", WRONG),
+        ),
+    ),
+    ("top-1 accuracy, %", (("top1", "validation", RIGHT), ("ema_top1", "validation, averaged weights", WRONG))),
+    ("learning rate", (("lr", "at the end of the epoch", INK),)),
+)
 
-    Raises:
-        MissingExtra: the extra `report` is not installed.
+
+@chart
+def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Draw loss, top-1 and learning rate over the epochs of a training, one below the other.
+
+    Args:
+        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
+            (per cent) and the same of EMA weights, `ema_val_loss`, `ema_top1`.
+        title: one line; cut where it is too long.
     """
-    with drawing():
-        file = io.BytesIO()
-        draw(*arguments).savefig(file, format="png", metadata={"Software": None})
-        return file.getvalue()
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
+    subtitle = counted(len(rows), "epoch")
+    if scored := [row for row in rows if "top1" in row]:
+        best = max(scored, key=lambda row: row["top1"])
+        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
+    figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
+    for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
+        for key, label, color in lines:
+            if points := [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]:
+                axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
+        axes.set_title(name, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=FAINT, linewidth=0.5)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
+    figure.axes[-1].set_xlabel("epoch")
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A bar of a `speed_chart`: images per second, with the range of the rounds.
+
+    Attributes:
+        reference: whether the others are measured by it.
+    """
+
+    label: str
+    rate: float
+    low: float
+    high: float
+    reference: bool = False
+
+
+@chart
+def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
+    """Draw images per second as bars, group by group (a name and its bars), on one scale."""
+    sizes = [len(bars) for _, bars in groups]
+    figure = new_figure(_WIDTH, 1 + 0.5 * len(groups) + 0.28 * sum(sizes), title, subtitle)
+    panels = _column(figure, len(groups), sharex=True, height_ratios=sizes)
+    for axes, (name, bars) in zip(panels, groups, strict=True):
+        speeds = [f"{bar.rate:,.{0 if bar.rate >= 1000 else 1}f}{' (reference)' * bar.reference}" for bar in bars]
+        labels, rates = [shown(bar.label, 36) for bar in bars], [bar.rate for bar in bars]
+        lows, highs = [bar.low for bar in bars], [bar.high for bar in bars]
+        _bars(axes, labels, rates, speeds, [UNSURE if bar.reference else RIGHT for bar in bars], highs)
+        axes.hlines(range(len(bars)), lows, highs, INK, linewidth=1.2)
+        axes.set_title(shown(name), loc="left", fontweight="bold")
+    figure.axes[0].set_xlim(0, 1.25 * max(bar.high for _, bars in groups for bar in bars))
+    return figure
 
 
 @contextlib.contextmanager
@@ -333,7 +294,14 @@ def _column(figure: "Figure", count: int, **options: Any) -> Sequence[Any]:
     return figure.subplots(count, 1, squeeze=False, **options)[:, 0]
 
 
-def _name_bars(axes: Any, names: Sequence[str]) -> None:
+def _bars(
+    axes: Any, names: Sequence[str], values: Any, texts: Sequence[str], colors: Sequence[str], ends: Any = ()
+) -> None:
+    """Draw horizontal bars, the first above, each with its name before and a text behind its end."""
+    axes.barh(range(len(names)), values, height=0.74, color=colors)
+    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+        end = max(value, ends[row]) if len(ends) else value
+        axes.annotate(text, (end, row), (4, 0), textcoords="offset points", va="center_baseline", fontsize=9)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(length=0)
@@ -341,16 +309,11 @@ def _name_bars(axes: Any, names: Sequence[str]) -> None:
     axes.spines["bottom"].set_visible(False)
 
 
-def _annotate(axes: Any, text: str, end: tuple[float, float]) -> None:
-    axes.annotate(text, end, (4, 0), textcoords="offset points", va="center_baseline", fontsize=9)
-
-
 def _tally(matrix: np.ndarray) -> str:
     """Return how many mistakes there are, of how many images."""
     images, mistakes = int(matrix.sum()), int(matrix.sum() - np.trace(matrix))
-    if not images:
-        return "No images"
-    return f"{counted(mistakes, 'mistake') if mistakes else 'No mistakes'} in {counted(images, 'image')}"
+    wrong = counted(mistakes, "mistake") if mistakes else "No mistakes"
+    return f"{wrong} in {counted(images, 'image')}" if images else "No images"
 
 
 def _names(classes: Classes) -> list[str]:
@@ -371,17 +334,15 @@ def _names(classes: Classes) -> list[str]:
 
 def shown(text: str, columns: int = 80) -> str:
     """Return one line that the fonts can show, shortened; other characters are boxes, wide ones count twice."""
-    known, kept, marks, width = _fonts()[1], "", 0, 0
+    known, line, width = _fonts()[1], "", 0
     for c in unicodedata.normalize("NFC", " ".join(text[: 10 * columns].split())):
         category = unicodedata.category(c)
-        marks = marks + 1 if category in ("Mn", "Me") else 0
-        if category == "Cf" or marks > 2:  # no tower of accents reaches into the next line
-            continue
-        width += 2 if unicodedata.east_asian_width(c) in "WF" else not marks
+        width += 2 if unicodedata.east_asian_width(c) in "WF" else category not in ("Mn", "Me", "Cf")
         if width > columns:
-            return kept[:-1].rstrip() + "…"
-        kept += c if ord(c) in known and c.isprintable() else _NO_GLYPH
-    return kept
+            return line[:-1].rstrip() + "…"
+        if category != "Cf":
+            line += c if ord(c) in known and c.isprintable() else _NO_GLYPH
+    return line[: 2 * columns]  # no tower of accents
 
 
 @functools.cache

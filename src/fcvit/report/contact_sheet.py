@@ -25,7 +25,7 @@ class Tile:
 
 
 def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
-    """A grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
+    """Draw a grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
     title = printable(title)
     columns = max(1, min(columns, len(tiles)))
     rows = -(-len(tiles) // columns)
@@ -61,7 +61,7 @@ def paste_tile(sheet: Image.Image, image: Image.Image, x: int, y: int) -> None:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """What of a text fits into so many pixels, with three points where something is missing."""
+    """Shorten a text to so many pixels, with three points where something is missing."""
     text = printable(text)  # Pillow measures single lines of whole characters only
     if font.getlength(text) <= width:
         return text

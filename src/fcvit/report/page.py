@@ -25,14 +25,14 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in CSS pixels, which are 1/96 of an inch."""
+        """Return width and height in CSS pixels, which are 1/96 of an inch."""
         with Image.open(io.BytesIO(self.png)) as image:
             scale = 96 / image.info.get("dpi", (96, 96))[0]
             return round(image.width * scale), round(image.height * scale)
 
     @property
     def uri(self) -> str:
-        """The picture itself, as an address."""
+        """Return the picture itself, as an address."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
@@ -53,7 +53,7 @@ class Listing:
     note: str = ""
 
     def __post_init__(self):
-        """Raises ValueError where rows or `numeric` do not fit the columns."""
+        """Raise a ValueError where rows or `numeric` do not fit the columns."""
         if any(len(row) != len(self.columns) for row in self.rows):
             raise ValueError(f"{self.title}: a row has not {len(self.columns)} cells, one for each column")
         if not self.numeric <= set(self.columns):
@@ -61,7 +61,7 @@ class Listing:
 
     @property
     def folded(self) -> bool:
-        """Whether it is so long that it is shown when asked for."""
+        """Report whether it is so long that it is shown when asked for."""
         return len(self.rows) > LONG
 
 
@@ -103,7 +103,7 @@ def require_report() -> None:
 
 
 def render_page(page: Page) -> str:
-    """The page as one HTML document that encodes to UTF-8, whatever its texts hold.
+    """Render the page as one HTML document that encodes to UTF-8, whatever its texts hold.
 
     Raises:
         MissingExtra: the extra `report` is not installed.
@@ -119,5 +119,5 @@ def render_page(page: Page) -> str:
 
 
 def _legible(value: Any) -> Any:
-    """Text without what HTML or UTF-8 cannot hold, or what turns the text after it around, each as its code."""
+    """Return text without what HTML or UTF-8 cannot hold, or what turns the text after it around, each as its code."""
     return printable(value, keep="\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,15 @@ from fcvit.text import printable
 def progress(
     what: str, total: int, unit: str = "images", every: float = 10, after: Callable[[float], float] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to be called with how many were done since the last call.
+    """Yield a function to be called with how many were done since the last call; `--quiet` shows nothing.
 
     Args:
         every: seconds between lines where the standard error is no terminal; shorter work has none.
         after: gives the seconds of the work that follows, from the rate; then the time left of all is shown too.
     """
+    if logging.getLogger("fcvit").level >= logging.ERROR:  # --quiet
+        yield lambda _: None
+        return
     what = printable(what)
     console = Console(stderr=True)
     estimate = _Estimate(total, unit, after)

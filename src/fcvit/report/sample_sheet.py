@@ -13,7 +13,7 @@ _FAINT = "#d9d9d9"  # the line, and a frame that shows where white images end
 
 
 def sample_sheet(rows: Sequence[tuple[str, Image.Image, Sequence[Image.Image]]], title: str) -> Image.Image:
-    """One row per source image: its caption, the original, a line, then its augmented versions.
+    """Draw one row per source image: its caption, the original, a line, then its augmented versions.
 
     Each image fills its place as far as its form allows; enlarged pixels stay pixels.
 

@@ -34,12 +34,31 @@ class _Table(Table):
         super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
-def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
-    """An empty table in the one style; columns named in `right` are aligned there; no columns: pairs."""
+def table(
+    *columns: str,
+    rows: Iterable[Sequence[RenderableType]] = (),
+    title: str | None = None,
+    right: Iterable[str] = (),
+    limit: int | None = None,
+    more: Sequence[str] = ("... and {} more",),
+) -> Table:
+    """Build a table in the one style.
+
+    Args:
+        columns: their titles; none: two columns without titles.
+        rows: the cells of each row, from the left.
+        right: titles of the columns that are aligned there.
+        limit, more: the largest number of rows, and the cells in the place of the others, with their number at {}.
+    """
     result = _Table(title=title and printable(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     result.show_header = bool(columns)
     for column in columns or ("", ""):
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    rows = list(rows)
+    for row in rows[:limit]:
+        result.add_row(*row)
+    if limit is not None and len(rows) > limit:
+        result.add_row(*(cell.format(len(rows) - limit) for cell in more))
     return result
 
 
@@ -56,12 +75,10 @@ def verdict(passed: bool, limit: str = "") -> Text:
 
 def problems(found: Sequence[Any]) -> Table:
     """Everything that does not fit, up to a screenful."""
-    result = table("tensor", "expected", "found", "remedy", title=f"{len(found)} problem(s)")
-    for problem in found[:SHOWN]:
-        result.add_row(problem.name, problem.expected, problem.found, problem.remedy)
-    if len(found) > SHOWN:
-        result.add_row(f"... and {len(found) - SHOWN} more", "", "", "fcvit inspect FILE --json lists all")
-    return result
+    rows = [(problem.name, problem.expected, problem.found, problem.remedy) for problem in found]
+    more = ("... and {} more", "", "", "fcvit inspect FILE --json lists all")
+    columns = ("tensor", "expected", "found", "remedy")
+    return table(*columns, rows=rows, title=f"{len(found)} problem(s)", limit=SHOWN, more=more)
 
 
 def interval(bounds: tuple[float, float]) -> str:
@@ -71,18 +88,15 @@ def interval(bounds: tuple[float, float]) -> str:
 
 def unreadable(found: Sequence[str | BadImages]) -> Table:
     """Images that were left out."""
-    result = table("image and reason", title=f"{counted(len(found), 'image')} left out: cannot be read")
-    for entry in found[:SHOWN]:
-        result.add_row(str(entry))
-    if len(found) > SHOWN:
-        result.add_row(f"... and {len(found) - SHOWN} more")
-    return result
+    title = f"{counted(len(found), 'image')} left out: cannot be read"
+    return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN)
 
 
 def predictions(rows: Sequence[tuple[Path, Any]]) -> Table:
     """Return the best classes of each image."""
-    result = table("image", "%", "class", "id", right=("%",))
-    for path, ranked in rows:
-        for place, row in enumerate(ranked):
-            result.add_row("" if place else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
-    return result
+    cells = [
+        ("" if place else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
+        for path, ranked in rows
+        for place, row in enumerate(ranked)
+    ]
+    return table("image", "%", "class", "id", rows=cells, right=("%",))

@@ -17,6 +17,7 @@ import numpy as np
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
 from fcvit.models.spec import LAST_NAMES, is_counter, is_statistic
+from fcvit.text import one_line
 from fcvit.weights import hub, pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
 from fcvit.weights.header import KEY, Header, read_sidecar, sidecar
@@ -125,9 +126,9 @@ class Checkpoint:
         tensors, rest = self._tensors(chosen)
         notes = []
         if len(chosen.keys) > 1 or not set(chosen.keys) <= {"state_dict", "model"}:
-            notes.append(f"weights taken from: {_one_line('.'.join(chosen.keys))}")
+            notes.append(f"weights taken from: {one_line('.'.join(chosen.keys))}")
         if chosen.prefix:
-            notes.append(f"prefix stripped from the names: {_one_line(chosen.prefix)}")
+            notes.append(f"prefix stripped from the names: {one_line(chosen.prefix)}")
         if note := swapped_by(self.top):
             notes.append(note)
         if chosen.averaged and not any(map(is_statistic, tensors)):
@@ -136,26 +137,26 @@ class Checkpoint:
                 tensors |= {name: t for name, t in self._tensors(raw[0])[0].items() if is_statistic(name)}
                 notes.append("the averaged weights are stored without BatchNorm's statistics: the raw ones' are used")
         if chosen.probed and (foreign := [name for name in rest if name != pdparams.NAME_TABLE]):
-            shown = ", ".join(map(_one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
+            shown = ", ".join(map(one_line, foreign[:3])) + (f", ... ({len(foreign)})" if len(foreign) > 3 else "")
             notes.append(f"entries that are no weights of the network were left out: {shown}")
         skipped, here = [], self.top
         for depth, part in enumerate(chosen.keys):
-            skipped += [_one_line(".".join((*chosen.keys[:depth], str(name)))) for name in here if name != part]
+            skipped += [one_line(".".join((*chosen.keys[:depth], str(name)))) for name in here if name != part]
             here = here[part]
-        skipped += [_one_line(one.label) for one in self.sets if one.keys == chosen.keys and one != chosen]
+        skipped += [one_line(one.label) for one in self.sets if one.keys == chosen.keys and one != chosen]
         return Selection(tensors, skipped + rest, notes)
 
     def _choose(self, ema: bool | None, key: str | None) -> WeightSet:
         """Return the one set that fits the request."""
-        labels = ", ".join(_one_line(one.label) for one in self.sets)
+        labels = ", ".join(one_line(one.label) for one in self.sets)
         if key is not None:
             named = [one for one in self.sets if one.label == key]
             if len(named) != 1:
-                raise UsageError(f"{self.path} has no set of weights {_one_line(key)!r}; expected one of: {labels}")
+                raise UsageError(f"{self.path} has no set of weights {one_line(key)!r}; expected one of: {labels}")
             return named[0]
         averaged = [one for one in self.sets if one.averaged]
         raw = [one for one in self.sets if not one.averaged]
-        which = _one_line(averaged[0].label) if averaged else ""
+        which = one_line(averaged[0].label) if averaged else ""
         if averaged and not ema and not raw:
             raise UsageError(f"{self.path} has averaged weights only ({which}); choose them with --ema")
         if ema is None and averaged:
@@ -165,7 +166,7 @@ class Checkpoint:
             )
         if not averaged and ema is not False and (where := self._nameless_average()):
             raise UsageError(
-                f"{self.path} has averaged weights ({_one_line(where)}) as a list, which does not say their names and "
+                f"{self.path} has averaged weights ({one_line(where)}) as a list, which does not say their names and "
                 "is not read, beside the raw ones: choose the raw ones with --no-ema (in Python: ema=False), or copy "
                 "the averaged ones into the model and save its state_dict()"
             )
@@ -175,7 +176,7 @@ class Checkpoint:
         fitting = [one for one in chosen if self._fits(one)] if len(chosen) > 1 else chosen
         if len(fitting) != 1:
             raise UsageError(
-                f"{self.path} has several sets of weights ({', '.join(_one_line(one.label) for one in chosen)}): "
+                f"{self.path} has several sets of weights ({', '.join(one_line(one.label) for one in chosen)}): "
                 "choose one with --key NAME in fcvit inspect, or write it alone with fcvit convert --key NAME"
             )
         return fitting[0]
@@ -237,7 +238,7 @@ class Checkpoint:
                 rest.append(name)
                 continue
             if len(name) > MAX_NAME or not name.isprintable():
-                raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {_one_line(name)}")
+                raise UnreadableFile(f"{self.path}: an entry whose name is not one of a tensor: {one_line(name)}")
             foreign = one.probed and name.rpartition(".")[2] not in LAST_NAMES
             if foreign and not isinstance(value, _TENSORS):
                 rest.append(name)
@@ -246,7 +247,7 @@ class Checkpoint:
                 number = pdparams.single(value) if is_counter(name) else None
                 array = self.array(value) if number is None else number
             except UnreadableFile as error:
-                raise UnreadableFile(f"{self.path}: {name[:80]}: {_one_line(error)}") from error
+                raise UnreadableFile(f"{self.path}: {name[:80]}: {one_line(error)}") from error
             # Such as n_averaged or steps. A fraction may be a parameter of another architecture; that of an
             # average is its decay.
             if foreign and array.size == 1 and "." not in name and (one.averaged or array.dtype.kind in "iub"):
@@ -301,7 +302,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Che
             _kind(file.read(_HEAD), path.suffix)  # before much memory is taken for something else
         return _parse(path, read_file(path), shards)
     except UnreadableFile as error:
-        raise UnreadableFile(f"{path}: {_one_line(error)}") from error
+        raise UnreadableFile(f"{path}: {one_line(error)}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableFile(f"{path}: cannot be opened: {reason}") from error
@@ -323,11 +324,6 @@ def read_file(path: Path) -> bytes:
     if not before.st_size == len(data) == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise UnreadableFile("the file changed while it was read; wait until it is written, then try again")
     return data
-
-
-def _one_line(text: object) -> str:
-    """Return a file's own words for a message: one line, of bearable length, nothing that a terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
 def _kind(head: bytes, suffix: str) -> str:

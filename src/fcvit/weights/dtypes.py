@@ -11,50 +11,32 @@ MAX_RANK = 8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {"float16": np.dtype("<f2"), "bfloat16": BFLOAT16, "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
-# Storage classes of PyTorch; quantized and complex ones are left out on purpose.
-TORCH_STORAGES = {
-    "DoubleStorage": FLOATS["float64"],
-    "FloatStorage": FLOATS["float32"],
-    "HalfStorage": FLOATS["float16"],
-    "BFloat16Storage": BFLOAT16,
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-}
-# Names under which PyTorch stores a dtype by itself (tensors over untyped storages).
-TORCH_DTYPES = {
-    **FLOATS,
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-    "uint64": np.dtype("<u8"),
-}
-SAFETENSORS = {
-    "F64": FLOATS["float64"],
-    "F32": FLOATS["float32"],
-    "F16": FLOATS["float16"],
-    "BF16": BFLOAT16,
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
+# Type, PyTorch's class of storage (quantized and complex ones are left out on purpose), name in safetensors.
+_TYPES = (
+    (FLOATS["float64"], "DoubleStorage", "F64"),
+    (FLOATS["float32"], "FloatStorage", "F32"),
+    (FLOATS["float16"], "HalfStorage", "F16"),
+    (BFLOAT16, "BFloat16Storage", "BF16"),
+    (np.dtype("<i8"), "LongStorage", "I64"),
+    (np.dtype("<i4"), "IntStorage", "I32"),
+    (np.dtype("<i2"), "ShortStorage", "I16"),
+    (np.dtype("i1"), "CharStorage", "I8"),
+    (np.dtype("u1"), "ByteStorage", "U8"),
+    (np.dtype("?"), "BoolStorage", "BOOL"),
+)
+_UNSIGNED = {f"uint{bits}": np.dtype(f"<u{bits // 8}") for bits in (16, 32, 64)}
+TORCH_STORAGES = {storage: dtype for dtype, storage, _ in _TYPES}
+TORCH_DTYPES = {**FLOATS, **_UNSIGNED}  # which PyTorch stores by their own names (tensors over untyped storages)
+SAFETENSORS = {name: dtype for dtype, _, name in _TYPES} | {f"U{n[4:]}": dtype for n, dtype in _UNSIGNED.items()}
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether weights may be of this type (`numpy.issubdtype` does not know bfloat16)."""
+    """Return whether weights may be of this type (`numpy.issubdtype` does not know bfloat16)."""
     return dtype in FLOATS.values()
 
 
 def checked_shape(shape: object, dtype: np.dtype, file_size: int) -> tuple[int, ...]:
-    """The shape that a file gives a tensor, if it can be true.
+    """Return the shape that a file gives a tensor, if it can be true.
 
     Raises:
         UnreadableFile: not at most 8 whole numbers, or more than a file of that size can hold.

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import safe_unpickler as inert_pickle
+from fcvit.weights import safe_unpickler
 from fcvit.weights.dtypes import BFLOAT16, checked_shape, fixed
 from fcvit.weights.safe_unpickler import Opaque, Stream
 
@@ -71,7 +71,7 @@ class ArrayRef(Opaque):
 
     @classmethod
     def from_buffer(cls, content: object, kind: object, shape: object, order: object) -> "ArrayRef":
-        """Pickle protocol 5's way to say it."""
+        """Take an array as pickle protocol 5 describes it."""
         result = cls(Opaque("numpy.ndarray"))
         result.build((1, shape, kind, order == "F" if order in ("C", "F") else order, content))
         return result
@@ -83,7 +83,7 @@ class ArrayRef(Opaque):
         self.state = state
 
     def array(self, file_size: int) -> np.ndarray:
-        """The numbers, as a read-only view where possible.
+        """Return the numbers, as a read-only view where possible.
 
         Raises:
             UnreadableFile: not numbers, or not as many as the shape says.
@@ -121,7 +121,7 @@ def single(value: object) -> np.ndarray | None:
 
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": inert_pickle.ordered_dict,
+    "collections.OrderedDict": safe_unpickler.ordered_dict,
     "builtins.tuple": lambda items=(): fixed(items),
     "__builtin__.tuple": lambda items=(): fixed(items),
     "_codecs.encode": Encoded,
@@ -133,12 +133,12 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 def read(data: bytes) -> dict:
-    """The dictionary in the file, arrays as `ArrayRef`s, or as Paddle's (name, array) pairs.
+    """Read the dictionary in the file, arrays as `ArrayRef`s, or as Paddle's (name, array) pairs.
 
     Raises:
         UnreadableFile: damaged, unsafe, or not a dictionary.
     """
-    top = inert_pickle.load(Stream(data), CONSTRUCTORS)
+    top = safe_unpickler.load(Stream(data), CONSTRUCTORS)
     if not isinstance(top, dict):
         raise UnreadableFile("a pickle, but not of a dictionary: not a checkpoint")
     if "UnpackBigParamInfor@@" in top:

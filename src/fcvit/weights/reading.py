@@ -1,6 +1,7 @@
-"""From a checkpoint to weights that fit an FCViT exactly, or to a list of everything that does not."""
+"""Read weights that fit an FCViT exactly, or list everything that does not fit."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,12 +29,14 @@ from fcvit.weights.hub import settings_beside
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
 
+logger = logging.getLogger("fcvit")
+
 CLASSIFIER_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that does not fit: which tensor, what was expected, what was found, what to do."""
+    """One thing that does not fit: which tensor, what was expected, what the file has, what to do."""
 
     name: str
     expected: str
@@ -58,7 +61,7 @@ class Weights:
     """Weights in the common form: the authors' names and PyTorch's layout, counters included.
 
     Attributes:
-        form: the network they fit, checked name by name.
+        spec: the network they fit, checked name by name.
         tensors: every tensor of that network; views into the file where possible.
         source: the file they came from.
         layout: how they were stored: "paddle" or "torch".
@@ -124,13 +127,15 @@ def read_weights(
     except DoesNotFit as error:
         raise DoesNotFit(f"{checkpoint.path}: {error}") from error
     wanted = tensor_specs(spec)
-    tensors = {torch_name(name): _torch_layout(t, wanted.get(torch_name(name)), layout) for name, t in named.items()}
+    turned = {name for name, entry in wanted.items() if layout == "paddle" and entry.transposed_in_paddle}
+    tensors = {torch_name(name): t.T if torch_name(name) in turned else t for name, t in named.items()}
     if header:
         tensors |= {name: np.array(count, np.int64) for name, count in header.counters.items()}
     tensors, odd = _plain_counters(wanted, tensors)
     if odd:
-        kinds = ", ".join(sorted(f"{named_shape}" for named_shape in odd))
-        notes.append(f"BatchNorm counters (num_batches_tracked) stored as {kinds} were read as whole numbers")
+        notes.append(
+            f"BatchNorm counters (num_batches_tracked) stored as {', '.join(sorted(odd))} were read as whole numbers"
+        )
     absent = [name for name in wanted if is_counter(name) and name not in tensors]
     if absent and all(name in tensors for name in wanted if not is_counter(name)):
         notes.append(f"the file has no BatchNorm counters ({len(absent)} num_batches_tracked): taken as 0")
@@ -142,6 +147,9 @@ def read_weights(
     if backbone and spec.head == "classifier":
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
+    logger.debug(
+        f"read {checkpoint.path}: {spec}, {checkpoint.format}, {layout} layout, {len(skipped)} entries skipped"
+    )
     return Weights(
         spec,
         {name: tensors[name] for name in wanted if name in tensors},
@@ -155,7 +163,7 @@ def read_weights(
 
 
 def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -> Preprocessing | None:
-    """What the header or the training arguments in a file say of the preprocessing; None: nothing.
+    """Return the preprocessing that the header or the training arguments in a file state; None: nothing.
 
     Raises:
         DoesNotFit: the two contradict each other.
@@ -189,78 +197,63 @@ def _close(one: object, other: object) -> bool:
     return one == other if isinstance(one, str) else bool(np.allclose(one, other, rtol=0, atol=1e-6))  # pyrefly: ignore
 
 
-def find_problems(wanted: Mapping[str, TensorSpec], found: Mapping[str, np.ndarray]) -> list[Problem]:
-    """Everything that keeps `found` from being exactly the tensors that are `wanted`."""
-    problems = []
-    for name, entry in wanted.items():
-        tensor = found.get(name)
-        if tensor is None:
-            problems.append(
-                Problem(name, f"shape {list(entry.shape)}", "nothing", "the file is incomplete or of another variant")
-            )
-        elif is_counter(name):
-            if problem := _counter_problem(name, tensor):
-                problems.append(problem)
-        elif tensor.shape != entry.shape:
-            problems.append(
-                Problem(name, f"shape {list(entry.shape)}", f"{list(tensor.shape)}", "is this the right variant?")
-            )
-        elif not is_float(tensor.dtype):
-            problems.append(
-                Problem(name, "floating-point numbers", tensor.dtype.name, "quantized weights are not read")
-            )
-        elif name.endswith("running_var") and (tensor < 0).any():
-            problems.append(Problem(name, "variances from 0 up", "negative ones", "the file is damaged"))
-        elif not np.isfinite(tensor).all():
-            bad = int(tensor.size - np.isfinite(tensor).sum())
-            problems.append(
-                Problem(
-                    name, "finite numbers", f"{bad} infinite or NaN", "the training diverged, or the file is damaged"
-                )
-            )
-    for name in found:
-        if name not in wanted:
-            problems.append(
-                Problem(
-                    name[:120],
-                    "no such tensor",
-                    f"shape {list(found[name].shape)}",
-                    "a detector's: only fcvit.create_backbone skips it"
-                    if name.startswith(DETECTOR_PARTS)
-                    else "another model?",
-                )
-            )
+def find_problems(wanted: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]) -> list[Problem]:
+    """Return everything that keeps `tensors` from being exactly those that are `wanted`."""
+    checked = {name: _problem(name, entry, tensors.get(name)) for name, entry in wanted.items()}
+    problems = [Problem(name, *problem) for name, problem in checked.items() if problem]
+    for name in [name for name in tensors if name not in wanted]:
+        detector = name.startswith(DETECTOR_PARTS)
+        remedy = "a detector's: only fcvit.create_backbone skips it" if detector else "another model?"
+        problems.append(Problem(name[:120], "no such tensor", f"shape {list(tensors[name].shape)}", remedy))
     return problems
+
+
+def _problem(name: str, entry: TensorSpec, tensor: np.ndarray | None) -> tuple[str, str, str] | None:
+    """Return what was expected of a tensor, what the file has and what to do; None: it fits."""
+    shape = f"shape {list(entry.shape)}"
+    if tensor is None:
+        return shape, "nothing", "the file is incomplete or of another variant"
+    if is_counter(name):
+        return _counter_problem(tensor)
+    if tensor.shape != entry.shape:
+        return shape, f"{list(tensor.shape)}", "is this the right variant?"
+    if not is_float(tensor.dtype):
+        return "floating-point numbers", tensor.dtype.name, "quantized weights are not read"
+    if name.endswith("running_var") and (tensor < 0).any():
+        return "variances from 0 up", "negative ones", "the file is damaged"
+    if bad := int(tensor.size - np.isfinite(tensor).sum()):
+        return "finite numbers", f"{bad} infinite or NaN", "the training diverged, or the file is damaged"
+    return None
 
 
 def _plain_counters(
     wanted: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    """Counters as PyTorch has them, whole numbers without a dimension, and how the others were stored."""
+    """Turn counters into whole numbers without a dimension, as PyTorch has them; also return how others were stored."""
     result, odd = dict(tensors), set()
     for name, tensor in tensors.items():
-        if is_counter(name) and name in wanted and not _counter_problem(name, tensor):
+        if is_counter(name) and name in wanted and not _counter_problem(tensor):
             if tensor.shape or tensor.dtype.kind not in "iu":
                 odd.add(f"{tensor.dtype.name}{list(tensor.shape) if tensor.shape else ''}")
             result[name] = np.array(int(tensor.reshape(())), np.int64)
     return result, odd
 
 
-def _counter_problem(name: str, tensor: np.ndarray) -> Problem | None:
-    """What keeps a tensor from being a counter; its type and a shape such as [1] do not."""
+def _counter_problem(tensor: np.ndarray) -> tuple[str, str, str] | None:
+    """Return what keeps a tensor from being a counter, as `_problem` does; its type and a shape such as [1] do not."""
     remedy = "save it as an int64, or leave it out: a missing one is taken as 0"
     if tensor.size != 1:
-        return Problem(name, "shape []", f"{list(tensor.shape)}", remedy)
+        return "shape []", f"{list(tensor.shape)}", remedy
     if tensor.dtype.kind not in "iu" and not is_float(tensor.dtype):
-        return Problem(name, "a whole number", tensor.dtype.name, remedy)
+        return "a whole number", tensor.dtype.name, remedy
     value = tensor.reshape(()).item()
     if not 0 <= value < 1 << 63 or value != int(value):
-        return Problem(name, "a whole number from 0 up", f"{value:g}", remedy)
+        return "a whole number from 0 up", f"{value:g}", remedy
     return None
 
 
 def _layout(checkpoint: Checkpoint, names: Iterable[str]) -> str:
-    """Told by the names of BatchNorm's statistics, which differ between the frameworks."""
+    """Return the layout, by the names of BatchNorm's statistics, which differ between the frameworks."""
     last = {name.rpartition(".")[2] for name in names}
     paddle, torch = bool(last & set(PADDLE_STATISTICS.values())), bool(last & set(PADDLE_STATISTICS))
     if paddle and torch:
@@ -273,12 +266,8 @@ def _layout(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     return layout
 
 
-def _torch_layout(tensor: np.ndarray, entry: TensorSpec | None, layout: str) -> np.ndarray:
-    return tensor.T if layout == "paddle" and entry is not None and entry.transposed_in_paddle else tensor
-
-
 def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
-    """Paddle's names and layout; without counters, which Paddle does not have."""
+    """Return tensors by Paddle's names in its layout; without counters, which Paddle does not have."""
     wanted = tensor_specs(weights.spec)
     return {
         paddle_name(name): tensor.T if wanted[name].transposed_in_paddle else tensor
@@ -288,7 +277,7 @@ def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
-    """The same weights in another floating-point type; None: as they are.
+    """Convert weights to another floating-point type; None: as they are.
 
     Numbers so small that they become 0 in that type are counted in a note.
 
@@ -307,8 +296,8 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
         lost = int(np.count_nonzero(weights.tensors[name]) - np.count_nonzero(tensor))
         vanished += lost
         if not np.isfinite(tensor).all() or (lost and name.endswith("running_var")):
-            found = "variances that become 0" if np.isfinite(tensor).all() else "larger ones"
-            problems.append(Problem(name, f"numbers that {dtype} can hold", found, "use bfloat16 or float32"))
+            larger = "variances that become 0" if np.isfinite(tensor).all() else "larger ones"
+            problems.append(Problem(name, f"numbers that {dtype} can hold", larger, "use bfloat16 or float32"))
     if problems:
         raise WeightsDoNotFit(str(weights.source.path), weights.spec, problems)
     notes = (f"{vanished} numbers are too small for {dtype} and became 0",) if vanished else ()

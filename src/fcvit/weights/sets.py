@@ -20,14 +20,8 @@ WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
 DETECTOR_PARTS = (
-    "neck.",
-    "rpn_head.",
-    "roi_head.",
-    "bbox_head.",
-    "mask_head.",
-    "decode_head.",
-    "auxiliary_head.",
-    "data_preprocessor.",
+    *("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head."),
+    *("decode_head.", "auxiliary_head.", "data_preprocessor."),
 )
 MAX_DEPTH = 6
 MAX_SETS = 16
@@ -62,14 +56,14 @@ class WeightSet:
 
     @property
     def label(self) -> str:
-        """What the set is called: its keys and prefix, joined by dots; "." where it has neither."""
+        """The name of the set: its keys and prefix, joined by dots; "." where it has neither."""
         return ".".join((*self.keys, self.prefix.rstrip("."))).strip(".") or "."
 
 
 def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
     """Return the sets of weights in the object of a file, the nearest first, and not more than `MAX_SETS`."""
     raw_key = _raw_key_of_swapped(top)
-    found: dict[tuple[int, str, bool], WeightSet] = {}
+    unique: dict[tuple[int, str, bool], WeightSet] = {}
     for keys, stored in _dictionaries(top):
         state = _with_dots(stored)
         prefixes = [
@@ -102,8 +96,8 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
                 averaged,
                 any(prefix.startswith(stem) for stem in stems),
             )
-            found.setdefault((id(stored), prefix, averaged), one)  # one object under two keys is one set
-    sets = list(found.values())[:MAX_SETS]
+            unique.setdefault((id(stored), prefix, averaged), one)  # one object under two keys is one set
+    sets = list(unique.values())[:MAX_SETS]
     if len(sets) > 1 and not raw_key:
         sets = [dataclasses.replace(one, averaged=one.averaged or one.counted) for one in sets]
     return sets
@@ -128,7 +122,7 @@ def any_state(top: Mapping[str, object], tensors: tuple[type, ...]) -> list[Weig
 
 
 def averaged_lists(top: Mapping[str, object]) -> Iterator[tuple[str, list | tuple]]:
-    """Lists that may hold averaged weights without their names, and where they stand."""
+    """Yield lists that may hold averaged weights without their names, and where they stand."""
     for keys, here in _dictionaries(top):
         for key, value in here.items():
             if isinstance(value, list | tuple) and isinstance(key, str) and any(map(_is_averaged, (*keys, key))):
@@ -151,16 +145,16 @@ def strip_wrappers(name: str) -> str:
 
 def makes_fcvit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether tensors of these names and shapes, in either layout, are exactly an FCViT's; counters may lack."""
-    found = {name: shape for name, shape in torch_shapes(shapes).items() if not is_counter(name)}
+    given = {name: shape for name, shape in torch_shapes(shapes).items() if not is_counter(name)}
     try:
-        wanted = tensor_specs(recognize(found))
+        wanted = tensor_specs(recognize(given))
     except DoesNotFit:
         return False
-    return found == {name: entry.shape for name, entry in wanted.items() if not is_counter(name)}
+    return given == {name: entry.shape for name, entry in wanted.items() if not is_counter(name)}
 
 
 def _raw_key_of_swapped(top: Mapping[str, object]) -> str | None:
-    """The key of the raw weights where `state_dict` holds the averaged ones.
+    """Return the key of the raw weights where `state_dict` holds the averaged ones.
 
     Lightning's WeightAveraging and mmengine's EMAHook save so; other programs mean by
     `ema_state_dict` what it says.
@@ -177,7 +171,7 @@ def _raw_key_of_swapped(top: Mapping[str, object]) -> str | None:
 
 
 def _dictionaries(top: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """Every dictionary with its path of keys, the nearest first; an optimizer's are none of weights."""
+    """Yield every dictionary with its path of keys, the nearest first; an optimizer's are none of weights."""
     visits: collections.Counter[int] = collections.Counter()
     queue: collections.deque[tuple[tuple[str, ...], Mapping]] = collections.deque([((), top)])
     while queue:
@@ -215,10 +209,6 @@ def _is_averaged(text: str) -> bool:
 
 
 def _is_optimizer(text: str) -> bool:
-    found = words(text)
-    named = (
-        bool(found & _OPTIMIZER)
-        or found >= {"exp", "avg"}
-        or any(word.startswith(("optimizer", "optimiser")) for word in found)
-    )
-    return named or ("momentum" in found and found <= _MOMENTUM)
+    parts = words(text)
+    named = bool(parts & _OPTIMIZER) or any(word.startswith(("optimizer", "optimiser")) for word in parts)
+    return named or parts >= {"exp", "avg"} or ("momentum" in parts and parts <= _MOMENTUM)

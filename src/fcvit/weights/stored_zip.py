@@ -19,7 +19,7 @@ _UNLIKE = "not as PyTorch writes it, and other programs could read it differentl
 
 
 @dataclasses.dataclass
-class TensorSpec:
+class Member:
     """Describe one file of the zip; `start` is set by `check_layout`."""
 
     name: bytes
@@ -43,7 +43,7 @@ class TensorSpec:
         return view
 
 
-def directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
+def directory(data: bytes) -> tuple[dict[bytes, Member], int]:
     """Read the directory of the zip: its entries by name in lower case, and where it begins.
 
     Raises:
@@ -57,17 +57,17 @@ def directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
         raise UnreadableFile(f"a damaged zip ({error}); fetch or copy the file again") from error
 
 
-def _directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
+def _directory(data: bytes) -> tuple[dict[bytes, Member], int]:
     stop = len(data) - _END.size
-    signature, _, _, _, *told, comment = _END.unpack_from(data, stop)
+    signature, _, _, _, *stated, comment = _END.unpack_from(data, stop)
     if signature != b"PK\5\6" or comment:
         raise UnreadableFile(f"a zip with something behind its directory: {_UNLIKE}")
-    count, size, start = told
+    count, size, start = stated
     locator = stop - _LOCATOR.size
     if data[max(locator, 0) : stop].startswith(b"PK\6\7"):  # PyTorch always writes the 64-bit records, too
         stop = locator - _END64.size
         signature, length, *_, count, size, start = _END64.unpack_from(data, stop)
-        agree = all(t in (n, m) for t, n, m in zip(told, (count, size, start), (_MAX16, _MAX32, _MAX32), strict=True))
+        agree = all(t in (n, m) for t, n, m in zip(stated, (count, size, start), (_MAX16, _MAX32, _MAX32), strict=True))
         place = _LOCATOR.unpack_from(data, locator)[2]
         if (signature, length, place) != (b"PK\6\6", _END64.size - 12, stop) or not agree:
             raise UnreadableFile("a damaged zip (its end records disagree); fetch or copy the file again")
@@ -75,7 +75,7 @@ def _directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
         raise UnreadableFile(f"a zip whose directory alone takes {size} bytes: not a checkpoint")
     if start + size != stop:
         raise UnreadableFile(f"a damaged zip (its directory is in another place than it says): {_UNLIKE}")
-    entries: dict[bytes, TensorSpec] = {}
+    entries: dict[bytes, Member] = {}
     position = start
     while position < stop:
         signature, flags, method, crc, stored, size, names, more, comment, header = _RECORD.unpack_from(data, position)
@@ -86,10 +86,8 @@ def _directory(data: bytes) -> tuple[dict[bytes, TensorSpec], int]:
         position += names + more + comment
         size, stored, header = _wide((size, stored, header), extra)
         # PyTorch finds names whatever the case of their letters.
-        if (
-            entries.setdefault(name.lower(), entry := TensorSpec(name, flags, method, crc, stored, size, header))
-            is not entry
-        ):
+        entry = Member(name, flags, method, crc, stored, size, header)
+        if entries.setdefault(name.lower(), entry) is not entry:
             raise UnreadableFile(
                 "a zip with two entries of one name: refused, it could show different weights to others"
             )
@@ -113,7 +111,7 @@ def _wide(numbers: tuple[int, ...], extra: bytes) -> tuple[int, ...]:
     return numbers
 
 
-def check_layout(data: bytes, entries: dict[bytes, TensorSpec], end: int) -> None:
+def check_layout(data: bytes, entries: dict[bytes, Member], end: int) -> None:
     """Find where each file starts; the headers and contents must fill the zip up to its directory at `end`.
 
     Raises:
@@ -142,9 +140,6 @@ def check_layout(data: bytes, entries: dict[bytes, TensorSpec], end: int) -> Non
                 position += len(again)
                 break
     folders = {entry.name.partition(b"/")[:2] for entry in entries.values()}
-    if (
-        position != end
-        or len(folders) != 1
-        or any(not entry.name.count(b"/") or b"\0" in entry.name for entry in entries.values())
-    ):
+    outside = any(b"/" not in entry.name or b"\0" in entry.name for entry in entries.values())
+    if position != end or len(folders) != 1 or outside:
         raise UnreadableFile(f"a zip with gaps, or with files outside of one folder: {_UNLIKE}")

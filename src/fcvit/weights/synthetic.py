@@ -16,18 +16,18 @@ NEAR_ZERO_SCALE = 1e-3  # a layer scale below this hides its block from the logi
 
 
 def synthetic_tensors(spec: ModelSpec, salt: str = "") -> dict[str, np.ndarray]:
-    """Every tensor of the form, float32, from the generator seeded with its name (authors' names)."""
+    """Return every tensor of the network, float32, from the generator seeded with its name (authors' names)."""
     return {name: _tensor(name, entry.shape, salt) for name, entry in tensor_specs(spec).items()}
 
 
 def has_near_zero_scale(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether the layer scales are so small that the blocks cannot be seen in the outputs."""
+    """Return whether the layer scales are so small that the blocks cannot be seen in the outputs."""
     scales = [np.abs(t.astype(np.float64)) for name, t in tensors.items() if "layer_scale" in name]
     return bool(scales) and float(np.median(np.concatenate(scales))) < NEAR_ZERO_SCALE
 
 
 def synthetic_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
-    """Standard normal numbers of that shape, float32."""
+    """Return standard normal numbers of that shape, float32."""
     return _normal(salt + "input", shape).astype(np.float32)
 
 

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fcvit.errors import UnreadableFile
-from fcvit.weights import pdparams, stored_zip
-from fcvit.weights import safe_unpickler as inert_pickle
+from fcvit.weights import pdparams, safe_unpickler, stored_zip
 from fcvit.weights.dtypes import TORCH_DTYPES, TORCH_STORAGES, checked_shape, fixed
 from fcvit.weights.safe_unpickler import MAX_ARGUMENTS, Opaque, Stream
 
@@ -24,7 +23,7 @@ _RESAVE = "save it again in PyTorch as plain dense tensors with torch.save(model
 
 
 class Storage:
-    """Where the numbers of one or more tensors lie; `data` is None until they have been found."""
+    """Where the numbers of one or more tensors lie; `data` is None until the storage was located."""
 
     __slots__ = ("data", "dtype", "key", "size")
 
@@ -58,7 +57,7 @@ class TensorRef:
         self.unsure = True
 
     def array(self, file_size: int) -> np.ndarray:
-        """The numbers, as a read-only view into the file where possible.
+        """Return the numbers, as a read-only view into the file where possible.
 
         Raises:
             UnreadableFile: no such view is possible: outside of its storage, larger than the file, ...
@@ -100,12 +99,8 @@ def _dtype(value: object) -> np.dtype:
     return TORCH_DTYPES[name]
 
 
-def _refusal(kind: str) -> Callable[..., Refused]:
-    return lambda *args: Refused(kind)
-
-
 def _rebuild_parameter(data: object, _grad: object = None, _hooks: object = None, state: object = None) -> object:
-    """A tensor with attributes of its own: what it was before they were added, if they leave the numbers alone."""
+    """Return a tensor without attributes of its own, if they leave the numbers alone."""
     for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
         if (part and not isinstance(part, dict)) or (isinstance(part, dict) and not part.keys().isdisjoint(_NUMBERS)):
             raise UnreadableFile(f"a tensor whose attributes replace its numbers; {_RESAVE}")
@@ -120,6 +115,15 @@ def _rebuild_from_type(function: object, _type: object, args: object, state: obj
     return _rebuild_parameter(constructor(*args), state=state)
 
 
+# What PyTorch rebuilds by `torch._utils._rebuild_...` that is not read.
+_REFUSED = {
+    **dict.fromkeys(("sparse_tensor", "sparse_csr_tensor"), "sparse tensor"),
+    "nested_tensor": "nested tensor",
+    "qtensor": "quantized tensor",
+    "meta_tensor_no_storage": "meta tensor, which has no numbers",
+    "wrapper_subclass": "tensor subclass",
+    **dict.fromkeys(("device_tensor_from_numpy", "device_tensor_from_cpu_tensor"), "tensor of a foreign device"),
+}
 _NUMBERS = frozenset({"data", "real", "imag", "__class__", "__dict__"})  # attributes that replace a tensor's numbers
 
 CONSTRUCTORS: dict[str, Callable[..., object]] = {
@@ -135,14 +139,7 @@ CONSTRUCTORS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-    "torch._utils._rebuild_sparse_tensor": _refusal("sparse tensor"),
-    "torch._utils._rebuild_sparse_csr_tensor": _refusal("sparse tensor"),
-    "torch._utils._rebuild_nested_tensor": _refusal("nested tensor"),
-    "torch._utils._rebuild_qtensor": _refusal("quantized tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _refusal("meta tensor, which has no numbers"),
-    "torch._utils._rebuild_wrapper_subclass": _refusal("tensor subclass"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _refusal("tensor of a foreign device"),
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _refusal("tensor of a foreign device"),
+    **{f"torch._utils._rebuild_{name}": (lambda *_, kind=kind: Refused(kind)) for name, kind in _REFUSED.items()},
 }
 
 
@@ -165,11 +162,8 @@ class _Storages:
         if view is not None:
             raise UnreadableFile(f"storage views of very old PyTorch files are not read; {_RESAVE}")
         kind = name.rpartition(".")[2]
-        if kind == "UntypedStorage":
-            dtype = np.dtype("u1")
-        elif kind in TORCH_STORAGES:
-            dtype = TORCH_STORAGES[kind]
-        else:
+        dtype = np.dtype("u1") if kind == "UntypedStorage" else TORCH_STORAGES.get(kind)
+        if dtype is None:
             what = "quantized tensors" if kind.startswith("Q") else f"storages of type {name}"
             raise UnreadableFile(f"{what} are not read; {_RESAVE}")
         storage = self.by_key.setdefault(key, Storage(key, dtype, size))
@@ -181,7 +175,7 @@ class _Storages:
 
 
 def read_zip(data: bytes) -> object:
-    """The object in a zip-format file, tensors as `TensorRef`s.
+    """Read the object in a zip-format file, tensors as `TensorRef`s.
 
     Raises:
         UnreadableFile: damaged or unsafe, a TorchScript archive, or not PyTorch's.
@@ -202,7 +196,7 @@ def read_zip(data: bytes) -> object:
     storages = _Storages()
     pickle = below[b"data.pkl"]
     pickle.content(data)
-    result = inert_pickle.load(Stream(data, pickle.start, pickle.start + pickle.size), CONSTRUCTORS, storages)
+    result = safe_unpickler.load(Stream(data, pickle.start, pickle.start + pickle.size), CONSTRUCTORS, storages)
     for storage in storages.by_key.values():
         entry = below.get(b"data/" + storage.key.encode(errors="replace").lower())
         if entry is None:
@@ -214,21 +208,21 @@ def read_zip(data: bytes) -> object:
 
 
 def read_legacy(data: bytes) -> object:
-    """The object in a file of the older, non-zip format, tensors as `TensorRef`s.
+    """Read the object in a file of the older, non-zip format, tensors as `TensorRef`s.
 
     Raises:
         UnreadableFile: damaged or unsafe.
     """
     stream = Stream(data)
-    magic, version = inert_pickle.load(stream, {}), inert_pickle.load(stream, {})
+    magic, version = safe_unpickler.load(stream, {}), safe_unpickler.load(stream, {})
     if magic != LEGACY_MAGIC or version != 1001:
         raise UnreadableFile("not a PyTorch checkpoint of a known version")
-    system = inert_pickle.load(stream, {})
+    system = safe_unpickler.load(stream, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
     storages = _Storages()
-    result = inert_pickle.load(stream, CONSTRUCTORS, storages)
-    keys = inert_pickle.load(stream, {})
+    result = safe_unpickler.load(stream, CONSTRUCTORS, storages)
+    keys = safe_unpickler.load(stream, {})
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
     if not isinstance(keys, list) or len(names) != len(keys) or sorted(names) != sorted(storages.by_key):
         raise UnreadableFile("the list of storages does not match the tensors; damaged")
@@ -262,7 +256,7 @@ def write_zip(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def state_dict_opcodes(tensors: Mapping[str, np.ndarray], first: int = 0) -> bytes:
-    """The part of a pickle that builds an ordered dictionary of tensors, over the storages `first`, `first` + 1, ..."""
+    """Write the part of a pickle that builds a dictionary of tensors over the storages `first`, `first` + 1, ..."""
     storages = {dtype: name for name, dtype in TORCH_STORAGES.items()}
     opcodes = bytearray(b"ccollections\nOrderedDict\n)R(")
     for key, (name, tensor) in enumerate(tensors.items(), first):

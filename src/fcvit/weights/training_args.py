@@ -11,6 +11,7 @@ import numpy as np
 
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.models.variants import Preprocessing, PreprocessingChange, three_channels
+from fcvit.text import one_line
 from fcvit.weights.pdparams import ArrayRef, single
 from fcvit.weights.safe_unpickler import Opaque
 from fcvit.weights.sets import words
@@ -90,7 +91,7 @@ def _remedy(field: str) -> str:
 
 
 def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
-    """Everything that may be arguments: where it stands, what it says, and how deep: 1 for the arguments themselves."""
+    """Yield what may be arguments: where it stands, what it says, and how deep; 1 for the arguments themselves."""
     yield "the top", top, 0
     named = [(key, value) for key, value in top.items() if isinstance(key, str) and words(key) & PLACES]
     queue = collections.deque((key, value, 1) for key, value in named)
@@ -103,7 +104,7 @@ def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
         if isinstance(value, list | tuple):
             inner = [(place, part, depth) for part in value[:MAX_PARTS]]
         elif (arguments := _mapping(value)) is not None:
-            yield "".join(c if c.isprintable() else "?" for c in place), arguments, depth
+            yield one_line(place), arguments, depth
             inner = [
                 (f"{place}.{key[:40]}", part, depth + 1) for key, part in arguments.items() if isinstance(key, str)
             ]
@@ -114,7 +115,7 @@ def _arguments(top: Mapping[str, object]) -> Iterator[tuple[str, Mapping, int]]:
 
 
 def _mapping(value: object) -> Mapping | None:
-    """A dictionary, the attributes and items of an object, or YAML or JSON text, by names in lower case."""
+    """Read a dictionary, the attributes and items of an object, or YAML or JSON text, by names in lower case."""
     if isinstance(value, Opaque):
         state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
         attributes = state if isinstance(state, dict) else {}
@@ -149,7 +150,7 @@ def _text(text: str) -> Mapping:
 
 
 def _held(value: object) -> object:
-    """What a value or list of OmegaConf holds; anything else is its own."""
+    """Return what a value or list of OmegaConf holds; anything else is its own."""
     if isinstance(value, Opaque) and isinstance(value.state, dict):
         return value.state.get("_val", value.state.get("_content", value))
     return value
@@ -161,13 +162,11 @@ def _unset(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: the file can make others enormous to print."""
+    """Return a value for a message: the file can make others enormous to print."""
     match value:
         case str():
             return repr(value[:60])
-        case float():
-            return str(value)
-        case int() if -1 << 63 < value < 1 << 63:
+        case int() | float() if isinstance(value, float) or -1 << 63 < value < 1 << 63:
             return str(value)
         case list() | tuple() if len(value) <= 4 and not any(isinstance(one, list | tuple) for one in value):
             return f"[{', '.join(map(_shown, value))}]"
@@ -175,23 +174,21 @@ def _shown(value: object) -> str:
 
 
 def _plain(value: object, array: Callable[[object], np.ndarray], nested: bool = False) -> object:
-    """Numbers and text as Python has them, out of arrays, NumPy's scalars and enumerations."""
+    """Return numbers and text as Python has them, out of arrays, NumPy's scalars and enumerations."""
     value = _held(value)
     match value:
         case list() | tuple() if len(value) <= 4 and not nested:
             return [_plain(one, array, nested=True) for one in value]
         case TensorRef() | ArrayRef() | np.ndarray():
-            found = array(value)
-            if found.size > 4:
+            numbers = array(value)
+            if numbers.size > 4:
                 raise ValueError("too many numbers")
-            return [float(str(number)) for number in found.reshape(-1)]  # 0.2 of float32 is 0.2
+            return [float(str(number)) for number in numbers.reshape(-1)]  # 0.2 of float32 is 0.2
         case Opaque() if (number := single(value)) is not None:
             return number.item()
         case Opaque(args=(str(word),)):
             return word
-        case bool() | Opaque():
-            raise ValueError("neither numbers nor text")
-        case int() | float():
+        case int() | float() if not isinstance(value, bool):
             return value
         case str() if len(value) <= 200:
             return value

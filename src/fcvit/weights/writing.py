@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.errors import NumbersDisagree, UsageError
 from fcvit.models.spec import is_counter
 from fcvit.models.variants import resolve_preprocessing
-from fcvit.run_folder import TEMPORARY
+from fcvit.run_folder import staged_files
 from fcvit.weights import pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import KEY, LAYOUTS, Header, sidecar
@@ -20,13 +18,11 @@ from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
 # File ending -> the layouts it may have, its default first.
 ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
-
-
 SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats that have no header of their own
 
 
 def destination_layout(path: Path, layout: str | None = None) -> str:
-    """The layout to write: the one asked for, else the ending's own.
+    """Return the layout to write: the one asked for, else the ending's own.
 
     Raises:
         UsageError: an unknown ending or layout, or a pair that does not go together.
@@ -44,61 +40,17 @@ def destination_layout(path: Path, layout: str | None = None) -> str:
 
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block ends well and removed if not.
+    """Yield a temporary path beside `path`, renamed to it if the block ends well and removed if not.
 
     A header written beside the temporary file (see `sidecar`) comes along.
 
     Raises:
-        UsageError: `path` or its header is there already and `overwrite` is off, or is no file.
-        UnreadableFile: the folder cannot be written to, or the disk is full.
+        UsageError, UnreadableFile: see `fcvit.run_folder.staged_files`.
     """
-    header = sidecar(path)
-    taken = [part for part in (path, *([header] if path.suffix in SIDECAR_ENDINGS else [])) if os.path.lexists(part)]
-    for part in taken:
-        if not part.is_file():
-            raise UsageError(f"{part} is there already and is not a file; choose another name")
-        if not overwrite:
-            raise UsageError(f"{part} is there already; choose another name or allow it with --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent)
-    except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
-    with folder as name:
-        temporary = Path(name) / path.name
-        try:
-            yield temporary
-            for part in Path(name).iterdir():
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                part.chmod(0o666 & ~_umask())  # a temporary file is private, the result need not be
-            if sidecar(temporary).exists():
-                _replace_both(temporary, path, Path(name) / "replaced")
-            else:
-                os.replace(temporary, path)
-        except OSError as error:
-            raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _replace_both(temporary: Path, path: Path, replaced: Path) -> None:
-    """First the header: should we be stopped between the two, its hash tells. It is undone if the second fails."""
-    header = sidecar(path)
-    if header.exists():
-        os.replace(header, replaced)
-    os.replace(sidecar(temporary), header)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        header.unlink()
-        if replaced.exists():
-            os.replace(replaced, header)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    # First the header: if the process is stopped between the two, its hash tells.
+    names = [sidecar(path), path] if path.suffix in SIDECAR_ENDINGS else [path]
+    with staged_files(names, overwrite) as folder:
+        yield folder / path.name
 
 
 def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:
@@ -140,7 +92,7 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
 
 
 def differing_tensors(one: Weights, other: Weights) -> list[str]:
-    """Names of the tensors that are not the same bit for bit, missing ones included."""
+    """Return the names of the tensors that are not the same bit for bit, missing ones included."""
     names = dict.fromkeys([*one.tensors, *other.tensors])
     return [name for name in names if not _same_bits(one.tensors.get(name), other.tensors.get(name))]
 
