@@ -274,7 +274,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
 
     until(lambda: page.text("#place") == "stage 3, block 2, context 1", "the last context that has a map")
     page.field.send_keys(str(three))
-    page.shows(expected((3, 2, 1), MapChoice()))
+    page.shows(expected((3, 2, 1), "each", "standardised"))
     label = until(lambda: page.text("#prediction-0").split("\n")[1:], "the classes")
     assert label[0] == "digit 3" and sum(text.endswith("%") for text in label) == 5
     page.choose("head", "mean")
