@@ -989,3 +989,11 @@ def test_auto_is_decided_once(folder, digits_pth, tmp_path, monkeypatch):
     done = evaluate(digits_pth, folder, engines="auto", device="cpu", folder=tmp_path / "run")
     assert done.results[0].engine == "paddle"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]["engines"] == "paddle"
+
+
+@needs_paddle
+def test_weights_in_memory_are_evaluated_like_their_file(folder, digits_pth):
+    from fcvit.weights.reading import read_weights
+
+    one, other = (evaluate(w, folder, device="cpu").results[0] for w in (digits_pth, read_weights(digits_pth)))
+    assert (one.top1, one.loss, one.weights) == (other.top1, other.loss, other.weights)

@@ -15,6 +15,7 @@ from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.settings import Settings
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import TASKS, get_task
+from fcvit.weights.reading import Weights
 
 _MOVABLE = ("list_file", "classes", "real", "calibration")  # files that a continued run may find elsewhere
 
@@ -70,7 +71,7 @@ def command(
 
 
 def evaluate(
-    weights: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    weights: "Weights | str | os.PathLike[str] | Sequence[Weights | str | os.PathLike[str]]",
     data: str | os.PathLike[str],
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -84,7 +85,7 @@ def evaluate(
     """Evaluate weights on labeled images.
 
     Args:
-        weights: a file of any format, or several that know the same classes.
+        weights: a file of any format, weights in memory, or several of either that know the same classes.
         data: class folders, a folder or tar.
         folder: a new folder for the results; None: nothing is written, or, with `record`, the folder is
             `runs/eval` or the first free one after it.
@@ -103,7 +104,7 @@ def evaluate(
         NumbersDisagree: logits that are not finite.
         fcvit.evaluation.results.NotWritten: the disk is full; the figures are in the error.
     """
-    files = [weights] if isinstance(weights, str | os.PathLike) else list(weights)
+    files = [weights] if isinstance(weights, Weights | str | os.PathLike) else list(weights)
     fields = {field.name for field in dataclasses.fields(Settings)}
     chosen: dict[str, Any] = {name: options.pop(name) for name in list(options) if name in fields}
     chosen["engines"] = engines if isinstance(engines, str) else ",".join(engines)

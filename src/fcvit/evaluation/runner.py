@@ -42,7 +42,7 @@ logger = logging.getLogger("fcvit")
 
 
 def evaluate(
-    weights: Sequence[str | os.PathLike[str]],
+    weights: "Sequence[Weights | str | os.PathLike[str]]",
     data: str | os.PathLike[str],
     settings: Settings,
     options: Mapping[str, Any],
@@ -59,7 +59,9 @@ def evaluate(
         raise UsageError("save_logits needs a folder")
     began = time.perf_counter()
     processes = join()
-    loaded = [read_weights(absolute(path), settings.ema) for path in weights]
+    paths = tuple(absolute(one.source.path if isinstance(one, Weights) else one) for one in weights)
+    pairs = zip(weights, paths, strict=True)
+    loaded = [one if isinstance(one, Weights) else read_weights(path, settings.ema) for one, path in pairs]
     for note in dict.fromkeys(note for one in loaded for note in one.notes):
         logger.info(note)
     task = task_of(loaded)
@@ -67,7 +69,7 @@ def evaluate(
     if foreign := sorted(set(options) - known):
         raise UsageError(f"eval: {', '.join(foreign)}: no options of {task.name}; known: {', '.join(sorted(known))}")
     asked = task.options(**options)
-    request = Request(tuple(map(absolute, weights)), absolute(data), task.name, settings, asked)
+    request = Request(paths, absolute(data), task.name, settings, asked)
     evaluator = task.evaluator(loaded, Path(request.data), asked)
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
     for note in evaluator.notes:
