@@ -224,6 +224,7 @@ def test_predicting(run, digits_pth, image, tmp_path):
 
 
 @needs_paddle
+@pytest.mark.slow
 def test_evaluating(run, digits_pth, image, no_charts):
     for label in range(10):
         (image.parent / "data" / str(label)).mkdir(parents=True)

@@ -22,6 +22,7 @@ def run(code):
 
 @needs_paddle
 @pytest.mark.parametrize("how", [HERE, *(pytest.param(how, marks=pytest.mark.slow) for how in (THREAD, BEFORE))])
+@pytest.mark.slow
 def test_importing_paddle_leaves_the_handlers_that_were_there(how):
     """Also in a thread, where Python cannot set any: Paddle's own end the process."""
     done = run(

@@ -199,6 +199,7 @@ def test_gains_are_positive_where_the_map_is_better_and_intervals_hold_them():
     assert summary("x", some, 1).occlusion.mean == pytest.approx(found.occlusion.mean), "what is known"
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
     flat, held = np.zeros((2, STEPS)), 0

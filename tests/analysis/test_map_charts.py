@@ -68,6 +68,7 @@ def test_curves_and_their_controls_are_drawn_where_they_belong():
 
 @pytest.mark.charts
 @pytest.mark.parametrize(("count", "across"), [(9, 9), (17, 8)])
+@pytest.mark.slow
 def test_many_maps_are_broken_into_bands(count, across):
     figure = figure_of(task.faithfulness_chart, [curves(f"{n}", 0.0) for n in range(count)], "title", 12)
     drawn = [axes for axes in figure.axes if axes.lines]

@@ -139,6 +139,7 @@ def test_a_single_row_is_broken_and_columns_run_across():
 
 
 @pytest.mark.parametrize("shape", [(40, 21), (21, 40)])
+@pytest.mark.slow
 def test_names_have_room_whatever_the_shape(shape):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

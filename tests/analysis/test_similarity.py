@@ -340,6 +340,7 @@ def test_an_interruption_says_what_is_there(digits_pth, photos, tmp_path, monkey
 
 @needs_paddle
 @pytest.mark.charts
+@pytest.mark.slow
 def test_an_image_that_cannot_be_resized_is_named(digits_pth, photos, tmp_path):
     Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
     Image.new("RGB", (60000, 1)).save(tmp_path / "longer.png")

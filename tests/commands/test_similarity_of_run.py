@@ -36,6 +36,7 @@ def panels(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 def test_the_most_confident_mistakes_and_right_answers_are_drawn(run, panels, notes):
     (metrics,) = run.glob("*/metrics.json")
     with (metrics.parent / "predictions.csv").open(newline="") as file:
@@ -52,6 +53,7 @@ def test_the_most_confident_mistakes_and_right_answers_are_drawn(run, panels, no
     assert (run.parent / "maps" / "maps.png").exists() and elsewhere.images == drawn.images
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_is_left_out_and_weights_that_changed_are_refused(run, panels, digits_pth):
     first = similarity(run=run).images[0][0]
     (run.parent / "data" / first).write_bytes(b"?")

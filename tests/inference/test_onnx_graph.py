@@ -54,6 +54,7 @@ def run(model, images):
     "dynamic", [pytest.param(False, id="fixed"), pytest.param(True, id="dynamic", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", OPTIONS["cases"])
+@pytest.mark.slow
 def test_every_option_is_the_authors(name, dynamic):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"

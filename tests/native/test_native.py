@@ -344,6 +344,7 @@ def test_dropout_is_honoured(library):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.slow
 def test_same_bits_twice_and_with_any_number_of_threads(library, dtype):
     """Sizes at which every operator is shared out among threads."""
     results = []

@@ -106,6 +106,7 @@ def stop_after(monkeypatch, steps, error):
     monkeypatch.setattr(Trainer, "run", failing)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares, notes):
     recipe = small(ema_decay=0.5, save_every=2)
     said = notes
@@ -717,6 +718,7 @@ def test_the_command_line_says_what_is_wrong(recipe_file, tmp_path, capsys, word
     assert len(lines) == 1 and re.search(message, lines[0]), lines
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, capsys):
     from fcvit.cli import main
 
