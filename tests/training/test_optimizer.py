@@ -117,7 +117,7 @@ def test_the_average_follows_the_weights(model):
     assert (average.tensors["patch_embed.norm._mean"].numpy() == 0).all(), "statistics wait for the end of the epoch"
     average.end_epoch(model)
     assert average.tensors["patch_embed.norm._mean"].numpy() == pytest.approx(30 * (1 - kept), rel=1e-5)
-    assert average.kept == 1.0
+    assert average.statistics_decay == 1.0
 
 
 def test_the_optimizer_goes_on_as_it_was(small):

@@ -53,17 +53,17 @@ def cache(*, limit: str | None = None, clear: Flag = False) -> Cache:
     Raises:
         UsageError: the limit is no size.
     """
-    most = 0 if clear else _size(limit) if limit is not None else None
+    max_bytes = 0 if clear else _size(limit) if limit is not None else None
     before = read_cache()
-    kept, removed, total = [], [], before.bytes
+    remaining, removed, total = [], [], before.bytes
     for name, size, changed in before.entries:
-        if most is not None and total > most:
+        if max_bytes is not None and total > max_bytes:
             shutil.rmtree(before.folder / name, ignore_errors=True)
             removed.append(name)
             total -= size
         else:
-            kept.append((name, size, changed))
-    return Cache(before.folder, tuple(kept), tuple(removed))
+            remaining.append((name, size, changed))
+    return Cache(before.folder, tuple(remaining), tuple(removed))
 
 
 def read_cache() -> Cache:

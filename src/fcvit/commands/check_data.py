@@ -193,7 +193,7 @@ class DataCheck:
 
 
 class Examined(NamedTuple):
-    """What a worker tells of an image; digests are of 16 bytes."""
+    """The report of a worker on one image; digests have 16 bytes."""
 
     file: bytes
     pixels: bytes
@@ -236,7 +236,7 @@ def check_data(
     for option, value in (("few", few), ("workers", workers)):
         if value < 0:
             raise UsageError(f"--{option} {value}: expected at least 0")
-    sources = {name: (source, source.tree()) for name, source in _find_splits(data, split or ()).items()}
+    sources = {name: (source, source.tree()) for name, source in _split_sources(data, split or ()).items()}
     images = [
         _Image(f"{part}/{name}" if len(sources) > 1 else name, part, name.rpartition("/")[0].split("/")[0], location)
         for part, (_, tree) in sources.items()
@@ -268,7 +268,7 @@ def check_data(
     )
 
 
-def _find_splits(data: File | None, elsewhere: Iterable[str]) -> dict[str, Source]:
+def _split_sources(data: File | None, elsewhere: Iterable[str]) -> dict[str, Source]:
     """Return the splits by name, in the order in which they are shown."""
     splits: dict[str, Source] = {}
     if data is not None:

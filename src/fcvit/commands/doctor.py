@@ -1,4 +1,4 @@
-"""What this installation can do: versions, devices, and what is missing with its remedy."""
+"""Report what this installation can do: versions, devices, and what is missing with its remedy."""
 
 import importlib.metadata
 import platform

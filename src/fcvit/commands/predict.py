@@ -99,7 +99,7 @@ def load(
         preprocessing: another one than the weights'.
 
     Returns:
-        What the task of the weights predicts with: for classification a `fcvit.Classifier`.
+        The predictor of the weights' task: for classification a `fcvit.Classifier`.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
@@ -155,11 +155,11 @@ def predict(
     classifier = load(weights, ema=ema, classes=classes, device=device, engine=engine, threads=threads)
     good, bad = [], []
     with progress("predicting", len(paths)) as advance:
-        for path, found in zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True):
-            if isinstance(found, BadImages):
-                bad.append(str(found))
+        for path, result in zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True):
+            if isinstance(result, BadImages):
+                bad.append(str(result))
             else:
-                good.append((path, found))
+                good.append((path, result))
             advance(1)
     predictions = Predictions(tuple(good), tuple(bad), csv, output)
     if output is not None:

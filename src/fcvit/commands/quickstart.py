@@ -40,7 +40,7 @@ _SHEET = 24
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """What came out; the figures are over the same held-out images.
+    """The outcome of a quickstart; the figures are over the same held-out images.
 
     Attributes:
         conversion: of the shipped checkpoint, with its verification where PyTorch is installed.
@@ -186,7 +186,7 @@ def torch_logits(
 
 
 def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
-    """The mistakes first, then the first images, up to a sheetful."""
+    """Draw the mistakes, then the first images, as many as fit in a grid."""
     rows = [(path, ranked[0], str(truth)) for (path, ranked), truth in zip(predictions, labels, strict=True)]
     rows.sort(key=lambda row: row[1].id == row[2])
     wrong = sum(best.id != truth for _, best, truth in rows)

@@ -42,8 +42,8 @@ def recipe_options(*left_out: str) -> Any:
         if name == "options":
             about = Parameter.combine(about, Parameter("--option", metavar="NAME=VALUE", negative=()))
         options[name] = Annotated[list[str] if name == "options" else str, about]
-    kept = {name: hint for name, hint in options.items() if name not in left_out}
-    return Unpack[TypedDict("RecipeOptions", kept, total=False)]  # pyrefly: ignore
+    shown = {name: hint for name, hint in options.items() if name not in left_out}
+    return Unpack[TypedDict("RecipeOptions", shown, total=False)]  # pyrefly: ignore
 
 
 def train(

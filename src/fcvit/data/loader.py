@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
     @property
     def targets(self) -> Sequence[Any]:
-        """What is to be learned of each sample, or where it is written; a transform reads it."""
+        """The target of each sample, or the place where a transform reads it."""
         ...
 
     def __len__(self) -> int: ...
@@ -59,7 +59,7 @@ class Dataset(Protocol):
 
 
 class Transform(Protocol):
-    """What becomes of a decoded image and its target; workers get a copy of it.
+    """Turn a decoded image and its target into what the network sees; workers get a copy of it.
 
     Called with the image, its target and its position in the data set, it gives the pixels, uint8 (3, H, W), and the
     target as the network sees it. It must depend on nothing else, so that the number of workers does not matter.
@@ -90,7 +90,7 @@ class Batch:
 
 
 def read_file(name: str, location: Location) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
         BadImages: it cannot be read.
@@ -125,7 +125,7 @@ def batches(
     transforms: Sequence[Transform],
     workers: "int | Workers",
 ) -> Generator[Batch]:
-    """The batches of these numbers, in this order.
+    """Yield the batches of these numbers, in this order.
 
     Args:
         dataset: batch n holds its samples from n * batch_size.
@@ -149,7 +149,7 @@ def batches(
 
 
 def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
-    """What a function makes of every image, in their order; of an image that cannot be read, why.
+    """Yield the result of a function for every image, in order, or the error of one that cannot be read.
 
     Args:
         jobs: position, name and place of each image.
@@ -236,7 +236,7 @@ def _assemble(
             else:
                 good.append((index, *result))
         if piece + 1 == len(pieces) or pieces[piece + 1][0] != number:
-            samples = [[made[which] for *_, made in good] for which in range(transforms)]
+            samples = [[transformed[which] for *_, transformed in good] for which in range(transforms)]
             yield Batch(
                 number,
                 np.array([index for index, *_ in good], np.int64),
@@ -295,7 +295,7 @@ class Workers:
 
 
 def _begin_worker() -> None:
-    """A worker leaves interruptions to the process it works for, and ends when that one is killed."""
+    """Leave interruptions to the process that this worker serves, and end when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's, about odd images
     parent = multiprocessing.parent_process()

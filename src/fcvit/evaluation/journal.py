@@ -32,7 +32,7 @@ HEAD = len(_FILE) + KEY
 
 
 class Frame(NamedTuple):
-    """One batch: its number, a record for each image, what else is to be kept of it as JSON, and as bytes."""
+    """One batch: its number, a record for each image, and more about it as JSON and as bytes."""
 
     number: int
     records: np.ndarray
@@ -41,7 +41,7 @@ class Frame(NamedTuple):
 
 
 def encode(frame: Frame) -> bytes:
-    """The bytes of a frame."""
+    """Return the bytes of a frame."""
     records = frame.records.tobytes()
     text = json.dumps([frame.extra, [len(chunk) for chunk in frame.chunks]]).encode()
     content = b"".join([records, text, b"\0", *frame.chunks])
@@ -50,7 +50,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
-    """The whole frames at the beginning of a journal, its head taken off; what follows a torn one is not believed."""
+    """Yield the whole frames at the beginning of a journal without its head; nothing after a torn one is read."""
     start = 0
     while (body := start + _HEAD.size + _CHECKSUM.size) <= len(content):
         head = content[start : start + _HEAD.size]
@@ -109,7 +109,7 @@ class Journal:
         self._write(encode(frame))
 
     def encoded(self) -> bytes:
-        """All frames, as a journal."""
+        """Return all frames as a journal."""
         return self._head + b"".join(encode(self.frames[number]) for number in sorted(self.frames))
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Journal:
             raise
 
     def _create(self, folder: Path) -> Any:
-        """A new file: a frame that was torn off in an old one would hide whatever follows it."""
+        """Begin a new file: a frame that was torn off in an old one would hide whatever follows it."""
         number = 0
         while True:
             try:

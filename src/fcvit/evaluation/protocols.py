@@ -34,7 +34,7 @@ class Protocol:
 
 
 def protocols(name: str, resolved: Preprocessing, variant: Variant) -> list[Protocol]:
-    """The protocols of that name; "authors" is what was resolved for the weights, by its true name.
+    """Return the protocols of that name; "authors" is what was resolved for the weights, by its true name.
 
     Args:
         name: one of `PROTOCOLS`.

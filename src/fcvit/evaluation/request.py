@@ -14,7 +14,7 @@ from fcvit.tasks.base import get_task
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an evaluation was asked for, with absolute paths; `run.json` keeps it, so that it can be continued.
+    """The request of an evaluation, with absolute paths; `run.json` stores it, so that a run can be continued.
 
     Attributes:
         weights, data: paths.

@@ -30,7 +30,7 @@ logger = logging.getLogger("fcvit")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the numbers of an evaluation, of whatever task. `run.json` keeps it.
+    """The settings that decide the numbers of an evaluation of any task; `run.json` stores them.
 
     Args:
         protocol: authors (the preprocessing that belongs to the weights), resize256-bilinear (Resize 256 bilinear,

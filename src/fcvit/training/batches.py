@@ -43,7 +43,7 @@ class MicroBatches:
 
     @property
     def images(self) -> int:
-        """Images of a micro-batch."""
+        """Return the number of images of a micro-batch."""
         return self.batch_size // self.total
 
     def numbers(self, steps: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run shows: `log.jsonl`, `log.csv`, curves, a TensorBoard log; all from the same rows, one an epoch."""
+"""The logs of a run: `log.jsonl`, `log.csv`, curves, TensorBoard; all from the same rows, one per epoch."""
 
 import csv
 import io

@@ -81,7 +81,7 @@ _KEPT = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
 def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
-    """Its state under the model's names: `moment1/NAME` and so on."""
+    """Return the state of an optimizer under the model's names: `moment1/NAME` and so on."""
     state = optimizer.state_dict()
     return {
         f"{kind}/{name}": state[f"{p.name}_{kind}_0"].numpy()
@@ -94,7 +94,7 @@ def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) ->
 def restore_optimizer(
     optimizer: paddle.optimizer.Optimizer, model: nn.Layer, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """The inverse of `optimizer_tensors`.
+    """Invert `optimizer_tensors`.
 
     Raises:
         UnreadableFile: one is missing or of another shape.
@@ -105,10 +105,10 @@ def restore_optimizer(
     for name, p in trained_parameters(model).items():
         for kind in _KEPT:
             shape = [1] if kind.endswith("pow_acc") else p.shape
-            found = tensors.get(f"{kind}/{name}")
-            if found is None or list(found.shape) != shape:
+            stored = tensors.get(f"{kind}/{name}")
+            if stored is None or list(stored.shape) != shape:
                 raise UnreadableFile(f"the state of the optimizer does not fit the network at {name} ({kind})")
-            state[f"{p.name}_{kind}_0"] = paddle.to_tensor(np.array(found))
+            state[f"{p.name}_{kind}_0"] = paddle.to_tensor(np.array(stored))
     optimizer.set_state_dict(state)
 
 
@@ -122,13 +122,13 @@ class EMA:
 
     def __init__(self, model: nn.Layer, decay: float):
         self.decay = decay
-        self.kept = 1.0  # what is left of the statistics of before, since they were last taken
+        self.statistics_decay = 1.0  # product of the decays since the running statistics were last taken
         self.tensors = {name: tensor.clone().detach() for name, tensor in model.state_dict().items()}
 
     def update(self, model: nn.Layer, step: int) -> None:
-        """After optimizer step number `step`, from 0."""
+        """Follow the weights after optimizer step number `step`, from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        self.kept *= decay
+        self.statistics_decay *= decay
         with paddle.no_grad():
             for name, parameter in trained_parameters(model).items():
                 self.tensors[name].lerp_(parameter, 1 - decay)
@@ -138,5 +138,5 @@ class EMA:
         with paddle.no_grad():
             for name, tensor in model.state_dict().items():
                 if name.endswith(("._mean", "._variance")):
-                    self.tensors[name].lerp_(tensor, 1 - self.kept)
-        self.kept = 1.0
+                    self.tensors[name].lerp_(tensor, 1 - self.statistics_decay)
+        self.statistics_decay = 1.0

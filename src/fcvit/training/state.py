@@ -53,7 +53,7 @@ def write_state(folder: Path, progress: Progress, tensors: dict[str, np.ndarray]
 
 
 def read_state(folder: Path) -> tuple[Progress, dict[str, np.ndarray]]:
-    """The inverse of `write_state`; nothing in the file is executed.
+    """Invert `write_state`; nothing in the file is executed.
 
     Raises:
         UnreadableFile: there is none, or it is damaged.

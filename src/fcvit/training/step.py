@@ -144,21 +144,21 @@ class Trainer:
                 raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {self.step}; {REMEDY}", False)
 
     def scaler_state(self) -> dict[str, float]:
-        """What `restore` takes of float16's loss scaling; empty in other types."""
+        """Return the state of float16's loss scaling for `restore`; empty in other types."""
         state: Any = self.scaler.state_dict()
         return {key: float(np.asarray(state[key]).ravel()[0]) for key in _SCALER} if state else {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What `restore` takes: network, optimizer, averages."""
-        found = {name: tensor.numpy() for name, tensor in self._networks().items()}
-        return found | optimizer_tensors(self.optimizer, self.model)
+        """Return the tensors of network, optimizer and EMA for `restore`."""
+        networks = {name: tensor.numpy() for name, tensor in self._networks().items()}
+        return networks | optimizer_tensors(self.optimizer, self.model)
 
     def _networks(self) -> dict[str, Tensor]:
-        """The weights, and the averaged ones, under the names of the state."""
-        found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        """Return the raw and EMA weights under the names of the state."""
+        networks = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.ema is not None:
-            found |= {f"ema/{name}": tensor for name, tensor in self.ema.tensors.items()}
-        return found
+            networks |= {f"ema/{name}": tensor for name, tensor in self.ema.tensors.items()}
+        return networks
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int, scaler: Mapping[str, float]) -> None:
         """Go on where `tensors()` was taken, at the end of an epoch, after that many steps.
@@ -167,30 +167,30 @@ class Trainer:
             UnreadableFile: a tensor is missing, too many, or of another shape.
         """
         wanted = self._networks()
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "ema/"))}
-        for name in sorted({*wanted, *found}):
-            if name not in wanted or name not in found or list(found[name].shape) != wanted[name].shape:
+        stored = {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "ema/"))}
+        for name in sorted({*wanted, *stored}):
+            if name not in wanted or name not in stored or list(stored[name].shape) != wanted[name].shape:
                 raise UnreadableFile(f"the state does not fit the network at {name[:120]}")
         restore_optimizer(self.optimizer, self.model, tensors)
         for name, tensor in wanted.items():
-            tensor.set_value(found[name])
+            tensor.set_value(stored[name])
         self.statistics = Statistics(self.model, self.division.accumulate, self.division.processes)
         self.step = step
         state: Any = self.scaler.state_dict()
         if state and scaler:
             counts = {key: int(scaler[key]) for key in _SCALER[1:]}
-            kept: Any = {**state, **counts, "scale": np.array([scaler["scale"]], np.float32)}
-            self.scaler.load_state_dict(kept)
+            restored: Any = {**state, **counts, "scale": np.array([scaler["scale"]], np.float32)}
+            self.scaler.load_state_dict(restored)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
-        done = work()
+        result = work()
         self.seconds[phase] += time.perf_counter() - began
-        return done
+        return result
 
 
 def _draw(seed: int, step: int, slot: int) -> int:
-    """A seed for Paddle, of 63 bits."""
+    """Return a seed of 63 bits for Paddle."""
     digest = hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -49,7 +49,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class ResultComparison:
-    """What two results over the same images differ in.
+    """The differences of two results over the same images.
 
     Attributes:
         first, second: their names.
@@ -145,14 +145,14 @@ def compare(
     if one.folder.resolve() == other.folder.resolve():
         raise UsageError(f"{one.folder} twice; expected two results")
     _check_same_images(one, other)
-    found = _compare(one, other)
+    comparison = _compare(one, other)
     if folder is not None:
         with runs.run_folder(Path(folder), "compare") as target:
-            runs.write_json(target / "comparison.json", dataclasses.asdict(found))
+            runs.write_json(target / "comparison.json", dataclasses.asdict(comparison))
             header = [field.name for field in dataclasses.fields(Difference)]
-            rows = [header, *map(dataclasses.astuple, found.differing)]
+            rows = [header, *map(dataclasses.astuple, comparison.differing)]
             runs.write_text(target / "differing.csv", csv_text(rows), "surrogateescape")
-    return dataclasses.replace(found, folder=None if folder is None else Path(folder))
+    return dataclasses.replace(comparison, folder=None if folder is None else Path(folder))
 
 
 def _check_same_images(one: SavedResult, other: SavedResult) -> None:
@@ -215,7 +215,7 @@ def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
 
 
 def _settings(one: SavedResult, other: SavedResult) -> dict[str, tuple[str, str]]:
-    """What the two were computed with, where it is not the same."""
+    """Return the settings in which the two differ, as texts."""
     sides = []
     for saved in (one, other):
         side = {what: saved.metrics.get(what) for what in _SETTINGS}

@@ -27,7 +27,7 @@ PRESENT = "present"  # in place of a class list: the classes that the data has
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What an evaluation of classifiers may be asked besides the settings of every task.
+    """The options of an evaluation of classifiers, besides the settings of every task.
 
     Args:
         list_file: File with an image's path and class index a line.

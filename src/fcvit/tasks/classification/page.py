@@ -26,11 +26,11 @@ def write_page(
     """
     page.require_report()
     sections = []
-    for result, kept in zip(outcomes, records, strict=True):
+    for result, images in zip(outcomes, records, strict=True):
         place = folder / result.name
-        matrix = metrics.confusion(kept.truth, kept.top[:, 0], len(kept.classes))
+        matrix = metrics.confusion(images.truth, images.top[:, 0], len(images.classes))
         # A title must not hang on the folder: the same results make the same pictures anywhere.
-        confusion = charts.confusion_chart(matrix, kept.classes, f"{result.name}: what was taken for what")
+        confusion = charts.confusion_chart(matrix, images.classes, f"{result.name}: what was taken for what")
         reliability = charts.reliability_chart(result.calibration, f"{result.name}: confidence and accuracy")
         runs.write_bytes(place / "confusion.png", confusion)
         runs.write_bytes(place / "reliability.png", reliability)
@@ -50,7 +50,7 @@ def write_page(
         if (maps := place / results.MAPS).exists():
             alt = "Wrong and right images, the surest, with the token-global similarity of each stage"
             pictures += (Picture("What the network sees", maps.read_bytes(), alt),)
-        sections.append(Section(result.name, _facts(result), _listings(result, kept), pictures))
+        sections.append(Section(result.name, _facts(result), _listings(result, images), pictures))
     left_out = about["left_out"]
     assert isinstance(left_out, list)
     first = outcomes[0]

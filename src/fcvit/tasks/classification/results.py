@@ -55,7 +55,7 @@ class Records:
 
     @property
     def correct(self) -> np.ndarray:
-        """Whether the best class is the true one, (N,)."""
+        """Tell for each image whether the best class is the true one, (N,)."""
         return self.rank == 0
 
 
@@ -148,7 +148,7 @@ EFFECTS = ("protocol", "precision")
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a protocol or a precision changes on the same weights, engine and images: top-1, in points.
+    """The change of top-1, in points, by a protocol or a precision on the same weights, engine and images.
 
     Attributes:
         of: one of `EFFECTS`.
@@ -165,10 +165,10 @@ class Effect:
 
 
 def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
-    """Of every class with images, in the model's order."""
+    """Return the figures of every class with images, in the model's order."""
     matrix = metrics.confusion(records.truth, records.top[:, 0], len(records.classes))
     in_k = np.bincount(records.truth[records.rank < k], minlength=len(records.classes))
-    found = []
+    figures = []
     for index, (row, named) in enumerate(zip(matrix, records.classes, strict=True)):
         images = int(row.sum())
         if not images:
@@ -176,7 +176,7 @@ def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
         right, row = int(row[index]), row.copy()
         row[index] = 0
         worst = int(row.argmax())
-        found.append(
+        figures.append(
             ClassFigures(
                 named.id,
                 named.name,
@@ -187,7 +187,7 @@ def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
                 int(row[worst]),
             )
         )
-    return tuple(found)
+    return tuple(figures)
 
 
 def write_result(
@@ -224,7 +224,7 @@ def write_result(
 
 
 def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
-    """The image, or a gray one where it went away after it was evaluated."""
+    """Read an image; return a gray one if it was deleted after it was evaluated."""
     try:
         return read(name)
     except (OSError, BadImages):
