@@ -33,6 +33,7 @@ from fcvit import evaluate
 from fcvit.data.class_folders import read_dataset
 from fcvit.data.loader import batches
 from fcvit.data.transforms.preprocess import CenterCrop
+from fcvit.evaluation.journal import Journal
 from fcvit.inference.engines import create_engine
 from fcvit.machine import processor_name
 from fcvit.models.spec import ModelSpec
@@ -175,23 +176,20 @@ def model(weights: Path, engine: str) -> float:
 def whole(weights: Path, folder: Path, engine: str, cores: int) -> float:
     """From the first batch that is done to the last."""
     times: list[float] = []
-    from fcvit.evaluation import runner as module
-
-    frame = module._frame
+    append = Journal.append
 
     def timed(*given):
-        made = frame(*given)
+        append(*given)
         times.append(time.perf_counter())
-        return made
 
-    module._frame = timed
+    Journal.append = timed
     try:
-        found = evaluate(
+        done = evaluate(
             weights, folder, engines=engine, device="cpu", workers=cores, batch_size=BATCH, preprocessing=PIXELS
         )
     finally:
-        module._frame = frame
-    return (found.results[0].images - BATCH) / (times[-1] - times[0])
+        Journal.append = append
+    return (done.results[0].images - BATCH) / (times[-1] - times[0])
 
 
 def peak(weights: Path, folder: Path, engine: str, run: Path) -> int:
