@@ -158,3 +158,23 @@ def test_public_names():
     assert set(fcvit.__all__) <= set(dir(fcvit))
     with pytest.raises(AttributeError, match="no attribute 'pretrained'"):
         fcvit.pretrained  # noqa: B018
+
+
+def test_every_public_name_is_known_to_type_checkers():
+    import fcvit
+
+    body = ast.parse((SOURCE / "__init__.py").read_text("utf-8")).body
+    (imports,) = (node.body for node in body if _for_type_checkers(node))
+    assert {alias.asname or alias.name for node in imports for alias in node.names} == set(fcvit.__all__)
+
+
+def test_every_head_has_a_row_in_every_table():
+    """`docs/architecture.md` names the tables."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("torch")
+    from fcvit.inference.onnx_graph import HEAD_WRITERS
+    from fcvit.models import build
+    from fcvit.models.spec import HEADS
+    from fcvit.reference.build import NETWORKS
+
+    assert set(HEADS) == set(build.NETWORKS) == set(NETWORKS) == set(HEAD_WRITERS)

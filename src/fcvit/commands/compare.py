@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from fcvit.tasks.base import get_task
+from fcvit.tasks.base import DEFAULT_TASK, get_task
 
 
 def compare(
@@ -36,10 +36,10 @@ def compare(
 
 
 def _task_name(folder: Path) -> str:
-    """Return the task that a result names; the results of before are of classification."""
+    """Return the task that a result names; older results name none."""
     for path in (folder / "metrics.json", *sorted(folder.glob("*/metrics.json"))):
         try:
-            return json.loads(path.read_bytes()).get("task", "classification")
+            return json.loads(path.read_bytes()).get("task", DEFAULT_TASK)
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
-    return "classification"
+    return DEFAULT_TASK

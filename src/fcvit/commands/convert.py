@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
@@ -14,6 +14,8 @@ from fcvit.errors import DoesNotFit, UsageError
 from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.verification.comparison import Verification, require, verify_weights
+from fcvit.weights.dtypes import FLOATS
+from fcvit.weights.header import LAYOUTS
 from fcvit.weights.reading import Weights, cast, read_weights
 from fcvit.weights.writing import destination_layout, staged, write_weights
 
@@ -71,8 +73,8 @@ def convert(
     /,
     destination: Annotated[File, Output],
     *,
-    layout: Literal["paddle", "torch"] | None = None,
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
+    layout: Annotated[str | None, Parameter(choices=LAYOUTS)] = None,
+    dtype: Annotated[str | None, Parameter(choices=tuple(FLOATS))] = None,
     ema: Ema = None,
     key: str | None = None,
     variant: Annotated[Any, Parameter()] = None,

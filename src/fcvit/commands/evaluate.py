@@ -17,11 +17,11 @@ from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import TASKS, get_task
 from fcvit.weights.reading import Weights
 
-_MOVABLE = ("list_file", "classes", "real", "calibration")  # files that a continued run may find elsewhere
-
 # The options of all tasks in one group; the task of the weights takes its own.
 _options = tuple(get_task(name).options for name in TASKS)
 TaskOptions: Any = dataclasses.dataclass(frozen=True)(type("TaskOptions", _options, {"__module__": __name__}))
+_fields = (*dataclasses.fields(Settings), *dataclasses.fields(TaskOptions))
+_MOVABLE = [field.name for field in _fields if field.metadata.get("movable")]
 
 
 def command(

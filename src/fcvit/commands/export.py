@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from cyclopts import Parameter
@@ -16,7 +16,7 @@ from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import NumbersDisagree, UsageError, counted
 from fcvit.inference.check import Check, check_export, pixels, sample_images
-from fcvit.inference.export import RUNTIME, files, infer_format, write_export
+from fcvit.inference.export import ENDINGS, RUNTIME, files, infer_format, write_export
 from fcvit.inference.interface import Interface, output_names
 from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
@@ -29,7 +29,7 @@ from fcvit.weights.synthetic import has_near_zero_scale, synthetic_tensors
 
 logger = logging.getLogger("fcvit")
 
-PRECISIONS = ("float32", "int8")
+Precision = Literal["float32", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +103,13 @@ def _size(value: Any) -> tuple[int, int] | None:
 def export(
     weights: Annotated[Any, Parameter()],
     output: Annotated[File, Output],
-    format: Annotated[Literal["onnx", "paddle", "openvino"] | None, Parameter(name="--format")] = None,
+    format: Annotated[str | None, Parameter(name="--format", choices=tuple(ENDINGS))] = None,
     *,
     size: Annotated[Any, Parameter()] = None,
     dynamic: Flag = False,
     uint8: Flag = False,
     probabilities: Flag = False,
-    precision: Literal["float32", "int8"] = "float32",
+    precision: Precision = "float32",
     calibration: Annotated[File | None, Parameter(name="--calibrate")] = None,
     images: Annotated[list[str] | None, Parameter(negative=())] = None,
     preprocessing: Annotated[Any, Parameter(parse=False)] = None,
@@ -142,7 +142,7 @@ def export(
     path = Path(output)
     target: str = format or infer_format(path)
     names = files(path, target)
-    if precision not in PRECISIONS or (precision == "int8" and target != "onnx"):
+    if precision not in get_args(Precision) or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
         raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fcvit.commands.options import Device
 from fcvit.commands.preview import Preview
-from fcvit.commands.train import Device, PreviewFile, RunFolder, Workers, recipe_options, recipe_overrides, train
+from fcvit.commands.train import PreviewFile, RunFolder, Workers, recipe_options, recipe_overrides, train
 from fcvit.data.class_indices import composed
 from fcvit.data.training_splits import find_splits
 from fcvit.errors import counted

@@ -4,12 +4,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
 from fcvit.data.folders import find_images
+from fcvit.data.transforms.augment import Interpolation
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, three_channels
 
@@ -44,7 +45,7 @@ class PreprocessingOptions:
 
     input_size: int | None = None
     crop_fraction: float | None = None
-    interpolation: Literal["bilinear", "bicubic"] | None = None
+    interpolation: Interpolation | None = None
     mean: Channels = None
     std: Channels = None
 

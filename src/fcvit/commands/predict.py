@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Parameter
+
 from fcvit import run_folder as runs
 from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, UsageError
-from fcvit.inference.engines import AUTO, Engine, create_engine
+from fcvit.inference.engines import AUTO, CHOICES, Engine, create_engine
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.report.progress import progress
@@ -120,7 +122,7 @@ def predict(
     *images: str,
     weights: File,
     top_k: int = 5,
-    engine: str = "auto",
+    engine: Annotated[str, Parameter(help=f"{CHOICES}.")] = AUTO,
     classes: Classes = None,
     device: Device = "auto",
     batch_size: int = 32,
@@ -135,8 +137,6 @@ def predict(
         images: Files, folders (searched through) or quoted patterns.
         weights: A checkpoint of any format.
         top_k: How many classes to give.
-        engine: auto (the fastest installed one that passes the numerical check), onnxruntime, openvino, paddle,
-            paddle-inference, native, torch.
         batch_size: Images at a time.
         csv: Print CSV.
         output: A new table (.csv or .jsonl), or a new folder for pictures of the images with their best classes.

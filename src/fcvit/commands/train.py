@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
-from fcvit.commands.options import decoding_processes
+from fcvit.commands.options import Device, decoding_processes
 from fcvit.commands.preview import Preview, draw_preview
 from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
@@ -19,7 +19,6 @@ from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
 RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: a new one in runs/).")]
 PreviewFile = Annotated[RunPath, Parameter(help="Draw training images as the network sees them (.png); do not train.")]
-Device = Annotated[str, Parameter(help="auto, cpu, gpu or gpu:N.")]
 Workers = Annotated[
     int | None,
     Parameter(help="Processes that decode and augment (default: on a GPU one per core, at most 8; else none)."),

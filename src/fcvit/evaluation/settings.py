@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +20,13 @@ from fcvit.errors import UsageError
 from fcvit.evaluation.protocols import AUTHORS, Protocol, protocols
 from fcvit.frameworks import parse_device
 from fcvit.inference.cache import PACKAGES
-from fcvit.inference.engines import AUTO, Engine, create_engine
+from fcvit.inference.engines import AUTO, CHOICES, Engine, Precision, create_engine
 from fcvit.inference.quantize import calibration_images
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.tasks.base import Evaluator
 from fcvit.weights.reading import Weights
 
+MOVABLE = {"movable": True}  # metadata of an option that names a file, which may be elsewhere when a run continues
 logger = logging.getLogger("fcvit")
 
 
@@ -35,8 +37,7 @@ class Settings:
     Args:
         protocol: authors (the preprocessing that belongs to the weights), resize256-bilinear (Resize 256 bilinear,
             crop 224), or both at once.
-        engines: auto (the fastest installed engine that passes the numerical check), onnxruntime, openvino, paddle,
-            paddle-inference, native (our operators for CPUs), torch; two, as in paddle,torch, are compared.
+        engines: A name of `fcvit.inference.engines.ENGINES`, or auto; two, as in paddle,torch, are compared.
         batch_size: Images at a time; auto tries what fits. Float32 sums depend on it in the last digits.
         device: auto, cpu, gpu or gpu:N.
         precision: float32, or bfloat16, float16, int8 where the engine has it, measured beside float32.
@@ -51,11 +52,13 @@ class Settings:
     """
 
     protocol: Literal["authors", "resize256-bilinear", "both"] = AUTHORS
-    engines: Annotated[str, Parameter(name="--engine")] = AUTO
+    engines: Annotated[
+        str, Parameter(name="--engine", help=f"{CHOICES}; several, as in paddle,torch, are compared.")
+    ] = AUTO
     batch_size: int | Literal["auto"] = 32
     device: str = "auto"
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    calibration: Annotated[str | None, Parameter(name="--calibrate")] = None
+    precision: Precision = "float32"
+    calibration: Annotated[str | None, Parameter(name="--calibrate")] = field(default=None, metadata=MOVABLE)
     threads: int | None = None
     ema: bool | None = None
     save_logits: Annotated[bool, Parameter(negative=())] = False

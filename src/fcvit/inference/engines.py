@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUTO = "auto"
 # On a CPU, the fastest first (docs/inference.md).
 _FASTEST = {
@@ -215,6 +216,9 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     **{name: functools.partial(ExportedEngine, name=name) for name in RUNTIMES},
 }
 """Name -> what creates it, with the arguments of `Engine`."""
+_NAMES = ", ".join(ENGINES)
+CHOICES = f"auto (the fastest installed engine that passes the numerical check), {_NAMES} (native: our CPU operators)"
+"""The values of `--engine` for its help."""
 
 
 def create_engine(

@@ -157,8 +157,7 @@ class _Writer:
             for block in range(self.v.depths[stage]):
                 x = self.block(x, stage, f"network.{2 * stage}.{block}")
             maps.append(x)
-        heads = {"classifier": self.classifier, "backbone": self.backbone_norms}
-        return heads[self.spec.head](maps)
+        return HEAD_WRITERS[self.spec.head](self, maps)
 
     def backbone_norms(self, maps: list[str]) -> list[str]:
         return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
@@ -308,6 +307,10 @@ class _Writer:
         gate = self.conv(self.op("Reshape", pooled, _target(0, 1, -1)), self.pair(f"{name}.channelConv1"))
         gate = self.conv(self.op("Gelu", gate), self.pair(f"{name}.channelConv2"))
         return self.op("Add", x, self.op("Reshape", gate, _target(0, -1, 1, 1)))
+
+
+HEAD_WRITERS = {"classifier": _Writer.classifier, "backbone": _Writer.backbone_norms}
+"""Head of a spec -> the method that writes it."""
 
 
 def _column(vector: np.ndarray) -> np.ndarray:

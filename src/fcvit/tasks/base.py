@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fcvit.weights.reading import Weights
 
 TASKS = {"classification": "fcvit.tasks.classification.task"}
+DEFAULT_TASK = "classification"
+"""The task of recipes and results that name none."""
 
 
 class TrainingTask(Protocol):

@@ -18,8 +18,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from fcvit.data.transforms.augment import Interpolation
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, Variant, get_variant
+from fcvit.tasks.base import DEFAULT_TASK
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -32,7 +34,6 @@ Pixels = Annotated[int, Meta(ge=1, le=4096)]
 Mean = tuple[Share, Share, Share]
 Deviation = tuple[PositiveShare, PositiveShare, PositiveShare]
 Table = Mapping[str, Any]
-Filter = Literal["bilinear", "bicubic"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Operators = Literal["auto", "native", "plain"]
 BatchNorm = Literal["average", "sync"]
@@ -56,7 +57,7 @@ class Recipe:
         UsageError: a value is of the wrong type or out of range, or two fields contradict each other.
     """
 
-    task: Annotated[str, DATA("Task of the network.")] = "classification"
+    task: Annotated[str, DATA("Task of the network.")] = DEFAULT_TASK
     data: Annotated[str, DATA("Training images: class folders, in a folder or tar; or both splits.")] = ""
     val: Annotated[str | None, DATA("Validation images; else `val` beside `train`.")] = None
     held_out: Annotated[BelowOne, DATA("Share of each class held out for validation where there is no split.")] = 0.0
@@ -71,7 +72,7 @@ class Recipe:
     drop_rate: Annotated[BelowOne, NETWORK("Dropout in the channel mixers.")] = 0.0
     input_size: Annotated[Pixels | None, NETWORK("Input size in pixels; else that of the weights or variant.")] = None
     crop_fraction: Annotated[PositiveShare | None, NETWORK("Crop fraction of the evaluation.")] = None
-    interpolation: Annotated[Filter | None, NETWORK("Interpolation of the evaluation.")] = None
+    interpolation: Annotated[Interpolation | None, NETWORK("Interpolation of the evaluation.")] = None
     mean: Annotated[Mean | None, NETWORK("Mean of the preprocessing, as in `--mean 0.5,0.5,0.5`.")] = None
     std: Annotated[Deviation | None, NETWORK("Standard deviation of the preprocessing, in the same way.")] = None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
-from fcvit.tasks.base import TASKS, get_task
+from fcvit.tasks.base import DEFAULT_TASK, TASKS, get_task
 from fcvit.tasks.recipe import Recipe, RecipeField, recipe_fields, suggestion
 
 
@@ -43,8 +43,7 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
 def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], source: str) -> Recipe:
     """Build a recipe from fields and overrides as in `read_recipe`; messages name `source`."""
     merged: dict[str, Any] = dict(fields)
-    default = recipe_fields(Recipe)["task"].default
-    recipe_class = get_task(str(overrides.get("task", merged.get("task", default)))).recipe
+    recipe_class = get_task(str(overrides.get("task", merged.get("task", DEFAULT_TASK)))).recipe
     known = recipe_fields(recipe_class)
     for key, value in overrides.items():
         name, _, option = key.replace("-", "_").partition(".")

@@ -26,6 +26,7 @@ HIGHEST_LEVEL = 10.0
 
 Crop = Literal["resized", "padded", "centre"]
 Interpolation = Literal["bilinear", "bicubic"]
+RandomInterpolation = Literal["random", Interpolation]
 Purpose = Literal["augment", "erase", "mix"]
 
 _INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
@@ -51,7 +52,7 @@ class Augmentation:
     crop: Crop = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    crop_interpolation: RandomInterpolation = "random"
     padding: int = 4
     flip: float = 0.5
     rand_augment: int = 2

@@ -15,7 +15,7 @@ from fcvit.data.class_indices import assign_classes
 from fcvit.data.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.data.transforms.preprocess import CenterCrop
 from fcvit.errors import DoesNotFit, UsageError
-from fcvit.evaluation.settings import absolute
+from fcvit.evaluation.settings import MOVABLE, absolute
 from fcvit.metrics import classification as metrics
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing
 from fcvit.tasks.base import Evaluated
@@ -38,11 +38,11 @@ class Options:
         class_subset: Restrict the evaluation to these classes: a class list, or present for those of the data.
     """
 
-    list_file: Annotated[str | None, Parameter(name="--list")] = None
-    classes: str | None = None
+    list_file: Annotated[str | None, Parameter(name="--list")] = dataclasses.field(default=None, metadata=MOVABLE)
+    classes: str | None = dataclasses.field(default=None, metadata=MOVABLE)
     subset: int | None = None
     seed: int | None = None
-    real: str | None = None
+    real: str | None = dataclasses.field(default=None, metadata=MOVABLE)
     class_subset: str | None = None
 
     def __post_init__(self) -> None:

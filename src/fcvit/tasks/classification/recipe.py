@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from fcvit.data.transforms.augment import Augmentation, Crop
+from fcvit.data.transforms.augment import Augmentation, Crop, RandomInterpolation
 from fcvit.tasks.recipe import IMAGES, LOSS, BelowOne, PositiveShare, Recipe, Share
 
 Level = Annotated[float, Meta(ge=0, le=10)]
@@ -13,7 +13,6 @@ Alpha = Annotated[float, Meta(ge=0, le=1000)]
 Ratio = Annotated[float, Meta(gt=0, le=100)]
 Shares = tuple[PositiveShare, PositiveShare]
 Ratios = tuple[Ratio, Ratio]
-RandomFilter = Literal["random", "bilinear", "bicubic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class ClassificationRecipe(Recipe):
     crop: Annotated[Crop, IMAGES("A random rectangle, a crop from a reflected border, or the center.")] = "resized"
     crop_scale: Annotated[Shares, IMAGES("Share of the area that a rectangle takes, lowest and highest.")] = (0.08, 1.0)
     crop_ratio: Annotated[Ratios, IMAGES("Width over height of the rectangle, lowest and highest.")] = (3 / 4, 4 / 3)
-    crop_interpolation: Annotated[RandomFilter, IMAGES("Interpolation of the crop.")] = "random"
+    crop_interpolation: Annotated[RandomInterpolation, IMAGES("Interpolation of the crop.")] = "random"
     padding: Annotated[int, Meta(ge=0, le=4096), IMAGES("Pixels of the reflected border of the crop `padded`.")] = 4
     flip: Annotated[Share, IMAGES("Probability of a horizontal flip.")] = 0.5
     rand_augment: Annotated[int, Meta(ge=0, le=100), IMAGES("RandAugment operations per image; 0: none.")] = 2
