@@ -141,3 +141,21 @@ def test_where_no_process_lives_it_is_said(images, monkeypatch):
 
 def no_worker():
     os._exit(1)
+
+
+def test_samples_may_differ_in_size_and_targets_travel_with_them(tmp_path):
+    """As segmentation and detection need it: a list of images, and targets that a transform changed."""
+    for name, side in (("a/1.png", 10), ("a/2.png", 14), ("b/3.png", 10)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (side, 10)).save(tmp_path / name)
+
+    def whole(image, target, index):
+        return np.asarray(image).transpose(2, 0, 1), {"class": target, "width": image.width, "at": index}
+
+    dataset = read_dataset(tmp_path, None, None, 2)
+    (batch,) = batches(dataset, [0], 3, [whole], 0)
+    assert [pixels.shape for pixels in batch.pixels[0]] == [(3, 10, 10), (3, 10, 14), (3, 10, 10)]
+    widths = [(target["class"], target["width"], target["at"]) for target in batch.targets[0]]
+    assert widths == [(0, 10, 0), (0, 14, 1), (1, 10, 2)]
+    (batch,) = batches(dataset.take([0, 2]), [0], 2, [whole], 0)
+    assert batch.pixels[0].shape == (2, 3, 10, 10)
