@@ -55,7 +55,7 @@ def train(
     """
     recipe = _placed(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
     with Run.prepared(recipe, device, workers) as run, run.opened(folder, {}):
-        return run.finish()
+        return train_epochs(run)
 
 
 def resume(
@@ -86,7 +86,7 @@ def resume(
     with _naming_option(recipe), Run.prepared(recipe, record["device"], workers, start) as run:
         run.check_same(folder, record, moved)
         with run.continued(folder, record):
-            return run.finish()
+            return train_epochs(run)
 
 
 def extend(
@@ -127,7 +127,7 @@ def extend(
         run.began_after, run.saved = run.progress.epoch, 0
         with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
             run.take_over(source)
-            return run.finish()
+            return train_epochs(run)
 
 
 def _placed(recipe: Recipe, places: Mapping[str, str | os.PathLike[str]]) -> Recipe:
@@ -390,10 +390,6 @@ class Run:
         """Replace the state; from now on its epochs count."""
         write_state(self.folder, self.progress, self.trainer.tensors())
         self.saved = self.progress.epoch
-
-    def finish(self) -> Training:
-        """Train the epochs that are missing."""
-        return train_epochs(self)
 
 
 def _weights(recipe: Recipe, start: Path | None) -> Weights | None:

@@ -69,8 +69,7 @@ class ClassificationTraining:
         self.preprocessing = resolve_preprocessing(recipe.preprocessing(), known, recipe.network())
         self.class_weights: Tensor | None = None
         if recipe.class_weights == "balanced":
-            counts = np.bincount(self.train.labels, minlength=len(self.classes))
-            self.class_weights = import_framework("paddle").to_tensor(balanced(counts))
+            self.class_weights = import_framework("paddle").to_tensor(balanced(splits.counts()))
 
     def network(self) -> "FCViT":
         """Build the classifier, with a fresh head where the recipe asks for one or the weights have none."""
