@@ -131,11 +131,20 @@ class Estimator:
     def __init__(self, weights, engine):
         self.weights, self.engine = weights, engine
 
-    def predict(self, images):
+    def stream(self, images, top_k=1, *, batch_size=3):
         def decode(outputs):
             return [float(value) for value in outputs[:, 0]]
 
-        return list(predictions(images, self.weights, self.engine, PIXELS, decode, batch_size=3))
+        return predictions(images, self.weights, self.engine, PIXELS, decode, batch_size)
+
+    def predict(self, images):
+        return list(self.stream(images))
+
+    def rows(self, prediction):
+        return [{"brightness": prediction}]
+
+    def table(self, pairs):
+        return "\n".join(f"{path.name}: {value:.2f}" for path, value in pairs)
 
 
 class Brightness:

@@ -9,6 +9,7 @@ from PIL import Image
 
 import fcvit
 from conftest import SMALL, needs_paddle
+from fcvit.cli import main
 from fcvit.errors import UsageError
 from fcvit.evaluation import runner
 from fcvit.evaluation.settings import Settings
@@ -47,7 +48,7 @@ def recipe(images):
     return build_recipe(fields, {}, "test")
 
 
-def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
+def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch, capsys):
     from fcvit.training.step import Trainer
 
     run, steps = Trainer.run, []
@@ -91,6 +92,12 @@ def test_it_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch):
     predicted = fcvit.load(done.weights, device="cpu", engine="paddle").predict(sorted((images / "val").iterdir()))
     errors = [abs(value - int(name.split("-")[0]) / 100) for value, name in zip(predicted, names, strict=True)]
     assert 1 - np.mean(errors) == pytest.approx(done.best["accuracy"], abs=1e-5)
+    assert (
+        main(["predict", str(images / "val"), "--weights", str(done.weights), "--engine", "paddle", "-q", "--csv"]) == 0
+    )
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == "path,place,brightness"
+    assert [float(line.split(",")[2]) for line in lines] == pytest.approx(predicted, abs=1e-6)
 
 
 def test_no_loop_names_a_task():

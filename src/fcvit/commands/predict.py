@@ -13,19 +13,16 @@ from cyclopts import Parameter
 from fcvit import run_folder as runs
 from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads
 from fcvit.data.folders import find_images
-from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.engines import AUTO, CHOICES, Engine, create_engine
+from fcvit.inference.images import check_counts
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
-from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.report.progress import progress
 from fcvit.tasks.base import task_of
-from fcvit.tasks.classification.prediction import check_counts
 from fcvit.text import csv_text, printable
 from fcvit.weights.reading import Weights, read_weights
 
 _TABLES = (".csv", ".jsonl")
-_ON_A_SHEET = 24  # images in a picture
 logger = logging.getLogger("fcvit")
 
 
@@ -34,12 +31,14 @@ class Predictions:
     """The predictions of images.
 
     Attributes:
+        predictor: what `load` gave: it knows how predictions are shown.
         good: path and prediction of each image, in their order.
         unreadable: reasons of the images that could not be read.
         as_csv: show them as CSV.
         written: the file or folder that was written; None: nothing.
     """
 
+    predictor: Any
     good: tuple[tuple[Path, Any], ...]
     unreadable: tuple[str, ...]
     as_csv: bool = False
@@ -55,26 +54,22 @@ class Predictions:
     def to_json(self) -> dict[str, Any]:
         if self.as_csv:
             raise UsageError("predict: --json and --csv are two answers; choose one")
-        ranked = {str(path): [dataclasses.asdict(row) for row in rows] for path, rows in self.good}
+        ranked = {str(path): self.predictor.rows(one) for path, one in self.good}
         return {"predictions": ranked, "unreadable": self.unreadable}
 
     def csv(self) -> str:
-        """Return a line for each class of each image."""
-        lines: list[tuple[Any, ...]] = [("path", "place", "index", "id", "name", "probability")]
-        for path, rows in self.good:
-            for place, row in enumerate(rows, 1):
-                names = printable(str(path)), place, row.index, printable(row.id), printable(row.name)
-                lines.append((*names, f"{row.probability:.6f}"))
+        """Return a line for each row of each prediction."""
+        rows = [(path, *one) for path, prediction in self.good for one in enumerate(self.predictor.rows(prediction), 1)]
+        lines = [("path", "place", *rows[0][2])] if rows else []
+        lines += [tuple(map(_cell, (str(path), place, *row.values()))) for path, place, row in rows]
         return csv_text(lines, "\n")
 
     def tables(self) -> Iterator[Any]:
-        """Show the best classes of each image."""
-        from fcvit.report.tables import predictions
-
+        """Show the prediction of each image."""
         if self.as_csv:
             yield self.csv().rstrip("\n")
         elif self.good:
-            yield predictions(self.good)
+            yield self.predictor.table(self.good)
         if self.written:
             yield f"written to {self.written}"
 
@@ -131,7 +126,7 @@ def predict(
     csv: Flag = False,
     output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
-    """Classify images: files, folders or glob patterns.
+    """Predict images: files, folders or glob patterns; for classification their best classes.
 
     Args:
         images: Files, folders (searched through) or quoted patterns.
@@ -152,16 +147,16 @@ def predict(
     if output is not None and output.exists():
         raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
-    classifier = load(weights, ema=ema, classes=classes, device=device, engine=engine, threads=threads)
+    predictor = load(weights, ema=ema, classes=classes, device=device, engine=engine, threads=threads)
     good, bad = [], []
     with progress("predicting", len(paths)) as advance:
-        for path, result in zip(paths, classifier.stream(paths, top_k, batch_size=batch_size), strict=True):
+        for path, result in zip(paths, predictor.stream(paths, top_k, batch_size=batch_size), strict=True):
             if isinstance(result, BadImages):
                 bad.append(str(result))
             else:
                 good.append((path, result))
             advance(1)
-    predictions = Predictions(tuple(good), tuple(bad), csv, output)
+    predictions = Predictions(predictor, tuple(good), tuple(bad), csv, output)
     if output is not None:
         _write(predictions, output)
     return predictions
@@ -171,12 +166,15 @@ def _write(predictions: Predictions, output: Path) -> None:
     if output.suffix == ".csv":
         runs.write_text(output, predictions.csv())
     elif output.suffix == ".jsonl":
-        rows = ({"path": str(path), "predictions": [*map(dataclasses.asdict, best)]} for path, best in predictions.good)
+        rows = ({"path": str(path), "predictions": predictions.predictor.rows(one)} for path, one in predictions.good)
         runs.write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
     else:
         with runs.run_folder(output, "predict") as folder:
-            for start in range(0, len(predictions.good), _ON_A_SHEET):
-                part = predictions.good[start : start + _ON_A_SHEET]
-                tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
-                title = f"images {start + 1} to {start + len(part)} of {len(predictions.good)}"
-                contact_sheet(tiles, title).save(folder / f"predictions-{start // _ON_A_SHEET + 1:03d}.png")
+            predictions.predictor.draw(predictions.good, folder)
+
+
+def _cell(value: Any) -> Any:
+    """Return a number with six decimals; a negative one not as text, which would be taken for a formula."""
+    if isinstance(value, float):
+        return f"{value:.6f}" if value >= 0 else round(value, 6)
+    return printable(value) if isinstance(value, str) else value

@@ -132,3 +132,14 @@ def check_image(image: object, number: int) -> None:
 def _no_image(thing: object) -> str:
     remedy = "; PIL.Image.open(io.BytesIO(...)) reads an encoded one" if isinstance(thing, _ENCODED) else ""
     return f"an object of type {type(thing).__name__:.60} is no image; expected {_ACCEPTED}{remedy}"
+
+
+def check_counts(top_k: object, batch_size: object) -> None:
+    """Check the numbers of classes and images.
+
+    Raises:
+        UsageError: not a whole number from 1.
+    """
+    for option, value in (("top-k", top_k), ("batch-size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise UsageError(f"--{option} {value!r:.40}: expected a whole number, at least 1")

@@ -196,6 +196,9 @@ class Task(Protocol):
     ) -> Any:
         """Return what `fcvit.load` gives: an object with `predict` and `stream` (see `fcvit.inference.images`).
 
+        For `fcvit predict` it has `rows(prediction)` (for JSON and CSV), `table(pairs)` and `draw(pairs, folder)` of
+        paths with their predictions.
+
         Args:
             weights, preprocessing: of the network.
             classes: other names of the classes; None: the weights' own.

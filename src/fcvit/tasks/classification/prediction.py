@@ -5,16 +5,19 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, DoesNotFit, UsageError
+from fcvit.data.transforms.preprocess import decode
+from fcvit.errors import BadImages, DoesNotFit
 from fcvit.inference.engines import Engine, PaddleEngine
-from fcvit.inference.images import ImageLike, predictions, several
+from fcvit.inference.images import ImageLike, check_counts, predictions, several
 from fcvit.metrics.classification import softmax, top_classes
 from fcvit.models.variants import Preprocessing
+from fcvit.report.contact_sheet import Tile, contact_sheet
 from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from fcvit.models.classifier import FCViT
 
 BATCH_SIZE = 32
+_ON_A_SHEET = 24  # images in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,24 @@ class Classifier:
 
     def __repr__(self) -> str:
         return f"<Classifier {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
+
+    def rows(self, prediction: list[Prediction]) -> list[dict[str, Any]]:
+        """Return a prediction as JSON and CSV have it: a row for each class."""
+        return [dataclasses.asdict(row) for row in prediction]
+
+    def table(self, predictions: Sequence[tuple[Path, list[Prediction]]]) -> Any:
+        """Return the table of images and their predictions for a terminal."""
+        from fcvit.report.tables import predictions as listing
+
+        return listing(predictions)
+
+    def draw(self, predictions: Sequence[tuple[Path, list[Prediction]]], folder: Path) -> None:
+        """Draw images with their best classes into a folder, as many as a picture holds."""
+        for start in range(0, len(predictions), _ON_A_SHEET):
+            part = predictions[start : start + _ON_A_SHEET]
+            tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
+            title = f"images {start + 1} to {start + len(part)} of {len(predictions)}"
+            contact_sheet(tiles, title).save(folder / f"predictions-{start // _ON_A_SHEET + 1:03d}.png")
 
     @functools.cached_property
     def model(self) -> "FCViT":
@@ -122,14 +144,3 @@ class Classifier:
             return self.decode(logits, self.classes, int(top_k))
 
         return predictions(images, self.weights, self.engine, self.preprocessing, decode, int(batch_size))
-
-
-def check_counts(top_k: object, batch_size: object) -> None:
-    """Check the numbers of classes and images.
-
-    Raises:
-        UsageError: not a whole number from 1.
-    """
-    for option, value in (("top-k", top_k), ("batch-size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise UsageError(f"--{option} {value!r:.40}: expected a whole number, at least 1")
