@@ -56,16 +56,16 @@ class Processes:
         if not self.first:
             self._put(f"{key}/{self.rank}", value)
             return []
-        found = [value]
+        values = [value]
         for rank in range(1, self.count):
             taken, pieces = self._take(f"{key}/{rank}")
-            found.append(taken)
+            values.append(taken)
             self._said += pieces
         # Whoever calls this has read everything before: a long training would fill the store.
         for piece in self._said:
             self._store.set(piece, b"")
         self._said.clear()
-        return found
+        return values
 
     def _key(self) -> str:
         self._calls += 1

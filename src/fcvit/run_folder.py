@@ -39,11 +39,11 @@ PACKAGES = ("fcvit", *FRAMEWORKS, "numpy", "pillow", "safetensors")
 
 def versions() -> dict[str, str]:
     """Of Python and of whichever packages that matter are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:

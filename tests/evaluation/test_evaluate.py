@@ -404,10 +404,8 @@ def test_the_fingerprint_is_of_contents_and_classes(folder, digits_pth):
 @needs_paddle
 def test_the_sheet_shows_the_surest_mistakes(folder, digits_pth, tmp_path, monkeypatch):
     sheets = []
-    draw = results.contact_sheet
-    monkeypatch.setattr(
-        results, "contact_sheet", lambda tiles, title: sheets.append((tiles, title)) or draw(tiles, title)
-    )
+    draw = results.image_grid
+    monkeypatch.setattr(results, "image_grid", lambda tiles, title: sheets.append((tiles, title)) or draw(tiles, title))
     found = evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run").results[0]
     ((tiles, title),) = sheets
     wrong = [row for row in rows(tmp_path / "run") if row["truth"] != row["class_1"]]

@@ -12,7 +12,7 @@ from fcvit.analysis.head_stats import HeadStats, LayerStats
 from fcvit.errors import MissingExtra
 from fcvit.models.maps import short
 from fcvit.report.charts import FAINT, UNSURE, chart, new_figure
-from fcvit.report.contact_sheet import INK, RIGHT, WRONG
+from fcvit.report.image_grid import INK, RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from PIL import Image
 from fcvit.data.loader import Batch
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
-from fcvit.report.sample_sheet import sample_sheet
+from fcvit.report.sample_grid import sample_grid
 from fcvit.tasks.base import get_task
 from fcvit.tasks.recipe import Recipe
 from fcvit.weights.reading import read_weights
@@ -65,11 +65,11 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
         epochs.append([Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible])
     rows = [*zip(chosen.names, originals, map(list, zip(*epochs, strict=True)), strict=True)]
     size = task.preprocessing.input_size
-    sheet = sample_sheet(rows, f"what the network sees of {len(rows)} training images, at {size} x {size} pixels")
+    grid = sample_grid(rows, f"what the network sees of {len(rows)} training images, at {size} x {size} pixels")
     target = Path(path)
     with staged(target) as temporary:
         try:
-            sheet.save(temporary)
+            grid.save(temporary)
         except (ValueError, KeyError) as error:
             raise UsageError(f"{target}: the extension selects the type of picture; expected .png") from error
     return Preview(target)

@@ -29,7 +29,7 @@ from fcvit.frameworks import import_framework, installed
 from fcvit.inference.check import compute
 from fcvit.inference.engines import PaddleEngine
 from fcvit.models.variants import resolve_preprocessing
-from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.report.image_grid import Tile, image_grid, png
 from fcvit.tasks.classification.prediction import Prediction, rank
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference
 from fcvit.weights.reading import Weights, read_weights
@@ -192,4 +192,4 @@ def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarr
     wrong = sum(best.id != truth for _, best, truth in rows)
     tiles = [Tile(decode(path), best.id, best.probability, truth) for path, best, truth in rows[:_SHEET]]
     title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(labels)} wrong (shown first)"
-    contact_sheet(tiles, title).save(sheet)
+    runs.write_bytes(sheet, png(image_grid(tiles, title)))

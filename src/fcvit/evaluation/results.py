@@ -67,7 +67,7 @@ class NotWritten(UnreadableFile):
         self.result = evaluation
 
 
-class Records:
+class RunRecords:
     """All records of an evaluation, in the order of the data set (see `fcvit.tasks.base.Evaluated`)."""
 
     def __init__(self, plan: Plan, frames: Sequence[Frame], about: Mapping[str, Any]):

@@ -27,7 +27,7 @@ from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile,
 from fcvit.evaluation.journal import Frame, Journal
 from fcvit.evaluation.logits import LogitFiles
 from fcvit.evaluation.request import Request, sha256
-from fcvit.evaluation.results import Evaluation, NotWritten, Records
+from fcvit.evaluation.results import Evaluation, NotWritten, RunRecords
 from fcvit.evaluation.settings import Configuration, Plan, Settings, absolute
 from fcvit.inference.batch_size import fitting_batch_size
 from fcvit.inference.engines import Engine
@@ -279,7 +279,7 @@ class _Run:
             BadImages: not a single image could be read.
         """
         plan = self.plan
-        records = Records(plan, [self.journal.frames[number] for number in plan.batches], self._about())
+        records = RunRecords(plan, [self.journal.frames[number] for number in plan.batches], self._about())
         report = plan.evaluator.report(records)
         for hint in dict.fromkeys(report.hints):
             logger.info(hint)

@@ -19,7 +19,7 @@ from fcvit.data.classes import Classes
 from fcvit.errors import DoesNotFit, counted
 from fcvit.metrics.classification import Calibration, wilson
 from fcvit.report import page
-from fcvit.report.contact_sheet import INK, PAPER, RIGHT, WRONG
+from fcvit.report.image_grid import INK, PAPER, RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

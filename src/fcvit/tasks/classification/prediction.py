@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, DoesNotFit
@@ -17,7 +18,7 @@ from fcvit.inference.engines import Engine, PaddleEngine
 from fcvit.inference.images import ImageLike, check_counts, predictions, several
 from fcvit.metrics.classification import softmax, top_classes
 from fcvit.models.variants import Preprocessing
-from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.report.image_grid import Tile, image_grid, png
 from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fcvit.models.classifier import FCViT
 
 BATCH_SIZE = 32
-_ON_A_SHEET = 24  # images in a picture
+_IN_A_GRID = 24  # images in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Classifier:
 
     def draw(self, predictions: Sequence[tuple[Path, list[Prediction]]], folder: Path) -> None:
         """Draw images with their best classes into a folder, as many as a picture holds."""
-        for start in range(0, len(predictions), _ON_A_SHEET):
-            part = predictions[start : start + _ON_A_SHEET]
+        for start in range(0, len(predictions), _IN_A_GRID):
+            part = predictions[start : start + _IN_A_GRID]
             tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
             title = f"images {start + 1} to {start + len(part)} of {len(predictions)}"
-            contact_sheet(tiles, title).save(folder / f"predictions-{start // _ON_A_SHEET + 1:03d}.png")
+            runs.write_bytes(folder / f"predictions-{start // _IN_A_GRID + 1:03d}.png", png(image_grid(tiles, title)))
 
     @functools.cached_property
     def model(self) -> "FCViT":

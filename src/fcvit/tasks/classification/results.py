@@ -8,7 +8,6 @@ The folder of a configuration (weights, protocol, engine, precision) holds
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from fcvit.data.classes import Classes
 from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.evaluation.protocols import Protocol
 from fcvit.metrics import classification as metrics
-from fcvit.report.contact_sheet import Tile, contact_sheet
+from fcvit.report.image_grid import Tile, image_grid, png
 from fcvit.tasks.classification.published import PublishedComparison
 from fcvit.text import csv_text, csv_value
 
@@ -219,7 +218,7 @@ def write_result(
         for i in worst
     ]
     title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} surest of them" if tiles else "")
-    runs.write_bytes(folder / "worst.png", _png(contact_sheet(tiles, title)))
+    runs.write_bytes(folder / "worst.png", png(image_grid(tiles, title)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last: a folder with it is whole
 
 
@@ -241,12 +240,6 @@ def _predictions(records: Records) -> str:
             row += [records.classes[index].id, f"{probability:.6f}"]
         rows.append(row)
     return csv_text(rows)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)

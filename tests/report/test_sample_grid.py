@@ -5,8 +5,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from fcvit.errors import UsageError
-from fcvit.report.contact_sheet import GAP, PAPER, TILE, paste_tile, shorten
-from fcvit.report.sample_sheet import sample_sheet
+from fcvit.report.image_grid import GAP, PAPER, TILE, paste_tile, shorten
+from fcvit.report.sample_grid import sample_grid
 
 RED, GREEN = (200, 30, 30), (20, 120, 60)
 
@@ -23,7 +23,7 @@ def where(sheet, color):
 
 
 def test_each_row_has_its_original_and_its_versions():
-    sheet = sample_sheet([("one", flat(RED), [flat(GREEN)] * 3), ("two", flat(RED), [flat(GREEN)])], "Title")
+    sheet = sample_grid([("one", flat(RED), [flat(GREEN)] * 3), ("two", flat(RED), [flat(GREEN)])], "Title")
     (left, top, right, bottom), count = where(sheet, RED)
     assert (left, right) == (GAP, GAP + TILE) and count == 2 * TILE * TILE and bottom - top > 2 * TILE
     (left, _, right, below), count = where(sheet, GREEN)
@@ -34,7 +34,7 @@ def test_each_row_has_its_original_and_its_versions():
 def test_enlarged_pixels_stay_pixels():
     board = np.indices((4, 4)).sum(axis=0) % 2 * 255
     image = Image.fromarray(np.repeat(board.astype(np.uint8)[:, :, None], 3, axis=2))
-    sheet = sample_sheet([("", image, [])], "")
+    sheet = sample_grid([("", image, [])], "")
     (left, top, _, _), _ = where(sheet, (0, 0, 0))
     pixels = np.asarray(sheet)[top : top + TILE, left : left + TILE, 0]
     assert np.array_equal(pixels[16::32, 16::32], board) and set(np.unique(pixels)) == {0, 255}
@@ -50,7 +50,7 @@ def test_images_keep_their_form(size, shown):
 
 
 def test_long_words_do_not_leave_the_sheet():
-    sheet = sample_sheet([("caption " * 90, flat(RED), [])], "title " * 90)
+    sheet = sample_grid([("caption " * 90, flat(RED), [])], "title " * 90)
     pixels = np.asarray(sheet)
     assert (pixels[:, : GAP - 1] == 255).all() and (pixels[:, -GAP:] == 255).all() and sheet.width < 1000
     font = ImageFont.load_default(13)
@@ -60,4 +60,4 @@ def test_long_words_do_not_leave_the_sheet():
 
 def test_a_sheet_of_nothing_is_refused():
     with pytest.raises(UsageError, match="without rows"):
-        sample_sheet([], "Title")
+        sample_grid([], "Title")

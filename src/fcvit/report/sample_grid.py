@@ -5,33 +5,33 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from fcvit.errors import UsageError
-from fcvit.report.contact_sheet import GAP, INK, PAPER, TILE, paste_tile, shorten
+from fcvit.report.image_grid import GAP, INK, PAPER, TILE, paste_tile, shorten
 
 _HEAD, _CAPTION = 2 * GAP + 20, 22  # heights of the title and of a row's caption
 _APART = 2 * GAP  # between an original and its augmented versions, with a line in its middle
 _FAINT = "#d9d9d9"  # the line, and a frame that shows where white images end
 
 
-def sample_sheet(rows: Sequence[tuple[str, Image.Image, Sequence[Image.Image]]], title: str) -> Image.Image:
+def sample_grid(rows: Sequence[tuple[str, Image.Image, Sequence[Image.Image]]], title: str) -> Image.Image:
     """Draw one row per source image: its caption, the original, a line, then its augmented versions.
 
     Each image fills its place as far as its form allows; enlarged pixels stay pixels.
 
     Args:
         rows: caption, original (RGB), augmented versions (RGB, as many as there are).
-        title: one line above all; too long a title or caption is shortened, a short sheet widened for it.
+        title: one line above all; too long a title or caption is shortened, a short grid widened for it.
 
     Raises:
         UsageError: no rows.
     """
     if not rows:
-        raise UsageError("sample sheet without rows: expected at least one image")
+        raise UsageError("sample grid without rows: expected at least one image")
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     most = max(len(augmented) for _, _, augmented in rows)
     width = GAP + TILE + (_APART + most * (TILE + GAP) if most else GAP)
     width = max(width, 2 * GAP + min(int(font.getlength(title)) + 1, 6 * TILE))
-    sheet = Image.new("RGB", (width, _HEAD + len(rows) * (_CAPTION + TILE + GAP)), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (width, _HEAD + len(rows) * (_CAPTION + TILE + GAP)), PAPER)
+    draw = ImageDraw.Draw(grid)
     draw.text((GAP, GAP), shorten(title, font, width - 2 * GAP), INK, font)
     for number, (caption, original, augmented) in enumerate(rows):
         y = _HEAD + number * (_CAPTION + TILE + GAP)
@@ -43,5 +43,5 @@ def sample_sheet(rows: Sequence[tuple[str, Image.Image, Sequence[Image.Image]]],
         for place, image in enumerate((original, *augmented)):
             x = GAP + place * (TILE + GAP) + (_APART - GAP if place else 0)
             draw.rectangle((x - 1, y - 1, x + TILE, y + TILE), outline=_FAINT)
-            paste_tile(sheet, image, x, y)
-    return sheet
+            paste_tile(grid, image, x, y)
+    return grid

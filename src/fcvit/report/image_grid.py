@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +25,7 @@ class Tile:
     truth: str | None = None
 
 
-def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
+def image_grid(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     """Draw a grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
     title = printable(title)
     columns = max(1, min(columns, len(tiles)))
@@ -32,15 +33,15 @@ def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     head = 2 * GAP + 20
     width = GAP + columns * (TILE + GAP)
-    sheet = Image.new(
+    grid = Image.new(
         "RGB", (max(width, GAP * 2 + int(font.getlength(title))), head + rows * (TILE + _TEXT + GAP)), PAPER
     )
-    draw = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(grid)
     draw.text((GAP, GAP), title, INK, font)
     for index, tile in enumerate(tiles):
         x = GAP + (index % columns) * (TILE + GAP)
         y = head + (index // columns) * (TILE + _TEXT + GAP)
-        paste_tile(sheet, tile.image, x, y)
+        paste_tile(grid, tile.image, x, y)
         right = tile.truth is None or tile.truth == tile.predicted
         color = RIGHT if right else WRONG
         draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=color, width=2)
@@ -48,16 +49,16 @@ def contact_sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.
         draw.text((x, y + TILE + 4), shorten(tile.predicted, font, TILE - font.getlength(sure)) + sure, color, font)
         if not right:
             draw.text((x, y + TILE + 24), shorten(f"wrong: it is {tile.truth}", small, TILE), color, small)
-    return sheet
+    return grid
 
 
-def paste_tile(sheet: Image.Image, image: Image.Image, x: int, y: int) -> None:
+def paste_tile(grid: Image.Image, image: Image.Image, x: int, y: int) -> None:
     """Draw an image into the place whose upper left corner is (x, y), as large as fits, in its middle."""
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Enlarged pixels stay pixels; photographs are shrunk smoothly.
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    sheet.paste(image.resize(size, how), (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
+    grid.paste(image.resize(size, how), (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
@@ -67,3 +68,10 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
         return text
     fitting = bisect.bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
     return text[: max(0, fitting - 1)] + "..."
+
+
+def png(image: Image.Image) -> bytes:
+    """Return a picture as a PNG file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
