@@ -1,4 +1,4 @@
-"""Each layout, list, class list and archive that docs/your-data.md shows is read, or refused, as the page says."""
+"""Each layout, list, class list and archive that docs/guides/data.md shows is read, or refused, as the page says."""
 
 import re
 import subprocess
@@ -16,9 +16,9 @@ from fcvit.data.training_splits import find_splits
 from fcvit.errors import FcvitError
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 
-PAGE = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text("utf-8")
 BLOCKS = {
-    kind: [(match[1], match[2]) for match in re.finditer(rf"^```{kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)]
+    kind: [(match[1], match[2]) for match in re.finditer(rf"^```\w+ {kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)]
     for kind in ("tree", "list", "classes", "archive")
 }
 

@@ -1,0 +1,52 @@
+"""Configuration of the documentation site. `make docs` builds it into docs/_build/html."""
+
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+from fcvit import __version__
+from fcvit.training.recipe import fields_of_all_tasks
+
+project = "FCViT for PaddlePaddle"
+author = "The FCViT for PaddlePaddle authors"
+project_copyright = f"2026, {author}"
+release = version = __version__
+
+extensions = ["cyclopts.ext.sphinx", "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # The notebook is stored with its outputs, which a test checks.
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_use_rtype = False
+nitpicky = True
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_show_sourcelink = False
+html_theme_options = {
+    "navigation_with_keys": True,
+    "show_nav_level": 2,
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+
+
+def write_recipe_fields(app: Sphinx) -> None:
+    """Write the table of recipe fields, which docs/reference/recipes.md includes, from their declarations."""
+    rows = []
+    group = ""
+    for name, field in fields_of_all_tasks().items():
+        if field.group != group:
+            group = field.group
+            rows += ["", f"## {group}", "", "| field | values | default | description |", "| --- | --- | --- | --- |"]
+        default = f"`{field.default_text}`" if field.default_text else ""
+        rows.append(f"| `{name}` | {field.expected} | {default} | {field.description} |")
+    target = Path(app.srcdir) / "_build" / "recipe_fields.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n".join(rows) + "\n", "utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the generated pages."""
+    app.connect("builder-inited", write_recipe_fields)
