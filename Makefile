@@ -1,34 +1,36 @@
-# Each target makes its own .venv when missing; nothing else is prepared.
-#   make quickstart            the whole path on real input (installs Paddle, not PyTorch)
-#   make train-digits          train the small network on handwritten digits, from scratch
-#   make finetune-digits       teach the shipped network even against odd on the same images
-#   make test                  all tests (installs PyTorch too), but those that only CI runs: FCVIT_ALL_TESTS=1 make test
+# Each target creates .venv if it is missing, and installs what it needs.
+#   make quickstart            convert, verify, evaluate and predict on real images (installs Paddle, not PyTorch)
+#   make train-digits          train the small network on handwritten digits from scratch
+#   make finetune-digits       fine-tune the shipped network on even against odd digits
+#   make test                  the tests (installs PyTorch too); FCVIT_ALL_TESTS=1 adds those that only CI runs
 #   make test-fast             the tests to run while working
-#   make test-lowest           the same with the oldest versions that pyproject.toml allows, in .venv-lowest
+#   make test-lowest           the same with the lowest versions that pyproject.toml allows, in .venv-lowest
 #   make lint                  style and types
-#   make constraints           the newest versions into constraints.txt, if they pass lint and all tests
-# Extra options for pip, for example to get PyTorch's CPU build where pip would take the CUDA one:
-#   make test PIP_OPTIONS="--extra-index-url URL"
-# The packages have the versions in constraints.txt. Where pip cannot install one of them, leave it out of a copy of
-# the file, or take the newest versions of all:
+#   make docs                  the documentation site, in docs/_build/html; warnings are errors
+#   make notebook              execute docs/tutorial.ipynb and store its outputs
+#   make constraints           write the newest versions to constraints.txt if lint and all tests pass with them
+# Extra options for pip, for example to get PyTorch's CPU build:
+#   make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# The versions are those in constraints.txt. If pip cannot install one of them, pass an edited copy of the file, or
+# nothing for the newest versions:
 #   make quickstart CONSTRAINTS=my.txt
 #   make quickstart CONSTRAINTS=
 PYTHON ?= python3
 PIP_OPTIONS ?=
-# Neighbors stay together until a process runs out of work: they share what is made once for a file.
+# Neighboring tests stay in one process until another process is idle, because they share fixtures.
 PYTEST_OPTIONS ?= --numprocesses auto --dist worksteal
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 BIN := $(VENV)/bin
-# In the environment, because -c does not reach the packages that build the project. There pip before 25.3 reads the
-# first variable, and later ones read the second.
+# Environment variables, because pip's -c does not apply to the packages that build the project. For these, pip before
+# 25.3 reads the first variable, and later versions read the second.
 CONSTRAIN = $(if $(CONSTRAINTS),PIP_CONSTRAINT='$(CONSTRAINTS)' PIP_BUILD_CONSTRAINT='$(CONSTRAINTS)')
 PIP_INSTALL = $(CONSTRAIN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
   $(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
 
-.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint constraints clean FORCE
+.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint docs notebook constraints clean FORCE
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
@@ -60,8 +62,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-# One version for all Pythons and systems, with wheels for each Python on Linux. Not PyTorch and what it pins itself:
-# TORCH chooses it.
+# A stale page or image must not hide a broken link, so the output folder is removed first.
+docs: $(VENV)/.dev
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build/html
+	@echo "the site is docs/_build/html/index.html"
+
+notebook: $(VENV)/.dev
+	cd docs && JUPYTER_PREFER_ENV_PATH=1 ../$(BIN)/jupyter execute --inplace tutorial.ipynb
+
+# One version for all Python versions and systems, with wheels for each Python version on Linux. PyTorch and the
+# packages that it pins are left out: TORCH selects them.
 constraints: $(BIN)/uv
 	printf '%s\n' '$(TORCH)' hatchling editables uv > $(VENV)/others.txt
 	$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
@@ -75,14 +86,14 @@ constraints: $(BIN)/uv
 	{ echo '# The versions that passed lint and all tests, by `make constraints`.'; cat $(VENV)/newest.txt; } > $@.txt
 
 clean:
-	rm -rf $(VENV) .venv-lowest dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .venv-lowest dist docs/_build .pytest_cache .hypothesis .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is not; choose one with make PYTHON=python3.12 ..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would pass for a whole one
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # an incomplete one would look complete
 
-# A stamp for each set of packages: installed again when the project's metadata, the versions or the settings change.
+# One stamp per set of packages. They are installed again when the project's metadata, the versions or the settings change.
 $(VENV)/.cpu: pyproject.toml $(CONSTRAINTS) $(VENV)/.settings
 	$(PIP_INSTALL) --editable '.[cpu,report]'
 	@touch $@
