@@ -25,7 +25,9 @@ SHORT = {
     "export": {"--overwrite": ""},
     "train": {"--epochs": "1", "--warmup-epochs": "0", "--workers": "0", "--batch-size": "10"},
     "finetune": {"--epochs": "1", "--workers": "0"},
-    "bench": {"--rounds": "1", "--engine": "native,torch"},
+    "bench": {"--rounds": "1", "--engine": "onnxruntime", "--batch-size": "1"},
+    "head-stats": {"--max-images": "2"},
+    "faithfulness": {"--max-images": "2"},
 }
 SHORT_RECIPES = {"--variant": "fcvit_digits", "--input-size": "32", "--precision": "float32"}
 
@@ -69,7 +71,7 @@ def workplace(tmp_path, monkeypatch):
     write_images(images[train], labels[train], tmp_path / "imagenet" / "train")
     few = train[labels[train] < 2]
     write_images(images[few], np.array(["rose", "tulip"])[labels[few]], tmp_path / "flowers")
-    photos = [*(tmp_path / "imagenet" / "val").glob("*/*.png")][:10]
+    photos = [*(tmp_path / "imagenet" / "val").glob("*/*.png")][:4]
     (tmp_path / "photos").mkdir()
     for path in photos:
         shutil.copy(path, tmp_path / "photos")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fcvit.training.run import extend as extend
     from fcvit.weights.reading import read_weights as read_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module, with another name in it where it differs.
 _MODULES = {
