@@ -1,6 +1,7 @@
 """Configuration of the documentation site. `make docs` builds it into docs/_build/html."""
 
 from pathlib import Path
+from typing import Annotated, Any, get_origin
 
 from sphinx.application import Sphinx
 
@@ -17,9 +18,12 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # The notebook is stored with its outputs, which a test checks.
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 napoleon_use_rtype = False
 nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(collections|fcvit|numpy|os|paddle|pathlib|PIL)\..*|FCViT|ImageLike")]  # types
+smartquotes = False  # It would turn --option into a dash.
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_show_sourcelink = False
@@ -47,6 +51,29 @@ def write_recipe_fields(app: Sphinx) -> None:
     target.write_text("\n".join(rows) + "\n", "utf-8")
 
 
+
+class WithoutCommandLine:
+    """Hide the command-line part of annotated types while autodoc reads a function's signature."""
+
+    def __init__(self, app: Sphinx):
+        self.hidden: dict[str, Any] = {}
+        app.connect("autodoc-before-process-signature", self.hide)
+        app.connect("autodoc-process-signature", self.restore, priority=900)  # After autodoc's own listener.
+
+    def hide(self, app: Sphinx, function: Any, bound: bool) -> None:
+        self.hidden = getattr(function, "__annotations__", {})
+        if self.hidden:
+            function.__annotations__ = {
+                name: hint.__origin__ if get_origin(hint) is Annotated else hint for name, hint in self.hidden.items()
+            }
+
+    def restore(self, app: Sphinx, kind: str, name: str, function: Any, *_: object) -> None:
+        if self.hidden:
+            function.__annotations__ = self.hidden
+            self.hidden = {}
+
+
 def setup(app: Sphinx) -> None:
     """Connect the generated pages."""
     app.connect("builder-inited", write_recipe_fields)
+    WithoutCommandLine(app)
