@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 from fcvit import __version__
@@ -73,7 +74,15 @@ class WithoutCommandLine:
             self.hidden = {}
 
 
+def write_dashes(app: Sphinx, document: nodes.document) -> None:
+    """Write the dash between a parameter and its description, which `smartquotes` would write."""
+    for text in list(document.findall(nodes.Text)):
+        if text.astext() == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the generated pages."""
+    """Connect the generated pages and the changes to the reference pages."""
     app.connect("builder-inited", write_recipe_fields)
+    app.connect("doctree-read", write_dashes)
     WithoutCommandLine(app)
