@@ -402,7 +402,7 @@ attacks = pytest.mark.parametrize("attack", ATTACKS)
 # Position of the attack in a file -> a function that builds the file, and the fault in the error.
 POSITIONS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a zip instead of weights": (zipped, "expected a dictionary of weights|not a state dict|is not text"),
-    "an older file instead of weights": (
+    "a legacy file instead of weights": (
         legacy,
         "expected a dictionary of weights|not match|not a state dict|is not text",
     ),
@@ -411,7 +411,7 @@ POSITIONS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda a: zipped(mapping({"w": a, "x": tensor()})),
         "w: (expected a tensor|an array)",
     ),
-    "a tensor of an older file": (
+    "a tensor of a legacy file": (
         lambda a: legacy(mapping({"w": a, "x": tensor()})),
         "w: (expected a tensor|an array)",
     ),
@@ -432,7 +432,7 @@ POSITIONS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "w: a tensor subclass",
     ),
     "the persistent id of a zip": (lambda a: zipped(a + b"Q"), "persistent id .*storage"),
-    "the persistent id of an older file": (lambda a: legacy(a + b"Q"), "persistent id .*storage"),
+    "the persistent id of a legacy file": (lambda a: legacy(a + b"Q"), "persistent id .*storage"),
     "the persistent id of a pdparams": (lambda a: paddle(a + b"Q"), "external storages"),
     "the contents of an array": (
         lambda a: paddle(mapping({"w": array(a)})),
@@ -639,7 +639,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "flipped bit in the pickle": (lambda: TINY.replace(b"storage", b"storagd"), r"archive/data\.pkl .*checksum"),
     "entry of another name": (lambda: TINY.replace(b"data/0", b"data/1", 1), "archive/data/0 .*different name"),
     "entry far outside": (lambda: in_directory(TINY, "data/0", OFFSET, "<L", 1 << 30), "data/0 .*position"),
-    "entry elsewhere": (lambda: in_directory(TINY, "data/0", OFFSET, "<L", 7), "data/0 .*position"),
+    "entry at another position": (lambda: in_directory(TINY, "data/0", OFFSET, "<L", 7), "data/0 .*position"),
     "entry beyond the end": (beyond_the_end, "archive/data/0 .*past the end of the file"),
     "entry too large": (
         lambda: in_directory(TINY, "data/0", SIZES, "<LL", 1 << 30, 1 << 30),
@@ -656,7 +656,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: in_directory(TINY, "data/0", SIZES, "<LL", 0xFFFFFFFF, 0xFFFFFFFF),
         "entries of the zip are together larger",
     ),
-    "zip64 directory nowhere": (
+    "zip64 directory outside the file": (
         lambda: TINY[:-22] + b"PK\6\7" + struct.pack("<LQL", 0, 1 << 60, 9) + TINY[-22:],
         "damaged zip",
     ),
@@ -666,8 +666,8 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "bytes behind": (lambda: TINY + b"PK\5\6", "data after its directory"),
     "comment": (lambda: TINY[:-2] + b"\1\0x", "data after its directory"),
     "bytes between": (bytes_between, "the zip has gaps"),
-    "name in other letters": (lambda: zipped(**{"DATA/0": bytes(16)}), "two entries with the same name"),
-    "byte order in other letters": (
+    "name in another case": (lambda: zipped(**{"DATA/0": bytes(16)}), "two entries with the same name"),
+    "byte order in another case": (
         lambda: plain_zip(
             {"a/data.pkl": pickled(mapping({"w": tensor()})), "a/data/0": SIXTEEN, "a/BYTEORDER": b"big"},
         ),
@@ -688,20 +688,20 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "entries in another order": (swapped_directory, "not at the expected position"),
     "two end records": (two_end_records, "end records"),
     # PyTorch's legacy format.
-    "older: other version": (lambda: legacy(version=999), "not a PyTorch checkpoint of a known version"),
-    "older: big-endian": (lambda: legacy(system=mapping({"little_endian": FALSE})), "big-endian"),
-    "older: system is a list": (lambda: legacy(system=b"]"), "big-endian"),
-    "older: storage not listed": (lambda: legacy(keys=b"]"), "list of storages does not match"),
-    "older: unknown storage listed": (lambda: legacy(keys=listed(text("1"))), "list of storages does not match"),
-    "older: storage listed twice": (lambda: legacy(keys=listed(text("0"), text("0"))), "list of storages does not"),
-    "older: storages are numbers": (lambda: legacy(keys=listed(number(0))), "list of storages does not match"),
-    "older: storages are a text": (lambda: legacy(keys=text("0")), "list of storages does not match"),
-    "older: storages double": (lambda: legacy(keys=DOUBLING), "list of storages does not match"),
-    "older: storage cut": (lambda: legacy()[:-1], "past the end of the file"),
-    "older: storages missing": (lambda: legacy(storages=()), "past the end of the file"),
-    "older: other length": (lambda: legacy(storages=(SIXTEEN + bytes(4),)), "length of storage '0'"),
-    "older: negative length": (lambda: legacy(storages=()) + b"\xff" * 24, "length of storage '0'"),
-    "older: large storage": (
+    "legacy: other version": (lambda: legacy(version=999), "not a PyTorch checkpoint of a known version"),
+    "legacy: big-endian": (lambda: legacy(system=mapping({"little_endian": FALSE})), "big-endian"),
+    "legacy: system is a list": (lambda: legacy(system=b"]"), "big-endian"),
+    "legacy: storage not listed": (lambda: legacy(keys=b"]"), "list of storages does not match"),
+    "legacy: unknown storage listed": (lambda: legacy(keys=listed(text("1"))), "list of storages does not match"),
+    "legacy: storage listed twice": (lambda: legacy(keys=listed(text("0"), text("0"))), "list of storages does not"),
+    "legacy: storages are numbers": (lambda: legacy(keys=listed(number(0))), "list of storages does not match"),
+    "legacy: storages are a text": (lambda: legacy(keys=text("0")), "list of storages does not match"),
+    "legacy: storages double": (lambda: legacy(keys=DOUBLING), "list of storages does not match"),
+    "legacy: storage cut": (lambda: legacy()[:-1], "past the end of the file"),
+    "legacy: storages missing": (lambda: legacy(storages=()), "past the end of the file"),
+    "legacy: other length": (lambda: legacy(storages=(SIXTEEN + bytes(4),)), "length of storage '0'"),
+    "legacy: negative length": (lambda: legacy(storages=()) + b"\xff" * 24, "length of storage '0'"),
+    "legacy: large storage": (
         lambda: legacy(mapping({"w": tensor(storage(size=number(1 << 47)))})),
         "past the end of the file",
     ),
@@ -842,8 +842,8 @@ TENSORS: dict[str, tuple[bytes, str]] = {
 # Object instead of the state dict in a zip -> its opcodes, and the fault in the error.
 MODEL = name("models.fcvit.FCViT") + b")\x81}b"
 STATES: dict[str, tuple[bytes, str]] = {
-    "whole pickled model": (MODEL, r"expected a dictionary of weights, found a models\.fcvit\.FCViT"),
-    "whole pickled model under a key": (mapping({"model": MODEL}), "contains a pickled model"),
+    "pickled model": (MODEL, r"expected a dictionary of weights, found a models\.fcvit\.FCViT"),
+    "pickled model under a key": (mapping({"model": MODEL}), "contains a pickled model"),
     "list of tensors": (listed(tensor()), "expected a dictionary of weights, found a list"),
     "dictionary of itself": (b"}q\x00" + text("w") + b"h\x00s", "w: expected a tensor, found a dict"),
     "state dict of itself": (b"}q\x00" + text("state_dict") + b"h\x00s", "state_dict: expected a tensor, found a dict"),
@@ -1016,7 +1016,7 @@ MISFITS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
         "'head.weight' and 'module.head.weight' are the same name",
         DoesNotFit,
     ),
-    "raw and averaged": (
+    "raw and EMA weights": (
         lambda: zip_around(mapping({"state_dict": state_pickle(), "state_dict_ema": state_pickle()})),
         r"EMA weights \(state_dict_ema\) and raw weights; .*--ema or --no-ema",
         UsageError,

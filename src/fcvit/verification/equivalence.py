@@ -38,7 +38,9 @@ def rms_error(computed: np.ndarray, exact: np.ndarray) -> float:
 
 
 def images_needed(outputs: int, pixels: int) -> int:
-    """Return the number of images that gives the error ratio enough outputs: at least two, fewer if they are large.
+    """Return the number of images that gives the error ratio enough outputs.
+
+    The number is at least two and is limited for large images.
 
     Args:
         outputs: Number of outputs per image.

@@ -1,6 +1,6 @@
 """Synthetic weights and inputs that are the same everywhere and make every parameter affect the outputs.
 
-Freshly initialized weights verify little, because a layer scale of 1e-5 hides every block. Synthetic weights are
+Newly initialized weights are a weak test, because a layer scale of 1e-5 hides every block. Synthetic weights are
 generated from the tensors' names, so that any framework can rebuild them. The goldens are computed with them.
 """
 

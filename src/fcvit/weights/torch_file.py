@@ -197,7 +197,7 @@ def read_zip(data: bytes) -> object:
         raise UnreadableFile(f"not a PyTorch checkpoint: {kind} without exactly one data.pkl")
     stored_zip.check_layout(data, entries, end)
     if b"byteorder" in below and below[b"byteorder"].content(data) != b"little":
-        raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
+        raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian machine")
     storages = _Storages()
     pickle = below[b"data.pkl"]
     pickle.content(data)
@@ -224,7 +224,7 @@ def read_legacy(data: bytes) -> object:
         raise UnreadableFile("not a PyTorch checkpoint of a known version")
     system = safe_unpickler.load(stream, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian one")
+        raise UnreadableFile(f"stored on a big-endian machine; {_RESAVE} on a little-endian machine")
     storages = _Storages()
     result = safe_unpickler.load(stream, CONSTRUCTORS, storages)
     keys = safe_unpickler.load(stream, {})
