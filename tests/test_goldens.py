@@ -1,4 +1,7 @@
-"""Both networks against the authors' own code, in numbers: float64 to rounding, float32 to PyTorch's own error."""
+"""Compare both networks numerically with outputs of the authors' code.
+
+In float64 they must agree to rounding. In float32 the error is compared with PyTorch's own error.
+"""
 
 import dataclasses
 
@@ -14,7 +17,7 @@ from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 OPTIONS = golden_json("options.json")
-CI_ONLY = ("fcvit_b24", "fcvit_b48")  # a trace of these takes many seconds
+CI_ONLY = ("fcvit_b24", "fcvit_b48")  # a trace of these variants takes many seconds
 PUBLISHED_VARIANTS = pytest.mark.parametrize(
     "name",
     [
@@ -22,7 +25,7 @@ PUBLISHED_VARIANTS = pytest.mark.parametrize(
         for n in PUBLISHED
     ],
 )
-SIDES = [
+NETWORKS = [
     pytest.param(trace_paddle, marks=needs_paddle, id="paddle"),
     pytest.param(trace_torch, marks=needs_torch, id="reference"),
 ]
@@ -37,9 +40,9 @@ def assert_equal(computed: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(computed - expected).max() <= FLOAT64_LIMIT * expected.std()
 
 
-@pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.parametrize("trace", NETWORKS)
 @PUBLISHED_VARIANTS
-def test_published_variants_in_float64(name, trace):
+def test_published_variants_match_in_float64(name, trace):
     golden = golden_json(f"{name}.json")
     layers = trace(synthetic_weights(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float64")
     assert_equal(layers["output"], golden_arrays(f"{name}.npz")["logits"])
@@ -55,7 +58,7 @@ def test_published_variants_in_float64(name, trace):
 @needs_paddle
 @PUBLISHED_VARIANTS
 @pytest.mark.slow
-def test_published_variants_in_float32(name):
+def test_published_variants_match_in_float32(name):
     golden = golden_arrays(f"{name}.npz")
     layers = trace_paddle(
         synthetic_weights(ModelSpec(VARIANTS[name], 1000)), synthetic_input((2, 3, 224, 224)), "float32"
@@ -63,10 +66,10 @@ def test_published_variants_in_float32(name):
     assert error_ratio(layers["output"], golden["float32_logits"], golden["logits"]) <= RATIO_LIMIT
 
 
-@pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.parametrize("trace", NETWORKS)
 @pytest.mark.parametrize("name", OPTIONS["cases"])
 @pytest.mark.slow
-def test_every_option_in_float64(name, trace):
+def test_every_option_matches_in_float64(name, trace):
     shapes = {key: tuple(shape) for key, shape in OPTIONS["cases"][name]["state_dict"].items()}
     salt = f"options/{name}/"
     layers = trace(
@@ -75,9 +78,9 @@ def test_every_option_in_float64(name, trace):
     assert_equal(layers["output"], golden_arrays("options.npz")[name])
 
 
-@pytest.mark.parametrize("trace", SIDES)
+@pytest.mark.parametrize("trace", NETWORKS)
 @pytest.mark.slow
-def test_dense_backbone_in_float64(trace):
+def test_the_backbone_matches_in_float64(trace):
     weights = synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], head="backbone"), "features/")
     layers = trace(weights, synthetic_input((1, 3, 72, 104), "features/"), "float64")
     for stage, expected in golden_arrays("features.npz").items():
@@ -85,8 +88,8 @@ def test_dense_backbone_in_float64(trace):
 
 
 @needs_torch
-def test_the_goldens_notice_an_option_that_was_ignored():
-    """The same tensors but for the weighting of the context: other logits."""
+def test_the_goldens_detect_an_ignored_option():
+    """The same tensors without the weighting of the context give different logits."""
     spec = ModelSpec(dataclasses.replace(VARIANTS["fcvit_tiny"], weighted_context=False), 1000)
     layers = trace_torch(synthetic_weights(spec), synthetic_input((2, 3, 224, 224)), "float64")
     expected = golden_arrays("fcvit_tiny.npz")["logits"]
@@ -94,8 +97,8 @@ def test_the_goldens_notice_an_option_that_was_ignored():
 
 
 @pytest.mark.parametrize("name", OPTIONS["cases"])
-def test_a_setting_of_the_authors_is_a_field_of_the_variant(name):
-    """The authors' switches, translated one by one, give the very variant that the tensors show."""
+def test_every_setting_of_the_authors_is_a_field_of_the_variant(name):
+    """A variant built from the authors' settings equals the variant that is recognized from the tensors."""
     case = OPTIONS["cases"][name]
     context, spatial = case["options"]["global_context"], case["options"]["spatial_mixer"]
     channel, attention = case["options"]["channel_mixer"], case["options"]["spatial_att"]

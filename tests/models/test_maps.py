@@ -1,4 +1,4 @@
-"""Similarity maps: those of the forward pass, the same in both networks, and of every option that has them."""
+"""Test that similarity maps are those of the forward pass and equal in both networks, for every option."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_both_networks_give_the_same_maps_in_float64(name):
     variant = weights.spec.variant
     if not (variant.global_context and variant.weighted_context):
         for compute in (paddle_similarity, reference_similarity):
-            with pytest.raises(UsageError, match=r"has no similarity maps: (global|weighted)_context is off"):
+            with pytest.raises(UsageError, match=r"no similarity maps.*(global|weighted)_context is off"):
                 compute(weights, images)
         return
     (_, ours), (_, theirs) = paddle_similarity(weights, images), reference_similarity(weights, images)
@@ -65,8 +65,8 @@ def test_both_networks_give_the_same_maps_in_float64(name):
     assert len(ours.maps) == len(theirs.maps) == sum(variant.depths) * mixes
     for one, other in zip(ours, theirs, strict=True):
         assert one.name == other.name and one.standardised.shape[1] == variant.heads
-        for what in ("standardised", "rescaled"):
-            assert np.abs(getattr(one, what).numpy() - getattr(other, what).numpy()).max() <= 1e-10
+        for field in ("standardised", "rescaled"):
+            assert np.abs(getattr(one, field).numpy() - getattr(other, field).numpy()).max() <= 1e-10
     names = [one.name for one in ours]
     expected = [
         f"stage{stage}.block{block}.context{context}"
@@ -78,35 +78,35 @@ def test_both_networks_give_the_same_maps_in_float64(name):
 
 
 @needs_paddle
-def test_the_maps_are_those_of_the_pass_and_leave_nothing_behind():
+def test_the_maps_are_used_in_the_pass_and_do_not_change_it():
     paddle = import_framework("paddle")
     weights, images = synthetic_weights(DIGITS), synthetic_input((3, 3, 32, 40))
-    model, found = paddle_similarity(weights, images)
+    model, result = paddle_similarity(weights, images)
     x = paddle.to_tensor(images.astype("float64"))
     with paddle.no_grad():
-        assert np.array_equal(model(x).numpy(), found.output.numpy())
+        assert np.array_equal(model(x).numpy(), result.output.numpy())
     context = model.network[6][-1].token_mixer.gc2
-    last = found.at()
+    last = result.at()
     assert last.name == "stage4.block1.context2" and last.standardised.shape == [3, 8, 1, 2]
     weight = context.rescale_weight.reshape([1, -1, 1, 1]).numpy()
     bias = context.rescale_bias.reshape([1, -1, 1, 1]).numpy()
     assert np.allclose(last.rescaled.numpy(), last.standardised.numpy() * weight + bias, atol=1e-12)
-    first = found.at(1, 1, 1).standardised.numpy()
+    first = result.at(1, 1, 1).standardised.numpy()
     assert np.abs(first.mean((1, 2, 3))).max() < 1e-12
     assert np.allclose(first.std((1, 2, 3), ddof=1), 1, atol=1e-3)
-    assert all(one.tokens is None for one in found), "only on request"
+    assert all(one.tokens is None for one in result), "only on request"
     with paddle.no_grad():
         tokens = model.similarity(x, tokens=True).at(1, 1, 1).tokens
         expected = model.network[0][0].norm1(model.patch_embed(x))
-    assert np.array_equal(tokens.numpy(), expected.numpy()), "what the first context is taken of"
-    # What multiplies the context is the map: half the map, half the context.
+    assert np.array_equal(tokens.numpy(), expected.numpy()), "the input of the first context"
+    # The context is multiplied by the map, so a map of zeros changes the output.
     similarity = type(context).similarity
     try:
         type(context).similarity = lambda self, x, c: 0 * similarity(self, x, c)
         changed = model.similarity(x)
     finally:
         type(context).similarity = similarity
-    assert not np.array_equal(changed.output.numpy(), found.output.numpy())
+    assert not np.array_equal(changed.output.numpy(), result.output.numpy())
     assert all((one.standardised.numpy() == 0).all() for one in changed)
 
 
@@ -124,25 +124,27 @@ def test_an_accelerated_network_has_the_same_maps():
         accelerate(model)
     except MissingExtra as error:
         pytest.skip(str(error))
-    found = model.similarity(paddle.to_tensor(images))
-    assert np.array_equal(found.at().rescaled.numpy(), expected.at().rescaled.numpy())
+    similarity = model.similarity(paddle.to_tensor(images))
+    assert np.array_equal(similarity.at().rescaled.numpy(), expected.at().rescaled.numpy())
 
 
 @needs_torch
-def test_choosing_a_map():
-    _, found = reference_similarity(synthetic_weights(DIGITS), synthetic_input((1, 3, 32, 32)))
-    assert found.at(3).name == "stage3.block2.context2"
-    assert found.at(3, 1, -2).name == "stage3.block1.context1" and found.at(-4).name == "stage1.block1.context2"
+def test_maps_are_selected_by_number():
+    _, similarity = reference_similarity(synthetic_weights(DIGITS), synthetic_input((1, 3, 32, 32)))
+    assert similarity.at(3).name == "stage3.block2.context2"
+    assert (
+        similarity.at(3, 1, -2).name == "stage3.block1.context1" and similarity.at(-4).name == "stage1.block1.context2"
+    )
     for wrong in ((5,), (0,), (-5,), (1, 2), (1, 1, 3)):
         with pytest.raises(
             UsageError,
-            match=r"(stage|block|context) -?\d: expected 1(, the only one| to \d, or from the end -1 to -\d)$",
+            match=r"(stage|block|context) -?\d: expected 1(, the only value| to \d, or from the end -1 to -\d)$",
         ):
-            found.at(*wrong)
+            similarity.at(*wrong)
 
 
 @needs_torch
-def test_without_the_second_mix_there_is_one_map_a_block():
+def test_a_block_without_the_second_mix_has_one_map():
     variant = dataclasses.replace(DIGITS.variant, second_mix=False)
-    _, found = reference_similarity(synthetic_weights(ModelSpec(variant, 10)), synthetic_input((1, 3, 32, 32)))
-    assert [one.context for one in found] == [1] * 5
+    _, similarity = reference_similarity(synthetic_weights(ModelSpec(variant, 10)), synthetic_input((1, 3, 32, 32)))
+    assert [one.context for one in similarity] == [1] * 5

@@ -1,4 +1,4 @@
-"""The Paddle network as an ordinary layer, and held against its table."""
+"""Test the Paddle networks: parameter names, options, weights, and use with Paddle's own tools."""
 
 import dataclasses
 
@@ -46,8 +46,8 @@ def all_options():
     ],
     ids=lambda v: v.name,
 )
-def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
-    """Every tensor, its shape, and the type of layer that decides its layout."""
+def test_the_tensor_specs_match_the_model(fcvit, paddle, variant):
+    """Every tensor has the specified shape and the type of layer that decides its layout."""
     spec = ModelSpec(variant, 1000)
     model = fcvit.create_model(variant)
     table = {paddle_name(name): entry for name, entry in tensor_specs(spec).items() if not is_counter(name)}
@@ -68,7 +68,7 @@ def test_the_table_of_names_is_the_model(fcvit, paddle, variant):
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (95, 32), (64, 130)])
 @pytest.mark.slow
-def test_any_size_from_32(fcvit, paddle, size):
+def test_any_image_size_from_32_pixels_works(fcvit, paddle, size):
     model = fcvit.create_model("fcvit_digits", num_classes=3)
     x = images(paddle, 2, 3, *size)
     assert model(x).shape == [2, 3]
@@ -79,7 +79,7 @@ def test_any_size_from_32(fcvit, paddle, size):
     assert [f.shape for f in dense(x)] == expected
 
 
-def test_no_head_means_pooled_embeddings(fcvit, paddle, digits_pth):
+def test_a_model_without_a_head_returns_pooled_embeddings(fcvit, paddle, digits_pth):
     x = images(paddle, 2, 3, 32, 32)
     full = fcvit.create_model("fcvit_digits", digits_pth)
     bare = fcvit.create_model("fcvit_digits", digits_pth, num_classes=0)
@@ -87,7 +87,7 @@ def test_no_head_means_pooled_embeddings(fcvit, paddle, digits_pth):
     np.testing.assert_allclose(full.head(bare(x)).numpy(), full(x).numpy(), rtol=0, atol=1e-6)
 
 
-def test_a_model_is_in_evaluation_mode_and_starts_as_the_authors_do(fcvit, paddle):
+def test_a_new_model_is_in_evaluation_mode_with_the_authors_initialization(fcvit, paddle):
     paddle.seed(0)
     model = fcvit.create_model("fcvit_tiny")
     assert not model.training
@@ -96,7 +96,7 @@ def test_a_model_is_in_evaluation_mode_and_starts_as_the_authors_do(fcvit, paddl
     assert state["network.6.0.token_mixer.dw1.weight"].std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
     assert state["network.6.0.channel_mixer.fc1.weight"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.02)
     assert state["head.weight"].std() == pytest.approx(0.02, rel=0.02)
-    assert np.abs(state["head.weight"]).max() > 0.06  # the truncation is far out
+    assert np.abs(state["head.weight"]).max() > 0.06  # the truncation bounds are far away
     assert not state["head.bias"].any() and not state["patch_embed.proj.bias"].any()
     assert (state["network.0.0.layer_scale_1"] == np.float32(1e-5)).all()
     assert (state["network.0.0.norm1.weight"] == 1).all()
@@ -122,7 +122,7 @@ def test_drop_path_grows_over_all_blocks_and_works_per_image(fcvit, paddle):
     assert layer(x) is x
 
 
-def test_reset_classifier(fcvit, paddle, digits_pth):
+def test_reset_classifier_replaces_only_the_head(fcvit, paddle, digits_pth):
     model = fcvit.create_model("fcvit_digits", digits_pth)
     x = images(paddle, 2, 3, 32, 32)
     before = model.features(x)[-1].numpy()
@@ -134,7 +134,7 @@ def test_reset_classifier(fcvit, paddle, digits_pth):
     np.testing.assert_array_equal(model.features(x)[-1].numpy(), before)
 
 
-def test_class_counts(fcvit, digits_pth):
+def test_the_number_of_classes_is_the_files_by_default(fcvit, digits_pth):
     assert fcvit.create_model("fcvit_digits").num_classes == 1000
     assert fcvit.create_model("fcvit_digits", digits_pth).num_classes == 10
     with pytest.warns(FreshWeights, match="the head for 3 classes"):
@@ -145,7 +145,7 @@ def test_class_counts(fcvit, digits_pth):
     "options",
     [{"num_classes": -1}, {"num_classes": 2.0}, {"num_classes": True}, {"drop_path_rate": 1}, {"drop_rate": -0.1}],
 )
-def test_options_out_of_range(fcvit, options):
+def test_options_out_of_range_are_refused(fcvit, options):
     with pytest.raises(UsageError):
         fcvit.create_model("fcvit_digits", **options)
 
@@ -162,18 +162,18 @@ def test_weights_of_another_variant_are_refused(fcvit, digits_pth):
         fcvit.create_model("fcvit_tiny", digits_pth)
 
 
-def test_a_classifier_file_as_backbone_starts_the_norms_fresh(fcvit, paddle, digits_pth):
+def test_a_backbone_from_a_classifier_file_has_new_norms(fcvit, paddle, digits_pth):
     with pytest.warns(FreshWeights, match="norm0, norm2, norm4, norm6"):
         dense = fcvit.create_backbone("fcvit_digits", digits_pth)
     classifier = fcvit.create_model("fcvit_digits", digits_pth)
     x = images(paddle, 1, 3, 40, 56)
     for norm, raw, out in zip((0, 2, 4, 6), classifier.features(x), dense(x), strict=True):
-        fresh = getattr(dense, f"norm{norm}")
-        np.testing.assert_allclose(fresh(raw).numpy(), out.numpy(), rtol=0, atol=1e-5)
+        new_norm = getattr(dense, f"norm{norm}")
+        np.testing.assert_allclose(new_norm(raw).numpy(), out.numpy(), rtol=0, atol=1e-5)
 
 
-def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
-    """Neck and heads are skipped, by name, and only here."""
+def test_a_backbone_is_read_from_a_detector_file(fcvit, paddle, tmp_path, recwarn):
+    """Neck and heads are skipped by name, and only by `create_backbone`."""
     tensors = synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone"))
     extra = {"neck.fpn.weight": np.ones((2, 2), np.float32), "roi_head.bbox.bias": np.ones(3, np.float32)}
     path = write_pth(tmp_path / "detector.pth", {f"backbone.{n}": t for n, t in tensors.items()} | extra)
@@ -187,14 +187,14 @@ def test_a_detector_file_as_backbone(fcvit, paddle, tmp_path, recwarn):
         fcvit.create_backbone("fcvit_digits", stranger)
 
 
-def test_a_dense_file_is_no_classifier(fcvit, tmp_path):
+def test_a_backbone_file_is_refused_as_a_classifier(fcvit, tmp_path):
     path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone")))
     with pytest.raises(DoesNotFit, match="create_backbone"):
         fcvit.create_model("fcvit_digits", path)
 
 
-def test_both_layer_norms_agree(paddle):
-    """The staged norm against Paddle's own kernel."""
+def test_our_layer_norm_agrees_with_paddles(paddle):
+    """Compare the norm with one reduction per axis with Paddle's own kernel."""
     from fcvit.models.layers import LayerNorm2D
 
     layer = LayerNorm2D(24)
@@ -203,7 +203,7 @@ def test_both_layer_norms_agree(paddle):
     np.testing.assert_allclose(layer(x).numpy(), paddle.nn.GroupNorm.forward(layer, x).numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:paddle")  # Paddle's BatchNorm warns of itself in training
+@pytest.mark.filterwarnings("ignore::UserWarning:paddle")  # a warning of Paddle's BatchNorm in training
 def test_works_in_paddles_high_level_api(fcvit, paddle):
     class Ramp(paddle.io.Dataset):
         def __len__(self):
@@ -256,19 +256,19 @@ def test_gradients_reach_every_parameter(fcvit, paddle):
     model.eval()
     model(images(paddle, 2, 3, 32, 32)).square().sum().backward()
     trained = [(n, p) for n, p in model.named_parameters() if not p.stop_gradient]
-    still = [n for n, p in trained if p.grad is None or not np.abs(p.grad.numpy()).any()]
-    assert not still
+    without_gradient = [n for n, p in trained if p.grad is None or not np.abs(p.grad.numpy()).any()]
+    assert not without_gradient
 
 
-def test_one_head_at_one_position(fcvit, paddle):
-    """The smallest image: nothing deviates from itself, and nothing divides by zero."""
+def test_a_single_head_at_a_single_position_is_finite(fcvit, paddle):
+    """With the smallest image, the deviation is 0, and the division by it must stay finite."""
     variant = dataclasses.replace(VARIANTS["fcvit_digits"], heads=1)
     model = fcvit.create_model(variant, num_classes=3)
     assert np.isfinite(model(images(paddle, 1, 3, 32, 32)).numpy()).all()
 
 
 @needs_torch
-def test_one_head_at_one_position_in_both(tmp_path):
+def test_a_single_head_at_a_single_position_is_equal_in_both_networks(tmp_path):
     from fcvit.commands.convert import convert
 
     spec = ModelSpec(dataclasses.replace(VARIANTS["fcvit_digits"], heads=1), 10)
@@ -278,14 +278,14 @@ def test_one_head_at_one_position_in_both(tmp_path):
     assert done.verification.passed
 
 
-def test_a_head_has_the_type_of_its_model(fcvit, paddle):
+def test_a_new_head_has_the_dtype_of_the_model(fcvit, paddle):
     model = fcvit.create_model("fcvit_digits", num_classes=np.int64(5))
     model.to(dtype="float64")
     model.reset_classifier(3)
     assert model(images(paddle, 1, 3, 32, 32).astype("float64")).shape == [1, 3]
 
 
-def test_warnings_point_at_the_caller(fcvit, digits_pth):
+def test_warnings_refer_to_the_callers_line(fcvit, digits_pth):
     with pytest.warns(FreshWeights) as caught:
         fcvit.create_model("fcvit_digits", digits_pth, num_classes=3)
         fcvit.create_backbone("fcvit_digits", digits_pth)

@@ -1,4 +1,4 @@
-"""The table of variants, and the parameter tables derived from it."""
+"""Test the table of variants and the tensor specifications derived from it."""
 
 import dataclasses
 
@@ -14,19 +14,19 @@ OPTIONS = golden_json("options.json")["cases"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counts_are_those_of_the_authors_code(name):
+def test_parameter_counts_match_the_authors_code(name):
     spec = ModelSpec(VARIANTS[name], 1000)
     figures = published(spec.variant)
     assert parameter_count(spec) == figures.parameters
     assert len(tensor_specs(spec)) == STATE_DICT_ENTRIES[name]
-    # The paper's M is 2^20; its tiny has 4.56 there, printed as 4.6.
+    # M is 2^20 in the paper. The tiny variant has 4.56 M, printed as 4.6.
     digits = len(figures.parameters_label.rstrip("M").partition(".")[2])
     assert f"{figures.parameters / 2**20:.{digits}f}M" == figures.parameters_label
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_gmac_follows_from_the_table(name):
-    """Convolutions work once per position, the context's Linear layers and the head once per image."""
+def test_gmac_matches_the_tensor_specs(name):
+    """A convolution is computed once per position, the context's Linear layers and the head once per image."""
     spec = ModelSpec(VARIANTS[name], 1000)
     total = 0
     for key, entry in tensor_specs(spec).items():
@@ -44,7 +44,7 @@ def test_gmac_follows_from_the_table(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_names_and_shapes_of_every_option(name):
+def test_names_and_shapes_match_for_every_option(name):
     case = OPTIONS[name]
     shapes = {key: tuple(shape) for key, shape in case["state_dict"].items()}
     spec = recognize(shapes)
@@ -59,24 +59,24 @@ def test_a_named_variant_is_recognized_from_its_tensors(name, head):
     assert recognize({key: entry.shape for key, entry in tensor_specs(spec).items()}) == spec
 
 
-def test_what_is_not_an_fcvit_is_named():
+def test_another_network_is_refused_with_the_missing_tensor():
     with pytest.raises(DoesNotFit, match=r"network\.0\.0\.norm1\.weight is missing"):
         recognize({"conv1.weight": (64, 3, 7, 7)})
 
 
-def test_an_unknown_name_suggests_the_nearest():
+def test_an_unknown_variant_suggests_the_nearest_name():
     with pytest.raises(UsageError, match="did you mean 'fcvit_b12'"):
         get_variant("fcvit-b12")
 
 
-def test_an_ablation_does_not_keep_the_published_figures():
+def test_an_ablation_has_no_published_figures():
     tiny = get_variant("fcvit_tiny")
     assert published(tiny).top1 == 74.9
     assert published(dataclasses.replace(tiny, competition=False)) is None
     assert published(VARIANTS["fcvit_digits"]) is None
 
 
-def test_the_table_cannot_be_changed():
+def test_the_table_of_variants_is_frozen():
     with pytest.raises(TypeError):
         VARIANTS["mine"] = VARIANTS["fcvit_tiny"]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -110,6 +110,6 @@ def test_impossible_preprocessing_is_refused(change):
         Preprocessing(**change)
 
 
-def test_resize_lengths():
+def test_resize_lengths_match_the_authors():
     assert [VARIANTS[name].preprocessing.resize for name in PUBLISHED] == [248, 248, 235, 235]
     assert RESIZE256_BILINEAR.resize == 256

@@ -1,7 +1,7 @@
-"""Hostile and damaged checkpoints: nothing is executed, nothing crashes or hangs, memory stays
-bounded, and each gives one clear error that names the file and the fault.
+"""Hostile and damaged checkpoints are refused safely.
 
-All files are built by hand, opcode by opcode and byte by byte, so that PyTorch is not needed.
+Nothing is executed, nothing crashes or hangs, the memory stays bounded, and each file gives one clear error that
+names the file and the fault. All files are built opcode by opcode and byte by byte, so PyTorch is not needed.
 """
 
 import bz2
@@ -43,14 +43,14 @@ from fcvit.weights.header import Header
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
 
-FORM = ModelSpec(VARIANTS["fcvit_digits"], 10)
-PATIENCE = 40  # seconds of the processor, whatever else the machine does; the slowest file takes 3
+SPEC = ModelSpec(VARIANTS["fcvit_digits"], 10)
+PATIENCE = 40  # seconds of processor time; the slowest file takes 3
 MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """Whatever takes longer than `PATIENCE` fails, instead of stopping everything behind it."""
+    """Fail a test that takes longer than `PATIENCE` instead of blocking the tests after it."""
 
     def fail(*_):
         pytest.fail(f"still busy after {PATIENCE} seconds")
@@ -79,13 +79,13 @@ def number(value: int) -> bytes:
 
 
 def name(dotted: str) -> bytes:
-    """GLOBAL, the older way to name a class or function."""
+    """Name a class or function with the older opcode GLOBAL."""
     module, _, last = dotted.rpartition(".")
     return f"c{module}\n{last}\n".encode()
 
 
 def many(*items: bytes) -> bytes:
-    """A tuple."""
+    """Build a tuple."""
     return b"(" + b"".join(items) + b"t"
 
 
@@ -101,7 +101,7 @@ def mapping(items: Mapping[str, bytes]) -> bytes:
     return b"}(" + b"".join(text(key) + value for key, value in items.items()) + b"u"
 
 
-def whole(content: bytes) -> bytes:
+def pickled(content: bytes) -> bytes:
     return PROTOCOL_2 + content + b"."
 
 
@@ -113,8 +113,8 @@ NONE, FALSE, TRUE = b"N", b"\x89", b"\x88"
 RECONSTRUCT = "numpy.core.multiarray._reconstruct"
 REBUILD_V2 = "torch._utils._rebuild_tensor_v2"
 REBUILD_TYPE = "torch._tensor._rebuild_from_type_v2"
-HUGE_NUMBER = number(1 << 20000)  # has more digits than Python is willing to print
-# Sixty lists, each holding the one before twice: as text it would have 2^60 parts.
+HUGE_NUMBER = number(1 << 20000)  # Python refuses to print so many digits
+# Sixty lists, each containing the previous list twice. As text, they would have 2^60 items.
 DOUBLING = b"]q\x000" + b"".join(b"]q%c(h%ch%ce0" % (i, i - 1, i - 1) for i in range(1, 60)) + b"h\x3b"
 
 
@@ -123,7 +123,7 @@ def storage(kind: str = "torch.FloatStorage", key: str = "0", size: bytes = numb
 
 
 def tensor(
-    place: bytes = storage(),
+    data: bytes = storage(),
     offset: bytes = number(0),
     shape: bytes = numbers(4),
     strides: bytes = numbers(1),
@@ -131,7 +131,7 @@ def tensor(
     more: bytes = b"",
 ) -> bytes:
     hooks = call("collections.OrderedDict")
-    return call(f"torch._utils._rebuild_tensor_v{version}", place, offset, shape, strides, FALSE, hooks, more)
+    return call(f"torch._utils._rebuild_tensor_v{version}", data, offset, shape, strides, FALSE, hooks, more)
 
 
 def array(
@@ -141,7 +141,7 @@ def array(
     order: str = "<",
     kind: str = "numpy.ndarray",
 ) -> bytes:
-    """As NumPy pickles it; a code of None stands for something that is none."""
+    """Build an array as NumPy pickles it. If `code` is None, the type is not valid."""
     dtype = call("numpy.dtype", DOUBLING if code is None else text(code), FALSE, TRUE)
     dtype += many(number(3), text(order), NONE) + b"b"
     empty = call(RECONSTRUCT, name(kind), numbers(0), b"C\x01b")
@@ -154,8 +154,8 @@ SIXTEEN = bytes(range(16))
 
 
 def zipped(content: bytes = mapping({"w": tensor()}), **more: bytes) -> bytes:
-    """A PyTorch file around the pickle; `more` replaces or adds entries, by the last part of their names."""
-    files = {"data.pkl": whole(content), "byteorder": b"little", "data/0": SIXTEEN, **more}
+    """Build a PyTorch file around a pickle. `more` replaces or adds entries by the last part of their names."""
+    files = {"data.pkl": pickled(content), "byteorder": b"little", "data/0": SIXTEEN, **more}
     return plain_zip({f"archive/{key}": value for key, value in files.items()})
 
 
@@ -176,14 +176,14 @@ def legacy(
     version: int = 1001,
     system: bytes = mapping({"protocol_version": number(1001), "little_endian": TRUE}),
 ) -> bytes:
-    """A file of PyTorch's older format around the pickle; four numbers of four bytes in a storage."""
-    head = pickle.dumps(torch_file.LEGACY_MAGIC, 2) + pickle.dumps(version, 2) + whole(system)
+    """Build a file in PyTorch's legacy format around a pickle, with four numbers of four bytes in each storage."""
+    head = pickle.dumps(torch_file.LEGACY_MAGIC, 2) + pickle.dumps(version, 2) + pickled(system)
     raw = b"".join(struct.pack("<q", len(data) // 4) + data for data in storages)
-    return head + whole(content) + whole(keys) + raw
+    return head + pickled(content) + pickled(keys) + raw
 
 
 def paddle(content: bytes = mapping({"w": array()})) -> bytes:
-    return whole(content)
+    return pickled(content)
 
 
 def safetensors(header: Mapping[str, object] | bytes, data: bytes = SIXTEEN, length: int | None = None) -> bytes:
@@ -197,17 +197,17 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (4,), start: int = 0, end
 
 @functools.cache
 def good_tensors() -> Mapping[str, np.ndarray]:
-    return synthetic_tensors(FORM)
+    return synthetic_tensors(SPEC)
 
 
 def changed(key: str, value: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The good tensors but for one, which is replaced, added or (None) left out."""
+    """Return the valid tensors with one tensor replaced, added, or removed (None)."""
     tensors = {**good_tensors(), key: value}
     return {key: value for key, value in tensors.items() if value is not None}
 
 
 def in_paddle_form() -> dict[str, np.ndarray]:
-    table = tensor_specs(FORM)
+    table = tensor_specs(SPEC)
     return {
         paddle_name(key): value.T if table[key].transposed_in_paddle else value
         for key, value in good_tensors().items()
@@ -228,7 +228,7 @@ def good_paddle(tensors: Mapping[str, np.ndarray] | None = None) -> bytes:
 
 
 def good_safetensors(header: str | None = None) -> bytes:
-    """As the package would write it, without going through a file."""
+    """Build a file as the package writes it, without writing it to disk."""
     fields: dict[str, object] = {} if header is None else {"__metadata__": {"fcvit": header}}
     data = b""
     spelled = {dtype: spelling for spelling, dtype in safetensors_file.SAFETENSORS.items()}
@@ -240,13 +240,13 @@ def good_safetensors(header: str | None = None) -> bytes:
 
 @functools.cache
 def state_pickle() -> bytes:
-    """The opcodes of the good weights in a PyTorch file, to be put into other pickles."""
+    """Return the opcodes of the valid weights in a PyTorch file, for use in other pickles."""
     with zipfile.ZipFile(io.BytesIO(good_zip())) as archive:
         return archive.read("archive/data.pkl").removeprefix(PROTOCOL_2).removesuffix(b".")
 
 
 def zip_around(content: bytes) -> bytes:
-    """A PyTorch file with this pickle and the storages of the good weights."""
+    """Build a PyTorch file with this pickle and the storages of the valid weights."""
     storages = {f"data/{index}": value.tobytes() for index, value in enumerate(good_tensors().values())}
     return zipped(content, **storages)
 
@@ -258,8 +258,8 @@ def legacy_around(content: bytes) -> bytes:
 
 
 def header_json(**changes: object) -> str:
-    """The header of the good weights, with other values in it; `variant__depths` is a field of the variant."""
-    fields = json.loads(Header(FORM, "torch").to_json())
+    """Return the header of the valid weights with changed values. `variant__depths` is a field of the variant."""
+    fields = json.loads(Header(SPEC, "torch").to_json())
     for key, value in changes.items():
         outer, _, inner = key.partition("__")
         (fields[outer] if inner else fields)[inner or outer] = value
@@ -272,19 +272,19 @@ def write(folder: Path, content: bytes, ending: str = ".pth") -> Path:
     return path
 
 
-def the_error(path: Path, kind: type[FcvitError] = UnreadableFile) -> str:
-    """The message of the one error that reading gives, of the right kind and form."""
+def reading_error(path: Path, kind: type[FcvitError] = UnreadableFile) -> str:
+    """Return the message of the error from reading the file, after checking its type and form."""
     with pytest.raises(kind) as caught:
         read_weights(path)
     message = str(caught.value)
-    assert message.isprintable(), message  # one line, and nothing that a terminal would obey
+    assert message.isprintable(), message  # one line without control characters
     assert len(message) < 700
     assert path.name in message
     return message
 
 
-def same_numbers(found: Mapping[str, np.ndarray]) -> bool:
-    return all(np.array_equal(found[key], value) for key, value in good_tensors().items() if value.ndim)
+def same_numbers(tensors: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(tensors[key], value) for key, value in good_tensors().items() if value.ndim)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def same_numbers(found: Mapping[str, np.ndarray]) -> bool:
     ],
 )
 def test_the_good_files_are_read(content, tmp_path):
-    """What the hostile files are made from has no fault of its own."""
+    """The files that the hostile files are derived from have no fault."""
     assert same_numbers(read_weights(write(tmp_path, content())).tensors)
 
 
@@ -312,7 +312,7 @@ def test_the_tiny_files_are_read(content, tmp_path):
 
 # --- Attempts to execute code ----------------------------------------------------------------------
 
-# Whatever a pickle can make Python do with it leaves a marker: importing, calling, filling, hashing.
+# A marker file is written when a pickle imports, calls, fills or hashes anything in this module.
 TRAP = """
 import pathlib
 marker = pathlib.Path(__file__).with_name("marker")
@@ -343,7 +343,7 @@ class Hashed(str):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """The file that any execution creates; the module `hostile_trap` can be imported."""
+    """Return the path of the file that any execution creates. The module `hostile_trap` can be imported."""
     tmp_path.joinpath("hostile_trap.py").write_text(TRAP)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hostile_trap", raising=False)
@@ -359,13 +359,13 @@ def python(marker: Path) -> bytes:
     return text(f"__import__('pathlib').Path({str(marker)!r}).write_text('called')")
 
 
-# How each makes Python's own unpickler act -> opcodes, and what it then leaves behind.
+# Kind of attack -> opcodes, and the text that Python's own unpickler leaves in the marker file.
 ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "os.system": (lambda m: call("os.system", shell(m)), "called"),
     "posix.system": (lambda m: call("posix.system", shell(m)), "called"),
     "builtins.eval": (lambda m: call("builtins.eval", python(m)), "called"),
     "builtins.exec": (lambda m: call("builtins.exec", python(m)), "called"),
-    "__builtin__.eval, of Python 2": (lambda m: call("__builtin__.eval", python(m)), "called"),
+    "__builtin__.eval from Python 2": (lambda m: call("__builtin__.eval", python(m)), "called"),
     "GLOBAL alone imports": (lambda _: name("hostile_trap.called"), "imported"),
     "GLOBAL and REDUCE": (lambda _: call("hostile_trap.called"), "called"),
     "STACK_GLOBAL": (lambda _: text("hostile_trap") + text("called") + b"\x93)R", "called"),
@@ -383,7 +383,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda _: call("builtins.getattr", name("hostile_trap.called"), text("__call__")) + b")R",
         "called",
     ),
-    "deep inside of plain data": (lambda _: listed(mapping({"a": many(call("hostile_trap.called"))})), "called"),
+    "deep inside plain data": (lambda _: listed(mapping({"a": many(call("hostile_trap.called"))})), "called"),
     "as an argument of a tensor": (
         lambda _: call("collections.OrderedDict", listed(many(text("a"), call("hostile_trap.called")))),
         "called",
@@ -399,45 +399,48 @@ ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
 }
 attacks = pytest.mark.parametrize("attack", ATTACKS)
 
-# Where it stands in a file -> the file, and the fault that is named.
-PLACES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "a zip instead of weights": (zipped, "not a dictionary of weights|not a state dict|name is not"),
-    "an older file instead of weights": (legacy, "not a dictionary of weights|not match|not a state dict|name is not"),
-    "a pdparams instead of weights": (paddle, "not of a dictionary|not a state dict|name is not"),
+# Position of the attack in a file -> a function that builds the file, and the fault in the error.
+POSITIONS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a zip instead of weights": (zipped, "expected a dictionary of weights|not a state dict|is not text"),
+    "a legacy file instead of weights": (
+        legacy,
+        "expected a dictionary of weights|not match|not a state dict|is not text",
+    ),
+    "a pdparams instead of weights": (paddle, "not contain a dictionary|not a state dict|is not text"),
     "a tensor of a zip": (
         lambda a: zipped(mapping({"w": a, "x": tensor()})),
-        "w: (is a .*expected a tensor|an array)",
+        "w: (expected a tensor|an array)",
     ),
-    "a tensor of an older file": (
+    "a tensor of a legacy file": (
         lambda a: legacy(mapping({"w": a, "x": tensor()})),
-        "w: (is a .*expected a tensor|an array)",
+        "w: (expected a tensor|an array)",
     ),
-    "a tensor of a pdparams": (lambda a: paddle(mapping({"w": a})), "w: (is a .*expected a tensor|an array)"),
-    "a name in a zip": (lambda a: zipped(b"}" + a + tensor() + b"s"), "name is not text"),
-    "a name in a pdparams": (lambda a: paddle(b"}" + a + array() + b"s"), "name is not text"),
-    "the storage of a tensor": (lambda a: zipped(mapping({"w": tensor(a)})), "w: a tensor without a storage"),
+    "a tensor of a pdparams": (lambda a: paddle(mapping({"w": a})), "w: (expected a tensor|an array)"),
+    "a name in a zip": (lambda a: zipped(b"}" + a + tensor() + b"s"), "is not text"),
+    "a name in a pdparams": (lambda a: paddle(b"}" + a + array() + b"s"), "is not text"),
+    "the storage of a tensor": (lambda a: zipped(mapping({"w": tensor(a)})), "w: .*no storage"),
     "the shape of a tensor": (
         lambda a: zipped(mapping({"w": tensor(shape=a)})),
-        "w: a tensor (whose shape|with a side)",
+        "w: .*(shape|dimension)",
     ),
     "the dtype of a tensor": (
         lambda a: zipped(mapping({"w": tensor(storage("torch.storage.UntypedStorage"), version=3, more=a)})),
-        "w: a tensor of type .*not a type of weights",
+        "w: .*type .*not supported for weights",
     ),
     "a tensor's rebuilding function": (
         lambda a: zipped(mapping({"w": call(REBUILD_TYPE, a, NONE, many(), NONE)})),
-        "w: a tensor subclass is not read",
+        "w: a tensor subclass",
     ),
-    "the persistent id of a zip": (lambda a: zipped(a + b"Q"), "a persistent id that is not a storage"),
-    "the persistent id of an older file": (lambda a: legacy(a + b"Q"), "a persistent id that is not a storage"),
-    "the persistent id of a pdparams": (lambda a: paddle(a + b"Q"), "refers to storages outside"),
+    "the persistent id of a zip": (lambda a: zipped(a + b"Q"), "persistent id .*storage"),
+    "the persistent id of a legacy file": (lambda a: legacy(a + b"Q"), "persistent id .*storage"),
+    "the persistent id of a pdparams": (lambda a: paddle(a + b"Q"), "external storages"),
     "the contents of an array": (
         lambda a: paddle(mapping({"w": array(a)})),
-        "w: an array (without plain|with contents in|of shape)",
+        "w: .*(plain contents|encoding|shape)",
     ),
     "the shape of an array": (
         lambda a: paddle(mapping({"w": array(shape=a)})),
-        "w: a tensor (whose shape|with a side)",
+        "w: .*(shape|dimension)",
     ),
     "the list of storages": (lambda a: legacy(keys=a), "the list of storages does not match"),
     "the system information": (lambda a: legacy(system=mapping({"little_endian": a})), "big-endian"),
@@ -446,20 +449,20 @@ PLACES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @attacks
 def test_the_attacks_are_real(attack, marker):
-    """Python's own unpickler does execute each of them."""
+    """Python's own unpickler executes each attack."""
     make, effect = ATTACKS[attack]
-    with contextlib.suppress(Exception):  # what follows the damage does not matter
-        pickle.loads(whole(make(marker)))
+    with contextlib.suppress(Exception):  # errors after the attack do not matter
+        pickle.loads(pickled(make(marker)))
     assert marker.read_text().strip() == effect
 
 
 @attacks
 def test_no_attack_is_executed(attack, marker, tmp_path):
-    """Wherever it stands: not in place of the weights, nor of any part of a tensor."""
+    """No attack is executed in place of the weights or of any part of a tensor."""
     make, _ = ATTACKS[attack]
-    for place, (build, fault) in PLACES.items():
-        message = the_error(write(tmp_path, build(make(marker))))
-        assert re.search(fault, message), (place, message)
+    for position, (build, fault) in POSITIONS.items():
+        message = reading_error(write(tmp_path, build(make(marker))))
+        assert re.search(fault, message), (position, message)
     assert not marker.exists()
     assert "hostile_trap" not in sys.modules
 
@@ -467,17 +470,17 @@ def test_no_attack_is_executed(attack, marker, tmp_path):
 @attacks
 @pytest.mark.parametrize("around", ["zip", "older", "pdparams"])
 @pytest.mark.slow
-def test_attacks_beside_the_weights_are_skipped(attack, around, marker, tmp_path):
-    """An item that nobody needs is not looked at: the weights beside it are read."""
+def test_attacks_next_to_the_weights_are_skipped(attack, around, marker, tmp_path):
+    """Entries that are not needed are not evaluated, and the weights next to them are read."""
     payload = ATTACKS[attack][0](marker)
-    beside = {"args": payload, "optimizer": mapping({"param_groups": listed(payload)})}
+    entries = {"args": payload, "optimizer": mapping({"param_groups": listed(payload)})}
     if around == "pdparams":
-        # Protocol 3 numbers its memo, and what we put in does not use it.
+        # Protocol 3 numbers its memo, and the inserted opcodes do not use the memo.
         state = pickle.dumps(in_paddle_form(), 3).removeprefix(b"\x80\x03").removesuffix(b".")
-        content = b"\x80\x03" + mapping({"model": state, **beside}) + b"."
+        content = b"\x80\x03" + mapping({"model": state, **entries}) + b"."
     else:
         wrap = {"zip": zip_around, "older": legacy_around}[around]
-        content = wrap(mapping({"state_dict": state_pickle(), **beside}))
+        content = wrap(mapping({"state_dict": state_pickle(), **entries}))
     weights = read_weights(write(tmp_path, content))
     assert same_numbers(weights.tensors)
     assert weights.skipped == ("args", "optimizer")
@@ -486,11 +489,11 @@ def test_attacks_beside_the_weights_are_skipped(attack, around, marker, tmp_path
 
 
 def test_extension_codes_are_refused(marker, tmp_path):
-    """EXT opcodes execute what a code was registered for, also without naming it."""
+    """EXT opcodes execute what was registered for a code without naming it."""
     copyreg.add_extension("hostile_trap", "called", 0x70000001)
     copyreg.add_extension("hostile_trap", "Made", 240)
     try:
-        pickle.loads(whole(b"\x84" + struct.pack("<l", 0x70000001) + b")R"))
+        pickle.loads(pickled(b"\x84" + struct.pack("<l", 0x70000001) + b")R"))
         assert marker.read_text() == "called"
         marker.unlink()
         for opcodes, fault in (
@@ -499,8 +502,8 @@ def test_extension_codes_are_refused(marker, tmp_path):
             (b"\x83\xf0\0", "EXT2"),
         ):
             for build in (zipped, legacy, paddle):
-                message = the_error(write(tmp_path, build(mapping({"w": opcodes + b")R"}))))
-                assert f"opcode {fault}: not used by any checkpoint" in message
+                message = reading_error(write(tmp_path, build(mapping({"w": opcodes + b")R"}))))
+                assert f"opcode {fault}" in message
     finally:
         copyreg.remove_extension("hostile_trap", "called", 0x70000001)
         copyreg.remove_extension("hostile_trap", "Made", 240)
@@ -508,7 +511,7 @@ def test_extension_codes_are_refused(marker, tmp_path):
 
 
 def test_reading_imports_nothing(marker, tmp_path):
-    """Neither what a file names nor anything else: what reading needs is there beforehand."""
+    """Reading imports no module, neither one that the file names nor any other."""
     for content in (good_zip(), good_paddle(), good_safetensors(), legacy_around(state_pickle())):
         read_weights(write(tmp_path, content))
     (tmp_path / "hostile_other").mkdir()
@@ -516,7 +519,7 @@ def test_reading_imports_nothing(marker, tmp_path):
     modules = set(sys.modules)
     payload = listed(name("hostile_trap.called"), name("hostile_other.x"), name("antigravity.x"), name("this.s"))
     for build in (zipped, legacy, paddle):
-        the_error(write(tmp_path, build(payload)))
+        reading_error(write(tmp_path, build(payload)))
     read_weights(write(tmp_path, zip_around(mapping({"state_dict": state_pickle(), "args": payload}))))
     assert set(sys.modules) == modules
     assert not marker.exists()
@@ -528,7 +531,7 @@ TINY = zipped()
 
 
 def in_directory(file: bytes, entry_name: str, offset: int, layout: str, *values: int) -> bytes:
-    """The zip with other numbers in the directory's record of one entry."""
+    """Return the zip with changed numbers in one entry's record of the directory."""
     at = file.rindex(b"archive/" + entry_name.encode()) - 46
     assert file[at : at + 4] == b"PK\x01\x02"
     result = bytearray(file)
@@ -536,11 +539,11 @@ def in_directory(file: bytes, entry_name: str, offset: int, layout: str, *values
     return bytes(result)
 
 
-FLAGS, SIZES, STORED_SIZE, PLACE = 8, 20, 24, 42  # where they stand in such a record
+FLAGS, SIZES, STORED_SIZE, OFFSET = 8, 20, 24, 42  # positions in a directory record
 
 
 def beyond_the_end() -> bytes:
-    file = plain_zip({"archive/data.pkl": whole(mapping({"w": tensor()})), "archive/data/0": SIXTEEN})
+    file = plain_zip({"archive/data.pkl": pickled(mapping({"w": tensor()})), "archive/data/0": SIXTEEN})
     size = len(file) - file.index(SIXTEEN) + 1
     return in_directory(file, "data/0", SIZES, "<LL", size, size)
 
@@ -550,13 +553,13 @@ def end_record(size: int, start: int) -> bytes:
 
 
 def large_directory() -> bytes:
-    """Fifty thousand empty entries, each 47 bytes of the directory."""
+    """Build a zip with fifty thousand empty entries, each with 47 bytes in the directory."""
     records = (b"PK\x01\x02" + bytes(24) + struct.pack("<H", 1) + bytes(16) + b"x") * 50_000
     return TINY + records + end_record(len(records), len(TINY))
 
 
 def large_directory_zip64() -> bytes:
-    """The same, but only the 64-bit record says how large it is."""
+    """Build `large_directory` with its size only in the 64-bit record."""
     file = large_directory()[:-22]
     sizes = (50_000, 50_000, len(file) - len(TINY), len(TINY))
     record = b"PK\x06\x06" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, *sizes)
@@ -567,18 +570,18 @@ DIRECTORY = TINY.index(b"PK\1\2")
 
 
 def swapped_directory() -> bytes:
-    """The zip with its directory's records in the opposite order."""
+    """Build the zip with its directory records in reverse order."""
     records = TINY[DIRECTORY:-22].split(b"PK\1\2")[1:]
     return TINY[:DIRECTORY] + b"".join(b"PK\1\2" + record for record in reversed(records)) + TINY[-22:]
 
 
 def bytes_between() -> bytes:
-    """The zip with bytes between its last file and its directory, which knows where it is."""
+    """Build the zip with bytes between its last file and its directory, at the recorded position."""
     return TINY[:DIRECTORY] + b"more" + TINY[DIRECTORY:-6] + struct.pack("<LH", DIRECTORY + 4, 0)
 
 
 def two_end_records() -> bytes:
-    """A zip with two 64-bit end records; some programs take the one that is pointed at, others the nearest."""
+    """Build a zip with two 64-bit end records. Some programs use the referenced record, others the nearest."""
     count, size = TINY.count(b"PK\1\2"), len(TINY) - 22 - DIRECTORY
     record = b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, DIRECTORY)
     file = TINY[:-22] + record * 2 + b"PK\6\7" + struct.pack("<LQL", 0, len(TINY) - 22, 1)
@@ -598,9 +601,9 @@ def numpy_file(save: Callable[..., None]) -> bytes:
     return buffer.getvalue()
 
 
-# Each kind of file -> how to make it, and the fault that the message names.
+# Kind of file -> a function that builds it, and the fault in the error.
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
-    # Not a checkpoint at all.
+    # Not checkpoints.
     "empty": (lambda: b"", "the file is empty"),
     "one byte": (lambda: b"\x80", "damaged pickle"),
     "one letter": (lambda: b"P", "not a checkpoint: expected"),
@@ -630,139 +633,142 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "encrypted": (lambda: in_directory(TINY, "data/0", FLAGS, "<H", 1), "archive/data/0 is encrypted"),
     "one entry twice": (
         lambda: zipped(**{"data/1": SIXTEEN}).replace(b"data/1", b"data/0"),
-        "a zip with two entries of one name",
+        "two entries with the same name",
     ),
     "flipped bit in a storage": (lambda: TINY.replace(SIXTEEN, b"\1" + SIXTEEN[1:]), "archive/data/0 .*checksum"),
     "flipped bit in the pickle": (lambda: TINY.replace(b"storage", b"storagd"), r"archive/data\.pkl .*checksum"),
-    "entry of another name": (lambda: TINY.replace(b"data/0", b"data/1", 1), "archive/data/0 carries another name"),
-    "entry far outside": (lambda: in_directory(TINY, "data/0", PLACE, "<L", 1 << 30), "data/0: its place .* is wrong"),
-    "entry elsewhere": (lambda: in_directory(TINY, "data/0", PLACE, "<L", 7), "data/0: its place .* is wrong"),
-    "entry beyond the end": (beyond_the_end, "archive/data/0 reaches behind the end of the file"),
+    "entry of another name": (lambda: TINY.replace(b"data/0", b"data/1", 1), "archive/data/0 .*different name"),
+    "entry far outside": (lambda: in_directory(TINY, "data/0", OFFSET, "<L", 1 << 30), "data/0 .*position"),
+    "entry at another position": (lambda: in_directory(TINY, "data/0", OFFSET, "<L", 7), "data/0 .*position"),
+    "entry beyond the end": (beyond_the_end, "archive/data/0 .*past the end of the file"),
     "entry too large": (
         lambda: in_directory(TINY, "data/0", SIZES, "<LL", 1 << 30, 1 << 30),
-        "entries are together larger than the file",
+        "entries of the zip are together larger",
     ),
-    "storage too short": (lambda: zipped(**{"data/0": SIXTEEN[:15]}), "data/0 is shorter than the 4 elements"),
-    "no directory": (lambda: TINY[: TINY.index(b"PK\1\2")], "a zip without its directory: truncated"),
-    "directory of noise": (lambda: TINY.replace(b"PK\1\2", b"PK\7\7"), "a damaged zip"),
-    "directory cut": (lambda: TINY[:-60] + TINY[-22:], "a damaged zip"),
-    "directory too large": (large_directory, r"directory alone takes 2350000 bytes"),
-    # Newer Pythons find the two end records inconsistent by themselves.
-    "directory too large, zip64": (large_directory_zip64, "directory alone takes 2350000 bytes|a damaged zip"),
+    "storage too short": (lambda: zipped(**{"data/0": SIXTEEN[:15]}), "data/0 is shorter than its 4 elements"),
+    "no directory": (lambda: TINY[: TINY.index(b"PK\1\2")], "zip is truncated .*no directory"),
+    "directory of noise": (lambda: TINY.replace(b"PK\1\2", b"PK\7\7"), "damaged zip"),
+    "directory cut": (lambda: TINY[:-60] + TINY[-22:], "damaged zip"),
+    "directory too large": (large_directory, "directory of the zip takes 2350000 bytes"),
+    # Newer Python versions refuse the two end records as inconsistent.
+    "directory too large, zip64": (large_directory_zip64, "directory of the zip takes 2350000 bytes|damaged zip"),
     "zip64 without its sizes": (
         lambda: in_directory(TINY, "data/0", SIZES, "<LL", 0xFFFFFFFF, 0xFFFFFFFF),
-        "entries are together larger than the file",
+        "entries of the zip are together larger",
     ),
-    "zip64 directory nowhere": (
+    "zip64 directory outside the file": (
         lambda: TINY[:-22] + b"PK\6\7" + struct.pack("<LQL", 0, 1 << 60, 9) + TINY[-22:],
-        "a damaged zip",
+        "damaged zip",
     ),
-    # Zips in which other programs could find other weights.
-    "zip behind a zip": (lambda: TINY + zipped(**{"data/0": bytes(16)}), "directory is in another place"),
-    "bytes in front": (lambda: TINY[:30] + TINY, "directory is in another place"),
-    "bytes behind": (lambda: TINY + b"PK\5\6", "a zip with something behind its directory"),
-    "comment": (lambda: TINY[:-2] + b"\1\0x", "a zip with something behind its directory"),
-    "bytes between": (bytes_between, "a zip with gaps"),
-    "name in other letters": (lambda: zipped(**{"DATA/0": bytes(16)}), "a zip with two entries of one name"),
-    "byte order in other letters": (
+    # Zips in which other programs could find different weights.
+    "zip behind a zip": (lambda: TINY + zipped(**{"data/0": bytes(16)}), "directory is not at the recorded position"),
+    "bytes in front": (lambda: TINY[:30] + TINY, "directory is not at the recorded position"),
+    "bytes behind": (lambda: TINY + b"PK\5\6", "data after its directory"),
+    "comment": (lambda: TINY[:-2] + b"\1\0x", "data after its directory"),
+    "bytes between": (bytes_between, "the zip has gaps"),
+    "name in another case": (lambda: zipped(**{"DATA/0": bytes(16)}), "two entries with the same name"),
+    "byte order in another case": (
         lambda: plain_zip(
-            {"a/data.pkl": whole(mapping({"w": tensor()})), "a/data/0": SIXTEEN, "a/BYTEORDER": b"big"},
+            {"a/data.pkl": pickled(mapping({"w": tensor()})), "a/data/0": SIXTEEN, "a/BYTEORDER": b"big"},
         ),
         "stored on a big-endian machine",
     ),
     "two folders": (
-        lambda: plain_zip({"a/x": b"", "b/data.pkl": whole(mapping({"w": tensor()})), "b/data/0": SIXTEEN}),
-        "files outside of one folder",
+        lambda: plain_zip({"a/x": b"", "b/data.pkl": pickled(mapping({"w": tensor()})), "b/data/0": SIXTEEN}),
+        "not in a single folder",
     ),
     "no folder": (
-        lambda: plain_zip({"data.pkl": whole(mapping({"w": tensor()})), "data/0": SIXTEEN}),
-        "files outside of one folder",
+        lambda: plain_zip({"data.pkl": pickled(mapping({"w": tensor()})), "data/0": SIXTEEN}),
+        "not in a single folder",
     ),
     "name that ends early": (
         lambda: zipped(**{"data/0_x": SIXTEEN}).replace(b"data/0_x", b"data/0\0x"),
-        "files outside of one folder",
+        "not in a single folder",
     ),
-    "entries in another order": (swapped_directory, "its place in the file is wrong"),
-    "two end records": (two_end_records, "its end records disagree"),
-    # PyTorch's older format.
-    "older: other version": (lambda: legacy(version=999), "not a PyTorch checkpoint of a known version"),
-    "older: big-endian": (lambda: legacy(system=mapping({"little_endian": FALSE})), "big-endian"),
-    "older: system is a list": (lambda: legacy(system=b"]"), "big-endian"),
-    "older: storage not listed": (lambda: legacy(keys=b"]"), "list of storages does not match"),
-    "older: unknown storage listed": (lambda: legacy(keys=listed(text("1"))), "list of storages does not match"),
-    "older: storage listed twice": (lambda: legacy(keys=listed(text("0"), text("0"))), "list of storages does not"),
-    "older: storages are numbers": (lambda: legacy(keys=listed(number(0))), "list of storages does not match"),
-    "older: storages are a text": (lambda: legacy(keys=text("0")), "list of storages does not match"),
-    "older: storages double": (lambda: legacy(keys=DOUBLING), "list of storages does not match"),
-    "older: storage cut": (lambda: legacy()[:-1], "storages reach behind the end of the file"),
-    "older: storages missing": (lambda: legacy(storages=()), "storages reach behind the end of the file"),
-    "older: other length": (lambda: legacy(storages=(SIXTEEN + bytes(4),)), "storage '0' has another length"),
-    "older: negative length": (lambda: legacy(storages=()) + b"\xff" * 24, "storage '0' has another length"),
-    "older: large storage": (
+    "entries in another order": (swapped_directory, "not at the expected position"),
+    "two end records": (two_end_records, "end records"),
+    # PyTorch's legacy format.
+    "legacy: other version": (lambda: legacy(version=999), "not a PyTorch checkpoint of a known version"),
+    "legacy: big-endian": (lambda: legacy(system=mapping({"little_endian": FALSE})), "big-endian"),
+    "legacy: system is a list": (lambda: legacy(system=b"]"), "big-endian"),
+    "legacy: storage not listed": (lambda: legacy(keys=b"]"), "list of storages does not match"),
+    "legacy: unknown storage listed": (lambda: legacy(keys=listed(text("1"))), "list of storages does not match"),
+    "legacy: storage listed twice": (lambda: legacy(keys=listed(text("0"), text("0"))), "list of storages does not"),
+    "legacy: storages are numbers": (lambda: legacy(keys=listed(number(0))), "list of storages does not match"),
+    "legacy: storages are a text": (lambda: legacy(keys=text("0")), "list of storages does not match"),
+    "legacy: storages double": (lambda: legacy(keys=DOUBLING), "list of storages does not match"),
+    "legacy: storage cut": (lambda: legacy()[:-1], "past the end of the file"),
+    "legacy: storages missing": (lambda: legacy(storages=()), "past the end of the file"),
+    "legacy: other length": (lambda: legacy(storages=(SIXTEEN + bytes(4),)), "length of storage '0'"),
+    "legacy: negative length": (lambda: legacy(storages=()) + b"\xff" * 24, "length of storage '0'"),
+    "legacy: large storage": (
         lambda: legacy(mapping({"w": tensor(storage(size=number(1 << 47)))})),
-        "storages reach behind the end of the file",
+        "past the end of the file",
     ),
-    # safetensors, without our header.
-    "header cut": (lambda: safetensors({"w": entry()})[:20], "a damaged safetensors file"),
-    "header of one byte": (lambda: safetensors(b"{" + b" " * 50, length=1), "a damaged safetensors file"),
-    "header beyond the end": (lambda: safetensors({"w": entry()}, length=1000), "a damaged safetensors file"),
-    "header large": (lambda: safetensors({"w": entry()}, length=1 << 22), "a safetensors header of 4194304 bytes"),
+    # safetensors without our header.
+    "header cut": (lambda: safetensors({"w": entry()})[:20], "damaged safetensors file"),
+    "header of one byte": (lambda: safetensors(b"{" + b" " * 50, length=1), "damaged safetensors file"),
+    "header beyond the end": (lambda: safetensors({"w": entry()}, length=1000), "damaged safetensors file"),
+    "header large": (lambda: safetensors({"w": entry()}, length=1 << 22), "header has 4194304 bytes"),
     "header absurdly large": (lambda: safetensors({"w": entry()}, length=1 << 63), "not a checkpoint: expected"),
-    "header is not JSON": (lambda: safetensors(b'{"w": }   '), "a damaged safetensors file .*JSON"),
-    "header is not UTF-8": (lambda: safetensors(b'{"\xff": 1}   '), "a damaged safetensors file .*utf-8"),
+    "header is not JSON": (lambda: safetensors(b'{"w": }   '), "damaged safetensors file .*JSON"),
+    "header is not UTF-8": (lambda: safetensors(b'{"\xff": 1}   '), "damaged safetensors file .*utf-8"),
     "header is deep": (
         lambda: safetensors(json.dumps({"w": entry() | {"x": 0}}).replace("0}", "[" * 9999).encode()),
-        "a damaged safetensors file .*recursion",
+        "damaged safetensors file .*recursion",
     ),
     "one tensor twice": (
         lambda: safetensors(b'{"w":%b,"w":%b}' % ((json.dumps(entry()).encode(),) * 2)),
         "two entries of one name in the header",
     ),
-    "offsets overlap": (lambda: safetensors({"v": entry(), "w": entry()}), "a damaged safetensors file"),
+    "offsets overlap": (lambda: safetensors({"v": entry(), "w": entry()}), "damaged safetensors file"),
     "offsets leave a hole": (
         lambda: safetensors({"v": entry(shape=(1,), end=4), "w": entry(shape=(1,), start=12)}),
-        "a damaged safetensors file",
+        "damaged safetensors file",
     ),
-    "offsets leave a rest": (lambda: safetensors({"w": entry()}, bytes(20)), "a damaged safetensors file"),
-    "offsets beyond the end": (lambda: safetensors({"w": entry()}, bytes(15)), "a damaged safetensors file"),
-    "offsets backwards": (lambda: safetensors({"w": entry(start=16, end=0)}), "a damaged safetensors file"),
-    "offsets of another shape": (lambda: safetensors({"w": entry(shape=(5,))}), "a damaged safetensors file"),
-    "offsets that overflow": (lambda: safetensors({"w": entry(shape=(1 << 63, 2))}), "w: a tensor with a side"),
-    "nine dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 8))}), "w: a tensor with 9 dimensions"),
-    "seventy dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 69))}), "w: a tensor with 70 dimensions"),
-    "none of many": (lambda: safetensors({"w": entry(shape=(0, 1 << 62), end=0)}, b""), "w: .*absurd size"),
-    "type float8": (lambda: safetensors({"w": entry("F8_E4M3", (16,))}), "w is of type F8_E4M3, which is not one"),
-    "type unknown": (lambda: safetensors({"w": entry("F33")}), "w is of type F33, which is not one"),
-    "name that clears the screen": (lambda: safetensors({"w\x1b[2J": entry()}), r"not one of a tensor: w\?\[2J"),
+    "offsets leave a rest": (lambda: safetensors({"w": entry()}, bytes(20)), "damaged safetensors file"),
+    "offsets beyond the end": (lambda: safetensors({"w": entry()}, bytes(15)), "damaged safetensors file"),
+    "offsets backwards": (lambda: safetensors({"w": entry(start=16, end=0)}), "damaged safetensors file"),
+    "offsets of another shape": (lambda: safetensors({"w": entry(shape=(5,))}), "damaged safetensors file"),
+    "offsets that overflow": (lambda: safetensors({"w": entry(shape=(1 << 63, 2))}), "w: .*dimension"),
+    "nine dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 8))}), "w: a tensor has 9 dimensions"),
+    "seventy dimensions": (lambda: safetensors({"w": entry(shape=(4, *[1] * 69))}), "w: a tensor has 70 dimensions"),
+    "none of many": (lambda: safetensors({"w": entry(shape=(0, 1 << 62), end=0)}, b""), "w: .*too large for a file"),
+    "type float8": (lambda: safetensors({"w": entry("F8_E4M3", (16,))}), "w has type F8_E4M3"),
+    "type unknown": (lambda: safetensors({"w": entry("F33")}), "w has type F33"),
+    "name that clears the screen": (lambda: safetensors({"w\x1b[2J": entry()}), r"invalid tensor name: w\?\[2J"),
 }
 
-# What stands as the tensor "w" in a zip -> its opcodes, and the fault.
+# Kind of tensor "w" in a zip -> its opcodes, and the fault in the error.
 UNTYPED = storage("torch.storage.UntypedStorage")
 BIG_TENSOR = tensor(storage(size=number(MIB)), shape=numbers(MIB))
 TENSORS: dict[str, tuple[bytes, str]] = {
     "offset outside": (tensor(offset=number(1)), "reaches element 4 of a storage of 4"),
-    "offset far outside": (tensor(offset=number(1 << 70)), "offset or stride that is .*absurdly large"),
+    "offset far outside": (tensor(offset=number(1 << 70)), "offset or stride that is .*too large"),
     "offset negative": (tensor(offset=number(-1)), "offset or stride that is negative"),
     "offset is no number": (tensor(offset=FALSE), "offset or stride that is negative"),
     "stride negative": (tensor(strides=numbers(-1)), "offset or stride that is negative"),
     "stride outside": (tensor(strides=numbers(2)), "reaches element 6 of a storage of 4"),
     "stride huge": (tensor(strides=numbers(1 << 47)), "reaches element 422212465065984 of a storage of 4"),
-    "strides are a number": (tensor(strides=number(1)), r"shape \[4\] and strides differ in length"),
-    "shape and strides differ": (tensor(strides=numbers(2, 1)), r"shape \[4\] and strides differ in length"),
-    "side negative": (tensor(shape=numbers(-4)), "a side that is negative"),
-    "side is text": (tensor(shape=many(text("4"))), "a side that is .*not a whole number"),
-    "side of many digits": (tensor(shape=many(HUGE_NUMBER)), "a side that is .*absurdly large"),
-    "shape is a number": (tensor(shape=number(4)), "shape is not a list"),
-    "nine dimensions": (tensor(shape=numbers(*[1] * 9), strides=numbers(*[1] * 9)), "a tensor with 9 dimensions"),
-    "absurd size": (tensor(shape=numbers(1 << 40)), r"shape \[1099511627776\] .*absurd size"),
-    "absurd size of one number": (tensor(shape=numbers(1 << 40), strides=numbers(0)), "absurd size"),
-    "absurd size of no number": (tensor(shape=numbers(0, 1 << 60), strides=numbers(1, 1)), "absurd size"),
+    "strides are a number": (tensor(strides=number(1)), r"shape \[4\] and the strides of a tensor differ in length"),
+    "shape and strides differ": (
+        tensor(strides=numbers(2, 1)),
+        r"shape \[4\] and the strides of a tensor differ in length",
+    ),
+    "side negative": (tensor(shape=numbers(-4)), "dimension that is negative"),
+    "side is text": (tensor(shape=many(text("4"))), "dimension that is .*not a whole number"),
+    "side of many digits": (tensor(shape=many(HUGE_NUMBER)), "dimension that is .*too large"),
+    "shape is a number": (tensor(shape=number(4)), "shape of a tensor is not a list"),
+    "nine dimensions": (tensor(shape=numbers(*[1] * 9), strides=numbers(*[1] * 9)), "a tensor has 9 dimensions"),
+    "too large for a file": (tensor(shape=numbers(1 << 40)), r"shape \[1099511627776\] .*too large for a file"),
+    "absurd size of one number": (tensor(shape=numbers(1 << 40), strides=numbers(0)), "too large for a file"),
+    "absurd size of no number": (tensor(shape=numbers(0, 1 << 60), strides=numbers(1, 1)), "too large for a file"),
     "storage missing": (tensor(storage(key="7")), "storage data/7 is missing"),
-    "storage of many digits": (tensor(storage(size=HUGE_NUMBER)), "storage '0' has a size that is .*absurdly large"),
+    "storage of many digits": (tensor(storage(size=HUGE_NUMBER)), "storage '0' has a size that is .*too large"),
     "storage of negative size": (tensor(storage(size=number(-1))), "storage '0' has a size that is negative"),
     "storage described twice": (
         listed(storage(), storage("torch.IntStorage")),
-        "storage '0' is described twice, differently",
+        "storage '0' is described twice",
     ),
     "storage of odd length": (
         tensor(storage("torch.storage.UntypedStorage", size=number(15)), version=3, more=name("torch.float32")),
@@ -772,30 +778,33 @@ TENSORS: dict[str, tuple[bytes, str]] = {
         tensor(many(text("storage"), name("torch.FloatStorage"), text("0"), text("cpu"), number(4), many()) + b"Q"),
         "storage views of very old PyTorch files",
     ),
-    "storage unknown": (tensor(storage("torch.OddStorage")), r"storages of type torch\.OddStorage are not read"),
-    "storage complex": (tensor(storage("torch.ComplexFloatStorage")), "type torch.ComplexFloatStorage are not read"),
-    "storage quantized": (tensor(storage("torch.QInt8Storage")), "quantized tensors are not read"),
-    "persistent id is a text": (text("storage") + b"Q", "a persistent id that is not a storage"),
-    "persistent id of protocol 0": (b"Pstorage\n", "opcode PERSID: not used by any checkpoint"),
-    "float8": (tensor(UNTYPED, version=3, more=name("torch.float8_e5m2")), "w: a tensor of type float8_e5m2"),
-    "type that doubles": (tensor(UNTYPED, version=3, more=DOUBLING), "w: a tensor of type unknown"),
-    "sparse": (call("torch._utils._rebuild_sparse_tensor", NONE), "w: a sparse tensor is not read"),
-    "sparse CSR": (call("torch._utils._rebuild_sparse_csr_tensor", NONE), "w: a sparse tensor is not read"),
-    "quantized": (call("torch._utils._rebuild_qtensor", NONE), "w: a quantized tensor is not read"),
-    "nested": (call("torch._utils._rebuild_nested_tensor", NONE), "w: a nested tensor is not read"),
-    "meta": (call("torch._utils._rebuild_meta_tensor_no_storage", NONE), "w: a meta tensor, which has no numbers"),
-    "subclass": (call("torch._utils._rebuild_wrapper_subclass", NONE), "w: a tensor subclass is not read"),
+    "storage unknown": (tensor(storage("torch.OddStorage")), r"storages of type torch\.OddStorage are not supported"),
+    "storage complex": (
+        tensor(storage("torch.ComplexFloatStorage")),
+        "type torch.ComplexFloatStorage are not supported",
+    ),
+    "storage quantized": (tensor(storage("torch.QInt8Storage")), "quantized tensors are not supported"),
+    "persistent id is a text": (text("storage") + b"Q", "persistent id .*storage"),
+    "persistent id of protocol 0": (b"Pstorage\n", "opcode PERSID"),
+    "float8": (tensor(UNTYPED, version=3, more=name("torch.float8_e5m2")), "w: .*type float8_e5m2"),
+    "type that doubles": (tensor(UNTYPED, version=3, more=DOUBLING), "w: .*type unknown"),
+    "sparse": (call("torch._utils._rebuild_sparse_tensor", NONE), "w: a sparse tensor"),
+    "sparse CSR": (call("torch._utils._rebuild_sparse_csr_tensor", NONE), "w: a sparse tensor"),
+    "quantized": (call("torch._utils._rebuild_qtensor", NONE), "w: a quantized tensor"),
+    "nested": (call("torch._utils._rebuild_nested_tensor", NONE), "w: a nested tensor"),
+    "meta": (call("torch._utils._rebuild_meta_tensor_no_storage", NONE), "w: a meta tensor"),
+    "subclass": (call("torch._utils._rebuild_wrapper_subclass", NONE), "w: a tensor subclass"),
     "subclass of a subclass": (
         call(REBUILD_TYPE, name(REBUILD_TYPE), NONE, many(name(REBUILD_TYPE), NONE, many(), NONE), NONE),
-        "w: a tensor subclass is not read",
+        "w: a tensor subclass",
     ),
-    "too many arguments": (call("torch._utils._rebuild_qtensor", NONE * 17), "_rebuild_qtensor with 17 arguments"),
+    "too many arguments": (call("torch._utils._rebuild_qtensor", NONE * 17), "_rebuild_qtensor .*17 arguments"),
     "too few arguments": (call("torch._utils._rebuild_tensor_v2", NONE), "damaged pickle .TypeError"),
-    "conjugated": (tensor(more=mapping({"conj": TRUE})), "changed after it was made"),
-    "with notes of another kind": (tensor(more=many(text("neg"))), "changed after it was made"),
+    "conjugated": (tensor(more=mapping({"conj": TRUE})), "changed after its construction"),
+    "with notes of another kind": (tensor(more=many(text("neg"))), "changed after its construction"),
     "truth values negated": (
         tensor(storage("torch.BoolStorage", size=number(16)), more=mapping({"neg": TRUE})),
-        "a negated tensor of truth values",
+        "tensor of truth values is negated",
     ),
     "set to another storage": (
         tensor() + many(storage(key="1"), number(0), numbers(4), numbers(1)) + b"b",
@@ -803,16 +812,16 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     ),
     "set to another part": (
         tensor() + many(storage(), number(1), numbers(2), numbers(1)) + b"b",
-        "w: a tensor that is changed after it was made",
+        "w: a tensor is changed after its construction",
     ),
     "storage set to another type": (
         tensor(storage() + mapping({"dtype": name("torch.int32")}) + b"b"),
-        "a state for something that has none",
+        "a state is set",
     ),
-    "number in it set": (tensor() + number(0) + number(7) + b"s", "items for something that has none"),
-    "appended to": (tensor() + number(7) + b"a", "items for something that has none"),
+    "number in it set": (tensor() + number(0) + number(7) + b"s", "items are added"),
+    "appended to": (tensor() + number(7) + b"a", "items are added"),
     **{
-        f"{kind} in its {where}": (call(*arguments), "attributes replace its numbers")
+        f"{kind} in its {where}": (call(*arguments), "attributes of a tensor replace its numbers")
         for kind, state in {
             "data": mapping({"data": tensor()}),
             "imaginary part": mapping({"imag": tensor()}),
@@ -824,55 +833,58 @@ TENSORS: dict[str, tuple[bytes, str]] = {
             "type": (REBUILD_TYPE, name("torch._utils._rebuild_parameter"), NONE, many(tensor(), FALSE), state),
         }.items()
     },
-    "number": (number(3), "w: is a int, expected a tensor"),
-    "dictionary": (b"}", "w: is a dict, expected a tensor"),
-    "list of itself": (b"]q\x00h\x00a", "w: is a list, expected a tensor"),
-    "unknown class": (name("models.Thing") + b")\x81", r"w: is a models\.Thing, expected a tensor"),
+    "number": (number(3), "w: expected a tensor, found a int"),
+    "dictionary": (b"}", "w: expected a tensor, found a dict"),
+    "list of itself": (b"]q\x00h\x00a", "w: expected a tensor, found a list"),
+    "unknown class": (name("models.Thing") + b")\x81", r"w: expected a tensor, found a models\.Thing"),
 }
 
-# What stands instead of the state dict, in a zip -> its opcodes, and the fault.
+# Object instead of the state dict in a zip -> its opcodes, and the fault in the error.
 MODEL = name("models.fcvit.FCViT") + b")\x81}b"
 STATES: dict[str, tuple[bytes, str]] = {
-    "whole pickled model": (MODEL, r"holds a models\.fcvit\.FCViT, not a dictionary of weights"),
-    "whole pickled model under a key": (mapping({"model": MODEL}), "holds a whole pickled model"),
-    "list of tensors": (listed(tensor()), "holds a list, not a dictionary of weights"),
-    "dictionary of itself": (b"}q\x00" + text("w") + b"h\x00s", "w: is a dict, expected a tensor"),
-    "state dict of itself": (b"}q\x00" + text("state_dict") + b"h\x00s", "state_dict: is a dict, expected a tensor"),
-    "name is a number": (b"}" + number(3) + tensor() + b"s", "an entry whose name is not text"),
-    "name is a number of many digits": (b"}" + HUGE_NUMBER + tensor() + b"s", "an entry whose name is not text"),
-    "name is a list": (b"}]" + tensor() + b"s", "an entry whose name is not text"),
-    "name of two lines": (mapping({"w\n\x1b[31mx": tensor()}), r"name is not one of a tensor: w\?\?\[31mx"),
-    "name with half a character": (mapping({"w\udc80": tensor()}), r"name is not one of a tensor: w\?"),
-    "name without end": (mapping({"module." * 40_000 + "w": tensor()}), "name is not one of a tensor: module"),
-    "class of two lines": (text("a\nb") + text("c\x1b") + b"\x93", r"holds a a\?b\.c\?, not a dictionary"),
-    "one name twice": (b"}(" + (text("w") + tensor()) * 2 + b"u", "entry 'w' stands twice in one dictionary"),
-    "one name twice, apart": (b"}" + (text("w") + tensor() + b"s") * 2, "entry 'w' stands twice in one dictionary"),
+    "pickled model": (MODEL, r"expected a dictionary of weights, found a models\.fcvit\.FCViT"),
+    "pickled model under a key": (mapping({"model": MODEL}), "contains a pickled model"),
+    "list of tensors": (listed(tensor()), "expected a dictionary of weights, found a list"),
+    "dictionary of itself": (b"}q\x00" + text("w") + b"h\x00s", "w: expected a tensor, found a dict"),
+    "state dict of itself": (b"}q\x00" + text("state_dict") + b"h\x00s", "state_dict: expected a tensor, found a dict"),
+    "name is a number": (b"}" + number(3) + tensor() + b"s", "name of an entry is not text"),
+    "name is a number of many digits": (b"}" + HUGE_NUMBER + tensor() + b"s", "name of an entry is not text"),
+    "name is a list": (b"}]" + tensor() + b"s", "name of an entry is not text"),
+    "name of two lines": (mapping({"w\n\x1b[31mx": tensor()}), r"invalid tensor name: w\?\?\[31mx"),
+    "name with half a character": (mapping({"w\udc80": tensor()}), r"invalid tensor name: w\?"),
+    "name without end": (mapping({"module." * 40_000 + "w": tensor()}), "invalid tensor name: module"),
+    "class of two lines": (
+        text("a\nb") + text("c\x1b") + b"\x93",
+        r"expected a dictionary of weights, found a a\?b\.c\?",
+    ),
+    "one name twice": (b"}(" + (text("w") + tensor()) * 2 + b"u", "entry 'w' occurs twice in one dictionary"),
+    "one name twice, apart": (b"}" + (text("w") + tensor() + b"s") * 2, "entry 'w' occurs twice in one dictionary"),
     "one name twice, in order": (
         call("collections.OrderedDict", listed(*[many(text("w"), tensor())] * 2)),
-        r"holds a collections\.OrderedDict, not a dictionary of weights",
+        r"expected a dictionary of weights, found a collections\.OrderedDict",
     ),
 }
 
-# A pickle with this in it -> the fault.
+# Kind of fault in a pickle -> its opcodes, and the fault in the error.
 PICKLES: dict[str, tuple[bytes, str]] = {
-    "a number": (number(3), "a pickle, but not of a dictionary"),
-    "opcode unknown": (b"\xff", r"damaged pickle .*opcode b'\\xff' unknown"),
-    "buffers outside": (b"\x97", "opcode NEXT_BUFFER: not used by any checkpoint"),
-    "persistent ids": (text("0") + b"Q", "refers to storages outside of it"),
+    "a number": (number(3), "not contain a dictionary"),
+    "opcode unknown": (b"\xff", r"damaged pickle .*unknown opcode b'\\xff'"),
+    "buffers outside": (b"\x97", "opcode NEXT_BUFFER"),
+    "persistent ids": (text("0") + b"Q", "external storages"),
     "stack empty": (b"00", "damaged pickle .IndexError"),
     "mark missing": (b"t", "a mark is missing"),
     "memo missing": (b"h\x07", "damaged pickle .KeyError: 7"),
-    "memo far away": (b"Nr\xff\xff\xff\x7f", "a memo index that is negative or absurdly large"),
-    "memo negative": (b"Np-1\n", "a memo index that is negative or absurdly large"),
+    "memo far away": (b"Nr\xff\xff\xff\x7f", "a memo index is negative or too large"),
+    "memo negative": (b"Np-1\n", "a memo index is negative or too large"),
     "key without value": (b"}(Nu", "damaged pickle .ValueError"),
-    "class is a number": (number(1) * 2 + b"\x93", "a global whose name is no text"),
-    "class of endless name": (text("a" * 99_999) + text("b") + b"\x93", r"a global whose name has 99999 \+ 1 char"),
+    "class is a number": (number(1) * 2 + b"\x93", "name of a global is not text"),
+    "class of endless name": (text("a" * 99_999) + text("b") + b"\x93", r"name of a global has 99999 \+ 1 char"),
     "text beyond the end": (b"X\xff\xff\xff\xffabc", "damaged pickle .*expected 4294967295 bytes"),
-    "line without end": (b"c" + b"a" * 300_000, "damaged pickle .a line of over 131072 bytes"),
-    "line of an endless name": (b"c" + b"a" * 999 + b"\nb\n", r"a global whose name has 999 \+ 1 char"),
-    "item of a tuple": (b"(NtK\0Ns", "items for something that has none"),
-    "numbers in an array set": (array() + number(0) + number(7) + b"s", "items for something that has none"),
-    "state of a text": (text("a") + b"}b", "a state for something that has none"),
+    "line without end": (b"c" + b"a" * 300_000, "damaged pickle .a line has over 131072 bytes"),
+    "line of an endless name": (b"c" + b"a" * 999 + b"\nb\n", r"name of a global has 999 \+ 1 char"),
+    "item of a tuple": (b"(NtK\0Ns", "items are added"),
+    "numbers in an array set": (array() + number(0) + number(7) + b"s", "items are added"),
+    "state of a text": (text("a") + b"}b", "a state is set"),
     "text that is not UTF-8": (b"X\x01\0\0\0\xff", "damaged pickle .UnicodeDecodeError"),
     "text without quotes": (b"Sabc\n", "damaged pickle .*no string quotes"),
     "bytes beyond the end": (b"\x8e\0\0\0\0\0\0\1\0", "damaged pickle .*expected 281474976710656 bytes"),
@@ -882,15 +894,15 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "number of negative length": (b"\x8b\xff\xff\xff\xff", "damaged pickle .*byte count < 0"),
     "number of many digits": (b"I" + b"9" * 100_000 + b"\n", "damaged pickle .*Exceeds the limit"),
     "number of no digits": (b"Iabc\n", "damaged pickle .*invalid literal"),
-    "parameters split": (mapping({"UnpackBigParamInfor@@": b"}"}), "parameters split over several entries"),
+    "parameters split": (mapping({"UnpackBigParamInfor@@": b"}"}), "parameters are split .*protocol=4"),
 }
 
-# What stands as the tensor "w" in a .pdparams -> its opcodes, and the fault.
+# Kind of array "w" in a .pdparams -> its opcodes, and the fault in the error.
 ARRAYS: dict[str, tuple[bytes, str]] = {
-    "objects": (array(listed(NONE), code="O8", order="|"), "an array without plain contents"),
-    "objects from bytes": (array(code="O8", order="|"), "an array of type 'O8': not numbers"),
-    "texts": (array(code="U4"), "an array of type 'U4': not numbers"),
-    "type that doubles": (array(code=None), "an array of type 'unknown': not numbers"),
+    "objects": (array(listed(NONE), code="O8", order="|"), "no plain contents"),
+    "objects from bytes": (array(code="O8", order="|"), "an array of type 'O8' does not contain numbers"),
+    "texts": (array(code="U4"), "an array of type 'U4' does not contain numbers"),
+    "type that doubles": (array(code=None), "an array of type 'unknown' does not contain numbers"),
     "type that is no copy": (
         array().replace(text("f4") + FALSE + TRUE, text("f4") + FALSE + FALSE),
         "an array of type 'unknown'",
@@ -907,39 +919,39 @@ ARRAYS: dict[str, tuple[bytes, str]] = {
             numbers(1),
             text("f"),
         ),
-        "an array without plain contents",
+        "no plain contents",
     ),
-    "never filled": (call(RECONSTRUCT, name("numpy.ndarray"), numbers(0)), "an array without plain contents"),
-    "of another class": (array(kind="subprocess.Popen"), r"an array of the class subprocess\.Popen: refused"),
-    "of a matrix": (array(kind="numpy.matrix"), r"an array of the class numpy\.matrix: refused"),
-    "of another shape": (array(shape=numbers(3)), r"an array of shape \[3\] with 16 bytes of contents"),
-    "negative side": (array(shape=numbers(-4)), "a side that is negative"),
-    "nine dimensions": (array(shape=numbers(4, *[1] * 8)), "a tensor with 9 dimensions; expected at most 8"),
-    "absurd size of no number": (array(b"C\0", numbers(0, 1 << 60)), "absurd size"),
-    "another encoding": (array(call("_codecs.encode", text("x"), text("rot13"))), "in an unknown encoding"),
-    "not Latin": (array(call("_codecs.encode", text("\u20ac"), text("latin1"))), "in an unknown encoding"),
-    "encoded text": (call("_codecs.encode", text("x"), text("latin1")), r"is a _codecs\.encode, expected a tensor"),
+    "never filled": (call(RECONSTRUCT, name("numpy.ndarray"), numbers(0)), "no plain contents"),
+    "of another class": (array(kind="subprocess.Popen"), r"class subprocess\.Popen"),
+    "of a matrix": (array(kind="numpy.matrix"), r"class numpy\.matrix"),
+    "of another shape": (array(shape=numbers(3)), r"an array of shape \[3\] .*16 bytes"),
+    "negative side": (array(shape=numbers(-4)), "dimension that is negative"),
+    "nine dimensions": (array(shape=numbers(4, *[1] * 8)), "a tensor has 9 dimensions; expected at most 8"),
+    "absurd size of no number": (array(b"C\0", numbers(0, 1 << 60)), "too large for a file"),
+    "another encoding": (array(call("_codecs.encode", text("x"), text("rot13"))), "unknown encoding"),
+    "not Latin": (array(call("_codecs.encode", text("\u20ac"), text("latin1"))), "unknown encoding"),
+    "encoded text": (call("_codecs.encode", text("x"), text("latin1")), r"expected a tensor, found a _codecs\.encode"),
 }
 
-# Our own header in a safetensors file, with other values in it -> the fault.
+# Kind of fault in our own header in a safetensors file -> changed values, and the fault in the error.
 DIGITS = [[str(digit), str(digit)] for digit in range(10)]
-PREPROCESSING = json.loads(Header(FORM, "torch").to_json())["variant"]["preprocessing"]
+PREPROCESSING = json.loads(Header(SPEC, "torch").to_json())["variant"]["preprocessing"]
 HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "too few kernels": (
         {"variant__kernel_sizes": [11]},
-        "header is damaged .*kernel_sizes and channel_attention_kernels are two",
+        "header is damaged .*kernel_sizes and channel_attention_kernels",
     ),
     "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor is a str"),
     "name of two lines": ({"variant__name": "a\nb"}, "header is damaged .*one printable line"),
-    "newer": ({"format_version": 3}, "header of format version 3, this program reads 2"),
-    "of a doubtful version": ({"format_version": "1\n\x1b" * 9999}, "header of format version '1"),
-    "absurd depth": ({"variant__depths": [1 << 40, 1, 1, 1]}, "header is damaged .UsageError.*absurd size"),
-    "negative depth": ({"variant__depths": [-1, 1, 1, 1]}, "header is damaged .UsageError.*from 1"),
-    "absurd width": ({"variant__widths": [1 << 40] * 4}, "header is damaged .UsageError.*absurd size"),
+    "newer": ({"format_version": 3}, "format version 3, .*2; update fcvit"),
+    "of a doubtful version": ({"format_version": "1\n\x1b" * 9999}, "format version '1"),
+    "absurd depth": ({"variant__depths": [1 << 40, 1, 1, 1]}, "header is damaged .UsageError.*too large"),
+    "negative depth": ({"variant__depths": [-1, 1, 1, 1]}, "header is damaged .UsageError.*1 or more"),
+    "absurd width": ({"variant__widths": [1 << 40] * 4}, "header is damaged .UsageError.*too large"),
     "unknown option": ({"variant__secret": 1}, "header is damaged .TypeError.*secret"),
-    "unknown layout": ({"layout": "onnx"}, "header with the unknown layout 'onnx'"),
+    "unknown layout": ({"layout": "onnx"}, "unknown layout 'onnx'"),
     "negative class count": ({"num_classes": -1}, "header is damaged .*-1 is not a whole number"),
-    "too few classes": ({"classes": [["a", "a"]]}, "header with 1 classes for 10 outputs"),
+    "too few classes": ({"classes": [["a", "a"]]}, "1 classes for 10 outputs"),
     "one class twice": ({"classes": [["a", "a"]] * 10}, "header is damaged .*class id 'a' stands twice"),
     "half a character in a name": (
         {"classes": [*DIGITS[:9], ["9", "\ud800"]]},
@@ -960,7 +972,7 @@ TEXT_HEADERS: dict[str, tuple[str, str]] = {
 
 NAN, MEAN = np.array([np.nan, *[0] * 9], np.float32), "patch_embed.norm.running_mean"
 
-# Whole files whose tensors are readable, but not the weights of one network -> the fault, and the kind of error.
+# Files with readable tensors that are not the weights of one network -> the fault, and the kind of error.
 MISFITS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
     "NaN": (lambda: good_zip(changed("head.bias", NAN)), "head.bias: .* found 1 infinite or NaN", DoesNotFit),
     "NaN in a pdparams": (
@@ -976,7 +988,7 @@ MISFITS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
     ),
     "counter is a fraction": (
         lambda: good_zip(changed("patch_embed.norm.num_batches_tracked", np.array(1.5))),
-        "num_batches_tracked: expected a whole number from 0 up, found 1.5",
+        "num_batches_tracked: expected a whole number.*, found 1.5",
         DoesNotFit,
     ),
     "tensor missing": (
@@ -996,27 +1008,27 @@ MISFITS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
     ),
     "names of both frameworks": (
         lambda: good_zip(changed("patch_embed.norm._mean", good_tensors()[MEAN])),
-        r"mixes Paddle's names \(_mean\) with PyTorch's",
+        r"mixes Paddle names \(_mean\) with PyTorch names \(running_mean\)",
         DoesNotFit,
     ),
     "prefixes that collide": (
         lambda: good_zip(changed("module.head.weight", good_tensors()["head.weight"])),
-        "'head.weight' and 'module.head.weight' are one name once their prefixes are stripped",
+        "'head.weight' and 'module.head.weight' are the same name",
         DoesNotFit,
     ),
-    "raw and averaged": (
+    "raw and EMA weights": (
         lambda: zip_around(mapping({"state_dict": state_pickle(), "state_dict_ema": state_pickle()})),
-        r"averaged weights \(state_dict_ema\) beside the raw ones: choose",
+        r"EMA weights \(state_dict_ema\) and raw weights; .*--ema or --no-ema",
         UsageError,
     ),
     "two sets of weights": (
         lambda: zip_around(mapping({"state_dict": state_pickle(), "model": state_pickle()})),
-        r"several sets of weights \(state_dict, model\): choose",
+        r"several sets of weights \(state_dict, model\); .*--key",
         UsageError,
     ),
     "header of the other layout": (
         lambda: good_safetensors(header_json(layout="paddle")),
-        "the header says paddle layout, the names are those of torch",
+        "header specifies paddle layout, .*torch layout",
         DoesNotFit,
     ),
     "header of another network": (
@@ -1031,7 +1043,7 @@ MISFITS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
     ),
     "many views of one storage": (
         lambda: zipped(mapping(dict.fromkeys("abcde", BIG_TENSOR)), **{"data/0": bytes(4 * MIB)}),
-        "its tensors are over four times its size",
+        "over four times",
         UnreadableFile,
     ),
 }
@@ -1069,7 +1081,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_gives_one_clear_error(kind, tmp_path):
     make, fault, error = KINDS[kind]
-    message = the_error(write(tmp_path, make()), error)
+    message = reading_error(write(tmp_path, make()), error)
     assert re.search(fault, message), message
 
 
@@ -1086,71 +1098,71 @@ def unreadable(path: Path) -> None:
     path.chmod(0)
 
 
-as_a_person = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 
 
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
         (missing, "cannot be opened: No such file"),
-        (Path.mkdir, "a directory, and without model.safetensors or pytorch_model.bin"),
-        (os.mkfifo, "a directory or a device, not a file"),
+        (Path.mkdir, "neither model.safetensors nor pytorch_model.bin"),
+        (os.mkfifo, "found a directory or a device"),
         (circle, "cannot be opened: .*[Ss]ym"),
-        pytest.param(unreadable, "cannot be opened: Permission denied", marks=as_a_person),
+        pytest.param(unreadable, "cannot be opened: Permission denied", marks=not_as_root),
     ],
 )
-def test_what_is_no_file(make, fault, tmp_path):
+def test_a_path_that_is_not_a_readable_file_is_refused(make, fault, tmp_path):
     make(tmp_path / "suspect.pth")
-    message = the_error(tmp_path / "suspect.pth")
+    message = reading_error(tmp_path / "suspect.pth")
     assert re.search(fault, message), message
 
 
 def test_the_longest_file_name_is_read(tmp_path):
-    """Although no file can have that name with `.json` added."""
+    """A file is read even if its name with `.json` added is too long for the file system."""
     path = tmp_path / ("w" * 251 + ".pth")
     path.write_bytes(good_zip())
     assert same_numbers(read_weights(path).tensors)
 
 
-# What stands beside `suspect.pdparams` as its sidecar -> the fault.
+# Contents of the sidecar of `suspect.pdparams` -> the fault in the error.
 OTHER_HASH = {"layout": "paddle", "weights_sha256": "0" * 64}
 SIDECARS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "of other weights": (lambda: header_json(**OTHER_HASH).encode(), "describes other weights .SHA-256 differs"),
+    "of other weights": (lambda: header_json(**OTHER_HASH).encode(), "describes other weights .*SHA-256"),
     "empty": (lambda: b"", "header is damaged .JSONDecodeError"),
     "cut": (lambda: header_json()[:-9].encode(), "header is damaged .JSONDecodeError"),
-    "not UTF-8": (lambda: b'{"\xff": 1}', r"suspect\.pdparams\.json beside it cannot be read"),
+    "not UTF-8": (lambda: b'{"\xff": 1}', r"suspect\.pdparams\.json cannot be read"),
     "deep": (lambda: b"[" * 100_000, "header is damaged .RecursionError"),
     "one field twice": (lambda: header_json().encode()[:-1] + b', "layout": "torch"}', "two entries of one name"),
-    "newer": (lambda: header_json(format_version=7).encode(), "header of format version 7"),
-    "large": (lambda: b" " * (2 * MIB + 1), r"suspect\.pdparams\.json beside it is over 2 MiB"),
+    "newer": (lambda: header_json(format_version=7).encode(), "format version 7"),
+    "large": (lambda: b" " * (2 * MIB + 1), r"suspect\.pdparams\.json is over 2 MiB"),
 }
 
 
 @pytest.mark.parametrize("kind", SIDECARS)
-def test_hostile_sidecars(kind, tmp_path):
+def test_hostile_sidecars_are_refused(kind, tmp_path):
     make, fault = SIDECARS[kind]
     path = write(tmp_path, good_paddle(), ".pdparams")
     assert same_numbers(read_weights(path).tensors)
     (tmp_path / "suspect.pdparams.json").write_bytes(make())
-    message = the_error(path)
+    message = reading_error(path)
     assert re.search(fault, message), message
 
 
-def test_a_sidecar_that_is_a_pipe_is_none(tmp_path):
+def test_a_sidecar_that_is_a_pipe_is_ignored(tmp_path):
     path = write(tmp_path, good_paddle(), ".pdparams")
     os.mkfifo(tmp_path / "suspect.pdparams.json")
     assert same_numbers(read_weights(path).tensors)
 
 
 def test_control_characters_in_class_names_are_read(tmp_path):
-    """They are no harm in memory; whatever prints them has to care."""
+    """They are harmless in memory. Code that prints them must escape them."""
     classes = [["0", "\x1b[2Jzero\u202e"], *DIGITS[1:]]
     read = read_weights(write(tmp_path, good_safetensors(header_json(classes=classes)))).classes
     assert read is not None
     assert read[0].name == "\x1b[2Jzero\u202e"
 
 
-# --- What becomes of a tensor after its construction -------------------------------------------------
+# --- Changes of a tensor after its construction ----------------------------------------------------
 
 NUMBERS = np.frombuffer(SIXTEEN, "<f4")
 
@@ -1158,7 +1170,7 @@ NUMBERS = np.frombuffer(SIXTEEN, "<f4")
 @pytest.mark.parametrize("build", [zipped, legacy])
 @pytest.mark.parametrize("value", [TRUE, FALSE])
 def test_negated_tensors_have_the_numbers_that_pytorch_gives_them(build, value, tmp_path):
-    """It is the presence of its negative bit that counts."""
+    """The presence of the negative bit matters, not its value."""
     notes = mapping({"neg": value})
     untyped = storage("torch.storage.UntypedStorage", size=number(16))
     for content in (tensor(more=notes), tensor(untyped, version=3, more=name("torch.float32") + notes)):
@@ -1181,8 +1193,8 @@ def test_other_attributes_of_a_tensor_are_ignored(state, tmp_path):
     assert np.array_equal(tensors["s"], NUMBERS)
 
 
-def test_lists_that_grow_later_change_no_tensor(tmp_path):
-    """Its shape, strides and type are those that it was made with."""
+def test_lists_that_grow_later_do_not_change_a_tensor(tmp_path):
+    """A tensor keeps the shape, strides and type of its construction."""
     grown = tensor(shape=b"]q\x05K\2a", strides=b"]q\x06K\1a") + b"h\5K\1a0h\6K\1a0"
     assert np.array_equal(read_checkpoint(write(tmp_path, zipped(mapping({"w": grown})))).select()[0]["w"], NUMBERS[:2])
     kind = call("numpy.dtype", text("f4"), FALSE, TRUE) + b"q\7"
@@ -1199,8 +1211,8 @@ def test_lists_that_grow_later_change_no_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("content", [good_zip, good_paddle, good_safetensors, lambda: legacy_around(state_pickle())])
-def test_what_happens_to_the_file_later_changes_nothing(content, tmp_path):
-    """Neither numbers nor the SHA-256, which is asked for last."""
+def test_later_changes_of_the_file_have_no_effect(content, tmp_path):
+    """Neither the numbers nor the SHA-256 change, although the SHA-256 is computed last."""
     path = write(tmp_path, content())
     weights = read_weights(path)
     with path.open("r+b") as file:
@@ -1220,7 +1232,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change, tmp_path, monke
         return result
 
     monkeypatch.setattr(checkpoint.os, "fstat", changed_meanwhile)
-    assert "changed while it was read; wait until it is written" in the_error(path)
+    assert "changed while it was read" in reading_error(path)
 
 
 def test_the_state_of_a_training_is_read_at_once(tmp_path):
@@ -1250,15 +1262,15 @@ formats = pytest.mark.parametrize("format", TINY_FILES)
 
 @formats
 @pytest.mark.slow
-def test_truncated_anywhere(format, tmp_path):
-    """Tiny files cut at every byte, whole ones at many."""
+def test_truncated_files_are_refused(format, tmp_path):
+    """Tiny files are truncated at every byte, complete files at many positions."""
     for content, step in ((TINY_FILES[format](), 1), (GOOD_FILES[format](), 20_011)):
         for length in range(0, len(content), step):
-            the_error(write(tmp_path, content[:length]))
+            reading_error(write(tmp_path, content[:length]))
 
 
 def mutated(rng: random.Random, content: bytes, others: list[bytes], end: int) -> bytes:
-    """One to three accidents before `end`: bytes changed, lost, added, repeated, or those of another file."""
+    """Make one to three changes before `end`: bytes changed, removed, added, repeated or copied from another file."""
     result = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(min(end, len(result)) or 1)
@@ -1286,21 +1298,21 @@ def mutated(rng: random.Random, content: bytes, others: list[bytes], end: int) -
 
 
 def outcome(path: Path) -> FcvitError | None:
-    """None: it was read. Any other exception than ours goes through and fails the test."""
+    """Return the error from reading a file, or None if it was read. Other exceptions fail the test."""
     try:
-        found = read_weights(path).tensors
+        tensors = read_weights(path).tensors
     except FcvitError as error:
         assert str(error).isprintable()
         assert path.name in str(error)
         return error
-    # What went unnoticed changed numbers at most.
-    assert {key: value.shape for key, value in found.items()} == {k: e.shape for k, e in tensor_specs(FORM).items()}
+    # An undetected change can only have changed numbers.
+    assert {key: value.shape for key, value in tensors.items()} == {k: e.shape for k, e in tensor_specs(SPEC).items()}
     return None
 
 
 @formats
-def test_mutated_tiny_files(format, tmp_path):
-    """None of them ever becomes the weights of a network."""
+def test_mutated_tiny_files_are_refused(format, tmp_path):
+    """No mutated tiny file is read as the weights of a network."""
     rng = random.Random(f"tiny {format}")
     content, others = TINY_FILES[format](), [make() for make in TINY_FILES.values()]
     kinds = {type(outcome(write(tmp_path, mutated(rng, content, others, len(content))))) for _ in range(400)}
@@ -1310,12 +1322,12 @@ def test_mutated_tiny_files(format, tmp_path):
 
 @formats
 @pytest.mark.slow
-def test_mutated_whole_files(format, tmp_path):
-    """Accidents where the names, shapes and places stand; what happens to the numbers, nobody can tell."""
+def test_mutated_complete_files_are_refused_or_read(format, tmp_path):
+    """Only the names, shapes and positions are mutated, because changed numbers cannot be detected."""
     rng = random.Random(f"whole {format}")
     content, others = GOOD_FILES[format](), [make() for make in TINY_FILES.values()]
-    if format == "zip":  # whose checksum of the pickle would find everything: zero stands for none
-        content = content.replace(struct.pack("<L", zlib.crc32(whole(state_pickle()))), bytes(4))
+    if format == "zip":  # disable the pickle's checksum, which would detect every change
+        content = content.replace(struct.pack("<L", zlib.crc32(pickled(state_pickle()))), bytes(4))
     end = 40_000
     results = [outcome(write(tmp_path, mutated(rng, content, others, end))) for _ in range(100)]
     assert any(results)
@@ -1330,7 +1342,7 @@ INGREDIENTS = [*PARTS, *map(name, KNOWN), *(opcode.code.encode("latin-1") for op
 
 
 def nested(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Calls of what the reader knows, containers, states and storages, out of smaller ones."""
+    """Combine smaller values into calls of known functions, containers, states and storages."""
     some = st.lists(inner, max_size=7)
     return st.one_of(
         st.builds(lambda function, items: call(function, *items), st.sampled_from(KNOWN), some),
@@ -1349,29 +1361,29 @@ builders = st.sampled_from([zipped, legacy, paddle])
 
 @randomly
 @given(st.lists(st.one_of(st.sampled_from(INGREDIENTS), st.binary(max_size=6)), max_size=40), builders)
-def test_any_sequence_of_opcodes(tmp_path_factory, ingredients, build):
-    """Programs for the pickle machine that no pickler would write."""
+def test_random_opcodes_are_refused(tmp_path_factory, ingredients, build):
+    """Programs for the pickle machine that no pickler writes are refused."""
     path = write(tmp_path_factory.getbasetemp(), build(b"".join(ingredients)))
     assert isinstance(outcome(path), FcvitError)
 
 
 @randomly
 @given(st.recursive(st.sampled_from(PARTS), nested, max_leaves=12), builders)
-def test_any_values(tmp_path_factory, value, build):
-    """Well-formed pickles in which everything stands where something else should."""
+def test_well_formed_pickles_with_wrong_values_are_refused(tmp_path_factory, value, build):
+    """Any value can be in the position of any other value."""
     path = write(tmp_path_factory.getbasetemp(), build(mapping({"w": value})))
     assert isinstance(outcome(path), FcvitError)
 
 
 # --- Memory and time -------------------------------------------------------------------------------
 
-# Each file in a process of its own: its memory can be measured, and a crash does not go unseen.
+# Each file is read in its own process, so that its memory can be measured and a crash is detected.
 MEASURE = """
 import json, os, resource, signal, sys, time
 from fcvit.errors import FcvitError
 from fcvit.weights.reading import read_weights
 
-if sys.platform == "linux":  # should a bound fail, then before the machine does, and at little depth
+if sys.platform == "linux":  # limits that are reached before those of the machine
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
     resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
@@ -1401,11 +1413,11 @@ for path in sys.argv[2:]:
 """
 
 
-def entries_at_one_place() -> bytes:
-    """A zip with thousands of names for the same eight megabytes."""
+def entries_that_share_bytes() -> bytes:
+    """Build a zip with thousands of names for the same eight megabytes."""
     names = [f"data/{index}" for index in range(3000)]
-    pickled = whole(mapping({key: tensor(storage(key=key.removeprefix("data/"))) for key in names}))
-    file = plain_zip({"data.pkl": pickled, "data/0": bytes(8 * MIB)})
+    content = pickled(mapping({key: tensor(storage(key=key.removeprefix("data/"))) for key in names}))
+    file = plain_zip({"data.pkl": content, "data/0": bytes(8 * MIB)})
     start, last = file.index(b"PK\1\2"), file.rindex(b"PK\1\2")
     more = b"".join(
         file[last : last + 28] + struct.pack("<H", len(key)) + file[last + 30 : last + 46] + key.encode()
@@ -1420,92 +1432,100 @@ def numbered(value: bytes, index: int) -> bytes:
 
 
 def used_in_many_entries(value: bytes) -> bytes:
-    """A .pdparams with one array under twenty thousand names."""
+    """Build a .pdparams with one array under twenty thousand names."""
     return paddle(numbered(value, 0) + b"}(" + b"".join(text(str(i)) + b"h\x00" for i in range(20_000)) + b"u")
 
 
-DEPTH = 40_000  # twice what the C stack of that process can take
+DEPTH = 40_000  # twice as deep as the C stack of the process allows
 LARGE_TEXT = numbered(text("a" * MIB), 0)
 LARGE_TUPLE = b"(" + NONE * 90_000 + b"t"
 DEEP = b")" + b"\x85" * DEPTH  # a tuple in a tuple in a tuple ...
-COLLIDING = [index * sys.hash_info.modulus for index in range(1, 40_000)]  # all numbers with the hash 0
+COLLIDING = [index * sys.hash_info.modulus for index in range(1, 40_000)]  # numbers that all have the hash 0
 HUGE_BYTES = b"\x8b" + struct.pack("<l", 32 * MIB) + b"\x7f" * (32 * MIB)
-WIDE = "\U0001f600" + "a" * (32 * MIB)  # one letter makes Python keep four bytes for each
-HOLE = 4 * MIB  # at the end of a file: takes no disk, but allows for more opcodes
+WIDE = "\U0001f600" + "a" * (32 * MIB)  # one character makes Python use four bytes for every character
+HOLE = 4 * MIB  # bytes added to a file, which take no disk space but allow more opcodes
 
-# Each kind -> how to make it, to how many bytes it is lengthened, the fault.
+# Kind of file -> a function that builds it, its extended size in bytes (0: unchanged), the fault in the error.
 NASTY: dict[str, tuple[Callable[[], bytes], int, str]] = {
-    "opcodes": (lambda: paddle(NONE * 3 * MIB), 0, "pickle of over 198304 opcodes in a file of 3145731 bytes"),
-    "opcodes, large file": (lambda: paddle(NONE * MIB), 100 * MIB, "pickle of over 1000000 opcodes"),
-    "dictionaries": (lambda: paddle(b"}NNs" * MIB), HOLE, "pickle of over 231072 opcodes"),
-    "sets": (lambda: paddle(b"\x8f" * MIB), 0, "pickle of over 132768 opcodes"),
-    "memo": (lambda: paddle(NONE + b"\x94" * MIB), 0, "pickle of over 132768 opcodes"),
-    "memo, one far number": (lambda: paddle(b"Nr\xff\xff\xff\x7f"), 0, "memo index .*absurdly large"),
+    "opcodes": (lambda: paddle(NONE * 3 * MIB), 0, "pickle has over 198304 opcodes in a file of 3145731 bytes"),
+    "opcodes, large file": (lambda: paddle(NONE * MIB), 100 * MIB, "pickle has over 1000000 opcodes"),
+    "dictionaries": (lambda: paddle(b"}NNs" * MIB), HOLE, "pickle has over 231072 opcodes"),
+    "sets": (lambda: paddle(b"\x8f" * MIB), 0, "pickle has over 132768 opcodes"),
+    "memo": (lambda: paddle(NONE + b"\x94" * MIB), 0, "pickle has over 132768 opcodes"),
+    "memo, one far number": (lambda: paddle(b"Nr\xff\xff\xff\x7f"), 0, "memo index .*too large"),
     "memo, numbers that collide": (
         lambda: paddle(NONE + b"".join(b"p%d\n" % index for index in COLLIDING)),
         0,
-        "memo index .*absurdly large",
+        "memo index .*too large",
     ),
     "keys that collide": (
         lambda: paddle(b"}(" + b"".join(number(index) + NONE for index in COLLIDING) + b"u"),
         0,
-        "name is not text",
+        "is not text",
     ),
-    "deep tuple as a tensor": (lambda: paddle(mapping({"w": DEEP})), HOLE, "w: is a tuple"),
-    "deep tuple as a name": (lambda: paddle(b"}" + DEEP + b"Ns"), HOLE, "name is not text"),
+    "deep tuple as a tensor": (lambda: paddle(mapping({"w": DEEP})), HOLE, "w: .*found a tuple"),
+    "deep tuple as a name": (lambda: paddle(b"}" + DEEP + b"Ns"), HOLE, "is not text"),
     "deep tuple as a name, ordered": (
         lambda: paddle(call("collections.OrderedDict", listed(DEEP + NONE + b"\x86"))),
         HOLE,
-        "not of a dictionary",
+        "not contain a dictionary",
     ),
-    "deep tuple as a storage": (lambda: legacy(DEEP + b"Q"), HOLE, "a persistent id that is not a storage"),
-    "deep list": (lambda: paddle(b"]" * DEPTH + b"a" * (DEPTH - 1)), HOLE, "not of a dictionary"),
-    "deep dictionary": (lambda: paddle((b"}" + text("w")) * DEPTH + NONE + b"s" * DEPTH), HOLE, "w: is a dict"),
+    "deep tuple as a storage": (lambda: legacy(DEEP + b"Q"), HOLE, "persistent id .*storage"),
+    "deep list": (lambda: paddle(b"]" * DEPTH + b"a" * (DEPTH - 1)), HOLE, "not contain a dictionary"),
+    "deep dictionary": (lambda: paddle((b"}" + text("w")) * DEPTH + NONE + b"s" * DEPTH), HOLE, "w: .*found a dict"),
     "deep calls": (
         lambda: paddle(mapping({"w": name("a.b") + NONE + (b"\x85RN" * DEPTH) + b"0"})),
         HOLE,
-        r"w: is a call",
+        r"w: .*found a call",
     ),
-    "deep states": (lambda: paddle(mapping({"w": name("a.b") * DEPTH + b"b" * (DEPTH - 1)})), HOLE, r"w: is a a\.b"),
-    "doubling lists as a type": (lambda: paddle(mapping({"w": array(code=None)})), 0, "type 'unknown': not numbers"),
-    "doubling lists as a name": (lambda: paddle(b"}" + DOUBLING + b"Ns"), 0, "name is not text"),
+    "deep states": (
+        lambda: paddle(mapping({"w": name("a.b") * DEPTH + b"b" * (DEPTH - 1)})),
+        HOLE,
+        r"w: .*found a a\.b",
+    ),
+    "doubling lists as a type": (
+        lambda: paddle(mapping({"w": array(code=None)})),
+        0,
+        "type 'unknown' does not contain numbers",
+    ),
+    "doubling lists as a name": (lambda: paddle(b"}" + DOUBLING + b"Ns"), 0, "is not text"),
     "doubling lists as storages": (lambda: legacy(keys=DOUBLING), 0, "list of storages does not match"),
     "large name, used often": (
         lambda: paddle(LARGE_TEXT + b"h\x00h\x00\x93" * 5000),
         0,
-        "a global whose name has 1048576",
+        "name of a global has 1048576",
     ),
     "large text, encoded often": (
         lambda: paddle(LARGE_TEXT + numbered(name("_codecs.encode"), 1) + b"h\1h\0\x85R" * 20_000),
         0,
-        "not of a dictionary",
+        "not contain a dictionary",
     ),
     "large text, in many arrays": (
         lambda: used_in_many_entries(
             array(call("_codecs.encode", text("a" * 400_000), text("latin1")), numbers(100_000))
         ),
         0,
-        "over four times its size",
+        "over four times",
     ),
     "large array of another byte order, in many entries": (
         lambda: used_in_many_entries(array(text("a" * MIB).replace(b"X", b"B", 1), numbers(MIB // 4), order=">")),
         0,
-        "over four times its size",
+        "over four times",
     ),
     "large tuple, copied often": (
         lambda: paddle(numbered(LARGE_TUPLE, 0) + numbered(name("builtins.tuple"), 1) + b"h\1h\0\x85R" * 2000),
         0,
-        "not of a dictionary",
+        "not contain a dictionary",
     ),
     "large tuple, often a shape": (
         lambda: zipped(numbered(LARGE_TUPLE, 0) + listed(*[tensor(shape=b"h\0", strides=b"h\0")] * 300)),
         0,
-        "holds a list, not a dictionary",
+        "expected a dictionary of weights, found a list",
     ),
     "large tuple, once a shape": (
         lambda: zipped(numbered(LARGE_TUPLE, 0) + mapping({"w": tensor(shape=b"h\0")})),
         0,
-        "w: a tensor with 90000 dimensions",
+        "w: a tensor has 90000 dimensions",
     ),
     "large tuple as arguments": (
         lambda: zipped(name("torch._utils._rebuild_qtensor") + LARGE_TUPLE + b"R"),
@@ -1524,42 +1544,50 @@ NASTY: dict[str, tuple[Callable[[], bytes], int, str]] = {
         0,
         "over 4 MiB of text beyond Latin-1",
     ),
-    "wide text with escapes": (lambda: paddle(b"V\\U0001f600" + b"a" * (32 * MIB) + b"\n"), 0, "a line of over 131072"),
+    "wide text with escapes": (
+        lambda: paddle(b"V\\U0001f600" + b"a" * (32 * MIB) + b"\n"),
+        0,
+        "a line has over 131072",
+    ),
     "wide texts with escapes": (
         lambda: paddle(listed(*[b"V\\U0001f600" + b"a" * (120 << 10) + b"\n"] * 256)),
         0,
         "over 4 MiB of text beyond Latin-1",
     ),
-    "narrow text": (lambda: paddle(mapping({"w": text("\xe9" * (16 * MIB))})), 0, "w: is a str"),
-    "number of many bytes": (lambda: paddle(b"}" + text("w") + HUGE_BYTES + b"s"), 0, "w: is a int"),
+    "narrow text": (lambda: paddle(mapping({"w": text("\xe9" * (16 * MIB))})), 0, "w: .*found a str"),
+    "number of many bytes": (lambda: paddle(b"}" + text("w") + HUGE_BYTES + b"s"), 0, "w: .*found a int"),
     "bytes beyond the end": (lambda: paddle(b"\x8e\0\0\0\0\0\0\1\0"), 0, "expected 281474976710656 bytes"),
     "number beyond the end": (lambda: paddle(b"\x8b\xff\xff\xff\x7f"), 0, "not enough data"),
-    "absurd tensor": (lambda: zipped(mapping({"w": tensor(shape=numbers(1 << 40), strides=numbers(0))})), 0, "absurd"),
-    "absurd storage": (lambda: zipped(storage(size=number(1 << 40))), 0, "shorter than the 1099511627776 elements"),
-    "absurd header": (lambda: safetensors(b"{" + b" " * 99, length=90 * MIB), 91 * MIB, "header of 94371840 bytes"),
-    "header of lists": (lambda: safetensors(b'{"w":[' + b"[]," * 690_000 + b"[]]}"), 0, "a damaged safetensors file"),
+    "absurd tensor": (
+        lambda: zipped(mapping({"w": tensor(shape=numbers(1 << 40), strides=numbers(0))})),
+        0,
+        "too large",
+    ),
+    "absurd storage": (lambda: zipped(storage(size=number(1 << 40))), 0, "shorter than its 1099511627776 elements"),
+    "absurd header": (lambda: safetensors(b"{" + b" " * 99, length=90 * MIB), 91 * MIB, "header has 94371840 bytes"),
+    "header of lists": (lambda: safetensors(b'{"w":[' + b"[]," * 690_000 + b"[]]}"), 0, "damaged safetensors file"),
     "header of tensors": (
         lambda: safetensors({f"{index:x}": entry(shape=(0,), end=0) for index in range(32_000)}, b""),
         0,
         "not an FCViT",
     ),
-    "directory too large": (large_directory, 0, "directory alone takes 2350000 bytes"),
+    "directory too large": (large_directory, 0, "directory of the zip takes 2350000 bytes"),
     "directory": (lambda: plain_zip(dict.fromkeys(map(str, range(20_000)), b"")), 0, r"without exactly one data\.pkl"),
-    "entries at one place": (entries_at_one_place, 0, "entries are together larger than the file"),
+    "entries that share bytes": (entries_that_share_bytes, 0, "entries of the zip are together larger"),
 }
-MODEL_SIZE = 512 << 10  # bytes of the package's small variant, the smallest there is
-INTERPRETER = 48 * MIB  # what the longest headers, and the opcodes that files of any size may have, take at most
+MODEL_SIZE = 512 << 10  # bytes of the package's smallest variant
+INTERPRETER = 48 * MIB  # maximum bytes for the longest headers and the opcodes that files of any size may have
 
 
 @pytest.mark.slow
 def test_nasty_files_take_little_memory_and_time(tmp_path):
-    """At most four times the larger of file and model, and ten seconds."""
+    """At most four times the larger of file and model, and `PATIENCE` seconds of processor time."""
     paths = [tmp_path / f"{index}.pth" for index in range(len(NASTY))]
     for path, (make, size, _) in zip(paths, NASTY.values(), strict=True):
         path.write_bytes(make())
         if size:
             os.truncate(path, size)
-    signal.setitimer(signal.ITIMER_REAL, 0)  # each file has a limit of its own
+    signal.setitimer(signal.ITIMER_REAL, 0)  # each file has its own limit
     command = [sys.executable, "-c", MEASURE, str(PATIENCE), *map(str, paths)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for kind, path, line in zip(NASTY, paths, output.splitlines(), strict=True):

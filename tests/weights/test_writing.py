@@ -1,4 +1,4 @@
-"""Converted files: what is in them, that both frameworks take them, and that nothing is left half-written."""
+"""Test the contents of converted files, that both frameworks load them, and that no partial file is left."""
 
 import dataclasses
 import errno
@@ -40,18 +40,18 @@ def files_in(folder):
 )
 @pytest.mark.slow
 def test_round_trip_gives_back_every_bit(tmp_path, digits_pth, digits_tensors, ending, layout, dtype):
-    """There and back again, counters and header included."""
-    there = tmp_path / f"there{ending}"
-    convert(digits_pth, there, layout=layout, dtype=dtype, classes=TEN, verify=False)
-    found = read_weights(there)
-    assert found.layout == (layout or {".pth": "torch"}.get(ending, "paddle"))
-    assert found.classes == TEN
-    assert found.preprocessing == DIGITS.variant.preprocessing
-    assert found.source.header.source_sha256 == read_checkpoint(digits_pth).sha256
-    assert all(found.tensors[n] == t for n, t in digits_tensors.items() if is_counter(n))
-    convert(there, tmp_path / "back.pth", verify=False)
+    """Convert to a format and back. Counters and header are preserved, too."""
+    converted = tmp_path / f"converted{ending}"
+    convert(digits_pth, converted, layout=layout, dtype=dtype, classes=TEN, verify=False)
+    weights = read_weights(converted)
+    assert weights.layout == (layout or {".pth": "torch"}.get(ending, "paddle"))
+    assert weights.classes == TEN
+    assert weights.preprocessing == DIGITS.variant.preprocessing
+    assert weights.source.header.source_sha256 == read_checkpoint(digits_pth).sha256
+    assert all(weights.tensors[n] == t for n, t in digits_tensors.items() if is_counter(n))
+    convert(converted, tmp_path / "back.pth", verify=False)
     back = read_weights(tmp_path / "back.pth")
-    assert not differing_tensors(back, found)
+    assert not differing_tensors(back, weights)
     if dtype is None:
         assert not differing_tensors(back, read_weights(digits_pth))
 
@@ -64,7 +64,7 @@ def test_writing_is_deterministic(tmp_path, digits_pth, ending):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
+def test_the_header_contains_every_field_of_the_variant(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "x.safetensors", verify=False)
     _, text = safetensors_file.read((tmp_path / "x.safetensors").read_bytes())
     header = json.loads(text["fcvit"])
@@ -75,7 +75,7 @@ def test_the_header_carries_every_field_of_the_variant(tmp_path, digits_pth):
 
 @pytest.mark.parametrize(("dense", "head"), [(False, "classifier"), (True, "backbone")])
 def test_a_header_of_the_first_version_is_read(tmp_path, digits_tensors, dense, head):
-    """It had a flag `dense` in place of task and head; the file gives the same weights as one of today."""
+    """Version 1 has a flag `dense` instead of task and head. The file gives the same weights as a current file."""
     spec = ModelSpec(VARIANTS["fcvit_digits"], 0 if dense else 10, head)
     tensors = synthetic_tensors(spec) if dense else digits_tensors
     convert(write_pth(tmp_path / "source.pth", tensors), tmp_path / "new.safetensors", verify=False)
@@ -131,7 +131,7 @@ def test_plain_paddle_loads_a_pdparams(tmp_path, digits_pth, dtype):
     paddle = import_framework("paddle")
     convert(digits_pth, tmp_path / "x.pdparams", dtype=dtype, verify=False)
     model = fcvit.create_model("fcvit_digits", num_classes=10)
-    model.to(dtype=dtype)  # Paddle itself wants the types to be equal
+    model.to(dtype=dtype)  # Paddle requires equal types
     assert model.set_state_dict(paddle.load(str(tmp_path / "x.pdparams"))) == ([], [])
     expected = fcvit.create_model("fcvit_digits", tmp_path / "x.pdparams")
     for name, tensor in expected.state_dict().items():
@@ -148,17 +148,17 @@ def test_the_reference_loads_a_pth_strictly(tmp_path, digits_pth):
     FCViT(DIGITS.variant, 10).load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=True)
 
 
-def test_a_header_beside_other_weights_is_noticed(tmp_path, digits_pth):
+def test_a_header_of_other_weights_is_refused(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "a.pdparams", verify=False)
     convert(digits_pth, tmp_path / "b.pdparams", dtype="float64", verify=False)
     os.replace(tmp_path / "b.pdparams", tmp_path / "a.pdparams")
-    with pytest.raises(UnreadableFile, match=r"a\.pdparams\.json beside it describes other weights"):
+    with pytest.raises(UnreadableFile, match=r"a\.pdparams\.json describes other weights"):
         read_weights(tmp_path / "a.pdparams")
 
 
 @pytest.mark.parametrize(("ending", "code"), [(".safetensors", 0), (".pth", 2), (".pdparams", 2)])
-def test_a_file_where_the_header_belongs_is_not_touched(tmp_path, digits_pth, ending, code):
-    """A user's own FILE.json: of no concern to safetensors, in the way of the others."""
+def test_a_users_file_with_the_name_of_the_header_is_kept(tmp_path, digits_pth, ending, code):
+    """A user's own FILE.json is ignored for safetensors, and an error for formats with a separate header."""
     own = sidecar(tmp_path / f"x{ending}")
     own.write_text("mine")
     if code:
@@ -180,33 +180,33 @@ def test_the_source_is_never_overwritten(tmp_path, digits_pth):
     assert digits_pth.read_bytes() == before
 
 
-def test_a_folder_in_the_way_is_no_file_to_overwrite(tmp_path, digits_pth):
+def test_a_folder_is_not_overwritten(tmp_path, digits_pth):
     (tmp_path / "x.pth").mkdir()
     with pytest.raises(UsageError, match="is not a file"):
         convert(digits_pth, tmp_path / "x.pth", verify=False, overwrite=True)
     assert files_in(tmp_path) == ["digits.pth", "x.pth"]
 
 
-def test_if_the_weights_cannot_be_replaced_the_old_header_comes_back(tmp_path, digits_pth, monkeypatch):
+def test_the_old_header_is_restored_if_the_weights_cannot_be_replaced(tmp_path, digits_pth, monkeypatch):
     target = tmp_path / "x.pdparams"
     convert(digits_pth, target, verify=False)
     before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
     replace = os.replace
 
-    def stubborn(source, destination):
+    def failing_replace(source, destination):
         if destination == target:
             raise PermissionError(errno.EACCES, "Permission denied")
         replace(source, destination)
 
-    monkeypatch.setattr(os, "replace", stubborn)
+    monkeypatch.setattr(os, "replace", failing_replace)
     with pytest.raises(UnreadableFile, match="Permission denied"):
         convert(digits_pth, target, verify=False, dtype="float64", overwrite=True)
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_the_library_writes(tmp_path, digits_pth):
-    """In a child of its own, which may not write files of more than 100 kB."""
+def test_a_full_disk_leaves_no_partial_file(tmp_path, digits_pth):
+    """The conversion runs in a process that cannot write files of more than 100 kB."""
     script = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -230,17 +230,17 @@ def test_numbers_too_small_for_the_type_are_counted(tmp_path, digits_tensors):
         convert(write_pth(tmp_path / "b.pth", flat), tmp_path / "b.safetensors", dtype="float16", verify=False)
 
 
-def test_class_lists(tmp_path, digits_pth):
+def test_class_lists_are_stored_and_checked(tmp_path, digits_pth):
     listed = tmp_path / "classes.csv"
-    listed.write_text("index,id,name\n" + "".join(f"{i},n{i},{'twin' if i < 2 else i}\n" for i in range(10)))
+    listed.write_text("index,id,name\n" + "".join(f"{i},n{i},{'same' if i < 2 else i}\n" for i in range(10)))
     convert(digits_pth, tmp_path / "x.safetensors", classes=listed, verify=False)
-    assert read_weights(tmp_path / "x.safetensors").classes[1] == ClassName("n1", "twin")
+    assert read_weights(tmp_path / "x.safetensors").classes[1] == ClassName("n1", "same")
     with pytest.raises(DoesNotFit, match=r"3 classes are listed, but .* has 10 outputs"):
         convert(digits_pth, tmp_path / "y.safetensors", classes=TEN[:3], verify=False)
     assert not (tmp_path / "y.safetensors").exists()
 
 
-def test_a_new_head_only_on_request(tmp_path, digits_pth):
+def test_a_new_head_requires_the_option(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "kept.safetensors", verify=False)
     assert read_weights(tmp_path / "kept.safetensors").spec.num_classes == 10
     done = convert(digits_pth, tmp_path / "new.safetensors", new_head=3, verify=False)
@@ -252,15 +252,15 @@ def test_a_new_head_only_on_request(tmp_path, digits_pth):
     ("name", "options", "message"),
     [
         ("x.onnx", {}, "expected one of .safetensors, .pdparams, .pth"),
-        ("x.pth", {"layout": "paddle"}, "has torch layout"),
-        ("x.pdparams", {"layout": "torch"}, "has paddle layout"),
+        ("x.pth", {"layout": "paddle"}, "always has torch layout; use .safetensors"),
+        ("x.pdparams", {"layout": "torch"}, "always has paddle layout; use .safetensors"),
         ("x.safetensors", {"layout": "jax"}, "expected paddle or torch"),
         ("x.safetensors", {"dtype": "int8"}, "expected one of"),
         ("x.safetensors", {"new_head": 0}, "at least 1"),
-        ("x.safetensors", {"variant": "fcvit_nope"}, "no variant"),
+        ("x.safetensors", {"variant": "fcvit_nope"}, "unknown variant 'fcvit_nope'"),
     ],
 )
-def test_wrong_requests_leave_nothing(tmp_path, digits_pth, name, options, message):
+def test_invalid_requests_leave_no_file(tmp_path, digits_pth, name, options, message):
     before = files_in(tmp_path)
     with pytest.raises(UsageError, match=message):
         convert(digits_pth, tmp_path / name, verify=False, **options)
@@ -288,33 +288,33 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, digits_pth, endin
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
 
 
-def test_a_source_that_does_not_fit_leaves_nothing(tmp_path, digits_pth):
+def test_a_source_that_does_not_fit_leaves_no_file(tmp_path, digits_pth):
     with pytest.raises(DoesNotFit):
         convert(digits_pth, tmp_path / "x.safetensors", variant="fcvit_tiny", verify=False)
     assert files_in(tmp_path) == ["digits.pth"]
 
 
-def test_what_reads_back_differently_is_not_kept(tmp_path, digits_pth, monkeypatch):
-    """A disk that lies: the planted fault is one flipped bit in what was written."""
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, digits_pth, monkeypatch):
+    """The test flips one bit after the file is written."""
     weights = read_weights(digits_pth)
     write = safetensors_file.write
 
-    def lying_write(path, tensors, metadata):
+    def faulty_write(path, tensors, metadata):
         write(path, tensors, metadata)
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)
 
-    monkeypatch.setattr(safetensors_file, "write", lying_write)
+    monkeypatch.setattr(safetensors_file, "write", faulty_write)
     with (
-        pytest.raises(NumbersDisagree, match="reading back gave other numbers"),
+        pytest.raises(NumbersDisagree, match=r"x\.safetensors: 1 tensor.*read back"),
         staged(tmp_path / "x.safetensors") as path,
     ):
         write_weights(path, weights)
     assert files_in(tmp_path) == ["digits.pth"]
 
 
-def test_the_result_has_ordinary_permissions(tmp_path, digits_pth):
+def test_the_result_has_default_permissions(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "x.safetensors", verify=False)
     reference = tmp_path / "plain"
     reference.touch()

@@ -1,1 +1,1 @@
-"""The PaddlePaddle networks, and what describes them."""
+"""The PaddlePaddle networks and their specifications."""

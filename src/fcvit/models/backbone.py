@@ -1,11 +1,11 @@
-"""FCViT in PaddlePaddle up to the four stages, and the backbone that gives their outputs.
+"""FCViT in PaddlePaddle: the four stages, and the backbone that returns their outputs.
 
-Ported from the description in the paper (arXiv 2212.12552) and the behavior of the authors' PyTorch code
-(`models/fcvit.py`), whose parameter names are kept. What differs: options are fields of the variant instead of
-module-level dictionaries, BatchNorm's statistics carry Paddle's names (`_mean`, `_variance`), Linear weights Paddle's
-layout ([in, out]).
+Ported from the paper (arXiv 2212.12552) and the behavior of the authors' PyTorch code (`models/fcvit.py`). The
+parameter names are those of the authors. There are three differences: options are fields of the variant instead of
+module-level dictionaries, BatchNorm statistics have Paddle's names (`_mean`, `_variance`), and Linear weights have
+Paddle's layout ([in, out]).
 
-Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
+Shapes: B images, C channels, H x W positions, h heads with d = C // h channels each.
 """
 
 from fcvit.errors import UsageError
@@ -14,7 +14,7 @@ from fcvit.models.layers import SIMILARITY_EPS, ConvNorm, DropPath, LayerNorm2D,
 from fcvit.models.maps import Recorder
 from fcvit.models.variants import Variant
 
-import_framework("paddle")  # quietly, or with the remedy where it is missing
+import_framework("paddle")  # hides warnings, and reports how to install it if it is missing
 
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
@@ -22,10 +22,10 @@ from paddle import Tensor, nn  # noqa: E402
 
 
 class Stages(nn.Layer):
-    """Stem and stages, which every network begins with, under the authors' names `patch_embed` and `network.0` to `.6`.
+    """Stem and stages, shared by all networks, with the authors' names `patch_embed` and `network.0` to `network.6`.
 
     Raises:
-        UsageError: a rate out of range.
+        UsageError: If a rate is out of range.
     """
 
     def __init__(self, variant: Variant, drop_path_rate: float, drop_rate: float):
@@ -67,18 +67,18 @@ class Stages(nn.Layer):
 
 
 class FCViTBackbone(Stages):
-    """The backbone for dense prediction: four feature maps, each with a norm of its own.
+    """The backbone for dense prediction. It returns four feature maps, each with its own norm.
 
-    `model(x)` gives a list of (B, widths[i], H / s, W / s), s = 4, 8, 16, 32, rounded up.
-    Source: the authors' `models/fcvit.py`, as their `detection/` and `segmentation/` use it.
+    `model(x)` returns a list of (B, widths[i], H / s, W / s), s = 4, 8, 16, 32, rounded up.
+    Source: the authors' `models/fcvit.py`, as used in their `detection/` and `segmentation/`.
 
     Args:
-        variant: the architecture.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0; 0 <= rate < 1.
-        drop_rate: dropout in the channel mixers; 0 <= rate < 1.
+        variant: The architecture.
+        drop_path_rate: Stochastic depth rate of the last block, 0 <= rate < 1. It grows linearly from 0.
+        drop_rate: Dropout rate in the channel mixers, 0 <= rate < 1.
 
     Raises:
-        UsageError: a rate out of range.
+        UsageError: If a rate is out of range.
     """
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
@@ -88,13 +88,13 @@ class FCViTBackbone(Stages):
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the four normed stage outputs of normalized images (B, 3, H, W)."""
+        """Return the four normalized stage outputs for normalized images (B, 3, H, W)."""
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
         return [norm(stage) for norm, stage in zip(norms, self.run_stages(x), strict=True)]
 
 
 class Block(nn.Layer):
-    """Token mixer, then channel mixer, each a scaled residual branch behind a norm; the shape stays (B, C, H, W)."""
+    """Token mixer and channel mixer, each a scaled residual branch after a norm. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_path: float, drop_rate: float):
         super().__init__()
@@ -121,7 +121,10 @@ class Block(nn.Layer):
 
 
 class TokenMixer(nn.Layer):
-    """Twice: add the global context, mix positions depthwise, mix channels in a bottleneck; (B, C, H, W) stays."""
+    """Global context, depthwise convolution over positions and bottleneck over channels, twice.
+
+    The shape stays (B, C, H, W).
+    """
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -152,10 +155,10 @@ class TokenMixer(nn.Layer):
 
 
 class GlobalContext(nn.Layer):
-    """The mean over positions, sent through a bottleneck and given back to each position by
-    how similar the position is to it (the paper's token-global similarity and competitive bottleneck).
+    """The mean over positions, passed through a bottleneck and weighted by its similarity with each position.
 
-    (B, C, H, W) -> the same, or (B, C, 1, 1) where the context is not weighted.
+    These are the paper's token-global similarity and competitive bottleneck. The shape stays (B, C, H, W), or becomes
+    (B, C, 1, 1) if the context is not weighted.
     """
 
     def __init__(self, variant: Variant, width: int):
@@ -180,16 +183,16 @@ class GlobalContext(nn.Layer):
         context = context.reshape([batch, self.heads, 1, width // self.heads])  # (B, h, 1, d)
         similarity = paddle.matmul(context, x).reshape([batch, self.heads, height, across])  # (B, h, H, W)
         similarity = similarity * (width // self.heads) ** -0.5
-        # Jointly over heads and positions, by the unbiased standard deviation.
+        # Standardize over heads and positions together, with the unbiased standard deviation.
         centered = similarity - mean(similarity, (1, 2, 3))
         count = self.heads * height * across
-        # One head at one position is its own mean: no deviation, similarity 0.
+        # A single head at a single position equals its mean: the deviation and the similarity are 0.
         others = count - 1 if self.heads > 1 else max(count - 1, 1)
         variance = mean(centered * centered, (1, 2, 3)) * (count / others)
         return centered / (variance.sqrt() + SIMILARITY_EPS)
 
     def bottleneck(self, context: Tensor) -> Tensor:
-        """Send the context through the bottleneck: (B, C) -> (B, C)."""
+        """Apply the bottleneck to the context: (B, C) -> (B, C)."""
         if not self.competition:
             return self.fc(context)
         first, second = self.fc1(context).chunk(2, axis=1)  # channel k competes with k + C // reduction
@@ -210,7 +213,7 @@ class GlobalContext(nn.Layer):
 
 
 class ChannelMixer(nn.Layer):
-    """An MLP over channels, `mlp_width` wide, with a depthwise convolution inside; (B, C, H, W) stays."""
+    """An MLP over channels with `mlp_width` hidden units and a depthwise convolution. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
         super().__init__()
@@ -235,7 +238,7 @@ class ChannelMixer(nn.Layer):
 
 
 class SpatialAttention(nn.Layer):
-    """Option, off in the published variants: gate each value by a mask computed from its surroundings."""
+    """Optional, off in the published variants: multiply each value by a mask computed from its neighborhood."""
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -253,7 +256,7 @@ class SpatialAttention(nn.Layer):
 
 
 class ChannelAttention(nn.Layer):
-    """Option, off in the published variants: convolve the pooled channels along the channel axis, add."""
+    """Optional, off in the published variants: convolve the pooled channels along the channel axis and add them."""
 
     def __init__(self, variant: Variant):
         super().__init__()
@@ -268,7 +271,7 @@ class ChannelAttention(nn.Layer):
 
 
 def initialize(layer: nn.Layer) -> None:
-    """Initialize a layer as the authors do; norms start at 1 and 0 by themselves."""
+    """Initialize a layer like the authors' code. Norms already start at 1 and 0."""
     zero = nn.initializer.Constant(0.0)
     if isinstance(layer, nn.Conv2D | nn.Conv1D):
         out, _, *kernel = layer.weight.shape
@@ -279,6 +282,6 @@ def initialize(layer: nn.Layer) -> None:
         nn.initializer.Normal(std=(2 / fan_out) ** 0.5)(layer.weight)
         zero(layer.bias)
     elif isinstance(layer, nn.Linear):
-        # The bounds are absolute, 100 standard deviations away: as in the authors' code.
+        # The bounds are absolute values, 100 standard deviations from 0, as in the authors' code.
         nn.initializer.TruncatedNormal(std=0.02, a=-2.0, b=2.0)(layer.weight)
         zero(layer.bias)

@@ -1,4 +1,4 @@
-"""Build networks in Paddle, fresh or with the weights of a file; strictly, with a warning where something is fresh."""
+"""Build Paddle networks, newly initialized or with the weights of a file. Loading is strict."""
 
 import dataclasses
 import os
@@ -37,8 +37,8 @@ def _backbone(spec: ModelSpec) -> "nn.Layer":
 
 
 NETWORKS = {"classifier": _classifier, "backbone": _backbone}
-"""Head of a spec -> the network, with fresh weights."""
-DENSE_LAYER_SCALE = 1e-6  # where the authors' dense-prediction backbones start it
+"""Head of a spec -> function that builds the network with new weights."""
+DENSE_LAYER_SCALE = 1e-6  # initial value in the authors' dense-prediction backbones
 
 
 def create_model(
@@ -53,16 +53,19 @@ def create_model(
     """Build an FCViT classifier in evaluation mode.
 
     Args:
-        variant: a name of `fcvit.VARIANTS`, or a `Variant` of one's own.
-        weights: a checkpoint of any format and layout; None: the authors' initialization.
-        num_classes: None: the file's, else 1,000; 0: no head, the model gives pooled embeddings;
-            another number than the file's asks for a fresh head, which is said with a warning.
-        drop_path_rate, drop_rate: 0 <= rate < 1, for training.
-        ema: choose the averaged (True) or raw (False) weights of a file that has both.
+        variant: A name in `fcvit.VARIANTS`, or your own `Variant`.
+        weights: A checkpoint of any format and layout. None initializes the weights like the authors' code.
+        num_classes: Number of classes. None uses the file's number, or 1,000 without a file. 0 removes the head, and
+            the model returns pooled embeddings. If the number differs from the file's, the head is newly initialized
+            and a warning is issued.
+        drop_path_rate: Stochastic depth rate for training, 0 <= rate < 1.
+        drop_rate: Dropout rate for training, 0 <= rate < 1.
+        ema: True selects the EMA weights and False the raw weights of a file that contains both.
 
     Raises:
-        UsageError: unknown variant (the nearest is suggested) or option out of range.
-        UnreadableFile, DoesNotFit: the file; see `fcvit.weights.reading.read_weights`.
+        UsageError: If the variant is unknown (the nearest name is suggested) or an option is out of range.
+        UnreadableFile: If the file cannot be read. See `fcvit.weights.reading.read_weights`.
+        DoesNotFit: If the weights do not fit the variant.
     """
     from fcvit.models.classifier import FCViT
 
@@ -77,16 +80,16 @@ def create_model(
 def build_classifier(
     weights: Weights, num_classes: int | None = None, drop_path_rate: float = 0.0, drop_rate: float = 0.0
 ) -> "FCViT":
-    """Build the classifier that weights in memory belong to; arguments as in `create_model`.
+    """Build a classifier from weights in memory. The arguments are those of `create_model`.
 
     Raises:
-        DoesNotFit: they are not a classifier's.
+        DoesNotFit: If the weights are not a classifier's.
     """
     from fcvit.models.classifier import FCViT
 
     spec = weights.spec
     if spec.head != "classifier":
-        raise DoesNotFit(f"{weights.source.path} is {spec}, not a classifier; use fcvit.create_backbone")
+        raise DoesNotFit(f"{weights.source.path}: {spec} is not a classifier; use fcvit.create_backbone")
     num_classes = spec.num_classes if num_classes is None else num_classes
     model = FCViT(spec.variant, num_classes, drop_path_rate, drop_rate)
     tensors = paddle_tensors(weights)
@@ -94,7 +97,7 @@ def build_classifier(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     fresh = _set_tensors(model, tensors)
     if fresh:
-        _warn(weights, f"the head for {num_classes} classes (the file has {spec.num_classes}) starts", stacklevel=4)
+        _warn(weights, f"the head for {num_classes} classes (the file has {spec.num_classes}) is", stacklevel=4)
     model.eval()
     return model
 
@@ -112,11 +115,13 @@ def weights_of(
     """Return the weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
 
     Args:
-        name: what messages and results call them.
-        head: a key of `fcvit.models.spec.HEADS`.
-        preprocessing, classes: what a file of them shall say.
-        tensors: other numbers under the names of its `state_dict`, such as averaged ones.
-        updates: how often BatchNorm's statistics were updated, PyTorch's `num_batches_tracked`.
+        model: The classifier.
+        name: Name of the weights in messages and results.
+        head: A key of `fcvit.models.spec.HEADS`.
+        preprocessing: Preprocessing to store in a file.
+        classes: Class list to store in a file.
+        tensors: Tensors to use instead of the model's `state_dict`, under the same names, such as EMA weights.
+        updates: Number of updates of the BatchNorm statistics, which is PyTorch's `num_batches_tracked`.
     """
     spec = ModelSpec(model.variant, model.num_classes, head)
     state = tensors or model.state_dict()
@@ -132,7 +137,7 @@ def weights_of(
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
-    """Build the network that weights belong to, computing in `dtype`."""
+    """Build the network of the given weights, with parameters of type `dtype`."""
     spec = weights.spec
     model = NETWORKS[spec.head](spec)
     model.to(dtype=getattr(import_framework("paddle"), dtype))
@@ -150,16 +155,20 @@ def create_backbone(
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
 ) -> "FCViTBackbone":
-    """Build the backbone for dense prediction in evaluation mode; its four maps are normalized by `norm0` to `norm6`.
+    """Build the backbone for dense prediction in evaluation mode. `norm0` to `norm6` normalize its four feature maps.
 
     Args:
-        variant: as in `create_model`. A named one starts its layer scale at 1e-6, as the authors'
-            dense backbones do; one of one's own as it says.
-        weights: the authors' dense checkpoint (a full detector's neck and heads are skipped), or a
-            classification checkpoint: then the four norms start fresh, said with a warning.
+        variant: A name in `fcvit.VARIANTS`, or your own `Variant`. The layer scale of a named variant starts at
+            1e-6, as in the authors' dense-prediction backbones. The layer scale of a `Variant` is not changed.
+        weights: The authors' dense-prediction checkpoint, or a classification checkpoint. The neck and heads of a
+            detector are skipped. With a classification checkpoint, the four norms are newly initialized and a warning
+            is issued.
+        ema: True selects the EMA weights and False the raw weights of a file that contains both.
+        drop_path_rate: Stochastic depth rate for training, 0 <= rate < 1.
+        drop_rate: Dropout rate for training, 0 <= rate < 1.
 
     Raises:
-        As `create_model`.
+        UsageError, UnreadableFile, DoesNotFit: See `create_model`.
     """
     from fcvit.models.backbone import FCViTBackbone
 
@@ -169,21 +178,21 @@ def create_backbone(
         spec = dataclasses.replace(spec, layer_scale=DENSE_LAYER_SCALE)
     model = FCViTBackbone(spec, drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
-        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) start", stacklevel=3)
+        _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) are", stacklevel=3)
     model.eval()
     return model
 
 
-def _warn(weights: Weights, what: str, stacklevel: int) -> None:
-    """Point at the caller of `create_model` or `create_backbone`."""
-    message = f"{weights.source.path}: {what} fresh and must be trained"
+def _warn(weights: Weights, subject: str, stacklevel: int) -> None:
+    """Warn about new weights, at the line that called `create_model` or `create_backbone`."""
+    message = f"{weights.source.path}: {subject} newly initialized and must be trained"
     warnings.warn(message, FreshWeights, stacklevel=stacklevel)
 
 
 def _set_tensors(model: "nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Copy tensors (Paddle's names and layout) into a model; return the names that the model has besides.
+    """Copy tensors with Paddle's names and layout into a model. Return the names in the model that were not set.
 
-    `set_state_dict` only warns where a tensor is missing or ill-shaped, so all is checked first.
+    All names and shapes are checked first, because `set_state_dict` only warns if a tensor is missing or misshapen.
     """
     paddle = import_framework("paddle")
     state = model.state_dict()
@@ -195,6 +204,6 @@ def _set_tensors(model: "nn.Layer", tensors: Mapping[str, np.ndarray]) -> list[s
         dtype = str(state[name].dtype).rpartition(".")[2]
         values[name] = paddle.to_tensor(np.ascontiguousarray(tensor, dtype=dtype))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the fresh ones, which the caller reports
+        warnings.simplefilter("ignore")  # about new weights, which the caller reports
         model.set_state_dict(values)
     return [name for name in state if name not in tensors]

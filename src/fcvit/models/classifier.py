@@ -10,22 +10,22 @@ from fcvit.models.layers import LayerNorm2D, mean
 from fcvit.models.maps import Recorder, Similarity, require_maps
 from fcvit.models.variants import IMAGENET_CLASSES, Variant
 
-import_framework("paddle")  # quietly, or with the remedy where it is missing
+import_framework("paddle")  # hides warnings, and reports how to install it if it is missing
 
 from paddle import Tensor, nn  # noqa: E402
 
 
 class FCViT(Stages):
-    """The classifier: `model(x)` takes (B, 3, H, W), H and W from 32 up, and gives logits.
+    """The classifier. `model(x)` returns logits for images (B, 3, H, W) with H and W of at least 32.
 
     Args:
-        variant: the architecture.
-        num_classes: logits per image; 0: no head, `model(x)` gives pooled embeddings.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0; 0 <= rate < 1.
-        drop_rate: dropout in the channel mixers; 0 <= rate < 1.
+        variant: The architecture.
+        num_classes: Number of logits per image. 0 removes the head, and `model(x)` returns pooled embeddings.
+        drop_path_rate: Stochastic depth rate of the last block, 0 <= rate < 1. It grows linearly from 0.
+        drop_rate: Dropout rate in the channel mixers, 0 <= rate < 1.
 
     Raises:
-        UsageError: a rate or class count out of range.
+        UsageError: If a rate or the number of classes is out of range.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class FCViT(Stages):
         return self._classify(self.features(x)[-1])
 
     def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
-        """Run a forward pass that keeps the token-global similarity of every global context (see `fcvit.models.maps`).
+        """Run a forward pass and return its output with the token-global similarity of every global context.
 
-        The maps are those that the pass itself computes and uses. Gradients as in `model(x)`.
+        The maps are the values that the pass computes and uses (see `fcvit.models.maps`). Gradients are the same as for
+        `model(x)`.
 
         Args:
-            x: (B, 3, H, W), normalized.
-            tokens: keep what each context is taken of, too.
+            x: Normalized images, (B, 3, H, W).
+            tokens: Whether to keep the input of each global context, too.
 
         Raises:
-            UsageError: the variant has no weighted global context.
+            UsageError: If the variant has no weighted global context.
         """
         require_maps(self.variant)
         recorder: Recorder[Tensor] = Recorder(tokens)
@@ -66,7 +67,7 @@ class FCViT(Stages):
         return x if self.head is None else self.head(x)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one of `num_classes` outputs; 0 removes it."""
+        """Replace the head with a newly initialized head of `num_classes` outputs. 0 removes the head."""
         self.num_classes = _class_count(num_classes)
         self.head = nn.Linear(self.variant.widths[-1], self.num_classes) if self.num_classes else None
         if self.head is not None:
@@ -80,5 +81,5 @@ def _class_count(num_classes: SupportsIndex) -> int:
     except TypeError:
         count = -1
     if count < 0:
-        raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
+        raise UsageError(f"num_classes: expected a whole number of 0 or more, not {num_classes!r}")
     return count

@@ -1,9 +1,9 @@
-"""Layers that the networks are made of, where PaddlePaddle's own are missing, differ or are too coarse on a CPU."""
+"""Layers that PaddlePaddle does not have, implements differently, or computes too imprecisely on a CPU."""
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
 
-import_framework("paddle")  # quietly, or with the remedy where it is missing
+import_framework("paddle")  # hides warnings, and reports how to install it if it is missing
 
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
@@ -14,7 +14,10 @@ NORM_EPS = 1e-5
 
 
 class ConvNorm(nn.Layer):
-    """Stem and downsampling: a strided convolution and BatchNorm, no activation; H, W over the stride, rounded up."""
+    """Stem and downsampling: a strided convolution and BatchNorm, without an activation.
+
+    H and W are divided by the stride and rounded up.
+    """
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int):
         super().__init__()
@@ -26,11 +29,11 @@ class ConvNorm(nn.Layer):
 
 
 class BatchNorm(nn.BatchNorm2D):
-    """BatchNorm whose running variance is updated with the unbiased variance of the batch, as PyTorch's is.
+    """BatchNorm that updates its running variance with the unbiased variance of the batch, as PyTorch does.
 
-    Paddle's own layer takes the biased one. Whoever continues a run that began in PyTorch, or evaluates
-    there what was trained here, has one meaning of the numbers in the file; normalization within a
-    batch is by the biased variance in both.
+    Paddle's layer uses the biased variance. With this layer, a stored variance means the same in both frameworks, so
+    a run can be continued or evaluated in the other framework. Both frameworks normalize a batch with its biased
+    variance.
     """
 
     def __init__(self, width: int):
@@ -43,22 +46,22 @@ class BatchNorm(nn.BatchNorm2D):
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
         with paddle.no_grad():
-            # Not by the kernel: which variance a kernel keeps depends on the device, and its momentum is a float32.
+            # Not done by the kernel, because its variance depends on the device and its momentum is a float32.
             given = input.astype(self._mean.dtype)
             center = mean(given, (0, 2, 3))
             variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))
             momentum = self._momentum
             self._mean.set_value(momentum * self._mean + (1 - momentum) * center.flatten())
             self._variance.set_value(momentum * self._variance + (1 - momentum) * variance.flatten())
-        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # for the kernel to write to
+        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # the kernel overwrites these
         return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
 
 
 def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return the mean over `axes`, kept as axes of length 1, taken one axis at a time, the last first.
+    """Return the mean over `axes`, kept with length 1. It is computed one axis at a time, starting with the last.
 
-    Paddle's CPU kernels add float32 numbers one after the other: over the 200,000 of a feature map
-    the result is off by 1e-5, over one short axis at a time by 1e-7.
+    Paddle's CPU kernels add float32 numbers sequentially. For the 200,000 numbers of a feature map, the error is 1e-5
+    if all are added at once, and 1e-7 if one short axis is added at a time.
     """
     for axis in sorted(axes, reverse=True):
         x = x.mean(axis=axis, keepdim=True)
@@ -68,8 +71,8 @@ def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 class LayerNorm2D(nn.GroupNorm):
     """Layer norm over channels and positions together: GroupNorm with one group.
 
-    On a CPU the reductions are staged (see `mean`): the float32 logits come out up to twice as
-    near to the exact ones as with Paddle's own kernel. Elsewhere that kernel is used.
+    On a CPU, the reductions are computed one axis at a time (see `mean`), which can halve the error of the float32
+    logits compared with Paddle's kernel. On other devices, Paddle's kernel is used.
     """
 
     def __init__(self, width: int):
@@ -84,7 +87,7 @@ class LayerNorm2D(nn.GroupNorm):
 
 
 class DropPath(nn.Layer):
-    """Stochastic depth: in training, drop the whole branch for an image with probability `rate`."""
+    """Stochastic depth: in training, drop the branch for an image with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -94,7 +97,7 @@ class DropPath(nn.Layer):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        # Drawn in float32: in a half type the rounding would change the probability.
+        # Drawn in float32, because rounding in a half-precision type would change the probability.
         mask = paddle.floor(keep + paddle.rand([x.shape[0], 1, 1, 1], dtype="float32"))
         return x / keep * mask.astype(x.dtype)
 

@@ -1,8 +1,8 @@
-"""Token-global similarity as data: what `model.similarity(x)` hands out, the same for both frameworks.
+"""Data classes for the token-global similarity that `model.similarity(x)` returns in both frameworks.
 
-At every position, for each head, the network computes how similar the position is to the mean of all
-positions (the paper's section 3, Figure 3; the authors' `GlobalContext` in `models/fcvit.py`), standardised over
-heads and positions, then scaled and shifted per head. It does so twice in a block.
+At every position and for each head, the network computes the similarity of the position with the mean of all
+positions (section 3 and Figure 3 of the paper, `GlobalContext` in the authors' `models/fcvit.py`). The similarity is
+standardized over heads and positions, then scaled and shifted per head. Each block does this twice.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ T = TypeVar("T")  # a tensor of either framework, or an array
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityMap(Generic[T]):
-    """The similarity of one global context.
+    """The similarity in one global context.
 
     Attributes:
-        stage: 1 to 4.
-        block: from 1, within its stage.
-        context: 1 or 2, the first or second global context of the block.
-        standardised: (B, heads, H, W), mean 0 and standard deviation 1 over heads and positions of an image.
-        rescaled: the same after each head's scale and shift: what multiplies the context.
-        tokens: (B, C, H, W), what is compared with its mean; None where they were not asked for.
+        stage: Stage, from 1 to 4.
+        block: Block within the stage, from 1.
+        context: 1 for the first or 2 for the second global context of the block.
+        standardised: Similarity, (B, heads, H, W), with mean 0 and standard deviation 1 over heads and positions.
+        rescaled: Similarity after the scale and shift of each head. The context is multiplied by this map.
+        tokens: Input of the global context, (B, C, H, W), or None if it was not requested.
     """
 
     stage: int
@@ -41,19 +41,19 @@ class SimilarityMap(Generic[T]):
         return f"stage{self.stage}.block{self.block}.context{self.context}"
 
     def map(self, change: Callable[[T], U]) -> "SimilarityMap[U]":
-        """Return the same map with other tensors."""
+        """Return a copy with `change` applied to every tensor."""
         tokens = None if self.tokens is None else change(self.tokens)
-        place = self.stage, self.block, self.context
-        return SimilarityMap(*place, change(self.standardised), change(self.rescaled), tokens)
+        position = self.stage, self.block, self.context
+        return SimilarityMap(*position, change(self.standardised), change(self.rescaled), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Similarity(Generic[T]):
-    """The output of a forward pass with its maps.
+    """The output of a forward pass and its similarity maps.
 
     Attributes:
-        output: what `model(x)` gives.
-        maps: of every global context, in the order of the pass.
+        output: Output of `model(x)`.
+        maps: Maps of all global contexts, in the order of the forward pass.
     """
 
     output: T
@@ -63,12 +63,12 @@ class Similarity(Generic[T]):
         return iter(self.maps)
 
     def at(self, stage: int = -1, block: int = -1, context: int = -1) -> SimilarityMap[T]:
-        """Return one map; numbers from 1, or from the end with -1 (the default is the last of all).
+        """Return one map. Numbers count from 1, or from the end with -1. The default is the last map.
 
         Raises:
-            UsageError: there is no such one.
+            UsageError: If the map does not exist.
         """
-        known = [(one.stage, one.block, one.context) for one in self.maps]
+        known = [(item.stage, item.block, item.context) for item in self.maps]
         return self.maps[known.index(choose(known, stage, block, context))]
 
 
@@ -76,30 +76,30 @@ Place = tuple[int, int, int]  # stage, block and context of a map, from 1
 
 
 def places(variant: Variant) -> list[Place]:
-    """Return the place of every map of the variant, in the order of the pass.
+    """Return the stage, block and context of every map of the variant, in the order of the forward pass.
 
     Raises:
-        UsageError: it has none.
+        UsageError: If the variant has no maps.
     """
     require_maps(variant)
     contexts = range(1, 3 if variant.second_mix else 2)
     stages = enumerate(variant.depths, 1)
-    return [(stage, block, one) for stage, depth in stages for block in range(1, depth + 1) for one in contexts]
+    return [(stage, block, index) for stage, depth in stages for block in range(1, depth + 1) for index in contexts]
 
 
 def choose(known: Sequence[Place], stage: int = -1, block: int = -1, context: int = -1) -> Place:
-    """Return one of the places; numbers from 1, or from the end with -1.
+    """Return the selected map of `known`. Numbers count from 1, or from the end with -1.
 
     Raises:
-        UsageError: there is no such one.
+        UsageError: If the map does not exist.
     """
-    for axis, (what, number) in enumerate((("stage", stage), ("block", block), ("context", context))):
-        numbers = sorted({place[axis] for place in known})
+    for axis, (name, number) in enumerate((("stage", stage), ("block", block), ("context", context))):
+        numbers = sorted({position[axis] for position in known})
         chosen = numbers[number] if -len(numbers) <= number < 0 else number
         if chosen not in numbers:
             choice = f"1 to {numbers[-1]}, or from the end -1 to {-len(numbers)}"
-            raise UsageError(f"{what} {number}: expected {choice if len(numbers) > 1 else '1, the only one'}")
-        known = [place for place in known if place[axis] == chosen]
+            raise UsageError(f"{name} {number}: expected {choice if len(numbers) > 1 else '1, the only value'}")
+        known = [position for position in known if position[axis] == chosen]
     return known[0]
 
 
@@ -109,17 +109,17 @@ def short(name: str) -> str:
 
 
 def require_maps(variant: Variant) -> None:
-    """Raise a UsageError where the network computes no similarities."""
+    """Raise a UsageError if the network computes no similarity maps."""
     if not variant.global_context or not variant.weighted_context:
         off = "global_context" if not variant.global_context else "weighted_context"
-        raise UsageError(f"{variant.name} has no similarity maps: {off} is off")
+        raise UsageError(f"{variant.name} has no similarity maps, because its option {off} is off")
 
 
 class Recorder(Generic[T]):
-    """Take the maps of one forward pass as they are computed; what it is told says where the pass is.
+    """Collect the similarity maps of one forward pass. The network reports each stage and block that it enters.
 
     Args:
-        tokens: keep them too, which takes as much memory as the pass of a network in training.
+        tokens: Whether to keep the inputs of the global contexts, too. They need as much memory as a training pass.
     """
 
     def __init__(self, tokens: bool = False) -> None:
@@ -135,5 +135,5 @@ class Recorder(Generic[T]):
 
     def take(self, tokens: T, standardised: T, rescaled: T) -> None:
         self.context += 1
-        place = self.stage, self.block, self.context
-        self.maps.append(SimilarityMap(*place, standardised, rescaled, tokens if self.tokens else None))
+        position = self.stage, self.block, self.context
+        self.maps.append(SimilarityMap(*position, standardised, rescaled, tokens if self.tokens else None))

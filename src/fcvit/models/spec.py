@@ -1,9 +1,8 @@
-"""Names, shapes and layouts of the parameters of a variant, as data.
+"""Names, shapes and layouts of a variant's parameters, as data.
 
-The common form of weights inside this package is the authors': PyTorch's names and layouts. How
-Paddle differs is decided by the kind of the layer a tensor belongs to, never by its shape or by a
-part of its name: a square Linear must be transposed, and `fc1` is a Linear in `gc1` and a
-convolution elsewhere. Tests hold this table against the layers of both networks.
+Inside this package, weights have the authors' form: PyTorch's names and layouts. The kind of layer decides how
+Paddle differs, never a tensor's shape or a part of its name. A square Linear must be transposed, and `fc1` is a
+Linear in `gc1` but a convolution in other modules. Tests compare this table with the layers of both networks.
 """
 
 import dataclasses
@@ -18,26 +17,26 @@ from fcvit.models.variants import VARIANTS, Variant, published
 CONV, LINEAR, NORM, BATCHNORM, SCALE = "conv", "linear", "norm", "batchnorm", "scale"
 COUNTER = "num_batches_tracked"
 
-# Paddle's names of BatchNorm's statistics; every other name is the same in both frameworks.
+# Paddle's names of BatchNorm statistics. All other names are the same in both frameworks.
 PADDLE_STATISTICS = {"running_mean": "_mean", "running_var": "_variance"}
 LAST_NAMES = {"weight", "bias", "layer_scale_1", "layer_scale_2", "rescale_weight", "rescale_bias", COUNTER} | {
     *PADDLE_STATISTICS,
     *PADDLE_STATISTICS.values(),
 }
-"""Last parts of the names of an FCViT's tensors, in both frameworks."""
+"""Last parts of tensor names in an FCViT, in both frameworks."""
 TORCH_STATISTICS = {paddle: torch for torch, paddle in PADDLE_STATISTICS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its shape in PyTorch's layout and the kind of layer it belongs to."""
+    """A tensor's shape in PyTorch's layout, and the kind of its layer."""
 
     shape: tuple[int, ...]
     layer: str
 
     @property
     def transposed_in_paddle(self) -> bool:
-        """Paddle keeps the weight of a Linear as [in, out], PyTorch as [out, in]."""
+        """Return whether Paddle stores the tensor transposed: a Linear weight is [in, out] instead of [out, in]."""
         return self.layer == LINEAR and len(self.shape) == 2
 
     @property
@@ -47,15 +46,16 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The part of a network that follows the stages.
+    """The part of a network after the stages.
 
     Attributes:
-        task: the task that it is for; "features": none.
-        tensors: its tensors (authors' names, in their order) from variant and class count.
-        marker: the tensor that tells this head in a file.
-        logits: the tensor whose first length is the class count; "": it has no classes.
-        outputs: name and shape (without the batch) of each output, from variant, class count, height and width.
-        description: in words, where the classes do not say it.
+        task: Task of the head, or "features" for none.
+        tensors: Function of variant and number of classes that yields the head's tensors (authors' names, in order).
+        marker: Tensor that identifies the head in a file.
+        logits: Tensor with the number of classes as its first dimension, or "" if the head has no classes.
+        outputs: Function of variant, number of classes, height and width that returns the name and shape (without the
+            batch dimension) of each output.
+        description: Description of the head, if the number of classes is not sufficient.
     """
 
     task: str
@@ -68,12 +68,12 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A network: backbone and head. It knows the names, shapes and kinds of all tensors.
+    """A network, given by backbone and head. It provides the names, shapes and kinds of all tensors.
 
     Args:
-        variant: the architecture of the backbone.
-        num_classes: of the head; 0: it gives embeddings or features.
-        head: a key of `HEADS`.
+        variant: Architecture of the backbone.
+        num_classes: Number of classes. With 0, the network returns embeddings or features.
+        head: A key of `HEADS`.
     """
 
     variant: Variant
@@ -82,7 +82,7 @@ class ModelSpec:
 
     @property
     def task(self) -> str:
-        """The task that the network is for; "features" without classes."""
+        """Return the task of the network, or "features" if it has no classes."""
         return HEADS[self.head].task if self.has_classes else "features"
 
     @property
@@ -90,16 +90,16 @@ class ModelSpec:
         return self.num_classes > 0
 
     def outputs(self, height: int = 1, width: int = 1) -> dict[str, tuple[int, ...]]:
-        """Return name and shape (without the batch) of the network's outputs for images of that size."""
+        """Return the name and shape (without the batch dimension) of each output for images of the given size."""
         return HEADS[self.head].outputs(self.variant, self.num_classes, height, width)
 
     def __str__(self) -> str:
-        what = counted(self.num_classes, "class") if self.has_classes else "no head"
-        return f"{self.variant.name}{_changes(self.variant)} ({HEADS[self.head].description or what})"
+        classes = counted(self.num_classes, "class") if self.has_classes else "no head"
+        return f"{self.variant.name}{_changes(self.variant)} ({HEADS[self.head].description or classes})"
 
 
 def _changes(variant: Variant) -> str:
-    """Return in words what differs from the variant of that name."""
+    """Describe the options that differ from the variant with the same name."""
     known = VARIANTS.get(variant.name, variant)
     fields = (f.name for f in dataclasses.fields(variant) if f.name not in ("preprocessing", "layer_scale"))
     changed = [f"{name}={getattr(variant, name)}" for name in fields if getattr(variant, name) != getattr(known, name)]
@@ -107,7 +107,7 @@ def _changes(variant: Variant) -> str:
 
 
 def paddle_name(name: str) -> str:
-    """Translate the authors' name of a tensor to its name in the Paddle network."""
+    """Convert the authors' name of a tensor to its name in the Paddle network."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{PADDLE_STATISTICS[last]}" if last in PADDLE_STATISTICS else name
 
@@ -119,28 +119,28 @@ def torch_name(name: str) -> str:
 
 
 def torch_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return shapes by the authors' names in PyTorch's layout, from those of either layout."""
+    """Convert shapes in either layout to the authors' names and PyTorch's layout."""
     paddle = any(name.rpartition(".")[2] in TORCH_STATISTICS for name in shapes)
     return {torch_name(n): shape[::-1] if paddle and len(shape) == 2 else shape for n, shape in shapes.items()}
 
 
 def is_counter(name: str) -> bool:
-    """Return whether this is BatchNorm's `num_batches_tracked`, which Paddle does not have."""
+    """Return whether the name is BatchNorm's `num_batches_tracked`, which Paddle does not have."""
     return name.rpartition(".")[2] == COUNTER
 
 
 def is_statistic(name: str) -> bool:
-    """Return whether this is a running statistic of BatchNorm or its counter, in either framework."""
+    """Return whether the name is a running statistic of BatchNorm or its counter, in either framework."""
     return name.rpartition(".")[2] in {*PADDLE_STATISTICS, *TORCH_STATISTICS, COUNTER}
 
 
 def tensor_specs(spec: ModelSpec) -> dict[str, TensorSpec]:
-    """Return every tensor of the network, the authors' name -> shape and kind, in the authors' order."""
+    """Return the shape and kind of every tensor by the authors' name, in the authors' order."""
     return dict(_entries(spec))
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Count the trainable numbers: running statistics and counters are none."""
+    """Count the trainable parameters, without running statistics and counters."""
     total = 0
     for name, entry in tensor_specs(spec).items():
         if not name.endswith((*PADDLE_STATISTICS, COUNTER)):
@@ -149,7 +149,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
-    """Count the multiply-accumulates of all convolutions and linear layers for one image of that size in pixels."""
+    """Count the multiply-accumulates of all convolutions and linear layers for an image of the given size in pixels."""
     positions = []
     for stage in range(4):
         height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
@@ -160,8 +160,8 @@ def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
         if not name.endswith(".weight") or entry.layer not in (CONV, LINEAR):
             continue
         if entry.layer == LINEAR:
-            total += weights  # of the context and the head: once an image
-        elif len(entry.shape) == 3:  # along the channels
+            total += weights  # in the context and the head, computed once per image
+        elif len(entry.shape) == 3:  # a convolution along the channels
             total += weights * spec.variant.widths[_stage(name)]
         else:
             total += weights * positions[_stage(name)]
@@ -169,7 +169,7 @@ def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
 
 
 def _stage(name: str) -> int:
-    """Return the stage whose size the output of a layer has; `network.1`, between the first two, makes the second's."""
+    """Return the stage that determines the output size of a layer. `network.1` downsamples to the second stage."""
     first, number, *_ = name.split(".")
     return (int(number) + 1) // 2 if first == "network" else 0
 
@@ -212,7 +212,7 @@ HEADS = {
     "classifier": Head("classification", _classifier, "norm.weight", "head.weight", _logits),
     "backbone": Head("features", _backbone_norms, "norm0.weight", "", _features, "dense-prediction backbone"),
 }
-"""The heads by name; a new one is a row here and in the tables of networks in `models.build` and `reference`."""
+"""All heads by name. A new head needs a row here and in `NETWORKS` of `models.build` and `reference.build`."""
 
 
 def _block(v: Variant, prefix: str, width: int, mlp_width: int) -> Iterator[tuple[str, TensorSpec]]:
@@ -275,22 +275,21 @@ def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[st
 
 
 def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = None) -> ModelSpec:
-    """Return the network that tensors with these names and shapes (authors' names, PyTorch's layout) belong to.
+    """Return the network that has tensors with these names and shapes (authors' names, PyTorch's layout).
 
-    What a tensor cannot show (initial layer scale, preprocessing; heads where the context is not
-    weighted) comes from `expected`, else from the named variant of that architecture, else from
-    the published setting. The result is a reading: only a strict match of all names and shapes
-    makes it true.
+    Some properties are not visible in the tensors: the initial layer scale, the preprocessing, and the number of heads
+    if the context is not weighted. They are taken from `expected`, or else from the named variant of this architecture,
+    or else from the published settings. The result is certain only after a strict comparison of all names and shapes.
 
     Raises:
-        DoesNotFit: the tensors are not an FCViT's; the message names what is missing.
+        DoesNotFit: If the tensors are not an FCViT's. The message names what is missing.
     """
     head = next((name for name, head in HEADS.items() if head.marker in shapes), "classifier")
     num_classes = (shapes.get(HEADS[head].logits) or (0,))[0]
     if expected is not None:
         return ModelSpec(expected, num_classes, head)
     read = _read_variant(shapes)
-    # A named variant that gives the very same tensors is what was meant.
+    # Prefer a named variant with exactly the same tensors.
     architecture = tensor_specs(ModelSpec(read, num_classes, head))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
         same_size = (known.depths, known.widths) == (read.depths, read.widths)
@@ -304,14 +303,14 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
         return f"network.0.0.{name}" in shapes
 
     def length(name: str, rank: int, axis: int = 0, stage: int = 0) -> int:
-        """Return a length of a tensor in the first block of a stage."""
+        """Return a dimension of a tensor in the first block of a stage."""
         name = f"network.{2 * stage}.0.{name}"
         shape = shapes.get(name)
         if shape is None or len(shape) != rank or not all(shape):
             state = "is missing" if shape is None else f"has shape {list(shape)}"
             raise DoesNotFit(
                 f"not an FCViT: {name} {state}, expected a tensor with {rank} dimension(s); "
-                "the file needs the authors' names (see docs/checkpoints.md)"
+                "the file must use the authors' names (see docs/checkpoints.md)"
             )
         return shape[axis]
 
@@ -373,7 +372,7 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
 
 
 def _divisor(widths: list[int], inner: list[int], preferred: int) -> int:
-    """Return the r with `width // r == inner` in every stage; several give the same network, any serves."""
+    """Return an r with `width // r == inner` in every stage. If there are several, they define the same network."""
     fitting = [r for r in range(1, min(widths) + 1) if [w // r for w in widths] == inner]
     if not fitting:
         raise DoesNotFit(f"not an FCViT: no reduction turns the widths {widths} into the bottlenecks {inner}")
@@ -381,7 +380,7 @@ def _divisor(widths: list[int], inner: list[int], preferred: int) -> int:
 
 
 def _bottleneck(widths: list[int], inner: list[int]) -> tuple[int, int]:
-    """Return the (factor, minimum) with `max(width // factor, minimum) == inner` in every stage."""
+    """Return a (factor, minimum) with `max(width // factor, minimum) == inner` in every stage."""
     candidates = [(8, 16), *((f, m) for m in (16, min(inner), 1) for f in range(2, max(widths) + 1))]
     for factor, minimum in candidates:
         if [max(w // factor, minimum) for w in widths] == inner:

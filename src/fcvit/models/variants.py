@@ -1,7 +1,7 @@
-"""The variants of FCViT: architecture, preprocessing and published figures, in one frozen table.
+"""The variants of FCViT in one frozen table: architecture, preprocessing and published figures.
 
 Sources: the paper (arXiv 2212.12552) and the authors' repository (github.com/ma-xu/FCViT).
-Standard library only, so that every other module may know it.
+Uses only the standard library, so that every other module can import it.
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from fcvit.errors import UsageError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_CLASSES = 1000
-VALIDATION_IMAGES = 50_000  # of ImageNet-1K
+VALIDATION_IMAGES = 50_000  # in ImageNet-1K
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing of an image for the network.
+    """The preprocessing of an image for a network.
 
-    The shorter side is resized to `floor(input_size / crop_fraction)`, the center of
-    `input_size` x `input_size` is cut out, scaled to [0, 1] and normalized per channel (RGB).
+    The shorter side is resized to `floor(input_size / crop_fraction)`. The center of `input_size` x `input_size` is
+    cropped, scaled to [0, 1] and normalized per channel (RGB).
     """
 
     input_size: int = 224
     crop_fraction: float = 0.9
-    interpolation: str = "bicubic"  # Pillow's, antialiased
+    interpolation: str = "bicubic"  # Pillow's filter, antialiased
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -40,22 +40,22 @@ class Preprocessing:
             raise UsageError(f"crop fraction {self.crop_fraction}: expected more than 0, at most 1")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UsageError(f"interpolation {self.interpolation!r}: expected bilinear or bicubic")
-        for field in ("mean", "std"):  # lists come from JSON, and would not be equal to tuples
+        for field in ("mean", "std"):  # lists from JSON would not be equal to tuples
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            raise UsageError("mean and std: expected three numbers each, those of std above 0")
+            raise UsageError("mean and std: expected three numbers each, and std above 0")
 
     @property
     def resize(self) -> int:
-        """Length of the shorter side after resizing, in pixels (authors: `floor(size / crop)`)."""
+        """Return the length of the shorter side after resizing, in pixels (authors: `floor(size / crop)`)."""
         return math.floor(self.input_size / self.crop_fraction)
 
 
 def three_channels(value: "str | Sequence[float]", largest: float = 1) -> tuple[float, float, float]:
-    """Return a mean or standard deviation for three channels, from one number or three, or text of them.
+    """Return a mean or standard deviation for three channels from one or three numbers or their text.
 
     Raises:
-        ValueError: it is something else, or a number is not from 0 to `largest`.
+        ValueError: If the value has another form, or a number is not between 0 and `largest`.
     """
     words = value.strip("()[] ").replace(",", " ").split() if isinstance(value, str) else value
     try:
@@ -63,13 +63,13 @@ def three_channels(value: "str | Sequence[float]", largest: float = 1) -> tuple[
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 3) or not all(0 <= number <= largest for number in numbers):
-        raise ValueError(f"expected one number or three, from 0 to {largest} as the images are")
+        raise ValueError(f"expected one or three numbers from 0 to {largest}, the value range of the images")
     red, green, blue = numbers * (3 // len(numbers))
     return red, green, blue
 
 
 class PreprocessingChange(TypedDict, total=False):
-    """Single fields of a `Preprocessing` to be replaced."""
+    """Fields of a `Preprocessing` to replace."""
 
     input_size: int
     crop_fraction: float
@@ -79,38 +79,41 @@ class PreprocessingChange(TypedDict, total=False):
 
 
 RESIZE256_BILINEAR = Preprocessing(crop_fraction=0.875, interpolation="bilinear")
-"""Resize(256, bilinear) + CenterCrop(224): what the earlier Paddle port evaluated with."""
+"""Resize(256, bilinear) + CenterCrop(224), used for evaluation by the earlier Paddle port."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One network: sizes, the options of the architecture, and its preprocessing.
+    """A network: sizes, options of the architecture, and preprocessing.
 
     An ablation is `dataclasses.replace(variant, competition=False)`.
 
     Args:
-        name: free; the four published names are keys of `VARIANTS`.
-        depths: blocks in each of the four stages.
-        widths: channels of each stage; divisible by `heads` and at least `reduction`.
-        mlp_ratios: hidden width of the channel mixer over the stage's width.
-        global_context: add the global context before each depthwise convolution.
-        weighted_context: weight the context at each position by its similarity with it;
-            off: the same context everywhere.
-        competition: halves of the context's bottleneck compete by their maximum;
-            off: a plain bottleneck with GELU.
-        heads: heads of the similarity.
-        reduction: width over bottleneck of the context.
-        second_mix: mix tokens twice in a block.
-        kernel_sizes: of the first and second depthwise convolution of the token mixer (odd).
-        token_factor, token_minimum: the 1x1 bottleneck after each has
-            `max(width // token_factor, token_minimum)` channels; a factor of 1 or less
-            makes it a single 1x1 convolution.
-        spatial_attention: gate the tokens by a sigmoid mask, its depthwise convolution of size
-            `spatial_attention_kernel`, its bottleneck `width // spatial_attention_reduction`.
-        channel_dwconv, channel_kernel: the depthwise convolution of the channel mixer, its size.
-        channel_attention: add a 1-d convolution over the pooled channels, sizes
-            `channel_attention_kernels`.
-        layer_scale: initial value of the learned scale of each residual branch; None: no scale.
+        name: Any name. The four published names are keys of `VARIANTS`.
+        depths: Number of blocks in each of the four stages.
+        widths: Number of channels in each stage, divisible by `heads` and at least `reduction`.
+        mlp_ratios: Ratio of the channel mixer's hidden width to the stage's width.
+        global_context: Whether to add the global context before each depthwise convolution.
+        weighted_context: Whether to weight the context at each position by its similarity with the position. If false,
+            every position gets the same context.
+        competition: Whether the two halves of the context's bottleneck compete by their maximum. If false, the
+            bottleneck is a plain MLP with GELU.
+        heads: Number of heads of the similarity.
+        reduction: Ratio of the width to the context's bottleneck.
+        second_mix: Whether to mix tokens twice in a block.
+        kernel_sizes: Sizes of the first and second depthwise convolution in the token mixer (odd).
+        token_factor: Divisor for the channels of the 1x1 bottleneck after each depthwise convolution. A factor of 1 or
+            less replaces the bottleneck with a single 1x1 convolution.
+        token_minimum: Minimum channels of the bottleneck, which has `max(width // token_factor, token_minimum)`.
+        spatial_attention: Whether to multiply the tokens by a sigmoid mask.
+        spatial_attention_kernel: Size of the depthwise convolution in the spatial attention.
+        spatial_attention_reduction: Ratio of the width to the bottleneck in the spatial attention.
+        channel_dwconv: Whether the channel mixer has a depthwise convolution.
+        channel_kernel: Size of the depthwise convolution in the channel mixer.
+        channel_attention: Whether to add a 1-d convolution over the pooled channels.
+        channel_attention_kernels: Sizes of the two convolutions in the channel attention.
+        layer_scale: Initial value of the learned scale of each residual branch, or None for no scale.
+        preprocessing: Preprocessing of the images.
     """
 
     name: str
@@ -140,13 +143,17 @@ class Variant:
         for field in ("depths", "widths", "mlp_ratios"):
             values = getattr(self, field)
             if len(values) != 4 or not all(isinstance(v, int) and v >= 1 for v in values):
-                raise UsageError(f"variant {self.name!r}: {field} are four whole numbers from 1, not {values}")
+                raise UsageError(
+                    f"variant {self.name!r}: {field} must be four whole numbers of 1 or more, not {values}"
+                )
         if not self.name.isprintable() or not 0 < len(self.name) <= 100:
-            raise UsageError(f"variant {self.name!r:.120}: a name is one printable line of at most 100 characters")
+            raise UsageError(f"variant {self.name!r:.120}: a name must be one printable line of at most 100 characters")
         if len(self.kernel_sizes) != 2 or len(self.channel_attention_kernels) != 2:
-            raise UsageError(f"variant {self.name!r}: kernel_sizes and channel_attention_kernels are two numbers each")
+            raise UsageError(
+                f"variant {self.name!r}: kernel_sizes and channel_attention_kernels must be two numbers each"
+            )
         if max(self.depths) > 1000 or max(self.widths) > 1 << 16 or max(self.mlp_ratios) > 1000:
-            raise UsageError(f"variant {self.name!r}: absurd size {self.depths}, {self.widths}, {self.mlp_ratios}")
+            raise UsageError(f"variant {self.name!r}: too large: {self.depths}, {self.widths}, {self.mlp_ratios}")
         kernels = (
             *self.kernel_sizes,
             self.spatial_attention_kernel,
@@ -154,9 +161,9 @@ class Variant:
             *self.channel_attention_kernels,
         )
         if not all(k >= 1 and k % 2 for k in kernels):
-            raise UsageError(f"variant {self.name!r}: kernel sizes are odd, not {kernels}")
+            raise UsageError(f"variant {self.name!r}: kernel sizes must be odd, not {kernels}")
         if self.heads < 1 or self.reduction < 1 or self.token_minimum < 1 or self.spatial_attention_reduction < 1:
-            raise UsageError(f"variant {self.name!r}: heads, reductions and minimum are at least 1")
+            raise UsageError(f"variant {self.name!r}: heads, reductions and token_minimum must be at least 1")
         for width in self.widths:
             if width % self.heads or width < self.reduction or width < self.spatial_attention_reduction:
                 raise UsageError(
@@ -165,21 +172,21 @@ class Variant:
                 )
 
     def token_width(self, width: int) -> int | None:
-        """Return the channels of the token mixer's bottleneck in a stage of `width`; None: it has none."""
+        """Return the channels of the token mixer's bottleneck in a stage of `width`, or None without a bottleneck."""
         return None if self.token_factor <= 1 else max(width // self.token_factor, self.token_minimum)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """The figures that the authors report for a variant, beside what was counted from their code.
+    """The authors' published figures for a variant, and sizes that were counted from their code.
 
     Attributes:
-        top1: ImageNet-1K top-1 accuracy in per cent, as the authors report it.
-        earlier_port_top1: what an earlier Paddle port measured with Resize(256, bilinear).
-        parameters_label: as printed in the paper; its M is 2^20.
-        parameters: trainable numbers of the classifier with 1,000 classes, counted.
-        gmac: multiply-accumulates of convolutions and linear layers at 224 x 224, in 10^9, counted.
-        url: folder with the authors' checkpoint, to be fetched by hand.
+        top1: ImageNet-1K top-1 accuracy in percent, as reported by the authors.
+        earlier_port_top1: Top-1 accuracy in percent of an earlier Paddle port with Resize(256, bilinear).
+        parameters_label: Number of parameters as printed in the paper, where M is 2^20.
+        parameters: Counted trainable parameters of the classifier with 1,000 classes.
+        gmac: Counted multiply-accumulates of convolutions and linear layers at 224 x 224, in 10^9.
+        url: Folder with the authors' checkpoint, which must be downloaded manually.
     """
 
     top1: float
@@ -221,7 +228,7 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
         ),
         Published(83.6, 82.6, "49.1M", 51_477_032, 9.877, _DRIVE + "16joP1cQwbx4oICL-WbPC1SqGNoc4-NZm"),
     ),
-    # Ours, not the paper's: small enough to ship trained on digits and to test every path with.
+    # Not from the paper. It is small enough to ship trained on digits and to test every code path with.
     (
         Variant(
             "fcvit_digits",
@@ -235,14 +242,14 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
 )
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for variant, _ in _TABLE})
-"""All named variants; those with `published(variant)` are the paper's."""
+"""All named variants. `published(variant)` is not None for the paper's variants."""
 
 
 def get_variant(variant: "str | Variant") -> Variant:
-    """Return the variant of that name, or the argument itself if it is one already.
+    """Return the variant with this name. Return a `Variant` unchanged.
 
     Raises:
-        UsageError: no such name; the message suggests the nearest.
+        UsageError: If the name is unknown. The message suggests the nearest name.
     """
     if isinstance(variant, Variant):
         return variant
@@ -250,20 +257,20 @@ def get_variant(variant: "str | Variant") -> Variant:
         return VARIANTS[variant]
     near = difflib.get_close_matches(str(variant), VARIANTS, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"no variant {variant!r}{hint} (known: {', '.join(VARIANTS)})")
+    raise UsageError(f"unknown variant {variant!r}{hint} (known: {', '.join(VARIANTS)})")
 
 
 def published(variant: Variant) -> Published | None:
-    """Return the published figures of exactly this variant; None for one of one's own, ablations included."""
+    """Return the published figures of exactly this variant, or None if it is not a published variant."""
     return next((row for known, row in _TABLE if known == variant), None)
 
 
 def resolve_preprocessing(
     argument: Preprocessing | PreprocessingChange | None, file: Preprocessing | None, variant: Variant
 ) -> Preprocessing:
-    """Choose the preprocessing by the one rule: the argument, else the file's, else the variant's.
+    """Return the preprocessing of the argument if given, else that of the file, else that of the variant.
 
-    An argument that is a change replaces single fields of what would be chosen without it.
+    A `PreprocessingChange` replaces single fields of the preprocessing that would be returned without it.
     """
     if isinstance(argument, Preprocessing):
         return argument

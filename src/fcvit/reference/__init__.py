@@ -1,1 +1,1 @@
-"""The same networks in PyTorch, written independently: every numerical check compares with them."""
+"""Independent PyTorch implementation of the networks, used as the reference in every numerical check."""

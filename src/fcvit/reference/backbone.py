@@ -1,17 +1,17 @@
-"""The same FCViT in PyTorch up to the four stages, under the authors' parameter names: the reference of every check.
+"""FCViT in PyTorch, the reference of all checks: the four stages and the backbone, with the authors' names.
 
-It loads the authors' checkpoints strictly and needs none of their dependencies of 2021. It is written against the paper
-and the behavior of the authors' code, not against the Paddle networks in `fcvit.models`, and must meet the goldens by
-itself: a reference that merely copied them would verify nothing. Only the files of this folder import PyTorch.
+It loads the authors' checkpoints strictly without their dependencies from 2021. It was written from the paper and the
+behavior of the authors' code, not from the Paddle networks in `fcvit.models`, and must reproduce the goldens
+independently, because a copy would verify nothing. Only the files in this folder import PyTorch.
 
-Shapes: B images, C channels, H x W positions, h heads of d = C // h channels.
+Shapes: B images, C channels, H x W positions, h heads with d = C // h channels each.
 """
 
 from fcvit.frameworks import import_framework
 from fcvit.models.maps import Recorder
 from fcvit.models.variants import Variant
 
-import_framework("torch")  # or the remedy where it is missing
+import_framework("torch")  # reports how to install it if it is missing
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -19,7 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 
 
 class FCViTBackbone(nn.Module):
-    """The backbone for dense prediction: four feature maps, normalized by `norm0`, `norm2`, `norm4`, `norm6`."""
+    """The backbone for dense prediction: four feature maps, normalized by `norm0`, `norm2`, `norm4` and `norm6`."""
 
     def __init__(self, variant: Variant, drop_path_rate: float = 0.0, drop_rate: float = 0.0):
         super().__init__()
@@ -34,7 +34,7 @@ class FCViTBackbone(nn.Module):
 
 
 def trunk(variant: Variant, drop_path_rate: float, drop_rate: float) -> tuple[nn.Module, nn.ModuleList]:
-    """Build the stem and the seven parts of `network`: stages at even, downsampling at odd indices."""
+    """Build the stem and the seven modules of `network`: stages at even and downsampling at odd indices."""
     rates = torch.linspace(0, drop_path_rate, sum(variant.depths), dtype=torch.float64).tolist()
     parts: list[nn.Module] = []
     for stage, depth in enumerate(variant.depths):
@@ -62,7 +62,7 @@ def run_stages(x: Tensor, network: nn.ModuleList, recorder: Recorder[Tensor] | N
 
 
 def layer_norm(width: int) -> nn.GroupNorm:
-    """The authors' "layer norm": over channels and positions together."""
+    """Build the authors' "layer norm", which normalizes over channels and positions together."""
     return nn.GroupNorm(1, width)
 
 
@@ -71,7 +71,7 @@ def depthwise(width: int, size: int) -> nn.Conv2d:
 
 
 class Downsample(nn.Module):
-    """Stem and downsampling, BatchNorm behind: (B, C, H, W) -> (B, C', H / stride, W / stride), rounded up."""
+    """Stem or downsampling with BatchNorm: (B, C, H, W) -> (B, C', H / stride, W / stride), rounded up."""
 
     def __init__(self, width_in: int, width_out: int, size: int, stride: int):
         super().__init__()
@@ -83,7 +83,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual branches: token mixer and channel mixer; (B, C, H, W) stays."""
+    """Two residual branches, token mixer and channel mixer. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, stage: int, drop_path: float, drop_rate: float):
         super().__init__()
@@ -100,7 +100,7 @@ class Block(nn.Module):
             self.layer_scale_2 = nn.Parameter(torch.full((width,), variant.layer_scale))
 
     def branch(self, x: Tensor, scale: nn.Parameter | None) -> Tensor:
-        """Layer scale, then stochastic depth."""
+        """Apply layer scale, then stochastic depth."""
         if scale is not None:
             x = x * scale[:, None, None]
         if self.training and self.drop_path > 0:
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class TokenMixer(nn.Module):
-    """Context, depthwise convolution and bottleneck, once or twice; (B, C, H, W) stays."""
+    """Global context, depthwise convolution and bottleneck, once or twice. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -142,14 +142,17 @@ class TokenMixer(nn.Module):
 
 
 class NoContext(nn.Module):
-    """The global context switched off: it adds nothing and brings no names."""
+    """A disabled global context, which adds nothing and has no parameters."""
 
     def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> float:
         return 0.0
 
 
 class GlobalContext(nn.Module):
-    """What is added at each position: (B, C, H, W) -> the same, or (B, C, 1, 1) without weighting."""
+    """The context that is added at each position.
+
+    The shape stays (B, C, H, W), or becomes (B, C, 1, 1) if the context is not weighted.
+    """
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -167,7 +170,9 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor, recorder: Recorder[Tensor] | None = None) -> Tensor:
         context = x.mean((-2, -1))  # (B, C)
         if self.variant.competition:
-            value = self.fc2(self.fc1(context).unflatten(1, (2, -1)).amax(1))  # of (B, 2, C // reduction)
+            value = self.fc2(
+                self.fc1(context).unflatten(1, (2, -1)).amax(1)
+            )  # maximum over axis 1 of (B, 2, C // reduction)
         else:
             value = self.fc(context)
         value = value[:, :, None, None]  # (B, C, 1, 1)
@@ -176,7 +181,7 @@ class GlobalContext(nn.Module):
         heads = (self.variant.heads, -1)
         per_head = (x * context[:, :, None, None]).unflatten(1, heads).sum(2)  # (B, h, H, W)
         similarity = per_head / (x.shape[1] // self.variant.heads) ** 0.5
-        others = max(similarity[0].numel() - 1, 1)  # one head at one position has no deviation
+        others = max(similarity[0].numel() - 1, 1)  # a single head at a single position has no deviation
         correction = similarity[0].numel() - others
         deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
         standardized = (similarity - mean) / (deviation + 1e-5)
@@ -187,7 +192,7 @@ class GlobalContext(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """The MLP over channels with its depthwise convolution; (B, C, H, W) stays."""
+    """The MLP over channels with a depthwise convolution. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int, mlp_width: int, drop_rate: float):
         super().__init__()
@@ -203,7 +208,7 @@ class ChannelMixer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Option: a sigmoid mask over positions and channels; (B, C, H, W) stays."""
+    """Optional: multiply by a sigmoid mask over positions and channels. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant, width: int):
         super().__init__()
@@ -220,7 +225,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Option: the pooled channels, convolved along their axis and added; (B, C, H, W) stays."""
+    """Optional: convolve the pooled channels along the channel axis and add them. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant):
         super().__init__()
@@ -235,7 +240,7 @@ class ChannelAttention(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Initialize a layer as the authors do; norms start at 1 and 0 by themselves."""
+    """Initialize a layer like the authors' code. Norms already start at 1 and 0."""
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

@@ -1,4 +1,4 @@
-"""The FCViT classifier in PyTorch, on the reference's stages."""
+"""The FCViT classifier in PyTorch, built on the stages of the reference."""
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
@@ -6,19 +6,19 @@ from fcvit.models.maps import Recorder, Similarity, require_maps
 from fcvit.models.variants import IMAGENET_CLASSES, Variant
 from fcvit.reference.backbone import initialize, layer_norm, run_stages, trunk
 
-import_framework("torch")  # or the remedy where it is missing
+import_framework("torch")  # reports how to install it if it is missing
 
 from torch import Tensor, nn  # noqa: E402
 
 
 class FCViT(nn.Module):
-    """The classifier: (B, 3, H, W) -> (B, num_classes) logits; 0 classes: pooled embeddings.
+    """The classifier: (B, 3, H, W) -> (B, num_classes) logits, or pooled embeddings with 0 classes.
 
     Args:
-        variant: the architecture.
-        num_classes: logits per image, or 0.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        drop_rate: dropout in the channel mixers.
+        variant: The architecture.
+        num_classes: Number of logits per image. 0 removes the head.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0.
+        drop_rate: Dropout rate in the channel mixers.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class FCViT(nn.Module):
         self.patch_embed, self.network = trunk(variant, drop_path_rate, drop_rate)
         self.norm = layer_norm(variant.widths[-1])
         if num_classes < 0:
-            raise UsageError(f"num_classes: expected a whole number from 0, not {num_classes!r}")
+            raise UsageError(f"num_classes: expected a whole number of 0 or more, not {num_classes!r}")
         self.head = nn.Linear(variant.widths[-1], num_classes) if num_classes else nn.Identity()
         self.apply(initialize)
 
@@ -41,7 +41,7 @@ class FCViT(nn.Module):
         return self.classify(self.features(x))
 
     def similarity(self, x: Tensor, tokens: bool = False) -> Similarity[Tensor]:
-        """Run a forward pass that keeps the similarity maps, as the Paddle classifier's method does."""
+        """Run a forward pass and return its output and similarity maps, like the Paddle classifier's method."""
         require_maps(self.variant)
         recorder: Recorder[Tensor] = Recorder(tokens)
         output = self.classify(run_stages(self.patch_embed(x), self.network, recorder))

@@ -1,1 +1,1 @@
-"""Checks that two networks compute the same."""
+"""Checks that two networks compute the same outputs."""

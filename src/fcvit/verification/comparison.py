@@ -1,9 +1,10 @@
-"""Verify that two sets of weights are one network: Paddle against the PyTorch reference, in numbers.
+"""Verify numerically that two sets of weights define the same network: Paddle against the PyTorch reference.
 
-The logic, by the float64 equivalence check: the largest difference of the outputs is at most 1e-10 of their standard
-deviation. The rounding, by the float32 error ratio: the rms error of Paddle's float32 against the float64 reference is
-at most 3 times that of PyTorch's own float32. Besides: every tensor bit for bit, and the first layer inside the network
-that drifts. Top-1 agreement decides nothing: on a handful of images it notices hardly any mistake.
+The float64 equivalence check tests the logic: the largest difference of the outputs must be at most 1e-10 of their
+standard deviation. The float32 error ratio tests the rounding: the rms error of Paddle's float32 against the float64
+reference must be at most 3 times that of PyTorch's float32. In addition, every tensor is compared bit for bit, and the
+first layer that exceeds the limit is reported. Top-1 agreement is not used, because on a few images it detects hardly
+any error.
 """
 
 import dataclasses
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LayerDrift:
-    """The largest difference of the two float64 runs behind a layer, over the standard deviation of the reference."""
+    """The difference of the two float64 runs after a layer.
+
+    Attributes:
+        name: Name of the layer.
+        drift: Largest difference, divided by the standard deviation of the reference.
+    """
 
     name: str
     drift: float
@@ -35,15 +41,16 @@ class LayerDrift:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The difference of two networks on the same numbers.
+    """The differences of two networks on the same inputs.
 
     Attributes:
-        input_shape: (B, 3, H, W), standard normal numbers.
-        float64_difference: largest difference of the float64 outputs over their standard deviation.
-        error_ratio: rms error of Paddle's float32 over that of PyTorch's, both against float64.
-        float32_max, float32_mean: absolute difference of the two float32 outputs.
-        output_std: standard deviation of the reference outputs.
-        drift: layer by layer, in the order of the forward pass; the last is the output.
+        input_shape: Shape of the standard normal inputs, (B, 3, H, W).
+        float64_difference: Largest difference of the float64 outputs, divided by their standard deviation.
+        error_ratio: Rms error of Paddle's float32 outputs, divided by that of PyTorch's. Both are against float64.
+        float32_max: Largest absolute difference of the two float32 outputs.
+        float32_mean: Mean absolute difference of the two float32 outputs.
+        output_std: Standard deviation of the reference outputs.
+        drift: Difference after each layer, in the order of the forward pass. The last layer is the output.
     """
 
     input_shape: tuple[int, ...]
@@ -56,7 +63,7 @@ class Comparison:
 
     @property
     def first_over(self) -> LayerDrift | None:
-        """The first layer whose drift is over the limit."""
+        """Return the first layer with a drift over the limit, or None."""
         return next((layer for layer in self.drift if not layer.drift <= FLOAT64_LIMIT), None)
 
     @property
@@ -66,16 +73,18 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """The checks of two sets of weights, and what failed.
+    """The checks of two sets of weights and their results.
 
     Attributes:
-        spec: the network, in words.
-        tensors: how many there are; `different` names those that are not equal bit for bit.
-        comparison: on the weights themselves.
-        synthetic: on synthetic weights, compared where the file's own are nearly untrained and hide the blocks.
-        stored_as: type of the converted weights; the source is rounded to it first.
-        blocks: whether the table shows every block.
-        rounding_cost: largest change of the float64 logits that this rounding alone makes; 0 without.
+        spec: Description of the network.
+        tensors: Number of tensors.
+        different: Names of the tensors that are not equal bit for bit.
+        comparison: Comparison with the given weights.
+        synthetic: Comparison with synthetic weights, or None. It is done if the given weights are nearly untrained, so
+            that their layer scales hide the blocks.
+        stored_as: Type of the converted weights. The source weights are rounded to it first.
+        rounding_cost: Largest change of the float64 logits from this rounding, or 0 without rounding.
+        blocks: Whether the table contains every block.
     """
 
     spec: str
@@ -100,7 +109,7 @@ class Verification:
 
     @property
     def problem(self) -> str:
-        """The reason why the files are not one network; empty: they are."""
+        """Return why the files are not the same network, or an empty string if they are."""
         return "" if self.passed else f"verification failed: {self.failure()}"
 
     def to_json(self) -> dict[str, Any]:
@@ -108,41 +117,41 @@ class Verification:
         return dataclasses.asdict(self) | {"passed": self.passed, "failure": failure}
 
     def tables(self) -> "Iterator[Table]":
-        """Show the checks, and the drift by stage or after every block."""
+        """Yield the table of checks, and the table of the drift by stage or by block."""
         from fcvit.report.tables import table, verdict
 
-        same = f"{self.tensors - len(self.different)} of {self.tensors}"
+        equal = f"{self.tensors - len(self.different)} of {self.tensors}"
         rows: list[Sequence[Any]] = [
-            ("tensors equal bit for bit", same, str(self.tensors), verdict(not self.different))
+            ("tensors equal bit for bit", equal, str(self.tensors), verdict(not self.different))
         ]
         compared = [(self.comparison, "")]
         if self.synthetic:
-            compared.append((self.synthetic, " (synthetic weights: the file's own hide the blocks)"))
+            compared.append((self.synthetic, " (synthetic weights, because the file's layer scales are near zero)"))
         for one, note in compared:
             close, near = one.float64_difference <= FLOAT64_LIMIT, one.error_ratio <= RATIO_LIMIT
             difference, limit = f"{one.float64_difference:.1e}", f"{FLOAT64_LIMIT:.0e}"
-            rows.append((f"float64 difference, largest over std{note}", difference, limit, verdict(close)))
+            rows.append((f"largest float64 difference / std{note}", difference, limit, verdict(close)))
             ratio, limit = f"{one.error_ratio:.2f}", f"{RATIO_LIMIT:.0f}"
-            rows.append((f"float32 rms error over PyTorch's{note}", ratio, limit, verdict(near)))
+            rows.append((f"float32 rms error / PyTorch's{note}", ratio, limit, verdict(near)))
         rows.append(("largest float32 difference", f"{self.comparison.float32_max:.2e}"))
         rows.append(("mean float32 difference", f"{self.comparison.float32_mean:.2e}"))
         if self.rounding_cost:
-            rows.append((f"cost of storing as {self.stored_as}, largest", f"{self.rounding_cost:.2e}"))
+            rows.append((f"largest change from rounding to {self.stored_as}", f"{self.rounding_cost:.2e}"))
         right = ("measured", "limit")
         yield table("check", *right, "", rows=rows, title=f"verification of {self.spec}", right=right)
         layers = [one for one in (self.synthetic or self.comparison).drift if self.blocks or one.name.count(".") != 2]
         rows = [(one.name, f"{one.drift:.1e}", verdict(one.drift <= FLOAT64_LIMIT)) for one in layers]
-        title = "drift by stage (float64, over the standard deviation)"
+        title = "drift by stage (largest float64 difference / std)"
         yield table("layer", "drift", "", rows=rows, title=title, right=("drift",))
 
     def failure(self) -> str:
-        """Return what is wrong, in one line."""
+        """Return the reason for the failure in one line."""
         if self.different:
             return f"{len(self.different)} tensor(s) differ, first {self.different[0]}"
         comparison = self.comparison if self.synthetic is None or not self.comparison.passed else self.synthetic
         if comparison.first_over:
             layer = comparison.first_over
-            return f"the networks part at {layer.name}: drift {layer.drift:.1e}, limit {FLOAT64_LIMIT:.0e}"
+            return f"the first difference is in {layer.name}: drift {layer.drift:.1e}, limit {FLOAT64_LIMIT:.0e}"
         return (
             f"float64 difference {comparison.float64_difference:.1e} (limit {FLOAT64_LIMIT:.0e}), "
             f"float32 error ratio {comparison.error_ratio:.2f} (limit {RATIO_LIMIT})"
@@ -150,25 +159,27 @@ class Verification:
 
 
 def verify_weights(converted: Weights, source: Weights) -> Verification:
-    """Compare two sets of weights: tensors first, then the networks that hold them.
+    """Compare two sets of weights: first the tensors, then the outputs of the networks.
 
     Raises:
-        DoesNotFit: they are not of one form, or the converted ones mix types.
-        MissingExtra: Paddle or PyTorch is not installed.
+        DoesNotFit: If the weights belong to different networks, or the converted weights have mixed types.
+        MissingExtra: If Paddle or PyTorch is not installed.
     """
     one, other = converted.spec, source.spec
     if dataclasses.replace(one, variant=other.variant) != other or list(converted.tensors) != list(source.tensors):
-        raise DoesNotFit(f"{converted.source.path} is {one}, {source.source.path} is {other}: not one network")
+        raise DoesNotFit(f"{converted.source.path} is {one}, but {source.source.path} is {other}: not the same network")
     stored_as = "/".join(converted.dtypes)
     rounded = source if converted.dtypes == source.dtypes else _round(source, converted)
-    # The Paddle network takes the side that is stored for Paddle.
+    # The Paddle network gets the weights that are stored for Paddle.
     swap = converted.layout == "torch" and source.layout == "paddle"
     ours, reference = (rounded, converted) if swap else (converted, rounded)
     comparison = compare(ours, reference)
     synthetic = None
     if has_near_zero_scale(converted.tensors):
-        rule = synthetic_tensors(one)
-        synthetic = compare(dataclasses.replace(converted, tensors=rule), dataclasses.replace(source, tensors=rule))
+        tensors = synthetic_tensors(one)
+        synthetic = compare(
+            dataclasses.replace(converted, tensors=tensors), dataclasses.replace(source, tensors=tensors)
+        )
     return Verification(
         str(one),
         len(converted.tensors),
@@ -181,13 +192,13 @@ def verify_weights(converted: Weights, source: Weights) -> Verification:
 
 
 def require(verification: Verification) -> None:
-    """Raise `NumbersDisagree`, which says where, unless the verification passed."""
+    """Raise `NumbersDisagree` with the reason unless the verification passed."""
     if not verification.passed:
         raise NumbersDisagree(verification.problem)
 
 
 def compare(ours: Weights, reference: Weights) -> Comparison:
-    """Run the Paddle network on `ours` and PyTorch's on `reference`, in float64 and float32."""
+    """Run the Paddle network with `ours` and the PyTorch network with `reference`, in float64 and float32."""
     images = synthetic_input(input_shape(ours.spec), "verify/")
     runs = (
         (trace_torch, reference, "float64"),
@@ -196,7 +207,7 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
         (trace_torch, reference, "float32"),
     )
     traces = []
-    with progress("verifying", len(runs), "runs") as advance:  # over half a minute on the largest variant
+    with progress("verifying", len(runs), "runs") as advance:  # takes over half a minute for the largest variant
         for trace, weights, dtype in runs:
             traces.append(trace(weights, images, dtype))
             advance(1)
@@ -217,14 +228,17 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
 
 
 def input_shape(spec: ModelSpec) -> tuple[int, int, int, int]:
-    """Return the shape of two images of the network's own size, more where they are small and the logits few."""
+    """Return the input shape for a comparison, at the network's input size.
+
+    It contains two images, or more if the images are small and the network has few outputs.
+    """
     size = spec.variant.preprocessing.input_size
     return images_needed(spec.num_classes or spec.variant.widths[-1], size * size), 3, size, size
 
 
 def _round(source: Weights, converted: Weights) -> Weights:
     if len(converted.dtypes) != 1:
-        raise DoesNotFit(f"{converted.source.path} mixes types: {', '.join(converted.dtypes)}")
+        raise DoesNotFit(f"{converted.source.path} has tensors of mixed types: {', '.join(converted.dtypes)}")
     return cast(source, converted.dtypes[0])
 
 

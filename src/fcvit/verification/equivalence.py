@@ -1,7 +1,7 @@
-"""Decide whether two computations are equal: the float64 equivalence check and the float32 error ratio.
+"""Decide whether two computations are equal, by the float64 equivalence check and the float32 error ratio.
 
-Logic: both compute in float64; the largest difference is at most 1e-10 of the standard deviation.
-Rounding: the rms error of our float32 against float64 is at most 3 times that of PyTorch's own float32.
+Logic: in float64, the largest difference is at most 1e-10 of the standard deviation.
+Rounding: the rms error of our float32 against float64 is at most 3 times that of PyTorch's float32.
 """
 
 import math
@@ -10,18 +10,21 @@ import numpy as np
 
 FLOAT64_LIMIT = 1e-10
 RATIO_LIMIT = 3.0
-_MIN_OUTPUTS = 256  # fewer make the error ratio a matter of luck
+_MIN_OUTPUTS = 256  # with fewer outputs the error ratio is mostly chance
 
 
 def float64_difference(computed: np.ndarray, reference: np.ndarray) -> float:
-    """Return the largest difference over the standard deviation of the reference; infinite for NaN."""
+    """Return the largest difference divided by the standard deviation of the reference, or infinity for NaN."""
     scale = float(reference.std()) or 1.0
     difference = float(np.abs(computed - reference).max()) if reference.size else 0.0
     return difference / scale if math.isfinite(difference) else math.inf
 
 
 def error_ratio(computed_32: np.ndarray, reference_32: np.ndarray, exact: np.ndarray) -> float:
-    """Return the rms error of the first over that of the second, both against `exact` (float64); infinite for NaN."""
+    """Return the rms error of `computed_32` divided by that of `reference_32`, or infinity for NaN.
+
+    Both errors are against `exact` (float64).
+    """
     ours = rms_error(computed_32, exact)
     theirs = rms_error(reference_32, exact)
     if not math.isfinite(ours):
@@ -30,16 +33,18 @@ def error_ratio(computed_32: np.ndarray, reference_32: np.ndarray, exact: np.nda
 
 
 def rms_error(computed: np.ndarray, exact: np.ndarray) -> float:
-    """Return the root of the mean squared difference, in float64."""
+    """Return the root mean squared difference, computed in float64."""
     return math.sqrt(np.mean((computed.astype(np.float64) - exact) ** 2))
 
 
 def images_needed(outputs: int, pixels: int) -> int:
-    """Return the number of images that give the error ratio enough numbers, if they are not too large; at least two.
+    """Return the number of images that gives the error ratio enough outputs.
+
+    The number is at least two and is limited for large images.
 
     Args:
-        outputs: of one image.
-        pixels: of one image.
+        outputs: Number of outputs per image.
+        pixels: Number of pixels per image.
     """
     affordable = 2 * 224 * 224 // pixels
     return max(2, min(math.ceil(_MIN_OUTPUTS / outputs), affordable))

@@ -1,4 +1,4 @@
-"""Run either network and keep what its layers compute, by the names that both share."""
+"""Run a Paddle or PyTorch network and record the outputs of its layers, by the names that both networks share."""
 
 import contextlib
 import re
@@ -9,12 +9,15 @@ import numpy as np
 from fcvit.frameworks import import_framework, on_paddle_device
 from fcvit.weights.reading import Weights
 
-# Stem, stages with the downsampling between them (`network.I`), blocks (`network.I.J`) and norms of the outputs.
+# Stem, stages and downsampling (`network.I`), blocks (`network.I.J`), and norms of the outputs.
 _TRACED = re.compile(r"patch_embed|network\.[0-9]+(\.[0-9]+)?|norm[0246]?")
 
 
 def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """Return what the Paddle network computes, by layer in forward order: stem, blocks, stages, norms, outputs."""
+    """Return the outputs of the Paddle network's layers by name, in forward order.
+
+    The layers are the stem, blocks, stages, norms and outputs.
+    """
     paddle = import_framework("paddle")
     from fcvit.models.build import build_network
 
@@ -27,7 +30,7 @@ def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, 
 
 
 def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """Return what the PyTorch reference computes, as `trace_paddle` does."""
+    """Return the outputs of the PyTorch reference's layers, like `trace_paddle`."""
     torch = import_framework("torch")
     from fcvit.reference.build import build_reference
 
@@ -40,7 +43,7 @@ def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, n
 
 @contextlib.contextmanager
 def _hooks(layers: Mapping[str, object], register: str, values: dict[str, np.ndarray]) -> Iterator[None]:
-    def record(name: str):  # noqa: ANN202 -- the hook of either framework
+    def record(name: str):  # noqa: ANN202 -- a hook for either framework
         def hook(_layer, _inputs, output) -> None:  # noqa: ANN001
             values[name] = output.numpy()
 

@@ -1,1 +1,1 @@
-"""Weights as files and as named NumPy tensors; needs neither Paddle nor PyTorch."""
+"""Read and write weights as named NumPy tensors. Needs neither Paddle nor PyTorch."""

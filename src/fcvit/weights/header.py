@@ -1,7 +1,7 @@
-"""What travels with converted weights: in the header of a safetensors file, or as JSON beside others.
+"""Metadata of converted weights, stored in the header of a safetensors file or in a JSON file next to other formats.
 
-A weights file is enough to rebuild, feed and name the outputs of its network: every field of the
-variant, the preprocessing, the class list, the layout, PyTorch's counters, the source's hash.
+With it, a weights file is sufficient to rebuild the network, preprocess its inputs and name its outputs. It contains
+all fields of the variant, the preprocessing, the class list, the layout, PyTorch's counters and the source's hash.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from fcvit.text import strict_json
 from fcvit.weights.hub import MAX_JSON
 
 FORMAT_VERSION = 2
-KEY = "fcvit"  # of the text entry in a safetensors header
+KEY = "fcvit"  # name of the text entry in a safetensors header
 LAYOUTS = ("paddle", "torch")
-_FIRST_HEADS = {True: "backbone", False: "classifier"}  # of the flag `dense` in format version 1
-EXAMPLE = VARIANTS["fcvit_tiny"]  # what kind of value each field has
+_FIRST_HEADS = {True: "backbone", False: "classifier"}  # values of the flag `dense` in format version 1
+EXAMPLE = VARIANTS["fcvit_tiny"]  # defines the type of each field
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Everything about weights that is not a number in a tensor.
+    """All information about weights except the tensors.
 
     Attributes:
-        spec: variant, class count, head.
-        layout: names and Linear layout of the tensors: "paddle" or "torch".
-        preprocessing: what the weights were trained for; None: the variant's.
-        classes: ordered; None: unknown.
-        counters: PyTorch's `num_batches_tracked` by the authors' name.
-        source_sha256: of the file that was converted.
-        weights_sha256: of the weights file, where this stands beside it.
+        spec: Variant, number of classes and head.
+        layout: Naming and Linear layout of the tensors: "paddle" or "torch".
+        preprocessing: Preprocessing that the weights were trained with, or None for the variant's.
+        classes: Ordered class list, or None if unknown.
+        counters: PyTorch's `num_batches_tracked` by the authors' tensor names.
+        source_sha256: SHA-256 of the file that was converted.
+        weights_sha256: SHA-256 of the weights file, if the header is stored in a separate file.
     """
 
     spec: ModelSpec
@@ -46,7 +46,7 @@ class Header:
     weights_sha256: str = ""
 
     def to_json(self) -> str:
-        """Write one JSON object; the fields of the variant by name."""
+        """Serialize the header to one JSON object, with the fields of the variant by name."""
         return json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -69,21 +69,21 @@ class Header:
         """Invert `to_json`.
 
         Raises:
-            UnreadableFile: not such a header, or of a newer format.
+            UnreadableFile: If the text is not a valid header, or its format version is newer.
         """
         try:
             fields = strict_json(text)
-            json.dumps(fields, ensure_ascii=False).encode()  # half a character could never be written again
+            json.dumps(fields, ensure_ascii=False).encode()  # lone surrogates could not be written to a file
             version = fields["format_version"]
             if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
                 raise UnreadableFile(
-                    f"header of format version {version!r}, this program reads {FORMAT_VERSION}; update fcvit"
+                    f"header has format version {version!r}, expected at most {FORMAT_VERSION}; update fcvit"
                 )
             variant = dict(fields["variant"])
             variant["preprocessing"] = Preprocessing(**_tuples(variant["preprocessing"]))
             head = _FIRST_HEADS[fields["dense"]] if version == 1 else fields["head"]
             if not isinstance(head, str) or head not in HEADS:
-                raise UnreadableFile(f"header with the unknown head {str(head)[:40]!r}; update fcvit")
+                raise UnreadableFile(f"header has the unknown head {str(head)[:40]!r}; update fcvit")
             spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head)
             preprocessing = fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"]))
             _check_kinds("variant", spec.variant, EXAMPLE)
@@ -92,9 +92,9 @@ class Header:
             if classes is not None:
                 classes = check_classes(tuple(ClassName(str(i), str(n)) for i, n in classes), "header")
                 if len(classes) != spec.num_classes:
-                    raise UnreadableFile(f"header with {len(classes)} classes for {spec.num_classes} outputs")
+                    raise UnreadableFile(f"header has {len(classes)} classes for {spec.num_classes} outputs")
             if fields["layout"] not in LAYOUTS:
-                raise UnreadableFile(f"header with the unknown layout {str(fields['layout'])[:40]!r}")
+                raise UnreadableFile(f"header has the unknown layout {str(fields['layout'])[:40]!r}")
             return cls(
                 spec,
                 fields["layout"],
@@ -111,51 +111,51 @@ class Header:
 
 
 def sidecar(path: Path) -> Path:
-    """Return where the header of a format without one stands: the file's whole name with `.json` added."""
+    """Return the path of the JSON header of a format without its own header: `.json` is added to the file name."""
     return path.with_name(path.name + ".json")
 
 
 def read_sidecar(path: Path, sha256: str) -> Header:
-    """Read the header beside the weights file at `path`, which has that hash.
+    """Read the JSON header of the weights file at `path`, which has the given SHA-256.
 
     Raises:
-        UnreadableFile: it cannot be read, or describes other weights.
+        UnreadableFile: If the header cannot be read, or describes other weights.
     """
-    beside = sidecar(path)
+    file = sidecar(path)
     try:
-        if beside.stat().st_size > MAX_JSON:
-            raise UnreadableFile(f"{beside.name} beside it is over {MAX_JSON >> 20} MiB: not a header")
-        header = Header.from_json(beside.read_text("utf-8"))
+        if file.stat().st_size > MAX_JSON:
+            raise UnreadableFile(f"{file.name} is over {MAX_JSON >> 20} MiB, too large for a header")
+        header = Header.from_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{beside.name} beside it cannot be read ({error}); mend or remove it") from error
+        raise UnreadableFile(f"{file.name} cannot be read ({error}); repair or remove it") from error
     if header.weights_sha256 != sha256:
         raise UnreadableFile(
-            f"{beside.name} beside it describes other weights (SHA-256 differs); remove it or restore both"
+            f"{file.name} describes other weights (the SHA-256 differs); remove it or restore both files"
         )
     return header
 
 
 def _tuples(fields: Mapping[str, object]) -> dict:
-    """Replace JSON's lists by the tuples that the dataclasses have."""
+    """Convert JSON lists to the tuples that the dataclasses expect."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _check_kinds(name: str, value: object, example: object) -> None:
-    """Check the types; the dataclasses check sizes, but what came from a file need not even be numbers."""
+    """Check the types of all fields. The dataclasses check only sizes and assume correct types."""
     if dataclasses.is_dataclass(example):
         for field in dataclasses.fields(example):
             _check_kinds(field.name, getattr(value, field.name), getattr(example, field.name))
     elif isinstance(example, tuple) and isinstance(value, tuple):
         if len(value) != len(example):
             raise ValueError(f"{name} has {len(value)} values, expected {len(example)}")
-        for one in value:
-            _check_kinds(name, one, example[0])
+        for item in value:
+            _check_kinds(name, item, example[0])
     elif isinstance(example, float) and isinstance(value, int | float):
-        if not 1e-12 < abs(value) < 1e9 and value != 0:  # a deviation near 0 would make every input infinite
+        if not 1e-12 < abs(value) < 1e9 and value != 0:  # a standard deviation near 0 would make every input infinite
             raise ValueError(f"{name} is {value!r:.40}")
     elif isinstance(example, str) and isinstance(value, str):
         if not value.isprintable() or len(value) > 100:
-            raise ValueError(f"{name} is not a name")
+            raise ValueError(f"{name} is not printable text of at most 100 characters")
     elif type(value) is not type(example) and not (name == "layer_scale" and value is None):
         raise ValueError(f"{name} is a {type(value).__name__}, expected a {type(example).__name__}")
 

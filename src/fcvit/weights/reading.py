@@ -1,4 +1,4 @@
-"""Read weights that fit an FCViT exactly, or list everything that does not fit."""
+"""Read weights that fit an FCViT exactly, or report everything that does not fit."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ from fcvit.models.variants import VARIANTS, Preprocessing, Variant, get_variant,
 from fcvit.weights.checkpoint import Checkpoint, read_checkpoint
 from fcvit.weights.dtypes import FLOATS, is_float
 from fcvit.weights.header import sidecar
-from fcvit.weights.hub import settings_beside
+from fcvit.weights.hub import read_settings
 from fcvit.weights.sets import DETECTOR_PARTS
 from fcvit.weights.training_args import stated_preprocessing
 
@@ -36,7 +36,14 @@ CLASSIFIER_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that does not fit: which tensor, what was expected, what the file has, what to do."""
+    """One tensor that does not fit.
+
+    Attributes:
+        name: Name of the tensor.
+        expected: Expected property, in words.
+        found: Property in the file, in words.
+        remedy: What the user can do.
+    """
 
     name: str
     expected: str
@@ -48,7 +55,11 @@ class Problem:
 
 
 class WeightsDoNotFit(DoesNotFit):
-    """The tensors of a file do not fit the network; `problems` has all of them."""
+    """The tensors of a file do not fit the network.
+
+    Attributes:
+        problems: All problems found.
+    """
 
     def __init__(self, source: str, spec: ModelSpec, problems: list[Problem]):
         self.problems = problems
@@ -58,16 +69,17 @@ class WeightsDoNotFit(DoesNotFit):
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights in the common form: the authors' names and PyTorch's layout, counters included.
+    """Weights in the common form: the authors' names and PyTorch's layout, including counters.
 
     Attributes:
-        spec: the network they fit, checked name by name.
-        tensors: every tensor of that network; views into the file where possible.
-        source: the file they came from.
-        layout: how they were stored: "paddle" or "torch".
-        preprocessing, classes: what the file says of them; None: nothing.
-        skipped: entries of the file that are no weights of this network.
-        notes: what a person should know: counters assumed, names stripped.
+        spec: Network that the weights fit, checked for every tensor.
+        tensors: All tensors of the network, as views into the file where possible.
+        source: Checkpoint that the weights were read from.
+        layout: Layout in the file: "paddle" or "torch".
+        preprocessing: Preprocessing that the file specifies, or None.
+        classes: Class list in the file, or None.
+        skipped: Entries of the file that are not weights of this network.
+        notes: Notes for the user, for example about missing counters or removed prefixes.
     """
 
     spec: ModelSpec
@@ -84,7 +96,7 @@ class Weights:
 
     @property
     def dtypes(self) -> list[str]:
-        """Types of the floating-point tensors, sorted."""
+        """Return the types of the floating-point tensors, sorted by name."""
         return sorted({t.dtype.name for name, t in self.tensors.items() if not is_counter(name)})
 
 
@@ -95,26 +107,25 @@ def read_weights(
     backbone: bool = False,
     key: str | None = None,
 ) -> Weights:
-    """Read a checkpoint of any format and fit it strictly to its network.
+    """Read a checkpoint of any format and match it strictly with its network.
 
     Args:
-        path: PyTorch (zip or older), safetensors or `.pdparams`.
-        ema: choose between the averaged and the raw weights of a file with both.
-        variant: what the file must be; None: its header's, else recognized from the tensors.
-        backbone: read it for the dense-prediction form. Only here a detector's neck and heads, and
-            a classifier's `norm` and `head`, are skipped by name; the weights may then lack the
-            four norms.
-        key: which of several sets of weights in the file, by the name that the error about them gives it.
+        path: A PyTorch (zip or legacy), safetensors or `.pdparams` file.
+        ema: True selects the EMA weights and False the raw weights of a file that contains both.
+        variant: Expected variant. None uses the header's variant, or else detects it from the tensors.
+        backbone: Read the weights for a dense-prediction backbone. Only then are a detector's neck and heads and a
+            classifier's `norm` and `head` skipped by name, and the four norms may be missing.
+        key: Label of the set of weights to select, as listed in the error about several sets.
 
     Raises:
-        UnreadableFile: see `read_checkpoint`.
-        UsageError: the choice between averaged and raw weights, or between other sets, is open.
-        DoesNotFit: names, shapes, kinds or values do not fit; every problem is named.
+        UnreadableFile: See `read_checkpoint`.
+        UsageError: If the file contains several sets of weights and none is selected.
+        DoesNotFit: If names, shapes, types or values do not fit. All problems are listed.
     """
     checkpoint = read_checkpoint(path)
     named, skipped, notes = checkpoint.select(ema, key)
     if checkpoint.path != Path(path):
-        notes.insert(0, f"{path} is a folder: {checkpoint.path.name} in it is read")
+        notes.insert(0, f"{path} is a folder; reading its {checkpoint.path.name}")
     header = checkpoint.header
     layout = _layout(checkpoint, named)
     if backbone:
@@ -134,11 +145,11 @@ def read_weights(
     tensors, odd = _plain_counters(wanted, tensors)
     if odd:
         notes.append(
-            f"BatchNorm counters (num_batches_tracked) stored as {', '.join(sorted(odd))} were read as whole numbers"
+            f"converted BatchNorm counters (num_batches_tracked) from {', '.join(sorted(odd))} to whole numbers"
         )
     absent = [name for name in wanted if is_counter(name) and name not in tensors]
     if absent and all(name in tensors for name in wanted if not is_counter(name)):
-        notes.append(f"the file has no BatchNorm counters ({len(absent)} num_batches_tracked): taken as 0")
+        notes.append(f"the file contains no BatchNorm counters ({len(absent)} num_batches_tracked); using 0")
         tensors |= {name: np.array(0, np.int64) for name in absent}
     problems = find_problems(wanted, tensors)
     if problems:
@@ -163,20 +174,20 @@ def read_weights(
 
 
 def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -> Preprocessing | None:
-    """Return the preprocessing that the header or the training arguments in a file state; None: nothing.
+    """Return the preprocessing that the header or the training arguments in the file specify, or None.
 
     Raises:
-        DoesNotFit: the two contradict each other.
+        DoesNotFit: If they contradict each other.
     """
     header, assumed = checkpoint.header, variant.preprocessing
-    beside = settings_beside(checkpoint.path) if header is None else {}
-    change, remarks = stated_preprocessing({**checkpoint.top, **beside}, checkpoint.array)
+    settings = read_settings(checkpoint.path) if header is None else {}
+    change, remarks = stated_preprocessing({**checkpoint.top, **settings}, checkpoint.array)
     notes += remarks
     known = header.preprocessing if header else None
     for field, value in change.items():
         if known is not None and not _close(getattr(known, field), value):
             raise DoesNotFit(
-                f"{checkpoint.path}: its training arguments state {field} {value}, its header "
+                f"{checkpoint.path}: the training arguments specify {field} {value}, but the header specifies "
                 f"{getattr(known, field)}; remove or correct {sidecar(checkpoint.path).name}"
             )
     if known is not None:
@@ -184,11 +195,12 @@ def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -
     chosen = resolve_preprocessing(change, None, variant)
     used = [f"{field} {value}" for field, value in change.items() if not _close(getattr(assumed, field), value)]
     if used:
-        notes.append(f"the preprocessing follows the training arguments in the file: {', '.join(used)}")
+        notes.append(f"using the preprocessing from the training arguments in the file: {', '.join(used)}")
     if header is None and variant.name not in VARIANTS and not {"input_size", "crop_fraction"} <= change.keys():
         notes.append(
-            f"no named variant: preprocessing is assumed (resize {chosen.resize} {chosen.interpolation}, crop "
-            f"{chosen.input_size}); state it with --input-size, --crop-fraction, --interpolation"
+            f"this is not a named variant, so the preprocessing is assumed (resize {chosen.resize} "
+            f"{chosen.interpolation}, crop {chosen.input_size}); specify it with --input-size, --crop-fraction, "
+            "--interpolation"
         )
     return chosen if change else None
 
@@ -198,29 +210,29 @@ def _close(one: object, other: object) -> bool:
 
 
 def find_problems(wanted: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]) -> list[Problem]:
-    """Return everything that keeps `tensors` from being exactly those that are `wanted`."""
+    """Return every difference between `tensors` and the tensors that are expected in `wanted`."""
     checked = {name: _problem(name, entry, tensors.get(name)) for name, entry in wanted.items()}
     problems = [Problem(name, *problem) for name, problem in checked.items() if problem]
     for name in [name for name in tensors if name not in wanted]:
         detector = name.startswith(DETECTOR_PARTS)
-        remedy = "a detector's: only fcvit.create_backbone skips it" if detector else "another model?"
+        remedy = "part of a detector; only fcvit.create_backbone skips it" if detector else "is this another model?"
         problems.append(Problem(name[:120], "no such tensor", f"shape {list(tensors[name].shape)}", remedy))
     return problems
 
 
 def _problem(name: str, entry: TensorSpec, tensor: np.ndarray | None) -> tuple[str, str, str] | None:
-    """Return what was expected of a tensor, what the file has and what to do; None: it fits."""
+    """Return the expected property, the property found and the remedy, or None if the tensor fits."""
     shape = f"shape {list(entry.shape)}"
     if tensor is None:
-        return shape, "nothing", "the file is incomplete or of another variant"
+        return shape, "nothing", "the file is incomplete or contains another variant"
     if is_counter(name):
         return _counter_problem(tensor)
     if tensor.shape != entry.shape:
         return shape, f"{list(tensor.shape)}", "is this the right variant?"
     if not is_float(tensor.dtype):
-        return "floating-point numbers", tensor.dtype.name, "quantized weights are not read"
+        return "floating-point numbers", tensor.dtype.name, "quantized weights are not supported"
     if name.endswith("running_var") and (tensor < 0).any():
-        return "variances from 0 up", "negative ones", "the file is damaged"
+        return "variances of 0 or more", "negative variances", "the file is damaged"
     if bad := int(tensor.size - np.isfinite(tensor).sum()):
         return "finite numbers", f"{bad} infinite or NaN", "the training diverged, or the file is damaged"
     return None
@@ -229,7 +241,10 @@ def _problem(name: str, entry: TensorSpec, tensor: np.ndarray | None) -> tuple[s
 def _plain_counters(
     wanted: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    """Turn counters into whole numbers without a dimension, as PyTorch has them; also return how others were stored."""
+    """Convert counters to 0-d whole numbers, as in PyTorch.
+
+    Return the tensors and a description of the types and shapes that were converted.
+    """
     result, odd = dict(tensors), set()
     for name, tensor in tensors.items():
         if is_counter(name) and name in wanted and not _counter_problem(tensor):
@@ -240,34 +255,35 @@ def _plain_counters(
 
 
 def _counter_problem(tensor: np.ndarray) -> tuple[str, str, str] | None:
-    """Return what keeps a tensor from being a counter, as `_problem` does; its type and a shape such as [1] do not."""
-    remedy = "save it as an int64, or leave it out: a missing one is taken as 0"
+    """Return why a tensor is not a counter, like `_problem`. All numeric types and a shape of [1] are accepted."""
+    remedy = "save it as int64, or remove it to use 0"
     if tensor.size != 1:
         return "shape []", f"{list(tensor.shape)}", remedy
     if tensor.dtype.kind not in "iu" and not is_float(tensor.dtype):
         return "a whole number", tensor.dtype.name, remedy
     value = tensor.reshape(()).item()
     if not 0 <= value < 1 << 63 or value != int(value):
-        return "a whole number from 0 up", f"{value:g}", remedy
+        return "a whole number of 0 or more", f"{value:g}", remedy
     return None
 
 
 def _layout(checkpoint: Checkpoint, names: Iterable[str]) -> str:
-    """Return the layout, by the names of BatchNorm's statistics, which differ between the frameworks."""
+    """Return the layout, detected from the names of BatchNorm statistics, which differ between the frameworks."""
     last = {name.rpartition(".")[2] for name in names}
     paddle, torch = bool(last & set(PADDLE_STATISTICS.values())), bool(last & set(PADDLE_STATISTICS))
     if paddle and torch:
-        raise DoesNotFit(f"{checkpoint.path} mixes Paddle's names (_mean) with PyTorch's (running_mean)")
+        raise DoesNotFit(f"{checkpoint.path}: the file mixes Paddle names (_mean) with PyTorch names (running_mean)")
     layout = "paddle" if paddle else "torch"
     if checkpoint.header and checkpoint.header.layout != layout:
         raise DoesNotFit(
-            f"{checkpoint.path}: the header says {checkpoint.header.layout} layout, the names are those of {layout}"
+            f"{checkpoint.path}: the header specifies {checkpoint.header.layout} layout, "
+            f"but the tensor names are in {layout} layout"
         )
     return layout
 
 
 def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
-    """Return tensors by Paddle's names in its layout; without counters, which Paddle does not have."""
+    """Return the tensors with Paddle's names and layout, without counters, which Paddle does not have."""
     wanted = tensor_specs(weights.spec)
     return {
         paddle_name(name): tensor.T if wanted[name].transposed_in_paddle else tensor
@@ -277,13 +293,13 @@ def paddle_tensors(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
-    """Convert weights to another floating-point type; None: as they are.
+    """Convert weights to another floating-point type. Return them unchanged if `dtype` is None.
 
-    Numbers so small that they become 0 in that type are counted in a note.
+    A note counts the numbers that become 0 because they are too small for the type.
 
     Raises:
-        DoesNotFit: a number is too large for the type, or a variance becomes 0 in it.
-        UsageError: not float16, bfloat16, float32 or float64.
+        DoesNotFit: If a number is too large for the type, or a variance becomes 0.
+        UsageError: If the type is not float16, bfloat16, float32 or float64.
     """
     if dtype is None:
         return weights
@@ -296,8 +312,8 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
         lost = int(np.count_nonzero(weights.tensors[name]) - np.count_nonzero(tensor))
         vanished += lost
         if not np.isfinite(tensor).all() or (lost and name.endswith("running_var")):
-            larger = "variances that become 0" if np.isfinite(tensor).all() else "larger ones"
-            problems.append(Problem(name, f"numbers that {dtype} can hold", larger, "use bfloat16 or float32"))
+            kind = "variances that become 0" if np.isfinite(tensor).all() else "larger numbers"
+            problems.append(Problem(name, f"numbers that {dtype} can represent", kind, "use bfloat16 or float32"))
     if problems:
         raise WeightsDoNotFit(str(weights.source.path), weights.spec, problems)
     notes = (f"{vanished} numbers are too small for {dtype} and became 0",) if vanished else ()

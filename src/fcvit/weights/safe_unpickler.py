@@ -1,13 +1,13 @@
-"""Read a pickle without running it.
+"""Read a pickle without executing it.
 
-Python's own unpickler executes whatever the file says, and even with every class forbidden a file
-can make it allocate without bound or overflow the C stack. This one interprets the opcodes that
-`pickletools` describes and never imports, looks up or calls anything the file names: a class or
-function becomes an `Opaque` with that name, unless the caller's table has a constructor for it.
+Python's own unpickler executes any code in the file. Even if all classes are forbidden, a file can make it allocate
+unlimited memory or overflow the C stack. This reader interprets the opcodes that `pickletools` describes. It never
+imports, looks up or calls anything that the file names. A class or function becomes an `Opaque` with its name, unless
+the caller passes a constructor for the name.
 
-Every opcode takes a bounded time and memory, or one in proportion to its own bytes: nothing is
-copied, hashed, compared or printed whose size the file can choose by referring to it again.
-What would change an object after its construction is never ignored if it could change numbers.
+The time and memory for each opcode are bounded or proportional to the opcode's own size. The reader does not copy,
+hash, compare or print objects whose size the file can multiply by repeated references. An opcode that changes an
+object after its construction is never ignored if it could change numbers.
 """
 
 import pickletools
@@ -18,25 +18,26 @@ from typing import Any
 
 from fcvit.errors import UnreadableFile
 
-# The largest variant with optimizer and EMA takes 280,000, and 3,000 bytes of its file for each.
-# One opcode can take about 100 bytes of memory, so these bound it by a small multiple of the file.
+# The largest variant with optimizer and EMA needs 280,000 opcodes, one for every 3,000 bytes of its file.
+# One opcode can take about 100 bytes of memory, so these limits bound the memory by a small multiple of the file.
 MAX_OPCODES = 1_000_000
 FREE_OPCODES = 100_000
 BYTES_PER_OPCODE = 32
 MAX_ARGUMENTS = 16
-MAX_NAME = 256  # characters of a module's or class's name
-MAX_LINE = 128 << 10  # bytes of a number or text that a line break ends
-# Python keeps text with one letter beyond Latin-1 at two or four bytes a letter.
-MAX_WIDE = 4 << 20  # bytes of such texts, all together
-_WIDE = re.compile(rb"[\xc4-\xff]")  # begins a letter beyond Latin-1 in UTF-8
+MAX_NAME = 256  # characters in the name of a module or class
+MAX_LINE = 128 << 10  # bytes of a number or text that ends with a newline
+# Python stores text with a character beyond Latin-1 at two or four bytes a character.
+MAX_WIDE = 4 << 20  # total bytes of these texts
+_WIDE = re.compile(rb"[\xc4-\xff]")  # first byte of a character beyond Latin-1 in UTF-8
 
 
 class Stream:
-    """Read bytes in memory from front to back; large parts of them are not copied.
+    """A reader of bytes in memory that does not copy large parts.
 
     Args:
-        data: the whole file.
-        start, end: the part of it that is read.
+        data: Contents of the file.
+        start: Position of the first byte to read.
+        end: Position after the last byte to read, or None for the end of the file.
     """
 
     def __init__(self, data: bytes, start: int = 0, end: int | None = None):
@@ -45,19 +46,19 @@ class Stream:
         self._wide = 0
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, or as many as there are."""
+        """Return the next `size` bytes, or fewer at the end."""
         start, self.position = self.position, min(self.position + size, self.end)
         return self.data[start : self.position]
 
     def readline(self) -> bytes:
-        """Return the bytes up to the next line break, this included."""
+        """Return the bytes up to and including the next newline."""
         stop = self.data.find(b"\n", self.position, min(self.end, self.position + MAX_LINE)) + 1
         if not stop:
-            raise UnreadableFile(f"damaged pickle (a line of over {MAX_LINE} bytes, or without an end)")
+            raise UnreadableFile(f"damaged pickle (a line has over {MAX_LINE} bytes or no end)")
         return self.read(stop - self.position)
 
     def sized(self, layout: str) -> memoryview:
-        """Return a view of bytes that follow their count, which is stored as `layout` says."""
+        """Return a view of bytes that are preceded by their count. `layout` is the `struct` format of the count."""
         (size,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
         if not 0 <= size <= self.end - self.position:
             raise UnreadableFile(f"damaged pickle (expected {size} bytes, {self.end - self.position} are left)")
@@ -65,14 +66,14 @@ class Stream:
         return memoryview(self.data)[start : self.position]
 
     def text(self, layout: str) -> str:
-        """Return UTF-8 text that follows its size in bytes."""
+        """Return UTF-8 text that is preceded by its size in bytes."""
         view = self.sized(layout)
         if _WIDE.search(self.data, self.position - len(view), self.position):
             self._count_wide(len(view))
         return str(view, "utf-8", "surrogatepass")
 
     def escaped(self) -> str:
-        """Return a line of text with escapes, which may stand for any letter."""
+        """Return a line of text with escape sequences, which can represent any character."""
         line = self.readline()
         self._count_wide(len(line))
         return str(line[:-1], "raw-unicode-escape")
@@ -80,10 +81,10 @@ class Stream:
     def _count_wide(self, size: int) -> None:
         self._wide += size
         if self._wide > MAX_WIDE:
-            raise UnreadableFile(f"pickle: over {MAX_WIDE >> 20} MiB of text beyond Latin-1: no checkpoint needs that")
+            raise UnreadableFile(f"pickle: over {MAX_WIDE >> 20} MiB of text beyond Latin-1, which no checkpoint needs")
 
     def string(self, layout: str) -> str | bytes:
-        """Return a string of Python 2: text if it is ASCII; readers differ in the encoding of the rest."""
+        """Return a Python 2 string: text if it is ASCII, otherwise bytes, because the encoding is unknown."""
         content = bytes(self.sized(layout))
         return content.decode() if content.isascii() else content
 
@@ -93,18 +94,18 @@ class Stream:
 
 
 class Opaque:
-    """Something the file names that is not data: kept by name, never executed."""
+    """An object in the file that is not plain data. It is represented by its name and never executed."""
 
     __slots__ = ("args", "items", "name", "state")
 
     def __init__(self, name: str, args: tuple = ()):
         self.name = name
         self.args = args
-        self.items: dict | None = None  # of a subclass of dict
+        self.items: dict | None = None  # items of a dict subclass
         self.state: object = None
 
     def build(self, state: object) -> None:
-        """Take what pickle's BUILD gives the object after its construction."""
+        """Store the state that pickle's BUILD opcode sets after construction."""
         self.state = state
 
 
@@ -115,7 +116,7 @@ _MARK = object()
 def ordered_dict(*items: object) -> object:
     """Construct a `collections.OrderedDict`, which Python 3 fills only after construction.
 
-    Items as arguments stay what they are: their keys are not safe to hash, nor checked for doubles.
+    Items passed as arguments are kept unread, because their keys are not safe to hash and not checked for duplicates.
     """
     return Opaque("collections.OrderedDict", items) if items else {}
 
@@ -123,23 +124,23 @@ def ordered_dict(*items: object) -> object:
 def load(
     stream: Stream, constructors: Mapping[str, Constructor], persistent: Callable[[object], object] | None = None
 ) -> object:
-    """Interpret one pickle from the stream's position up to its STOP.
+    """Interpret one pickle from the stream's position to its STOP opcode.
 
     Args:
-        stream: positioned at the pickle; left behind its end.
-        constructors: "module.name" -> what to call for it, on arguments of any type. It must not
-            do work in proportion to them: the file can hand over the same large one many times.
-            Nor may it keep a list or dictionary of them, which the file can still change.
-        persistent: turns a persistent id (how PyTorch refers to storages) into an object.
+        stream: Stream at the start of the pickle. It is moved to the end of the pickle.
+        constructors: Functions by "module.name". They are called with arguments of any type. A function must not do
+            work proportional to its arguments, because the file can pass the same large object many times. It must
+            not keep a list or dictionary among them, because the file can still change it.
+        persistent: Function that converts a persistent id, with which PyTorch refers to storages, to an object.
 
     Raises:
-        UnreadableFile: truncated, malformed, too long, or using opcodes that no checkpoint needs.
+        UnreadableFile: If the pickle is truncated, malformed, too long, or uses opcodes that no checkpoint needs.
     """
     try:
         return _Machine(constructors, persistent).run(stream)
     except UnreadableFile:
         raise
-    except Exception as error:  # what a malformed file can raise has no useful bound
+    except Exception as error:  # a malformed file can raise almost any exception
         raise UnreadableFile(f"damaged pickle ({type(error).__name__}: {str(error)[:80]})") from error
 
 
@@ -156,7 +157,7 @@ class _Machine:
         for _ in range(limit):
             code = stream.read(1)
             if code not in _OPCODES:
-                what = f"opcode {code!r} unknown" if code else "it ends without STOP: truncated"
+                what = f"unknown opcode {code!r}" if code else "truncated: it ends without STOP"
                 raise UnreadableFile(f"damaged pickle ({what})")
             name, reader = _OPCODES[code]
             argument = reader(stream) if reader else None
@@ -168,14 +169,14 @@ class _Machine:
                 return self.stack.pop()
             else:
                 if name not in _STEPS:
-                    raise UnreadableFile(f"pickle opcode {name}: not used by any checkpoint, refused")
+                    raise UnreadableFile(f"pickle opcode {name} is refused, because no checkpoint uses it")
                 _STEPS[name](self, argument)
         raise UnreadableFile(
-            f"pickle of over {limit} opcodes in a file of {file_size} bytes: no FCViT checkpoint needs that"
+            f"pickle has over {limit} opcodes in a file of {file_size} bytes, which no FCViT checkpoint needs"
         )
 
     def pop_mark(self) -> list:
-        """Remove and return everything above the topmost mark, and the mark."""
+        """Remove the topmost mark and everything above it. Return the items above it."""
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
                 items = self.stack[index + 1 :]
@@ -188,23 +189,24 @@ class _Machine:
         if type(what) is Opaque and not what.args:
             constructor = self.constructors.get(what.name)
             if constructor and len(args) > MAX_ARGUMENTS:
-                raise UnreadableFile(f"pickle: {what.name} with {len(args)} arguments")
+                raise UnreadableFile(f"pickle: {what.name} is called with {len(args)} arguments")
             return constructor(*args) if constructor else Opaque(what.name, args)
         return Opaque("call", (what, args))
 
     def put(self, index: int) -> None:
-        if not 0 <= index < MAX_OPCODES:  # picklers count up; numbers of the file's choice could collide as keys
-            raise UnreadableFile("pickle: a memo index that is negative or absurdly large")
+        # Picklers count up. Indices chosen by the file could have colliding hashes.
+        if not 0 <= index < MAX_OPCODES:
+            raise UnreadableFile("pickle: a memo index is negative or too large")
         self.memo[index] = self.stack[-1]
 
     def pack(self, count: int) -> None:
-        self.stack[-count:] = [tuple(self.stack[place] for place in range(-count, 0))]
+        self.stack[-count:] = [tuple(self.stack[index] for index in range(-count, 0))]
 
     def append(self, items: list) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
         elif type(self.stack[-1]) is not Opaque:
-            raise UnreadableFile("pickle: items for something that has none")
+            raise UnreadableFile("pickle: items are added to an object that cannot have items")
 
     def set_items(self, items: list, new: dict | None = None) -> None:
         if new is not None:
@@ -213,20 +215,20 @@ class _Machine:
         if type(target) is Opaque:
             target.items = target = {} if target.items is None else target.items
         if not isinstance(target, dict):
-            raise UnreadableFile("pickle: items for something that has none")
+            raise UnreadableFile("pickle: items are added to an object that cannot have items")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Only text is safe as a key: nested tuples could exhaust the C stack, numbers all have one hash.
+            # Only text is a safe key. Nested tuples could overflow the C stack, and numbers can have equal hashes.
             key = key if isinstance(key, str) else Opaque("key", (key,))
             if key in target:
-                raise UnreadableFile(f"entry {key[:80]!r} stands twice in one dictionary")
+                raise UnreadableFile(f"entry {key[:80]!r} occurs twice in one dictionary")
             target[key] = value
 
     def push_global(self, argument: tuple[object, object]) -> None:
         module, name = argument
         if not isinstance(name, str) or not isinstance(module, str):
-            raise UnreadableFile("pickle: a global whose name is no text")
+            raise UnreadableFile("pickle: the name of a global is not text")
         if len(module) > MAX_NAME or len(name) > MAX_NAME:
-            raise UnreadableFile(f"pickle: a global whose name has {len(module)} + {len(name)} characters")
+            raise UnreadableFile(f"pickle: the name of a global has {len(module)} + {len(name)} characters")
         self.stack.append(Opaque(f"{module}.{name}"))
 
     def instance(self, argument: tuple[object, object]) -> None:
@@ -245,19 +247,19 @@ class _Machine:
     def build(self) -> None:
         state = self.stack.pop()
         if isinstance(self.stack[-1], dict):
-            return  # its attributes (`_metadata`) are of no use here
+            return  # the attributes of a state dict (`_metadata`) are not needed
         build = getattr(self.stack[-1], "build", None)
         if build is None:
-            raise UnreadableFile("pickle: a state for something that has none")
+            raise UnreadableFile("pickle: a state is set on an object that cannot have one")
         build(state)
 
     def persistent_id(self) -> None:
         if self.persistent is None:
-            raise UnreadableFile("pickle: refers to storages outside of it, which this format does not have")
+            raise UnreadableFile("pickle: it refers to external storages, which this format does not have")
         self.stack.append(self.persistent(self.stack.pop()))
 
 
-# What the other opcodes do with the machine and their argument.
+# Actions of the other opcodes. Each is called with the machine and the opcode's argument.
 _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
     "MARK": lambda machine, _: machine.stack.append(_MARK),
@@ -286,7 +288,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "INST": _Machine.instance,
     "OBJ": lambda machine, _: machine.make_instance(),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.reduce()),
-    # Its keyword arguments are dropped: nothing that is constructed takes any.
+    # The keyword arguments are dropped, because no constructor takes any.
     "NEWOBJ_EX": lambda machine, _: (machine.stack.pop(), machine.reduce()),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.persistent_id(),
@@ -299,7 +301,7 @@ _PUSH_ARGUMENT = frozenset(
         *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     )
 )
-# Where `pickletools` would copy or decode whatever the file says, or gives one text for two.
+# Replacements for `pickletools` readers that copy or decode without a limit, or join two texts into one.
 _READERS: dict[str, Callable[[Stream], object]] = {
     "SHORT_BINSTRING": lambda stream: stream.string("<B"),
     "BINSTRING": lambda stream: stream.string("<i"),

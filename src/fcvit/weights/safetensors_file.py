@@ -1,4 +1,4 @@
-"""Read and write safetensors; the tensors that are read are views into the file's bytes."""
+"""Read and write safetensors files. Tensors that are read are views into the file's bytes."""
 
 import math
 from collections.abc import Mapping
@@ -11,35 +11,36 @@ from fcvit.errors import UnreadableFile
 from fcvit.text import strict_json
 from fcvit.weights.dtypes import SAFETENSORS, checked_shape
 
-MAX_HEADER = 2 << 20  # bytes: the largest variant has 0.2 MB, 21,000 classes take another 1 MB
+MAX_HEADER = 2 << 20  # bytes: the largest variant needs 0.2 MB, and 21,000 classes need another 1 MB
 
 
 def looks_like(head: bytes) -> bool:
-    """Return whether a file begins with eight bytes of length, then a JSON object."""
+    """Return whether a file begins with an eight-byte length followed by a JSON object."""
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
 def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the tensors by name, and the header's text entries.
+    """Return the tensors by name, and the text entries of the header.
 
-    The library could check a path, which may hold another file by now, or copy all tensors.
+    The safetensors library is not used, because it would open the path again, when it may be another file, or copy all
+    tensors.
 
     Raises:
-        UnreadableFile: not exactly what the format prescribes, or a type is not one of weights.
+        UnreadableFile: If the data does not follow the format exactly, or a type is not supported for weights.
     """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
-        raise UnreadableFile(f"a safetensors header of {length} bytes: not a checkpoint, or damaged")
+        raise UnreadableFile(f"the safetensors header has {length} bytes: not a checkpoint, or damaged")
     try:
         header = strict_json(str(data[8 : 8 + length], "utf-8"))
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("an entry of its metadata is no text")
+            raise ValueError("an entry of the metadata is not text")
         numbers = np.frombuffer(data, np.uint8)
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in SAFETENSORS:
-                raise UnreadableFile(f"{name[:80]} is of type {entry['dtype']:.40}, which is not one of weights")
+                raise UnreadableFile(f"{name[:80]} has type {entry['dtype']:.40}, which is not supported for weights")
             dtype = SAFETENSORS[entry["dtype"]]
             try:
                 shape = checked_shape(entry["shape"], dtype, len(data))
@@ -47,28 +48,28 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise UnreadableFile(f"{name[:80]}: {error}") from error
             start, end = end, end + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [start, end]:
-                raise ValueError(f"the place of {name[:80]} does not fit its shape or its neighbor")
+                raise ValueError(f"the position of {name[:80]} does not match its shape or the preceding tensor")
             tensors[name] = np.ndarray(shape, dtype, numbers, 8 + length + start)
         if 8 + length + end != len(data):
-            raise ValueError(f"{len(data)} bytes, expected {8 + length + end}")
+            raise ValueError(f"the file has {len(data)} bytes, expected {8 + length + end}")
     except UnreadableFile:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UnreadableFile(f"a damaged safetensors file ({message}); fetch or copy it again") from error
+        raise UnreadableFile(f"damaged safetensors file ({message}); download or copy it again") from error
     return {name: tensors[name] for name in header}, metadata
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write the tensors and the header's text entries.
+    """Write the tensors and the text entries of the header.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: If the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     specs = {
         name: safetensors.TensorSpec(
-            dtype=array.dtype.name,  # "bool" of NumPy, too
+            dtype=array.dtype.name,  # NumPy's "bool" is accepted, too
             shape=list(array.shape),
             data_ptr=array.ctypes.data,
             data_len=array.nbytes,
@@ -77,5 +78,5 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     }
     try:
         safetensors.serialize_file(specs, str(path), dict(metadata))
-    except safetensors.SafetensorError as error:  # the library's word for a full disk, too
+    except safetensors.SafetensorError as error:  # also raised for a full disk
         raise OSError(str(error)) from error

@@ -1,7 +1,7 @@
-"""Find the sets of weights in a checkpoint by names alone, and tell raw from averaged ones.
+"""Find the sets of weights in a checkpoint by names, and distinguish raw weights from EMA weights.
 
-A set is a dictionary at some path of keys and a prefix of names in it: `state_dict`, `ema.module`,
-or the names that begin with `teacher.`. Each is marked by the same tensor of the network.
+A set is a path of dictionary keys and a prefix of tensor names, for example `state_dict`, `ema.module`, or the names
+that begin with `teacher.`. Every set is recognized by the tensor `PROBE`, which all networks have.
 """
 
 import collections
@@ -14,18 +14,18 @@ from fcvit.models.spec import is_counter, recognize, tensor_specs, torch_shapes
 
 PROBE = "patch_embed.proj.weight"
 _DOTLESS = PROBE.replace(".", "")
-# Wrappers' prefixes, which may also stand before some names only (a head beside a backbone).
+# Prefixes added by wrappers. Sometimes only a part of the names has them, such as the names of a backbone.
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
-# What `torch.compile` and the like put into the names of the layers that they wrap.
+# Name parts that `torch.compile`, activation checkpointing and FSDP add for the layers that they wrap.
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# Parts of a detector or segmenter beside its backbone (mmdetection, mmsegmentation).
+# Prefixes of the parts of a detector or segmenter other than the backbone (mmdetection, mmsegmentation).
 DETECTOR_PARTS = (
     *("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head."),
     *("decode_head.", "auxiliary_head.", "data_preprocessor."),
 )
 MAX_DEPTH = 6
 MAX_SETS = 16
-MAX_VISITS = 4  # of one dictionary that stands at several places
+MAX_VISITS = 4  # of a dictionary that occurs at several positions
 
 _AVERAGED = {"ema", "emas", "modelema", "emamodel", "swa", "avg", "average", "averages", "averaged", "shadow", "polyak"}
 _OPTIMIZER = {"optim", "optims", "opt", "grad", "grads", "gradient", "gradients", "velocity", "moment"}
@@ -34,16 +34,16 @@ _MOMENTUM = {"momentum", "buffer", "buffers", "state"}
 
 @dataclasses.dataclass(frozen=True)
 class WeightSet:
-    """One set of weights in a file.
+    """A set of weights in a file.
 
     Attributes:
-        keys: where its dictionary stands; (): it is the whole file.
-        prefix: what stands before its names in that dictionary.
-        entries: its names without the prefix -> what the file has there.
-        others: the rest of the dictionary, if it has no other set; it may be a part of the network.
-        averaged: whether these are averaged (EMA) weights.
-        counted: whether a count of averaged models stands beside them, as in PyTorch's `AveragedModel`.
-        probed: whether the set has the tensor that marks an FCViT.
+        keys: Keys that lead to its dictionary, or () for the top level of the file.
+        prefix: Prefix of its names in the dictionary.
+        entries: Values in the file by name, without the prefix.
+        others: Other entries of the dictionary if it contains no other set. They may be a part of the network.
+        averaged: Whether these are EMA weights.
+        counted: Whether the file counts the averaged models, as PyTorch's `AveragedModel` does.
+        probed: Whether the set contains the tensor `PROBE`.
     """
 
     keys: tuple[str, ...]
@@ -56,12 +56,12 @@ class WeightSet:
 
     @property
     def label(self) -> str:
-        """The name of the set: its keys and prefix, joined by dots; "." where it has neither."""
+        """Return the name of the set: its keys and prefix joined by dots, or "." if both are empty."""
         return ".".join((*self.keys, self.prefix.rstrip("."))).strip(".") or "."
 
 
 def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
-    """Return the sets of weights in the object of a file, the nearest first, and not more than `MAX_SETS`."""
+    """Return at most `MAX_SETS` sets of weights in the top-level object of a file, in order of depth."""
     raw_key = _raw_key_of_swapped(top)
     unique: dict[tuple[int, str, bool], WeightSet] = {}
     for keys, stored in _dictionaries(top):
@@ -72,7 +72,7 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
             if isinstance(name, str) and name.endswith(PROBE) and not isinstance(value, dict)
         ]
         prefixes = [p for p in prefixes if (not p or p.endswith(".")) and not any(map(_is_optimizer, p.split(".")))]
-        del prefixes[MAX_SETS:]  # each costs a comparison for every name
+        del prefixes[MAX_SETS:]  # each prefix is compared with every name
         owners: dict[str, dict[str, object]] = {prefix: {} for prefix in sorted(prefixes, key=len, reverse=True)}
         others = {}
         for name, value in state.items() if prefixes else ():
@@ -84,11 +84,11 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
         stems = [n.removesuffix("n_averaged") for n in state if isinstance(n, str) and n.endswith("n_averaged")]
         both = any(map(_is_averaged, prefixes)) and not all(map(_is_averaged, prefixes))
         for prefix in prefixes:
-            # A wrapper that averages may hold the raw weights, too; then the nearer name counts.
+            # An EMA wrapper may contain the raw weights, too. Then only the prefix distinguishes them.
             averaged = any(map(_is_averaged, (prefix,) if both else (*keys, prefix)))
             if raw_key and keys[:1] in ((raw_key,), ("state_dict",)):
                 averaged = keys[0] != raw_key
-            one = WeightSet(
+            weight_set = WeightSet(
                 keys,
                 prefix,
                 owners[prefix],
@@ -96,19 +96,19 @@ def find_sets(top: Mapping[str, object]) -> list[WeightSet]:
                 averaged,
                 any(prefix.startswith(stem) for stem in stems),
             )
-            unique.setdefault((id(stored), prefix, averaged), one)  # one object under two keys is one set
+            unique.setdefault((id(stored), prefix, averaged), weight_set)  # an object under two keys is a single set
     sets = list(unique.values())[:MAX_SETS]
     if len(sets) > 1 and not raw_key:
-        sets = [dataclasses.replace(one, averaged=one.averaged or one.counted) for one in sets]
+        sets = [dataclasses.replace(item, averaged=item.averaged or item.counted) for item in sets]
     return sets
 
 
 def any_state(top: Mapping[str, object], tensors: tuple[type, ...]) -> list[WeightSet]:
-    """Return what may be another network's weights: the dictionaries with the most tensors.
+    """Return the dictionaries with the most tensors, which may be the weights of another network.
 
     Args:
-        top: the object of a file without a set of its own.
-        tensors: types that stand for a tensor.
+        top: Top-level object of a file in which `find_sets` finds nothing.
+        tensors: Types that represent a tensor.
     """
     counts = []
     for keys, state in _dictionaries(top):
@@ -118,11 +118,11 @@ def any_state(top: Mapping[str, object], tensors: tuple[type, ...]) -> list[Weig
             if not keys:
                 break
     most = max((count for count, _ in counts), default=0)
-    return [one for count, one in counts if 2 * count > most]
+    return [weight_set for count, weight_set in counts if 2 * count > most]
 
 
 def averaged_lists(top: Mapping[str, object]) -> Iterator[tuple[str, list | tuple]]:
-    """Yield lists that may hold averaged weights without their names, and where they stand."""
+    """Yield the lists that may contain EMA weights without names, each as a location and the list."""
     for keys, here in _dictionaries(top):
         for key, value in here.items():
             if isinstance(value, list | tuple) and isinstance(key, str) and any(map(_is_averaged, (*keys, key))):
@@ -130,13 +130,13 @@ def averaged_lists(top: Mapping[str, object]) -> Iterator[tuple[str, list | tupl
 
 
 def swapped_by(top: Mapping[str, object]) -> str | None:
-    """Return a note on files whose `state_dict` holds the averaged weights; None: not one of them."""
+    """Return a note if the `state_dict` of a file contains the EMA weights, or None."""
     raw_key = _raw_key_of_swapped(top)
-    return raw_key and f"state_dict of this file holds the averaged weights, {raw_key} the raw ones"
+    return raw_key and f"state_dict in this file contains the EMA weights, and {raw_key} contains the raw weights"
 
 
 def strip_wrappers(name: str) -> str:
-    """Return a name without the prefixes of wrappers, in any nesting."""
+    """Return a name without the prefixes of wrappers, including nested wrappers."""
     name = _INSIDE.sub("", name)
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
@@ -144,7 +144,7 @@ def strip_wrappers(name: str) -> str:
 
 
 def makes_fcvit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether tensors of these names and shapes, in either layout, are exactly an FCViT's; counters may lack."""
+    """Return whether these names and shapes, in either layout, are exactly an FCViT's, ignoring counters."""
     given = {name: shape for name, shape in torch_shapes(shapes).items() if not is_counter(name)}
     try:
         wanted = tensor_specs(recognize(given))
@@ -154,10 +154,10 @@ def makes_fcvit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _raw_key_of_swapped(top: Mapping[str, object]) -> str | None:
-    """Return the key of the raw weights where `state_dict` holds the averaged ones.
+    """Return the key of the raw weights if `state_dict` contains the EMA weights, or None.
 
-    Lightning's WeightAveraging and mmengine's EMAHook save so; other programs mean by
-    `ema_state_dict` what it says.
+    Lightning's WeightAveraging and mmengine's EMAHook save in this form. In files of other programs, `ema_state_dict`
+    contains the EMA weights.
     """
     if not isinstance(top.get("state_dict"), dict):
         return None
@@ -171,7 +171,7 @@ def _raw_key_of_swapped(top: Mapping[str, object]) -> str | None:
 
 
 def _dictionaries(top: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """Yield every dictionary with its path of keys, the nearest first; an optimizer's are none of weights."""
+    """Yield every dictionary with its path of keys in breadth-first order, except an optimizer's."""
     visits: collections.Counter[int] = collections.Counter()
     queue: collections.deque[tuple[tuple[str, ...], Mapping]] = collections.deque([((), top)])
     while queue:
@@ -185,9 +185,9 @@ def _dictionaries(top: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _with_dots(state: Mapping) -> Mapping:
-    """Give the names of an average their dots back, which some wrappers take out to store it in buffers.
+    """Restore the dots in the names of EMA weights that some wrappers remove to store them in buffers.
 
-    `model_ema.patch_embedprojweight` becomes `model_ema.patch_embed.proj.weight`, by the names of the raw weights.
+    `model_ema.patch_embedprojweight` becomes `model_ema.patch_embed.proj.weight`, according to the raw weights' names.
     """
     names = [name for name in state if isinstance(name, str)]
     stems = [name.removesuffix(_DOTLESS) for name in names if name.endswith(_DOTLESS)]
@@ -200,7 +200,7 @@ def _with_dots(state: Mapping) -> Mapping:
 
 
 def words(text: str) -> set[str]:
-    """Return the words of a name, in lower case."""
+    """Return the words in a name in lower case."""
     return set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", text[:200]).lower()))
 
 

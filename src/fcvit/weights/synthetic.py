@@ -1,7 +1,7 @@
-"""Synthetic weights and inputs, the same everywhere, that let every parameter matter.
+"""Synthetic weights and inputs that are the same everywhere and make every parameter affect the outputs.
 
-Freshly initialized weights prove little: a layer scale of 1e-5 hides every block behind it. These
-follow from the names alone, so any framework can rebuild them; the goldens are computed on them.
+Newly initialized weights are a weak test, because a layer scale of 1e-5 hides every block. Synthetic weights are
+generated from the tensors' names, so that any framework can rebuild them. The goldens are computed with them.
 """
 
 import math
@@ -12,22 +12,22 @@ import numpy as np
 
 from fcvit.models.spec import COUNTER, ModelSpec, tensor_specs
 
-NEAR_ZERO_SCALE = 1e-3  # a layer scale below this hides its block from the logits
+NEAR_ZERO_SCALE = 1e-3  # a smaller layer scale hides its block from the logits
 
 
 def synthetic_tensors(spec: ModelSpec, salt: str = "") -> dict[str, np.ndarray]:
-    """Return every tensor of the network, float32, from the generator seeded with its name (authors' names)."""
+    """Return every tensor of the network by the authors' name, float32, from a generator seeded with the name."""
     return {name: _tensor(name, entry.shape, salt) for name, entry in tensor_specs(spec).items()}
 
 
 def has_near_zero_scale(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Return whether the layer scales are so small that the blocks cannot be seen in the outputs."""
+    """Return whether the layer scales are so small that the blocks hardly affect the outputs."""
     scales = [np.abs(t.astype(np.float64)) for name, t in tensors.items() if "layer_scale" in name]
     return bool(scales) and float(np.median(np.concatenate(scales))) < NEAR_ZERO_SCALE
 
 
 def synthetic_input(shape: tuple[int, ...], salt: str = "") -> np.ndarray:
-    """Return standard normal numbers of that shape, float32."""
+    """Return standard normal numbers of the given shape, float32."""
     return _normal(salt + "input", shape).astype(np.float32)
 
 

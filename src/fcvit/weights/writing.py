@@ -1,4 +1,4 @@
-"""Write weights so that a reader finds either the whole, checked file or none."""
+"""Write weights files atomically: a reader finds either the complete, checked file or no file."""
 
 import contextlib
 import dataclasses
@@ -16,52 +16,53 @@ from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import KEY, LAYOUTS, Header, sidecar
 from fcvit.weights.reading import Weights, paddle_tensors, read_weights
 
-# File ending -> the layouts it may have, its default first.
+# File extension -> supported layouts, the default first.
 ENDINGS = {".safetensors": ("paddle", "torch"), ".pdparams": ("paddle",), ".pth": ("torch",)}
-SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats that have no header of their own
+SIDECAR_ENDINGS = (".pdparams", ".pth")  # formats without their own header
 
 
 def destination_layout(path: Path, layout: str | None = None) -> str:
-    """Return the layout to write: the one asked for, else the ending's own.
+    """Return the layout to write: the requested layout, or the default of the file extension.
 
     Raises:
-        UsageError: an unknown ending or layout, or a pair that does not go together.
+        UsageError: If the extension or layout is unknown, or the extension does not support the layout.
     """
     if path.suffix not in ENDINGS:
-        raise UsageError(f"{path}: the ending tells the format; expected one of {', '.join(ENDINGS)}")
+        raise UsageError(f"{path}: unknown file extension; expected one of {', '.join(ENDINGS)}")
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"--layout {layout!r}: expected {' or '.join(LAYOUTS)}")
     if layout is not None and layout not in ENDINGS[path.suffix]:
         raise UsageError(
-            f"{path}: a {path.suffix} file has {ENDINGS[path.suffix][0]} layout; use .safetensors for {layout}"
+            f"{path}: a {path.suffix} file always has {ENDINGS[path.suffix][0]} layout; "
+            f"use .safetensors for {layout} layout"
         )
     return layout or ENDINGS[path.suffix][0]
 
 
 @contextlib.contextmanager
 def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it if the block ends well and removed if not.
+    """Yield a temporary path that is renamed to `path` if the block succeeds and removed if it fails.
 
-    A header written beside the temporary file (see `sidecar`) comes along.
+    A header that is written next to the temporary file (see `sidecar`) is renamed with it.
 
     Raises:
-        UsageError, UnreadableFile: see `fcvit.run_folder.staged_files`.
+        UsageError, UnreadableFile: See `fcvit.run_folder.staged_files`.
     """
-    # First the header: if the process is stopped between the two, its hash tells.
+    # The header is renamed first. If the process stops between the two renames, the header's hash reveals it.
     names = [sidecar(path), path] if path.suffix in SIDECAR_ENDINGS else [path]
     with staged_files(names, overwrite) as folder:
         yield folder / path.name
 
 
 def write_weights(path: Path, weights: Weights, layout: str | None = None) -> None:
-    """Write weights in the format that the ending of `path` names, and read them back.
+    """Write weights in the format that the extension of `path` specifies, and verify them by reading them back.
 
-    safetensors carry the header; beside the others it stands as `FILE.json`. Not atomic by itself:
-    give it a `staged` path.
+    A safetensors file contains the header. Other formats have it in a separate `FILE.json`. The write is not atomic:
+    pass a `staged` path.
 
     Raises:
-        UsageError: see `destination_layout`.
-        NumbersDisagree: what was read back is not what was written.
+        UsageError: See `destination_layout`.
+        NumbersDisagree: If the tensors that are read back differ from the written ones.
     """
     layout = destination_layout(path, layout)
     tensors: Mapping[str, np.ndarray] = paddle_tensors(weights) if layout == "paddle" else weights.tensors
@@ -74,7 +75,7 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
         weights.source.sha256,
     )
     if path.suffix not in SIDECAR_ENDINGS:
-        # One entry: the library writes several in an order that changes from run to run.
+        # A single entry, because the library writes several entries in an order that changes from run to run.
         safetensors_file.write(path, tensors, {KEY: header.to_json()})
     else:
         with path.open("wb") as file:
@@ -87,12 +88,12 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
     different = differing_tensors(weights, read_weights(path))
     if different:
         raise NumbersDisagree(
-            f"{path}: reading back gave other numbers for {different[0]} (of {len(different)}); disk fault?"
+            f"{path}: {len(different)} tensor(s) differ when read back, first {different[0]}; check the disk"
         )
 
 
 def differing_tensors(one: Weights, other: Weights) -> list[str]:
-    """Return the names of the tensors that are not the same bit for bit, missing ones included."""
+    """Return the names of the tensors that are not equal bit for bit, including missing tensors."""
     names = dict.fromkeys([*one.tensors, *other.tensors])
     return [name for name in names if not _same_bits(one.tensors.get(name), other.tensors.get(name))]
 
