@@ -1,10 +1,10 @@
-"""Charts and tables of what maps measure, read back: every figure under its own name."""
+"""Charts and tables of attention statistics and faithfulness: every value has the right label."""
 
 import inspect
 
 import pytest
 
-from fcvit.analysis import map_charts as task
+from fcvit.analysis import map_charts as analysis
 from fcvit.analysis.faithfulness import STEPS, Curves, Estimate, Faithfulness
 from fcvit.analysis.head_stats import HeadStats, LayerStats
 from fcvit.report.charts import drawing
@@ -13,64 +13,64 @@ NAN = float("nan")
 
 
 def figure_of(draw, *arguments):
-    """What a chart draws, before it becomes a PNG file."""
+    """Return the figure of a chart, before it becomes a PNG file."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with drawing():
         return inspect.unwrap(draw)(*arguments)
 
 
 @pytest.mark.charts
-def test_measures_stand_over_the_layers_first_and_second_contexts_apart():
+def test_the_depth_chart_draws_each_measure_for_first_and_second_contexts():
     names = ["stage1.block1.context1", "stage1.block1.context2", "stage2.block1.context1", "stage2.block1.context2"]
     layers = [LayerStats(name, *(number + field / 10 for field in range(7))) for number, name in enumerate(names)]
-    assert task.depth_chart("net", layers, 12).startswith(b"\x89PNG")
-    figure = figure_of(task.depth_chart, "net", layers, 12)
-    expected = ((0, None), (1, 3), (2, 4), (5, None), (6, None))  # fields of each measure and its noise
+    assert analysis.depth_chart("net", layers, 12).startswith(b"\x89PNG")
+    figure = figure_of(analysis.depth_chart, "net", layers, 12)
+    expected = ((0, None), (1, 3), (2, 4), (5, None), (6, None))  # index of the field of each measure and of its noise
     for axes, (field, noise) in zip(figure.axes, expected, strict=True):
         drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
         assert drawn["first contexts"] == ([0, 2], [0 + field / 10, 2 + field / 10])
         assert drawn["second contexts"] == ([1, 3], [1 + field / 10, 3 + field / 10])
-        assert ("noise first contexts" in drawn) == (noise is not None)
+        assert ("noise, first contexts" in drawn) == (noise is not None)
         if noise is not None:
-            assert drawn["noise second contexts"] == ([1, 3], [1 + noise / 10, 3 + noise / 10])
-        assert list(axes.lines[-1].get_xdata()) == [1.5, 1.5], "the end of a stage"
+            assert drawn["noise, second contexts"] == ([1, 3], [1 + noise / 10, 3 + noise / 10])
+        assert list(axes.lines[-1].get_xdata()) == [1.5, 1.5], "line between two stages"
     labels = [tick.get_text() for tick in figure.axes[-1].get_xticklabels()]
     assert labels == ["1.1.1", "1.1.2", "2.1.1", "2.1.2"]
     assert figure.legends and "12 images" in figure.get_suptitle()
 
 
 def curves(name, start):
-    """Seven curves, told apart by where they begin."""
-    found = [tuple(start + number + step / STEPS for step in range(STEPS)) for number in range(6)]
+    """Return curves and estimates that all start at different values."""
+    all_curves = [tuple(start + number + step / STEPS for step in range(STEPS)) for number in range(6)]
     estimates = [Estimate(start + number / 100, start - 1, start + 1) for number in range(5)]
-    return Curves(name, *found, *estimates)
+    return Curves(name, *all_curves, *estimates)
 
 
 @pytest.mark.charts
-def test_curves_and_their_controls_are_drawn_where_they_belong():
+def test_the_faithfulness_chart_draws_each_curve_in_the_right_panel():
     one, other = curves("stage1.block1.context2", 0.0), curves("occlusion", 0.5)
-    figure = figure_of(task.faithfulness_chart, [one, other], "title", 12)
-    assert task.faithfulness_chart([one, other], "title", 12).startswith(b"\x89PNG")
+    figure = figure_of(analysis.faithfulness_chart, [one, other], "title", 12)
+    assert analysis.faithfulness_chart([one, other], "title", 12).startswith(b"\x89PNG")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["1.1.2", "occlusion", "", ""]
     highest = max(max(line.get_ydata()) for axes in figure.axes for line in axes.lines)
     assert all(axes.get_ylim()[1] > highest for axes in figure.axes), "no curve is cut off"
     assert figure.axes[0].get_ylabel() == "deletion" and figure.axes[2].get_ylabel() == "insertion"
-    for axes, expected, what in zip(
+    for axes, expected, kind in zip(
         figure.axes, (one, other, one, other), ("deletion",) * 2 + ("insertion",) * 2, strict=True
     ):
-        assert ("removed" if what == "deletion" else "returned") in axes.get_xlabel()
+        assert ("removed" if kind == "deletion" else "restored") in axes.get_xlabel()
         assert {line.get_label(): tuple(line.get_ydata()) for line in axes.lines} == {
-            "the map": getattr(expected, what),
-            "random maps": getattr(expected, f"random_{what}"),
-            "another image's map": getattr(expected, f"other_{what}"),
+            "the map": getattr(expected, kind),
+            "random maps": getattr(expected, f"random_{kind}"),
+            "another image's map": getattr(expected, f"other_{kind}"),
         }
 
 
 @pytest.mark.charts
 @pytest.mark.parametrize(("count", "across"), [(9, 9), (17, 8)])
 @pytest.mark.slow
-def test_many_maps_are_broken_into_bands(count, across):
-    figure = figure_of(task.faithfulness_chart, [curves(f"{n}", 0.0) for n in range(count)], "title", 12)
+def test_many_maps_are_wrapped_into_several_rows(count, across):
+    figure = figure_of(analysis.faithfulness_chart, [curves(f"{n}", 0.0) for n in range(count)], "title", 12)
     drawn = [axes for axes in figure.axes if axes.lines]
     assert len(drawn) == 2 * count and figure.axes[0].get_gridspec().ncols == across
 
@@ -79,7 +79,7 @@ def cells(table):
     return {str(column.header).strip(): list(column.cells) for column in table.columns}
 
 
-def test_the_table_of_statistics_has_each_figure_in_its_column():
+def test_the_statistics_table_has_each_value_in_the_right_column():
     layer = LayerStats("stage3.block2.context1", 0.1, 0.2, 0.3, 0.4, 0.5, NAN, 0.7)
     (table,) = HeadStats("fcvit_tiny", 12, (layer,)).tables()
     assert table.title == "fcvit_tiny, 12 images"
@@ -93,11 +93,14 @@ def test_the_table_of_statistics_has_each_figure_in_its_column():
         [""],
         ["0.700"],
     ]
-    alone = LayerStats("stage4.block1.context1", *[NAN] * 7)
-    (table2,) = HeadStats("x", 1, (alone,)).tables()
+    single_position = LayerStats("stage4.block1.context1", *[NAN] * 7)
+    (table2,) = HeadStats("x", 1, (single_position,)).tables()
     assert [list(column.cells) for column in table2.columns][:3] == [["4.1.1"], ["one position"], [""]]
     headers = [str(column.header).strip() for column in table.columns]
-    assert headers[1:] == ["between heads", "entropy", "of noise", "top tenth", "of noise", "kept", "queries agree"]
+    noise = [("noise" in header) for header in headers[1:]]
+    assert noise == [False, False, True, False, True, False, False]
+    for header, word in zip(headers[1:], ("head", "entropy", "entropy", "top", "top", "layer", "query"), strict=True):
+        assert word in header
     assert layer.noise_entropy == 0.4 and layer.top_decile == 0.3
 
 
@@ -110,11 +113,11 @@ def test_the_table_of_statistics_has_each_figure_in_its_column():
         (Estimate(NAN, NAN, NAN), ""),
     ],
 )
-def test_an_estimate_has_the_digits_that_count_and_no_minus_nothing(estimate, expected):
+def test_an_estimate_has_two_significant_digits_and_no_negative_zero(estimate, expected):
     assert str(estimate) == expected
 
 
-def test_the_tables_of_faithfulness_have_each_figure_in_its_column():
+def test_the_faithfulness_tables_have_each_value_in_the_right_column():
     one = curves("stage1.block1.context2", 0.25)
     last = curves("occlusion", 0.5)
     last = Curves(**{**vars(last), "occlusion": Estimate(NAN, NAN, NAN)})
@@ -124,8 +127,8 @@ def test_the_tables_of_faithfulness_have_each_figure_in_its_column():
     def text(value):
         return f"{value:+.3f} (-0.750 to +1.250)"
 
-    assert cells(deletion)["random maps"][0] == text(one.deletion_over_random.mean)
-    assert cells(deletion)["another image's"][0] == text(one.deletion_over_other.mean)
-    assert cells(insertion)["random maps"][0] == text(one.insertion_over_random.mean)
-    assert cells(insertion)["another image's"][0] == text(one.insertion_over_other.mean)
+    assert cells(deletion)["over random maps"][0] == text(one.deletion_over_random.mean)
+    assert cells(deletion)["over another image's map"][0] == text(one.deletion_over_other.mean)
+    assert cells(insertion)["over random maps"][0] == text(one.insertion_over_random.mean)
+    assert cells(insertion)["over another image's map"][0] == text(one.insertion_over_other.mean)
     assert cells(ranks) == {"map": ["1.1.2"], "rank correlation": [text(one.occlusion.mean)]}

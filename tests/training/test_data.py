@@ -1,4 +1,4 @@
-"""Order and view of training images."""
+"""The order and augmentation of training images."""
 
 import numpy as np
 import pytest
@@ -9,50 +9,51 @@ from fcvit.tasks.classification.training import ClassificationTraining
 from fcvit.training.batches import MicroBatches, epoch_batches, steps_per_epoch
 
 
-def test_a_step_must_divide_evenly():
+def test_the_batch_size_must_be_divisible_by_the_micro_batches():
     assert MicroBatches(12, 2, 1, 3).images == 2 and MicroBatches(12, 2, 1, 3).numbers(2) == [3, 4, 5, 9, 10, 11]
-    with pytest.raises(UsageError, match="not divisible by 3"):
+    with pytest.raises(UsageError, match=r"batch_size 8 .*divisible by 3"):
         MicroBatches(8, 3)
-    with pytest.raises(UsageError, match="leaves 1 image"):
+    with pytest.raises(UsageError, match=r"batch_size 8 .* 1 image .*BatchNorm"):
         MicroBatches(8, 2, 0, 4)
     assert steps_per_epoch(20, 8) == 2
-    with pytest.raises(UsageError, match="only 7 training images"):
+    with pytest.raises(UsageError, match=r"batch_size 8.* 7 training images"):
         steps_per_epoch(7, 8)
 
 
-def epoch(recipe, number, division=None, workers=0):
+def epoch(recipe, number, micro_batches=None, workers=0):
+    """Return number, pixels and targets of each micro-batch of an epoch."""
     task = ClassificationTraining(recipe, None)
-    transform, division = task.transform(number), division or MicroBatches(8)
-    batches = epoch_batches(task.train, recipe.seed, number, transform, division, workers)
+    transform, micro_batches = task.transform(number), micro_batches or MicroBatches(8)
+    batches = epoch_batches(task.train, recipe.seed, number, transform, micro_batches, workers)
     return [(batch.number, batch.pixels[0], np.array(batch.targets[0])) for batch in batches]
 
 
-def same(one, other):
+def equal(one, other):
     return all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in zip(one, other, strict=True))
 
 
-def test_order_and_views_follow_from_seed_and_epoch_alone(small):
+def test_order_and_augmentation_depend_only_on_seed_and_epoch(small):
     first = epoch(small(), 0)
     assert [(number, pixels.shape, len(labels)) for number, pixels, labels in first] == [
         (0, (8, 3, 32, 32), 8),
         (1, (8, 3, 32, 32), 8),
     ]
-    assert same(epoch(small(), 0), first)
-    assert not same(epoch(small(), 1), first) and not same(epoch(small(seed=1), 0), first)
+    assert equal(epoch(small(), 0), first)
+    assert not equal(epoch(small(), 1), first) and not equal(epoch(small(seed=1), 0), first)
 
 
 @pytest.mark.slow
-def test_workers_do_not_matter(small):
-    assert same(epoch(small(), 3, workers=2), epoch(small(), 3))
+def test_the_number_of_workers_does_not_change_the_images(small):
+    assert equal(epoch(small(), 3, workers=2), epoch(small(), 3))
 
 
-def test_who_does_a_part_does_not_matter(small):
-    """Four parts of a step in one process, or in two: the same images with the same augmentation."""
+def test_the_number_of_processes_does_not_change_the_micro_batches(small):
+    """Four micro-batches per step have the same images and augmentation in one process and in two."""
     alone = epoch(small(), 0, MicroBatches(8, accumulate=4))
-    shared = [part for rank in range(2) for part in epoch(small(), 0, MicroBatches(8, 2, rank, 2))]
-    assert same(alone, sorted(shared, key=lambda part: part[0]))
+    shared = [batch for rank in range(2) for batch in epoch(small(), 0, MicroBatches(8, 2, rank, 2))]
+    assert equal(alone, sorted(shared, key=lambda batch: batch[0]))
     assert (
-        np.concatenate([labels for _, _, labels in alone]) == np.concatenate([p[2] for p in epoch(small(), 0)])
+        np.concatenate([labels for _, _, labels in alone]) == np.concatenate([batch[2] for batch in epoch(small(), 0)])
     ).all()
 
 
@@ -71,7 +72,9 @@ def test_the_networks_input_is_mixed_normalized_and_erased(small):
     erased, _ = network_input([0] * 4, erasing=1.0)
     assert all((image != clean).any() for image, clean in zip(erased, images, strict=True))
     again, _ = network_input([0] * 4, 1, erasing=1.0)
-    assert (again != erased).any(), "another rectangle in another epoch"
-    assert len({network_input([0, 0, 1, 1], e, mixup=1.0)[1][0, 0] for e in range(5)}) == 5, "another share each"
+    assert (again != erased).any(), "each epoch erases a different rectangle"
+    assert len({network_input([0, 0, 1, 1], e, mixup=1.0)[1][0, 0] for e in range(5)}) == 5, (
+        "each epoch mixes with a different weight"
+    )
     _, mixed = network_input([0, 0, 1, 1], mixup=1.0)
     assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1

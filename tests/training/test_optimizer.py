@@ -1,4 +1,4 @@
-"""AdamW's groups, the averaged weights, and running statistics of several parts."""
+"""AdamW, EMA weights, and running statistics of several micro-batches."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def model(small):
 
 
 def step(model, optimizer, gradient=1.0):
-    """One step in which every gradient is the same number; how far each parameter moved."""
+    """Take a step with all gradients equal to `gradient`, and return the change and the old value of each parameter."""
     paddle = import_framework("paddle")
     from fcvit.training.optimizer import trained_parameters
 
@@ -30,8 +30,8 @@ def step(model, optimizer, gradient=1.0):
     return {name: p.numpy() - before[name] for name, p in trained_parameters(model).items()}, before
 
 
-def test_only_matrices_and_kernels_decay(model, small):
-    """The step of AdamW on a gradient of 1 is -lr; what decays also loses lr * weight_decay of itself."""
+def test_weight_decay_applies_only_to_matrices_and_kernels(model, small):
+    """With a gradient of 1 AdamW changes a parameter by -lr, and weight decay by -lr * weight_decay * parameter."""
     from fcvit.training.optimizer import create_optimizer
 
     moved, before = step(model, create_optimizer(model, small(lr=0.01, weight_decay=0.5, eps=1e-12)))
@@ -43,7 +43,7 @@ def test_only_matrices_and_kernels_decay(model, small):
     assert all(moved[name] == pytest.approx(-0.01, abs=2e-7) for name in moved if name.endswith("layer_scale_1"))
 
 
-def test_lower_blocks_learn_more_slowly(model, small):
+def test_layer_decay_reduces_the_learning_rate_of_lower_blocks(model, small):
     from fcvit.training.optimizer import create_optimizer, depth_of
 
     depths = {name: depth_of(name, model.variant.depths) for name in model.state_dict()}
@@ -56,7 +56,7 @@ def test_lower_blocks_learn_more_slowly(model, small):
         assert change == pytest.approx(-0.01 * 0.5 ** (5 - depths[name]), rel=2e-3), name
 
 
-def test_deep_stages_are_counted_block_by_block():
+def test_depth_counts_every_block_of_a_stage():
     from fcvit.models.classifier import FCViT
     from fcvit.models.variants import VARIANTS
     from fcvit.training.optimizer import depth_of
@@ -82,7 +82,9 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     trainer.train_mode()
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
     losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01)["loss"] for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2], "no drop path in what is frozen: the loss falls evenly"
+    assert losses[0] > losses[1] > losses[2], (
+        "without drop path in the frozen backbone, the loss decreases in each step"
+    )
     changed = {name for name, tensor in model.state_dict().items() if (tensor.numpy() != before[name]).any()}
     assert changed == {"head.weight", "head.bias"}
     assert paddle.is_grad_enabled()
@@ -93,35 +95,36 @@ def test_the_gradient_is_clipped(model, small):
 
     clipped = create_optimizer(model, small(lr=1.0, weight_decay=0.0, clip_norm=1e-3, eps=1.0))
     moved, _ = step(model, clipped)
-    # With eps 1 the step is about the gradient itself, over its own size plus 1.
+    # With eps = 1 and a small gradient g, the step is g / (|g| + 1), which is about g.
     norm = np.sqrt(sum((change**2).sum() for change in moved.values()))
     assert norm == pytest.approx(1e-3, rel=0.01)
 
 
-def test_the_average_follows_the_weights(model):
+def test_ema_weights_follow_the_weights(model):
     from fcvit.training.optimizer import EMA
 
     paddle = import_framework("paddle")
-    average = EMA(model, 0.9)
+    ema = EMA(model, 0.9)
     head, start = model.head.bias, model.head.bias.numpy().copy()
     statistics = model.patch_embed.norm._mean
     expected, kept = start.astype(np.float64), 1.0
     for number in range(30):
         head.set_value(paddle.to_tensor(start + number))
         statistics.set_value(statistics + 1)
-        average.update(model, number)
+        ema.update(model, number)
         decay = min(0.9, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * (start + number)
         kept *= decay
-    assert average.tensors["head.bias"].numpy() == pytest.approx(expected, rel=1e-5)
-    assert (average.tensors["patch_embed.norm._mean"].numpy() == 0).all(), "statistics wait for the end of the epoch"
-    average.end_epoch(model)
-    assert average.tensors["patch_embed.norm._mean"].numpy() == pytest.approx(30 * (1 - kept), rel=1e-5)
-    assert average.statistics_decay == 1.0
+    assert ema.tensors["head.bias"].numpy() == pytest.approx(expected, rel=1e-5)
+    mean = ema.tensors["patch_embed.norm._mean"].numpy()
+    assert (mean == 0).all(), "running statistics change only at the end of the epoch"
+    ema.end_epoch(model)
+    assert ema.tensors["patch_embed.norm._mean"].numpy() == pytest.approx(30 * (1 - kept), rel=1e-5)
+    assert ema.statistics_decay == 1.0
 
 
-def test_the_optimizer_goes_on_as_it_was(small):
-    """Three steps in a row, or two, then a new optimizer with the state of the old one, and one more."""
+def test_a_restored_optimizer_continues_exactly(small):
+    """Three steps give the same weights as two steps, a new optimizer with the restored state, and one more step."""
     from fcvit.models.build import create_model
     from fcvit.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 
@@ -132,9 +135,9 @@ def test_the_optimizer_goes_on_as_it_was(small):
         model = create_model(small().network(), None, 2)
         return model, create_optimizer(model, small())
 
-    whole, optimizer = start()
+    uninterrupted, optimizer = start()
     for number in range(3):
-        step(whole, optimizer, number + 1.0)
+        step(uninterrupted, optimizer, number + 1.0)
     model, optimizer = start()
     for number in range(2):
         step(model, optimizer, number + 1.0)
@@ -145,31 +148,31 @@ def test_the_optimizer_goes_on_as_it_was(small):
         tensor.set_value(numbers[name])
     restore_optimizer(optimizer, model, kept)
     step(model, optimizer, 3.0)
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in uninterrupted.state_dict().items():
         assert (tensor.numpy() == model.state_dict()[name].numpy()).all(), name
     with pytest.raises(UnreadableFile, match=r"head.bias \(moment2\)"):
         restore_optimizer(optimizer, model, {k: v for k, v in kept.items() if k != "moment2/head.bias"})
 
 
-def test_averaged_weights_get_slower_with_the_steps(model, small):
-    """The trainer tells the average how far it is: after many steps it hardly moves."""
+def test_ema_weights_change_more_slowly_after_many_steps(model, small):
+    """The decay of the EMA weights depends on the trainer's step."""
     from fcvit.training.batches import MicroBatches
     from fcvit.training.step import Trainer
 
     trainer = Trainer(model, small(ema_decay=0.999), MicroBatches(4), classifier_loss)
-    part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
+    batch = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
     moved = []
     for step in (0, 500):
         trainer.step = step
         before = trainer.ema.tensors["head.bias"].numpy().copy()
-        trainer.run(iter([part]), 0.1)
+        trainer.run(iter([batch]), 0.1)
         gap = trainer.model.head.bias.numpy() - before
         moved.append(float(((trainer.ema.tensors["head.bias"].numpy() - before) / gap)[0]))
     assert moved == pytest.approx([1 - 1 / 10, 1 - 501 / 510], rel=1e-2)
 
 
-def test_every_part_has_statistics_of_its_own(model):
-    """Two parts that see other numbers; after an epoch both have the mean of both."""
+def test_each_micro_batch_has_separate_running_statistics(model):
+    """Two micro-batches update their statistics by different values. After an epoch both have the mean."""
     from fcvit.training.statistics import Statistics, running_statistics
 
     live = running_statistics(model)
@@ -177,8 +180,8 @@ def test_every_part_has_statistics_of_its_own(model):
     start = [tensor.numpy().copy() for tensor in live]
     statistics = Statistics(model, 2, 1)
     for _ in range(3):
-        for part, added in ((0, 1.0), (1, 5.0)):
-            statistics.use(part)
+        for micro_batch, added in ((0, 1.0), (1, 5.0)):
+            statistics.use(micro_batch)
             for tensor in live:
                 tensor.set_value(tensor + added)
     statistics.synchronize()
@@ -188,7 +191,7 @@ def test_every_part_has_statistics_of_its_own(model):
     assert live[0].numpy() == pytest.approx(start[0] + 9)
 
 
-def test_balanced_classes_weigh_alike():
+def test_balanced_class_weights_give_each_class_the_same_total_weight():
     from fcvit.tasks.classification.training import balanced
 
     counts = np.array([30, 10, 0, 60])
@@ -196,14 +199,14 @@ def test_balanced_classes_weigh_alike():
     assert (weights * counts)[[0, 1, 3]] == pytest.approx(100 / 3) and weights[2] == 0
 
 
-def test_the_loss_is_that_of_soft_targets():
+def test_soft_cross_entropy_matches_its_formula():
     paddle = import_framework("paddle")
     from fcvit.tasks.classification.training import soft_cross_entropy
 
     logits, targets = np.array([[1.0, 2, 3], [0, 0, 9]]), np.array([[0.2, 0.3, 0.5], [1, 0, 0]])
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    found = soft_cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(targets))
-    assert found.item() == pytest.approx(-(targets * logs).sum(1).mean(), rel=1e-12)
+    loss = soft_cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(targets))
+    assert loss.item() == pytest.approx(-(targets * logs).sum(1).mean(), rel=1e-12)
     weighted = soft_cross_entropy(
         paddle.to_tensor(logits), paddle.to_tensor(targets), paddle.to_tensor(np.array([2.0, 1, 0.5]))
     )

@@ -1,4 +1,4 @@
-"""The learning rate against the authors' own schedule, epoch by epoch."""
+"""Learning rate schedules, compared with the authors' schedule in each epoch."""
 
 import pytest
 
@@ -9,27 +9,27 @@ from fcvit.training.schedule import learning_rate
 AUTHORS = ClassificationRecipe(variant="fcvit_tiny")
 
 
-def test_every_epoch_of_the_authors_recipe():
+def test_the_default_schedule_matches_the_authors_schedule():
     expected = golden_json("schedule.json")["lr_by_epoch"]
     assert AUTHORS.total_epochs == len(expected) == 310
     assert [learning_rate(AUTHORS, epoch + 0.5) for epoch in range(310)] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_rate_is_in_proportion_to_the_batch():
+def test_the_learning_rate_is_proportional_to_the_batch_size():
     half = ClassificationRecipe(variant="fcvit_tiny", batch_size=512)
     assert half.peak_lr == 5e-4 and learning_rate(half, 150) == pytest.approx((5e-4 + 1e-6) / 2)
     assert ClassificationRecipe(variant="fcvit_tiny", batch_size=512, lr_batch=0).peak_lr == 1e-3
 
 
-def test_by_step_it_moves_within_an_epoch():
+def test_lr_update_step_changes_the_rate_within_an_epoch():
     steps = ClassificationRecipe(variant="fcvit_tiny", lr_update="step", epochs=10, warmup_epochs=2, cooldown_epochs=1)
-    rates = [learning_rate(steps, place / 10) for place in range(110)]
+    rates = [learning_rate(steps, tenth / 10) for tenth in range(110)]
     assert rates[0] == 1e-6 and rates[10] == pytest.approx((1e-3 + 1e-6) / 2)
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert len(set(rates[20:100])) == 80 and set(rates[100:]) == {1e-6}
 
 
-def test_poly_and_step_are_those_of_segmentation_and_detection():
+def test_poly_and_step_schedules_match_mmcv():
     common = {
         "variant": "fcvit_tiny",
         "lr": 1e-2,
@@ -44,5 +44,5 @@ def test_poly_and_step_are_those_of_segmentation_and_detection():
     assert [learning_rate(steps, epoch) for epoch in (0, 7, 8, 10, 11, 13)] == pytest.approx(
         [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4]
     )
-    later = ClassificationRecipe(**{**common, "warmup_epochs": 2, "warmup_lr": 0}, epochs=10, schedule="poly")
-    assert learning_rate(later, 1) == pytest.approx(5e-3)
+    with_warmup = ClassificationRecipe(**{**common, "warmup_epochs": 2, "warmup_lr": 0}, epochs=10, schedule="poly")
+    assert learning_rate(with_warmup, 1) == pytest.approx(5e-3)

@@ -1,4 +1,4 @@
-"""A training run: what it leaves, how it goes on, and what happens where it cannot."""
+"""Training runs: their files, resuming and extending them, and errors."""
 
 import csv
 import dataclasses
@@ -30,14 +30,14 @@ pytestmark = needs_paddle
 
 
 def state_of(folder):
-    """Every number that a run would go on from."""
+    """Return the log rows and tensors in the state of a run."""
     progress, tensors = read_state(folder)
     rows = [{key: row[key] for key in ("epoch", "step", "lr", "loss", "top1") if key in row} for row in progress.rows]
     return rows, {name: array.tobytes() for name, array in tensors.items()}
 
 
 def trained_in(root, **fields):
-    """Train the small network on squares in a folder and return that of the run."""
+    """Train the small network on images of squares below `root`, and return the folder of the run."""
     write_squares(root / "images" / "train", {"left": 11, "right": 9})
     write_squares(root / "images" / "val", {"left": 3, "right": 3})
     recipe = ClassificationRecipe(**{**SMALL, "data": str(root / "images"), **fields})
@@ -46,13 +46,13 @@ def trained_in(root, **fields):
         return train(recipe, folder=root / "run", device="cpu").folder
 
 
-# Runs that many tests look at and none changes.
+# Runs that several tests read and no test changes.
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of `small()` as it is."""
-    return trained_in(tmp_path_factory.mktemp("whole"))
+def uninterrupted(tmp_path_factory):
+    """A complete run of `small()`."""
+    return trained_in(tmp_path_factory.mktemp("uninterrupted"))
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,19 @@ REGULARIZED = {"ema_decay": 0.9, "drop_rate": 0.1, "drop_path_rate": 0.3, "accum
 
 @pytest.fixture(scope="module")
 def regularized(tmp_path_factory):
-    """A run with drop path, dropout, mixing and averages."""
+    """A run with drop path, dropout, accumulation and EMA weights."""
     return trained_in(tmp_path_factory.mktemp("regularized"), **REGULARIZED)
 
 
 @pytest.fixture(scope="module")
-def extended(whole, tmp_path_factory):
-    """Two more epochs of `whole`, and their rows."""
-    return extend(whole, 5, folder=tmp_path_factory.mktemp("extended") / "run")
+def extended(uninterrupted, tmp_path_factory):
+    """The result of extending `uninterrupted` by two epochs."""
+    return extend(uninterrupted, 5, folder=tmp_path_factory.mktemp("extended") / "run")
 
 
 @pytest.fixture
 def finished(one_epoch, squares, tmp_path):
-    """A run of one epoch for a test of its own."""
+    """A copy of the run of one epoch that a test may change."""
     run = shutil.copytree(one_epoch, tmp_path / "run")
     for name in ("run.json", "recipe.toml"):
         text = (run / name).read_text()
@@ -86,30 +86,29 @@ def finished(one_epoch, squares, tmp_path):
 
 
 @pytest.fixture
-def trained(whole, tmp_path):
-    """Weights of two classes, `left` and `right`."""
+def trained(uninterrupted, tmp_path):
+    """Trained weights for the two classes `left` and `right`."""
     (tmp_path / "first").mkdir()
-    return shutil.copy(whole / "last.safetensors", tmp_path / "first" / "last.safetensors")
+    return shutil.copy(uninterrupted / "last.safetensors", tmp_path / "first" / "last.safetensors")
 
 
 def stop_after(monkeypatch, steps, error):
-    """Let the trainer fail in the middle of the run."""
+    """Make the trainer raise an error after the given number of steps."""
     from fcvit.training.step import Trainer
 
     run = Trainer.run
 
-    def failing(self, parts, rate):
+    def failing(self, batches, rate):
         if self.step == steps:
             raise error
-        return run(self, parts, rate)
+        return run(self, batches, rate)
 
     monkeypatch.setattr(Trainer, "run", failing)
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares, notes):
+def test_a_run_writes_all_its_files_to_its_folder(small, curves, tmp_path, squares, notes):
     recipe = small(ema_decay=0.5, save_every=2)
-    said = notes
     done = train(recipe, folder=tmp_path / "run", device="cpu")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
@@ -120,26 +119,26 @@ def test_a_run_leaves_everything_in_its_folder(small, curves, tmp_path, squares,
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in lines]
     with Image.open(tmp_path / "run" / "curves.png") as picture:
         assert picture.width > 500
-    parts = ("data", "forward", "backward", "optimizer")
-    assert all(0 < sum(row[part] for part in parts) <= row["seconds"] for row in lines)
+    phases = ("data", "forward", "backward", "optimizer")
+    assert all(0 < sum(row[phase] for phase in phases) <= row["seconds"] for row in lines)
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     assert stored["status"] == "finished" and stored["recipe"]["epochs"] == 3
-    # The files are what was validated, with their classes and preprocessing.
+    # The files contain the validated weights with their classes and preprocessing.
     for name, key in (("last", "top1"), ("last-ema", "ema_top1")):
-        found = evaluate(tmp_path / "run" / f"{name}.safetensors", squares / "val", device="cpu").results[0]
-        assert found.top1 == lines[-1][key]
+        result = evaluate(tmp_path / "run" / f"{name}.safetensors", squares / "val", device="cpu").results[0]
+        assert result.top1 == lines[-1][key]
     kept = read_weights(tmp_path / "run" / "last.safetensors")
     assert [c.id for c in kept.classes] == ["left", "right"] and kept.spec.variant == recipe.network()
     assert int(kept.tensors["patch_embed.norm.num_batches_tracked"]) == 6 == lines[-1]["step"]
-    assert any("epoch 3 of 3: loss" in text for text in said)
+    assert any("epoch 3 of 3: loss" in note for note in notes)
     assert done.weights.name == "best.safetensors" and done.best["best_top1"] == max(
         max(row["top1"], row["ema_top1"]) for row in lines
     )
 
 
 @pytest.mark.slow
-def test_it_learns(small, tmp_path):
-    """Which corner is bright: a network that did not learn would know half of them."""
+def test_training_learns_the_task(small, tmp_path):
+    """The classes differ in which corner is bright. An untrained network would have 50 % accuracy."""
     done = train(
         small(epochs=12, flip=0.0, rand_augment=0, crop="centre", mixup=0.0, cutmix=0.0), folder=tmp_path / "r"
     )
@@ -147,13 +146,15 @@ def test_it_learns(small, tmp_path):
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
-def test_an_interrupted_run_ends_with_the_same_bits(small, regularized, tmp_path, monkeypatch, step, notes):
-    """Interrupted in the first epoch, between two, and in the last."""
+def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
+    small, regularized, tmp_path, monkeypatch, step, notes
+):
+    """Interrupt the run in the first epoch, between two epochs, and in the last epoch."""
     with monkeypatch.context() as patch:
         stop_after(patch, step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(small(**REGULARIZED), folder=tmp_path / "cut", device="cpu")
-    assert notes[-1].endswith(f"go on with: fcvit train --resume {tmp_path / 'cut'}")
+    assert notes[-1].endswith(f"fcvit train --resume {tmp_path / 'cut'}")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
     assert state_of(tmp_path / "cut") == state_of(regularized)
@@ -162,51 +163,50 @@ def test_an_interrupted_run_ends_with_the_same_bits(small, regularized, tmp_path
         assert all((expected[key] == cut[key]).all() for key in expected), name
 
 
-def test_a_finished_run_stays_as_it_is(finished):
+def test_resuming_a_finished_run_changes_nothing(finished):
     before = (finished / "state.safetensors").read_bytes()
     again = resume(finished)
     assert (finished / "state.safetensors").read_bytes() == before and len(again.rows) == 1
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_operators_that_it_began_with(small, tmp_path, monkeypatch, notes):
-    """Begun without a compiler: the run stays plain where there is one."""
+def test_a_resumed_run_keeps_its_operators(small, tmp_path, monkeypatch, notes):
+    """A run that started without a compiler keeps Paddle's operators when a compiler is available later."""
     from fcvit.errors import MissingExtra
     from fcvit.native import build
 
-    def none():
-        raise MissingExtra("native operators cannot be had: no C++ compiler")
+    def unavailable():
+        raise MissingExtra("native operators are not available: no C++ compiler")
 
-    said = notes
     with monkeypatch.context() as patch:
-        patch.setattr(build, "operators", none)
+        patch.setattr(build, "operators", unavailable)
         train(small(epochs=1), folder=tmp_path / "run", device="cpu")
         with pytest.raises(MissingExtra, match=r"no C\+\+ compiler"):
             train(small(epochs=1, operators="native"), folder=tmp_path / "other", device="cpu")
-    assert any("several times slower" in text and "no C++ compiler" in text for text in said)
+    assert any("slower" in note and "no C++ compiler" in note for note in notes)
     resume(tmp_path / "run")
     longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
     assert json.loads((longer.folder / "run.json").read_text())["identity"]["operators"] == "plain"
 
 
 @pytest.mark.slow
-def test_training_longer_is_an_act_of_its_own(small, whole, extended):
+def test_extending_a_run_creates_a_new_run(small, uninterrupted, extended):
     assert [row["epoch"] for row in extended.rows] == [1, 2, 3, 4, 5]
-    assert [row["loss"] for row in extended.rows[:3]] == [row["loss"] for row in read_state(whole)[0].rows]
+    assert [row["loss"] for row in extended.rows[:3]] == [row["loss"] for row in read_state(uninterrupted)[0].rows]
     assert extended.rows[3]["lr"] == learning_rate(small(epochs=5), 3.5)
-    assert json.loads((extended.folder / "run.json").read_text())["extends"] == str(whole)
-    with pytest.raises(UsageError, match="no more than the 3 that are done"):
-        extend(whole, 3)
+    assert json.loads((extended.folder / "run.json").read_text())["extends"] == str(uninterrupted)
+    with pytest.raises(UsageError, match=r"--epochs 3: .*not more than the 3 epochs"):
+        extend(uninterrupted, 3)
 
 
 @pytest.mark.slow
-def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares):
-    """Also where it does not get better, and where patience had ended the run that it extends."""
+def test_an_extended_run_keeps_the_best_weights_of_the_first_run(small, tmp_path, squares):
+    """This also holds if the score does not improve, and if `patience` ended the first run."""
     recipe = small(patience=1, epochs=9, lr=1e-9, min_lr=0.0, warmup_lr=0.0, ema_decay=0.5)
     first = train(recipe, folder=tmp_path / "run", device="cpu")
     assert first.stopped_early and first.best["epoch"] == len(first.rows) - 1
     longer = extend(tmp_path / "run", 12, folder=tmp_path / "longer")
-    assert len(longer.rows) > len(first.rows), "patience counts from where it began"
+    assert len(longer.rows) > len(first.rows), "patience counts from the start of the extension"
     if longer.best == first.best:
         one, other = (read_weights(done.weights).tensors["head.bias"].tolist() for done in (first, longer))
         assert one == other
@@ -217,7 +217,7 @@ def test_an_extended_run_has_the_best_weights_of_before(small, tmp_path, squares
 
 
 @pytest.mark.slow
-def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(one_epoch, tmp_path, monkeypatch):
+def test_an_extended_run_without_a_copied_state_cannot_be_resumed(one_epoch, tmp_path, monkeypatch):
     from fcvit.training import files
 
     with monkeypatch.context() as patch:
@@ -229,29 +229,29 @@ def test_an_extended_run_that_took_nothing_over_does_not_begin_from_nothing(one_
 
 
 @pytest.mark.slow
-def test_an_extended_run_can_be_interrupted(whole, extended, tmp_path, monkeypatch):
+def test_an_extended_run_can_be_interrupted_and_resumed(uninterrupted, extended, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            extend(whole, 5, folder=tmp_path / "cut")
+            extend(uninterrupted, 5, folder=tmp_path / "cut")
     resume(tmp_path / "cut")
     assert state_of(tmp_path / "cut") == state_of(extended.folder)
 
 
-def outcome(results):
-    """The outcome of an evaluation with these results."""
+def evaluation_with(results):
+    """Return a fake evaluation with the given results."""
     return type("Evaluation", (), {"report": type("Report", (), {"results": results}), "unreadable": ()})
 
 
-def test_it_stops_early(small, tmp_path, monkeypatch):
-    """No epoch is better than the first one: after two more it stops, and the best is kept."""
+def test_patience_stops_training_early(small, tmp_path, monkeypatch):
+    """No epoch is better than the first. Training stops after two more epochs and keeps the best weights."""
     from fcvit.training import loop as module
 
     results = [
         dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])(1.0, top1, 2, 2) for top1 in (90, 50, 90)
     ]
-    found = iter([[result] for result in results])
-    monkeypatch.setattr(module, "evaluate_split", lambda *_: outcome(next(found)))
+    remaining = iter([[result] for result in results])
+    monkeypatch.setattr(module, "evaluate_split", lambda *_: evaluation_with(next(remaining)))
     done = train(small(epochs=9, patience=2), folder=tmp_path / "run", device="cpu")
     assert done.stopped_early and len(done.rows) == 3 and done.best["epoch"] == 1
     best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last"))
@@ -261,26 +261,26 @@ def test_it_stops_early(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("raw", "ema", "kept"), [(50, 90, "last-ema"), pytest.param(90, 50, "last", marks=pytest.mark.slow)]
 )
-def test_the_best_are_the_raw_or_the_averaged_weights(small, tmp_path, monkeypatch, raw, ema, kept):
+def test_the_best_weights_are_the_better_of_raw_and_ema_weights(small, tmp_path, monkeypatch, raw, ema, kept):
     from fcvit.training import loop as module
 
     result = dataclasses.make_dataclass("R", ["loss", "top1", "k", "classes"])
-    found = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
+    results = [result(1.0, raw, 2, 2), result(1.0, ema, 2, 2)]
     given = []
-    monkeypatch.setattr(module, "evaluate_split", lambda weights, *_: given.extend(weights) or outcome(found))
+    monkeypatch.setattr(module, "evaluate_split", lambda weights, *_: given.extend(weights) or evaluation_with(results))
     done = train(small(epochs=1, ema_decay=0.99), folder=tmp_path / "run", device="cpu")
     assert (done.best["best_top1"], done.best["best_weights"]) == (90, "ema" if kept == "last-ema" else "raw")
     names = ("best", "last", "last-ema")
-    best, last, averaged = (
+    best, last, last_ema = (
         read_weights(tmp_path / "run" / f"{name}.safetensors").tensors["head.bias"] for name in names
     )
-    assert (last != averaged).any() and (best == (averaged if kept == "last-ema" else last)).all()
+    assert (last != last_ema).any() and (best == (last_ema if kept == "last-ema" else last)).all()
     evaluated = [weights.tensors["head.bias"] for weights in given]
-    assert len(evaluated) == 2 and (evaluated[0] == last).all() and (evaluated[1] == averaged).all()
+    assert len(evaluated) == 2 and (evaluated[0] == last).all() and (evaluated[1] == last_ema).all()
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_training(small, whole, tmp_path, monkeypatch):
+def test_a_nan_loss_stops_training(small, uninterrupted, tmp_path, monkeypatch):
     from fcvit.tasks.classification import training as module
 
     loss = module.soft_cross_entropy
@@ -288,26 +288,26 @@ def test_a_loss_that_is_no_number_stops_the_training(small, whole, tmp_path, mon
         module, "soft_cross_entropy", lambda *given: loss(*given) * (float("nan") if next(calls) == 3 else 1)
     )
     calls = iter(range(100))
-    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 4; lower lr.*; epoch 1 stands in .*/run$"):
+    with pytest.raises(TrainingStopped, match=r"loss is nan at step 4.* lr .*clip_norm.*epoch 1 .*/run$"):
         train(small(), folder=tmp_path / "run", device="cpu")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert TrainingStopped.exit_code == 8
     monkeypatch.undo()
     resume(tmp_path / "run")
-    assert state_of(tmp_path / "run") == state_of(whole)
+    assert state_of(tmp_path / "run") == state_of(uninterrupted)
 
 
 @pytest.mark.slow
-def test_real_weights_that_diverge_are_noticed(small, tmp_path):
-    """Not a planted NaN: a rate that throws the weights out of all bounds."""
-    with pytest.raises(TrainingStopped, match=r"the loss is (nan|inf) at step|is not finite|no finite numbers"):
+def test_diverging_weights_stop_training(small, tmp_path):
+    """The weights really diverge, because the learning rate is much too high."""
+    with pytest.raises(TrainingStopped, match=r"loss is (nan|inf) at step|finite"):
         train(small(lr=900.0, epochs=60, warmup_epochs=0), folder=tmp_path / "run", device="cpu")
 
 
 @pytest.mark.parametrize("target", [pytest.param("last.safetensors", marks=pytest.mark.slow), "state.safetensors"])
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint(small, whole, tmp_path, monkeypatch, target):
-    """The disk is full when the second epoch is to be kept; what stands is the first one, and the run goes on."""
+def test_a_full_disk_keeps_the_last_checkpoint(small, uninterrupted, tmp_path, monkeypatch, target):
+    """If the disk is full when the second epoch is saved, the first epoch is kept and the run can be resumed."""
     from fcvit.weights import safetensors_file
 
     write = safetensors_file.write
@@ -323,62 +323,59 @@ def test_a_full_disk_leaves_the_last_checkpoint(small, whole, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors_file, "write", full)
-        with pytest.raises(UnreadableFile, match=rf"{target}: cannot be written: No space left .*epoch 1 stands"):
+        with pytest.raises(UnreadableFile, match=rf"{target}: .*No space left .*epoch 1 "):
             train(small(), folder=tmp_path / "run", device="cpu")
     assert read_state(tmp_path / "run")[0].epoch == 1 and read_weights(tmp_path / "run" / "last.safetensors")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     resume(tmp_path / "run")
-    assert state_of(tmp_path / "run") == state_of(whole)
+    assert state_of(tmp_path / "run") == state_of(uninterrupted)
 
 
 @pytest.mark.slow
-def test_images_that_vanish_stop_the_training(small, tmp_path, squares, monkeypatch):
+def test_deleted_images_stop_training(small, tmp_path, squares, monkeypatch):
     from fcvit.training.step import Trainer
 
     run = Trainer.run
 
-    def vanish(self, parts, rate):
+    def delete_images(self, batches, rate):
         if self.step == 2:
             shutil.rmtree(squares / "train")
-        return run(self, parts, rate)
+        return run(self, batches, rate)
 
-    monkeypatch.setattr(Trainer, "run", vanish)
-    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*is .*train as it was.*epoch 1 stands"):
+    monkeypatch.setattr(Trainer, "run", delete_images)
+    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*/train.*epoch 1 .*--resume"):
         train(small(), folder=tmp_path / "run", device="cpu")
-    with pytest.raises(UnreadableFile, match="where are the others"):
+    with pytest.raises(UnreadableFile, match=r"\bval\b.*\btrain\b"):
         resume(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_single_images_that_cannot_be_read_are_left_out(small, tmp_path, squares, notes):
+def test_unreadable_training_images_are_skipped_and_reported_once(small, tmp_path, squares, notes):
     (squares / "train" / "left" / "00.png").write_bytes(b"\x89PNG")
-    said = notes
     done = train(small(epochs=6), folder=tmp_path / "run", device="cpu")
-    assert done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
-    assert (
-        said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off") == 1
-    )
+    (reason,) = done.unreadable
+    assert reason.startswith("left/00.png: ") and sum(reason in note for note in notes) == 1
 
 
-def test_what_changed_is_said_when_a_run_goes_on(finished, squares):
+def test_changed_images_are_reported_when_a_run_is_resumed(finished, squares):
     for split in ("val", "train"):
         (squares / split / "left" / "00.png").unlink()
-        with pytest.raises(DoesNotFit, match="validation images changed" if split == "val" else "training images, val"):
+        with pytest.raises(DoesNotFit, match="validation images" if split == "val" else "training images, val"):
             resume(finished)
 
 
-def test_a_lost_state_is_not_taken_for_a_new_run(finished):
+def test_a_run_with_a_missing_state_cannot_be_resumed(finished):
     (finished / "state.safetensors").unlink()
-    with pytest.raises(UnreadableFile, match=r"state\.safetensors is gone"):
+    with pytest.raises(UnreadableFile, match=r"state\.safetensors .*start a new run from .*last\.safetensors"):
         resume(finished)
 
 
 @pytest.mark.slow
-def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, squares):
+def test_a_resumed_run_does_not_need_its_initial_weights(trained, tmp_path, squares):
     words = {"epochs": "2", "new_head": "true"}
     done = finetune(trained, squares, **words, folder=tmp_path / "run", device="cpu")
     counted = int(read_weights(done.folder / "last.safetensors").tensors["patch_embed.norm.num_batches_tracked"])
-    assert counted == 6 + done.rows[-1]["step"], "counted on from the weights it began with"
+    assert counted == 6 + done.rows[-1]["step"], "the count continues the count of the initial weights"
     kept = state_of(done.folder)
     trained.unlink()
     assert len(resume(done.folder).rows) == 2 and state_of(done.folder) == kept
@@ -387,7 +384,7 @@ def test_a_run_needs_the_weights_it_began_with_no_more(trained, tmp_path, square
     assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
 
 
-def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(finished):
+def test_resuming_removes_only_the_temporary_files_of_a_killed_process(finished):
     run = finished
     (run / ".fcvit-tmp-x1").mkdir()
     (run / ".fcvit-tmp-x1" / "last.safetensors").touch()
@@ -401,128 +398,124 @@ def test_resuming_removes_what_a_killed_process_was_writing_and_nothing_else(fin
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_same_images_elsewhere(small, whole, squares, tmp_path, monkeypatch, capsys):
-    """By names, classes and the content of the files; the new place is recorded."""
+def test_a_run_is_resumed_with_moved_images(small, uninterrupted, squares, tmp_path, monkeypatch, capsys):
+    """Names, classes and content of the images must be the same. The new path is recorded."""
     from fcvit.cli import main
 
     with monkeypatch.context() as patch:
         stop_after(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(small(), folder=tmp_path / "run", device="cpu")
-    moved = squares.rename(tmp_path / "elsewhere")
+    moved = squares.rename(tmp_path / "moved")
     words = ["train", "--resume", str(tmp_path / "run")]
-    assert main(words) == 3 and "say where with --data" in capsys.readouterr().err
+    assert main(words) == 3 and "with --data" in capsys.readouterr().err
     resized, missing = shutil.copytree(moved, tmp_path / "resized"), shutil.copytree(moved, tmp_path / "missing")
     for path in resized.rglob("*.png"):
         with Image.open(path) as image:
             image.resize((32, 32)).save(path)
     (missing / "train" / "left" / "00.png").unlink()
-    assert main([*words, "--data", str(resized)]) == 4 and "other content than" in capsys.readouterr().err
-    assert main([*words, "--data", str(missing)]) == 4 and "training images changed" in capsys.readouterr().err
+    assert main([*words, "--data", str(resized)]) == 4 and f"--data {resized}: the content" in capsys.readouterr().err
+    assert main([*words, "--data", str(missing)]) == 4 and "training images" in capsys.readouterr().err
     assert main([*words, "--weights", str(moved)]) != 0
     assert main([*words, "--data", str(moved), "--lr", "1"]) == 2
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     assert main([*words, "--data", str(moved)]) == 0
-    assert state_of(tmp_path / "run") == state_of(whole)
+    assert state_of(tmp_path / "run") == state_of(uninterrupted)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["data"] == str(moved)
     assert str(moved) in (tmp_path / "run" / "recipe.toml").read_text()
-    assert main(words) == 0, "from now on it is known where they are"
+    assert main(words) == 0, "the new path was recorded"
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_weights_that_are_elsewhere(trained, small, tmp_path, monkeypatch):
-    """An interruption in the first epoch: the weights are needed again."""
+def test_a_run_is_resumed_with_moved_weights(trained, small, tmp_path, monkeypatch):
+    """A run that was interrupted in its first epoch needs its initial weights again."""
     with monkeypatch.context() as patch:
         stop_after(patch, 0, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(small(weights=str(trained), epochs=1), folder=tmp_path / "run", device="cpu")
     moved = trained.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(UnreadableFile, match="say where with --weights"):
+    with pytest.raises(UnreadableFile, match="with --weights"):
         resume(tmp_path / "run")
     with pytest.raises(UsageError, match="only data, val, classes, weights"):
         resume(tmp_path / "run", moved={"lr": "1"})
     assert len(resume(tmp_path / "run", moved={"weights": moved}).rows) == 1
     other = shutil.copy(tmp_path / "run" / "last.safetensors", tmp_path / "other.safetensors")
-    with pytest.raises(DoesNotFit, match="other content than"):
+    with pytest.raises(DoesNotFit, match=r"--weights .*other\.safetensors: the content"):
         resume(tmp_path / "run", moved={"weights": other})
 
 
 @pytest.mark.slow
-def test_validation_images_that_cannot_be_read_are_named(small, tmp_path, squares, notes):
+def test_unreadable_validation_images_are_reported_once(small, tmp_path, squares, notes):
     (squares / "val" / "left" / "00.png").write_bytes(b"\x89PNG")
-    said = notes
     done = train(small(epochs=2), folder=tmp_path / "run", device="cpu")
-    assert (
-        done.unreadable == ("left/00.png: not an image that can be read: a PNG image that is damaged or cut off",)
-        and said.count("left out: left/00.png: not an image that can be read: a PNG image that is damaged or cut off")
-        == 1
-    )
+    (reason,) = done.unreadable
+    assert reason.startswith("left/00.png: ") and sum(reason in note for note in notes) == 1
 
 
-def test_a_weight_that_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
-    """The loss may be finite to the last step of an epoch, and what that step leaves not."""
+def test_nan_weights_are_not_saved(small, tmp_path, monkeypatch):
+    """The last step of an epoch can have a finite loss and still give weights that are not finite."""
     from fcvit.training.step import Trainer
 
     run = Trainer.run
 
-    def spoil(self, parts, rate):
-        losses = run(self, parts, rate)
+    def set_nan(self, batches, rate):
+        losses = run(self, batches, rate)
         if self.step == 4:
             self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
         return losses
 
-    monkeypatch.setattr(Trainer, "run", spoil)
-    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 4; lower lr.*epoch 1 stands"):
+    monkeypatch.setattr(Trainer, "run", set_nan)
+    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 4.* lr .*epoch 1 "):
         train(small(), folder=tmp_path / "run", device="cpu")
     assert np.isfinite(read_weights(tmp_path / "run" / "last.safetensors").tensors["head.bias"]).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
-def test_a_damaged_state_is_not_taken(finished, damage):
+def test_a_damaged_state_is_refused(finished, damage):
     path = finished / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     with pytest.raises(UnreadableFile, match=r"state\.safetensors"):
         resume(finished)
     (finished / "run.json").write_text('{"command": "train", "recipe": {}}')
-    with pytest.raises(UnreadableFile, match="without the recipe"):
+    with pytest.raises(UnreadableFile, match=r"run\.json: .*recipe"):
         resume(finished)
 
 
 @pytest.mark.slow
-def test_the_state_of_another_network_is_not_taken(finished, regularized):
+def test_the_state_of_another_network_is_refused(finished, regularized):
     shutil.copy(regularized / "state.safetensors", finished / "state.safetensors")
-    with pytest.raises(UnreadableFile, match="does not fit the network at ema/"):
+    with pytest.raises(UnreadableFile, match="does not match the network at ema/"):
         resume(finished)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"precision": "bfloat16"}, "does not have it on the cpu; take float32"),
-        ({"batchnorm": "sync"}, "does not have it on the CPU; use average"),
-        ({"batch_size": 21}, "only 20 training images"),
-        ({"patience": 2, "data": "images/train"}, "nothing tells when to stop"),
+        ({"precision": "bfloat16"}, "bfloat16.* cpu; use --precision float32"),
+        ({"batchnorm": "sync"}, "sync.* CPU; use --batchnorm average"),
+        ({"batch_size": 21}, "batch_size 21.* 20 training images"),
+        ({"patience": 2, "data": "images/train"}, "patience = 2.*validation images; set --val or --held-out"),
         ({"accumulate": 3}, "not divisible by 3"),
     ],
 )
-def test_what_cannot_be_had_is_refused_and_not_ignored(small, tmp_path, monkeypatch, fields, message):
+def test_unsupported_settings_are_refused(small, tmp_path, monkeypatch, fields, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         train(small(**fields), folder=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_run_may_not_lie_among_its_images(small, squares):
-    with pytest.raises(UsageError, match="would be images"):
+def test_the_run_folder_may_not_be_inside_the_image_folder(small, squares):
+    with pytest.raises(UsageError, match=r"train.run .*inside.*-o"):
         train(small(), folder=squares / "train" / "run", device="cpu")
 
 
-def test_a_batch_of_odd_size(small, tmp_path):
+def test_an_odd_batch_size_works(small, tmp_path):
     assert train(small(epochs=1, batch_size=7), folder=tmp_path / "run", device="cpu").rows[0]["step"] == 2
 
 
-def test_parts_of_a_step_add_up(small, tmp_path):
-    """The gradient of four parts is that of the whole batch, where no BatchNorm tells them apart."""
+def test_micro_batches_give_the_gradient_of_the_batch(small, tmp_path):
+    """Without BatchNorm in training mode, four micro-batches give the same gradient as the complete batch."""
     from fcvit.models.build import create_model
     from fcvit.training.batches import MicroBatches
     from fcvit.training.optimizer import freeze_backbone
@@ -530,33 +523,35 @@ def test_parts_of_a_step_add_up(small, tmp_path):
 
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
     targets = np.eye(2, dtype=np.float32)[[0, 1, 1, 1] * 2]
-    recipe = small(weights="some", freeze=True, eps=1.0)  # else AdamW's first step does not depend on the size
+    recipe = small(
+        weights="some", freeze=True, eps=1.0
+    )  # with a small eps, the first step of AdamW would not depend on the size of the gradient
     from fcvit.frameworks import import_framework
 
     heads = []
-    for parts in (1, 4):
+    for count in (1, 4):
         import_framework("paddle").seed(0)
         model = create_model(recipe.network(), None, 2)
         freeze_backbone(model)
-        trainer = Trainer(model, recipe, MicroBatches(8, accumulate=parts), classifier_loss)
+        trainer = Trainer(model, recipe, MicroBatches(8, accumulate=count), classifier_loss)
         trainer.train_mode()
-        loss = trainer.run(iter(zip(np.split(images, parts), np.split(targets, parts), strict=True)), 0.1)
+        loss = trainer.run(iter(zip(np.split(images, count), np.split(targets, count), strict=True)), 0.1)
         heads.append((loss["loss"], model.head.weight.numpy()))
     assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_every_step_and_part_draws_anew(small):
-    """Of dropout: the same images give another loss in each step and part, and the same again from the start."""
+def test_dropout_differs_between_steps_and_micro_batches(small):
+    """The same images give a different loss in each step and micro-batch. A second run repeats the losses."""
     from fcvit.models.build import create_model
     from fcvit.training.batches import MicroBatches
     from fcvit.training.step import Trainer
 
     recipe = small(drop_rate=0.5, options={**small().options, "layer_scale": 1.0})
-    part = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
+    batch = (np.ones((4, 3, 32, 32), np.float32), np.eye(2, dtype=np.float32)[[0, 1, 1, 0]])
 
-    def losses():
+    def all_losses():
         from fcvit.frameworks import import_framework
 
         import_framework("paddle").seed(0)
@@ -564,25 +559,24 @@ def test_every_step_and_part_draws_anew(small):
             create_model(recipe.network(), None, 2, 0.0, 0.5), recipe, MicroBatches(8, accumulate=2), classifier_loss
         )
         trainer.train_mode()
-        found = []
-        trainer.task_loss = lambda *given: found.append(classifier_loss(*given)) or found[-1]
+        recorded = []
+        trainer.task_loss = lambda *given: recorded.append(classifier_loss(*given)) or recorded[-1]
         for _ in range(2):
-            trainer.run(iter([part, part]), 0.0)
-        return [losses["loss"].item() for losses in found]
+            trainer.run(iter([batch, batch]), 0.0)
+        return [losses["loss"].item() for losses in recorded]
 
-    first = losses()
-    assert len(set(first)) == 4 and losses() == first
+    first = all_losses()
+    assert len(set(first)) == 4 and all_losses() == first
 
 
 @pytest.mark.slow
-def test_finetuning_gives_weights_a_new_head(trained, tmp_path, notes):
+def test_finetuning_creates_a_new_head_for_new_classes(trained, tmp_path, notes):
     data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4}, size=40)
-    said = notes
     words = {"epochs": "2", "operators": "plain", "layer_decay": "0.5"}
     done = finetune(trained, data, **words, folder=tmp_path / "run", device="cpu")
-    assert any("a new head for 3 classes" in text for text in said)
-    assert any("held out for validation: 4 of 20 images" in text for text in said)
-    assert any("batch_size 4: a quarter" in text for text in said)
+    assert any("new head" in note and "3 classes" in note for note in notes)
+    assert any("4 of 20 images" in note for note in notes)
+    assert any("batch_size 4" in note for note in notes)
     kept = read_weights(done.weights)
     assert [c.id for c in kept.classes] == ["a", "b", "c"] and kept.spec.variant == read_weights(trained).spec.variant
     recipe, _ = finetune_recipe(trained, data, words)
@@ -594,18 +588,17 @@ def test_finetuning_gives_weights_a_new_head(trained, tmp_path, notes):
 
 @pytest.mark.slow
 def test_finetuning_keeps_the_head_for_the_same_classes(trained, tmp_path, squares, notes):
-    said = notes
     words = {"epochs": "1", "operators": "plain", "lr": "1e-9", "warmup_lr": "0", "min_lr": "0"}
     done = finetune(trained, squares, **words, folder=tmp_path / "run", device="cpu")
-    assert any("the head goes on from theirs" in text for text in said)
+    assert any("--new-head true" in note for note in notes)
     before, after = (read_weights(path).tensors["head.weight"] for path in (trained, done.folder / "last.safetensors"))
     assert np.abs(before - after).max() < 1e-6
-    anew = finetune(trained, squares, **words, new_head="true", folder=tmp_path / "anew", device="cpu")
-    assert np.abs(before - read_weights(anew.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
+    new = finetune(trained, squares, **words, new_head="true", folder=tmp_path / "new", device="cpu")
+    assert np.abs(before - read_weights(new.folder / "last.safetensors").tensors["head.weight"]).max() > 1e-3
 
 
-def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp_path, squares):
-    """The head is kept for the same classes in whatever order; a batch is a quarter, divisible into its parts."""
+def test_finetuning_chooses_the_head_and_the_batch_size(trained, tmp_path, squares):
+    """The head is kept for the same classes in any order. The batch is at most a quarter of the images."""
     from fcvit.models.build import create_model, weights_of
     from fcvit.weights.writing import write_weights
 
@@ -614,53 +607,52 @@ def test_finetuning_decides_for_the_classes_and_the_count_of_images(trained, tmp
     other = tmp_path / "other.safetensors"
     write_weights(other, weights_of(model, classes=(ClassName("right", "R"), ClassName("left", "L"))))
     recipe, notes = finetune_recipe(other, squares, {"accumulate": "2"})
-    assert not recipe.new_head and "goes on from theirs" in notes[0]
+    assert not recipe.new_head and "--new-head true" in notes[0]
     assert recipe.batch_size == 4 and recipe.batch_size % 2 == 0
     nameless = tmp_path / "nameless.safetensors"
     write_weights(nameless, weights_of(model))
-    assert finetune_recipe(nameless, squares)[0].new_head, "two outputs without names may mean anything"
+    assert finetune_recipe(nameless, squares)[0].new_head, "two outputs without class names may belong to other classes"
     assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
 
 
-def test_the_warm_up_of_a_short_finetuning_fits_into_it(trained, squares, small, tmp_path, notes):
-    """Else the learning rate would not reach its value; what is asked for stays, with a note."""
+def test_the_warm_up_of_a_short_finetuning_is_shortened(trained, squares, small, tmp_path, notes):
+    """Otherwise the learning rate would not reach its peak. An explicit value is kept, and a note is logged."""
     recipe, remarks = finetune_recipe(trained, squares, {"epochs": "1"})
-    assert recipe.warmup_epochs == 0.2 and "warmup_epochs 0.2: a fifth of 1 epoch" in remarks
+    assert recipe.warmup_epochs == 0.2 and any("warmup_epochs 0.2" in note and "1 epoch" in note for note in remarks)
     assert learning_rate(recipe, 0) < learning_rate(recipe, 0.1) < learning_rate(recipe, 0.2)
     assert learning_rate(recipe, 0.2) > 0.9 * recipe.peak_lr
     assert finetune_recipe(trained, squares, {"epochs": "1", "lr-update": "epoch"})[0].warmup_epochs == 0
     for words in ({"epochs": "5"}, {"epochs": "2", "warmup-epochs": "1"}):
         recipe, remarks = finetune_recipe(trained, squares, words)
         assert recipe.warmup_epochs == 1 and not any("warmup" in note for note in remarks)
-    said = notes
     train(small(epochs=1), folder=tmp_path / "run", device="cpu")
-    assert any("the warm-up takes all of the 1 epoch:" in text for text in said)
+    assert any("warm-up" in note and "1 epoch" in note and "--warmup-epochs" in note for note in notes)
 
 
-def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkeypatch, capsys):
+def test_the_remaining_time_of_the_run_is_shown_from_the_first_step(small, tmp_path, monkeypatch, capsys):
     from fcvit.report import progress as module
 
     monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
-    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in all"
+    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, .*\d:\d\d:\d\d.*"
     assert re.fullmatch(expected, lines[0]), lines
 
 
-def test_the_time_of_all_counts_validation_and_later_epochs(small):
+def test_the_remaining_time_includes_validation_and_later_epochs(small):
     from fcvit.training.loop import Loop
     from fcvit.training.run import Run
 
     with Run.prepared(small(epochs=3), "cpu", 0) as run:
         loop = Loop(run)
-        # 6 images are validated, at three times the rate; then two epochs of 16 images each.
+        # 6 images are validated at three times the rate. Two epochs of 16 images follow.
         assert loop.seconds_after(1.0) == 2 + 2 * (16 + 2)
         loop.seconds.append(5.0)
         assert loop.seconds_after(1.0) == 2 + 2 * 5
 
 
 @pytest.mark.slow
-def test_drop_rates_hold_for_weights_too(trained, small):
+def test_drop_rates_also_apply_to_loaded_weights(trained, small):
     from fcvit.tasks.classification.training import ClassificationTraining
 
     recipe = small(weights=str(trained), drop_path_rate=0.3, drop_rate=0.2)
@@ -676,10 +668,10 @@ def test_a_frozen_backbone_is_not_trained(trained, tmp_path, squares):
     changed = {name for name in before if (before[name] != after[name]).any() and not name.endswith("tracked")}
     assert changed == {"head.weight", "head.bias"}
     counters = [int(t[name]) for t in (before, after) for name in before if name.endswith("tracked")]
-    assert len(set(counters)) == 1, "statistics that stay are not counted as updated"
+    assert len(set(counters)) == 1, "frozen statistics are not counted as updated"
 
 
-def test_training_goes_on_from_weights_of_another_count_of_classes_only_with_a_new_head(trained, small, tmp_path):
+def test_weights_with_another_number_of_classes_need_a_new_head(trained, small, tmp_path):
     data = write_squares(tmp_path / "three", {"a": 10, "b": 6, "c": 4})
     with pytest.raises(DoesNotFit, match="fcvit finetune"):
         train(small(data=str(data), weights=str(trained)), folder=tmp_path / "run", device="cpu")
@@ -704,13 +696,13 @@ def recipe_file(small, tmp_path):
         (["--velocity", "1"], 2, "velocity"),
         (["--wieght_decay", "1"], 2, "(?i)did you mean .*weight.decay"),
         (["--epochs", "many"], 2, "epochs = 'many': expected a whole number"),
-        (["--data", "nowhere"], 3, "nowhere: no such folder"),
-        (["--resume", "somewhere"], 2, "expected a recipe, or --resume"),
+        (["--data", "nowhere"], 3, "nowhere: "),
+        (["--resume", "somewhere"], 2, "recipe.*--resume"),
         (["--weights", "nowhere.pth"], 3, "nowhere.pth"),
-        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, "lower lr"),
+        (["--lr", "900", "--warmup_epochs", "0", "--epochs", "40", "--mixup", "0"], 8, r"\blr\b.*clip_norm"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(recipe_file, tmp_path, capsys, words, code, message):
+def test_command_line_errors_are_one_line(recipe_file, tmp_path, capsys, words, code, message):
     from fcvit.cli import main
 
     assert main(["train", str(recipe_file), "--device", "cpu", "-o", str(tmp_path / "run"), *words]) == code
@@ -724,8 +716,8 @@ def test_the_command_line_trains_resumes_and_extends(recipe_file, tmp_path, caps
 
     run, longer = str(tmp_path / "run"), str(tmp_path / "longer")
     assert main(["train", str(recipe_file), "--device", "cpu", "--epochs", "1", "-o", run, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["rows"]) == 1 and found["weights"] == f"{run}/best.safetensors"
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["rows"]) == 1 and result["weights"] == f"{run}/best.safetensors"
     assert main(["train", "--resume", run]) == 0
     out = capsys.readouterr().out
     assert "weights: " in out and out.startswith("1 epoch in")
@@ -748,14 +740,14 @@ def test_the_command_line_finetunes_and_previews(trained, squares, tmp_path, cap
     assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 0
     with Image.open(tmp_path / "seen.png") as picture:
         assert min(picture.size) > 500
-    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "it is there already"
+    assert main([*words, "--preview", str(tmp_path / "seen.png")]) == 2, "the file already exists"
     assert main([*words, "--epochs", "1", "--freeze", "true", "-o", str(tmp_path / "run")]) == 0
     assert "best.safetensors" in capsys.readouterr().out
     assert main([*words, "--epocs", "1"]) == 2
 
 
-def test_a_preview_shows_what_the_network_sees(small, tmp_path):
-    """Without any augmentation: the image itself, cut to its center; with erasing: something else."""
+def test_a_preview_shows_the_augmented_images(small, tmp_path):
+    """The preview with erasing differs from the preview without augmentation."""
     plain = small(rand_augment=0, erasing=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop="centre")
     pictures = {}
     for name, recipe in (("plain", plain), ("erased", dataclasses.replace(plain, erasing=1.0))):
@@ -767,8 +759,8 @@ def test_a_preview_shows_what_the_network_sees(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", [6, pytest.param(40, marks=pytest.mark.ci)])
-def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
-    """At seeded moments, in the native operators of a step or of the validation, or while a file is replaced."""
+def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_path, monkeypatch, capsys, moments):
+    """Signals arrive at seeded moments: in native operators of a step or validation, or while a file is replaced."""
     from fcvit.cli import main
     from fcvit.native import operators
 
@@ -789,27 +781,27 @@ def test_a_signal_at_any_moment_interrupts_in_order_and_loses_nothing(small, tmp
 
     monkeypatch.setattr(operators, "run_kernel", interrupting(operators.run_kernel))
     monkeypatch.setattr(os, "replace", interrupting(os.replace))
-    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert main([*command, str(tmp_path / "uninterrupted")]) == 0
     each_epoch = calls // epochs
     words = [*command, str(run := tmp_path / "cut")]
     generator = np.random.default_rng(0)
-    for place in range(moments):
-        number = (signal.SIGINT, signal.SIGTERM)[place % 2]
-        # An epoch has to end now and then, but not the run.
-        calls, moment = 0, each_epoch * 5 // 4 if place % 8 == 4 else 2 + int(generator.integers(each_epoch))
+    for attempt in range(moments):
+        number = (signal.SIGINT, signal.SIGTERM)[attempt % 2]
+        # Some attempts must finish an epoch, but not the run.
+        calls, moment = 0, each_epoch * 5 // 4 if attempt % 8 == 4 else 2 + int(generator.integers(each_epoch))
         capsys.readouterr()
-        assert main(words) == 130, (place, moment)
-        assert f"go on with: fcvit train --resume {run}" in capsys.readouterr().err, (place, moment)
-        assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (place, moment)
+        assert main(words) == 130, (attempt, moment)
+        assert f"fcvit train --resume {run}" in capsys.readouterr().err, (attempt, moment)
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (attempt, moment)
         words = ["train", "--resume", str(run)]
     moment = 0
     assert 1 <= read_state(run)[0].epoch < epochs
     assert main(words) == 0
-    assert state_of(run) == state_of(tmp_path / "whole")
+    assert state_of(run) == state_of(tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
-def test_resume_continues_either_kind_of_run(small, squares, tmp_path, monkeypatch):
+def test_resume_continues_training_and_evaluation_runs(small, squares, tmp_path, monkeypatch):
     import fcvit
 
     with monkeypatch.context() as patch:
@@ -820,5 +812,5 @@ def test_resume_continues_either_kind_of_run(small, squares, tmp_path, monkeypat
     assert len(done.rows) == 3
     fcvit.evaluate(done.weights, squares / "val", engines="paddle", device="cpu", folder=tmp_path / "eval")
     assert fcvit.resume(tmp_path / "eval").results[0].images == 6
-    with pytest.raises(UnreadableFile, match="expected the folder of a run"):
+    with pytest.raises(UnreadableFile, match=r"run\.json"):
         fcvit.resume(tmp_path)

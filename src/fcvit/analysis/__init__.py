@@ -1,1 +1,1 @@
-"""What the network looks at: similarity maps and what is measured of them."""
+"""Draw similarity maps on images and measure their properties."""

@@ -1,8 +1,9 @@
-"""Attention statistics: how much heads differ, how maps change with depth, and whether the query matters.
+"""Attention statistics: differences between heads, change of maps with depth, and influence of the query.
 
-FCViT drops the query because the maps of different queries are alike (the paper's motivation). It keeps one map for
-each head. If heads differed little, one would do; if their maps were flat, none would be needed; if a position that
-asked for itself got another map than the mean of all positions gets, the query would be missed.
+FCViT omits the query because the maps of different queries are similar (the paper's motivation), and has one map per
+head. The statistics test this design. If the heads had similar maps, a single head would suffice. If the maps were
+uniform, no map would be needed. If the map of a position's own query differed from the map of the mean query, omitting
+the query would lose information.
 """
 
 import dataclasses
@@ -20,25 +21,28 @@ from fcvit.models.maps import Similarity, SimilarityMap, short
 from fcvit.report.progress import progress
 
 _BATCH = 8
-Figures = dict[str, np.ndarray]  # by the fields of `LayerStats`, (B,) each
+Figures = dict[str, np.ndarray]  # measures (B,) by field of `LayerStats`
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStats:
-    """The maps of one global context, means over the images; NaN where there are too few positions or heads.
+    """Statistics of the maps of one global context, as means over the images.
+
+    A value is NaN if there are too few positions or heads. The mass of a head is the softmax of its map over positions.
 
     Attributes:
-        name: as in `SimilarityMap.name`.
-        correlation: Pearson's, of the maps of two heads over the positions; mean over all pairs.
-        entropy: of a head's mass, over that of a uniform one: 1 is flat. Mass: softmax over the positions.
-        top_decile: share of a head's mass in the tenth of the positions that have most; 0.1 is flat. A part of a
-            position counts as that part.
-        noise_entropy, noise_top_decile: the same where each head's values are independent normal numbers, as many
-            and as spread: with fewer positions or more spread both change by themselves.
-        kept: Pearson's correlation with the map of the layer before (means over heads; across stages every
-            second position, which is where the next stage's are). 1: nothing changes.
-        agreement: Pearson's correlation of the map that a position gets as its own query with the one that the mean
-            of all queries gets; mean over heads and positions. 1: the query does not matter.
+        name: Name of the map as in `SimilarityMap.name`.
+        correlation: Pearson correlation between the maps of two heads over the positions, averaged over all pairs.
+        entropy: Entropy of the mass divided by the entropy of a uniform map. 1 is a uniform map.
+        top_decile: Share of the mass in the 10 % of the positions with the most mass. 0.1 is a uniform map. If 10 % is
+            not a whole number of positions, the last position counts in part.
+        noise_entropy: Entropy of independent normal noise with the same number of positions and the same standard
+            deviation per head. It is the baseline of `entropy`, which depends on both.
+        noise_top_decile: `top_decile` of the same noise.
+        kept: Pearson correlation with the map of the previous layer, both averaged over heads. 1 means no change. A map
+            of the previous stage is sampled at every second position, where the positions of the next stage are.
+        agreement: Pearson correlation between the map of a position's own query and the map of the mean query, averaged
+            over heads and positions. 1 means that the query has no influence.
     """
 
     name: str
@@ -51,14 +55,14 @@ class LayerStats:
     agreement: float
 
 
-_COLUMNS = {  # of the table
-    "between heads": "correlation",
+_COLUMNS = {  # column of the table -> field of `LayerStats`
+    "head corr.": "correlation",
     "entropy": "entropy",
-    "of noise": "noise_entropy",
-    "top tenth": "top_decile",
-    "of noise ": "noise_top_decile",
-    "kept": "kept",
-    "queries agree": "agreement",
+    "noise entropy": "noise_entropy",
+    "top 10 %": "top_decile",
+    "noise top 10 %": "noise_top_decile",
+    "layer corr.": "kept",
+    "query corr.": "agreement",
 }
 
 
@@ -67,11 +71,11 @@ class HeadStats:
     """The attention statistics of a network.
 
     Attributes:
-        network: in words.
-        images: how many were measured.
-        layers: in the order of the pass.
-        unreadable: images that were left out, with the reason.
-        folder: where it was written, or None.
+        network: Description of the network.
+        images: Number of measured images.
+        layers: Statistics of each global context, from the first to the last layer.
+        unreadable: Images that could not be read, with the reason.
+        folder: Folder of the files, or None if nothing was written.
     """
 
     network: str
@@ -93,12 +97,12 @@ class HeadStats:
         return {"images": fields.pop("images"), "networks": [network], **fields}
 
     def tables(self) -> Iterator[Any]:
-        """Show the figures layer by layer."""
+        """Show the statistics of each layer."""
         from fcvit.report.tables import table
 
         result = table("map", *_COLUMNS, right=_COLUMNS, title=f"{self.network}, {counted(self.images, 'image')}")
         result.caption = (
-            "1: two heads are one; a flat map (top tenth: 0.1); nothing changes with depth; the query does not matter"
+            "1 means: identical heads, uniform map (top 10 %: 0.1), unchanged map, no influence of the query"
         )
         for layer in self.layers:
             values = [getattr(layer, field) for field in _COLUMNS.values()]
@@ -110,11 +114,11 @@ class HeadStats:
 
 
 def over_images(viewer: Viewer, images: Sequence[Path], bad: list[BadImages]) -> tuple[LayerStats, ...]:
-    """Return the means over the images, layer by layer; images that cannot be read are added to `bad`.
+    """Return the statistics of each layer, averaged over the images. Errors of unreadable images are added to `bad`.
 
     Raises:
-        BadImages: not one image can be read.
-        NumbersDisagree: maps that are no finite numbers.
+        BadImages: None of the images can be read.
+        NumbersDisagree: A map is not finite.
     """
     batches: dict[str, list[Figures]] = {}
     with progress(f"measuring {viewer.name}", len(images)) as advance:
@@ -124,37 +128,41 @@ def over_images(viewer: Viewer, images: Sequence[Path], bad: list[BadImages]) ->
                 batches.setdefault(name, []).append(figures)
     return tuple(
         LayerStats(
-            name, **{field: float(_mean(np.concatenate([one[field] for one in parts]), 0)) for field in parts[0]}
+            name,
+            **{
+                field: float(_mean(np.concatenate([batch[field] for batch in all_figures]), 0))
+                for field in all_figures[0]
+            },
         )
-        for name, parts in batches.items()
+        for name, all_figures in batches.items()
     )
 
 
 def measure(similarity: Similarity[np.ndarray]) -> dict[str, Figures]:
-    """Return the figures of each global context by its name; the similarity must have its tokens."""
+    """Return the measures of each global context by its name. The similarity must include the tokens."""
     figures = {}
     before: SimilarityMap[np.ndarray] | None = None
-    for one in similarity:
-        assert one.tokens is not None
-        maps = one.standardised.reshape(*one.standardised.shape[:2], -1)  # (B, heads, positions)
+    for context in similarity:
+        assert context.tokens is not None
+        maps = context.standardised.reshape(*context.standardised.shape[:2], -1)  # (B, heads, positions)
         entropy, top_decile = sparseness(maps)
         noise = np.random.default_rng(0).normal(size=maps.shape) * maps.std(2, keepdims=True)
         noise_entropy, noise_top_decile = sparseness(noise)
-        figures[one.name] = {
+        figures[context.name] = {
             "correlation": between_heads(maps),
             "entropy": entropy,
             "top_decile": top_decile,
             "noise_entropy": noise_entropy,
             "noise_top_decile": noise_top_decile,
-            "kept": np.full(len(maps), np.nan) if before is None else _kept(before, one),
-            "agreement": agreement(one.tokens, maps.shape[1]),
+            "kept": np.full(len(maps), np.nan) if before is None else _kept(before, context),
+            "agreement": agreement(context.tokens, maps.shape[1]),
         }
-        before = one
+        before = context
     return figures
 
 
 def between_heads(maps: np.ndarray) -> np.ndarray:
-    """Return the mean correlation of two different heads: (B, heads, positions) -> (B,)."""
+    """Return the mean correlation over all pairs of heads, (B, heads, positions) -> (B,)."""
     pairs = list(itertools.combinations(range(maps.shape[1]), 2))
     if not pairs:
         return np.full(len(maps), np.nan)
@@ -162,24 +170,26 @@ def between_heads(maps: np.ndarray) -> np.ndarray:
 
 
 def sparseness(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return entropy over the uniform one's, and share of the top tenth: (B, heads, positions) -> (B,) each."""
+    """Return the normalized entropy and the mass in the top 10 % of positions, (B, heads, positions) -> (B,) each."""
     positions = maps.shape[2]
     if positions < 2:
         return np.full(len(maps), np.nan), np.full(len(maps), np.nan)
     mass = np.exp(maps - maps.max(2, keepdims=True))
     mass /= mass.sum(2, keepdims=True)
     entropy = -(mass * np.log(np.maximum(mass, 1e-300))).sum(2) / math.log(positions)
-    counts = np.clip(positions / 10 - np.arange(positions), 0, 1)  # of the positions, those with most mass first
+    # Weight of each position in the top 10 %, in descending order of mass.
+    counts = np.clip(positions / 10 - np.arange(positions), 0, 1)
     top = np.sort(mass, axis=2)[:, :, ::-1] @ counts
     return entropy.mean(1), top.mean(1)
 
 
 def agreement(tokens: np.ndarray, heads: int) -> np.ndarray:
-    """Return how much the map of a position's own similarity is like that of the mean's: (B, C, H, W) -> (B,).
+    """Return the mean correlation between the map of each position's own query and the map of the mean query.
 
-    For each head and position q, the correlation over positions p of x_q . x_p with c . x_p, c the mean of all x. The
-    second is what the network computes; it is the mean of the first over q. With S the covariance of the positions,
-    the correlation is x_q S c over the root of (x_q S x_q)(c S c), so that no map of a single query is ever made.
+    The shapes are (B, C, H, W) -> (B,). For each head, x_p is the vector at position p, and c is the mean of all x_p.
+    The map of query q is x_q . x_p over positions p. The network computes c . x_p, which is the mean of these maps over
+    q. With the covariance S of the positions, their correlation is x_q S c / sqrt((x_q S x_q)(c S c)). This formula
+    avoids computing a map per query.
     """
     x = tokens.reshape(len(tokens), heads, tokens.shape[1] // heads, -1).astype(float)  # (B, heads, d, positions)
     context = x.mean(3, keepdims=True)
@@ -194,12 +204,12 @@ def agreement(tokens: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Average what is a number: a map that is the same everywhere correlates with nothing, and does not count."""
+    """Average the finite values. NaN values come from constant maps, which have no correlation."""
     return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Correlate rows; NaN where one does not vary."""
+    """Return the Pearson correlation of each pair of rows, or NaN if one row is constant."""
     one, other = (values - values.mean(1, keepdims=True) for values in (one.astype(float), other.astype(float)))
     norms = np.sqrt((one**2).sum(1) * (other**2).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -207,7 +217,7 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _kept(before: SimilarityMap[np.ndarray], now: SimilarityMap[np.ndarray]) -> np.ndarray:
-    """Correlate the mean map before, at the positions of now, with the mean map now: (B,)."""
+    """Return the correlation (B,) of two layers' maps averaged over heads, at the positions of the later layer."""
     mean = before.standardised.mean(1)
     if before.stage != now.stage:
         mean = mean[:, ::2, ::2]

@@ -1,4 +1,4 @@
-"""Charts about similarity maps: how they change with depth, and whether they mark what predictions rest on."""
+"""Charts of attention statistics over depth, and of deletion and insertion curves."""
 
 import logging
 import math
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fcvit")
 
-_MEASURES = (  # title, field, field of what noise would have
-    ("correlation of two heads (1: they are one)", "correlation", None),
-    ("entropy over that of a flat map", "entropy", "noise_entropy"),
-    ("mass in the top tenth of positions (0.1: flat)", "top_decile", "noise_top_decile"),
-    ("correlation with the map before", "kept", None),
-    ("agreement of queries (1: the query does not matter)", "agreement", None),
+_MEASURES = (  # title, field of `LayerStats`, field of its value for noise
+    ("correlation between heads (1: identical heads)", "correlation", None),
+    ("normalized entropy (1: uniform map)", "entropy", "noise_entropy"),
+    ("mass in the top 10 % of positions (0.1: uniform map)", "top_decile", "noise_top_decile"),
+    ("correlation with the map of the previous layer (1: no change)", "kept", None),
+    ("agreement between queries (1: the query has no influence)", "agreement", None),
 )
 _CONTEXTS = (("1", "first contexts", RIGHT, "o", "-"), ("2", "second contexts", UNSURE, "s", "--"))
 
 
 def save(folder: Path, name: str, result: HeadStats | Faithfulness, draw: Callable[[], bytes]) -> None:
-    """Write a result as NAME.json and, where the extra `report` is installed, its chart as NAME.png."""
+    """Write a result as NAME.json and, if the extra `report` is installed, its chart as NAME.png."""
     runs.write_json(folder / f"{name}.json", result.to_json())
     try:
         runs.write_bytes(folder / f"{name}.png", draw())
     except MissingExtra as error:
-        logger.info(f"no picture: {error}")
+        logger.info(f"{name}.png was not drawn: {error}")
 
 
 @chart
 def depth_chart(network: str, layers: Sequence[LayerStats], images: int) -> "Figure":
-    """Draw each measure over the layers, one below the other."""
-    subtitle = f"means over {images} images; layers in the order of the pass"
+    """Draw each measure over the layers, one panel per measure."""
+    subtitle = f"means over {images} images, layers from first to last"
     figure = new_figure(8, 9, f"Maps over depth: {network}", subtitle)
     names = [short(layer.name).split(".") for layer in layers]  # stage, block, context
     panels = figure.subplots(len(_MEASURES), 1, sharex=True)
     for axes, (title, field, noise) in zip(panels, _MEASURES, strict=True):
-        for context, label, color, marker, style in _CONTEXTS:
-            own = [place for place, name in enumerate(names) if name[2] == context]
-            for which, look in (
-                (field, {"color": color, "marker": marker, "markersize": 5, "label": label}),
-                (noise, {"color": WRONG, "linewidth": 1, "label": f"noise {label}"}),
+        for context, label, color, marker, linestyle in _CONTEXTS:
+            own = [layer for layer, name in enumerate(names) if name[2] == context]
+            for shown_field, style in (
+                (field, {"color": color, "marker": marker, "markersize": 5, "linestyle": linestyle, "label": label}),
+                (noise, {"color": WRONG, "linewidth": 1, "linestyle": linestyle, "label": f"noise, {label}"}),
             ):
-                if which and own:
-                    axes.plot(own, [getattr(layers[place], which) for place in own], linestyle=style, **look)
-        for place in range(1, len(names)):
-            if names[place][0] != names[place - 1][0]:  # a stage ends
-                axes.axvline(place - 0.5, color="#888888", linewidth=0.5)
-        if not any(math.isfinite(getattr(layer, field)) for layer in layers):
+                if shown_field and own:
+                    axes.plot(own, [getattr(layers[layer], shown_field) for layer in own], **style)
+        for layer in range(1, len(names)):
+            if names[layer][0] != names[layer - 1][0]:  # a new stage begins
+                axes.axvline(layer - 0.5, color="#888888", linewidth=0.5)
+        if not any(math.isfinite(getattr(stats, field)) for stats in layers):
             axes.set_ylim(0, 1)
         axes.set_title(title, loc="left")
         axes.grid(color=FAINT, linewidth=0.5)
@@ -71,32 +71,32 @@ def depth_chart(network: str, layers: Sequence[LayerStats], images: int) -> "Fig
 
 @chart
 def faithfulness_chart(curves: Sequence[Curves], title: str, images: int) -> "Figure":
-    """Draw deletion above, insertion below, one column a kind of map, each with its controls."""
-    across = len(curves) if len(curves) <= 9 else 8  # the heads of a context, where each is drawn
-    bands = -(-len(curves) // across)  # of deletion and insertion each
-    subtitle = f"{images} images; probability of the predicted class; stage.block.context"
+    """Draw the curves of each map with its controls: deletion above insertion, one column per map."""
+    across = len(curves) if len(curves) <= 9 else 8  # more than 9 only with one map per head
+    bands = -(-len(curves) // across)  # each has one row of deletion and one of insertion
+    subtitle = f"probability of the predicted class, {images} images, stage.block.context"
     figure = new_figure(max(0.8 + 2 * across, 6.5), 1.2 + 4.6 * bands, title, subtitle)
     panels = figure.subplots(2 * bands, across, sharex=True, sharey=True, squeeze=False)
     for number, axes in enumerate(panels.flat):
         row, column = divmod(number, across)
-        place, what = row // 2 * across + column, ("deletion", "insertion")[row % 2]
-        if place >= len(curves):
+        index, kind = row // 2 * across + column, ("deletion", "insertion")[row % 2]
+        if index >= len(curves):
             axes.set_axis_off()
             continue
-        one = curves[place]
+        shown_curves = curves[index]
         styles: Any = (
-            (what, {"color": RIGHT, "linewidth": 2, "label": "the map"}),
-            (f"random_{what}", {"color": WRONG, "linestyle": "--", "label": "random maps"}),
-            (f"other_{what}", {"color": INK, "linestyle": ":", "label": "another image's map"}),
+            (kind, {"color": RIGHT, "linewidth": 2, "label": "the map"}),
+            (f"random_{kind}", {"color": WRONG, "linestyle": "--", "label": "random maps"}),
+            (f"other_{kind}", {"color": INK, "linestyle": ":", "label": "another image's map"}),
         )
         for field, style in styles:
-            values = getattr(one, field)
+            values = getattr(shown_curves, field)
             axes.plot([100 * step / (len(values) - 1) for step in range(len(values))], values, **style)
         axes.grid(color=FAINT, linewidth=0.5)
-        axes.set_xlabel("% of pixels removed" if what == "deletion" else "% of pixels returned", fontsize=9)
-        axes.set_title(short(one.name) if what == "deletion" else "", loc="left")
-        axes.set_ylabel(what if not column else "")
-    panels[0, 0].set_ylim(bottom=0)  # of a thousand classes the likeliest may have but a few per cent
+        axes.set_xlabel("% of pixels removed" if kind == "deletion" else "% of pixels restored", fontsize=9)
+        axes.set_title(short(shown_curves.name) if kind == "deletion" else "", loc="left")
+        axes.set_ylabel(kind if not column else "")
+    panels[0, 0].set_ylim(bottom=0)  # with many classes the highest probability can be a few percent
     legend = panels[0, 0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower left", ncols=3, frameon=False)
     return figure

@@ -1,13 +1,15 @@
-"""Where in the original image a feature map lies: the inverse of the evaluation's preprocessing.
+"""Resample feature maps onto the original image by inverting the preprocessing of the evaluation.
 
-The image was resized (the longer side truncated, so the two axes have ratios of their own) and a square cut out of its
-center (`fcvit.data.transforms.preprocess`). The network's convolutions are padded by half their kernels, so position i
-of a map of stride s sees most of pixel s * i of the crop: its center is there, not in the middle of a block of s
-pixels. What the crop left out was never seen, and stays empty.
+The preprocessing resizes the image and crops a square from its center (`fcvit.data.transforms.preprocess`). It rounds
+the length of the longer side down, so the two axes have different scales. The network pads its convolutions by half of
+their kernels, so position i of a map with stride s is centered at pixel s * i of the crop, not in the middle of a block
+of s pixels. Pixels outside of the crop have no map.
 
-Arguments are alike in all functions: `size`, width and height of the original; `preprocessing`, that it went through;
-`shown`, width and height of the result where the original is shown smaller or larger (None: as it is); `window`, left,
-top, right and bottom of the part of the original that is shown (None: all of it).
+Common arguments:
+    size: Width and height of the original image.
+    preprocessing: Preprocessing of the image.
+    shown: Width and height of the result, or None for the size of the window.
+    window: Left, top, right and bottom of the part of the original image to show, or None for all of it.
 """
 
 import numpy as np
@@ -20,7 +22,7 @@ Box = tuple[int, int, int, int]
 
 
 def crop_box(size: Size, preprocessing: Preprocessing) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of what the network sees, in pixels of the original."""
+    """Return left, top, right and bottom of the network's crop, in pixels of the original image."""
     side, starts, ends = preprocessing.input_size, [], []
     for length, after in zip(size, resized(size, preprocessing.resize), strict=True):
         start = crop_start(after, side)
@@ -29,15 +31,16 @@ def crop_box(size: Size, preprocessing: Preprocessing) -> tuple[float, float, fl
     return starts[0], starts[1], ends[0], ends[1]
 
 
-def surroundings(size: Size, preprocessing: Preprocessing, most: float) -> Box:
-    """Return the part of an image that is worth showing: all of it, but of a long and thin one not its far ends.
+def surroundings(size: Size, preprocessing: Preprocessing, max_aspect: float) -> Box:
+    """Return left, top, right and bottom of the part of an image to show.
 
-    What the network saw is in its middle; `most` is the longer over the shorter side of the part.
+    This is the entire image, unless its aspect ratio exceeds `max_aspect`. Then its long side is shortened around the
+    network's crop.
     """
     left, top, right, bottom = crop_box(size, preprocessing)
     starts, ends = [], []
     for length, other, middle in zip(size, size[::-1], ((left + right) / 2, (top + bottom) / 2), strict=True):
-        part = min(length, max(1, round(most * other)))
+        part = min(length, max(1, round(max_aspect * other)))
         starts.append(min(max(0, round(middle - part / 2)), length - part))
         ends.append(starts[-1] + part)
     return starts[0], starts[1], ends[0], ends[1]
@@ -50,24 +53,24 @@ def place(
     shown: Size | None = None,
     window: Box | None = None,
 ) -> np.ndarray:
-    """Resample maps of the crop bilinearly onto the original image: (..., h, w) -> (..., height, width).
+    """Resample maps of the crop bilinearly onto the original image, (..., h, w) -> (..., height, width).
 
-    The result is NaN outside of what the network saw.
+    The result is NaN outside of the network's crop.
     """
     across, down = _in_crop(size, preprocessing, shown, window)
     return _interpolate(_interpolate(maps, down, preprocessing, -2), across, preprocessing, -1)
 
 
 def seen(size: Size, preprocessing: Preprocessing, shown: Size | None = None, window: Box | None = None) -> np.ndarray:
-    """Return where the network saw the image: bool (height, width)."""
+    """Return a mask of the pixels inside the network's crop, bool (height, width)."""
     across, down = (~np.isnan(pixels) for pixels in _in_crop(size, preprocessing, shown, window))
     return down[:, None] & across
 
 
 def _in_crop(size: Size, preprocessing: Preprocessing, shown: Size | None, window: Box | None) -> list[np.ndarray]:
-    """Return where the pixels that are shown lie in the crop, across and down, in its pixels from the first's center.
+    """Return the positions of the shown columns and rows in the crop, in pixels from the center of its first pixel.
 
-    NaN where they lie outside.
+    Positions outside of the crop are NaN.
     """
     left, top, right, bottom = window or (0, 0, *size)
     box = crop_box(size, preprocessing)
@@ -75,21 +78,23 @@ def _in_crop(size: Size, preprocessing: Preprocessing, shown: Size | None, windo
     for begin, end, count, start, stop in zip(
         (left, top), (right, bottom), shown or (right - left, bottom - top), box[:2], box[2:], strict=True
     ):
-        centers = begin + (np.arange(count) + 0.5) * (end - begin) / count  # in pixels of the original, from its edge
+        # in pixels of the original image, from its edge
+        centers = begin + (np.arange(count) + 0.5) * (end - begin) / count
         pixels = (centers - start) / (stop - start) * preprocessing.input_size - 0.5
         axes.append(np.where((centers >= start) & (centers <= stop), pixels, np.nan))
     return axes
 
 
 def _interpolate(maps: np.ndarray, pixels: np.ndarray, preprocessing: Preprocessing, axis: int) -> np.ndarray:
-    """Interpolate maps linearly along one axis at pixels of the crop; NaN where nothing was seen.
+    """Interpolate maps linearly along one axis at the given pixels of the crop. NaN pixels give NaN.
 
-    This is no matrix product, whose rounding depends on NumPy's version, the processor and the layout in memory:
-    faithfulness removes pixels in the order of these values, and the last bit decides between pixels that a map marks
-    alike.
+    This avoids a matrix product, whose rounding depends on the version of NumPy, the processor and the memory layout.
+    Faithfulness removes pixels in the order of these values, so a difference in the last bit would change the order of
+    pixels with equal values.
     """
     cells, side = maps.shape[axis], preprocessing.input_size
-    stride = next(stride for stride in (4, 8, 16, 32) if -(-side // stride) == cells)  # each stage halves, rounded up
+    # Each stage halves the size and rounds up.
+    stride = next(stride for stride in (4, 8, 16, 32) if -(-side // stride) == cells)
     cell = np.clip(pixels / stride, 0, cells - 1)
     lower = np.nan_to_num(cell).astype(int)
     share = (cell - lower).reshape(-1, *[1] * (-1 - axis))

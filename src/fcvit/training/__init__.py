@@ -1,1 +1,1 @@
-"""How a network is trained: the recipe, its schedule and optimizer, what a run keeps."""
+"""Training: recipes, learning rate schedules, the optimizer, and the files of a run."""

@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step, shared by processes, and the order of the samples in an epoch."""
+"""Split an optimizer step into micro-batches over processes, and order the samples of an epoch."""
 
 import dataclasses
 from collections.abc import Generator
@@ -11,12 +11,12 @@ from fcvit.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatches:
-    """The division of a step: each of `processes` takes `accumulate` micro-batches, one after the other.
+    """The micro-batches of an optimizer step: each process computes `accumulate` of them in sequence.
 
-    What is computed depends on the number of micro-batches of a step alone, not on who does them.
+    The result depends only on the number of micro-batches per step, not on which process computes them.
 
     Raises:
-        UsageError: the batch size is not divisible, or leaves less than two images.
+        UsageError: The batch size is not divisible, or a micro-batch would have fewer than two images.
     """
 
     batch_size: int
@@ -27,50 +27,55 @@ class MicroBatches:
     def __post_init__(self) -> None:
         if self.batch_size % self.total:
             raise UsageError(
-                f"batch_size {self.batch_size} is not divisible by {self.total}, the micro-batches of a step "
-                f"({self.processes} processes times accumulate {self.accumulate})"
+                f"batch_size {self.batch_size} is not divisible by {self.total}, the number of micro-batches per step "
+                f"({self.processes} processes x accumulate {self.accumulate}); choose a multiple of it"
             )
         if self.images < 2:
             raise UsageError(
-                f"batch_size {self.batch_size} in {self.total} micro-batches leaves {self.images} image for each; "
-                "BatchNorm needs at least two"
+                f"batch_size {self.batch_size} leaves {self.images} image in each of {self.total} micro-batches, but "
+                "BatchNorm needs at least two; choose a larger batch_size"
             )
 
     @property
     def total(self) -> int:
-        """Micro-batches of a step, over all processes."""
+        """Return the number of micro-batches per step over all processes."""
         return self.processes * self.accumulate
 
     @property
     def images(self) -> int:
-        """Return the number of images of a micro-batch."""
+        """Return the number of images in a micro-batch."""
         return self.batch_size // self.total
 
     def numbers(self, steps: int) -> list[int]:
-        """Return the micro-batches of this process, in order; number `step * total + i` of the epoch."""
+        """Return the numbers of this process's micro-batches. Micro-batch i of a step has number `step * total + i`."""
         mine = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
         return [step * self.total + number for step in range(steps) for number in mine]
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Return the steps of an epoch; images that fill no batch are left out (others in each epoch, as the authors do).
+    """Return the number of steps per epoch.
+
+    The last, incomplete batch is dropped, as in the authors' training. Each epoch drops other images.
 
     Raises:
-        UsageError: there are fewer images than a batch.
+        UsageError: There are fewer images than a batch needs.
     """
     if images < batch_size:
-        raise UsageError(f"batch_size {batch_size}: there are only {images} training images; choose a smaller one")
+        raise UsageError(
+            f"batch_size {batch_size}: there are only {images} training images; choose a smaller batch_size"
+        )
     return images // batch_size
 
 
 def epoch_batches(
-    dataset: Dataset, seed: int, epoch: int, transform: Transform, division: MicroBatches, workers: "int | Workers"
+    dataset: Dataset, seed: int, epoch: int, transform: Transform, micro_batches: MicroBatches, workers: "int | Workers"
 ) -> Generator[Batch]:
-    """Yield the micro-batches of this process in an epoch.
+    """Yield this process's micro-batches of an epoch.
 
-    The order is a permutation drawn from seed and epoch; a transform draws from a sample's position in it.
+    The order of the samples is a permutation that follows from the seed and the epoch. A transform seeds its random
+    draws with the position of a sample in this order.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
-    steps = steps_per_epoch(len(dataset), division.batch_size)
-    shuffled = dataset.take(order[: steps * division.batch_size].tolist())
-    yield from batches(shuffled, division.numbers(steps), division.images, [transform], workers)
+    steps = steps_per_epoch(len(dataset), micro_batches.batch_size)
+    shuffled = dataset.take(order[: steps * micro_batches.batch_size].tolist())
+    yield from batches(shuffled, micro_batches.numbers(steps), micro_batches.images, [transform], workers)

@@ -1,4 +1,4 @@
-"""The files of a training run: weights, state, and what tells whether a run can be continued."""
+"""Read and write the files of a training run, and compute what decides whether the run can be resumed."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from fcvit.weights.writing import staged, write_weights
 
 LAST, BEST, LAST_EMA = "last.safetensors", "best.safetensors", "last-ema.safetensors"
 RECIPE = "recipe.toml"
-_SAMPLE = 64  # image files of a split whose content tells whether images that are elsewhere now are the same
+_SAMPLE = 64  # number of image files per split that are hashed to check that a moved data set is unchanged
 
 
 def replace_weights(path: Path, weights: Weights) -> None:
-    """Replace a file of weights as a whole."""
+    """Replace a weights file atomically."""
     with staged(path, overwrite=True) as temporary:
         write_weights(temporary, weights)
 
@@ -34,52 +34,56 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
     """Return the record of a run and its recipe.
 
     Raises:
-        UnreadableFile, UsageError: there is none, or it is damaged.
+        UnreadableFile, UsageError: The record is missing or damaged.
     """
     record = runs.read_run(folder, "train")
     path = folder / "run.json"
     try:
-        # "auto" was decided when the run began, and goes on as it was decided.
+        # A resumed run must use the operators that "auto" selected when the run began.
         operators = {"operators": record["identity"]["operators"]}
         recipe = build_recipe(record["recipe"], operators, str(path))
         if not (isinstance(record["identity"], dict) and isinstance(record["device"], str)):
-            raise TypeError("no identity")
+            raise TypeError("the identity is missing")
     except (KeyError, TypeError, UsageError) as error:
-        raise UnreadableFile(f"{path}: without the recipe of the run ({error}); begin a new one") from error
+        raise UnreadableFile(
+            f"{path}: the recipe of the run is missing or damaged ({error}); start a new run"
+        ) from error
     return record, recipe
 
 
 def start_weights(folder: Path) -> Path | None:
-    """Return the weights that tell a run's network, where its state has their numbers; None: it has no state yet.
+    """Return the weights file that defines a resumed run's network, or None if the run has no state.
+
+    The state replaces the values of the weights later.
 
     Raises:
-        UnreadableFile: the state is gone.
+        UnreadableFile: The run has finished epochs, but its state is missing.
     """
     if (folder / STATE).exists():
         return folder / LAST
     if (folder / JSONL).exists():
         raise UnreadableFile(
-            f"{folder / STATE} is gone, which the run went on from; begin a new one from {folder / LAST}"
+            f"{folder / STATE} is missing, so the run cannot be resumed; start a new run from {folder / LAST}"
         )
     return None
 
 
 def sample_content(splits: Sequence[Dataset | None]) -> str:
-    """Return the SHA-256 of some image files of the splits, evenly sampled: a large data set costs no time."""
+    """Return a SHA-256 of evenly sampled image files of each split. The sample keeps this fast for large data sets."""
     content = hashlib.sha256()
     for images in splits:
-        places = images.locations if images else ()
-        for index in np.linspace(0, len(places) - 1, min(len(places), _SAMPLE)).round().astype(int):
+        locations = images.locations if images else ()
+        for index in np.linspace(0, len(locations) - 1, min(len(locations), _SAMPLE)).round().astype(int):
             try:
-                read = places[index].read()
+                file = locations[index].read()
             except OSError:
-                read = b""
-            content.update(hashlib.sha256(read).digest())
+                file = b""
+            content.update(hashlib.sha256(file).digest())
     return content.hexdigest()
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a process that was killed was writing."""
+    """Remove the temporary files and folders of a killed process."""
     for path in folder.glob(f"{runs.TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -88,5 +92,5 @@ def remove_temporary(folder: Path) -> None:
 
 
 def as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `run.json` will give back of it."""
+    """Return the identity after a round trip through JSON, so that it can be compared with that in `run.json`."""
     return json.loads(json.dumps(identity))

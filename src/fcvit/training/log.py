@@ -1,4 +1,4 @@
-"""The logs of a run: `log.jsonl`, `log.csv`, curves, TensorBoard; all from the same rows, one per epoch."""
+"""Write the logs of a run from one row per epoch: `log.jsonl`, `log.csv`, curves and TensorBoard."""
 
 import csv
 import io
@@ -20,24 +20,25 @@ Row = Mapping[str, Any]
 
 
 class Log:
-    """The log of the run in `folder`.
+    """The log of a run.
 
     Args:
-        tensorboard: write `tensorboard/` too.
-        done: rows that an earlier process has put there.
+        folder: Folder of the run.
+        tensorboard: Also write a TensorBoard log to `tensorboard/`.
+        rows_on_board: Number of rows that an earlier process has already written to the TensorBoard log.
 
     Raises:
-        MissingExtra: TensorBoard's log is asked for and its writer is not installed.
+        MissingExtra: `tensorboard` is set and tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, done: int = 0):
+    def __init__(self, folder: Path, tensorboard: bool, rows_on_board: int = 0):
         self.folder = folder
         self.board = _board(folder / "tensorboard") if tensorboard else None
-        self.on_board = done
-        self.draws = True
+        self.rows_on_board = rows_on_board
+        self.draws_curves = True
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Replace the files by what `rows` says."""
+        """Rewrite the log files with all rows, and add the new rows to the TensorBoard log."""
         if not rows:
             return
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -47,18 +48,18 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         runs.write_text(self.folder / CSV, table.getvalue())
-        if self.draws:
+        if self.draws_curves:
             try:
                 runs.write_bytes(self.folder / CURVES, training_curves(rows, self.folder.name))
             except MissingExtra as error:
-                self.draws = False
-                logger.info(f"no {CURVES}: {error}")
+                self.draws_curves = False
+                logger.info(f"{CURVES} was not drawn: {error}")
         if self.board is not None:
-            for row in rows[self.on_board :]:
+            for row in rows[self.rows_on_board :]:
                 for key, value in row.items():
                     if isinstance(value, int | float) and key not in ("epoch", "step"):
                         self.board.add_scalar(key, value, row["epoch"])
-            self.on_board = len(rows)
+            self.rows_on_board = len(rows)
             self.board.flush()
 
     def close(self) -> None:

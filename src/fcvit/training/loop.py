@@ -1,4 +1,4 @@
-"""The loop of a training, for any task: epochs of steps, validation, files. The state on the disk comes last."""
+"""The training loop for any task: train and validate epochs, then write weights, state and logs."""
 
 import contextlib
 import dataclasses
@@ -31,17 +31,17 @@ logger = logging.getLogger("fcvit")
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The result of a training.
+    """The result of a training run.
 
     Attributes:
-        folder: of the run: `last.safetensors`, `best.safetensors`, log, curves, state.
-        rows: the log, one row an epoch.
-        best: the best row by the task's score, with `best_weights` "raw" or "ema"; empty without validation.
-        stopped_early: by `patience`.
-        unreadable: training images that were left out, with the reason.
-        first: whether this process speaks for all (see `fcvit.processes`).
-        seconds: since this process began.
-        shown: columns of the log that people want to see, with label and format.
+        folder: Folder of the run with `last.safetensors`, `best.safetensors`, log, curves and state.
+        rows: The log, one row per epoch.
+        best: Row with the best score of the task, with `best_weights` "raw" or "ema". Empty without validation.
+        stopped_early: True if `patience` ended the run.
+        unreadable: Images that could not be read, with the reason.
+        first: True in the process with rank 0, which reports the result (see `fcvit.processes`).
+        seconds: Seconds since this process began.
+        shown: Columns of the log to show, with label and format.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Training:
 
     @property
     def weights(self) -> Path:
-        """The best weights, or the last where there was no validation."""
+        """Return the path of the best weights, or of the last weights if there was no validation."""
         return self.folder / (BEST if self.best else LAST)
 
     @property
@@ -66,32 +66,32 @@ class Training:
         return BadImages.exit_code if self.unreadable and self.first else 0
 
     def to_json(self) -> dict[str, Any] | None:
-        """Return the result; None where another process speaks."""
+        """Return the result as JSON, or None in all processes except the first."""
         fields = dataclasses.asdict(self) | {"weights": str(self.weights)}
         return {name: value for name, value in fields.items() if name != "shown"} if self.first else None
 
     def tables(self) -> Iterator[Any]:
-        """Show the first, best and last epochs; nothing where another process speaks."""
+        """Show the first, best and last epochs. Only the first process shows them."""
         from fcvit.report.tables import table
 
         if not self.first:
             return
         best = self.best.get("epoch")
         keys = [key for key in self.shown if any(key in row for row in self.rows)]
-        ended = "; stopped early, it no longer got better" if self.stopped_early else ""
+        ended = ", stopped early because the score no longer improved" if self.stopped_early else ""
         title = f"{counted(len(self.rows), 'epoch')} in {self.folder}{ended}"
         grid = table("epoch", *(self.shown[key][0] for key in keys), "", title=title, right=("epoch",))
         for row in self.rows:
             if row["epoch"] in (1, best) or row["epoch"] > len(self.rows) - 3:
                 cells = [self.shown[key][1].format(row[key]) if key in row else "" for key in keys]
-                which = ", of the EMA weights" if self.best.get("best_weights") == "ema" else ""
+                which = " (EMA weights)" if self.best.get("best_weights") == "ema" else ""
                 grid.add_row(str(row["epoch"]), *cells, f"best{which}" if row["epoch"] == best else "")
         yield grid
         yield f"weights: {self.weights}"
 
 
 def train_epochs(run: "Run") -> Training:
-    """Train the epochs that are missing of a run in its folder."""
+    """Train the remaining epochs of a run."""
     loop = Loop(run)
     log = None
     if run.processes.first:
@@ -99,7 +99,7 @@ def train_epochs(run: "Run") -> Training:
     try:
         if log:
             log.write(run.progress.rows)
-        run.processes.broadcast(b"")  # the others wait here, not in gloo, which gives up after 30 seconds
+        run.processes.broadcast(b"")  # wait here, because a collective of gloo times out after 30 seconds
         while run.progress.epoch < run.recipe.total_epochs and not loop.out_of_patience():
             loop.epoch(run.progress.epoch, log)
             run.processes.broadcast(b"")
@@ -119,17 +119,17 @@ def train_epochs(run: "Run") -> Training:
 
 
 class Loop:
-    """The epochs of a run."""
+    """The training loop of a run."""
 
     def __init__(self, run: "Run"):
         self.run, self.recipe, self.task, self.trainer = run, run.recipe, run.task, run.trainer
         self.progress, self.first = run.progress, run.processes.first
         self.unreadable: dict[str, None] = {}
-        self.seconds: list[float] = []  # of each epoch that this process trained
+        self.seconds: list[float] = []  # duration of each epoch that this process trained
         self.best_key = f"best_{self.task.score}"
 
     def epoch(self, epoch: int, log: Log | None) -> None:
-        """Train one epoch, to the state that says it is done, and log it."""
+        """Train and validate one epoch, write its files and state, and log it."""
         trainer, recipe, run = self.trainer, self.recipe, self.run
         trainer.train_mode()
         trainer.reset_clock()
@@ -150,20 +150,20 @@ class Loop:
         self._gather_unreadable()
         seconds = time.perf_counter() - began
         row: dict[str, Any] = {"epoch": epoch + 1, "step": trainer.step, "lr": rate}
-        row |= {name: float(np.mean([one[name] for one in losses])) for name in losses[0]}
+        row |= {name: float(np.mean([step_losses[name] for step_losses in losses])) for name in losses[0]}
         row |= self._validate()
         row |= {"images_per_second": images / seconds, "seconds": seconds} | trainer.seconds
         self.progress.epoch, self.progress.step = epoch + 1, trainer.step
         self.progress.rows.append(row)
         self.progress.scaler = trainer.scaler_state()
-        better = self._note_best(row)
+        better = self._update_best(row)
         if self.first:
             self._save(row, better)
         if log:
             log.write(self.progress.rows)
         self.seconds.append(time.perf_counter() - began)
         left = (recipe.total_epochs - self.progress.epoch) * float(np.median(self.seconds))
-        logger.info(f"{self._in_words(row)}, {duration(left)} left at most")
+        logger.info(f"{self._describe(row)}, at most {duration(left)} left")
 
     def out_of_patience(self) -> bool:
         best, patience = self.progress.best, self.recipe.patience
@@ -171,41 +171,44 @@ class Loop:
         return bool(best and patience and self.progress.epoch - since >= patience)
 
     def seconds_after(self, rate: float) -> float:
-        """Return the time that follows the training images of an epoch: its validation, and the epochs to come.
+        """Estimate the seconds for the validation of this epoch and for all later epochs.
 
-        A step is about three forward passes; once an epoch was measured, its time stands for the rest.
+        Until an epoch has been measured, one training image is assumed to take as long as three validation images.
+
+        Args:
+            rate: Training images per second.
         """
         validated = len(self.task.val) * (2 if self.trainer.ema else 1) if self.task.val else 0
         validation = validated / (3 * rate)
-        whole = self.run.steps * self.recipe.batch_size / rate + validation
-        to_come = self.recipe.total_epochs - self.progress.epoch - 1
-        return validation + to_come * (float(np.median(self.seconds)) if self.seconds else whole)
+        estimate = self.run.steps * self.recipe.batch_size / rate + validation
+        later_epochs = self.recipe.total_epochs - self.progress.epoch - 1
+        return validation + later_epochs * (float(np.median(self.seconds)) if self.seconds else estimate)
 
     def _batches(self, epoch: int) -> Generator[tuple[np.ndarray, Any]]:
-        """Yield inputs and targets of this process's micro-batches."""
-        train, division = self.task.train, self.run.division
+        """Yield the inputs and targets of this process's micro-batches."""
+        train, micro_batches, seed = self.task.train, self.run.micro_batches, self.recipe.seed
         transform, workers = self.task.transform(epoch), self.run.workers
-        with contextlib.closing(epoch_batches(train, self.recipe.seed, epoch, transform, division, workers)) as loaded:
+        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers)) as loaded:
             for batch in loaded:
-                self._leave_out(reason for _, reason in batch.bad)
-                if len(batch.indices) < max(2, division.images / 2):
+                self._record_unreadable(reason for _, reason in batch.bad)
+                if len(batch.indices) < max(2, micro_batches.images / 2):
                     raise TrainingStopped(
-                        f"{len(batch.bad)} of {division.images} images that go through the network together "
-                        f"cannot be read ({batch.bad[0][1]}); is {train.root} as it was?"
+                        f"{len(batch.bad)} of {micro_batches.images} images in a micro-batch cannot be read "
+                        f"({batch.bad[0][1]}), so check {train.root}"
                     )
                 yield self.task.inputs(batch, epoch)
 
-    def _leave_out(self, reasons: Iterable[str]) -> None:
-        """Name each image once."""
+    def _record_unreadable(self, reasons: Iterable[str]) -> None:
+        """Add unreadable images to the result, and log each of them once."""
         for reason in reasons:
             if reason not in self.unreadable:
                 logger.info(f"left out: {reason}")
                 self.unreadable[reason] = None
 
     def _gather_unreadable(self) -> None:
-        """Let the first process, which speaks for all, know what the others could not read."""
+        """Collect the unreadable images of all processes in the first process, which reports them."""
         for reasons in self.run.processes.gather(json.dumps(list(self.unreadable)).encode()):
-            self._leave_out(json.loads(reasons))
+            self._record_unreadable(json.loads(reasons))
 
     def _weights(self, ema: bool) -> Weights:
         trainer = self.trainer
@@ -217,7 +220,7 @@ class Loop:
         )
 
     def _validate(self) -> dict[str, float]:
-        """Return the task's figures on the validation images, of the EMA weights too."""
+        """Return the metrics of the raw and EMA weights on the validation images."""
         if self.task.val is None:
             return {}
         kinds = [False] + [True] * (self.trainer.ema is not None)
@@ -227,9 +230,9 @@ class Loop:
             evaluation = self._evaluate(kinds)
         except NumbersDisagree as error:
             raise TrainingStopped(
-                f"the network computes no finite numbers any more ({error}); {REMEDY}", False
+                f"the outputs of the network are no longer finite ({error}): {REMEDY}", False
             ) from error
-        self._leave_out(evaluation.unreadable)
+        self._record_unreadable(evaluation.unreadable)
         row = {}
         for ema, result in zip(kinds, evaluation.report.results, strict=True):
             row |= {f"{'ema_' if ema else ''}{name}": value for name, value in self.task.row(result).items()}
@@ -238,12 +241,12 @@ class Loop:
     def _evaluate(self, kinds: Sequence[bool]) -> Evaluation:
         loaded = [self._weights(ema) for ema in kinds]
         engine = "native" if self.run.operators == "native" else "paddle"
-        size = min(64, max(1, self.run.division.images))
+        size = min(64, max(1, self.run.micro_batches.images))
         settings = Settings(engines=engine, batch_size=size, device=self.run.device)
         return evaluate_split(loaded, self.task.evaluator(loaded), settings, self.run.workers)
 
-    def _note_best(self, row: Mapping[str, Any]) -> str | None:
-        """Return which weights of this epoch are the best so far: "raw", "ema" or none."""
+    def _update_best(self, row: Mapping[str, Any]) -> str | None:
+        """Update the best row, and return which weights of this epoch are the new best: "raw", "ema" or None."""
         score = self.task.score
         scores = {kind: row[key] for kind, key in (("raw", score), ("ema", f"ema_{score}")) if key in row}
         if not scores:
@@ -256,7 +259,7 @@ class Loop:
         return kind
 
     def _save(self, row: Mapping[str, Any], better: str | None) -> None:
-        """Write the weights, then the state: an epoch whose state is not there is done again, to the same weights."""
+        """Write the weights, then the state. If the state is missing, a resumed run trains the epoch again."""
         folder = self.run.folder
         replace_weights(folder / LAST, self._weights(False))
         if self.trainer.ema is not None:
@@ -267,7 +270,8 @@ class Loop:
             replace_weights(folder / f"epoch-{row['epoch']:04d}.safetensors", self._weights(False))
         self.run.write_state()
 
-    def _in_words(self, row: Mapping[str, Any]) -> str:
+    def _describe(self, row: Mapping[str, Any]) -> str:
+        """Return a one-line summary of an epoch."""
         parts = [f"epoch {row['epoch']} of {self.recipe.total_epochs}: loss {row['loss']:.4f}"]
         score = self.task.score
         for key in (score, f"ema_{score}"):

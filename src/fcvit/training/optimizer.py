@@ -1,4 +1,4 @@
-"""AdamW as the recipe asks for it, and the EMA weights."""
+"""Create the AdamW optimizer of a recipe, save and restore its state, and keep EMA weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,37 +15,38 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 
-def _part(name: str) -> str:
-    """Return the part of the network that a parameter belongs to; a head's network has the backbone in `backbone`."""
+def _component(name: str) -> str:
+    """Return the first component of a parameter's name within the network, without a leading `backbone.`."""
     return name.removeprefix("backbone.").partition(".")[0]
 
 
 def is_head(name: str) -> bool:
-    """Return whether a parameter or layer belongs to the head: to no stage, and to no norm of the backbone."""
-    return not _part(name).startswith(("patch_embed", "network", "norm"))
+    """Return True if a parameter or layer belongs to the head and not to the backbone's stem, stages or norms."""
+    return not _component(name).startswith(("patch_embed", "network", "norm"))
 
 
 def freeze_backbone(model: nn.Layer) -> None:
-    """Train only the head from now on."""
+    """Exclude all parameters of the backbone from training."""
     for name, parameter in model.named_parameters():
         if not is_head(name):
             parameter.stop_gradient = True
 
 
 def trained_parameters(model: nn.Layer) -> dict[str, Tensor]:
-    """Return the parameters by name, without running statistics and frozen ones."""
+    """Return the trained parameters by name, without frozen parameters and running statistics."""
     return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
 
 
 def depth_of(name: str, depths: Sequence[int]) -> int:
-    """Return how far up a parameter is: 0 for the stem, then by block, the downsampling with the block after it.
+    """Return the depth of a parameter, as layer-wise learning rate decay counts it.
 
-    The final norm and the head are one above the last block.
+    The stem has depth 0. Each block adds 1, and a downsampling layer has the depth of the block after it. The depth of
+    the final norm and the head is one more than that of the last block.
     """
-    part = _part(name)
-    if part == "patch_embed":
+    component = _component(name)
+    if component == "patch_embed":
         return 0
-    if part != "network":
+    if component != "network":
         return sum(depths) + 1
     index, block = name.removeprefix("backbone.").split(".")[1:3]
     stage, downsampling = (int(index) + 1) // 2, int(index) % 2
@@ -53,9 +54,11 @@ def depth_of(name: str, depths: Sequence[int]) -> int:
 
 
 def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
-    """AdamW over what is trained; no decay on parameters of fewer than two dimensions (authors: timm's rule).
+    """Create AdamW for the trained parameters of a model.
 
-    With `layer_decay` d, a parameter at depth i (see `depth_of`) of L learns at d ** (L - i) times the rate.
+    Parameters with fewer than two dimensions have no weight decay, as in timm, which the authors use. `layer_decay` d
+    multiplies the learning rate of a parameter at depth i (see `depth_of`) by d ** (L - i), where L is the depth of the
+    head.
     """
     parameters = trained_parameters(model)
     decayed = {p.name for p in parameters.values() if p.ndim >= 2}
@@ -70,24 +73,24 @@ def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
         epsilon=recipe.eps,
         weight_decay=recipe.weight_decay,
         parameters=list(parameters.values()),
-        # Paddle passes its own name of a parameter.
+        # Paddle passes `Parameter.name` here, which differs from the name in the model.
         apply_decay_param_fun=lambda name: name in decayed,
         grad_clip=None if recipe.clip_norm is None else nn.ClipGradByGlobalNorm(recipe.clip_norm),
     )
 
 
-# What AdamW keeps of each parameter, by the ends that Paddle gives to the names.
-_KEPT = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+# AdamW's state tensors of a parameter, named as in Paddle's state dict.
+_STATE_KINDS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
 def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
-    """Return the state of an optimizer under the model's names: `moment1/NAME` and so on."""
+    """Return the optimizer's state by the model's parameter names, such as `moment1/NAME`."""
     state = optimizer.state_dict()
     return {
         f"{kind}/{name}": state[f"{p.name}_{kind}_0"].numpy()
         for name, p in trained_parameters(model).items()
-        for kind in _KEPT
-        if f"{p.name}_{kind}_0" in state  # there is none before the first step
+        for kind in _STATE_KINDS
+        if f"{p.name}_{kind}_0" in state  # Paddle creates the state in the first step
     }
 
 
@@ -97,36 +100,40 @@ def restore_optimizer(
     """Invert `optimizer_tensors`.
 
     Raises:
-        UnreadableFile: one is missing or of another shape.
+        UnreadableFile: A tensor is missing or has the wrong shape.
     """
-    if not any(name.startswith(_KEPT) for name in tensors):
+    if not any(name.startswith(_STATE_KINDS) for name in tensors):
         return
     state = {}
     for name, p in trained_parameters(model).items():
-        for kind in _KEPT:
+        for kind in _STATE_KINDS:
             shape = [1] if kind.endswith("pow_acc") else p.shape
             stored = tensors.get(f"{kind}/{name}")
             if stored is None or list(stored.shape) != shape:
-                raise UnreadableFile(f"the state of the optimizer does not fit the network at {name} ({kind})")
+                raise UnreadableFile(f"the state of the optimizer does not match the network at {name} ({kind})")
             state[f"{p.name}_{kind}_0"] = paddle.to_tensor(np.array(stored))
     optimizer.set_state_dict(state)
 
 
 class EMA:
-    """EMA weights: after each step `ema = d * ema + (1 - d) * weights`.
+    """EMA weights, updated by `ema = d * ema + (1 - d) * weights` after each step.
 
-    d is `decay`, in the first steps less, (1 + step) / (10 + step), so that the initialization is soon
-    forgotten. BatchNorm's running statistics are averages already and follow after each epoch, at the
-    same pace: within an epoch they differ between processes.
+    The decay d is at most (1 + step) / (10 + step), so that the initialization has little influence after a few steps.
+    BatchNorm's running statistics are updated at the end of an epoch with the product of its decays, because they
+    differ between processes before that.
+
+    Args:
+        model: The network.
+        decay: Highest decay.
     """
 
     def __init__(self, model: nn.Layer, decay: float):
         self.decay = decay
-        self.statistics_decay = 1.0  # product of the decays since the running statistics were last taken
+        self.statistics_decay = 1.0  # product of the decays since the last update of the running statistics
         self.tensors = {name: tensor.clone().detach() for name, tensor in model.state_dict().items()}
 
     def update(self, model: nn.Layer, step: int) -> None:
-        """Follow the weights after optimizer step number `step`, from 0."""
+        """Update the EMA weights after optimizer step number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self.statistics_decay *= decay
         with paddle.no_grad():
@@ -134,7 +141,7 @@ class EMA:
                 self.tensors[name].lerp_(parameter, 1 - decay)
 
     def end_epoch(self, model: nn.Layer) -> None:
-        """Take up the running statistics, after processes and parts have agreed on them."""
+        """Update the running statistics. They must be synchronized before (see `Statistics.synchronize`)."""
         with paddle.no_grad():
             for name, tensor in model.state_dict().items():
                 if name.endswith(("._mean", "._variance")):

@@ -1,4 +1,4 @@
-"""Recipes from TOML files, with single fields replaced; those in `fcvit/recipes` come with the package."""
+"""Read recipes from TOML files and override their fields. The package contains recipes in `fcvit/recipes`."""
 
 import dataclasses
 import importlib.resources
@@ -16,17 +16,18 @@ from fcvit.tasks.recipe import Recipe, RecipeField, recipe_fields, suggestion
 
 
 def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Recipe:
-    """Read a recipe from a file and replace single fields.
+    """Read a recipe from a file and override fields.
 
     Args:
-        source: path of a TOML file, or the name of a recipe that comes with the package (see `shipped`).
-        overrides: field -> value, or -> text as on the command line, which is read as TOML where possible; "none"
-            removes a field that may be None. `options.NAME` is an option of the architecture. Hyphens count as
-            underscores.
+        source: Path of a TOML file, or the name of a recipe in the package (see `shipped`).
+        overrides: Field names with their new values. A string is parsed as TOML if possible, as on the command line,
+            and "none" sets an optional field to None. `options.NAME` is an option of the architecture. Hyphens in names
+            are equal to underscores.
 
     Raises:
-        UnreadableFile: no such file, or not TOML.
-        UsageError: an unknown field (the nearest is suggested), a value of the wrong type or out of range.
+        UnreadableFile: The file does not exist or is not a valid TOML file.
+        UsageError: A field is unknown (the message suggests the nearest name), or a value has the wrong type or is out
+            of range.
     """
     path, name = Path(source), os.fspath(source).removesuffix(".toml")
     try:
@@ -34,21 +35,23 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
         fields = tomllib.loads(text)
     except OSError as error:
         known = ", ".join(shipped())
-        raise UnreadableFile(f"{source}: {error.strerror}; expected a TOML file, or one of {known}") from error
+        raise UnreadableFile(
+            f"{source}: {error.strerror}; expected a TOML file or one of the recipes {known}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"{source}: not TOML: {error}") from error
+        raise UnreadableFile(f"{source}: not a valid TOML file: {error}") from error
     return build_recipe(fields, overrides or {}, os.fspath(source))
 
 
 def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], source: str) -> Recipe:
-    """Build a recipe from fields and overrides as in `read_recipe`; messages name `source`."""
+    """Build a recipe from its fields and overrides (see `read_recipe`). Error messages contain `source`."""
     merged: dict[str, Any] = dict(fields)
     recipe_class = get_task(str(overrides.get("task", merged.get("task", DEFAULT_TASK)))).recipe
     known = recipe_fields(recipe_class)
     for key, value in overrides.items():
         name, _, option = key.replace("-", "_").partition(".")
         if option and name != "options":
-            raise UsageError(f"--{key}: only options.NAME has a dot in it")
+            raise UsageError(f"--{key}: only options.NAME may contain a dot")
         value = _parse(value, None if option else known.get(name))
         if option:
             merged["options"] = {**merged.get("options", {}), option: value}
@@ -56,38 +59,39 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
             merged[name] = value
     for name in merged:
         if name not in known:
-            raise UsageError(f"{source}: no field {name!r} in a recipe{suggestion(name, known)}")
+            raise UsageError(f"{source}: a recipe has no field {name!r}{suggestion(name, known)}")
     for name, field in known.items():
         if field.default is dataclasses.MISSING and name not in merged:
             raise UsageError(
-                f"{source}: no {name}; expected one of fcvit models (fcvit finetune takes that of the weights)"
+                f"{source}: the recipe has no {name}; set it to a name listed by fcvit models "
+                f"(fcvit finetune uses the {name} of the weights)"
             )
     return recipe_class(**merged)
 
 
 def fields_of_all_tasks() -> dict[str, RecipeField]:
-    """Return every field that a recipe may have, by name."""
+    """Return the recipe fields of all tasks by name."""
     return {name: field for task in TASKS for name, field in recipe_fields(get_task(task).recipe).items()}
 
 
 def shipped() -> list[str]:
-    """Return the names of the recipes that come with the package."""
+    """Return the names of the recipes in the package."""
     folder = importlib.resources.files("fcvit") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def shipped_text(name: str) -> str:
-    """Return the file of a recipe that comes with the package."""
+    """Return the TOML text of a recipe in the package."""
     return (importlib.resources.files("fcvit") / "recipes" / f"{name}.toml").read_text("utf-8")
 
 
 def _parse(value: object, field: RecipeField | None) -> object:
-    """Return an override as its field has it: a TOML value, numbers with commas between, or text."""
+    """Convert an override to the type of its field: a TOML value, numbers separated by commas, or text."""
     if not isinstance(value, str):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if field is not None and value == "none" and value not in typing.get_args(field.kind):
         return None
-    if "\n" in value or (field is not None and field.kind is str):  # a path may look like a number
+    if "\n" in value or (field is not None and field.kind is str):  # a path such as "2024" also looks like a number
         return value
     text = f"[{value}]" if re.fullmatch(r"[\d.eE+-]+(\s*,\s*[\d.eE+-]+)+", value) else value
     try:

@@ -1,7 +1,7 @@
-"""Train a network by a recipe, in one folder that a run can always be continued from.
+"""Train a network by a recipe, resume an interrupted run, and extend a finished one.
 
-The flow of the data: recipe -> task (splits, network, loss) -> trainer -> the loop of `fcvit.training.loop`. This file
-builds the run and opens its folder; it knows no task.
+This module builds a run and opens its folder. The recipe determines the task (splits, network and loss), the trainer
+runs the optimizer steps, and `fcvit.training.loop` runs the epochs. Nothing here depends on a particular task.
 """
 
 import contextlib
@@ -32,28 +32,29 @@ from fcvit.training.loop import Training, train_epochs
 from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights.reading import Weights, read_weights
 
-PLACES = ("data", "val", "classes", "weights")  # fields that are made absolute, for whoever continues the run
+# Recipe fields that are paths. They are stored as absolute paths, so that a run can be resumed from any directory.
+PLACES = ("data", "val", "classes", "weights")
 logger = logging.getLogger("fcvit")
 
 
 def train(
     recipe: Recipe, *, folder: str | os.PathLike[str] | None = None, device: str = "auto", workers: int = 0
 ) -> Training:
-    """Train by a recipe, from its weights or from scratch.
+    """Train a network by a recipe, from the recipe's weights or from scratch.
 
     Args:
-        recipe: see `fcvit.training.recipe`.
-        folder: a new folder; None: `runs/train`, or the first free one after it.
+        recipe: The recipe (see `fcvit.training.recipe`).
+        folder: New folder for the run. The default is `runs/train`, or `runs/train-2` and so on if it exists.
         device: auto, cpu, gpu or gpu:N.
-        workers: processes that decode and augment; 0: this one does. They do not change what is computed.
-            A script that starts some must begin its work under `if __name__ == "__main__":`.
+        workers: Number of processes that decode and augment images. With 0 this process does it. The number does not
+            change the result. A script with workers must call this under `if __name__ == "__main__":`.
 
     Raises:
-        UsageError, UnreadableFile, DoesNotFit, MissingExtra: before the first step.
-        TrainingStopped: the loss is not finite, or images vanished; the last checkpoint stays.
-        UnreadableFile: nothing more can be written; the last checkpoint stays.
+        UsageError, UnreadableFile, DoesNotFit, MissingExtra: The run cannot start.
+        TrainingStopped: The loss is not finite, or images have disappeared. The last checkpoint is kept.
+        UnreadableFile: A file cannot be written. The last checkpoint is kept.
     """
-    recipe = _placed(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
+    recipe = _with_paths(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
     with Run.prepared(recipe, device, workers) as run, run.opened(folder, {}):
         return train_epochs(run)
 
@@ -64,26 +65,28 @@ def resume(
     moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
 ) -> Training:
-    """Go on with a run after its last finished epoch; on a CPU it ends with the bits of an uninterrupted one.
+    """Resume a run after its last finished epoch.
+
+    On a CPU the result is bit-identical to the result of an uninterrupted run.
 
     Args:
-        folder: of the run.
-        moved: where data, val, classes or weights are now, by these names, if they are no longer where they were.
-            Names and classes of the images must be the same, and the content of a sample of the files.
-        workers: as in `train`.
+        folder: Folder of the run.
+        moved: New paths of data, val, classes or weights, by these names, if they were moved. The names and classes of
+            the images must be the same. The content of a sample of the files is checked, too.
+        workers: See `train`.
 
     Raises:
-        DoesNotFit: data, weights, packages or number of processes are not what the run began with.
-        And what `train` raises.
+        DoesNotFit: The data, weights, packages or number of processes differ from those that the run began with.
+        FcvitError: See `train`.
     """
     folder = Path(folder)
     record, recipe = _read(folder, moved)
     start = files.start_weights(folder)
-    if start is None and record.get("extends"):  # it would begin from nothing
+    if start is None and record.get("extends"):  # without the copied state the run would start from scratch
         raise UnreadableFile(
-            f"{folder}: ended before it took over the state of {record['extends']}; extend that run again"
+            f"{folder}: the run ended before it had copied the state of {record['extends']}; extend that run again"
         )
-    with _naming_option(recipe), Run.prepared(recipe, record["device"], workers, start) as run:
+    with _suggesting_option(recipe), Run.prepared(recipe, record["device"], workers, start) as run:
         run.check_same(folder, record, moved)
         with run.continued(folder, record):
             return train_epochs(run)
@@ -97,20 +100,21 @@ def extend(
     moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
 ) -> Training:
-    """Train longer than a run was meant to: a new run that begins with the state of another.
+    """Start a new run with the state of another run, and train it for more epochs.
 
-    Weights, optimizer, EMA weights and log go on; the schedule is that of a run of `epochs`, from the epoch
-    that is reached. It is not what a run of `epochs` from the beginning gives: its learning rate was
-    another on the way here.
+    The new run continues with the weights, optimizer, EMA weights and log. From the current epoch on, its learning rate
+    follows the schedule of a run of `epochs` epochs. A run that had this schedule from the beginning gives another
+    result, because its first epochs have different learning rates.
 
     Args:
-        source: folder of the run to go on from.
-        epochs: of the new schedule, more than are done.
-        folder, workers: as in `train`.
-        moved: as in `resume`.
+        source: Folder of the run to extend.
+        epochs: Number of epochs of the new schedule. It must be larger than the number of finished epochs.
+        folder: See `train`.
+        moved: See `resume`.
+        workers: See `train`.
 
     Raises:
-        As `resume`.
+        FcvitError: See `resume`.
     """
     source = Path(source)
     record, recipe = _read(source, moved)
@@ -118,55 +122,56 @@ def extend(
     done, _ = read_state(source)
     if recipe.total_epochs <= done.epoch:
         raise UsageError(
-            f"--epochs {epochs}: with {recipe.cooldown_epochs} of cool-down no more than the {done.epoch} that are done"
+            f"--epochs {epochs}: with {recipe.cooldown_epochs} cool-down epochs this is not more than the {done.epoch} "
+            "epochs that are already done; choose a larger number"
         )
     prepared = Run.prepared(recipe, record["device"], workers, files.start_weights(source))
-    with _naming_option(recipe), prepared as run:
+    with _suggesting_option(recipe), prepared as run:
         run.check_same(source, record, moved)
         run.restore(source)
         run.began_after, run.saved = run.progress.epoch, 0
         with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
-            run.take_over(source)
+            run.copy_weights(source)
             return train_epochs(run)
 
 
-def _placed(recipe: Recipe, places: Mapping[str, str | os.PathLike[str]]) -> Recipe:
-    """Return the recipe with other places of what it reads, made absolute."""
-    if wrong := [name for name in places if name not in PLACES]:
-        raise UsageError(f"{', '.join(wrong)}: only {', '.join(PLACES)} may be elsewhere; the run goes on as it began")
-    absolute: dict[str, Any] = {name: str(Path(place).absolute()) for name, place in places.items()}
+def _with_paths(recipe: Recipe, paths: Mapping[str, str | os.PathLike[str]]) -> Recipe:
+    """Return the recipe with new paths in some of its fields, converted to absolute paths."""
+    if wrong := [name for name in paths if name not in PLACES]:
+        raise UsageError(f"{', '.join(wrong)}: only {', '.join(PLACES)} can be changed when a run is resumed")
+    absolute: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in paths.items()}
     return dataclasses.replace(recipe, **absolute)
 
 
 @contextlib.contextmanager
-def _naming_option(recipe: Recipe) -> Iterator[None]:
-    """Where something that the run reads is gone, name the option that tells where it is now."""
+def _suggesting_option(recipe: Recipe) -> Iterator[None]:
+    """Add the option for the new path to an error about a file or folder of the recipe that cannot be read."""
     try:
         yield
     except UnreadableFile as error:
-        gone = [name for name in PLACES if (place := getattr(recipe, name)) and str(error).startswith(f"{place}:")]
-        if not gone:
+        missing = [name for name in PLACES if (path := getattr(recipe, name)) and str(error).startswith(f"{path}:")]
+        if not missing:
             raise
-        raise UnreadableFile(f"{error}; if it is elsewhere now, say where with --{gone[0]}") from error
+        raise UnreadableFile(f"{error}; if it was moved, pass the new path with --{missing[0]}") from error
 
 
 def _read(folder: Path, moved: Mapping[str, str | os.PathLike[str]] | None) -> tuple[dict[str, Any], Recipe]:
-    """Return the record and recipe of a run, with what it reads at the places of `moved`."""
+    """Return the record and recipe of a run, with the new paths of `moved`."""
     record, recipe = files.read_record(folder)
     if moved:
-        recipe = _placed(recipe, moved)
+        recipe = _with_paths(recipe, moved)
         record["recipe"] |= {name: getattr(recipe, name) for name in moved}
     return record, recipe
 
 
 class Run:
-    """A training with everything it needs: task, trainer, progress, folder.
+    """A training run with its task, trainer, progress and folder.
 
     Attributes:
-        folder: set when the run is in it.
-        progress: how far it is.
-        saved: epochs in the state that is on the disk.
-        began_after: epochs of a run that this one extends.
+        folder: Folder of the run. It is set when the folder is opened.
+        progress: Progress of the run.
+        saved: Number of epochs in the state on disk.
+        began_after: Number of epochs inherited from the run that this run extends.
     """
 
     folder: Path
@@ -174,7 +179,7 @@ class Run:
     def __init__(
         self,
         recipe: Any,
-        place: str,
+        resolved_device: str,
         device: str,
         workers: "int | Workers",
         processes: Processes,
@@ -185,9 +190,9 @@ class Run:
 
         self.recipe, self.device, self.workers, self.processes = recipe, device, workers, processes
         self.began = time.perf_counter()
-        self.division = MicroBatches(recipe.batch_size, processes.count, processes.rank, recipe.accumulate)
+        self.micro_batches = MicroBatches(recipe.batch_size, processes.count, processes.rank, recipe.accumulate)
         weights = _weights(recipe, start)
-        # A run that goes on has its head already, and needs the weights that it began with no more.
+        # A resumed run already has its head, and no longer needs the weights of the recipe.
         given = dataclasses.replace(recipe, weights=str(start), new_head=False, ema=None) if start else recipe
         self.task = get_task(recipe.task).training(given, weights)
         model = self.task.network()
@@ -197,20 +202,22 @@ class Run:
             logger.info(note)
         if recipe.warmup_epochs >= recipe.epochs:
             logger.info(
-                f"the warm-up takes all of the {counted(recipe.epochs, 'epoch')}: the learning rate does not reach "
-                f"{recipe.peak_lr:g}; a lower --warmup-epochs lets it"
+                f"the warm-up is as long as the schedule ({counted(recipe.epochs, 'epoch')}), so the learning rate "
+                f"does not reach {recipe.peak_lr:g}; choose a smaller --warmup-epochs"
             )
         self.steps = steps_per_epoch(len(self.task.train), recipe.batch_size)
         if recipe.patience and self.task.val is None:
-            raise UsageError(f"patience = {recipe.patience}: without validation images nothing tells when to stop")
+            raise UsageError(
+                f"patience = {recipe.patience}: early stopping needs validation images; set --val or --held-out"
+            )
         if recipe.batchnorm == "sync":
             use_synchronized_batchnorm(model)
-        self.operators = _accelerate(model, recipe, place)
-        self.trainer = Trainer(model, recipe, self.division, self.task.loss)
+        self.operators = _accelerate(model, recipe, resolved_device)
+        self.trainer = Trainer(model, recipe, self.micro_batches, self.task.loss)
         self.progress = Progress(first_updates=_updates(weights))
         self.saved = self.began_after = 0
-        self.moved = False  # whether something that a run goes on with is elsewhere now
-        self.identity = self._identity(weights, place)
+        self.moved = False  # True if a resumed run reads data or weights from a new path
+        self.identity = self._identity(weights, resolved_device)
         if start is not None:
             del self.identity["weights"]
         if processes.count > 1:
@@ -219,82 +226,94 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def prepared(cls, recipe: Recipe, device: str, workers: int, start: Path | None = None) -> Iterator["Run"]:
-        """Check everything that can be told before a folder is made; `start`: see `start_weights`."""
+        """Build a run and check it before its folder is created.
+
+        Args:
+            recipe: Recipe of the run.
+            device: auto, cpu, gpu or gpu:N.
+            workers: Number of processes that decode and augment images.
+            start: Weights file that a resumed run starts from (see `start_weights`).
+        """
         if workers < 0:
             raise UsageError(f"--workers {workers}: expected at least 0")
         processes = join()
         paddle = import_framework("paddle")
-        place = paddle_place(processes.device(device))
+        resolved_device = paddle_place(processes.device(device))
         amp = paddle.amp
         has = {"float16": amp.is_float16_supported, "bfloat16": amp.is_bfloat16_supported}
-        if recipe.precision in has and (place == "cpu" or not has[recipe.precision](place)):
-            # Paddle would compute in float32, and say so in a warning at most.
-            asked = f"precision = {recipe.precision!r}"
-            raise UsageError(f"{asked}: Paddle does not have it on the {place}; take float32 (--precision float32)")
-        if place == "cpu" and recipe.batchnorm == "sync":
-            raise UsageError('batchnorm = "sync": Paddle does not have it on the CPU; use average')
+        if recipe.precision in has and (resolved_device == "cpu" or not has[recipe.precision](resolved_device)):
+            # Paddle would silently compute in float32, or only print a warning.
+            setting = f"precision = {recipe.precision!r}"
+            raise UsageError(f"{setting}: Paddle does not support it on {resolved_device}; use --precision float32")
+        if resolved_device == "cpu" and recipe.batchnorm == "sync":
+            raise UsageError('batchnorm = "sync": Paddle does not support it on the CPU; use --batchnorm average')
         with contextlib.ExitStack() as stack:
-            stack.enter_context(on_paddle_device(place))
+            stack.enter_context(on_paddle_device(resolved_device))
             if processes.count > 1:
                 paddle.distributed.init_parallel_env()
             paddle.seed(recipe.seed)
-            run = cls(recipe, place, device, workers, processes, start)
+            run = cls(recipe, resolved_device, device, workers, processes, start)
             if workers:
                 run.workers = stack.enter_context(contextlib.closing(Workers(workers)))
             yield run
 
-    def _identity(self, weights: Weights | None, place: str) -> dict[str, Any]:
-        """Return what decides the numbers of the run."""
+    def _identity(self, weights: Weights | None, resolved_device: str) -> dict[str, Any]:
+        """Return everything besides the recipe that determines the result of the run."""
         names = ("fcvit", "paddlepaddle", "paddlepaddle-gpu", "numpy", "pillow")
-        listed = {
+        identity = {
             "training_images": self.task.train.listing(),
             "validation_images": self.task.val and self.task.val.listing(),
             **self.task.identity,
             "weights": weights and weights.source.sha256,
-            "parts_of_a_step": self.division.total,
-            "kind_of_device": place.partition(":")[0],
+            "parts_of_a_step": self.micro_batches.total,
+            "kind_of_device": resolved_device.partition(":")[0],
             "operators": self.operators,
             "packages": {name: v for name, v in runs.versions().items() if name in names} | decoders(),
         }
-        return files.as_json(listed)
+        return files.as_json(identity)
 
     def check_same(self, folder: Path, record: Mapping[str, Any], moved: Collection[str] | None) -> None:
-        """Check that the run in `folder` began with the same; `moved`: what is elsewhere now.
+        """Check that this run has the same images, weights and packages as the run in `folder` had at its start.
+
+        Args:
+            folder: Folder of the run that is resumed or extended.
+            record: Record of that run.
+            moved: Names of the recipe fields that have new paths.
 
         Raises:
-            DoesNotFit: something else is there now.
+            DoesNotFit: Something has changed.
         """
         before = record["identity"]
-        if changed := [what for what in self.identity if before.get(what) != self.identity[what]]:
+        if changed := [key for key in self.identity if before.get(key) != self.identity[key]]:
             raise DoesNotFit(
-                f"{folder}: {', '.join(changed).replace('_', ' ')} changed since the run began; it cannot go on as it "
-                "would have. Put it back, or begin a new run from its weights"
+                f"{folder}: {', '.join(changed).replace('_', ' ')} changed since the run began, so it cannot be "
+                "resumed; undo the change, or start a new run from its weights"
             )
         self.identity, self.moved = before, bool(moved)
         for name in moved or ():
-            place = getattr(self.recipe, name)
+            path = getattr(self.recipe, name)
             if name == "weights":
-                same = read_weights(place, self.recipe.ema).source.sha256 == self.identity.get("weights")
-            else:  # a class list is in the identity; a run of an earlier version has no sample
+                same = read_weights(path, self.recipe.ema).source.sha256 == self.identity.get("weights")
+            else:  # The identity already covers a class list. Runs of earlier versions have no sample.
                 same = record.get("sample") in (None, files.sample_content((self.task.train, self.task.val)))
             if not same:
-                raise DoesNotFit(f"--{name} {place}: other content than the run in {folder} began with")
+                raise DoesNotFit(f"--{name} {path}: the content differs from what the run in {folder} began with")
 
     def _check_processes(self) -> None:
         """Check that all processes train the same network on the same images.
 
         Raises:
-            DoesNotFit: they do not.
+            DoesNotFit: They differ.
         """
         state = b"".join(tensor.numpy().tobytes() for tensor in self.trainer.model.state_dict().values())
         mine = json.dumps([hashlib.sha256(state).hexdigest(), self.identity, dataclasses.asdict(self.recipe)])
         first = self.processes.broadcast(mine.encode())
         if first != mine.encode():
-            raise DoesNotFit(f"process {self.processes.rank} does not see the recipe, images or weights of process 0")
+            raise DoesNotFit(f"process {self.processes.rank}: the recipe, images or weights differ from process 0")
 
     @contextlib.contextmanager
     def opened(self, folder: str | os.PathLike[str] | None, details: Mapping[str, object]) -> Iterator[None]:
-        """Open a new folder for the run."""
+        """Create the folder of a new run, and record `details` in its `run.json`."""
         record = {
             "recipe": {name: value for name, value in dataclasses.asdict(self.recipe).items() if value is not None},
             "identity": self.identity,
@@ -307,8 +326,8 @@ class Run:
                 path = Path(folder) if folder is not None else None
                 for split in (self.task.train, self.task.val):
                     if split is not None:
-                        runs.refuse_inside(path or Path("runs"), split.root, f"the images {split.root}")
-                stack.enter_context(self._ending_explained())
+                        runs.refuse_inside(path or Path("runs"), split.root, f"the image folder {split.root}")
+                stack.enter_context(self._adding_resume_hint())
                 self.folder = stack.enter_context(runs.run_folder(path, "train", record))
                 runs.write_text(self.folder / files.RECIPE, self.recipe.to_toml())
             self._share_folder()
@@ -316,68 +335,70 @@ class Run:
 
     @contextlib.contextmanager
     def continued(self, folder: Path, record: Mapping[str, Any]) -> Iterator[None]:
-        """Open the folder of a run that was interrupted."""
+        """Open the folder of an interrupted run and restore its state."""
         with contextlib.ExitStack() as stack:
             if self.processes.first:
-                stack.enter_context(self._ending_explained())
+                stack.enter_context(self._adding_resume_hint())
                 stack.enter_context(runs.continued_run(folder, record))
             self.began_after = int(record.get("began_after", 0))
             with held_back():
                 if (folder / STATE).exists():
                     self.restore(folder)
-                self.folder = folder  # from now on an end is explained by what was restored
+                self.folder = folder  # set last, because the hint how to resume needs the restored state
             if self.processes.first:
                 files.remove_temporary(folder)
                 if self.moved:
                     runs.write_text(folder / files.RECIPE, self.recipe.to_toml())
             self._share_folder(folder)
             if self.saved:
-                logger.info(f"done already: {self.progress.epoch} of {counted(self.recipe.total_epochs, 'epoch')}")
+                logger.info(f"already done: {self.progress.epoch} of {counted(self.recipe.total_epochs, 'epoch')}")
             yield
 
     @contextlib.contextmanager
-    def _ending_explained(self) -> Iterator[None]:
-        """Tell how to go on, however the run ends, once there is something to go on with."""
+    def _adding_resume_hint(self) -> Iterator[None]:
+        """Add the command that resumes the run to errors, or log it when the run is interrupted."""
         try:
             with kept():
                 yield
                 check()
         except TrainingStopped as error:
-            raise TrainingStopped(f"{error}; {self._how_to_go_on(error.again)}") from error
+            raise TrainingStopped(f"{error}; {self._resume_hint(error.again)}") from error
         except UnreadableFile as error:
             if not hasattr(self, "folder"):
                 raise
-            raise UnreadableFile(f"{error}; {self._how_to_go_on()}") from error
+            raise UnreadableFile(f"{error}; {self._resume_hint()}") from error
         except KeyboardInterrupt:
             if hasattr(self, "folder"):
                 with held_back():
-                    logger.info(self._how_to_go_on())
+                    logger.info(self._resume_hint())
             raise
 
-    def _how_to_go_on(self, again: bool = True) -> str:
+    def _resume_hint(self, again: bool = True) -> str:
         if self.began_after and not self.saved:
-            return f"{self.folder} has not taken over the state of the run that it extends; extend that one again"
-        done = f"epoch {self.saved} stands in {self.folder}" if self.saved else "no epoch was finished"
-        return f"{done}; go on with: fcvit train --resume {shlex.quote(str(self.folder))}" if again else done
+            return f"{self.folder} does not contain the state of the run that it extends, so extend that run again"
+        if not again:
+            return f"epoch {self.saved} is saved in {self.folder}" if self.saved else "no epoch was finished"
+        after = f"after epoch {self.saved}" if self.saved else "(no epoch was finished)"
+        return f"resume {after} with: fcvit train --resume {shlex.quote(str(self.folder))}"
 
     def _share_folder(self, folder: Path | None = None) -> None:
         path = self.processes.broadcast(os.fsencode(self.folder.absolute()) if self.processes.first else b"")
         if not self.processes.first:
             self.folder = folder or Path(os.fsdecode(path))
 
-    def take_over(self, source: Path) -> None:
-        """Copy the weights of the run that this one extends, so that a run always has its best and last."""
+    def copy_weights(self, source: Path) -> None:
+        """Copy the weights files of the run that this run extends, then write the state."""
         if self.processes.first:
             for name in (LAST, LAST_EMA, BEST):
                 if (source / name).exists():
                     files.replace_weights(self.folder / name, read_weights(source / name))
-            self.write_state()  # last: from now on the run can be resumed
+            self.write_state()  # last, because the state makes the run resumable
 
     def restore(self, folder: Path) -> None:
-        """Take up the state that a run left.
+        """Restore the state of the run in `folder`.
 
         Raises:
-            UnreadableFile: it is damaged, or of another network.
+            UnreadableFile: The state is damaged or does not match the network.
         """
         self.progress, tensors = read_state(folder)
         self.saved = self.progress.epoch
@@ -387,7 +408,7 @@ class Run:
             raise UnreadableFile(f"{folder}: {error}") from error
 
     def write_state(self) -> None:
-        """Replace the state; from now on its epochs count."""
+        """Replace the state on disk with the current one."""
         write_state(self.folder, self.progress, self.trainer.tensors())
         self.saved = self.progress.epoch
 
@@ -398,11 +419,11 @@ def _weights(recipe: Recipe, start: Path | None) -> Weights | None:
     return read_weights(recipe.weights, recipe.ema, recipe.network()) if recipe.weights else None
 
 
-def _accelerate(model: Any, recipe: Recipe, place: str) -> str:
-    """Let our own operators compute the model where they can; return which operators do."""
-    if place != "cpu":
+def _accelerate(model: Any, recipe: Recipe, resolved_device: str) -> str:
+    """Use this package's native operators in the model if they are available, and return "native" or "plain"."""
+    if resolved_device != "cpu":
         if recipe.operators == "native":
-            raise UsageError('operators = "native": they are for the CPU; use auto or plain')
+            raise UsageError('operators = "native": these operators run only on the CPU; use auto or plain')
         return "plain"
     if recipe.operators == "plain":
         return "plain"
@@ -413,12 +434,12 @@ def _accelerate(model: Any, recipe: Recipe, place: str) -> str:
     except MissingExtra as error:
         if recipe.operators == "native":
             raise
-        logger.info(f"Paddle's own operators compute, which are several times slower: {error}")
+        logger.info(f"using Paddle's operators, which are several times slower: {error}")
         return "plain"
     return "native"
 
 
 def _updates(weights: Weights | None) -> int:
-    """Return how often the BatchNorm statistics that a run starts with were updated."""
+    """Return the number of updates that the BatchNorm statistics of the initial weights have had."""
     tensors = weights.tensors if weights else {}
     return max((int(t) for name, t in tensors.items() if name.endswith("num_batches_tracked")), default=0)

@@ -1,4 +1,4 @@
-"""The learning rate of the recipe."""
+"""Learning rate schedules."""
 
 import math
 
@@ -6,15 +6,15 @@ from fcvit.tasks.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Return the rate in force at a point of the run.
+    """Return the learning rate at a point of the run.
 
-    A linear warm-up from `warmup_lr`, then the schedule over all of `epochs` (the warm-up covers its beginning),
-    then `min_lr`. Sources: the authors' `train.py`, whose schedule is timm's cosine; poly and step are those of
-    mmcv, which their segmentation and detection use.
+    The rate rises linearly from `warmup_lr` during the warm-up, then follows the schedule, and is `min_lr` in the
+    cool-down. The schedule spans all `epochs`, and the warm-up replaces its beginning. Cosine is timm's schedule, which
+    the authors' `train.py` uses. Poly and step are mmcv's schedules, which their segmentation and detection use.
 
     Args:
-        recipe: the run's.
-        epoch: from 0; with `lr_update = "step"` the fraction is how much of the epoch is done.
+        recipe: Recipe of the run.
+        epoch: Epoch, counted from 0. With `lr_update = "step"` the fraction is the finished part of the epoch.
     """
     if recipe.lr_update == "epoch":
         epoch = math.floor(epoch)

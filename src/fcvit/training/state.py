@@ -1,7 +1,7 @@
-"""Everything that a run needs to go on, in one safetensors file that is replaced as a whole.
+"""The state that a run is resumed from, in one safetensors file that is replaced atomically.
 
-One file and one rename: a run that is killed has the state of its last finished epoch or of the one
-before, never half of each. Random numbers are not in it: all are drawn from seed, epoch and place.
+The state is one file so that a killed run has the complete state of its last finished epoch or of the one before.
+It contains no random number generators, because all random draws follow from seed, epoch and position.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ _KEY = "fcvit_training"
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        epoch: epochs that are done.
-        step: optimizer steps that are done.
-        best: the row of the best epoch so far, with `best_weights` "raw" or "ema"; empty: none yet.
-        rows: the log, one row an epoch.
-        first_updates: of BatchNorm's statistics, before the first step.
-        scaler: of float16 training: the scale and how long it has stood; else empty.
+        epoch: Number of finished epochs.
+        step: Number of finished optimizer steps.
+        best: Log row of the best epoch so far, with `best_weights` "raw" or "ema". Empty before the first validation.
+        rows: The log, one row per epoch.
+        first_updates: Number of updates of BatchNorm's running statistics before the first step.
+        scaler: State of the loss scaling in float16 training: the scale and its step counters. Otherwise empty.
     """
 
     epoch: int = 0
@@ -43,33 +43,33 @@ class Progress:
 
 
 def write_state(folder: Path, progress: Progress, tensors: dict[str, np.ndarray]) -> None:
-    """Replace the state of the run in `folder`.
+    """Replace the state of the run in `folder` atomically.
 
     Raises:
-        UnreadableFile: it cannot be written; the one before stands.
+        UnreadableFile: The state cannot be written. The previous state is kept.
     """
     with staged(folder / STATE, overwrite=True) as temporary:
         safetensors_file.write(temporary, tensors, {_KEY: json.dumps(dataclasses.asdict(progress))})
 
 
 def read_state(folder: Path) -> tuple[Progress, dict[str, np.ndarray]]:
-    """Invert `write_state`; nothing in the file is executed.
+    """Invert `write_state` without executing code from the file.
 
     Raises:
-        UnreadableFile: there is none, or it is damaged.
+        UnreadableFile: The state is missing or damaged.
     """
     path = folder / STATE
     try:
         tensors, metadata = safetensors_file.read(read_file(path))
         progress = Progress(**strict_json(metadata[_KEY]))
         if not (type(progress.epoch) is int and type(progress.step) is int and isinstance(progress.rows, list)):
-            raise TypeError("no counts in it")
+            raise TypeError("its counters are missing")
     except OSError as error:
         raise UnreadableFile(
-            f"{path}: {error.strerror}: the run has not finished its first epoch; begin anew"
+            f"{path}: {error.strerror} (the run has not finished its first epoch); start a new run"
         ) from error
     except UnreadableFile as error:
         raise UnreadableFile(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UnreadableFile(f"{path}: not the state of a run ({str(error)[:80]})") from error
+        raise UnreadableFile(f"{path}: not the state of a training run ({str(error)[:80]})") from error
     return progress, tensors

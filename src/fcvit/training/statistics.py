@@ -1,9 +1,9 @@
-"""BatchNorm's running statistics where a step has several micro-batches.
+"""BatchNorm's running statistics when a step has several micro-batches.
 
-The micro-batches of a step, one after the other in a process or side by side in several, each normalize by
-their own images and each keep running statistics of their own, which are averaged after each epoch. This is
-what the authors' training does over processes (timm's `distribute_bn`, "reduce"). Since accumulated
-micro-batches do the same, how a step is divided among processes does not change what is computed.
+Each micro-batch of a step is normalized by its own images and updates its own running statistics. The statistics are
+averaged over the micro-batches after each epoch. The authors' training does the same over processes (timm's
+`distribute_bn="reduce"`). Here it also applies to accumulated micro-batches, so that the result does not depend on
+how many processes share a step.
 """
 
 from fcvit.frameworks import import_framework
@@ -15,14 +15,19 @@ from paddle import Tensor, nn  # noqa: E402
 
 
 def running_statistics(model: nn.Layer) -> list[Tensor]:
-    """Means and variances of all BatchNorm layers, in the model's order; Paddle keeps them as parameters."""
+    """Return the means and variances of all BatchNorm layers in the model's order. Paddle keeps them as parameters."""
     return [t for name, t in model.named_parameters() if name.endswith(("._mean", "._variance"))]
 
 
 class Statistics:
-    """Keep the running statistics of this process's micro-batches of a step.
+    """Separate running statistics for each micro-batch that this process computes in a step.
 
-    Call `use(number)` before a micro-batch goes through the model in training mode, `synchronize()` after an epoch.
+    Call `use(number)` before the forward pass of a micro-batch in training mode, and `synchronize()` after an epoch.
+
+    Args:
+        model: The network.
+        micro_batches: Number of micro-batches per step in this process.
+        processes: Number of processes.
     """
 
     def __init__(self, model: nn.Layer, micro_batches: int, processes: int):
@@ -32,7 +37,7 @@ class Statistics:
         self.current = 0
 
     def use(self, number: int) -> None:
-        """Let the model update the statistics of this micro-batch from now on."""
+        """Load the statistics of a micro-batch into the model, which updates them from then on."""
         if number == self.current:
             return
         self._store()
@@ -41,11 +46,11 @@ class Statistics:
         self.current = number
 
     def synchronize(self) -> None:
-        """Give all micro-batches, in all processes, the mean of all."""
+        """Set the statistics of every micro-batch in every process to their mean over all of them."""
         self._store()
         count = len(self.stored) * self.processes
         for position, tensor in enumerate(self.live):
-            own = [one[position] for one in self.stored]
+            own = [statistics[position] for statistics in self.stored]
             total = paddle.add_n(own) if len(own) > 1 else tensor.clone()
             if self.processes > 1:
                 paddle.distributed.all_reduce(total)

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of each micro-batch, gradients over all processes, AdamW."""
+"""Run an optimizer step: forward and backward passes of micro-batches, gradient reduction, and AdamW."""
 
 import functools
 import hashlib
@@ -30,29 +30,30 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 Loss = Callable[[Any, Any], dict[str, Tensor]]
-REMEDY = "lower lr, or bound the gradient with clip_norm: going on would come to the same"
+REMEDY = "resuming would fail in the same way, so lower lr or limit the gradient with clip_norm"
 _SCALER = ("scale", "incr_count", "decr_count")
-PHASES = ("data", "forward", "backward", "optimizer")  # of a step, in seconds
+PHASES = ("data", "forward", "backward", "optimizer")  # the timed phases of a step
 
 
 class Trainer:
-    """A network on its device with what trains it.
+    """A network with its optimizer, EMA weights, running statistics and loss scaling.
 
     Args:
-        model: in training mode from now on.
-        recipe, division: of the run.
-        loss: the task's (see `fcvit.tasks.base.TrainingTask.loss`).
+        model: The network, on its device.
+        recipe: Recipe of the run.
+        micro_batches: The micro-batches of a step.
+        loss: Loss function of the task (see `fcvit.tasks.base.TrainingTask.loss`).
 
     Attributes:
-        step: optimizer steps done.
-        seconds: in each of `PHASES`, since `reset_clock`; on a GPU of launching the work only.
+        step: Number of finished optimizer steps.
+        seconds: Seconds in each of `PHASES` since `reset_clock`. On a GPU this is only the time to launch the work.
     """
 
-    def __init__(self, model: nn.Layer, recipe: Recipe, division: MicroBatches, loss: Loss):
-        self.model, self.recipe, self.division, self.task_loss = model, recipe, division, loss
+    def __init__(self, model: nn.Layer, recipe: Recipe, micro_batches: MicroBatches, loss: Loss):
+        self.model, self.recipe, self.micro_batches, self.task_loss = model, recipe, micro_batches, loss
         self.optimizer = create_optimizer(model, recipe)
         self.trained = list(trained_parameters(model).values())
-        self.statistics = Statistics(model, division.accumulate, division.processes)
+        self.statistics = Statistics(model, micro_batches.accumulate, micro_batches.processes)
         self.ema = EMA(model, recipe.ema_decay) if recipe.ema_decay is not None else None
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
@@ -63,7 +64,7 @@ class Trainer:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def train_mode(self) -> None:
-        """Training mode; of a frozen network for the head alone."""
+        """Set the model to training mode. With a frozen backbone this affects only the head."""
         self.model.train()
         if self.recipe.freeze:
             for name, layer in self.model.named_sublayers():
@@ -71,29 +72,34 @@ class Trainer:
                     layer.training = False
 
     def run(self, batches: Iterator[tuple[np.ndarray, Any]], rate: float) -> dict[str, float]:
-        """Take one step over this process's micro-batches (images, targets), at that learning rate.
+        """Run one optimizer step over this process's micro-batches.
+
+        Args:
+            batches: Iterator over (images, targets) of the micro-batches.
+            rate: Learning rate.
 
         Returns:
-            the mean over the images of all processes of each loss; `loss` is their sum.
+            Each loss by name, as the mean over the images of all processes. `loss` is their sum.
 
         Raises:
-            TrainingStopped: the loss is not finite; the weights are as they were before the step.
-            KeyboardInterrupt: after the micro-batch in which the signal came.
+            TrainingStopped: The loss is not finite. The weights are the same as before the step.
+            KeyboardInterrupt: A signal arrived. It is raised after the current micro-batch.
         """
         self.optimizer.set_lr(rate)
         totals: dict[str, float] = {}
-        for number in range(self.division.accumulate):
+        for number in range(self.micro_batches.accumulate):
             images, targets = self._timed("data", lambda: next(batches))
             self.statistics.use(number)
-            # Drop path and dropout draw from here: the same whoever does the micro-batch, and after a resume.
-            paddle.seed(_draw(self.recipe.seed, self.step, self.division.rank * self.division.accumulate + number))
+            # Seed drop path and dropout so that their draws do not depend on the process or on interruptions.
+            position = self.micro_batches.rank * self.micro_batches.accumulate + number
+            paddle.seed(_paddle_seed(self.recipe.seed, self.step, position))
             with held_back():
                 losses = self._timed("forward", lambda i=images, t=targets: self._losses(i, t))
                 total = functools.reduce(operator.add, losses.values())
-                scaled = total / self.division.total
+                scaled = total / self.micro_batches.total
                 self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
                 for name, loss in {**losses, "loss": total}.items():
-                    totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.division.total
+                    totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.micro_batches.total
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
@@ -107,7 +113,7 @@ class Trainer:
         losses = self._reduce(losses)
         if not np.isfinite(losses["loss"]):
             self.optimizer.clear_grad(set_to_zero=False)
-            raise TrainingStopped(f"the loss is {losses['loss']} at step {self.step + 1}; {REMEDY}", False)
+            raise TrainingStopped(f"the loss is {losses['loss']} at step {self.step + 1}: {REMEDY}", False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.clear_grad(set_to_zero=False)
@@ -117,23 +123,23 @@ class Trainer:
         return losses
 
     def _reduce(self, losses: dict[str, float]) -> dict[str, float]:
-        """Sum gradients and losses over the processes, all in one exchange."""
-        if self.division.processes == 1:
+        """Sum gradients and losses over the processes with a single all-reduce."""
+        if self.micro_batches.processes == 1:
             return losses
         gradients: list[Any] = [p.grad for p in self.trained]
         values = paddle.to_tensor(list(losses.values()), gradients[0].dtype)
         flat = paddle.concat([*(g.reshape([-1]) for g in gradients), values])
         paddle.distributed.all_reduce(flat)
-        *parts, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.set_value(part.reshape(gradient.shape))
+        *reduced, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
+        for gradient, total in zip(gradients, reduced, strict=True):
+            gradient.set_value(total.reshape(gradient.shape))
         return dict(zip(losses, map(float, sums.numpy()), strict=True))
 
     def end_epoch(self) -> None:
-        """Give all micro-batches and processes the same running statistics.
+        """Synchronize the running statistics, update the EMA weights with them, and check that all weights are finite.
 
         Raises:
-            TrainingStopped: a weight is no finite number.
+            TrainingStopped: A weight is not finite.
         """
         self.statistics.synchronize()
         if self.ema is not None:
@@ -141,40 +147,45 @@ class Trainer:
 
         for name, tensor in self._networks().items():
             if not bool(paddle.isfinite(tensor).all().item()):
-                raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {self.step}; {REMEDY}", False)
+                raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {self.step}: {REMEDY}", False)
 
     def scaler_state(self) -> dict[str, float]:
-        """Return the state of float16's loss scaling for `restore`; empty in other types."""
+        """Return the state of float16 loss scaling for `restore`. Empty for other precisions."""
         state: Any = self.scaler.state_dict()
         return {key: float(np.asarray(state[key]).ravel()[0]) for key in _SCALER} if state else {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the tensors of network, optimizer and EMA for `restore`."""
+        """Return the tensors of the network, the optimizer and the EMA weights for `restore`."""
         networks = {name: tensor.numpy() for name, tensor in self._networks().items()}
         return networks | optimizer_tensors(self.optimizer, self.model)
 
     def _networks(self) -> dict[str, Tensor]:
-        """Return the raw and EMA weights under the names of the state."""
+        """Return the raw and EMA weights by their names in the state file."""
         networks = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.ema is not None:
             networks |= {f"ema/{name}": tensor for name, tensor in self.ema.tensors.items()}
         return networks
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int, scaler: Mapping[str, float]) -> None:
-        """Go on where `tensors()` was taken, at the end of an epoch, after that many steps.
+        """Restore the state that the trainer had at the end of an epoch.
+
+        Args:
+            tensors: Result of `tensors()`.
+            step: Number of finished optimizer steps.
+            scaler: Result of `scaler_state()`.
 
         Raises:
-            UnreadableFile: a tensor is missing, too many, or of another shape.
+            UnreadableFile: A tensor is missing, unexpected, or has the wrong shape.
         """
         wanted = self._networks()
         stored = {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "ema/"))}
         for name in sorted({*wanted, *stored}):
             if name not in wanted or name not in stored or list(stored[name].shape) != wanted[name].shape:
-                raise UnreadableFile(f"the state does not fit the network at {name[:120]}")
+                raise UnreadableFile(f"the state does not match the network at {name[:120]}")
         restore_optimizer(self.optimizer, self.model, tensors)
         for name, tensor in wanted.items():
             tensor.set_value(stored[name])
-        self.statistics = Statistics(self.model, self.division.accumulate, self.division.processes)
+        self.statistics = Statistics(self.model, self.micro_batches.accumulate, self.micro_batches.processes)
         self.step = step
         state: Any = self.scaler.state_dict()
         if state and scaler:
@@ -189,12 +200,12 @@ class Trainer:
         return result
 
 
-def _draw(seed: int, step: int, slot: int) -> int:
-    """Return a seed of 63 bits for Paddle."""
-    digest = hashlib.sha256(f"{seed}/{step}/{slot}".encode()).digest()
+def _paddle_seed(seed: int, step: int, position: int) -> int:
+    """Return a 63-bit seed for a micro-batch, given its position in the step."""
+    digest = hashlib.sha256(f"{seed}/{step}/{position}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def use_synchronized_batchnorm(model: nn.Layer) -> None:
-    """Let batches be normalized over all processes, by Paddle's layer, whose running variance is the biased one."""
+    """Normalize batches over all processes with Paddle's SyncBatchNorm. Its running variance is the biased variance."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
