@@ -105,7 +105,7 @@ def several(images: Any) -> Iterable[ImageLike]:
     if single_array or isinstance(images, str | os.PathLike | Image.Image):
         images = [images]
     elif isinstance(images, _ENCODED) or not isinstance(images, Iterable):
-        raise UsageError(f"predict: {_no_image(images)}")
+        raise UsageError(f"predict: {_not_an_image(images)}")
     if isinstance(images, Sequence | np.ndarray):
         for number, image in enumerate(images, 1):
             check_image(image, number)
@@ -126,12 +126,12 @@ def check_image(image: object, number: int) -> None:
                 "(height, width, 3) in RGB"
             )
     elif not isinstance(image, str | os.PathLike | Image.Image):
-        raise UsageError(f"image {number}: {_no_image(image)}")
+        raise UsageError(f"image {number}: {_not_an_image(image)}")
 
 
-def _no_image(thing: object) -> str:
-    remedy = " (decode a file in memory with PIL.Image.open(io.BytesIO(...)))" if isinstance(thing, _ENCODED) else ""
-    return f"an object of type {type(thing).__name__:.60} is not an image; expected {_ACCEPTED}{remedy}"
+def _not_an_image(value: object) -> str:
+    remedy = " (decode a file in memory with PIL.Image.open(io.BytesIO(...)))" if isinstance(value, _ENCODED) else ""
+    return f"an object of type {type(value).__name__:.60} is not an image; expected {_ACCEPTED}{remedy}"
 
 
 def check_counts(top_k: object, batch_size: object) -> None:

@@ -109,7 +109,7 @@ def openvino(path: Path, threads: int, precision: str = "float32") -> Network:
 def paddle_inference(path: Path, threads: int, precision: str = "float32") -> Network:
     """Load a .json file and its .pdiparams file with Paddle Inference and oneDNN."""
     if precision != "float32":
-        raise UsageError(f"--precision {precision}: Paddle Inference supports only float32 here")
+        raise UsageError(f"--precision {precision}: Paddle Inference supports only float32 in this package")
     import_framework("paddle")
     inference = importlib.import_module("paddle.inference")
     config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
