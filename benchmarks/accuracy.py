@@ -1,8 +1,10 @@
-"""How near both networks come to the authors' own numbers (tests/golden), as a table.
+"""Measure the differences of the Paddle network and the PyTorch reference from the authors' outputs (tests/golden).
 
 Run:  .venv/bin/python benchmarks/accuracy.py [--json FILE]
-For each variant at (2, 3, 224, 224): the largest float64 difference of Paddle and of the reference over the
-standard deviation of the logits, and the float32 error ratio against the PyTorch float32 run recorded with the goldens.
+
+For each published variant and input (2, 3, 224, 224), the table shows the largest float64 difference of Paddle and of
+the reference, divided by the standard deviation of the logits. It also shows the float32 error ratio of Paddle to the
+PyTorch float32 logits in the goldens.
 """
 
 import argparse
@@ -23,7 +25,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     rows = []
     for name, variant in VARIANTS.items():

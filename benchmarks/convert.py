@@ -1,9 +1,10 @@
-"""Converting a full-size fcvit_b48 checkpoint without verification: seconds, and peak memory over file size.
+"""Measure the time and peak memory of converting an fcvit_b48 checkpoint without verification.
 
 Run:  .venv/bin/python benchmarks/convert.py [--repeat N] [--json FILE]
-Writes the checkpoint itself (synthetic weights, 206 MB) to a temporary folder. Each conversion is a process
-of its own, so its start, imports and peak memory count in full. Next to it, in turn, a process that
-copies the same file and flushes it: what the disk alone costs. Prints its ratios last.
+
+The script writes the checkpoint (synthetic weights, 206 MB) to a temporary folder. Each conversion runs in its own
+process, so the start, the imports and the peak memory are included. For comparison, another process copies the same
+file and flushes the copy to disk. Memory is relative to the file size, and time is also relative to the copy.
 """
 
 import argparse
@@ -42,8 +43,8 @@ with open(sys.argv[2], "rb+") as file:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeat", type=int, default=5, help="number of repetitions (default 5)")
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     results: dict = {"machine": f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
     with tempfile.TemporaryDirectory() as name:
@@ -68,12 +69,12 @@ def main() -> None:
     results["copy"] = {"seconds": statistics.median(times["copy"])}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{results['machine']}; file {results['file_mb']:.0f} MB; medians of {arguments.repeat}")
+    print(f"{results['machine']}; file size {results['file_mb']:.0f} MB; median of {arguments.repeat} runs")
     for ending in peaks:
         row = results[ending]
         print(
-            f"{ending}: {row['seconds']:.2f} s, peak memory {row['peak_over_file']:.2f} times the file, "
-            f"{row['seconds'] / results['copy']['seconds']:.1f} times as long as a copy"
+            f"{ending}: {row['seconds']:.2f} s, peak memory {row['peak_over_file']:.2f} times the file size, "
+            f"{row['seconds'] / results['copy']['seconds']:.1f} times the time of a copy"
         )
 
 

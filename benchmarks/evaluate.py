@@ -1,15 +1,14 @@
-"""Evaluation: images per second of decoding alone, of the model alone, and of the whole; peak memory.
+"""Measure images per second of decoding, of the model and of the evaluation, and the peak memory.
 
 Run:  .venv/bin/python benchmarks/evaluate.py [--photos FOLDER] [--variant NAME] [--engine NAME] [--repeat N]
           [--json FILE]
 
-The photographs are those below FOLDER, copied to 200 files; without one, 200 made-up JPEG files of
-ImageNet's usual sizes. Synthetic weights, 224 x 224: of fcvit_tiny, or of fcvit_digits, which is so small that
-decoding weighs. All rates are steady: from the end of the first batch on, since starting processes is paid
-once. Worker processes and model share the same cores, so decoding at rate d and a model at rate m can give
-1 / (1/d + 1/m) at best; the model alone is measured before and after each
-whole run, plain Pillow before and after the decoding. Peak memory is that of
-whole runs in processes of their own, decoding processes included. Prints its ratios last.
+The images are copies of the photographs in FOLDER, or generated JPEG files of ImageNet's usual sizes. The weights are
+synthetic, for 224 x 224 images. fcvit_digits is so small that decoding takes a large share of the time.
+Rates are measured from the end of the first batch, so the start of processes is not included. Decoding workers and the
+model share the same cores, so with decoding rate d and model rate m the best rate is 1 / (1/d + 1/m). The model is
+measured before and after each evaluation, and plain Pillow before and after decoding. Peak memory is measured for
+evaluations in separate processes and includes the decoding workers. The ratios are printed last.
 """
 
 import argparse
@@ -43,7 +42,7 @@ from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.torch_file import write_zip
 
 BATCH = 16
-PIXELS = Preprocessing()  # the authors': 224 x 224
+PIXELS = Preprocessing()  # the authors' preprocessing, 224 x 224
 PEAK = """
 import resource, sys
 from fcvit import evaluate
@@ -56,11 +55,13 @@ print(own + 2 * child)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--photos", type=Path, help="folder of photographs (default: generated images)")
     parser.add_argument("--engine", default="torch", choices=("torch", "paddle"))
-    parser.add_argument("--variant", default="fcvit_tiny", choices=("fcvit_tiny", "fcvit_digits"))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--variant", default="fcvit_tiny", choices=("fcvit_tiny", "fcvit_digits"), help="default fcvit_tiny"
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="number of repetitions (default 5)")
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
@@ -73,13 +74,13 @@ def main() -> None:
         with weights.open("wb") as file:
             write_zip(file, synthetic_tensors(ModelSpec(VARIANTS[arguments.variant], 1000)))
         rates: dict[str, list[float]] = {}
-        for _ in range(arguments.repeat):  # in turn, so that a noisy minute hits all alike
+        for _ in range(arguments.repeat):  # alternate, so that background load affects all measurements
             for what, measure in (
                 ("plain before", lambda: plain(root / "many", cores)),
                 ("decode", lambda: decode(root / "many", cores)),
                 ("plain after", lambda: plain(root / "many", cores)),
                 ("before", lambda: model(weights, arguments.engine)),
-                ("whole", lambda: whole(weights, root / "few", arguments.engine, cores)),
+                ("whole", lambda: evaluation(weights, root / "few", arguments.engine, cores)),
                 ("after", lambda: model(weights, arguments.engine)),
             ):
                 rates.setdefault(what, []).append(measure())
@@ -87,7 +88,7 @@ def main() -> None:
     for what, before, after in (("model", "before", "after"), ("plain", "plain before", "plain after")):
         rates[what] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop(before), rates.pop(after), strict=True)]
     medians = {what: statistics.median(values) for what, values in rates.items()}
-    # Ratios of neighbors in time, then their median.
+    # The median of ratios of measurements that are adjacent in time.
     sides = list(zip(*(rates[what] for what in ("plain", "decode", "model", "whole")), strict=True))
     ratios = {
         "decode_over_plain": statistics.median(d / p for p, d, _, _ in sides),
@@ -99,36 +100,37 @@ def main() -> None:
     results |= {"images_per_second": rates, "peak_bytes": peaks}
     if arguments.json:
         arguments.json.write_text(json.dumps(results | {"ratios": ratios}, indent=2) + "\n")
-    print(f"{machine}; {arguments.variant} by {arguments.engine}, batches of {BATCH}; medians of {arguments.repeat}")
-    print("images a second:")
-    print(f"plain Pillow in {cores} processes: {medians['plain']:.0f}")
-    print(f"decode and transform, {cores} workers: {medians['decode']:.0f}")
-    print(f"model alone: {medians['model']:.1f}")
-    print(f"whole: {medians['whole']:.1f}")
-    print(f"peak memory at 200 and 2,000 images: {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
+    print(machine)
+    print(f"{arguments.variant}, engine {arguments.engine}, batch size {BATCH}, median of {arguments.repeat} runs")
+    print("images per second:")
+    print(f"plain Pillow, {cores} processes: {medians['plain']:.0f}")
+    print(f"decoding and transforms, {cores} workers: {medians['decode']:.0f}")
+    print(f"model only: {medians['model']:.1f}")
+    print(f"evaluation: {medians['whole']:.1f}")
+    print(f"peak memory with 200 and 2,000 images: {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.3f}")
 
 
 def photographs(folder: Path, source: Path | None, count: int) -> None:
-    """`count` photographs in one class folder of ImageNet."""
-    place = folder / "n01440764"
-    place.mkdir(parents=True)
+    """Write `count` photographs to one class folder of ImageNet."""
+    class_folder = folder / "n01440764"
+    class_folder.mkdir(parents=True)
     if source:
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-        for index, path in zip(range(count), itertools.cycle(found), strict=False):
-            shutil.copyfile(path, place / f"{index:04d}.jpg")
+        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        for index, path in zip(range(count), itertools.cycle(paths), strict=False):
+            shutil.copyfile(path, class_folder / f"{index:04d}.jpg")
         return
     generator = np.random.default_rng(0)
     for index in range(count):
         size = ((500, 375), (375, 500), (500, 333), (640, 480))[index % 4]
         coarse = generator.integers(0, 256, (60, 60, 3), np.uint8)
         image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-        image.save(place / f"{index:04d}.jpg", quality=90)
+        image.save(class_folder / f"{index:04d}.jpg", quality=90)
 
 
-def straight(paths: list[str]) -> float:
-    """The same steps with nothing around them."""
+def decode_with_pillow(paths: list[str]) -> float:
+    """Decode and transform images with plain Pillow and return the time in seconds."""
     began = time.perf_counter()
     for path in paths:
         with Image.open(path) as file:
@@ -145,9 +147,9 @@ def straight(paths: list[str]) -> float:
 def plain(folder: Path, cores: int) -> float:
     paths = sorted(map(str, folder.rglob("*.jpg")))
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(straight, [paths[:4]] * cores, 1)  # started and warm
+        pool.map(decode_with_pillow, [paths[:4]] * cores, 1)  # warm-up
         began = time.perf_counter()
-        pool.map(straight, [paths[core::cores] for core in range(cores)], 1)
+        pool.map(decode_with_pillow, [paths[core::cores] for core in range(cores)], 1)
         return len(paths) / (time.perf_counter() - began)
 
 
@@ -173,8 +175,8 @@ def model(weights: Path, engine: str) -> float:
     return rounds * BATCH / (time.perf_counter() - began)
 
 
-def whole(weights: Path, folder: Path, engine: str, cores: int) -> float:
-    """From the first batch that is done to the last."""
+def evaluation(weights: Path, folder: Path, engine: str, cores: int) -> float:
+    """Return the images per second of an evaluation, from the end of its first batch to the end of its last."""
     times: list[float] = []
     append = Journal.append
 
@@ -193,7 +195,7 @@ def whole(weights: Path, folder: Path, engine: str, cores: int) -> float:
 
 
 def peak(weights: Path, folder: Path, engine: str, run: Path) -> int:
-    """Bytes, of the process and its two workers together."""
+    """Return the peak memory in bytes of a process and its two workers together."""
     words = [sys.executable, "-c", PEAK, *map(str, (weights, folder, engine, run))]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)

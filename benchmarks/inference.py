@@ -1,11 +1,11 @@
-"""Inference on this CPU: images per second of every engine, beside PyTorch's formats.
+"""Measure images per second of every engine on this CPU, compared with PyTorch's memory formats.
 
 Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-sizes N ...] [--threads N]
           [--engines NAME ...] [--rounds N] [--json FILE]
 
-What `fcvit bench` measures, for several variants on synthetic weights: contenders in processes of their own,
-interleaved. Images are uint8 and normalized inside, by every engine. Ratios are those to PyTorch in channels last
-between neighbors in time, then the median; they come last.
+The script runs `fcvit bench` for several variants with synthetic weights. The contenders run alternately in separate
+processes. All engines take uint8 images and normalize them. The ratios to PyTorch in channels_last are medians over
+measurements that are adjacent in time, and are printed last.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from pathlib import Path
 from fcvit.commands.bench import CONTENDERS, bench
 from fcvit.report.tables import console
 
-ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # too slow to wait for
+ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # very slow
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=["fcvit_tiny", "fcvit_b12"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", default=["fcvit_tiny", "fcvit_b12"], help="variants to measure")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1], help="images per batch")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=CONTENDERS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9, help="number of measurement rounds (default 9)")
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results = [
@@ -42,13 +42,13 @@ def main() -> None:
         for batch in arguments.batch_sizes
     ]
     if arguments.json:
-        arguments.json.write_text(json.dumps([one.to_json() for one in results], indent=2, default=str) + "\n")
-    for one in results:
-        console().print(*one.tables())
-    for one in results:
-        for speed in one.speeds:
+        arguments.json.write_text(json.dumps([result.to_json() for result in results], indent=2, default=str) + "\n")
+    for result in results:
+        console().print(*result.tables())
+    for result in results:
+        for speed in result.speeds:
             if speed.of_reference is not None:
-                print(f"{one.network}: {speed.contender}: {speed.of_reference:.2f} times {one.reference}")
+                print(f"{result.network}: {speed.contender}: {speed.of_reference:.2f} times {result.reference}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Similarity maps: the time of a pass that keeps them over that of a plain one, in the same network.
+"""Measure the time of a forward pass with similarity maps relative to a plain forward pass.
 
 Run:  .venv/bin/python benchmarks/similarity.py [--variant NAME] [--size N] [--rounds N] [--json FILE]
 
-One image, float32, both networks on synthetic weights; plain and keeping passes in turn, the ratio of neighbors in
-time, then the median (`fcvit.inference.interleave`). The maps are taken to NumPy in the time. Prints its ratios last.
+The Paddle network and the PyTorch reference compute one float32 image with synthetic weights. Both kinds of pass
+alternate, and the ratio is the median over adjacent passes (`fcvit.inference.interleave`). The time includes the
+conversion of the maps to NumPy. The ratios are printed last.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from fcvit.models.variants import VARIANTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="fcvit_tiny", choices=list(VARIANTS))
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--variant", default="fcvit_tiny", choices=list(VARIANTS), help="default fcvit_tiny")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels (default 224)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of measurement rounds (default 15)")
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     load = functools.partial(load_passes, variant=arguments.variant, size=arguments.size)
     results = {}
@@ -41,15 +42,15 @@ def main() -> None:
     machine = f"{processor_name()}, {available_threads()} cores"
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "seconds": results}, indent=2) + "\n")
-    print(f"{arguments.variant} at {arguments.size} x {arguments.size}, {machine}; medians of {arguments.rounds}")
+    print(f"{arguments.variant} at {arguments.size} x {arguments.size}, {machine}; median of {arguments.rounds} rounds")
     for name, row in results.items():
-        print(f"{name}: plain {1e3 * row['plain']:.1f} ms, with the maps {1e3 * row['keeping']:.1f} ms")
+        print(f"{name}: plain {1e3 * row['plain']:.1f} ms, with maps {1e3 * row['keeping']:.1f} ms")
     for name, row in results.items():
-        print(f"{name}: {row['ratio']:.2f} times a plain pass")
+        print(f"{name}: {row['ratio']:.2f} times the time of a plain pass")
 
 
 def load_passes(name: str, variant: str, size: int) -> tuple[Callable[[], list[float]], None]:
-    """Return a function that does a plain and a keeping pass, and returns the seconds of each."""
+    """Return a function that runs a plain pass and a pass with maps, and returns the time of each in seconds."""
     weights = synthetic_weights(VARIANTS[variant])
     images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     framework = import_framework(name)
@@ -67,13 +68,13 @@ def load_passes(name: str, variant: str, size: int) -> tuple[Callable[[], list[f
         with without_gradients():
             model(x).numpy()
 
-    def keeping() -> None:
+    def with_maps() -> None:
         with without_gradients():
-            for one in model.similarity(x):
-                one.standardised.numpy()
-                one.rescaled.numpy()
+            for maps in model.similarity(x):
+                maps.standardised.numpy()
+                maps.rescaled.numpy()
 
-    return lambda: [timed(plain)(), timed(keeping)()], None
+    return lambda: [timed(plain)(), timed(with_maps)()], None
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Training: milliseconds of a step (forward, backward, AdamW) on this CPU, Paddle against PyTorch.
+"""Measure the milliseconds of a training step (forward, backward, AdamW) on this CPU, for Paddle and PyTorch.
 
 Run:  .venv/bin/python benchmarks/train_step.py [--variants NAME ...] [--size N] [--batch N] [--rounds N]
           [--classes N] [--one-thread] [--json FILE]
 
-Paddle plain (`fcvit.models`), the same with the allocator keeping its memory, native (`accelerate`), and
-the PyTorch reference in its default format and in channels_last, in turn (`fcvit.inference.interleave`). Times are
-medians; ratios those of neighbors in time, then their median.
-On a machine that others use as well, waiting for descheduled threads drowns everything:
-`--one-thread` gives each a single one and counts its processor time instead.
+The contenders are plain Paddle (`fcvit.models`), plain Paddle with an allocator that keeps freed memory, the native
+operators (`accelerate`), and the PyTorch reference in its default memory format and in channels_last. They run
+alternately (`fcvit.inference.interleave`). Times are medians, and ratios are medians over steps that are adjacent in
+time. On a shared machine, waiting for descheduled threads dominates the time. `--one-thread` then measures the
+processor time of a single thread.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=["fcvit_tiny", "fcvit_b12"], choices=list(VARIANTS))
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--one-thread", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", type=int, default=32, help="image size in pixels (default 32)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default 32)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of measurement rounds (default 7)")
+    parser.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
+    parser.add_argument("--one-thread", action="store_true", help="measure the processor time of a single thread")
+    parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
     if arguments.one_thread:
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that compute
+        os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the worker processes
     results = {}
     for variant in arguments.variants:
         setting = (variant, arguments.size, arguments.batch, arguments.classes)
@@ -59,15 +59,16 @@ def main() -> None:
         setting["one_thread"] = arguments.one_thread
         content = {"machine": machine, **setting, "seconds": results, "ratios": ratios}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{machine}; {arguments.size} x {arguments.size}, batch {arguments.batch}; medians of {arguments.rounds}")
-    print("one thread each, its processor time:" if arguments.one_thread else "all threads, time on the wall:")
-    print("| variant | computed by | ms a step | forward | backward | optimizer | images/s |")
+    print(machine)
+    print(f"{arguments.size} x {arguments.size}, batch size {arguments.batch}, median of {arguments.rounds} rounds")
+    print("processor time of one thread:" if arguments.one_thread else "wall-clock time with all threads:")
+    print("| variant | contender | ms per step | forward | backward | optimizer | images/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for variant, times in results.items():
         for contender, steps in times.items():
-            parts = [1e3 * statistics.median(part) for part in zip(*steps, strict=True)]
-            whole = statistics.median(map(sum, steps))
-            columns = (f"{number:.1f}" for number in (1e3 * whole, *parts, arguments.batch / whole))
+            phases = [1e3 * statistics.median(phase) for phase in zip(*steps, strict=True)]
+            total = statistics.median(map(sum, steps))
+            columns = (f"{number:.1f}" for number in (1e3 * total, *phases, arguments.batch / total))
             print(f"| {variant} | {contender} | {' | '.join(columns)} |")
     for variant, ratios_of_variant in ratios.items():
         for what, ratio in ratios_of_variant.items():
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def measure(contenders: list[str], setting: tuple, rounds: int) -> dict[str, list[list[float]]]:
-    """For each contender the seconds of forward, backward and optimizer, once a round."""
+    """Return the seconds of forward, backward and optimizer of each contender, per round."""
     load = functools.partial(load_step, setting=setting)
     timings = interleave(load, contenders, rounds, calls=1, seconds=0, pause=0.25)
     for timing in timings.values():
@@ -88,10 +89,10 @@ def load_step(contender: str, setting: tuple) -> tuple[Callable[[], list[float]]
     step = torch_step(contender, *setting) if contender.startswith("torch") else paddle_step(contender, *setting)
     step()
 
-    def parts() -> list[float]:
+    def phases() -> list[float]:
         return [later - earlier for earlier, later in itertools.pairwise(step())]
 
-    return parts, None
+    return phases, None
 
 
 def data(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,14 +117,14 @@ def paddle_step(contender: str, name: str, size: int, batch: int, classes: int):
     optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
 
     def step() -> list[float]:
-        marks = [clock()]
+        timestamps = [clock()]
         loss = paddle.nn.functional.cross_entropy(model(images), labels)
-        marks.append(clock())
+        timestamps.append(clock())
         loss.backward()
-        marks.append(clock())
+        timestamps.append(clock())
         optimizer.step()
         optimizer.clear_grad()
-        return [*marks, clock()]
+        return [*timestamps, clock()]
 
     return step
 
@@ -140,26 +141,26 @@ def torch_step(contender: str, name: str, size: int, batch: int, classes: int):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
 
     def step() -> list[float]:
-        marks = [clock()]
+        timestamps = [clock()]
         loss = torch.nn.functional.cross_entropy(model(images), labels)
-        marks.append(clock())
+        timestamps.append(clock())
         loss.backward()
-        marks.append(clock())
+        timestamps.append(clock())
         optimizer.step()
         optimizer.zero_grad()
-        return [*marks, clock()]
+        return [*timestamps, clock()]
 
     return step
 
 
 def compare(times: dict[str, list[list[float]]]) -> dict[str, float]:
-    """Speed of each way with Paddle over that of PyTorch in each format."""
-    whole = {contender: [sum(step) for step in steps] for contender, steps in times.items()}
+    """Return the speed of each Paddle contender relative to PyTorch in each memory format."""
+    totals = {contender: [sum(step) for step in steps] for contender, steps in times.items()}
     return {
-        f"{one} over {other}": median_ratio(whole[other], whole[one])
-        for one in whole
-        for other in whole
-        if other.startswith("torch") and not one.startswith("torch")
+        f"{paddle} over {torch}": median_ratio(totals[torch], totals[paddle])
+        for paddle in totals
+        for torch in totals
+        if torch.startswith("torch") and not paddle.startswith("torch")
     }
 
 

@@ -1,7 +1,7 @@
 """Import every module with only the core dependencies installed.
 
-The modules that are written with Paddle, PyTorch or onnx at hand must raise the missing-extra error; everything else
-must import. Run in an environment without Paddle, PyTorch and onnx.
+Modules that need Paddle, PyTorch or onnx must raise MissingExtra, and all other modules must import. Run this script in
+an environment without Paddle, PyTorch and onnx.
 """
 
 import importlib
@@ -31,7 +31,7 @@ NEED_AN_EXTRA = {
 def main() -> int:
     present = [name for name in ("paddle", "torch", "onnx") if installed(name)]
     if present:
-        print(f"{', '.join(present)} is installed: this check would prove nothing", file=sys.stderr)
+        print(f"{', '.join(present)} must not be installed; run this check in another environment", file=sys.stderr)
         return 2
     names = [module.name for module in pkgutil.walk_packages(fcvit.__path__, "fcvit.")]
     wrong = []
@@ -47,7 +47,7 @@ def main() -> int:
             outcome = f"{type(error).__name__}: {error}"
         if outcome != ("missing extra" if name in NEED_AN_EXTRA else "imports"):
             wrong.append(f"{name}: {outcome}")
-    print("\n".join(wrong) or f"{len(names)} modules as they should be")
+    print("\n".join(wrong) or f"{len(names)} modules behave as expected")
     return 1 if wrong else 0
 
 

@@ -1,15 +1,15 @@
-"""Evaluation's promises on real images: the same numbers however they are computed.
+"""Check on real images that `fcvit eval` gives the same results for different inputs and settings.
 
 Run:  .venv/bin/python scripts/check_evaluation.py [PHOTOS]
 
-On the held-out digits with the shipped checkpoint, and on the photographs in PHOTOS (files whose names begin
-with a WordNet id) with fcvit_tiny's synthetic weights:
+The checks use the held-out digits with the digits checkpoint, and the photographs in PHOTOS with synthetic weights of
+fcvit_tiny. The file names of the photographs must begin with a WordNet id. The checks are:
 
-- the same bytes for any number of workers, and for a run that is killed and continued;
-- the same predictions for class folders, a list and a tar;
-- logits within 1e-5 and equal accuracies for other batch sizes, and for 2 and 3 processes of Paddle's launcher.
+- identical bytes for any number of workers, and for a run that is killed and resumed
+- identical predictions for class folders, a list and a tar archive
+- logits within 1e-5 and equal accuracies for other batch sizes, and for 2 and 3 processes of Paddle's launcher
 
-Every line says what was found; the exit code is 1 if one is not as promised.
+Every check prints a line. The exit code is 1 if a check fails.
 """
 
 import importlib.resources
@@ -49,20 +49,20 @@ def main() -> None:
         if len(sys.argv) > 1:
             index = {c.id: i for i, c in enumerate(imagenet())}
             for path in sorted(Path(sys.argv[1]).iterdir()):
-                place = root / "photos" / "data" / path.name[:9]
-                place.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, place / path.name)
+                class_folder = root / "photos" / "data" / path.name[:9]
+                class_folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, class_folder / path.name)
             with (root / "photos" / "tiny.pth").open("wb") as file:
                 write_zip(file, synthetic_tensors(ModelSpec(VARIANTS["fcvit_tiny"], 1000)))
             check(root / "photos", "tiny.pth", index, 3, (1, 7, 40))
     sys.exit(not passed)
 
 
-def check(root: Path, weights: str, labels: dict[str, int], batch: int, others: tuple[int, ...]) -> None:
-    """All promises for one data set; runs go to folders of `root`."""
+def check(root: Path, weights: str, labels: dict[str, int], batch: int, other_sizes: tuple[int, ...]) -> None:
+    """Run all checks for one data set. `root` contains the images and receives the run folders."""
     data = root / "data"
     images = sorted(path for path in data.rglob("*") if path.is_file())
-    say(f"{root.name}: {len(images)} images, {weights}, batches of {batch}", True)
+    report(f"{root.name}: {len(images)} images, {weights}, batch size {batch}", True)
     lines = [f"{path.relative_to(data)} {labels[path.parent.name]}" for path in images]
     (root / "list.txt").write_text("\n".join(lines))
     with tarfile.open(root / "data.tar", "w") as tar:
@@ -73,24 +73,24 @@ def check(root: Path, weights: str, labels: dict[str, int], batch: int, others: 
     first = root / "first"
     for workers in ("1", "3"):
         run(root, *folders, "--workers", workers, "-o", f"workers{workers}")
-        say(f"{workers} workers: the same bytes", same_bytes(first, root / f"workers{workers}"))
+        report(f"{workers} workers: identical bytes", same_bytes(first, root / f"workers{workers}"))
     kill(root, *folders, "-o", "killed")
     run(root, "--resume", "killed")
-    say("killed and continued: the same bytes", same_bytes(first, root / "killed"))
+    report("killed and resumed: identical bytes", same_bytes(first, root / "killed"))
     run(root, *words, "--data", "data", "--list", "list.txt", "--batch-size", str(batch), "-o", "list")
     run(root, *words, "--data", "data.tar", "--batch-size", str(batch), "-o", "tar")
     run(root, *words, "--data", "data.tar", "--list", "list.txt", "--batch-size", str(batch), "-o", "tarlist")
     for kind in ("list", "tar", "tarlist"):
         equal = read(first, "predictions.csv") == read(root / kind, "predictions.csv")
-        say(f"{kind}: the same predictions", equal)
-    for size in others:
+        report(f"{kind}: identical predictions", equal)
+    for size in other_sizes:
         run(root, *words, "--data", "data", "--batch-size", str(size), "-o", f"batch{size}")
-        say(*close(first, root / f"batch{size}", f"batches of {size}"))
+        report(*close(first, root / f"batch{size}", f"batch size {size}"))
     for count in (2, 3):
         launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), "--log_dir", f"log{count}"]
         words = [str(PROGRAM), "eval", *folders, "--workers", "1", "-o", f"processes{count}"]
         subprocess.run([sys.executable, *launcher, *words], cwd=root, check=True, capture_output=True)
-        say(*close(first, root / f"processes{count}", f"{count} processes"))
+        report(*close(first, root / f"processes{count}", f"{count} processes"))
 
 
 def run(root: Path, *words: str) -> None:
@@ -100,23 +100,23 @@ def run(root: Path, *words: str) -> None:
 
 
 def kill(root: Path, *words: str) -> None:
-    """kill -9 once the journal has something."""
+    """Start `fcvit eval` and kill it with SIGKILL once its journal is not empty."""
     process = subprocess.Popen([PROGRAM, "eval", *words], cwd=root, stderr=subprocess.DEVNULL)
     journal = root / "killed" / "journals" / "0-0.journal"
     while not (journal.exists() and journal.stat().st_size):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not list((root / "killed").glob("*/metrics.json")), "too late"
+    assert not list((root / "killed").glob("*/metrics.json")), "the run ended before it was killed"
 
 
-def lane(folder: Path) -> Path:
-    (found,) = folder.glob("*/metrics.json")
-    return found.parent
+def results_folder(folder: Path) -> Path:
+    (metrics,) = folder.glob("*/metrics.json")
+    return metrics.parent
 
 
 def read(folder: Path, name: str) -> bytes:
-    return (lane(folder) / name).read_bytes()
+    return (results_folder(folder) / name).read_bytes()
 
 
 def figures(folder: Path) -> dict:
@@ -130,7 +130,7 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 def close(one: Path, other: Path, what: str) -> tuple[str, bool]:
-    logits = [np.load(lane(folder) / "logits.npy") for folder in (one, other)]
+    logits = [np.load(results_folder(folder) / "logits.npy") for folder in (one, other)]
     largest = float(np.abs(logits[0].astype(np.float64) - logits[1]).max())
     both = [figures(folder) for folder in (one, other)]
     equal = all(both[0][key] == both[1][key] for key in ("images", "top1", "top_k", "per_class", "fingerprint"))
@@ -140,10 +140,10 @@ def close(one: Path, other: Path, what: str) -> tuple[str, bool]:
     )
 
 
-def say(what: str, good: bool) -> None:
+def report(what: str, good: bool) -> None:
     global passed
     passed = passed and good
-    print(what if good else f"NOT SO: {what}", flush=True)
+    print(what if good else f"FAILED: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Hold the preprocessing to the hashes of real photographs, which this project does not ship.
+"""Compare the preprocessing of real photographs with reference hashes. The photographs are not part of this project.
 
 Run:  .venv/bin/python scripts/check_photographs.py PHOTOS GOLDEN
-PHOTOS is the folder of images, GOLDEN the JSON file that lists, for each file name and crop fraction
-(bicubic), the SHA-256 of the decoded RGB array and of the 224 x 224 x 3 crop, and values of the
-normalized tensor. Exits with 5 if anything differs.
+
+PHOTOS is the folder of images. GOLDEN is a JSON file with, for each file name and crop fraction (bicubic), the SHA-256
+of the decoded RGB array and of the 224 x 224 x 3 crop, and values of the normalized tensor. The exit code is 5 if a
+check fails.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from fcvit.models.variants import Preprocessing
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photos", type=Path)
-    parser.add_argument("golden", type=Path)
+    parser.add_argument("photos", type=Path, help="folder of images")
+    parser.add_argument("golden", type=Path, help="JSON file of the expected hashes and values")
     arguments = parser.parse_args()
     checked, wrong = 0, []
 
@@ -41,14 +42,14 @@ def main() -> int:
             what = f"{name} at {fraction}"
             check(f"{what}: crop", _sha256(pixels.transpose(1, 2, 0)) == golden["uint8_crop_sha256"])
             tensor = normalize(pixels[None], preprocessing)[0]
-            for key, found in (("tensor_first", tensor[:, 0, 0]), ("tensor_last", tensor[:, -1, -1])):
-                check(f"{what}: {key}", bool(np.abs(found - np.float32(golden[key])).max() <= 1e-6))
+            for key, values in (("tensor_first", tensor[:, 0, 0]), ("tensor_last", tensor[:, -1, -1])):
+                check(f"{what}: {key}", bool(np.abs(values - np.float32(golden[key])).max() <= 1e-6))
             mean, std = tensor.mean(dtype=np.float64), tensor.std(dtype=np.float64)
             check(f"{what}: mean", abs(mean - golden["tensor_mean"]) <= 1e-5)
-            # Whether the golden divides by n or n - 1 does not show at 150,528 values.
+            # With 150,528 values, dividing by n or by n - 1 makes no visible difference.
             check(f"{what}: std", abs(std - golden["tensor_std"]) <= 1e-5)
     print("\n".join(wrong))
-    print(f"{checked - len(wrong)} of {checked} checks hold")
+    print(f"{checked - len(wrong)} of {checked} checks passed")
     return 5 if wrong else 0
 
 

@@ -1,8 +1,8 @@
-"""Make the checkpoint and the held-out images that `fcvit quickstart` runs on.
+"""Write the checkpoint and the held-out images for `fcvit quickstart`.
 
-Trains the PyTorch reference of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0) and
-saves it as the authors' training script would: epoch, arch, state_dict, optimizer, args, metric.
-Beside it go the held-out images and what PyTorch computes for them, in float64 and float32.
+The script trains the PyTorch reference of `fcvit_digits` on scikit-learn's handwritten digits (UCI, CC BY 4.0). It
+saves the checkpoint in the format of the authors' training script: epoch, arch, state_dict, optimizer, args, metric.
+It also saves the held-out images and the logits that PyTorch computes for them in float64 and float32.
 
 Run:   .venv/bin/python scripts/make_digits_checkpoint.py
 Needs: the extras torch and dev (scikit-learn). Takes about two minutes on two cores.
@@ -29,11 +29,11 @@ VARIANT = VARIANTS["fcvit_digits"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=60, help="epochs (default 60)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default 64)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="weight decay (default 0.05)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
@@ -90,13 +90,13 @@ def main() -> None:
 
 
 def prepare(images: np.ndarray) -> torch.Tensor:
-    """(N, 8, 8) uint8 -> normalized float32 (N, 3, 32, 32), through the product's own preprocessing."""
+    """Preprocess uint8 images (N, 8, 8) as the package does: normalized float32 (N, 3, 32, 32)."""
     batch = np.stack([preprocess(Image.fromarray(image), VARIANT.preprocessing) for image in images])
     return torch.from_numpy(normalize(batch, VARIANT.preprocessing))
 
 
 def shift(batch: torch.Tensor) -> torch.Tensor:
-    """The whole batch moved by up to three pixels; the border is the darkest value."""
+    """Shift the batch randomly by up to three pixels. The border gets the darkest value."""
     padded = F.pad(batch - batch.min(), (3, 3, 3, 3)) + batch.min()
     x, y = (int(n) for n in torch.randint(0, 7, (2,)))
     return padded[:, :, y : y + batch.shape[2], x : x + batch.shape[3]]

@@ -1,4 +1,4 @@
-"""Write the table of a recipe's fields into docs/training.md, from the declarations in `fcvit.tasks`."""
+"""Write the table of recipe fields to docs/training.md, from the declarations in `fcvit.tasks`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ HEADING = "## Fields of a recipe\n"
 
 
 def page(text: str) -> str:
-    """Return the page's text with the table of today's fields."""
+    """Return the text of the page with an updated table of the recipe fields."""
     rows = ["", "| field | values | default | |", "| --- | --- | --- | --- |"]
     group = ""
     for name, field in fields_of_all_tasks().items():

@@ -92,7 +92,7 @@ def test_models(run):
         (["eval", "--weight", "w", "--data", "d"], 2, "Did you mean --weights?"),
         (["--weights", "x", "predict", "a b.jpg"], 2, "the command comes first: fcvit predict --weights x 'a b.jpg'"),
         (["doctor", "x"], 2, "doctor: x stands where no argument is expected"),
-        (["export", "x.pth", "-o", "m.pb"], 2, "m.pb: the ending says no format"),
+        (["export", "x.pth", "-o", "m.pb"], 2, "expected .onnx (onnx), .json (paddle)"),
         (["predict", "x" * 5000, "--weights", "x.pth"], 3, "x ... x"),
         (["convert", "x.pth"], 2, "--output"),
         (["convert", "x.pth", "-o", "y.pth", "--dtype", "int8"], 2, "int8"),

@@ -152,7 +152,7 @@ def test_a_fault_planted_in_the_file_is_caught_and_nothing_is_left(spoil, weight
 
     monkeypatch.setattr(task, "write_export", faulty)
     (tmp_path / "network.onnx").write_bytes(b"the one before")
-    with pytest.raises(NumbersDisagree, match=r"network.onnx computes other numbers than its weights"):
+    with pytest.raises(NumbersDisagree, match=r"network.onnx: .*times the float32 rounding error .*limit"):
         export(weights, tmp_path / "network.onnx", overwrite=True)
     assert left(tmp_path) == ["digits.pth", "network.onnx"]
     assert (tmp_path / "network.onnx").read_bytes() == b"the one before"
@@ -195,7 +195,7 @@ def test_int8_takes_its_scales_from_a_folder(weights, tmp_path, images):
     found = load(done, "int8")(normalize(images, PIXELS))[0]
     assert 1e-4 < np.abs(found - exact).max() < np.ptp(exact) / 4
     (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match="no images to calibrate"):
+    with pytest.raises(UsageError, match=r"none: .*no images.*--calibrate"):
         export(weights, tmp_path / "x.onnx", precision="int8", calibration=tmp_path / "none")
 
 
@@ -204,8 +204,8 @@ def test_int8_takes_its_scales_from_a_folder(weights, tmp_path, images):
     [
         ({"output": "a.xml", "format": "onnx"}, UsageError, "ends in .onnx"),
         ({"output": "a.json", "format": "openvino"}, UsageError, "ends in .xml"),
-        ({"output": "a.pb"}, UsageError, r"a.pb: the ending says no format; expected .onnx \(onnx\), .json \(paddle\)"),
-        ({"output": "model"}, UsageError, "the ending says no format"),
+        ({"output": "a.pb"}, UsageError, r"a.pb: .*expected .onnx \(onnx\), .json \(paddle\)"),
+        ({"output": "model"}, UsageError, r"model: .*expected .onnx \(onnx\)"),
         ({"output": "a.pdmodel", "format": "paddle"}, UsageError, "ends in .json"),
         ({"format": "tensorrt"}, UsageError, "--format 'tensorrt'"),
         ({"size": (32, 32), "dynamic": True}, UsageError, "leave out --size"),
@@ -224,7 +224,7 @@ def test_what_cannot_be_exported(options, error, message, weights, tmp_path, mon
 
 
 def test_paddle_has_one_size(weights, tmp_path):
-    with pytest.raises(UsageError, match="--format paddle has one image size"):
+    with pytest.raises(UsageError, match=r"--format paddle .*--dynamic"):
         export(weights, tmp_path / "a.json", "paddle", dynamic=True)
 
 

@@ -892,7 +892,7 @@ def test_a_batch_size_that_fits_is_found_and_said(folder, digits_pth, tmp_path, 
     heard = notes
     found = evaluate(digits_pth, folder, batch_size="auto", device="cpu", folder=tmp_path / "run")
     size = found.results[0].batch_size
-    assert size >= 8 and heard[1].startswith(f"batch size: {size} images at a time, ")
+    assert size >= 8 and heard[1].startswith(f"batch size: {size} (")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]
     assert kept["batch_size"] == size  # a run that goes on must not look again
 
@@ -931,7 +931,7 @@ def test_precision_and_protocol_are_changes_of_their_own(folder, digits_pth):
 def test_a_precision_that_the_device_does_not_have_is_refused(folder, digits_pth, engine):
     if not frameworks.installed(engine):
         pytest.skip(f"{engine} is not installed")
-    with pytest.raises(UsageError, match=r"float16: .* does not have it on"):
+    with pytest.raises(UsageError, match=r"float16: .* on cpu; use (float32|.*bfloat16)"):
         evaluate(digits_pth, folder, engines=engine, precision="float16", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""The batch size that fits: doubled until something stops it."""
+"""Tests of the search for a batch size that fits in memory."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from fcvit.machine import available_memory
 
 
 class Clock:
-    """Time passes only while an engine computes."""
+    """A clock that advances only while an engine computes."""
 
     now = 0.0
 
@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 
 class Engine:
-    """Takes a fixed time for a batch and a little for each image, and breaks above a size."""
+    """An engine with a fixed time per batch and per image, which fails above a batch size."""
 
     def __init__(self, limit=10_000, error=MemoryError, each=0.0):
         self.limit, self.error, self.each, self.seen = limit, error, each, []
@@ -36,37 +36,37 @@ class Engine:
         Clock.now += 0.02 + self.each * len(images)
 
 
-def test_it_doubles_to_the_largest_that_is_tried():
+def test_the_batch_size_doubles_up_to_the_largest():
     engine = Engine()
     size, reason = fitting_batch_size([(engine, 4)])
     assert size == 512 and sorted(set(engine.seen)) == [8, 16, 32, 64, 128, 256, 512] and "the largest" in reason
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError("CUDA out of memory")])
-def test_it_stays_below_what_does_not_fit(error):
+def test_a_batch_size_that_does_not_fit_ends_the_search(error):
     size, reason = fitting_batch_size([(Engine(100, error), 4)])
-    assert size == 64 and "128 does not fit" in reason and reason.startswith("64 images at a time")
+    assert size == 64 and "128 does not fit" in reason and reason.startswith("64 ")
 
 
-def test_other_errors_are_not_taken_for_a_full_memory():
+def test_other_errors_are_not_treated_as_out_of_memory():
     with pytest.raises(RuntimeError, match="broken"):
         fitting_batch_size([(Engine(100, RuntimeError("broken")), 4)])
-    with pytest.raises(MemoryError):  # not even the smallest fits
+    with pytest.raises(MemoryError):  # the smallest batch size does not fit
         fitting_batch_size([(Engine(4), 4)])
 
 
-def test_it_stops_where_more_is_no_faster():
+def test_a_batch_size_that_is_not_faster_ends_the_search():
     size, reason = fitting_batch_size([(Engine(each=0.02), 4)])
-    assert size < 64 and "no faster" in reason
+    assert size < 64 and "not faster" in reason
 
 
-def test_it_leaves_half_of_the_memory(monkeypatch):
+def test_half_of_the_free_memory_is_left(monkeypatch):
     peaks = iter(range(0, 10_000, 100))
     monkeypatch.setattr(batch_size, "peak_memory", lambda: next(peaks))
     monkeypatch.setattr(batch_size, "available_memory", lambda: 300)
     size, reason = fitting_batch_size([(Engine(), 4)])
-    assert size == 8 and "16 would take more than half" in reason
+    assert size == 8 and reason.startswith("8 ") and "16 " in reason and "memory" in reason
 
 
-def test_the_memory_of_this_machine():
+def test_the_available_memory_is_plausible():
     assert 1 << 20 < available_memory() <= 1 << 62

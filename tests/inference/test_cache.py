@@ -1,4 +1,4 @@
-"""The cache of exports: races, damage, older versions, folders that cannot be written."""
+"""Tests of the cache of exports: keys, damage, races and folders that cannot be written."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def weights(digits_pth):
 
 @pytest.fixture
 def writes(monkeypatch):
-    """How often an export was written."""
+    """A list that grows by one element for every export that is written."""
     count = []
     write = cache.write_export
     monkeypatch.setattr(cache, "write_export", lambda *given: count.append(1) or write(*given))
@@ -48,19 +48,18 @@ def take(weights, **options):
         return path, path.read_bytes()
 
 
-def test_the_second_use_finds_the_first(weights, writes, home, notes):
-    said = notes
+def test_the_second_use_reads_the_cache(weights, writes, home, notes):
     first, content = take(weights)
     assert take(weights) == (first, content)
-    assert len(writes) == 1 and len(said) == 1 and str(cache_folder()) in said[0]
+    assert len(writes) == 1 and len(notes) == 1 and str(cache_folder()) in notes[0]
     assert first.parent.parent == home and [path.name for path in home.iterdir()] == [first.parent.name]
 
 
-def test_the_key_depends_on_all_that_decides_the_numbers(weights, monkeypatch):
+def test_the_key_depends_on_everything_that_affects_the_numbers(weights, monkeypatch):
     keys = {entry_key(weights, INTERFACE, "onnxruntime")}
     assert entry_key(weights, INTERFACE, "onnxruntime") in keys
 
-    def other(weights=weights, interface=INTERFACE, runtime="onnxruntime", calibration=None):
+    def assert_new_key(weights=weights, interface=INTERFACE, runtime="onnxruntime", calibration=None):
         key = entry_key(weights, interface, runtime, calibration)
         assert key not in keys
         keys.add(key)
@@ -68,42 +67,42 @@ def test_the_key_depends_on_all_that_decides_the_numbers(weights, monkeypatch):
     tensors = dict(weights.tensors)
     tensors["head.bias"] = tensors["head.bias"].copy()
     tensors["head.bias"][3] += np.float32(1e-6)
-    other(dataclasses.replace(weights, tensors=tensors))
-    other(interface=dataclasses.replace(INTERFACE, uint8=False))
-    other(interface=dataclasses.replace(INTERFACE, size=(32, 40)))
+    assert_new_key(dataclasses.replace(weights, tensors=tensors))
+    assert_new_key(interface=dataclasses.replace(INTERFACE, uint8=False))
+    assert_new_key(interface=dataclasses.replace(INTERFACE, size=(32, 40)))
     mean = dataclasses.replace(DIGITS.variant.preprocessing, mean=(0.1, 0.2, 0.3))
-    other(interface=dataclasses.replace(INTERFACE, preprocessing=mean))
-    other(runtime="openvino")
-    other(calibration=np.zeros((1, 3, 32, 32), np.uint8))
-    other(calibration=np.ones((1, 3, 32, 32), np.uint8))
+    assert_new_key(interface=dataclasses.replace(INTERFACE, preprocessing=mean))
+    assert_new_key(runtime="openvino")
+    assert_new_key(calibration=np.zeros((1, 3, 32, 32), np.uint8))
+    assert_new_key(calibration=np.ones((1, 3, 32, 32), np.uint8))
     monkeypatch.setattr(cache, "processor_identity", lambda: "another")
-    other()
+    assert_new_key()
     monkeypatch.setattr(cache.importlib.metadata, "version", lambda package: "99.0")
-    other()
+    assert_new_key()
     monkeypatch.setattr(cache, "__version__", "99.0")
-    other()
+    assert_new_key()
     monkeypatch.setattr(cache, "_sources", lambda: "edited")
-    other()
+    assert_new_key()
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["altered", "entry of garbage"]
-    + [pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "no entry", "no file", "empty folder")],
+    ["altered", "invalid json"]
+    + [pytest.param(damage, marks=pytest.mark.slow) for damage in ("truncated", "no json", "no file", "empty folder")],
 )
-def test_a_damaged_entry_is_made_again(weights, writes, damage):
+def test_a_damaged_entry_is_written_again(weights, writes, damage):
     path, content = take(weights)
     entry = path.parent / ENTRY
     match damage:
-        case "cut":
+        case "truncated":
             path.write_bytes(content[: len(content) // 2])
         case "altered":
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        case "no entry":
+        case "no json":
             entry.unlink()
         case "no file":
             path.unlink()
-        case "entry of garbage":
+        case "invalid json":
             entry.write_text("[1, 2")
         case "empty folder":
             path.unlink()
@@ -113,7 +112,7 @@ def test_a_damaged_entry_is_made_again(weights, writes, damage):
     assert [p.name for p in path.parent.parent.iterdir()] == [path.parent.name]
 
 
-def test_an_entry_cannot_point_elsewhere(weights, tmp_path, writes):
+def test_an_entry_cannot_name_a_file_outside_its_folder(weights, tmp_path, writes):
     path, content = take(weights)
     (tmp_path / "other").write_bytes(b"x")
     hashes = json.loads((path.parent / ENTRY).read_text())
@@ -121,29 +120,27 @@ def test_an_entry_cannot_point_elsewhere(weights, tmp_path, writes):
     assert take(weights) == (path, content) and len(writes) == 2
 
 
-def test_a_folder_that_cannot_be_written_costs_time_only(weights, tmp_path, monkeypatch, writes, notes):
+def test_without_a_writable_cache_each_use_exports_again(weights, tmp_path, monkeypatch, writes, notes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    said = notes
     with exported(weights, INTERFACE, "onnxruntime") as path:
         assert path.stat().st_size > 1000
-    assert not path.exists() and any("cannot be written" in text and "XDG_CACHE_HOME" in text for text in said)
-    assert len(said) == 1 and "it is kept" not in said[0]
+    assert not path.exists() and len(notes) == 1
+    assert "cannot be written" in notes[0] and "XDG_CACHE_HOME" in notes[0] and "temporary folder" in notes[0]
     take(weights)
     assert len(writes) == 2
 
 
-def test_without_a_home_folder_the_cache_is_done_without(weights, monkeypatch, notes):
+def test_without_a_home_folder_exports_are_temporary(weights, monkeypatch, notes):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    said = notes
-    assert len(take(weights)[1]) > 1000 and "it is not kept" in said[0]
+    assert len(take(weights)[1]) > 1000 and "temporary folder" in notes[0]
 
 
 @pytest.mark.parametrize("fault", ["full", "deleted"])
-def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault, notes):
-    """A full disk, or somebody empties the cache: the export is made again elsewhere, with a note."""
+def test_a_cache_that_fails_during_an_export(weights, home, monkeypatch, fault, notes):
+    """If the disk is full or the cache is deleted, the export is repeated in a temporary folder, with a note."""
     write = cache.write_export
 
     def failing(weights, interface, target, path):
@@ -154,24 +151,22 @@ def test_a_cache_that_fails_while_it_is_filled(weights, home, monkeypatch, fault
         shutil.rmtree(home)
 
     monkeypatch.setattr(cache, "write_export", failing)
-    said = notes
     path, content = take(weights)
     assert len(content) > 1000 and not path.exists()
-    assert said[1].endswith("the export is made again in a temporary folder and not kept")
-    assert ("No space left on device" in said[1]) == (fault == "full")
+    assert "again" in notes[1] and "temporary folder" in notes[1] and "XDG_CACHE_HOME" in notes[1]
+    assert ("No space left on device" in notes[1]) == (fault == "full")
     assert not home.exists() or not list(home.iterdir())
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes to any folder")
-def test_a_read_only_folder(weights, home, notes):
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write to any folder")
+def test_a_read_only_cache_is_reported(weights, home, notes):
     home.mkdir(parents=True)
     home.chmod(0o500)
-    said = notes
     _, content = take(weights)
-    assert len(content) > 1000 and any("cannot be written" in text for text in said)
+    assert len(content) > 1000 and any("cannot be written" in text for text in notes)
 
 
-def test_wrong_numbers_are_never_kept(weights, home, monkeypatch):
+def test_an_export_with_wrong_numbers_is_not_cached(weights, home, monkeypatch):
     write = cache.write_export
 
     def faulty(weights, *rest):
@@ -180,7 +175,7 @@ def test_wrong_numbers_are_never_kept(weights, home, monkeypatch):
         write(dataclasses.replace(weights, tensors=tensors), *rest)
 
     monkeypatch.setattr(cache, "write_export", faulty)
-    with pytest.raises(NumbersDisagree, match="computes other numbers than its weights"):
+    with pytest.raises(NumbersDisagree, match=r"digits\.pth exported for onnxruntime: .*times the float32"):
         take(weights)
     assert not list(home.iterdir())
 
@@ -189,13 +184,13 @@ def race(path, home, barrier, results):
     os.environ["XDG_CACHE_HOME"] = home
     weights = read_weights(path)
     barrier.wait()
-    with exported(weights, INTERFACE, "onnxruntime") as found:
-        results.put((str(found), len(found.read_bytes())))
+    with exported(weights, INTERFACE, "onnxruntime") as exported_path:
+        results.put((str(exported_path), len(exported_path.read_bytes())))
 
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_processes_at_once_end_with_one_entry(digits_pth, home):
+def test_concurrent_processes_leave_one_entry(digits_pth, home):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()
     processes = [
@@ -204,23 +199,23 @@ def test_processes_at_once_end_with_one_entry(digits_pth, home):
     ]
     for process in processes:
         process.start()
-    found = {results.get(timeout=120) for _ in processes}
+    exports = {results.get(timeout=120) for _ in processes}
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert len(found) == 1 and len(list(home.iterdir())) == 1
+    assert len(exports) == 1 and len(list(home.iterdir())) == 1
 
 
 @pytest.mark.slow
-def test_the_slower_of_two_takes_what_the_faster_has_published(weights, home, monkeypatch):
-    """Between its look and its rename, another process puts the entry there."""
+def test_the_slower_process_uses_the_entry_of_the_faster(weights, home, monkeypatch):
+    """Another process creates the entry between the lookup and the rename."""
     write = cache._write
 
-    def beaten(*given):
+    def overtaken(*given):
         write(*given)
         monkeypatch.setattr(cache, "_write", write)
-        beaten.path = take(weights)[0]
+        overtaken.path = take(weights)[0]
 
-    monkeypatch.setattr(cache, "_write", beaten)
+    monkeypatch.setattr(cache, "_write", overtaken)
     path, _ = take(weights)
-    assert path == beaten.path and len(list(home.iterdir())) == 1
+    assert path == overtaken.path and len(list(home.iterdir())) == 1

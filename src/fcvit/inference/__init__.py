@@ -1,1 +1,1 @@
-"""Compute the outputs of a network, by the fastest engine that is right; export it."""
+"""Compute the outputs of a network with the fastest engine that passes the numerical check, and export networks."""

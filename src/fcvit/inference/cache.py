@@ -1,11 +1,11 @@
-"""Exports for the engines, made once and kept: `$XDG_CACHE_HOME/fcvit/engines` (`~/.cache/...`).
+"""Cache the exports that engines run, in `$XDG_CACHE_HOME/fcvit/engines` (by default `~/.cache/fcvit/engines`).
 
-An entry is a folder named by a hash of all that its numbers depend on: every tensor, the network, the
-interface, the versions of what wrote it and of what runs it, the processor. It holds the files of the export and
-`entry.json` with their hashes; it is made elsewhere, checked and renamed into place as a whole, so
-two processes at once do the work twice and keep one result. An entry that is damaged is made again. Where the cache
-cannot be written, or goes away while an export is made, the export is made in a temporary folder, and a note says
-so. Anything in it may be deleted at any time.
+An entry is a folder named by a hash of everything that its numbers depend on: the tensors, the network, the
+interface, the versions of the packages that write and run the export, and the processor. It contains the files of
+the export and `entry.json` with their hashes. An entry is written to a temporary folder, checked and then renamed.
+If two processes write the same entry at once, both do the work and one result is kept. A damaged entry is written
+again. If the cache cannot be written, or is deleted during an export, the export goes to a temporary folder and a
+note is logged. The cache may be deleted at any time.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ PACKAGES = {
     "paddle-inference": ("paddlepaddle", "paddlepaddle-gpu"),
 }
 ENTRY = "entry.json"
-LAYOUT = 1  # of an entry
+LAYOUT = 1  # version of the layout of an entry
 
 
 def cache_folder() -> Path:
-    """Return the folder of the entries; without a home folder it is one that cannot be written."""
+    """Return the folder of the entries, or a path that cannot be written if there is no home folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
     return (Path(os.devnull) if home.startswith("~") else Path(home)) / "fcvit" / "engines"
 
@@ -60,20 +60,20 @@ def exported(
     calibration: np.ndarray | None = None,
     use_cache: bool = True,
 ) -> Iterator[Path]:
-    """Yield the file that a runtime is to load, from the cache or written now; temporary ones end with the block.
+    """Yield the file that a runtime loads, from the cache or written now. Temporary files are deleted after the block.
 
     Args:
-        weights: of any network.
-        interface: with a fixed size.
-        runtime: a key of `RUNTIMES`.
-        calibration: uint8 images: quantize to int8 by them. The export is checked before that.
+        weights: Weights of any network.
+        interface: Interface of the export, with a fixed image size.
+        runtime: A key of `RUNTIMES`.
+        calibration: uint8 images to quantize to int8 with. The export is checked before it is quantized.
         use_cache: False writes the export to a temporary folder.
 
     Raises:
-        NumbersDisagree: what the runtime computes is not what the weights say.
-        MissingExtra, UsageError: see `write_export`, `check_export`.
+        NumbersDisagree: The outputs of the runtime do not match the weights.
+        MissingExtra, UsageError: See `write_export` and `check_export`.
     """
-    import_runtime(runtime)  # what is missing is reported before any work is announced
+    import_runtime(runtime)  # reports a missing package before the log mentions an export
     main = f"network{ENDINGS[FORMATS[runtime]][-1]}"
     entry = cache_folder() / entry_key(weights, interface, runtime, calibration)
     if use_cache and _intact(entry, main):
@@ -93,42 +93,42 @@ def exported(
 def _publish(
     write: Callable[[Path], None], entry: Path, main: str, what: str, stack: contextlib.ExitStack
 ) -> Path | None:
-    """Write an export and rename it to its place; None where the cache cannot be written, is full or goes away."""
+    """Write an export and move it into the cache. Return None if the cache cannot be written, is full or is deleted."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     except OSError as error:
-        logger.info(f"exporting {what}; it is not kept: {_not_written(error)}")
+        logger.info(f"exporting {what} to a temporary folder: {_not_written(error)}")
         return None
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)  # unless it was renamed
-    logger.info(f"exporting {what}, once: it is kept in {entry.parent}")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)  # has no effect once the folder is renamed
+    logger.info(f"exporting {what}; the export is cached in {entry.parent}")
     try:
         write(folder / main)
-    except Exception as error:  # a full folder, or one that went away, whatever error that ends in
+    except Exception as error:  # a full disk or a deleted folder can raise any error
         if isinstance(error, FcvitError) or (folder.exists() and not isinstance(error, OSError)):
             raise
         stack.close()
-        logger.info(f"{_not_written(error)}; the export is made again in a temporary folder and not kept")
+        logger.info(f"exporting {what} again, to a temporary folder: {_not_written(error)}")
         return None
     for _ in range(2):
-        with contextlib.suppress(OSError):  # it already exists: another process was faster, or it is damaged
+        with contextlib.suppress(OSError):  # the entry exists: another process was faster, or it is damaged
             folder.rename(entry)
         if _intact(entry, main):
             return entry / main
         with contextlib.suppress(OSError):
-            aside = tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent)
-            entry.rename(Path(aside) / "entry")
-            shutil.rmtree(aside, ignore_errors=True)
+            damaged_folder = tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent)
+            entry.rename(Path(damaged_folder) / "entry")
+            shutil.rmtree(damaged_folder, ignore_errors=True)
     return folder / main
 
 
 def _not_written(error: Exception) -> str:
     reason = (isinstance(error, OSError) and error.strerror) or "it was deleted"
-    return f"{cache_folder()} cannot be written ({reason}); XDG_CACHE_HOME names another"
+    return f"{cache_folder()} cannot be written ({reason}); set XDG_CACHE_HOME to use another folder"
 
 
 def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
-    """Return the name of the entry: a hash of all that the numbers depend on."""
+    """Return the name of an entry: a hash of everything that its numbers depend on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
         if not is_counter(name):
@@ -153,7 +153,7 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
 
 @functools.cache
 def _sources() -> str:
-    """Return a hash of the modules that write an export: between two releases they may change too."""
+    """Return a hash of the modules that write an export, because they can also change between two releases."""
     here = Path(__file__).parent
     writers = [here / name for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py")]
     digest = hashlib.sha256()
@@ -163,7 +163,7 @@ def _sources() -> str:
 
 
 def _write(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
-    """Write the export and check it, then quantize it if asked."""
+    """Write an export and check it. With calibration images, quantize it afterwards."""
     assert interface.size is not None
     write_export(weights, interface, FORMATS[runtime], path)
     images = sample_images(weights.spec, interface.size)
@@ -177,7 +177,7 @@ def _write(weights: Weights, interface: Interface, runtime: str, calibration: np
 
 
 def _intact(entry: Path, main: str) -> bool:
-    """Return whether all files exist with the content that was written."""
+    """Return whether all files of an entry exist and match the recorded hashes."""
     try:
         hashes = json.loads((entry / ENTRY).read_bytes())
         return main in hashes and all(_sha256(entry / Path(name).name) == known for name, known in hashes.items())

@@ -1,9 +1,9 @@
-"""Check that an exported network computes what its weights say: the float32 error ratio on real images.
+"""Check an exported network against its weights by the float32 error ratio on real images.
 
-Exporters and runtimes have written and computed wrong numbers without an error; so nothing is used or
-handed out that was not run. The reference is the network itself in float64, the yardstick its float32,
-by PyTorch where it is installed and else by Paddle (whose own error is the larger one, so the limit for the
-same file is then wider by about half).
+Exporters and runtimes have produced wrong numbers without an error, so every export is run before it is used or
+published. It is compared with the network in float64. Its error is divided by the error of the network in float32,
+computed with PyTorch if it is installed and otherwise with Paddle. Paddle's float32 error is larger, so the limit
+for the same file is then wider by about half.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from fcvit.weights.reading import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The error of an export.
+    """The measured error of an export.
 
     Attributes:
-        images: their number, height and width.
-        yardstick: the framework whose float32 the error is measured by: "torch" or "paddle".
-        ratio: rms error of the export over that of the yardstick, over all images; the larger one of the images
-            in one batch and each alone.
-        largest: absolute difference from float64.
+        images: Number, height and width of the images.
+        yardstick: The framework that computed the float32 error to compare with: "torch" or "paddle".
+        ratio: RMS error of the export over the RMS error of that framework, over all images. It is the larger of two
+            ratios: with all images in one batch, and with each image alone.
+        largest: Largest absolute difference from float64.
     """
 
     images: tuple[int, int, int]
@@ -45,24 +45,24 @@ class Check:
 
 
 def check_export(network: Network, weights: Weights, interface: Interface, images: np.ndarray, what: str) -> Check:
-    """Run `images` through an export and through the network that it was made from, and compare.
+    """Compare the outputs of an export and of its source network for `images`.
 
     Args:
-        network: the export, loaded.
-        weights: what it was made from.
-        interface: how it was made.
-        images: uint8 RGB (B, 3, H, W), B from 1.
-        what: the name of the export in the error.
+        network: The loaded export.
+        weights: Weights that the export was made from.
+        interface: Interface of the export.
+        images: uint8 RGB (B, 3, H, W), B at least 1.
+        what: Name of the export for the error message.
 
     Raises:
-        MissingExtra: neither PyTorch nor Paddle is installed.
-        NumbersDisagree: the error is too large.
+        MissingExtra: Neither PyTorch nor Paddle is installed.
+        NumbersDisagree: The error is too large.
     """
     exact, single, yardstick = reference(weights, interface, images)
     expected, measure = (np.concatenate([o.ravel() for o in run]) for run in (exact, single))
     batch = pixels(images, interface)
     together = network(batch)
-    # All of them alone: the error of a single image's few logits over that of another's few is a matter of luck.
+    # Pool the images: the error ratio over the few logits of one image varies too much.
     alone = [np.concatenate(parts) for parts in zip(*(network(image[None]) for image in batch), strict=True)]
     ratio = largest = 0.0
     for outputs in (together, alone):
@@ -73,26 +73,26 @@ def check_export(network: Network, weights: Weights, interface: Interface, image
         largest = max(largest, float(np.abs(values - expected).max()))
     if not ratio <= RATIO_LIMIT:
         raise NumbersDisagree(
-            f"{what} computes other numbers than its weights: {ratio:.3g} times the rounding error of {yardstick}'s "
-            f"float32 (limit {RATIO_LIMIT}), largest difference {largest:.2g}"
+            f"{what}: the outputs do not match the weights, with {ratio:.3g} times the float32 rounding error of "
+            f"{yardstick} (limit {RATIO_LIMIT}) and a largest difference of {largest:.2g}"
         )
     return Check((len(images), *images.shape[2:]), yardstick, ratio, largest)
 
 
 def sample_images(spec: ModelSpec, size: tuple[int, int]) -> np.ndarray:
-    """Return the package's handwritten digits, enlarged, as many as a check needs: uint8 (B, 3, H, W)."""
+    """Return enlarged handwritten digits from the package, as many as a check needs: uint8 (B, 3, H, W)."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"]
     height, width = size
     count = images_needed(spec.num_classes or spec.variant.widths[-1], height * width)
     chosen = [Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC) for digit in digits[:count]]
     gray = np.stack([np.asarray(image) for image in chosen])
-    # Each channel of its own, or the network would see but one.
+    # Three different channels: with equal channels, exchanging them would go unnoticed.
     return np.stack([gray, 255 - gray, np.roll(gray, 1, axis=0)], axis=1)
 
 
 def pixels(images: np.ndarray, interface: Interface) -> np.ndarray:
-    """Return what a network of that interface takes for uint8 images, normalized in float64."""
+    """Return uint8 images in the form that the interface takes, normalized in float64 where needed."""
     return images if interface.uint8 else _normalized(images, interface).astype(np.float32)
 
 
@@ -105,20 +105,20 @@ def require_reference() -> None:
     """Check that PyTorch or Paddle is installed.
 
     Raises:
-        MissingExtra: neither is.
+        MissingExtra: Neither is installed.
     """
     if not (installed("torch") or installed("paddle")):
-        raise MissingExtra(f"an export is checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
+        raise MissingExtra(f"exports are checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
 
 
 def reference(
     weights: Weights, interface: Interface, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    """Return the outputs in float64, those in float32, and the framework that computed them.
+    """Return the float64 outputs, the float32 outputs and the framework that computed them.
 
     Raises:
-        MissingExtra: neither PyTorch nor Paddle is installed.
-        NumbersDisagree: numbers that are not finite in float32, which no runtime can be measured by.
+        MissingExtra: Neither PyTorch nor Paddle is installed.
+        NumbersDisagree: The float32 outputs are not finite, so no runtime can be compared with them.
     """
     require_reference()
     framework = "torch" if installed("torch") else "paddle"
@@ -126,7 +126,7 @@ def reference(
     exact, single = (compute(framework, weights, normalized.astype(dtype)) for dtype in ("float64", "float32"))
     if not all(np.isfinite(output).all() for output in single):
         raise NumbersDisagree(
-            f"{weights.source.path}: what it computes is not finite in float32; the weights are damaged, or too large"
+            f"{weights.source.path}: the float32 outputs are not finite; the weights are damaged or too large"
         )
     if interface.probabilities:
         exact, single = ([softmax(outputs[0]).astype(outputs[0].dtype)] for outputs in (exact, single))
@@ -134,7 +134,7 @@ def reference(
 
 
 def compute(framework: str, weights: Weights, images: np.ndarray) -> list[np.ndarray]:
-    """Return the outputs for normalized images by "torch" or "paddle", in the precision of the images."""
+    """Return the outputs of "torch" or "paddle" for normalized images, in the precision of the images."""
     if framework == "torch":
         torch = import_framework("torch")
         from fcvit.reference.build import build_reference

@@ -1,7 +1,7 @@
-"""Engines: a batch of images in, the outputs of the network out.
+"""Engines that compute the outputs of a network for a batch of images.
 
-`paddle`, `native` and `torch` hold the network itself; `onnxruntime`, `openvino` and `paddle-inference` an
-export of it, written and checked at the first use (`fcvit.inference.cache`).
+`paddle`, `native` and `torch` run the network itself. `onnxruntime`, `openvino` and `paddle-inference` run an
+export, which is written and checked at the first use (`fcvit.inference.cache`).
 """
 
 import functools
@@ -28,7 +28,7 @@ logger = logging.getLogger("fcvit")
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUTO = "auto"
-# On a CPU, the fastest first (docs/inference.md).
+# Engines for a CPU by precision, the fastest first (docs/inference.md).
 _FASTEST = {
     "float32": ("onnxruntime", "openvino", "native", "torch", "paddle"),
     "bfloat16": ("openvino", "torch"),
@@ -39,9 +39,9 @@ class Engine:
     """A network with its weights on a device.
 
     Attributes:
-        name: a key of `ENGINES`.
-        device: as its framework calls it, "cpu" on a CPU.
-        precision: one of `PRECISIONS`.
+        name: A key of `ENGINES`.
+        device: Device name in the framework's notation, "cpu" for a CPU.
+        precision: One of `PRECISIONS`.
     """
 
     name: str
@@ -61,24 +61,25 @@ class Engine:
         self.load(device)
 
     def load(self, device: str) -> None:
-        """Get ready for the first batch."""
+        """Load the network onto the device."""
         raise NotImplementedError
 
     def compute(self, images: np.ndarray) -> list[np.ndarray]:
-        """Return all outputs for images as in a call, at least one."""
+        """Return all outputs for a batch of at least one image, in one of the formats of `__call__`."""
         raise NotImplementedError
 
     def __call__(self, images: np.ndarray) -> Any:
         """Compute the outputs of the network for a batch.
 
         Args:
-            images: uint8 RGB or normalized float32, (B, 3, H, W), B from 0.
+            images: uint8 RGB or normalized float32, (B, 3, H, W). B may be 0.
 
         Returns:
-            float32, B first: the array of a network with one output, such as the logits; else the list of all.
+            float32 outputs with the batch as first dimension: an array if the network has one output, for example
+            the logits, otherwise a list of arrays.
 
         Raises:
-            UsageError: images of another type or shape.
+            UsageError: The images have another type or shape.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
             raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
@@ -96,7 +97,7 @@ class Engine:
 
 
 class PaddleEngine(Engine):
-    """The Paddle network as it is; in half precision by Paddle's automatic mixed precision."""
+    """The Paddle network. Half precision uses Paddle's automatic mixed precision."""
 
     name = "paddle"
 
@@ -108,8 +109,8 @@ class PaddleEngine(Engine):
         amp, on_gpu = self.paddle.amp, self.device != "cpu"
         has = {"float32": True, "float16": on_gpu and amp.is_float16_supported()}
         has["bfloat16"] = on_gpu and amp.is_bfloat16_supported()
-        if not has.get(self.precision):  # on the CPU Paddle would compute in float32 and not say so
-            raise UsageError(f"--precision {self.precision}: Paddle does not have it on {self.device}; use float32")
+        if not has.get(self.precision):  # on a CPU, Paddle would silently compute in float32
+            raise UsageError(f"--precision {self.precision}: Paddle does not support it on {self.device}; use float32")
         if self.threads is not None and not on_gpu:
             self.paddle.base.core.set_num_threads(self.threads)
         with on_paddle_device(self.device):
@@ -125,21 +126,21 @@ class PaddleEngine(Engine):
 
 
 class NativeEngine(PaddleEngine):
-    """The Paddle network by our own operators, on a CPU; float32 as it trains there."""
+    """The Paddle network computed by our own CPU operators, in float32."""
 
     name = "native"
 
     def load(self, device: str) -> None:
         super().load("cpu" if device == "auto" else device)
         if self.device != "cpu":
-            raise UsageError(f"--device {device}: the native operators are for the CPU; use --engine paddle")
+            raise UsageError(f"--device {device}: the native operators run only on the CPU; use --engine paddle")
         accelerate(self.model, self.threads)
 
 
 def accelerate(model: Any, threads: int | None = None) -> None:
-    """Let the native operators compute a Paddle network on the CPU, as `fcvit.native.network.accelerate` does.
+    """Run a Paddle network with the native operators on the CPU. See `fcvit.native.network.accelerate`.
 
-    Nothing else imports `fcvit.native`.
+    This is the only place that imports `fcvit.native`.
     """
     from fcvit.native import build, network
 
@@ -149,7 +150,7 @@ def accelerate(model: Any, threads: int | None = None) -> None:
 
 
 class TorchEngine(Engine):
-    """The PyTorch reference as it is; in half precision by PyTorch's automatic mixed precision."""
+    """The PyTorch reference. Half precision uses PyTorch's automatic mixed precision."""
 
     name = "torch"
 
@@ -158,7 +159,7 @@ class TorchEngine(Engine):
         self.torch = import_framework("torch")
         if self.precision == "int8" or (self.precision == "float16" and self.device == "cpu"):
             raise UsageError(
-                f"--precision {self.precision}: PyTorch does not have it on {self.device}; use float32 or bfloat16"
+                f"--precision {self.precision}: PyTorch does not support it on {self.device}; use float32 or bfloat16"
             )
         from fcvit.reference.build import build_reference
 
@@ -176,7 +177,7 @@ class TorchEngine(Engine):
 
 
 class ExportedEngine(Engine):
-    """An export of the network, run by a runtime for CPUs; one for each image size and type that comes along."""
+    """An export of the network, run by a CPU runtime. Each image size and data type has its own export."""
 
     def __init__(self, *arguments: Any, name: str, **options: Any):
         self.name = name
@@ -184,12 +185,12 @@ class ExportedEngine(Engine):
 
     def load(self, device: str) -> None:
         if (self.precision == "int8") != (self.calibration is not None):
-            raise UsageError("int8 and calibration images go together")
+            raise UsageError("precision int8 and calibration images must be passed together")
         if device not in ("auto", "cpu"):
-            raise UsageError(f"--device {device}: {self.name} is used on the CPU; use --engine paddle")
+            raise UsageError(f"--device {device}: {self.name} runs only on the CPU; use --engine paddle")
         self.network = functools.cache(self._load)
         size = self.preprocessing.input_size
-        self.network((size, size), uint8=True)  # what is missing or wrong is reported now
+        self.network((size, size), uint8=True)  # report missing packages and wrong numbers now
 
     def _load(self, size: tuple[int, int], uint8: bool) -> Network:
         interface = Interface(size, uint8, False, self.preprocessing)
@@ -201,7 +202,7 @@ class ExportedEngine(Engine):
             except Exception:
                 if path.exists():
                     raise
-        # Somebody deleted the entry after it was checked.
+        # The entry was deleted after it was checked.
         with cache.exported(*export, use_cache=False) as path:
             return RUNTIMES[self.name](path, *options)
 
@@ -215,10 +216,13 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "torch": TorchEngine,
     **{name: functools.partial(ExportedEngine, name=name) for name in RUNTIMES},
 }
-"""Name -> what creates it, with the arguments of `Engine`."""
+"""Name -> function that creates the engine, with the arguments of `Engine`."""
 _NAMES = ", ".join(ENGINES)
-CHOICES = f"auto (the fastest installed engine that passes the numerical check), {_NAMES} (native: our CPU operators)"
-"""The values of `--engine` for its help."""
+CHOICES = (
+    f"auto (the fastest installed engine that passes the numerical check), {_NAMES} "
+    "(native: this package's CPU operators)"
+)
+"""The values of `--engine`, for its help text."""
 
 
 def create_engine(
@@ -230,32 +234,32 @@ def create_engine(
     threads: int | None = None,
     calibration: np.ndarray | None = None,
 ) -> Engine:
-    """Create the engine of that name for these weights.
+    """Create an engine for the given weights.
 
     Args:
-        name: a key of `ENGINES`, or "auto": Paddle on a GPU; on a CPU the fastest one that is installed and
-            computes the right numbers.
-        weights: of any network.
-        preprocessing: mean and standard deviation of the images, and the size that an export is made for now.
+        name: A key of `ENGINES`, or "auto": Paddle on a GPU, and on a CPU the fastest installed engine that passes
+            the numerical check.
+        weights: Weights of any network.
+        preprocessing: Mean and standard deviation of the images, and the image size of the first export.
         device: auto, cpu, gpu or gpu:N.
-        precision: one of `PRECISIONS`.
-        threads: that compute on a CPU, in the whole process where a framework knows no other way; None: those of the
-            framework as it stands, for an export one for each core.
-        calibration: uint8 images (B, 3, H, W) for int8, which only engines on exports have.
+        precision: One of `PRECISIONS`.
+        threads: Number of CPU threads. Some frameworks can only change it for the entire process. None keeps the
+            framework's setting, and uses one thread per core for an export.
+        calibration: uint8 images (B, 3, H, W) for int8, which only engines that run exports support.
 
     Raises:
-        UsageError: no such engine, device or precision, or the device does not have the precision.
-        MissingExtra: its framework is not installed.
-        NumbersDisagree: the export that it needs computes other numbers than the weights say.
+        UsageError: The engine, device or precision is unknown, or the device does not support the precision.
+        MissingExtra: The framework is not installed.
+        NumbersDisagree: The outputs of the export do not match the weights.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"--threads {threads!r:.40}: expected a whole number, at least 1")
+        raise UsageError(f"--threads {threads!r:.40}: expected an integer of at least 1")
     parse_device(device)
     if name != AUTO and name not in ENGINES:
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
-    logger.debug(f"engine {name}: device {device}, {precision}, threads {threads or 'by default'}")
+    logger.debug(f"engine {name}: device {device}, {precision}, threads {threads or 'default'}")
     arguments = (weights, preprocessing, device, precision, threads)
     return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration)
 
@@ -274,17 +278,17 @@ def _fastest(weights: Weights, preprocessing: Preprocessing, device: str, *optio
                 raise
             reasons.append(f"{name}: {error}")
             if isinstance(error, NumbersDisagree):
-                logger.info(f"engine {name} is passed over: {error}")
+                logger.info(f"skipping engine {name}: {error}")
             elif name in INSTALL and not faster:
-                faster = f"; a faster one: {INSTALL[name]}"
+                faster = f"; for a faster engine: {INSTALL[name]}"
         else:
             logger.info(f"engine: {engine.name}{faster}")
             return engine
-    raise MissingExtra(f"no engine can compute in {precision} here; {reasons[-1]}")
+    raise MissingExtra(f"no engine is available for {precision}: {reasons[-1]}")
 
 
 def _has_gpu() -> bool:
-    """Return whether Paddle would find a GPU, without importing a build that has no support for them."""
+    """Return whether Paddle finds a GPU, without importing a build of Paddle that has no GPU support."""
     try:
         return bool(importlib.metadata.version("paddlepaddle-gpu")) and paddle_place() != "cpu"
     except (importlib.metadata.PackageNotFoundError, FcvitError):

@@ -1,14 +1,13 @@
-"""Write a network in the formats of runtimes.
+"""Write a network in the file formats of inference runtimes.
 
-| format   | files, for a path NAME.EXT                                    | run by                     |
+| format   | files for the path NAME.EXT                                   | runtimes                   |
 | -------- | ------------------------------------------------------------- | -------------------------- |
-| onnx     | NAME.onnx, all in one                                         | ONNX Runtime, OpenVINO ... |
+| onnx     | NAME.onnx                                                     | ONNX Runtime, OpenVINO ... |
 | paddle   | NAME.json (program), NAME.pdiparams (weights), NAME.json.fcvit.json | Paddle Inference      |
 | openvino | NAME.xml (network), NAME.bin (weights), NAME.xml.fcvit.json   | OpenVINO                   |
 
-Paddle 2 wrote NAME.pdmodel where Paddle 3 writes NAME.json. What the numbers mean (variant, preprocessing,
-class names, input and outputs) travels as JSON: in the metadata of an ONNX file under `fcvit`, else in
-NAME.EXT.fcvit.json.
+Paddle 2 wrote NAME.pdmodel instead of NAME.json. A JSON description (variant, preprocessing, class names, input
+and outputs) is stored under `fcvit` in the metadata of an ONNX file, and otherwise in NAME.EXT.fcvit.json.
 """
 
 import dataclasses
@@ -27,46 +26,46 @@ from fcvit.models.build import build_network
 from fcvit.weights.reading import Weights
 
 ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
-"""Format -> endings of its files; the last is the one that a runtime is given."""
+"""Format -> endings of its files. A runtime loads the file with the last ending."""
 RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "openvino"}
-"""Format -> the runtime that an export is checked with."""
-SIDECAR = ".fcvit.json"  # behind the name of the file for the runtime
+"""Format -> the runtime that runs an export for its check."""
+SIDECAR = ".fcvit.json"  # appended to the name of the file that the runtime loads
 KEY = "fcvit"
 
 
 def files(path: Path, target: str) -> list[Path]:
-    """Return the files of an export, the one for the runtime last, which `path` names.
+    """Return the paths of all files of an export. The last is `path`, the file that the runtime loads.
 
     Raises:
-        UsageError: an unknown format, or another ending.
+        UsageError: The format is unknown, or the ending of `path` does not match it.
     """
     if target not in ENDINGS:
         raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
     main = ENDINGS[target][-1]
     if path.suffix != main:
-        raise UsageError(f"{path}: the {target} format is a file that ends in {main}; change the ending or --format")
-    beside = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
-    return beside + [path.with_suffix(ending) for ending in ENDINGS[target]]
+        raise UsageError(f"{path}: a file with --format {target} ends in {main}; change the name or --format")
+    sidecars = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
+    return sidecars + [path.with_suffix(ending) for ending in ENDINGS[target]]
 
 
 def infer_format(path: Path) -> str:
-    """Return the format that the ending of a file stands for.
+    """Return the format for the ending of a file name.
 
     Raises:
-        UsageError: it stands for none.
+        UsageError: The ending is unknown.
     """
     for target, endings in ENDINGS.items():
         if path.suffix.lower() == endings[-1]:
             return target
     known = ", ".join(f"{endings[-1]} ({target})" for target, endings in ENDINGS.items())
-    raise UsageError(f"{path}: the ending says no format; expected {known}")
+    raise UsageError(f"{path}: unknown file ending; expected {known}")
 
 
 def require_writer(target: str) -> None:
     """Import the package that writes a format.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: The package is not installed.
     """
     if target == "paddle":
         import_framework("paddle")
@@ -75,19 +74,19 @@ def require_writer(target: str) -> None:
 
 
 def write_export(weights: Weights, interface: Interface, target: str, path: Path) -> None:
-    """Write the files of a format; not checked and not atomic by itself.
+    """Write the files of a format. The caller checks them and makes the write atomic.
 
     Args:
-        weights: of any network.
-        interface: what goes in and comes out.
-        target: a key of `ENDINGS`.
-        path: of the file for the runtime, in a folder that exists.
+        weights: Weights of any network.
+        interface: Input and outputs of the export.
+        target: A key of `ENDINGS`.
+        path: Path of the file that the runtime loads, in an existing folder.
 
     Raises:
-        UsageError: the format does not have that interface, or the ending is another.
-        MissingExtra: a package is not installed.
+        UsageError: The format does not support the interface, or the ending of `path` does not match the format.
+        MissingExtra: A package is not installed.
     """
-    *beside, _ = files(path, target)
+    *sidecars, _ = files(path, target)
     about = json.dumps(description(weights, interface), ensure_ascii=False)
     if target == "paddle":
         _write_paddle(weights, interface, path)
@@ -101,11 +100,11 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
             openvino = import_runtime("openvino")
             openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
     if target != "onnx":
-        beside[0].write_text(about, "utf-8")
+        sidecars[0].write_text(about, "utf-8")
 
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
-    """Describe what the numbers that go in and come out mean."""
+    """Describe the network, its input and its outputs, for storage with an export."""
     spec = weights.spec
     return {
         "format_version": 1,
@@ -129,11 +128,11 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
 
 def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
     if interface.size is None:
-        raise UsageError("--format paddle has one image size; leave out --dynamic, or use onnx")
+        raise UsageError("--format paddle supports only a fixed image size; omit --dynamic or use --format onnx")
     paddle = import_framework("paddle")
 
     class Served(paddle.nn.Layer):
-        """The network, and the layers that the interface adds."""
+        """The network with the layers that the interface adds."""
 
         def __init__(self):
             super().__init__()
@@ -149,7 +148,7 @@ def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
             return paddle.nn.functional.softmax(outputs, axis=1) if interface.probabilities else outputs
 
     with on_paddle_device("cpu"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about itself
+        warnings.simplefilter("ignore")  # the tracer warns about its own code
         model = Served()
         model.eval()
         spec = paddle.static.InputSpec([None, 3, *interface.size], "uint8" if interface.uint8 else "float32", "images")

@@ -1,4 +1,4 @@
-"""The input and the outputs of a network."""
+"""Describe the input and the outputs of a network."""
 
 import dataclasses
 from typing import Any
@@ -13,13 +13,13 @@ class Interface:
     """The input and output of an exported network.
 
     Attributes:
-        size: height and width in pixels; None: any.
-        uint8: take uint8 RGB and normalize inside; else float32, normalized.
-        probabilities: give the softmax of the logits.
-        preprocessing: mean and standard deviation of the normalization.
+        size: Height and width in pixels, or None for any size.
+        uint8: True if the network takes uint8 RGB and normalizes it, False if it takes normalized float32.
+        probabilities: True if the network returns the softmax of the logits.
+        preprocessing: Mean and standard deviation of the normalization.
 
     Raises:
-        UsageError: a size below 1.
+        UsageError: The size is below 1.
     """
 
     size: tuple[int, int] | None
@@ -33,19 +33,19 @@ class Interface:
 
 
 def output_names(spec: ModelSpec, probabilities: bool = False) -> list[str]:
-    """Return the names of the outputs, with `probabilities` in the place of the logits.
+    """Return the names of the outputs. With `probabilities`, "probabilities" replaces "logits".
 
     Raises:
-        UsageError: probabilities of a network without classes.
+        UsageError: Probabilities are requested for a network without classes.
     """
     names = list(spec.outputs())
     if not probabilities:
         return names
     if names != ["logits"]:
-        raise UsageError(f"probabilities: {spec} has no classes")
+        raise UsageError(f"probabilities need a classifier: {spec} has no classes")
     return ["probabilities"]
 
 
 def as_list(outputs: Any) -> list[Any]:
-    """Return the outputs of a network as a list, also where it has only one."""
+    """Return the outputs of a network as a list, even if there is only one."""
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]

@@ -1,7 +1,7 @@
-"""Measure contenders in turn, each in a process of its own that waits while another one computes.
+"""Measure contenders alternately, each in its own process. Only one process computes at a time.
 
-They share no allocator, no pool of threads and no thread that still spins. They are called in turn, round after round:
-a noisy minute hits all alike, and ratios are those of neighbors in time.
+The processes share no memory allocator and no thread pool. The contenders are called in rounds, so background load
+affects all of them, and ratios compare measurements that are adjacent in time.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Timing:
     """The measurements of one contender.
 
     Attributes:
-        about: what `load` returned beside the function.
-        rounds: for each round what the calls returned, in their order.
+        about: Second return value of `load`.
+        rounds: Return values of the counted calls in each round, in order.
     """
 
     about: Any
@@ -46,27 +46,28 @@ def interleave(
     pause: float = 0.2,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[Job, Timing | FcvitError]:
-    """Give every contender a turn in each round; one that fails is left out from then on.
+    """Measure every contender once per round. A contender that fails is skipped from then on.
 
-    A turn is a call that is not counted, since it finds caches cold, and then the calls that are.
+    A turn of a contender is one call that is not counted, because its caches are cold, and then the counted calls.
 
     Args:
-        load: a job -> the function to call, which returns what it measured, and anything to send back; can be pickled.
-        jobs: what distinguishes the contenders.
-        rounds: from 1.
-        calls, seconds: counted calls of a turn, and their time together, at least.
-        pause: seconds after a turn, until threads that spin for more work have gone to sleep.
-        advance: called with the number of turns that are done; loading counts as one.
+        load: Picklable function that takes a job. It returns the function to call, which returns a measurement, and
+            an object to return in `Timing.about`.
+        jobs: One job per contender.
+        rounds: Number of rounds, at least 1.
+        calls, seconds: Minimum number of counted calls per turn, and their minimum total time.
+        pause: Seconds to wait after a turn, so that threads that spin for more work go to sleep.
+        advance: Progress callback that gets the number of finished turns. Loading counts as a turn.
 
     Returns:
-        For each job its measurements, or the error that ended it.
+        The measurements of each job, or the error that ended it.
     """
     timings: dict[Job, Timing] = {}
     errors: dict[Job, FcvitError] = {}
     workers: dict[Job, Worker] = {}
 
     def answer(job: Job, turns_left: int, ask: bool = False) -> Any:
-        """Return the next answer of a process; stop it where that is an error."""
+        """Return the next answer of a process. Stop the process if the answer is an error."""
         result = _receive(workers[job], ask)
         advance(1)
         if isinstance(result, FcvitError):
@@ -94,7 +95,7 @@ def interleave(
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that calls `function` and returns the seconds it took."""
+    """Return a function that calls `function` and returns its time in seconds."""
 
     def call() -> float:
         began = time.perf_counter()
@@ -105,21 +106,21 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios of neighbors in time."""
-    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))
+    """Return the median of the ratios of measurements that are adjacent in time."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 Worker: TypeAlias = tuple[Any, Connection]
 
 
 def _start(load: Load, job: Any, calls: int, seconds: float) -> Worker:
-    """Start a process that leaves Ctrl-C to this one, which gets it afterwards and ends the others."""
+    """Start a worker process with SIGINT blocked. Ctrl-C interrupts only this process, which stops the workers."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(load, job, calls, seconds, theirs), daemon=True)
     before = None
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        resource_tracker.ensure_running()  # or it would start with the process, and undo this
+        resource_tracker.ensure_running()  # otherwise it starts with the process and unblocks SIGINT
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -131,7 +132,7 @@ def _start(load: Load, job: Any, calls: int, seconds: float) -> Worker:
 
 
 def _receive(worker: Worker, ask: bool = False) -> Any:
-    """Return the next answer of a process, or an error if it has ended; `ask` for a turn first."""
+    """Return the next answer of a process, or an error if the process has ended. `ask` requests a turn first."""
     process, pipe = worker
     try:
         if ask:
@@ -140,9 +141,9 @@ def _receive(worker: Worker, ask: bool = False) -> Any:
     except (EOFError, OSError):
         process.join()
     if process.exitcode >= 0:
-        return FcvitError(f"its process ended with exit code {process.exitcode}")
+        return FcvitError(f"the process ended with exit code {process.exitcode}")
     name = signal.Signals(-process.exitcode).name
-    return FcvitError(f"its process ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}")
+    return FcvitError(f"the process was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}")
 
 
 def _stop(worker: Worker) -> None:
@@ -150,12 +151,12 @@ def _stop(worker: Worker) -> None:
     pipe.close()
     process.terminate()
     process.join(5)
-    process.kill()  # a library may not end when it is told to
+    process.kill()  # a library may ignore the request to terminate
     process.join()
 
 
 def _work(load: Load, job: Any, calls: int, seconds: float, pipe: Connection) -> None:
-    """Load, answer, then take a turn for each message: the main function of a process."""
+    """Run a worker process: load the job, then take one turn for each message."""
     try:
         notes: list[str] = []
         handler = logging.Handler()
@@ -171,10 +172,10 @@ def _work(load: Load, job: Any, calls: int, seconds: float, pipe: Connection) ->
             while len(samples) < calls or time.perf_counter() - began < seconds:
                 samples.append(function())
             pipe.send(samples)
-    except (EOFError, BrokenPipeError):  # the other end has gone
+    except (EOFError, BrokenPipeError):  # the parent process has ended
         return
     except FcvitError as error:
         pipe.send(error)
-    except Exception as error:  # of whatever library: the others go on
+    except Exception as error:  # from any library, while the other contenders continue
         lines = str(error).strip().splitlines()
         pipe.send(FcvitError(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__))

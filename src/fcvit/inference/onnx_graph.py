@@ -1,12 +1,12 @@
-"""The network as an ONNX graph, written node by node from the weights.
+"""Write the network as an ONNX graph, node by node from the weights.
 
-Tracing leaves chains of Shape, Gather and Identity behind, and exporters have written wrong constants;
-here every node is meant, and the algebra of `fcvit.inference.algebra` is in the numbers: no BatchNorm is left,
-the affine part of a norm in front of a 1x1 convolution or of the head, the second layer scale and the
-division by the standard deviation of an image all sit in the weights of their neighbors.
+Tracing leaves unnecessary chains of Shape, Gather and Identity nodes, and exporters have written wrong constants.
+This module writes only the necessary nodes and folds layers together with `fcvit.inference.algebra`. The graph has no
+BatchNorm. Neighboring weights contain the affine part of a norm in front of a 1x1 convolution or the head, the second
+layer scale, and the division by the standard deviation of the preprocessing.
 
-`fcvit.models` says what is computed; names of its layers stand in those of the nodes. Opset 20 brought
-GELU as one operator.
+`fcvit.models` defines the network, and node names contain its layer names. Opset 20 is the first that has GELU as an
+operator.
 """
 
 from typing import Any
@@ -23,32 +23,30 @@ try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as error:
-    raise MissingExtra(
-        f"ONNX graphs need the package onnx ({error}); install it with: pip install 'fcvit[onnx]'"
-    ) from None
+    raise MissingExtra(f"onnx is not available ({error}); install it with: pip install 'fcvit[onnx]'") from None
 
 OPSET = 20
-IR_VERSION = 9  # the oldest that has the opset: older runtimes refuse newer ones
+IR_VERSION = 9  # the oldest version with this opset, because old runtimes refuse new versions
 PRODUCER = "fcvit"
 INPUT = "images"
-EPS = 1e-5  # of all norms, and of the similarity's standard deviation
+EPS = 1e-5  # for all norms and for the similarity's standard deviation
 _SPATIAL = np.array([1, 2, 3], np.int64)
 _CHANNELS = np.array([1], np.int64)
-# Bytes of a hidden feature map of the channel mixer, one image: what fits in a core's second-level cache.
+# Size limit of a hidden feature map of the channel mixer for one image, so that it fits in a core's L2 cache.
 _HIDDEN_BYTES = 1 << 20
 
 
 def onnx_model(weights: Weights, interface: Interface, metadata: dict[str, str] | None = None, dtype: str = "float32"):  # noqa: ANN201
-    """Return the graph as an `onnx.ModelProto`; the batch is free.
+    """Return the graph as an `onnx.ModelProto` with any batch size.
 
     Args:
-        weights: of any network; the folding is computed in float64.
-        interface: what goes in and comes out.
-        metadata: texts that travel inside.
-        dtype: float32, or float64 for a check by onnx's own evaluator.
+        weights: Weights of any network. The folding is computed in float64.
+        interface: Input and outputs of the graph.
+        metadata: Strings to store in the model, by key.
+        dtype: "float32", or "float64" for a check with onnx's reference evaluator.
 
     Raises:
-        UsageError: probabilities of a network without classes.
+        UsageError: Probabilities are requested for a network without classes.
     """
     model = _Writer(weights, interface, np.dtype(dtype)).model()
     helper.set_model_props(model, metadata or {})
@@ -57,7 +55,7 @@ def onnx_model(weights: Weights, interface: Interface, metadata: dict[str, str] 
 
 
 class _Writer:
-    """Nodes and constants as they accumulate. Values are names; every method gives the name of its result."""
+    """A builder that collects nodes and constants. Values are names, and methods return the name of their result."""
 
     def __init__(self, weights: Weights, interface: Interface, dtype: np.dtype):
         self.spec, self.v, self.interface, self.dtype = weights.spec, weights.spec.variant, interface, dtype
@@ -65,9 +63,9 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple, str] = {}
         self.initializers: list[onnx.TensorProto] = []
-        self.place = ""  # the layer that is being written
-        self.sides: tuple[int, int] | None = None  # of the current stage, where they are known
-        self.shape = ""  # where they are not: a value that holds (H, W)
+        self.layer_name = ""  # the layer that is being written
+        self.sides: tuple[int, int] | None = None  # height and width of the current stage, if known
+        self.shape = ""  # name of the value that contains (H, W), if they are not known
 
     def model(self) -> "onnx.ModelProto":
         size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
@@ -94,16 +92,16 @@ class _Writer:
 
     def op(self, kind: str, *inputs: "str | np.ndarray", **attributes: Any) -> str:
         names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
-        output = f"{self.place}.{kind}_{len(self.nodes)}".lstrip(".")
+        output = f"{self.layer_name}.{kind}_{len(self.nodes)}".lstrip(".")
         self.nodes.append(helper.make_node(kind, names, [output], name=output, **attributes))
         return output
 
     def constant(self, value: np.ndarray) -> str:
-        """Return the name of a constant: equal ones are stored once, floating-point ones in the type of the graph."""
+        """Return the name of a constant. Equal constants share a name, and floats have the data type of the graph."""
         value = np.asarray(value, self.dtype if np.asarray(value).dtype.kind == "f" else None, order="C")
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self.constants:
-            name = self.constants[key] = f"{self.place}.constant_{len(self.constants)}".lstrip(".")
+            name = self.constants[key] = f"{self.layer_name}.constant_{len(self.constants)}".lstrip(".")
             self.initializers.append(numpy_helper.from_array(value, name))
         return self.constants[key]
 
@@ -119,7 +117,7 @@ class _Writer:
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
     def conv(self, x: str, layer: algebra.Pair, stride: int = 1, groups: int = 1) -> str:
-        """Convolve in one dimension or two, padded by half the kernel."""
+        """Convolve in one or two dimensions, padded by half the kernel."""
         weight, bias = layer
         kernel = list(weight.shape[2:])
         pads = [side // 2 for side in kernel] * 2
@@ -130,7 +128,7 @@ class _Writer:
         return self.op("Gemm", x, *layer, transB=1)
 
     def mean(self, x: str) -> str:
-        """Average over channels and positions: (B, 1, 1, 1). Positions first: a long sum in float32 is inexact."""
+        """Average over positions, then channels: (B, 1, 1, 1). One long sum in float32 would be less exact."""
         return self.op("ReduceMean", self.op("GlobalAveragePool", x), _CHANNELS)
 
     def scale(self, x: str, scale: np.ndarray) -> str:
@@ -140,18 +138,18 @@ class _Writer:
 
     def network(self, x: str) -> list[str]:
         """Write the network and return all outputs."""
-        self.place = "patch_embed"
+        self.layer_name = "patch_embed"
         if self.interface.uint8:
             x = self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(self.dtype))
-            # Less the mean, here: the padding of the stem stands for the mean, and must stay 0.
+            # Subtract the mean before the stem, because its zero padding must represent the mean.
             x = self.op("Sub", x, _column(255 * np.array(self.interface.preprocessing.mean)))
         self.sides = self.interface.size
-        x = self.conv_norm(x, self.place, 4)
+        x = self.conv_norm(x, self.layer_name, 4)
         maps = []
         for stage in range(4):
             if stage:
-                self.place = f"network.{2 * stage - 1}"
-                x = self.conv_norm(x, self.place, 2)
+                self.layer_name = f"network.{2 * stage - 1}"
+                x = self.conv_norm(x, self.layer_name, 2)
             if self.sides is None and self.v.global_context and self.v.weighted_context:
                 self.shape = self.op("Shape", x, start=2)
             for block in range(self.v.depths[stage]):
@@ -168,7 +166,7 @@ class _Writer:
         if not self.spec.num_classes:
             return [self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, (scale, shift), "norm")))]
         x = self.op("Flatten", self.op("GlobalAveragePool", self.norm(x, None, "norm")))
-        self.place = "head"
+        self.layer_name = "head"
         x = self.linear(x, algebra.scale_inputs(algebra.shift_inputs(self.pair("head"), shift), scale))
         return [self.op("Softmax", x, axis=1) if self.interface.probabilities else x]
 
@@ -184,8 +182,8 @@ class _Writer:
         return self.conv(x, layer, stride)
 
     def norm(self, x: str, affine: algebra.Pair | None, name: str) -> str:
-        """Normalize over channels and positions; None: the affine part is in the layer behind it."""
-        self.place = name
+        """Normalize over channels and positions. `affine` is None if the next layer contains the affine part."""
+        self.layer_name = name
         centered = self.op("Sub", x, self.mean(x))
         variance = self.mean(self.op("Mul", centered, centered))
         factor = self.op("Reciprocal", self.op("Sqrt", self.op("Add", variance, np.array(EPS))))
@@ -208,17 +206,17 @@ class _Writer:
         for mix in (1, 2) if self.v.second_mix else (1,):
             if self.v.global_context:
                 x = self.context(x, width, f"{name}.gc{mix}")
-            self.place = f"{name}.dw{mix}"
-            x = self.conv(x, self.pair(self.place), groups=width)
+            self.layer_name = f"{name}.dw{mix}"
+            x = self.conv(x, self.pair(self.layer_name), groups=width)
             bottleneck = self.v.token_width(width) is not None
             for layer in (f"{name}.fc{mix}.0", f"{name}.fc{mix}.2") if bottleneck else (f"{name}.fc{mix}",):
-                self.place = layer
+                self.layer_name = layer
                 x = self.op("Gelu", self.conv(x, self.pair(layer)))
         return self.spatial_attention(x, width, f"{name}.spatial_att.spatial_att") if self.v.spatial_attention else x
 
     def context(self, x: str, width: int, name: str) -> str:
         """Add the global context."""
-        self.place = name
+        self.layer_name = name
         heads, share = self.v.heads, width // self.v.heads
         context = self.op("Flatten", self.op("GlobalAveragePool", x))
         value = self.bottleneck(context, width // self.v.reduction, name)
@@ -228,7 +226,7 @@ class _Writer:
         similarity = self.op("MatMul", self.op("Reshape", context, _target(0, heads, 1, share)), flat)
         centered = self.op("Sub", similarity, self.op("ReduceMean", similarity, _SPATIAL))  # (B, heads, 1, positions)
         variance = self.unbiased(self.op("ReduceMean", self.op("Mul", centered, centered), _SPATIAL))
-        # The similarity has a factor of share ** -0.5, which the epsilon takes instead.
+        # The similarity omits its factor share ** -0.5, so the epsilon is divided by it.
         deviation = self.op("Add", self.op("Sqrt", variance), np.array(EPS * share**0.5))
         weight = self.scale(self.op("Div", centered, deviation), self.tensors[f"{name}.rescale_weight"])
         weight = self.op("Add", weight, _column(self.tensors[f"{name}.rescale_bias"]))
@@ -258,7 +256,7 @@ class _Writer:
         return self.linear(self.op("Max", *halves), self.pair(f"{name}.fc2"))
 
     def channel_mixer(self, x: str, stage: int, block: str, layer_scale: np.ndarray | None) -> str:
-        """Add the channel mixer; the norm before and the scale behind it are in the weights."""
+        """Add the channel mixer, with the preceding norm and the following scale folded into its weights."""
         name = f"{block}.channel_mixer"
         scale, shift = self.pair(f"{block}.norm2")
         first = algebra.scale_inputs(algebra.shift_inputs(self.pair(f"{name}.fc1"), shift), scale)
@@ -268,16 +266,16 @@ class _Writer:
             last = algebra.scale_outputs(last, layer_scale)
         normed = self.norm(x, None, f"{block}.norm2")
         result = None if attention else x
-        for part in self.parts(self.v.widths[stage] * self.v.mlp_ratios[stage]):
-            self.place = f"{name}.fc1"
+        for part in self.channel_groups(self.v.widths[stage] * self.v.mlp_ratios[stage]):
+            self.layer_name = f"{name}.fc1"
             hidden = self.conv(normed, (first[0][part], first[1][part]))
             if self.v.channel_dwconv:
-                self.place = f"{name}.dwconv"
-                weight, bias = self.pair(self.place)
+                self.layer_name = f"{name}.dwconv"
+                weight, bias = self.pair(self.layer_name)
                 hidden = self.conv(hidden, (weight[part], bias[part]), groups=len(bias[part]))
             hidden = self.op("Gelu", hidden)
-            self.place = f"{name}.fc2"
-            piece = self.conv(hidden, (last[0][:, part], last[1] * (part.start == 0)))  # the bias once
+            self.layer_name = f"{name}.fc2"
+            piece = self.conv(hidden, (last[0][:, part], last[1] * (part.start == 0)))  # add the bias only once
             result = piece if result is None else self.op("Add", piece, result)
         assert result is not None
         if not attention:
@@ -285,8 +283,8 @@ class _Writer:
         result = self.channel_attention(result, f"{name}.channel_att")
         return self.op("Add", x, result if layer_scale is None else self.scale(result, layer_scale))
 
-    def parts(self, channels: int) -> list[slice]:
-        """Divide the hidden channels into groups that stay in a core's cache; whole vectors of 16."""
+    def channel_groups(self, channels: int) -> list[slice]:
+        """Divide the hidden channels into groups of full 16-element vectors that fit in a core's cache."""
         count = 1
         if self.sides is not None:
             size = channels * self.sides[0] * self.sides[1] * self.dtype.itemsize
@@ -296,13 +294,13 @@ class _Writer:
         return [slice(start, start + step) for start in range(0, channels, step)]
 
     def spatial_attention(self, x: str, width: int, name: str) -> str:
-        self.place = name
+        self.layer_name = name
         mask = self.conv(x, self.pair(f"{name}.0"), groups=width)
         mask = self.conv(self.op("Gelu", self.conv(mask, self.pair(f"{name}.1"))), self.pair(f"{name}.3"))
         return self.op("Mul", x, self.op("Sigmoid", mask))
 
     def channel_attention(self, x: str, name: str) -> str:
-        self.place = name
+        self.layer_name = name
         pooled = self.op("GlobalAveragePool", self.op("Gelu", x))  # (B, C, 1, 1), for the convolution (B, 1, C)
         gate = self.conv(self.op("Reshape", pooled, _target(0, 1, -1)), self.pair(f"{name}.channelConv1"))
         gate = self.conv(self.op("Gelu", gate), self.pair(f"{name}.channelConv2"))
@@ -310,14 +308,14 @@ class _Writer:
 
 
 HEAD_WRITERS = {"classifier": _Writer.classifier, "backbone": _Writer.backbone_norms}
-"""Head of a spec -> the method that writes it."""
+"""Head of a spec -> the method that writes the head."""
 
 
 def _column(vector: np.ndarray) -> np.ndarray:
-    """Reshape (C,) to (C, 1, 1), to meet (B, C, H, W)."""
+    """Reshape (C,) to (C, 1, 1), to broadcast with (B, C, H, W)."""
     return np.asarray(vector)[:, None, None]
 
 
 def _target(*shape: int) -> np.ndarray:
-    """Return a shape for Reshape: 0 keeps a dimension, -1 is what is left."""
+    """Return a shape for Reshape, in which 0 keeps a dimension and -1 is inferred."""
     return np.array(shape, np.int64)

@@ -1,7 +1,7 @@
-"""int8: an ONNX file quantized statically, its scales found on the user's images.
+"""Quantize an ONNX file statically to int8, with scales calibrated on the user's images.
 
-By ONNX Runtime's own quantizer, which the field uses: weights per output channel, activations per tensor,
-QuantizeLinear and DequantizeLinear around the convolutions and matrix products, so that any runtime can read it.
+ONNX Runtime's quantizer scales weights per output channel and activations per tensor. It puts QuantizeLinear and
+DequantizeLinear nodes around the convolutions and matrix products, so any runtime can read the file.
 """
 
 import logging
@@ -17,46 +17,46 @@ from fcvit.inference.interface import Interface
 from fcvit.inference.runtimes import import_runtime
 from fcvit.models.variants import Preprocessing
 
-MAX_IMAGES = 64  # the scales hardly move beyond
+MAX_IMAGES = 64  # more images hardly change the scales
 
 
 def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Read up to `MAX_IMAGES` images of a folder and those below it, evenly sampled: uint8 (B, 3, S, S).
+    """Read up to `MAX_IMAGES` evenly sampled images from a folder and its subfolders: uint8 (B, 3, S, S).
 
     Raises:
-        UsageError: there are none.
-        BadImages: one cannot be read.
+        UsageError: The folder contains no images.
+        BadImages: An image cannot be read.
     """
     paths = images_below(folder)
     if not paths:
-        raise UsageError(f"{folder}: no images to calibrate int8 on")
+        raise UsageError(f"{folder}: contains no images; pass a folder of images to --calibrate")
     return np.stack([preprocess(path, preprocessing) for path in sample_evenly(paths, MAX_IMAGES)])
 
 
 def quantize(path: Path, images: np.ndarray, interface: Interface) -> None:
-    """Replace a float32 .onnx file by its int8 form.
+    """Replace a float32 .onnx file by its int8 version.
 
     Args:
-        path: the file.
-        images: uint8 (B, 3, H, W) of the file's size.
-        interface: how the file was made.
+        path: The .onnx file.
+        images: uint8 calibration images (B, 3, H, W) of the network's image size.
+        interface: Interface of the export.
 
     Raises:
-        UsageError: images of another size.
+        UsageError: The images have another size.
         MissingExtra: onnxruntime is not installed.
     """
     if interface.size is not None and images.shape[2:] != interface.size:
-        raise UsageError(f"calibration images of {images.shape[2:]} pixels for a network of {interface.size}")
+        raise UsageError(f"calibration images have size {images.shape[2:]}; the network takes {interface.size}")
     package = import_runtime("onnxruntime.quantization")
     batches = iter(images[:, None] if interface.uint8 else normalize(images, interface.preprocessing)[:, None])
 
     class Reader(package.CalibrationDataReader):
-        def get_next(self):  # noqa: ANN202 -- what the library calls
+        def get_next(self):  # noqa: ANN202 -- called by the library
             batch = next(batches, None)
             return None if batch is None else {"images": batch}
 
     level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing that this graph does not need
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends preprocessing that this graph does not need
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as name:
             quantized = Path(name) / path.name

@@ -1,1 +1,1 @@
-"""Compute the network on a CPU by operators of our own, compiled on the user's machine: for training."""
+"""Compute the network on a CPU with our own operators, compiled on the user's machine. They speed up training."""

@@ -1,7 +1,7 @@
-// The product of two matrices of any layout. Paddle's own comes from a library that takes a slow path on
-// processors of other makers, and brings a second pool of threads that spin against these.
+// The product of two matrices of any layout. Paddle's matrix product comes from a library that takes a slow path on
+// processors of other vendors, and whose second thread pool spins and competes with the threads here.
 //
-// Every number of the result is summed in the same order whatever the number of threads.
+// Every element of the result is summed in the same order for any number of threads.
 #pragma once
 
 #include <omp.h>
@@ -12,7 +12,7 @@
 
 #include "simd.h"
 
-// Memory for the time of a block, not initialized.
+// Uninitialized memory that is freed at the end of the scope.
 template <class T>
 struct Buffer {
     T* data;
@@ -24,14 +24,14 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-// Element (i, j) is at data[i * row + j * column]; one of the two steps is 1.
+// Element (i, j) is at data[i * row + j * column]. One of the two steps is 1.
 template <class T>
 struct Matrix {
     const T* data;
     int64_t row, column;
 };
 
-// What one run of the innermost loop computes, in registers: 6 rows of two vectors fill 12 of 16.
+// The tile that one run of the innermost loop computes in registers: 6 rows of two vectors use 12 of 16 registers.
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 12;
 #else
@@ -39,9 +39,10 @@ constexpr int TILE_ROWS = 6;
 #endif
 template <class T>
 constexpr int64_t TILE_COLUMNS = 2 * LANES<T>;
-constexpr int64_t DEPTH = 256;  // summed at a time: a panel of b, DEPTH x TILE_COLUMNS, stays in the first cache
+constexpr int64_t DEPTH = 256;  // depth of a piece, so that a panel of b, DEPTH x TILE_COLUMNS, stays in the L1 cache
 
-// c += a b for one tile, of which `rows` x `columns` are inside. `b` is a packed panel; `first`: c = bias + a b.
+// c += a b for one tile, of which `rows` x `columns` are inside the matrix. `b` is a packed panel. If `first`,
+// c = bias + a b.
 template <class T>
 inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, int64_t rows, int64_t columns, bool first,
                  const T* bias) {
@@ -76,22 +77,22 @@ inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, i
 }
 
 // c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null).
-// `finish(row, column, count)` is called for every finished piece of a row while it is in the cache.
+// `finish(row, column, count)` is called for every finished piece of a row while the piece is in the cache.
 template <class T, class Finish>
 void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias, Finish finish) {
     constexpr int64_t N = TILE_COLUMNS<T>;
     const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    // Tasks: some strips of rows times some panels of columns, a few for each thread.
+    // A task is a group of row strips times a group of column panels. Every thread gets a few tasks.
     const int64_t threads = omp_get_max_threads(), wanted = 4 * threads;
     const int64_t strips_each = std::clamp<int64_t>(strips * std::min(panels, wanted) / wanted, 1, 16);
     const int64_t row_tasks = (strips + strips_each - 1) / strips_each;
     const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
-    const bool gather = a.row == 1 && a.column != 1;  // a transposed: the rows of a strip are copied together
+    const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
     Buffer<T> packed(panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
-#pragma omp parallel if (rows * columns * depth > 500000)  // some 20 microseconds: waiting for all costs as much
+#pragma omp parallel if (rows * columns * depth > 500000)  // about 20 microseconds, as long as synchronizing
     {
-        // b, panel after panel, each depth x N and filled up with zeros. A piece of DEPTH rows at a time.
+        // Pack b in panels of depth x N, padded with zeros, in pieces of DEPTH rows.
         const int64_t pieces = (depth + DEPTH - 1) / DEPTH;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t panel = 0; panel < panels; panel++) {
@@ -130,7 +131,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                             T* to = strip + (i - i0) * DEPTH;
                             for (int64_t k = 0; k < length; k++) {
                                 const T* from = a.data + i + (k0 + k) * a.column;
-                                if (height == TILE_ROWS) {  // the usual case, its size known to the compiler
+                                if (height == TILE_ROWS) {  // the usual case, with a size that the compiler knows
                                     std::memcpy(to + k * TILE_ROWS, from, TILE_ROWS * sizeof(T));
                                 } else {
                                     std::memcpy(to + k * TILE_ROWS, from, height * sizeof(T));

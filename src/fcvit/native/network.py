@@ -1,7 +1,7 @@
-"""Run an existing FCViT by the native operators, channels last, with its own parameters.
+"""Run an existing FCViT model with the native operators, channels last, on the model's own parameters.
 
-`fcvit.models` is what is computed, and what computes it wherever the operators cannot: on other devices, in
-other precisions, while a graph is traced.
+`fcvit.models` defines the computation. It also runs in all cases that the operators do not support: on other devices,
+in other precisions and while a graph is traced.
 """
 
 from typing import Any
@@ -33,14 +33,14 @@ from paddle import Tensor, nn  # noqa: E402
 
 
 def accelerate(model: FCViT | FCViTBackbone) -> None:
-    """Let `model` compute by the native operators on a CPU, in training and evaluation, the same up to rounding.
+    """Make `model` use the native operators on a CPU, in training and evaluation. Results are equal up to rounding.
 
-    Parameters, their names and the random numbers of drop path stay as they are. Memory that is freed is from
-    now on kept by this process (`keep_memory`).
+    The parameters, their names and the random numbers of drop path do not change. From now on, this process keeps
+    freed memory (`keep_memory`).
 
     Raises:
-        MissingExtra: the operators cannot be compiled here.
-        UsageError: it is some other model.
+        MissingExtra: The operators cannot be compiled on this machine.
+        UsageError: The model has another type.
     """
     accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
@@ -76,7 +76,7 @@ class NativeFCViTBackbone(FCViTBackbone):
 
 
 def _applies(model: nn.Layer, x: Tensor) -> bool:
-    """Return whether the operators can compute it; where not, the plain network does or says why it cannot."""
+    """Return whether the operators support the input. If not, the Paddle network computes it or raises an error."""
     return (
         paddle.in_dynamic_mode()
         and x.place.is_cpu_place()
@@ -89,22 +89,22 @@ def _applies(model: nn.Layer, x: Tensor) -> bool:
 
 
 def _stages(model: nn.Layer, x: Tensor) -> list[Tensor]:
-    """Return the outputs of the four stages, (B, H, W, C)."""
+    """Return the outputs of the four stages, each (B, H, W, C)."""
     x = _conv_norm(model.patch_embed, x, channels_first=True)
     outputs = []
-    for index, part in enumerate(model.network):
+    for index, module in enumerate(model.network):
         if index % 2:
-            x = _conv_norm(part, x)
+            x = _conv_norm(module, x)
             continue
-        for block in part:
+        for block in module:
             x = _block(block, x)
         outputs.append(x)
     return outputs
 
 
-def _conv_norm(part: ConvNorm, x: Tensor, **layout: bool) -> Tensor:
-    x = strided(x, part.proj.weight, part.proj.bias, part.proj._stride[0], **layout)
-    return channels_last(part.norm(channels_first(x)))  # the layer itself: it also keeps the running statistics
+def _conv_norm(module: ConvNorm, x: Tensor, **layout: bool) -> Tensor:
+    x = strided(x, module.proj.weight, module.proj.bias, module.proj._stride[0], **layout)
+    return channels_last(module.norm(channels_first(x)))  # Paddle's layer also updates the running statistics
 
 
 def _norm(norm: LayerNorm2D, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _block(block: Block, x: Tensor) -> Tensor:
 
 
 def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
-    """Return the factor of each image, by the layer itself: (B,), or None where it does nothing."""
+    """Return the factor that the layer draws for each image (B,), or None if the layer has no effect."""
     if not drop_path.training or drop_path.rate == 0:
         return None
     return drop_path(paddle.ones([x.shape[0], 1, 1, 1], x.dtype)).flatten()
@@ -154,5 +154,5 @@ def _channel_mixer(mixer: ChannelMixer, x: Tensor) -> Tensor:
 
 
 def _plain(layer: nn.Layer, x: Tensor) -> Tensor:
-    """Run a layer off the published path, as it stands."""
+    """Run a layer that no published model uses with its Paddle implementation."""
     return channels_last(layer(channels_first(x)))

@@ -1,24 +1,24 @@
 // The operators of FCViT's blocks on a CPU, each with its gradient, for float and double.
 //
-// Activations are channels last, (B, P, C) for B images of P = H x W positions: a 1x1 convolution is then one
-// matrix product, and everything else runs along the channels in full registers, on maps of 1x1 as on 56x56.
-// Results do not depend on timing: what threads share out is never summed across them but in a fixed order.
+// Activations are channels last, (B, P, C) for B images of P = H x W positions. A 1x1 convolution is then one matrix
+// product, and the other operators run along the channels in full registers, for maps of 1x1 as well as 56x56.
+// Results do not depend on timing, because the results of threads are always summed in a fixed order.
 //
-// Each function takes its tensors, inputs first, its sizes and other numbers; `operators.py` says which.
+// Each function takes its tensors (inputs first), its sizes and other numbers. `operators.py` passes them.
 
 #include <vector>
 
 #include "matmul.h"
 
-// Numbers from which an elementwise operation is shared out among the threads. Each sharing out ends with all
-// waiting for the last, which on a busy machine takes far longer than the work itself.
+// Number of elements from which an elementwise operation uses several threads. Threads wait for the slowest at the
+// end, which on a busy machine takes far longer than the work itself.
 constexpr int64_t WORTH_SHARING = 1 << 15;
 
-// out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, these in double.
+// out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, and the runs in double.
 template <class T, class Term>
 void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     constexpr int64_t RUN = 64;
-    const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 64);  // whatever the threads
+    const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 64);  // for any thread count
     std::vector<double> totals(parts * columns, 0.0);
     const int threads = omp_get_max_threads();
     std::vector<T> sums(threads * columns);
@@ -41,7 +41,7 @@ void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     for (int64_t c = 0; c < columns; c++) out[c] = T(totals[c]);
 }
 
-// The sum over positions and channels of one image: along the channels in T, then in double.
+// The sum over positions and channels of one image, along the channels in T and along the positions in double.
 template <class Term>
 double sum_all(int64_t positions, int64_t channels, Term term) {
     double total = 0;
@@ -108,7 +108,7 @@ void layer_norm_backward(T** t, const int64_t* n, const double*) {
     });
 }
 
-// A weight (outputs, inputs) as a convolution has it or (inputs, outputs) as Paddle's Linear has it: inputs x outputs.
+// Returns a weight as inputs x outputs. It is (outputs, inputs) in a convolution, (inputs, outputs) in Paddle's Linear.
 template <class T>
 Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool linear) {
     return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
@@ -125,7 +125,7 @@ void linear(T** t, const int64_t* n, const double*) {
     });
 }
 
-// The gradient before the activation: dy gelu'(z), or dy itself where there is none (z is null).
+// The gradient before the activation: dy gelu'(z), or dy if there is no activation (z is null).
 template <class T>
 struct Activation {
     Buffer<T> made;
@@ -155,9 +155,9 @@ void linear_backward(T** t, const int64_t* n, const double*) {
     if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
 }
 
-// A depthwise convolution is done for one image and a group of channels, two registers wide, at a time. They are
-// copied together, (H, W + 2R, GROUP) with R = K / 2 zeros at either end of a row: no tap is then outside but those
-// above and below, which are left out, as are those that meet only zeros (kernels may be larger than the map).
+// A depthwise convolution processes one image and one group of channels, two registers wide, at a time. The group is
+// copied to (H, W + 2R, GROUP), with R = K / 2 zeros at both ends of a row, so only taps above and below are outside.
+// These taps are skipped, and so are taps that see only zeros (a kernel may be larger than the map).
 template <class T>
 constexpr int64_t GROUP = 2 * LANES<T>;
 
@@ -179,7 +179,7 @@ void copy_group(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, i
     }
 }
 
-// WIDE outputs beside each other, which share the weights they load. `weight` (K, K, GROUP), `bias` (GROUP).
+// Computes WIDE adjacent outputs, which share the loaded weights. `weight` is (K, K, GROUP), `bias` is (GROUP).
 template <class T, int WIDE>
 inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t h, int64_t w, int64_t H,
                               int64_t W, int64_t C, int64_t K, int64_t count) {
@@ -216,8 +216,8 @@ inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, 
     }
 }
 
-// y = x convolved with weight (C, K, K), plus bias or null; activated = gelu(y) or null. All (B, H, W, C).
-// `flip`: with the kernels turned round, which is the gradient of the input.
+// y = x convolved with weight (C, K, K), plus bias unless null. activated = gelu(y) unless null. x, y and activated are
+// (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
 template <class T>
 void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
                         int64_t C, int64_t K, bool flip) {
@@ -262,12 +262,12 @@ void depthwise(T** t, const int64_t* n, const double*) {
     convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
 }
 
-// total (K, K, GROUP) += the gradient of a group's kernels in one image, from copies of x and dz with the same R.
-// FIXED is K, known to the compiler so that the sums of a row of a kernel stay in registers, or 0.
+// total (K, K, GROUP) += the gradient of the kernels of a group for one image, from copies of x and dz with the same R.
+// FIXED is 0, or K as a constant, so that the compiler keeps the sums of a kernel row in registers.
 template <class T, int FIXED>
 void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H, int64_t W, int64_t K) {
     constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    constexpr int TAPS = FIXED ? FIXED : 1;  // at a time
+    constexpr int TAPS = FIXED ? FIXED : 1;  // taps summed at once
     const int64_t R = K / 2, row = (W + 2 * R) * G;
     for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
         for (int64_t j = FIXED ? 0 : std::max<int64_t>(0, R - W + 1); j < (FIXED ? 1 : std::min(K, W + R)); j++) {
@@ -291,7 +291,8 @@ void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H
     }
 }
 
-// dweight (C, K, K): images are shared out in parts, as many whatever the threads, which are then added in order.
+// dweight (C, K, K). The images are divided into parts, and the parts are added in order. The number of parts does not
+// depend on the number of threads.
 template <class T>
 void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
     constexpr int64_t G = GROUP<T>;
@@ -379,13 +380,14 @@ void pool_backward(T** t, const int64_t* n, const double*) {
     }
 }
 
-// The global context, weighted and with competition, and its residual; h heads of C / h channels, inner width I.
-// x (B, P, C), fc1 (C, 2I), its bias, fc2 (I, C), its bias, rescale weight and bias (h)
-//   -> y (B, P, C), and what the gradient needs again
+// The weighted global context with competition and its residual connection, with h heads of C / h channels and inner
+// width I.
+// x (B, P, C), fc1 weight (C, 2I) and bias, fc2 weight (I, C) and bias, rescale weight and bias (h)
+//   -> y (B, P, C), and the intermediate results for the gradient
 template <class T>
 struct Kept {
     T *context, *halves, *winner, *value;  // (B, C), (B, 2I), (B, I), (B, C)
-    T *centered, *deviation;                // of the similarity: (B, P, h), and its standard deviation (B)
+    T *centered, *deviation;                // the centered similarity (B, P, h) and its standard deviation (B)
     Kept(T* memory, int64_t B, int64_t P, int64_t C, int64_t h, int64_t I)
         : context(memory), halves(context + B * C), winner(halves + B * 2 * I), value(winner + B * I),
           centered(value + B * C), deviation(centered + B * P * h) {}
@@ -406,12 +408,12 @@ void context(T** t, const int64_t* n, const double* options) {
     for (int64_t b = 0; b < B; b++) {
         for (int64_t i = 0; i < I; i++) {
             const T first = halves[b * 2 * I + i], second = halves[b * 2 * I + I + i];
-            winner[b * I + i] = second > first || second != second ? second : first;  // not a number wins
+            winner[b * I + i] = second > first || second != second ? second : first;  // NaN wins
         }
     }
     matmul<T>(B, C, I, {winner, I, 1}, {fc2, C, 1}, value, bias2);
     const T scale = T(1 / std::sqrt(double(d)));
-    const double count = double(h * P), others = std::max(count - 1, 1.0);  // one alone has no deviation
+    const double count = double(h * P), others = std::max(count - 1, 1.0);  // a single value has no deviation
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
@@ -474,7 +476,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
                 slope[p * h + k] = sum * weight[k];
             }
         }
-        // Through the standardisation: of the mean, and of the deviation (which has none where all are alike).
+        // The gradient through the mean and the deviation, which has no gradient if all values are equal.
         const double mean = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k]; }) / count;
         const double along = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k] * s[p * h + k]; });
         const double by_deviation = deviation[b] > 0 ? along * inverse / (others * deviation[b]) : along * 0;
@@ -492,7 +494,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
             dvalue.data[b * C + c] = T(to_value[c]);
         }
     }
-    // The bottleneck, backwards; where both halves are equal the second has won, as in Paddle.
+    // The gradient of the bottleneck. If both halves are equal, the second wins, as in Paddle.
     matmul<T>(B, I, C, {dvalue.data, C, 1}, {fc2, 1, C}, dwinner.data);
     matmul<T>(I, C, B, {winner, 1, I}, {dvalue.data, C, 1}, dfc2);
     for (int64_t b = 0; b < B; b++) {
@@ -553,8 +555,8 @@ void residual_backward(T** t, const int64_t* n, const double*) {
     });
 }
 
-// A strided convolution, padded by half its kernel, as one matrix product. Image (b, y, x, c) is at
-// b n[7] + y n[8] + x n[9] + c n[10], so that the stem reads channels first, the others channels last.
+// A strided convolution, padded by half its kernel, as one matrix product. Pixel (b, y, x, c) is at
+// b n[7] + y n[8] + x n[9] + c n[10], so that the stem can read channels first and the other layers channels last.
 struct Strided {
     int64_t B, H, W, C, N, K, stride, high, wide, image, row, column, channel;
     explicit Strided(const int64_t* n)
@@ -562,7 +564,7 @@ struct Strided {
           wide((W - 1) / stride + 1), image(n[7]), row(n[8]), column(n[9]), channel(n[10]) {}
 };
 
-// x -> patches (B x high x wide, C x K x K), zeros outside
+// x -> patches (B x high x wide, C x K x K), with zeros outside the image
 template <class T>
 void patches(const T* x, T* out, const Strided& s) {
     const int64_t R = s.K / 2, area = s.K * s.K;
@@ -602,7 +604,7 @@ void strided_backward(T** t, const int64_t* n, const double*) {
     Buffer<T> dpatches(rows * depth);
     matmul<T>(rows, depth, s.N, {dy, s.N, 1}, {weight, depth, 1}, dpatches.data);
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < s.B * s.H * s.W; r++) {  // what each number of the input was used for
+    for (int64_t r = 0; r < s.B * s.H * s.W; r++) {  // sum the gradients of all patches that use an input pixel
         const int64_t b = r / (s.H * s.W), h = r / s.W % s.H, w = r % s.W;
         T* to = dx + b * s.image + h * s.row + w * s.column;
         for (int64_t c = 0; c < s.C; c++) to[c * s.channel] = T(0);
@@ -619,7 +621,7 @@ void strided_backward(T** t, const int64_t* n, const double*) {
     }
 }
 
-// x (B, R, S) -> (B, S, R): between channels first and channels last
+// x (B, R, S) -> (B, S, R), to convert between channels first and channels last
 template <class T>
 void swap(T** t, const int64_t* n, const double*) {
     const T* x = t[0];
@@ -637,7 +639,7 @@ void swap(T** t, const int64_t* n, const double*) {
     }
 }
 
-// What Python calls: 0, or 1 where memory ran out.
+// The entry point from Python. Returns 0, or 1 if memory ran out.
 template <class T>
 int guarded(void (*operation)(T**, const int64_t*, const double*), T** tensors, const int64_t* sizes, const double* options) {
     try {

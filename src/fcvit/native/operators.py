@@ -1,7 +1,7 @@
-"""The native operators as Paddle functions with gradients; `operators.cc` computes them.
+"""Define the native operators as Paddle functions with gradients, which `operators.cc` computes.
 
-All take float32 or float64 tensors on the CPU, activations as (B, H, W, C), and return new ones. First
-derivatives only. The functions stand at the end of the file.
+All functions take float32 or float64 tensors on the CPU, with activations as (B, H, W, C), and return new tensors.
+Only first derivatives are supported. The functions are at the end of the file.
 """
 
 import ctypes
@@ -13,26 +13,27 @@ from typing import Any
 from fcvit.frameworks import import_framework
 from fcvit.native import build
 
-import_framework("paddle")  # quietly, or with the remedy where it is missing
+import_framework("paddle")  # suppresses output, and raises an error with a remedy if Paddle is missing
 
 import paddle  # noqa: E402
 from paddle import Tensor, _C_ops  # noqa: E402
 
-PyLayer: Any = paddle.autograd.PyLayer  # its stubs know no particular arguments
+PyLayer: Any = paddle.autograd.PyLayer  # its type stubs do not accept specific arguments
 SUFFIXES = {paddle.float32: "float32", paddle.float64: "float64"}
 CPU = paddle.CPUPlace()
 Gradients = tuple[Tensor | None, ...]
 
 
 def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *options: float) -> None:
-    """Call a function of the compiled library for the tensors' type.
+    """Call a function of the compiled library for the data type of the tensors.
 
     Raises:
-        MemoryError: it has not got the memory that it needs.
+        TypeError: The tensors have different data types.
+        MemoryError: The function ran out of memory.
     """
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
     if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
-        raise TypeError(f"{name}: tensors of different types")
+        raise TypeError(f"{name}: the tensors have different data types")
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     numbers = (ctypes.c_double * len(options))(*options)
     if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), numbers):
@@ -53,12 +54,12 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _empty(shape: list[int], dtype: paddle.dtype) -> Tensor:
-    """Do what `paddle.empty` does in a fourth of the time: a step asks for a thousand."""
+    """Allocate like `paddle.empty`, in a quarter of its time. A training step allocates about a thousand tensors."""
     return _C_ops.empty(shape, dtype, CPU)
 
 
 def _gradients(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return memory for the gradient of each tensor that wants one."""
+    """Return memory for the gradient of each tensor that needs one, and None for the others."""
     return [None if tensor is None or tensor.stop_gradient else _like(tensor) for tensor in tensors]
 
 
@@ -68,7 +69,7 @@ def _positions(x: Tensor) -> tuple[int, int, int]:
 
 
 class LayerNorm(PyLayer):
-    """Normalize over positions and channels together; `weight`, `bias` (C,)."""
+    """Normalize over positions and channels together. `weight` and `bias` are (C,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -87,7 +88,7 @@ class LayerNorm(PyLayer):
 
 
 class Weighted(PyLayer):
-    """The backward of layers with a weight and a bias, which may be None."""
+    """The backward pass of layers with a weight and an optional bias."""
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
@@ -99,9 +100,9 @@ class Weighted(PyLayer):
 
 
 class Linear(Weighted):
-    """Map (..., K) to (..., N), then GELU if asked.
+    """Map (..., K) to (..., N), and apply GELU if `gelu`.
 
-    `weight` has the N x K numbers of a 1x1 convolution, or, `transposed`, the (K, N) of Paddle's Linear.
+    `weight` has the N x K values of a 1x1 convolution, or, if `transposed`, the (K, N) layout of Paddle's Linear.
     """
 
     @staticmethod
@@ -116,7 +117,7 @@ class Linear(Weighted):
 
 
 class Depthwise(Weighted):
-    """Convolve each channel, padded by half the kernel, then GELU if asked; `weight` (C, 1, K, K), K odd."""
+    """Convolve each channel, padded by half the kernel, and apply GELU if `gelu`. `weight` is (C, 1, K, K), K odd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -126,7 +127,7 @@ class Depthwise(Weighted):
 
 
 def _activated(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gelu: bool) -> Tensor:
-    """Run the kernel into `z`; return it, or what GELU makes of it."""
+    """Write the result of the kernel to `z`. Return `z`, or GELU of `z` if `gelu`."""
     y = _like(z) if gelu else None
     run_kernel(ctx.kernel, (x, weight, bias, z, y), ctx.sizes)
     ctx.save_for_backward(x, weight, bias, z if gelu else None)
@@ -134,7 +135,7 @@ def _activated(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tens
 
 
 class Strided(Weighted):
-    """Convolve, padded by half the kernel: (B, H, W, C), or `channels_first` (B, C, H, W), to (B, H', W', N)."""
+    """Convolve, padded by half the kernel: (B, H, W, C), or (B, C, H, W) if `channels_first`, to (B, H', W', N)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool = False) -> Tensor:
@@ -156,7 +157,7 @@ class Strided(Weighted):
 
 
 class Context(PyLayer):
-    """Add the global context, weighted and with competition, as `fcvit.models.backbone.GlobalContext` has it."""
+    """Add the weighted global context with competition, as `fcvit.models.backbone.GlobalContext` computes it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor, eps: float) -> Tensor:
@@ -164,7 +165,7 @@ class Context(PyLayer):
         b, positions, width = _positions(x)
         fc1, _, _, _, weight, _ = parameters
         heads, inner = weight.shape[0], fc1.shape[1] // 2
-        # Context, halves, winner, value, centered similarity and deviation together: see operators.cc.
+        # Context, halves, winner, value, centered similarity and deviation, in the layout of `Kept` in operators.cc.
         intermediates = _empty([b * (2 * width + 3 * inner + positions * heads + 1)], x.dtype)
         y = _like(x)
         ctx.sizes, ctx.eps = (b, positions, width, heads, inner), eps
@@ -202,7 +203,7 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
-    """Return x + branch * scale * factor: `scale` (C,) per channel, `factor` (B,), a constant, per image."""
+    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` (B,) per image."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -227,7 +228,7 @@ class Residual(PyLayer):
 
 
 class Swap(PyLayer):
-    """Move the channels: (B, H, W, C) to (B, C, H, W) `to_first`, or back."""
+    """Convert (B, H, W, C) to (B, C, H, W) if `to_first`, and otherwise back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, to_first: bool) -> Tensor:
@@ -252,10 +253,10 @@ context, pool, residual = Context.apply, Pool.apply, Residual.apply
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """Move the channels: (B, H, W, C) to (B, C, H, W)."""
+    """Convert (B, H, W, C) to (B, C, H, W)."""
     return Swap.apply(x, True)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Move the channels: (B, C, H, W) to (B, H, W, C)."""
+    """Convert (B, C, H, W) to (B, H, W, C)."""
     return Swap.apply(x, False)

@@ -1,4 +1,4 @@
-// Vectors of the widest registers this machine has, and the exact GELU on them.
+// Vectors as wide as the registers of this machine, and the exact GELU for them.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// Numbers in a register.
+// Number of elements in a register.
 template <class T>
 constexpr int64_t LANES = REGISTER_BYTES / sizeof(T);
 
@@ -42,7 +42,7 @@ inline void store(T* to, Vector<T> v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// The first `count` lanes; the others are 0.
+// Loads the first `count` lanes and sets the others to 0.
 template <class T>
 inline Vector<T> load_some(const T* from, int64_t count) {
     if (count >= LANES<T>) return load(from);
@@ -57,20 +57,20 @@ inline void store_some(T* to, Vector<T> v, int64_t count) {
     std::memcpy(to, &v, count * sizeof(T));
 }
 
-// Phi, the normal distribution function, and its density phi: gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x).
+// The normal distribution function Phi and its density phi: gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x).
 template <class T>
 struct Normal {
     Vector<T> distribution, density;
 };
 
-// With z = |x|, Phi(-z) = exp(-z^2/2) R(z); R falls like 1 / (z + 3.5), times a function so smooth that a
-// polynomial in t = (z - 3.5) / (z + 3.5) has it to 6e-9 (fitted at Chebyshev points against erfc). So there is
-// no cancellation in the lower tail, where 1 + erf(x / sqrt 2) would leave nothing.
+// With z = |x|, Phi(-z) = exp(-z^2/2) R(z). R(z) (z + 3.5) is so smooth that a polynomial in t = (z - 3.5) / (z + 3.5),
+// fitted at Chebyshev points against erfc, approximates it to 6e-9. This form has no cancellation in the lower tail,
+// where 1 + erf(x / sqrt 2) loses all digits.
 inline Normal<float> normal(Vector<float> x) {
     typedef int32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
     const Vector<float> zero = {};
     const Vector<float> size = (Vector<float>)((Bits)x & 0x7fffffff);
-    const Vector<float> z = size > 13.0f ? zero + 13.0f : size;  // infinity would give 0 / 0
+    const Vector<float> z = size > 13.0f ? zero + 13.0f : size;  // infinity would give NaN
     const Vector<float> u = 1.0f / (z + 3.5f);
     const Vector<float> t = (z - 3.5f) * u;
     Vector<float> r = zero + 1.190133640e-04f;
@@ -84,11 +84,11 @@ inline Normal<float> normal(Vector<float> x) {
     r = r * t - 5.655617622e-01f;
     r = r * t + 7.444160763e-01f;
 
-    // exp(-z^2/2) = 2^n exp(rest). The square of z's upper half is exact, so the tail keeps its relative accuracy.
+    // exp(-z^2/2) = 2^n exp(rest). The square of the upper half of z is exact, so the tail keeps its relative accuracy.
     const Vector<float> upper = (Vector<float>)((Bits)z & (int32_t)0xfffff000);
     const Vector<float> high = -0.5f * upper * upper;
     const Vector<float> low = -0.5f * (z - upper) * (z + upper);
-    const Vector<float> rounder = zero + 0x1.8p23f;  // adding it rounds to a whole number, in the lowest bits
+    const Vector<float> rounder = zero + 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
     const Vector<float> shifted = high * 0x1.715476p0f + rounder;
     const Vector<float> n = shifted - rounder;
     const Vector<float> rest = (high - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f + low;
@@ -101,13 +101,13 @@ inline Normal<float> normal(Vector<float> x) {
     e = e * rest + 1.0f;
     e = e * rest + 1.0f;
     e = (Vector<float>)((Bits)e + (((Bits)shifted - (Bits)rounder) << 23));
-    e = size > 13.0f ? zero : e;  // below the smallest normal number
+    e = size > 13.0f ? zero : e;  // the result is below the smallest normal number
 
     const Vector<float> tail = e * u * r;
     return {x > 0.0f ? 1.0f - tail : tail, e * 0.3989422804f};
 }
 
-// Doubles are for proofs, not for speed: the C library's.
+// Doubles serve the float64 equivalence check, where speed does not matter, so they use the C library.
 inline Normal<double> normal(Vector<double> x) {
     Normal<double> result;
     for (int i = 0; i < LANES<double>; i++) {
