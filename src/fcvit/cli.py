@@ -32,7 +32,11 @@ from fcvit.text import printable
 # name: (function, arguments in the usage line, help)
 COMMANDS = {
     "Weights": {
-        "convert": ("convert:convert", "SOURCE -o FILE", "Convert a checkpoint between PyTorch and Paddle."),
+        "convert": (
+            "convert:convert",
+            "SOURCE -o FILE",
+            "Convert weights between PyTorch and Paddle, and verify them.",
+        ),
         "verify": ("verify:verify", "FILE --against FILE", "Verify a converted weights file against its source."),
         "inspect": ("inspect:inspect", "FILE", "Describe a weights file without executing its content."),
         "models": ("models:models", "", "List the variants and links to the authors' checkpoints."),
@@ -41,7 +45,7 @@ COMMANDS = {
         "predict": ("predict:predict", "IMAGE... --weights FILE", "Classify images."),
         "eval": ("evaluate:command", "--weights FILE --data FOLDER", "Measure accuracy on labeled images."),
         "compare": ("compare:compare", "FIRST SECOND", "Compare two evaluations on the same images."),
-        "export": ("export:export", "FILE -o FILE.onnx", "Export to ONNX, Paddle Inference or OpenVINO."),
+        "export": ("export:export", "FILE -o FILE.onnx", "Export to ONNX, Paddle Inference or OpenVINO, and check it."),
         "bench": ("bench:bench", "--weights FILE", "Measure the speed of the engines on this machine."),
         "demo": ("demo:demo", "--weights FILE", "Serve a local page with predictions and similarity maps."),
     },

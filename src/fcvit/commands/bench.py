@@ -210,15 +210,14 @@ def bench(
     """Measure the speed of the engines on this machine, compared with PyTorch. The engines take turns.
 
     Args:
-        weights: A checkpoint of any format, or in Python weights in memory (default: synthetic weights, which have
-            the same speed).
+        weights: A checkpoint of any format, or in Python weights in memory (default: synthetic weights).
         variant: Variant of the synthetic weights (default: fcvit_tiny).
         engines: Engines, separated by commas (default: all installed engines, torch-channels-last, torch-compile).
         batch_sizes: Batch sizes, separated by commas (default: 1,8).
-        threads: Numbers of threads, separated by commas (default: one per core).
+        threads: Numbers of CPU threads, separated by commas (default: one per core).
         precisions: float32 (default) and bfloat16, separated by commas. Engines without a precision are skipped.
         size: Height and width of the images in pixels (default: the input size of the weights).
-        rounds: Number of measurement rounds. In each round every engine runs for at least 0.3 seconds and three calls.
+        rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
         reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
         folder: New folder for bench.json, bench.csv and bench.png.
         csv: File for the results as CSV.

@@ -222,12 +222,10 @@ def check_data(
     """Check class folders before training: find unreadable images, duplicates and unusual images.
 
     Args:
-        data: Folder with class folders, or with folders train and val (and test) that contain class folders. Also a
-            tar archive, or a folder in a tar archive (x.tar/val).
+        data: Folder of class folders, or of train, val and test folders with class folders. Also in a tar archive.
         split: A split in a different location, as NAME=PATH. Repeat the option for more splits.
         few: List classes with fewer images than this. 0 disables the check.
-        workers: Number of processes that decode images (default: one per core, at most 8). 0 decodes without extra
-            processes.
+        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
         near: Accepted for compatibility, but ignored.
 
     Raises:

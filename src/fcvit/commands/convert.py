@@ -89,8 +89,7 @@ def convert(
     """Convert a checkpoint between PyTorch and Paddle. If both are installed, verify the result numerically.
 
     Args:
-        source: Weights file: PyTorch (.pth, .pth.tar, legacy format), safetensors or .pdparams. The format is
-            detected from the content.
+        source: PyTorch (.pth, .pth.tar, legacy format), safetensors or .pdparams file, detected from the content.
         destination: Output file: .safetensors, .pdparams or .pth.
         layout: Tensor names and layout of a .safetensors file (default: paddle).
         dtype: Type of the stored tensors (default: as in the source).

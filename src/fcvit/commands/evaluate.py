@@ -46,10 +46,9 @@ def command(
         options: Options of the task of the weights.
         pixels: Changes to the preprocessing.
         output: Folder of the run (default: runs/eval, or the first free one of runs/eval-2, ...).
-        resume: Resume the run in this folder. The only other options are --workers, --strict, and new paths of moved
-            files: --weights, --data, --list, --classes, --real and --calibrate.
-        workers: Number of processes that decode images (default: one per core, at most 8). 0 decodes without extra
-            processes.
+        resume: Resume the run in this folder. Accepts --workers, --strict, and for moved files new paths: --weights,
+            --data, --list, --classes, --real, --calibrate.
+        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
         strict: Stop at the first image that cannot be read.
         record: Write the results to a folder.
     """

@@ -131,8 +131,7 @@ def export(
         probabilities: Return probabilities instead of logits.
         precision: float32 (default), or int8 with --calibrate (onnx).
         calibration: Folder of images to calibrate int8 with, for example training images.
-        images: Image, folder or pattern to check the export with. Repeat the option for more (default: included
-            digits).
+        images: Image, folder or pattern to check the export with. Can be repeated (default: included digits).
         preprocessing: Preprocessing to use instead of that of the weights.
         overwrite: Replace the output if it already exists.
 

@@ -45,7 +45,7 @@ def faithfulness(
         output: New folder for trust.json and trust.png (default: nothing is written).
         absolute: Use absolute values per head, so that positions unlike the context also count as marked.
         every: Measure all global contexts, instead of only the first and last of each stage.
-        heads: mean (default), each, or the number of a head.
+        heads: Heads to measure: mean (default), each, or the number of a head.
         seed: Seed of the random maps and the bootstrap.
         engine: Engine that computes the probabilities (see fcvit predict --help).
 

@@ -40,8 +40,7 @@ def finetune(
 
     Args:
         weights: A checkpoint of any format.
-        data: Folder with one subfolder of images per class, or with folders train and val that contain class folders.
-            Also a tar archive.
+        data: Folder with one folder of images per class, or with such folders in train and val. Also in a tar archive.
         fields: Fields of the recipe. docs/training.md lists them.
 
     Raises:

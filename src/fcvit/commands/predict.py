@@ -134,8 +134,7 @@ def predict(
         top_k: Number of classes per image.
         batch_size: Batch size.
         csv: Print the predictions as CSV.
-        output: New file for the predictions (.csv or .jsonl), or new folder for pictures of the images with their
-            predicted classes.
+        output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions.
 
     Raises:
         FcvitError: See `fcvit.load`.

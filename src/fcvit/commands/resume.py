@@ -24,7 +24,7 @@ def resume(
     Args:
         run: Folder of the run.
         moved: New paths of moved input files, by the names of their options.
-        workers: Number of processes that decode images (default: the default of the command of the run).
+        workers: Processes that decode images (default: as in fcvit eval or fcvit train).
         strict: Stop an evaluation at the first image that cannot be read.
 
     Raises:

@@ -116,14 +116,13 @@ def similarity(
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
         weights: A checkpoint of any format, or in Python weights in memory.
-        run: Run or result folder of fcvit eval, instead of images: draw maps.png of the most confident mistakes and
-            correct predictions.
+        run: Evaluation folder instead of images: draw maps of its most confident mistakes and correct predictions.
         output: New folder for the files (default: runs/similarity, or the first free one of runs/similarity-2, ...).
         stage: Number of the stage, from 1, or from the end with -1 (default: the last with more than one position).
         block: Number of the block in the stage, from 1, or from the end with -1 (default: the last).
         context: Number of the global context in the block, 1 or 2.
-        heads: each (default), mean, or the number of a head.
-        values: standardised (default), or rescaled (the factors that multiply the context).
+        heads: Heads to draw: each (default), mean, or the number of a head.
+        values: Values to draw: standardised (default), or rescaled (the factors that multiply the context).
         scale: Color scale: picture (default, the same for all heads), or head (one per head, shown with its range).
         top_k: Number of classes in the caption.
         preprocessing: Preprocessing to use instead of that of the weights.

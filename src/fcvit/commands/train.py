@@ -61,8 +61,7 @@ def train(
 
     Args:
         recipe: A TOML file, or the name of an included recipe: digits, fcvit_tiny, ... (see fcvit recipes).
-        resume: Resume the run in this folder after its last epoch, without a recipe. --data, --val, --classes and
-            --weights give new paths of moved files.
+        resume: Resume the run in this folder. For moved files, pass new paths: --data, --val, --classes, --weights.
         extend: Continue the run in this folder to a total of --epochs N, in a new folder.
         workers: Number of worker processes. A script that uses them must call this function under
             `if __name__ == "__main__":`.
