@@ -35,7 +35,7 @@ COMMANDS = {
         "convert": (
             "convert:convert",
             "SOURCE -o FILE",
-            "Convert weights between PyTorch and Paddle, and verify them.",
+            "Convert weights between PyTorch and Paddle and verify them.",
         ),
         "verify": ("verify:verify", "FILE --against FILE", "Verify a converted weights file against its source."),
         "inspect": ("inspect:inspect", "FILE", "Describe a weights file without executing its content."),
