@@ -6,7 +6,7 @@ _WEB_PAGE = "a web page or XML, probably a warning or error page saved by a down
 _VIDEO = "a video"
 # Offset, bytes at the offset, and description. The first match wins.
 _KINDS = (
-    (0, b"version https://git-lfs", "a Git LFS pointer instead of the file; run git lfs pull"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the actual file; run git lfs pull"),
     (0, b"<", _WEB_PAGE),
     (0, b"%PDF", "a PDF document; save its images as PNG or JPEG"),
     (0, b"%!PS", "a PostScript document; save it as PNG"),
@@ -31,7 +31,7 @@ _KINDS = (
     (8, b"AVI ", _VIDEO),
     (0, b"\x1aE\xdf\xa3", _VIDEO),
     (4, b"moov", _VIDEO),
-    (0, b"\0\x05\x16\x07", "macOS metadata of a file (AppleDouble) instead of the file"),
+    (0, b"\0\x05\x16\x07", "macOS metadata of a file (AppleDouble), not the actual file"),
     (0, b"\xd0\xcf\x11\xe0", "an office document or a Windows Thumbs.db file"),
     (0, b"\x80\x02", "a Python pickle"),
     (0, b"\x80\x04", "a Python pickle"),

@@ -308,7 +308,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, 
     with pytest.raises(UsageError, match="--heads 9: expected each, mean, or a number from 1 to 8"):
         faithfulness(*photos, weights=digits_pth, output=tmp_path / "run", heads="9")
     body = write_pth(tmp_path / "body.pth", synthetic_tensors(ModelSpec(DIGITS.variant)))
-    with pytest.raises(DoesNotFit, match="predicts nothing"):
+    with pytest.raises(DoesNotFit, match="has no classes"):
         faithfulness(*photos, weights=body)
     full = tmp_path / "full"
     full.mkdir()
@@ -321,7 +321,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(digits_pth, photos, 
 @needs_paddle
 def test_too_few_images_that_can_be_read_end_it(digits_pth, photos, tmp_path):
     photos[3].write_bytes(b"?")
-    with pytest.raises(BadImages, match=r"9 images can be read: expected at least 10; first: .*3.png"):
+    with pytest.raises(BadImages, match=r"9 images can be read: expected at least 10; .*3.png"):
         faithfulness(*photos, weights=digits_pth, engine="paddle")
 
 
