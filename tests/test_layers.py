@@ -1,4 +1,4 @@
-"""The layers: which module may import which, and what importing costs."""
+"""Test the import rules between modules (the layering test), and that importing loads nothing heavy."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
-# From the lowest: a module may import from its own layer and those below.
+# Layers from bottom to top. A module may import from its own layer and from the layers below.
 LAYERS = (
     ("errors", "foreign", "frameworks", "interrupts", "machine", "text", "models.variants"),
     ("run_folder", "models.maps", "models.spec", "metrics", "verification.equivalence", "processes"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 PADDLE_NETWORKS = {"models.layers", "models.backbone", "models.classifier"}
-# Within a layer where one direction is meant.
+# Order of modules in packages that allow only one import direction.
 ORDER = {
     "evaluation": ("journal", "protocols", "logits", "settings", "request", "results", "runner"),
     "training": (
@@ -48,10 +48,10 @@ ORDER = {
 
 
 def layer_of(module):
-    for height, names in enumerate(LAYERS):
+    for layer, names in enumerate(LAYERS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
-            return height
-    raise AssertionError(f"{module} has no layer")
+            return layer
+    raise AssertionError(f"{module} has no layer; add it to LAYERS")
 
 
 def _for_type_checkers(node):
@@ -59,7 +59,7 @@ def _for_type_checkers(node):
 
 
 def imported(text):
-    """Modules of ours that a source imports when it is itself imported or one of its functions runs."""
+    """Yield the modules of this package that a source file imports, at module level or in a function."""
     tree = ast.parse(text)
     tree.body = [node for node in tree.body if not _for_type_checkers(node)]
     for node in ast.walk(tree):
@@ -75,19 +75,18 @@ def imported(text):
 
 
 def wrong_imports(module, text):
-    here = layer_of(module)
+    layer = layer_of(module)
     for name in imported(text):
-        there = layer_of(name)
-        if there > here:
-            yield f"{module} imports {name}, which is above it"
+        if layer_of(name) > layer:
+            yield f"{module} imports {name} from a higher layer"
         if {module, name} & PADDLE_NETWORKS and any(one.startswith("reference.") for one in (module, name)):
-            yield f"{module} imports {name}: the reference is worth something because it stands alone"
+            yield f"{module} imports {name}, but the reference and the Paddle networks must be independent"
         if name.startswith("native.") and not module.startswith("native.") and module != "inference.engines":
-            yield f"{module} imports {name}, which has one switch: inference.engines.accelerate"
+            yield f"{module} imports {name}; use inference.engines.accelerate instead"
         for package, order in ORDER.items():
             one, other = (m.removeprefix(f"{package}.") for m in (module, name))
             if module.startswith(package) and name.startswith(package) and order.index(other) > order.index(one):
-                yield f"{module} imports {name}, the simpler task the other"
+                yield f"{module} imports {name}, which comes later in ORDER"
 
 
 def modules():
@@ -98,7 +97,7 @@ def modules():
 
 
 @pytest.mark.parametrize(("module", "text"), list(modules()), ids=lambda value: value if "\n" not in value else "")
-def test_imports_point_one_way(module, text):
+def test_imports_follow_the_layers(module, text):
     assert not list(wrong_imports(module, text))
 
 
@@ -120,7 +119,7 @@ def test_imports_point_one_way(module, text):
         ("models.backbone", "from fcvit.reference.backbone import layer_norm"),
     ],
 )
-def test_a_planted_import_is_noticed(module, text):
+def test_a_planted_import_is_detected(module, text):
     assert list(wrong_imports(module, text))
 
 
@@ -135,8 +134,7 @@ def test_only_the_reference_imports_pytorch():
     assert importers == {"reference.backbone", "reference.build", "reference.classifier"}
 
 
-def test_reading_and_converting_load_no_framework(tmp_path, digits_pth):
-    """Nor does `import fcvit`, nor asking it for a name that needs none."""
+def test_importing_and_converting_load_no_framework(tmp_path, digits_pth):
     code = f"""
 import sys, fcvit
 fcvit.VARIANTS
@@ -169,7 +167,7 @@ def test_every_public_name_is_known_to_type_checkers():
 
 
 def test_every_head_has_a_row_in_every_table():
-    """`docs/architecture.md` names the tables."""
+    """The tables are listed in docs/architecture.md."""
     pytest.importorskip("onnx")
     pytest.importorskip("torch")
     from fcvit.inference.onnx_graph import HEAD_WRITERS

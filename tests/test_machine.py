@@ -1,4 +1,4 @@
-"""The machine: what a process is said to have held."""
+"""Test the peak memory of processes."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 from fcvit.machine import peak_memory
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system counts otherwise")
-def test_a_child_of_a_large_process_is_not_large():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count differently")
+def test_the_memory_of_the_parent_process_does_not_count():
     child = "from fcvit.machine import peak_memory; print(peak_memory())"
     parent = f"""
 import subprocess, sys
@@ -20,9 +20,9 @@ print(subprocess.run([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, 
     assert 1 << 20 < int(done.stdout) < 150 << 20
 
 
-def test_a_peak_stays():
-    """But for a few pages, which the kernel counts late."""
-    held = b"x" * (64 << 20)
-    at_most = peak_memory()
-    del held
-    assert peak_memory() > at_most - (8 << 20)
+def test_freed_memory_does_not_lower_the_peak():
+    """The peak may change by a few pages, because the kernel counts them late."""
+    block = b"x" * (64 << 20)
+    peak = peak_memory()
+    del block
+    assert peak_memory() > peak - (8 << 20)

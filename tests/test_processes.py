@@ -1,4 +1,4 @@
-"""Values between processes, through a store as Paddle's launcher has it; the launcher itself is in tasks/."""
+"""Test the exchange of values between processes through a fake store. tests/tasks uses Paddle's real launcher."""
 
 import threading
 
@@ -10,7 +10,7 @@ from fcvit.processes import Processes, join
 
 
 class Store:
-    """What Paddle's store does: set, get, add; a value must not be large."""
+    """A replacement of Paddle's store with the methods set, get and add, and a size limit for values."""
 
     def __init__(self):
         self.values, self.counts, self.lock = {}, {}, threading.Lock()
@@ -29,44 +29,44 @@ class Store:
 
 
 def together(count, work):
-    """Run `work(processes)` in as many threads; their results by rank."""
-    store, found = Store(), {}
+    """Run `work(processes)` in `count` threads, and return the results by rank, and the store."""
+    store, results = Store(), {}
     threads = [
-        threading.Thread(target=lambda rank=rank: found.update({rank: work(Processes(rank, count, store))}))
+        threading.Thread(target=lambda rank=rank: results.update({rank: work(Processes(rank, count, store))}))
         for rank in range(count)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return [found[rank] for rank in range(count)], store
+    return [results[rank] for rank in range(count)], store
 
 
-LARGE = bytes(range(256)) * 10_000  # three pieces
+LARGE = bytes(range(256)) * 10_000  # is sent in three pieces
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_values_reach_the_others(monkeypatch, count):
+def test_values_are_broadcast_and_gathered(monkeypatch, count):
     monkeypatch.setattr(processes, "_POLL", 0.001)
 
-    def work(some):
+    def work(job):
         values = [LARGE, b"", b"x" * (1 << 20)]
-        heard = [some.broadcast(value if some.first else b"mine") for value in values]
-        return heard == values, some.gather(bytes([some.rank]) * (1 + some.rank * 700_000)), some.gather(b"")
+        received = [job.broadcast(value if job.first else b"ignored") for value in values]
+        return received == values, job.gather(bytes([job.rank]) * (1 + job.rank * 700_000)), job.gather(b"")
 
-    found, store = together(count, work)
-    assert all(heard for heard, _, _ in found)
-    assert found[0][1] == [bytes([rank]) * (1 + rank * 700_000) for rank in range(count)]
-    assert sum(map(len, store.values.values())) == 0, "the store keeps what all have read"
-    assert found[0][2] == [b""] * count and all(rest[1:] == ([], []) for rest in found[1:])
+    results, store = together(count, work)
+    assert all(equal for equal, _, _ in results)
+    assert results[0][1] == [bytes([rank]) * (1 + rank * 700_000) for rank in range(count)]
+    assert sum(map(len, store.values.values())) == 0, "the store keeps values that all processes have read"
+    assert results[0][2] == [b""] * count and all(rest[1:] == ([], []) for rest in results[1:])
 
 
-def test_alone():
+def test_a_single_process():
     alone = Processes()
     assert alone.first and alone.broadcast(b"x") == b"x" and alone.gather(b"x") == [b"x"]
     assert join() == alone and alone.device("gpu:1") == "gpu:1"
 
 
-def test_one_gpu_is_not_shared_by_all():
-    with pytest.raises(UsageError, match="its own for each"):
+def test_a_gpu_number_is_refused_for_several_processes():
+    with pytest.raises(UsageError, match="gpu:1 in 2 processes: expected auto, cpu or gpu"):
         Processes(1, 2, Store()).device("gpu:1")

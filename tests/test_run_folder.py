@@ -1,4 +1,4 @@
-"""Run folders: one a run, never half-told."""
+"""Test run folders: one folder for each run, with a record that is always complete."""
 
 import fcntl
 import json
@@ -16,15 +16,15 @@ def status(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-def test_a_run_that_ends_well(tmp_path):
+def test_a_finished_run_is_recorded(tmp_path):
     with run_folder(tmp_path / "runs" / "a", "eval") as folder:
         assert status(folder)["status"] == "running"
-    found = status(folder)
-    assert found["status"] == "finished" and found["command"] == "eval"
-    assert {"python", "numpy", "pillow"} <= set(found["versions"])
+    record = status(folder)
+    assert record["status"] == "finished" and record["command"] == "eval"
+    assert {"python", "numpy", "pillow"} <= set(record["versions"])
 
 
-def test_a_run_that_does_not(tmp_path):
+def test_failed_and_interrupted_runs_are_recorded(tmp_path):
     with pytest.raises(ValueError, match="because"), run_folder(tmp_path / "a", "eval"):
         raise ValueError("because")
     assert status(tmp_path / "a")["status"] == "failed" and status(tmp_path / "a")["reason"] == "because"
@@ -33,7 +33,7 @@ def test_a_run_that_does_not(tmp_path):
     assert status(tmp_path / "b")["status"] == "interrupted"
 
 
-def test_a_folder_that_is_taken(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").touch()
     with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "eval"):
@@ -44,17 +44,17 @@ def test_a_folder_that_is_taken(tmp_path):
 
 
 def test_default_folders(tmp_path, monkeypatch):
-    """The first that is free, and of two that start at once each gets its own."""
+    """A run gets the first free folder. Two runs that start at the same time get different folders."""
     monkeypatch.chdir(tmp_path)
     with run_folder(None, "eval") as one, run_folder(None, "eval") as two:
         assert (str(one), str(two)) == ("runs/eval", "runs/eval-2")
     (tmp_path / "runs" / "eval-3").mkdir()
     with run_folder(None, "eval") as three:
-        assert str(three) == "runs/eval-3"  # empty: nobody's
+        assert str(three) == "runs/eval-3"  # an empty folder is free
 
 
-def test_of_two_that_want_one_folder_one_gets_it(tmp_path, monkeypatch):
-    """Both have seen it empty; the first has begun in between."""
+def test_only_one_of_two_runs_gets_the_same_folder(tmp_path, monkeypatch):
+    """The second run checked that the folder is empty before the first run started."""
     with run_folder(tmp_path / "a", "first"):
         monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
         with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "second"):
@@ -66,7 +66,7 @@ def test_json_has_no_infinity():
     assert json.loads(to_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})) == {"a": [None, 1.5], "b": [None]}
 
 
-def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_text(path, "old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -79,16 +79,16 @@ def test_versions():
     assert versions()["fcvit"]
 
 
-def test_one_process_at_a_time_works_on_a_run(tmp_path):
-    with _locked(tmp_path), pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+def test_only_one_process_can_use_a_run(tmp_path):
+    with _locked(tmp_path), pytest.raises(UsageError, match="another process"), _locked(tmp_path):
         pass
     with _locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_whose_file_was_removed_is_none(tmp_path, monkeypatch):
-    """Another process has opened the file of a lock; its holder removes it and ends; a third one locks a new file."""
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):
+    """A process opens the lock file, its owner removes the file and ends, and a third process locks a new file."""
     flock, third = fcntl.flock, []
 
     def late(file, how):
@@ -99,15 +99,15 @@ def test_a_lock_whose_file_was_removed_is_none(tmp_path, monkeypatch):
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(UsageError, match="another process is at work"), _locked(tmp_path):
+    with pytest.raises(UsageError, match="another process"), _locked(tmp_path):
         pass
     third[0].close()
     with _locked(tmp_path):
         pass
 
 
-def test_a_second_signal_does_not_leave_a_run_running(tmp_path, monkeypatch):
-    """It comes while the end of the run is written."""
+def test_a_second_signal_does_not_leave_the_status_running(tmp_path, monkeypatch):
+    """The second signal arrives while the final status is written."""
     replace = os.replace
 
     def interrupted(*paths):
@@ -121,7 +121,7 @@ def test_a_second_signal_does_not_leave_a_run_running(tmp_path, monkeypatch):
     assert status(tmp_path / "a")["status"] == "interrupted"
 
 
-def test_an_error_that_an_interrupt_has_caused_is_an_interruption(tmp_path):
+def test_an_error_caused_by_a_signal_is_recorded_as_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "a", "eval"):
         try:
             signal.raise_signal(signal.SIGINT)

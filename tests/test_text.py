@@ -1,4 +1,4 @@
-"""Text of files is decoded; text for people commands neither the terminal nor a spreadsheet."""
+"""Test that printed text cannot control a terminal or a spreadsheet, and that file types are detected."""
 
 import csv
 import io
@@ -17,29 +17,29 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\n\u202ex\u2066\u2028\ud800"
 
 
 @given(st.text())
-def test_nothing_that_a_terminal_obeys_is_printed(text):
+def test_printable_text_contains_no_control_characters(text):
     assert not set(printable(text + EVIL)) & {*map(chr, range(32)), *map(chr, range(0x7F, 0xA0)), "\u202e", "\ud800"}
 
 
-def test_ordinary_text_is_printed_as_it_is():
+def test_ordinary_text_is_not_changed():
     for text in ("naïve 👩‍👩‍👧 می‌خواهم 日本\u3000語 [red]x[/red] :dog:", "a\u00a0b"):
         assert printable(text) == text
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b" and printable("\udcff") == "\\udcff"
 
 
-def test_json_escapes_what_a_terminal_obeys_and_keeps_the_values():
+def test_json_escapes_control_characters_and_keeps_the_values():
     text = to_json({EVIL: [EVIL]})
     assert printable(text, keep="\n") == text and json.loads(text) == {EVIL: [EVIL]}
 
 
 @given(st.lists(st.text("='+-@\t\r\n\"ab,", max_size=5), min_size=1))
-def test_cells_that_a_spreadsheet_executes_come_back(cells):
+def test_formulas_in_csv_are_escaped_and_can_be_restored(cells):
     rows = list(csv.reader(io.StringIO(csv_text([[*cells, "end"]]), newline="")))
     assert [csv_value(cell) for cell in rows[0]] == [*cells, "end"]
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for cell in rows[0])
 
 
-def test_numbers_are_no_formulas():
+def test_negative_numbers_in_csv_are_not_escaped():
     assert csv_text([(-1.5, 2, "0.5", "x=1")]) == "-1.5,2,0.5,x=1\r\n"
 
 
@@ -63,6 +63,6 @@ def test_numbers_are_no_formulas():
         (b"\xff\xd8\xff\xe0", "a JPEG image"),
     ],
 )
-def test_a_file_is_named_by_its_first_bytes(head, kind):
+def test_file_types_are_detected_from_the_first_bytes(head, kind):
     assert re.search(kind, foreign_kind(head) or "")
     assert foreign_kind(b"\x01\x02\x03\xfe") is None

@@ -4,7 +4,7 @@
     model = fcvit.create_model("fcvit_b12", weights="fcvit_b12.pth.tar")
     fcvit.load("fcvit_b12.safetensors").predict(["cat.jpg"])
 
-Names are looked up when first used, so that `import fcvit` loads neither Paddle nor PyTorch.
+Public names are imported on first use, so `import fcvit` loads neither Paddle nor PyTorch.
 """
 
 import importlib
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Public name -> module, with another name in it where it differs.
+# Public name -> module, or module:name if the module uses a different name.
 _MODULES = {
     "FcvitError": "errors",
     "FreshWeights": "errors",

@@ -1,10 +1,10 @@
-"""The command `fcvit`, also as `python -m fcvit`."""
+"""Entry point of the command `fcvit` and of `python -m fcvit`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command line of this process. Ctrl-C ends it in order also while its modules are imported."""
+    """Run the command line of this process. Handle Ctrl-C also while modules are being imported."""
     try:
         from fcvit import cli
 

@@ -1,7 +1,7 @@
-"""The command line: one table of commands, one printer of results, exit codes.
+"""Run the command line: define the commands, print results, notes and errors, and return exit codes.
 
-A command is imported when it runs. Tables and JSON go to the standard output; progress, notes and errors to the
-standard error. Exit codes are in `fcvit.errors` and docs/cli.md.
+Each command is imported when it runs. Tables and JSON go to the standard output. Progress, notes and errors go to
+the standard error. The exit codes are listed in `fcvit.errors` and docs/cli.md.
 """
 
 import contextlib
@@ -29,28 +29,32 @@ from fcvit import __version__, interrupts
 from fcvit.errors import INTERRUPTED, FcvitError, FreshWeights, UnreadableFile, UsageError
 from fcvit.text import printable
 
-# name: function, what its line of usage shows, help
+# name: (function, arguments in the usage line, help)
 COMMANDS = {
     "Weights": {
-        "convert": ("convert:convert", "SOURCE -o FILE", "Convert a checkpoint between PyTorch and Paddle, verified."),
-        "verify": ("verify:verify", "FILE --against FILE", "Verify that two weights files are one network."),
-        "inspect": ("inspect:inspect", "FILE", "Describe a weights file; executes nothing in it."),
-        "models": ("models:models", "", "List the variants and where the authors' checkpoints are."),
+        "convert": (
+            "convert:convert",
+            "SOURCE -o FILE",
+            "Convert weights between PyTorch and Paddle and verify them.",
+        ),
+        "verify": ("verify:verify", "FILE --against FILE", "Verify a converted weights file against its source."),
+        "inspect": ("inspect:inspect", "FILE", "Describe a weights file without executing its content."),
+        "models": ("models:models", "", "List the variants and links to the authors' checkpoints."),
     },
     "Use": {
         "predict": ("predict:predict", "IMAGE... --weights FILE", "Classify images."),
         "eval": ("evaluate:command", "--weights FILE --data FOLDER", "Measure accuracy on labeled images."),
-        "compare": ("compare:compare", "FIRST SECOND", "Compare two results of eval over the same images."),
-        "export": ("export:export", "FILE -o FILE.onnx", "Export for ONNX Runtime, Paddle Inference or OpenVINO."),
-        "bench": ("bench:bench", "--weights FILE", "Measure how fast the engines are on this machine."),
-        "demo": ("demo:demo", "--weights FILE", "Serve a local page with classes and similarity maps."),
+        "compare": ("compare:compare", "FIRST SECOND", "Compare two evaluations on the same images."),
+        "export": ("export:export", "FILE -o FILE.onnx", "Export to ONNX, Paddle Inference or OpenVINO, and check it."),
+        "bench": ("bench:bench", "--weights FILE", "Measure the speed of the engines on this machine."),
+        "demo": ("demo:demo", "--weights FILE", "Serve a local page with predictions and similarity maps."),
     },
     "Train": {
-        "train": ("train:train", "RECIPE", "Train a network by a recipe; every field is an option too."),
-        "finetune": ("finetune:finetune", "--weights FILE --data FOLDER", "Train weights on your own images."),
-        "recipes": ("recipes:recipes", "", "List the shipped recipes, or print one."),
-        "check-data": ("check_data:check_data", "FOLDER", "Check class folders before training."),
-        "resume": ("resume:resume", "RUN", "Go on with an interrupted evaluation or training."),
+        "train": ("train:train", "RECIPE", "Train a network with a recipe. Options override its fields."),
+        "finetune": ("finetune:finetune", "--weights FILE --data FOLDER", "Fine-tune weights on your own images."),
+        "recipes": ("recipes:recipes", "", "List the included recipes, or print one."),
+        "check-data": ("check_data:check_data", "FOLDER", "Check a dataset of class folders before training."),
+        "resume": ("resume:resume", "RUN", "Resume an interrupted evaluation or training run."),
     },
     "Analyze": {
         "similarity": ("similarity:similarity", "IMAGE... --weights FILE", "Draw token-global similarity maps."),
@@ -58,18 +62,18 @@ COMMANDS = {
         "faithfulness": (
             "faithfulness:faithfulness",
             "IMAGE... --weights FILE",
-            "Measure whether maps mark what predictions rest on.",
+            "Measure whether maps mark the pixels that predictions need.",
         ),
     },
     "Setup": {
-        "quickstart": ("quickstart:quickstart", "", "Run the whole path on shipped data."),
-        "doctor": ("doctor:doctor", "", "Print versions, devices, and what is missing."),
+        "quickstart": ("quickstart:quickstart", "", "Convert, verify, evaluate and predict with included data."),
+        "doctor": ("doctor:doctor", "", "Print versions and devices, and how to install missing parts."),
         "cache": ("cache:cache", "", "Show, limit or empty the cache of exports and operators."),
     },
 }
 RENAMED = {"heads": "head-stats", "trust": "faithfulness"}
-FORMS = {name: row[1] for group in COMMANDS.values() for name, row in group.items()}
-OPTIONS = "Every command takes --json (print JSON), -q (no notes, no progress), -v (more notes), --debug (a traceback)."
+USAGE = {name: row[1] for group in COMMANDS.values() for name, row in group.items()}
+OPTIONS = "All commands accept --json (print JSON), -q (hide notes and progress), -v (more notes), --debug (traceback)."
 
 app = App(
     name="fcvit",
@@ -87,34 +91,35 @@ app.register_install_completion_command(name="--install-completion")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return the exit code."""
+    """Run a command line and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {"debug": ["--debug"], "json": ["--json"], "quiet": ["-q", "--quiet"], "verbose": ["-v", "--verbose"]}
-    asked = {flag: any(word in words for word in spellings) for flag, spellings in flags.items()}
+    given = {flag: any(word in words for word in spellings) for flag, spellings in flags.items()}
     words = [word for word in words if not any(word in spellings for spellings in flags.values())]
-    debug = asked["debug"]
+    debug = given["debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    level = logging.ERROR if asked["quiet"] else logging.DEBUG if asked["verbose"] else logging.INFO
+    level = logging.ERROR if given["quiet"] else logging.DEBUG if given["verbose"] else logging.INFO
     try:
         with _interruptions(keep=arguments is None), _shown_notes(level, debug):
             if words and words[0] in RENAMED:
-                _note(f"fcvit {words[0]} is now fcvit {RENAMED[words[0]]}; the old name goes with the next version")
+                old, new = words[0], RENAMED[words[0]]
+                _note(f"fcvit {old} was renamed to fcvit {new}; the next version will not accept the old name")
                 words[0] = RENAMED[words[0]]
-            if words and words[0] and words[0][0] != "-" and words[0] not in FORMS:
-                near = difflib.get_close_matches(words[0], FORMS, 1)
+            if words and words[0] and words[0][0] != "-" and words[0] not in USAGE:
+                near = difflib.get_close_matches(words[0], USAGE, 1)
                 hint = f' Did you mean "{near[0]}"?' if near else ""
                 raise UsageError(f'unknown command "{words[0]:.60}".{hint} (fcvit --help lists the commands)')
             result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
-            code = _print_result(result, asked["json"])
+            code = _print_result(result, given["json"])
             sys.stdout.flush()
         return code
     except CycloptsError as error:
         return _fail(_usage(error, words), UsageError.exit_code, debug)
     except FcvitError as error:
         if hasattr(error, "result"):
-            _print_result(error.result, asked["json"])
+            _print_result(error.result, given["json"])
         code = _fail(error, error.exit_code, debug)
         if len(problems := getattr(error, "problems", ())) > 1:
             from fcvit.report.tables import problems as listing
@@ -124,22 +129,22 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fcvit: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has had enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that went away
+    except OSError as error:  # for example a full disk or a deleted folder
         text = f"{error.filename or 'reading or writing failed'}: {error.strerror or error}"
         return _fail(text, UnreadableFile.exit_code, debug)
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}"[:300]
-        return _fail(f"{text} (please report it; --debug shows where)", FcvitError.exit_code, debug)
+        return _fail(f"{text} (please report this; --debug prints the traceback)", FcvitError.exit_code, debug)
 
 
 def _print_result(result: Any, as_json: bool) -> int:
-    """Print what a command returned; return the exit code.
+    """Print the result of a command and return the exit code.
 
-    A result may have `tables()` (renderables or lines), `to_json()` (else its fields), `exit_code`, `unreadable`
-    (images that were left out) and `problem` (why it failed).
+    A result may define `tables()` (renderables or lines), `to_json()` (default: its fields), `exit_code`, `unreadable`
+    (images that were skipped) and `problem` (why the command failed).
     """
     if not hasattr(result, "tables"):
         return result if isinstance(result, int) else 0
@@ -168,7 +173,7 @@ def _show(part: object, error: bool = False) -> None:
 
     try:
         console(error).print(part)
-    except SystemExit as end:  # what rich makes of a pipe that was closed
+    except SystemExit as end:  # rich exits when the pipe is closed
         raise BrokenPipeError from end
 
 
@@ -177,7 +182,7 @@ def _note(text: str) -> None:
 
 
 class _Notes(logging.Handler):
-    """Show what the package logs as notes on the standard error."""
+    """A logging handler that prints records as notes to the standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _note(record.getMessage())
@@ -185,7 +190,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def _shown_notes(level: int, debug: bool) -> Iterator[None]:
-    """Show notes and our warnings while a command runs; others only with --debug."""
+    """Show notes and warnings of this package while a command runs. Other warnings are shown only with --debug."""
     logger, handler = logging.getLogger("fcvit"), _Notes()
     before = logger.level
     logger.addHandler(handler)
@@ -204,27 +209,27 @@ def _shown_notes(level: int, debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptions(keep: bool) -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: in order, and saying how to go on.
+    """Handle SIGTERM like Ctrl-C: clean up, and print how to resume.
 
-    Signals within a second are one: Paddle's launcher passes on what the terminal has sent already.
+    Signals within one second count as one, because Paddle's launcher forwards signals that the terminal already sent.
 
     Args:
-        keep: leave the handlers to the process, which ends.
+        keep: Whether to leave the handlers in place, because the process ends after the command.
     """
-    came = -math.inf
+    last = -math.inf
 
     def interrupt(*_: object) -> None:
-        nonlocal came
-        now, before = time.monotonic(), came
+        nonlocal last
+        now, before = time.monotonic(), last
         if now - before > 1:
-            came = now
+            last = now
             raise KeyboardInterrupt
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                # A shell lets processes in the background ignore Ctrl-C.
+                # A shell makes background processes ignore Ctrl-C. Keep this.
                 if before is not None and (number == signal.SIGTERM or before is signal.default_int_handler):
                     signal.signal(number, interrupt)
                     if not keep:
@@ -233,68 +238,68 @@ def _interruptions(keep: bool) -> Iterator[None]:
         yield
 
 
-_LONGEST = 1500  # characters of an error
+_LONGEST = 1500  # maximum number of characters of an error message
 _WEIGHTS = (".pth", ".tar", ".pt", ".safetensors", ".pdparams", ".bin", ".ckpt")
 
 
 def _usage(error: CycloptsError, words: list[str]) -> str:
-    """Return what is wrong with a command line, and how it is meant to be."""
+    """Return a message with the error in a command line and a corrected command line."""
     text = str(error)
     command = words[0] if words else ""
     if command.startswith("-"):
-        later = next((place for place, word in enumerate(words) if word in FORMS), None)
+        later = next((position for position, word in enumerate(words) if word in USAGE), None)
         if later is not None:
-            return f"the command comes first: {_line([words[later], *words[:later], *words[later + 1 :]])}"
-    form = _slots(FORMS.get(command, ""))
+            return f"the command must come first: {_line([words[later], *words[:later], *words[later + 1 :]])}"
+    usage = _arguments(USAGE.get(command, ""))
     missing = error.argument if type(error) is MissingArgumentError else None
     if missing or isinstance(error, UnusedCliTokensError):
         if missing:
-            # A field of a recipe has no parameter of its own; only the text names it.
+            # A recipe field has no parameter, so its name is only in the message.
             field = re.search(r"parameter (--[\w.-]+) requires an argument", text)
             name = field[1] if field and missing.name.startswith("--[") else missing.name
             given = any(word.partition("=")[0] in (name, *missing.names) for word in words[1:])
             text = f"{command}: {name} has no value" if given else f"{command}: {name} is missing"
         else:
             extra = error.unused_tokens or []
-            text = f"{command}: {' '.join(map(shlex.quote, extra)):.80} stands where no argument is expected"
-        if form:
-            return f"{text}; as in: {_example(command, form, words[1:])} (fcvit {command} --help has all options)"
-    where = f"fcvit {command} --help lists its options" if command in FORMS else "fcvit --help lists the commands"
+            text = f"{command}: unexpected argument: {' '.join(map(shlex.quote, extra)):.80}"
+        if usage:
+            return f"{text}; expected: {_example(command, usage, words[1:])} (fcvit {command} --help lists all options)"
+    where = f"fcvit {command} --help lists its options" if command in USAGE else "fcvit --help lists the commands"
     return f"{text} ({where})"
 
 
-def _slots(form: str) -> tuple[str, ...]:
-    """Return the arguments of a line of usage, an option together with its value."""
-    return tuple(re.findall(r"-\S+ \S+|\S+", form))
+def _arguments(usage: str) -> tuple[str, ...]:
+    """Split a usage line into arguments. An option and its value form one argument."""
+    return tuple(re.findall(r"-\S+ \S+|\S+", usage))
 
 
-def _example(command: str, form: tuple[str, ...], words: list[str]) -> str:
-    """The form of a command, filled with the words that were given."""
+def _example(command: str, usage: tuple[str, ...], words: list[str]) -> str:
+    """Return the usage line of a command, filled with the given words."""
     loose = [word for before, word in zip(["", *words], words, strict=False) if word[:1] != "-" and before[:1] != "-"]
     options = {word.partition("=")[0] for word in words if word[:1] == "-"}
     kept = [word for word in words if word not in loose]
     files = [word for word in loose if word.lower().endswith(_WEIGHTS) and not Path(word).is_dir()]
-    if "--weights FILE" in form and "--weights" not in options:
-        if not files and "IMAGE..." not in form:
+    if "--weights FILE" in usage and "--weights" not in options:
+        if not files and "IMAGE..." not in usage:
             files = [word for word in loose if not Path(word).is_dir()]
         weights = files[0] if files else "FILE"
         loose = [word for word in loose if word != weights]
     else:
         weights = ""
     filled: list[str] = []
-    for slot in form:
-        option, _, placeholder = slot.partition(" ")
-        if slot == "IMAGE...":
-            filled += loose or [slot]
+    for argument in usage:
+        option, _, placeholder = argument.partition(" ")
+        if argument == "IMAGE...":
+            filled += loose or [argument]
         elif not placeholder:
-            filled.append(loose.pop(0) if loose else slot)
+            filled.append(loose.pop(0) if loose else argument)
         elif option == "--weights":
             filled += [option, weights] if weights else []
         elif not options & ({"-o", "--output"} if option == "-o" else {option}):
             filled += [option, loose.pop(0) if loose else placeholder]
-    if kept and kept[-1][:1] == "-" and "=" not in kept[-1]:  # the one without its value
-        value = next((slot.partition(" ")[2] for slot in form if slot.startswith(f"{kept[-1]} ")), "VALUE")
-        kept.append(value)
+    if kept and kept[-1][:1] == "-" and "=" not in kept[-1]:  # the option without a value
+        values = (argument.partition(" ")[2] for argument in usage if argument.startswith(f"{kept[-1]} "))
+        kept.append(next(values, "VALUE"))
     return _line([command, *filled, *kept])
 
 
@@ -304,7 +309,7 @@ def _line(words: list[str]) -> str:
 
 
 def _fail(message: object, code: int, debug: bool) -> int:
-    """Print one line for a person, with --debug the traceback before it; return the exit code."""
+    """Print an error message in one line, after the traceback if `debug` is set, and return the exit code."""
     if debug:
         print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
     text = " ".join(str(message).split())

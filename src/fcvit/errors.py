@@ -1,55 +1,56 @@
-"""Everything that can go wrong for a user, each kind with the exit code of the command line.
+"""Define the errors that users can meet, each with its exit code on the command line.
 
-A message is one line: what was wrong, where, what was expected, what to do.
+A message is one line: where the problem is, what it is, and what to do.
 """
 
 
 class FcvitError(Exception):
-    """Base of all errors that are meant for people; printed without a traceback."""
+    """Base class of all errors with a message for users. The command line prints them without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(FcvitError, ValueError):
-    """The request itself is wrong: an unknown name, an option that does not apply."""
+    """The request is invalid, for example an unknown name or an option that does not apply."""
 
     exit_code = 2
 
 
 class UnreadableFile(FcvitError, ValueError):
-    """A file cannot be read or written, or is not safe to read."""
+    """A file cannot be read or written, or is unsafe to read."""
 
     exit_code = 3
 
 
 class DoesNotFit(FcvitError, ValueError):
-    """Names, shapes or classes do not fit the model."""
+    """Names, shapes or classes do not match the model."""
 
     exit_code = 4
 
 
 class NumbersDisagree(FcvitError, ValueError):
-    """Two computations that must agree do not."""
+    """Two computations that must give equal results differ."""
 
     exit_code = 5
 
 
 class BadImages(FcvitError, ValueError):
-    """Images could not be read; everything else was done."""
+    """Some images could not be read. The work on all other images was completed."""
 
     exit_code = 6
 
 
 class MissingExtra(FcvitError, ImportError):
-    """An optional dependency is not installed; the message names the command that installs it."""
+    """An optional dependency is not installed. The message gives the command that installs it."""
 
     exit_code = 7
 
 
 class TrainingStopped(FcvitError, ArithmeticError):
-    """A training cannot go on; its last good checkpoint is there.
+    """Training cannot continue. The last good checkpoint is kept.
 
-    `again`: whether the same run, resumed, might come further.
+    Attributes:
+        again: Whether resuming the run may get past the problem.
     """
 
     exit_code = 8
@@ -60,13 +61,13 @@ class TrainingStopped(FcvitError, ArithmeticError):
 
 
 class FreshWeights(UserWarning):
-    """Some weights were not in the file and start from their initialization."""
+    """Some weights were missing from the file and keep their initial values."""
 
 
 INTERRUPTED = 130
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: "1 image", "1,000 images", "2 classes"."""
+    """Return a count with its noun: "1 image", "1,000 images", "2 classes"."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"

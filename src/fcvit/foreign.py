@@ -1,38 +1,38 @@
-"""Tell by its first bytes what a file is that is no image, or no checkpoint."""
+"""Detect the type of an unsupported file from its first bytes, for helpful error messages."""
 
-KIND_BYTES = 512  # that `foreign_kind` looks at
+KIND_BYTES = 512  # number of bytes that `foreign_kind` needs
 TEXT = "a text file"
-_WEB_PAGE = "a web page or XML, probably the warning or error page of a download; fetch the file itself"
+_WEB_PAGE = "a web page or XML, probably a warning or error page saved by a download; download the actual file"
 _VIDEO = "a video"
-# Offset, bytes there, and what they say; the first that fits counts.
+# Offset, bytes at the offset, and description. The first match wins.
 _KINDS = (
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the actual file; run git lfs pull"),
     (0, b"<", _WEB_PAGE),
-    (0, b"%PDF", "a PDF document; save its pictures as PNG or JPEG"),
+    (0, b"%PDF", "a PDF document; save its images as PNG or JPEG"),
     (0, b"%!PS", "a PostScript document; save it as PNG"),
-    (0, b"PK\x03\x04", "a ZIP archive or an office document; unpack it first"),
+    (0, b"PK\x03\x04", "a ZIP archive or an office document; extract it first"),
     (0, b"\x1f\x8b", "gzip-compressed; decompress it first"),
     (0, b"BZh", "bzip2-compressed; decompress it first"),
     (0, b"\xfd7zXZ\0", "xz-compressed; decompress it first"),
     (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first"),
-    (0, b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (0, b"Rar!", "a RAR archive; unpack it first"),
-    (257, b"ustar", "a tar archive; unpack it first"),
-    (0, b"\x89HDF", "an HDF5 file (Keras?), which is not read"),
+    (0, b"7z\xbc\xaf", "a 7z archive; extract it first"),
+    (0, b"Rar!", "a RAR archive; extract it first"),
+    (257, b"ustar", "a tar archive; extract it first"),
+    (0, b"\x89HDF", "an HDF5 file (Keras?), which is not supported"),
     (0, b"\x93NUMPY", "a single NumPy array"),
-    (0, b"\xff\x0a", "a JPEG XL image, which is not read; save it as JPEG or PNG"),
-    (4, b"JXL ", "a JPEG XL image, which is not read; save it as JPEG or PNG"),
-    (4, b"jP  ", "a JPEG 2000 image, which is not read; save it as JPEG or PNG"),
-    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image, which is not read; save it as JPEG or PNG"),
+    (0, b"\xff\x0a", "a JPEG XL image, which is not supported; save it as JPEG or PNG"),
+    (4, b"JXL ", "a JPEG XL image, which is not supported; save it as JPEG or PNG"),
+    (4, b"jP  ", "a JPEG 2000 image, which is not supported; save it as JPEG or PNG"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image, which is not supported; save it as JPEG or PNG"),
     (0, b"8BPS", "a Photoshop document; save it as PNG"),
-    (0, b"DDS ", "a DDS texture, which is not read; save it as PNG"),
-    (0, b"\0\0\x01\0", "an icon (ICO), which is not read; save it as PNG"),
-    (128, b"DICM", "a DICOM image, which is not read; save it as PNG"),
+    (0, b"DDS ", "a DDS texture, which is not supported; save it as PNG"),
+    (0, b"\0\0\x01\0", "an icon (ICO), which is not supported; save it as PNG"),
+    (128, b"DICM", "a DICOM image, which is not supported; save it as PNG"),
     (8, b"AVI ", _VIDEO),
     (0, b"\x1aE\xdf\xa3", _VIDEO),
     (4, b"moov", _VIDEO),
-    (0, b"\0\x05\x16\x07", "macOS's notes on a file (AppleDouble), not the file itself"),
-    (0, b"\xd0\xcf\x11\xe0", "an office document or Windows' Thumbs.db"),
+    (0, b"\0\x05\x16\x07", "macOS metadata of a file (AppleDouble), not the actual file"),
+    (0, b"\xd0\xcf\x11\xe0", "an office document or a Windows Thumbs.db file"),
     (0, b"\x80\x02", "a Python pickle"),
     (0, b"\x80\x04", "a Python pickle"),
 )
@@ -44,23 +44,23 @@ _IMAGES = (
     (0, b"II*\0", "a TIFF or raw image"),
     (0, b"MM\0*", "a TIFF or raw image"),
 )
-IMAGE_KINDS = frozenset(what for _, _, what in _IMAGES)  # that are read, where they are whole
+IMAGE_KINDS = frozenset(what for _, _, what in _IMAGES)  # supported, so an unreadable one is damaged
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """Say what a file is that begins with these bytes, and what to do; None: nothing that is known.
+    """Return the type of a file and a remedy, or None if the type is unknown.
 
     Args:
-        head: the first `KIND_BYTES` of it, or all of a shorter one.
+        head: The first `KIND_BYTES` bytes of the file, or all bytes of a shorter file.
     """
     if not head:
         return "an empty file"
     if head[4:8] == b"ftyp":
-        brands = {head[place : place + 4] for place in (8, *range(16, min(len(head), int.from_bytes(head[:4])), 4))}
+        brands = {head[start : start + 4] for start in (8, *range(16, min(len(head), int.from_bytes(head[:4])), 4))}
         if brands & {b"avif", b"avis"}:
-            return "an AVIF image, damaged or not read by this Pillow; save it as JPEG or PNG"
-        return "an HEIF (HEIC) image, which is not read; save it as JPEG or PNG" if brands & {*_HEIF} else _VIDEO
+            return "an AVIF image, damaged or not supported by the installed Pillow; save it as JPEG or PNG"
+        return "an HEIF (HEIC) image, which is not supported; save it as JPEG or PNG" if brands & {*_HEIF} else _VIDEO
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] == b"<" and b"<svg" in start:
         return "an SVG drawing; save it as PNG"
@@ -68,9 +68,10 @@ def foreign_kind(head: bytes) -> str | None:
         if head.startswith(magic, offset) or (not offset and magic.isascii() and start.startswith(magic)):
             return what
     if not any(head):
-        return "zeros only, as a copy or download leaves that was interrupted"
+        return "zeros only, probably from an interrupted copy or download"
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        text = head[: error.start].decode("utf-8") if error.start > len(head) - 4 else "\0"  # cut in a character
+        # The last character may be cut off.
+        text = head[: error.start].decode("utf-8") if error.start > len(head) - 4 else "\0"
     return TEXT if all(c.isprintable() or c.isspace() for c in text) else None

@@ -1,8 +1,7 @@
-"""Import PaddlePaddle or PyTorch when a model is needed: quietly, or with the remedy.
+"""Import PaddlePaddle or PyTorch on demand, without side effects, or raise an error with the remedy.
 
-Nothing else of the package imports either of them at the top, save the files that hold
-networks. Importing Paddle warns about a compiler cache and adds a handler to the root logger;
-neither is the user's business.
+Only the modules that define networks import a framework at module level. Importing Paddle warns about
+a compiler cache and adds a handler to the root logger. Both are suppressed.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ _PADDLE_HANDLES = [
     for name in ("SIGTERM", "SIGSEGV", "SIGILL", "SIGFPE", "SIGABRT", "SIGBUS")
     if hasattr(signal, name)  # Windows has no SIGBUS
 ]
-_handlers_are_ours = False  # whether what Paddle's import did to them is undone
+_handlers_restored = False  # whether the signal handlers set by Paddle's import were undone
 _SIGACTION = 512  # bytes, more than any system's `struct sigaction`
 
 
@@ -47,13 +46,13 @@ def import_framework(framework: str) -> ModuleType:
     """Import "paddle" or "torch".
 
     Raises:
-        MissingExtra: it is not installed, or does not load on this machine.
-        KeyboardInterrupt: after the import, which an interruption would damage.
+        MissingExtra: The framework is not installed, or does not load on this machine.
+        KeyboardInterrupt: The import was interrupted. Raised after the import, which an interruption would damage.
     """
-    # The libraries read these once, when they load; a user's own setting wins.
+    # The libraries read these variables once, when they load. Values set by the user take precedence.
     os.environ.setdefault("GLOG_minloglevel", "2")
-    # Threads that wait for each other by spinning take the cores away from those they wait for: beside
-    # another busy process a training step became 30 times slower.
+    # Threads that spin while waiting occupy the cores of the threads they wait for. A training step
+    # was 30 times slower while another process was busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -61,7 +60,7 @@ def import_framework(framework: str) -> ModuleType:
         with contextlib.ExitStack() as stack:
             stack.enter_context(held_back())
             if framework == "paddle":
-                stack.enter_context(_sigterm_taken_back() if framework in sys.modules else _signal_handlers_kept())
+                stack.enter_context(_restored_sigterm() if framework in sys.modules else _preserved_signal_handlers())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             return importlib.import_module(framework)
@@ -78,18 +77,19 @@ def import_framework(framework: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def _preserved_signal_handlers() -> Iterator[None]:
     """Undo the signal handlers that Paddle's import sets, which print to the standard output and end the process.
 
-    By the C library, since Python sets handlers in the main thread only and does not know those of other libraries.
-    Each module that Paddle looks for is an occasion to undo them: else they would be in force for half a second.
+    This uses the C library, because Python sets handlers only in the main thread and does not know the handlers
+    of other libraries. The handlers are restored at every import that Paddle makes. Otherwise Paddle's handlers
+    would be active for half a second.
     """
-    global _handlers_are_ours
+    global _handlers_restored
     if os.name != "posix":
-        with _sigterm_taken_back():
+        with _restored_sigterm():
             yield
         return
-    _handlers_are_ours = True
+    _handlers_restored = True
     sigaction = ctypes.CDLL(None).sigaction
     actions = {number: ctypes.create_string_buffer(_SIGACTION) for number in _PADDLE_HANDLES}
     for number, action in actions.items():
@@ -110,40 +110,40 @@ def _signal_handlers_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_taken_back() -> Iterator[None]:
-    """Once, put the handler of SIGTERM that Python knows of back into force, where others imported Paddle before us."""
-    global _handlers_are_ours
+def _restored_sigterm() -> Iterator[None]:
+    """Restore Python's SIGTERM handler, once, if Paddle was imported before this package did it."""
+    global _handlers_restored
     before = signal.getsignal(signal.SIGTERM)
     yield
-    if not _handlers_are_ours and threading.current_thread() is threading.main_thread():
-        _handlers_are_ours = True
+    if not _handlers_restored and threading.current_thread() is threading.main_thread():
+        _handlers_restored = True
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def quiet_standard_output() -> Iterator[None]:
-    """Send what C++ code prints to the standard output, which is the user's, to nowhere; of the whole process."""
+    """Discard everything that this process, including C++ code, prints to the standard output."""
     sys.stdout.flush()
     standard_output = os.dup(1)
     try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with Path(os.devnull).open("w") as discard:
+            os.dup2(discard.fileno(), 1)
         yield
     finally:
         with contextlib.suppress(OSError, TypeError):
-            ctypes.CDLL(None).fflush(None)  # what is still in C's buffer would come out later
+            ctypes.CDLL(None).fflush(None)  # otherwise C's buffer would be printed later
         os.dup2(standard_output, 1)
         os.close(standard_output)
 
 
 def paddle_place(device: str = "auto") -> str:
-    """Resolve `--device` (auto, cpu, gpu, gpu:N) to Paddle's name of the device, and check it.
+    """Resolve `--device` (auto, cpu, gpu, gpu:N) to Paddle's device name, and check that the device is available.
 
-    `auto` is the first GPU where this build of Paddle has one, else the CPU.
+    `auto` selects the first GPU, or the CPU if Paddle finds no GPU.
 
     Raises:
-        UsageError: the name is unknown, or the machine has no such device.
+        UsageError: The name is unknown, or the device is not available.
     """
     kind, index = parse_device(device)
     paddle = import_framework("paddle")
@@ -153,7 +153,7 @@ def paddle_place(device: str = "auto") -> str:
 
 @contextlib.contextmanager
 def on_paddle_device(place: str) -> Iterator[None]:
-    """Set Paddle's device for a block: it is global, and the caller's afterwards."""
+    """Set Paddle's global device for a block, and restore the previous device afterwards."""
     device = import_framework("paddle").device
     before = device.get_device()
     device.set_device(place)
@@ -164,10 +164,10 @@ def on_paddle_device(place: str) -> Iterator[None]:
 
 
 def torch_place(device: str = "auto") -> str:
-    """Resolve `--device` for PyTorch, whose name of a GPU is `cuda:N`.
+    """Resolve `--device` to PyTorch's device name, which is `cuda:N` for a GPU.
 
     Raises:
-        UsageError: the name is unknown, or the machine has no such device.
+        UsageError: The name is unknown, or the device is not available.
     """
     kind, index = parse_device(device)
     torch = import_framework("torch")
@@ -176,10 +176,10 @@ def torch_place(device: str = "auto") -> str:
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """Split `--device` (auto, cpu, gpu, gpu:N) into its kind and the number of the GPU.
+    """Split `--device` (auto, cpu, gpu, gpu:N) into its kind and the GPU number.
 
     Raises:
-        UsageError: another name; the message says which one is meant, where that is clear.
+        UsageError: The name is unknown. The message suggests the intended name if it is clear.
     """
     device = str(device)
     kind, _, index = device.partition(":")
@@ -188,32 +188,40 @@ def parse_device(device: str) -> tuple[str, int]:
     meant = _GPU.fullmatch(device.strip())
     remedy = ""
     if meant and device:
-        remedy = f"; a GPU is called gpu{f':{int(meant[1])}' if meant[1] else ''} here"
+        remedy = f"; for this GPU use gpu{f':{int(meant[1])}' if meant[1] else ''}"
     elif kind.lower() in ("mps", "metal", "xpu", "npu", "tpu", "rocm", "hip"):
-        remedy = "; only NVIDIA's GPUs are supported, use cpu"
+        remedy = "; only NVIDIA GPUs are supported, use cpu"
     raise UsageError(f"--device {device[:40]!r}: expected auto, cpu, gpu or gpu:N{remedy}")
 
 
 _NUMBER = re.compile(r"[0-9]{1,3}")
 _GPU = re.compile(r"(?:cuda|gpu|nvidia)?[:_ -]?([0-9]{1,3})?", re.IGNORECASE)
 _GPU_BUILD = {
-    "Paddle": "the way that www.paddlepaddle.org.cn/en/install/quick describes for your CUDA "
-    "(paddlepaddle-gpu from Paddle's own package index, in place of paddlepaddle)",
-    "PyTorch": "the way that pytorch.org/get-started/locally describes for your CUDA",
+    "Paddle": "for your CUDA version as described at www.paddlepaddle.org.cn/en/install/quick "
+    "(paddlepaddle-gpu from Paddle's own package index, instead of paddlepaddle)",
+    "PyTorch": "for your CUDA version as described at pytorch.org/get-started/locally",
 }
 
 
 def _place(device: str, kind: str, index: int, gpus: int | None, gpu_name: str, framework: str) -> str:
-    """Return the framework's name of a device; `gpus`: how many it sees, None in a build for CPUs only."""
+    """Return the framework's name of a device.
+
+    Args:
+        device: The value of `--device`, for messages.
+        kind, index: The result of `parse_device`.
+        gpus: Number of GPUs that the framework finds, or None for a CPU build.
+        gpu_name: The framework's name of a GPU, without the number.
+        framework: Name of the framework, for messages.
+    """
     if kind == "cpu" or (kind == "auto" and not gpus):
         return "cpu"
     if gpus is None:
         raise UsageError(
-            f"--device {device}: the CPU build of {framework} is installed, which uses no GPU; install the GPU build "
+            f"--device {device}: the CPU build of {framework} is installed; install the GPU build "
             f"{_GPU_BUILD[framework]}, or use --device cpu"
         )
     if index >= gpus:
-        sees = f"{framework} sees {gpus} GPU(s) here" if gpus else f"{framework} sees no GPU or no driver of one here"
-        remedy = f"use gpu:0 to gpu:{gpus - 1}" if gpus else "nvidia-smi should list it; else use --device cpu"
-        raise UsageError(f"--device {device}: {sees}; {remedy}")
+        problem = f"{framework} finds {gpus} GPU(s)" if gpus else f"{framework} finds no GPU or no GPU driver"
+        remedy = f"use gpu:0 to gpu:{gpus - 1}" if gpus else "check that nvidia-smi lists it, or use --device cpu"
+        raise UsageError(f"--device {device}: {problem}; {remedy}")
     return f"{gpu_name}:{index}"

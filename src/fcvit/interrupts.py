@@ -1,9 +1,8 @@
-"""Let no SIGINT or SIGTERM get lost.
+"""Make sure that no SIGINT or SIGTERM is lost.
 
-Python runs a signal handler between any two instructions of the main thread, also in a function that C code called.
-The KeyboardInterrupt that the handler raises there may come out as another error or not at all: Paddle makes an
-OSError of one that leaves the backward of a native operator, a class that is being made a RuntimeError, an import in
-C an ImportError.
+Python can run a signal handler between any two instructions of the main thread, also in a function called by C code.
+A KeyboardInterrupt raised there may be swallowed or replaced by another error. Paddle turns it into an OSError in the
+backward pass of a native operator, class creation turns it into a RuntimeError, and an import in C into an ImportError.
 """
 
 import contextlib
@@ -14,24 +13,24 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_NOTE = b"fcvit: note: ending as soon as this step is done; the next Ctrl-C ends the process at once\n"
+_NOTE = b"fcvit: note: stopping after the current step; press Ctrl-C again to stop at once\n"
 _STACK = 64  # bytes, more than any system's `stack_t`
-_raised: list[BaseException] = []  # by signal handlers, in the `kept` blocks that are open
+_raised: list[BaseException] = []  # exceptions that signal handlers raised in the open `kept` blocks
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Deliver a SIGINT or SIGTERM that comes in the block when the block is left, to the handler of before.
+    """Delay SIGINT and SIGTERM until the end of the block, then pass them to the previous handler.
 
-    The third Ctrl-C in one block ends the process, in case that the block never ends. In other threads than the main
-    one, which runs all handlers, this does nothing.
+    The third Ctrl-C in one block ends the process, in case the block never finishes. This does nothing outside the
+    main thread, because only the main thread runs signal handlers.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def remember(number: int, _: object) -> None:
-        came.append(number)
-        if (presses := came.count(signal.SIGINT)) == 2:
-            os.write(2, _NOTE)  # `print` may be what was interrupted
+        received.append(number)
+        if (presses := received.count(signal.SIGINT)) == 2:
+            os.write(2, _NOTE)  # not `print`, which may be the interrupted call
         elif presses > 2:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -40,15 +39,15 @@ def held_back() -> Iterator[None]:
         with _handled(lambda _: remember):
             yield
     finally:
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Raise what a signal handler raised in the block, where another error leaves the block.
+    """Raise the exception of a signal handler again if the block ends with a different error.
 
-    Call `check` now and then, and at the end, for what was swallowed.
+    Call `check` regularly and at the end of the block, to raise exceptions that were swallowed.
     """
 
     def keeping(before: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,16 +76,16 @@ def kept() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise what a signal handler has raised in a `kept` block that is still open."""
+    """Raise again any exception that a signal handler raised in an open `kept` block."""
     if _raised and _in_main_thread():
         raise _raised[0]
 
 
 @contextlib.contextmanager
 def signal_stack_kept() -> Iterator[None]:
-    """Put the stack that signal handlers of this thread run on back at the end of a block.
+    """Restore the alternate signal stack of this thread at the end of a block.
 
-    A library that leaves its own there may free it later: then the next Ctrl-C ends the process by SIGSEGV.
+    A library may set its own signal stack and free it later. The next Ctrl-C would then end the process with SIGSEGV.
     """
     change = None if os.name == "nt" else ctypes.CDLL(None).sigaltstack
     before = ctypes.create_string_buffer(_STACK)
@@ -104,7 +103,7 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def _handled(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the handlers of both signals for a block, where they are Python functions, in the main thread."""
+    """Replace the SIGINT and SIGTERM handlers for a block if they are Python functions, in the main thread only."""
     before: list[tuple[int, Callable[..., Any]]] = []
     if _in_main_thread():
         before += [(n, handler) for n in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(n))]
@@ -117,7 +116,7 @@ def _handled(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iter
 
 
 def _restore(handlers: list[tuple[int, Callable[..., Any]]]) -> None:
-    """Each in the `finally` of another: a handler that is back may raise at once."""
+    """Restore signal handlers. Nested `finally` clauses are needed because a restored handler may raise at once."""
     if handlers:
         try:
             signal.signal(*handlers.pop())

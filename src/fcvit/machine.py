@@ -1,4 +1,4 @@
-"""The machine this process runs on: processor, cores, memory."""
+"""Query the machine that this process runs on: processor, cores and memory."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ def processor_name() -> str:
 
 
 def processor_identity() -> str:
-    """Return model and instruction sets: what was verified for this processor may not hold on another."""
+    """Return the processor model and its instruction sets, as a key for results that depend on the processor."""
     info = _cpuinfo()
     known = [info[name] for name in ("model name", "flags", "Features") if name in info]
     return "".join(known) or f"{platform.machine()} {platform.processor()}"
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Return the fields of the first core; empty where the system does not tell."""
+    """Return the fields of the first core in /proc/cpuinfo, or an empty dictionary if the file is not available."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0].splitlines()
         return {name.strip(): value for name, _, value in (line.partition(":") for line in lines)}
@@ -40,8 +40,8 @@ def available_threads() -> int:
 
 
 def peak_memory() -> int:
-    """Return the bytes that this process held at most so far; 0 where the system does not tell."""
-    # Linux counts what the parent process held into `getrusage`, so a small child of a large process looks large.
+    """Return the peak memory of this process in bytes, or 0 if the system does not report it."""
+    # On Linux, `getrusage` includes memory of the parent process, so a small child of a large process seems large.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -52,7 +52,7 @@ def peak_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that are available without swapping: of the machine, or of the container where that is less."""
+    """Return the memory in bytes that is available without swapping, within the limit of the container if any."""
     available = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -1,6 +1,6 @@
-"""What a run leaves: one folder, `run.json` in it, nothing half-written.
+"""Create run folders and write files atomically.
 
-`run.json` holds the command, the time it began, the versions, and the status: "running",
+`run.json` in a run folder records the command, the start time, the versions, and the status: "running",
 "finished", "interrupted", or "failed" with the reason.
 """
 
@@ -31,14 +31,14 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".fcvit-tmp-"
-"""Names of what is being written begin so: what a process that was killed has left is known by it."""
+"""Prefix of temporary files, by which files left by a killed process can be recognized."""
 
 FRAMEWORKS = ("paddlepaddle", "paddlepaddle-gpu", "torch", "onnx", "onnxruntime", "openvino")
 PACKAGES = ("fcvit", *FRAMEWORKS, "numpy", "pillow", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of whichever packages that matter are installed."""
+    """Return the versions of Python and of the installed packages in `PACKAGES`."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -47,20 +47,21 @@ def versions() -> dict[str, str]:
 
 
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Replace a file as a whole: a reader sees the old text or the new.
+    """Write a text file atomically: a reader sees either the old or the new content.
 
     Args:
-        text: written as UTF-8.
-        errors: what happens to file names in it that are not UTF-8; "surrogateescape" keeps their bytes.
+        path: The file to write or replace.
+        text: The content, which is encoded as UTF-8.
+        errors: Error handler for file names in the text that are not UTF-8. "surrogateescape" keeps their bytes.
 
     Raises:
-        UnreadableFile: it cannot be written.
+        UnreadableFile: The file cannot be written.
     """
     write_bytes(path, text.encode("utf-8", errors))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same with bytes."""
+    """Write a binary file atomically, as `write_text` does."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with temporary.open("wb") as file:
@@ -75,21 +76,21 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def staged_files(paths: Sequence[Path], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside files of one folder; those written in it replace them if the block ends well.
+    """Yield a temporary folder. Files written to it move to their final paths if the block ends without an error.
 
     Args:
-        paths: replaced in this order; should the last one fail, those before it are put back.
-        overwrite: whether they may exist.
+        paths: The final paths, all in one folder. Files move in this order. If the last move fails, all are undone.
+        overwrite: Whether existing files may be replaced.
 
     Raises:
-        UsageError: one exists and `overwrite` is off, or it is no file.
-        UnreadableFile: the folder cannot be written to, or the disk is full.
+        UsageError: A path exists and `overwrite` is False, or it is not a file.
+        UnreadableFile: The folder cannot be written to, or the disk is full.
     """
     for path in paths:
         if os.path.lexists(path) and not path.is_file():
-            raise UsageError(f"{path} is there already and is not a file; choose another name")
+            raise UsageError(f"{path} already exists and is not a file; choose another name")
         if os.path.lexists(path) and not overwrite:
-            raise UsageError(f"{path} is there already; choose another name or allow it with --overwrite")
+            raise UsageError(f"{path} already exists; choose another name or pass --overwrite to replace it")
     parent = paths[-1].parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def staged_files(paths: Sequence[Path], overwrite: bool = False) -> Iterator[Pat
                 temporary = Path(name) / path.name
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
-                temporary.chmod(0o666 & ~umask)  # a library may make its files private, the result need not be
+                temporary.chmod(0o666 & ~umask)  # some libraries create private files
             _replace_all(Path(name), written)
     except OSError as error:
         raise UnreadableFile(f"{paths[-1]}: cannot be written: {error.strerror or error}") from error
@@ -125,7 +126,7 @@ def _replace_all(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def to_json(content: object) -> str:
-    """Readable JSON; infinite numbers and NaN, which JSON does not have, become null."""
+    """Return indented JSON. Infinite numbers and NaN become null, because JSON has no notation for them."""
     return escape_json(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False)) + "\n"
 
 
@@ -141,22 +142,22 @@ def _finite(content: object) -> object:
 
 
 def write_json(path: Path, content: object) -> None:
-    """`write_text` of `to_json`."""
+    """Write content as JSON (see `to_json`) atomically."""
     write_text(path, to_json(content))
 
 
 @contextlib.contextmanager
 def run_folder(folder: Path | None, command: str, details: Mapping[str, object] | None = None) -> Iterator[Path]:
-    """A new run in `folder`; how it ended is written when the block is left.
+    """Start a new run, yield its folder, and record in `run.json` how the run ended.
 
     Args:
-        folder: empty or new; None: `runs/COMMAND`, or the first of `runs/COMMAND-2`, ... that is free.
-        command: its name.
-        details: what else `run.json` keeps, for one who continues the run.
+        folder: A new or empty folder. None means `runs/COMMAND`, or the first free one of `runs/COMMAND-2`, ...
+        command: Name of the command.
+        details: Additional fields of `run.json`, needed to resume the run.
 
     Raises:
-        UsageError: the folder is not empty.
-        UnreadableFile: it cannot be written to.
+        UsageError: The folder is not empty.
+        UnreadableFile: The folder cannot be written to.
     """
     folder = _free_folder(command) if folder is None else _claim(folder)
     record: dict[str, object] = {"command": command, "arguments": sys.argv[1:], "began": _now(), "versions": versions()}
@@ -166,27 +167,31 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
 
 
 def refuse_inside(folder: Path, images: Path, what: str) -> None:
-    """The pictures of a run must not become images of the folder that they were made from.
+    """Refuse a run folder inside the folder of input images, where its pictures would become input images.
 
     Args:
-        folder: of the run.
-        images: a folder with images.
-        what: how the user named it.
+        folder: The run folder.
+        images: The folder of input images.
+        what: Description of the input folder, for the message.
 
     Raises:
-        UsageError: they would.
+        UsageError: The run folder is inside the input folder.
     """
     below = images.resolve()
     if below.is_dir() and below in (folder.resolve(), *folder.resolve().parents):
-        raise UsageError(f"{folder} is inside {what}: its pictures would be images; choose another -o")
+        raise UsageError(f"{folder} is inside {what}, so its pictures would become input images; choose another -o")
 
 
 @contextlib.contextmanager
 def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
-    """Go on with a run whose record `read_run` gave; how it ended is written when the block is left.
+    """Resume a run, and record in `run.json` how it ended.
+
+    Args:
+        folder: The run folder.
+        record: The record of the run, from `read_run`.
 
     Raises:
-        UnreadableFile: the folder cannot be written to.
+        UnreadableFile: The folder cannot be written to.
     """
     before = record.get("continued")
     times = [*(before if isinstance(before, list) else []), _now()]
@@ -196,21 +201,25 @@ def continued_run(folder: Path, record: Mapping[str, object]) -> Iterator[Path]:
 
 
 def read_run(folder: Path, command: str | None = None) -> dict[str, Any]:
-    """Return the record of a run, of this command if one is given.
+    """Read the record of a run from `run.json`.
+
+    Args:
+        folder: The run folder.
+        command: The expected command, or None to accept every command.
 
     Raises:
-        UnreadableFile: there is none, or it is damaged.
-        UsageError: it is of another command.
+        UnreadableFile: `run.json` does not exist or is damaged.
+        UsageError: The run belongs to a different command.
     """
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
     except OSError as error:
-        raise UnreadableFile(f"{path}: {error.strerror}; expected the folder of a run") from error
+        raise UnreadableFile(f"{path}: {error.strerror}; expected a run folder, which contains run.json") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFile(f"{path}: damaged ({str(error)[:80]})") from error
     if not isinstance(record, dict):
-        raise UnreadableFile(f"{path}: damaged (not a record)")
+        raise UnreadableFile(f"{path}: damaged (not a JSON object)")
     if command and record.get("command") != command:
         raise UsageError(f"{folder}: not a run of fcvit {command}")
     return record
@@ -221,7 +230,7 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
     path = folder / "run.json"
 
     def write(**ended: object) -> None:
-        with held_back():  # a second signal must not leave "running" behind
+        with held_back():  # a second signal must not leave the status "running"
             write_json(path, {**record, **ended})
 
     with _locked(folder):
@@ -234,7 +243,7 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
             write(status="interrupted")
             raise
         except BaseException as error:
-            with contextlib.suppress(UnreadableFile):  # the disk may be what failed
+            with contextlib.suppress(UnreadableFile):  # the disk itself may have failed
                 write(status="failed", reason=str(error))
             raise
         write(status="finished")
@@ -242,7 +251,7 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from continuing the run at the same time; the lock ends with the process."""
+    """Prevent other processes from resuming the run at the same time. The lock ends with the process."""
     if fcntl is None:
         yield
         return
@@ -256,17 +265,17 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UsageError(f"{folder}: another process is at work on this run") from error
+                raise UsageError(f"{folder}: another process is using this run; wait until it ends") from error
             except OSError:
-                break  # a network disk without locks
+                break  # a network file system without locks
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break
-            # Who had the lock has removed the file since it was opened: others lock a new one.
+            # The previous owner of the lock removed the file after it was opened here, so lock a new file.
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while the lock is held, so that it is no other's
+            path.unlink(missing_ok=True)  # while the lock is held, so that no other process owns the file
 
 
 def _now() -> str:
@@ -274,7 +283,7 @@ def _now() -> str:
 
 
 def _claim(folder: Path) -> Path:
-    """Make the folder ours: of two processes that want it, the one that makes `run.json` has it."""
+    """Claim a folder. If two processes claim it at the same time, the one that creates `run.json` gets it."""
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if not taken:
@@ -283,7 +292,7 @@ def _claim(folder: Path) -> Path:
                 return folder
     except OSError as error:
         raise UnreadableFile(f"{folder}: cannot be written: {error.strerror or error}") from error
-    raise UsageError(f"{folder} is not empty; a run gets a folder of its own, choose another with -o")
+    raise UsageError(f"{folder} is not empty; choose a new or empty folder with -o")
 
 
 def _free_folder(name: str) -> Path:

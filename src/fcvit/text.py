@@ -1,4 +1,4 @@
-"""Text from files, and text for people: encodings, what a terminal obeys, what a spreadsheet executes."""
+"""Decode text from files, and make text safe for terminals and spreadsheets."""
 
 import codecs
 import collections
@@ -13,22 +13,22 @@ from fcvit.errors import UnreadableFile
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, because it starts with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Control characters, line separators, overrides of the writing direction, and halves of characters.
+# Control characters, line separators, overrides of the writing direction, and surrogates.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# A spreadsheet takes a cell that begins so for a formula. The quotes make the mark itself reversible.
+# Spreadsheets interpret a cell that starts with one of these as a formula. Leading quotes keep the escape reversible.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 
 
 def decode_text(content: bytes) -> str:
-    """Decode UTF-8, or UTF-16 or UTF-32 with a byte-order mark; also UTF-16 without one, if it has ASCII in it.
+    """Decode UTF-8, or UTF-16 or UTF-32 with a byte-order mark, or UTF-16 without a mark if it contains ASCII.
 
     Raises:
-        UnicodeDecodeError: it is none of these.
+        UnicodeDecodeError: The content has none of these encodings.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -39,22 +39,22 @@ def decode_text(content: bytes) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Replace what a terminal obeys instead of showing it by its escape, such as \x1b.
+    r"""Replace characters that control a terminal by their escapes, for example \x1b.
 
     Args:
-        text: anything, such as a name from a file.
-        keep: unsafe characters that stay, such as a line feed in text of several lines.
+        text: Any text, for example a name from a file.
+        keep: Unsafe characters to keep, for example a line feed in text with several lines.
     """
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
 def one_line(text: object) -> str:
-    """Return a file's own words for a message: one line, of bearable length, nothing that a terminal obeys."""
+    """Make text from a file safe for a message: one line, at most 300 characters, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
 
 
 def some(values: Iterable[object], shown: int = 5, length: int | None = None) -> str:
-    """Join the first values with commas, each cut to `length` characters, and mark that there are more."""
+    """Join the first values with commas, each cut to `length` characters, and end with "..." if values are left out."""
     texts = list(map(str, values))
     return ", ".join(text[:length] for text in texts[:shown]) + (", ..." if len(texts) > shown else "")
 
@@ -65,7 +65,7 @@ def repeats(values: Iterable[str]) -> list[str]:
 
 
 def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
-    """Parse JSON; also return the keys that stand twice in one object, of which `json` would take the last."""
+    """Parse JSON. Also return keys that occur more than once in one object, of which `json` keeps the last value."""
     repeated: list[str] = []
 
     def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -76,25 +76,25 @@ def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON that says the same to every program.
+    """Parse JSON and refuse repeated keys, which different programs interpret differently.
 
     Raises:
-        UnreadableFile: a key stands twice in one object.
-        ValueError, RecursionError: it is no JSON, or nested too deeply.
+        UnreadableFile: A key occurs more than once in one object.
+        ValueError, RecursionError: The text is not JSON, or it is nested too deeply.
     """
     value, repeated = parse_json(text)
     if repeated:
-        raise UnreadableFile("two entries of one name in the header: refused, it could show other weights to others")
+        raise UnreadableFile("two entries of one name in the header: refused, as programs differ in the one they read")
     return value
 
 
 def escape_json(text: str) -> str:
-    """Escape in JSON what `printable` replaces; the values stay the same."""
+    """Escape the characters in JSON text that `printable` replaces. The parsed values stay the same."""
     return re.sub(_UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:
-    """Write rows as CSV that a spreadsheet opens without executing a cell; `csv_value` gives the cells back."""
+    """Return rows as CSV in which spreadsheets execute no cell. `csv_value` restores the original cells."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator=line_end)
     writer.writerows(
@@ -104,5 +104,5 @@ def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:
 
 
 def csv_value(cell: str) -> str:
-    """Return a cell of `csv_text` as it was before."""
+    """Restore the original value of a cell from `csv_text`."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

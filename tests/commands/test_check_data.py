@@ -1,9 +1,10 @@
-"""Looking over a data set: each trouble is found by name, and nothing else is."""
+"""Test the dataset check: every problem is reported with the name of the image, and nothing else is reported."""
 
 import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import tarfile
 from typing import NamedTuple
@@ -21,7 +22,7 @@ check_data = functools.partial(module.check_data, workers=0)
 
 
 def picture(seed, size=(64, 48)):
-    """Something with forms in it, like no picture of another seed."""
+    """Return an image with shapes that depend on the seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
@@ -34,7 +35,7 @@ def save(path, image, **options):
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Two classes of ten pictures in train, and of ten others in val."""
+    """Two classes with ten images each in train and in val. All images are different."""
     root = tmp_path_factory.mktemp("clean")
     for seed in range(40):
         split, label = divmod(seed // 10, 2)
@@ -48,7 +49,7 @@ def data(originals, tmp_path):
 
 
 @pytest.fixture
-def one(data):
+def train(data):
     return data / "train"
 
 
@@ -60,7 +61,7 @@ def as_tar(folder):
 
 
 def findings(check):
-    """What is not empty, under its name."""
+    """Return all findings that are not empty, by field name."""
     rows = {name: getattr(check, name) for name in ("odd", "missing")}
     rows["unreadable"] = [(bad.image, bad.reason) for bad in check.unreadable]
     rows["duplicates"] = [(group.match, group.images, group.splits, group.classes) for group in check.duplicates]
@@ -81,14 +82,14 @@ def test_clean_data(data, notes):
     assert findings(check_data(data / "train")) == {}
 
 
-def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path, notes):
-    save(data / "test" / "x.png", picture(100))  # without classes, as a test set may be
+def test_splits_can_be_in_different_folders_and_a_test_split_is_optional(data, tmp_path, notes):
+    save(data / "test" / "x.png", picture(100))  # a test set may have no class folders
     save(data / "other" / "cat" / "x.png", picture(101))
     check = check_data(data)
     assert [s.name for s in check.splits] == ["train", "val", "test"]
     assert findings(check) == {"outside": {"test": ("x.png",)}}
-    assert notes[0].endswith("train, val, test: each is a split; not looked at: other")
-    moved = (data / "val").rename(tmp_path / "elsewhere")
+    assert "train, val, test: each is a split" in notes[0] and notes[0].endswith(": other")
+    moved = (data / "val").rename(tmp_path / "moved")
     assert findings(check_data(data / "train", split=[f"val={moved}"])) == {}
     assert findings(check_data(split=[f"train={data / 'train'}", f"val={moved}"])) == {}
     shutil.copy(moved / "cat" / "0.png", data / "train" / "cat" / "x.png")
@@ -96,56 +97,53 @@ def test_the_splits_may_lie_elsewhere_and_a_third_may_be_there(data, tmp_path, n
     assert group.images == ("train/cat/x.png", "val/cat/0.png") and group.splits == ("train", "val")
 
 
-def test_images_that_cannot_be_read(one, monkeypatch):
-    """Decoded to the end, not only the header."""
-    whole = (one / "cat" / "3.png").read_bytes()
-    (one / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
-    (one / "dog" / "4.png").write_bytes(b"no image")
-    (one / "dog" / "gone.png").symlink_to("nowhere")
-    save(one / "dog" / "huge.png", picture(50, (300, 200)))
+def test_unreadable_images(train, monkeypatch):
+    """Images are decoded completely, not only the header."""
+    content = (train / "cat" / "3.png").read_bytes()
+    (train / "cat" / "3.png").write_bytes(content[: len(content) // 2])
+    (train / "dog" / "4.png").write_bytes(b"no image")
+    (train / "dog" / "gone.png").symlink_to("nowhere")
+    save(train / "dog" / "huge.png", picture(50, (300, 200)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 200)
-    check = findings(check_data(one, few=0))
+    check = findings(check_data(train, few=0))
     assert [name for name, _ in check["unreadable"]] == ["cat/3.png", "dog/4.png", "dog/gone.png", "dog/huge.png"]
     reasons = [reason for _, reason in check["unreadable"]]
-    assert "truncated" in reasons[0] and reasons[1:] == [
-        "not an image that can be read: a text file",
-        "No such file or directory",
-        "over the limit of 40,000 pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS",
-    ]
+    facts = ["truncated", "a text file", "No such file or directory", "40,000 pixels.*MAX_IMAGE_PIXELS"]
+    assert all(re.search(fact, reason) for fact, reason in zip(facts, reasons, strict=True))
     assert list(check) == ["unreadable"]
 
 
-def test_files_and_folders_that_are_out_of_place(one):
-    for name in ("cat/notes.TXT", "cat/sub/more.txt", "dog/clip.svg", "dog/README", "beside.txt", "dog/.hidden"):
-        (one / name).parent.mkdir(exist_ok=True)
-        (one / name).touch()
+def test_misplaced_files_and_empty_folders(train):
+    for name in ("cat/notes.TXT", "cat/sub/more.txt", "dog/clip.svg", "dog/README", "outside.txt", "dog/.hidden"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).touch()
     for name in ("empty", "bird/inner", ".git"):
-        (one / name).mkdir(parents=True)
-    save(one / "lonely.png", picture(50))
-    assert findings(check_data(one)) == {
+        (train / name).mkdir(parents=True)
+    save(train / "outside.png", picture(50))
+    assert findings(check_data(train)) == {
         "other_files": {"train": {"": 1, ".svg": 1, ".txt": 2}},
         "empty": {"train": ("bird", "empty")},
-        "outside": {"train": ("lonely.png",)},
+        "outside": {"train": ("outside.png",)},
     }
 
 
-def test_few_images_and_imbalance(one):
-    (one / "dog" / "9.png").unlink()
+def test_few_images_and_imbalance(train):
+    (train / "dog" / "9.png").unlink()
     for index in range(8):
-        save(one / "cat" / f"more{index}.png", picture(50 + index))
-    check = check_data(one)
+        save(train / "cat" / f"more{index}.png", picture(50 + index))
+    check = check_data(train)
     assert findings(check) == {"few": {"train": ("dog",)}}
     assert check.splits[0].imbalance == 2.0 and check.few == 10
-    assert findings(check_data(one, few=9)) == {}
+    assert findings(check_data(train, few=9)) == {}
 
 
-def test_classes_that_are_not_in_every_split(data):
+def test_classes_missing_in_a_split(data):
     shutil.move(data / "val" / "dog", data / "val" / "wolf")
     assert findings(check_data(data)) == {"missing": {"dog": ("val",), "wolf": ("train",)}}
 
 
 def test_exact_duplicates(data):
-    shutil.copy(data / "train" / "cat" / "1.png", data / "val" / "dog" / "x.png")  # the worst: both
+    shutil.copy(data / "train" / "cat" / "1.png", data / "val" / "dog" / "x.png")  # different split and class
     shutil.copy(data / "train" / "cat" / "2.png", data / "train" / "cat" / "y.png")
     picture(3).save(data / "train" / "dog" / "z.png", compress_level=0)
     assert findings(check_data(data))["duplicates"] == [
@@ -156,25 +154,25 @@ def test_exact_duplicates(data):
     assert list(findings(check_data(data))) == ["duplicates"]
 
 
-def test_the_same_bytes_of_another_shape_are_no_duplicates(one):
+def test_equal_pixels_with_a_different_shape_are_not_duplicates(train):
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    save(one / "cat" / "x.png", Image.fromarray(noise))
-    save(one / "cat" / "y.png", Image.fromarray(noise.reshape(60, 40, 3)))
-    assert findings(check_data(one)) == {}
+    save(train / "cat" / "x.png", Image.fromarray(noise))
+    save(train / "cat" / "y.png", Image.fromarray(noise.reshape(60, 40, 3)))
+    assert findings(check_data(train)) == {}
 
 
-def test_pictures_that_say_little(one):
-    """Of almost one color, a little darker on one side as walls are, with noise; and smaller than 16 pixels."""
+def test_flat_and_small_images(train):
+    """Test images of nearly uniform color, with a gradient and noise like a wall, and images below 16 pixels."""
     generator = np.random.default_rng(0)
     wall = np.linspace(190, 200, 64)[None, :, None]
     for index in range(6):
         save(
-            one / "cat" / f"flat{index}.png",
+            train / "cat" / f"flat{index}.png",
             Image.fromarray((wall + generator.integers(0, 3, (64, 64, 3))).astype("u1")),
         )
         pixels = np.array([[10 + index, 200], [10, 200 - index]], np.uint8)
-        save(one / "dog" / f"tiny{index}.png", Image.fromarray(pixels).resize((15, 40)))
-    assert findings(check_data(one)) == {
+        save(train / "dog" / f"tiny{index}.png", Image.fromarray(pixels).resize((15, 40)))
+    assert findings(check_data(train)) == {
         "odd": {
             "small": tuple(f"dog/tiny{index}.png" for index in range(6)),
             "flat": tuple(f"cat/flat{index}.png" for index in range(6)),
@@ -182,9 +180,9 @@ def test_pictures_that_say_little(one):
     }
 
 
-def test_odd_images(one):
+def test_unusual_images(train):
     def add(name, image, **options):
-        save(one / "cat" / f"{name}.{options.pop('ending', 'png')}", image, **options)
+        save(train / "cat" / f"{name}.{options.pop('ending', 'png')}", image, **options)
 
     add("small", picture(50, (40, 31)))
     add("long", picture(51, (321, 80)))
@@ -201,9 +199,9 @@ def test_odd_images(one):
     add("rotated", picture(57), ending="jpg", exif=exif)
     exif[0x0112] = 1
     add("upright", picture(58), ending="jpg", exif=exif)
-    add("tags", picture(59), ending="webp", exif=b"Exif\0\0damaged")  # reading them raises a SyntaxError
+    add("tags", picture(59), ending="webp", exif=b"Exif\0\0damaged")  # reading these tags raises a SyntaxError
     add("gray", picture(60).convert("L"))
-    check = check_data(one)
+    check = check_data(train)
     expected = {
         "small": ("cat/small.png",),
         "long": ("cat/long.png",),
@@ -216,8 +214,8 @@ def test_odd_images(one):
     assert list(check.odd) == list(expected) and check.modes["P"] == 2 and check.modes["CMYK"] == 1
 
 
-def trouble(data):
-    """Some of everything."""
+def add_problems(data):
+    """Add one problem of most kinds to the data."""
     (data / "train" / "cat" / "0.png").write_bytes(b"?")
     (data / "train" / "cat" / "n.txt").touch()
     (data / "val" / "dog" / "9.png").unlink()
@@ -228,49 +226,50 @@ def trouble(data):
     return data
 
 
-def test_a_tar_is_the_folder_it_was_made_of(data):
-    tar = as_tar(trouble(data))
+def test_a_tar_gives_the_same_findings_as_its_folder(data):
+    tar = as_tar(add_problems(data))
     folder = findings(check_data(data))
     assert findings(check_data(tar)) == folder and len(folder) == 5
     inside = check_data(tar / "train", split=[f"val={tar / 'val'}"])
     assert findings(inside) == folder and inside.splits[0].path == tar / "train"
-    with pytest.raises(UnreadableFile, match="no folder nowhere in it"):
+    with pytest.raises(UnreadableFile, match=r"data\.tar.* nowhere"):
         check_data(tar / "nowhere")
-    with pytest.raises(UnreadableFile, match="no such folder or tar"):
+    with pytest.raises(UnreadableFile, match="nowhere"):
         check_data(data / "nowhere")
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_does_not_matter(data):
-    assert check_data(trouble(data), workers=2) == check_data(data)
+def test_the_result_does_not_depend_on_the_number_of_workers(data):
+    assert check_data(add_problems(data), workers=2) == check_data(data)
 
 
-class Deadly(NamedTuple):
-    """Where an image is that crashes its decoder."""
+class Crashing(NamedTuple):
+    """The location of an image that crashes the decoder."""
 
     def read(self):
         os._exit(9)
 
 
 @pytest.mark.slow
-def test_an_image_that_crashes_its_decoder_does_not_end_the_check(one, monkeypatch):
-    def deadly(source):
+def test_an_image_that_crashes_the_decoder_does_not_end_the_check(train, monkeypatch):
+    def with_crashing_image(source):
         tree = read(source)
-        return tree._replace(files=tree.files | {"cat/5.png": Deadly()})
+        return tree._replace(files=tree.files | {"cat/5.png": Crashing()})
 
     read = Source.tree
-    monkeypatch.setattr(Source, "tree", deadly)
-    check = check_data(one, workers=1)
-    assert findings(check) == {"unreadable": [("cat/5.png", "the process that decodes it ends unexpectedly")]}
+    monkeypatch.setattr(Source, "tree", with_crashing_image)
+    check = check_data(train, workers=1)
+    ((image, reason),) = findings(check).pop("unreadable")
+    assert image == "cat/5.png" and "process" in reason and list(findings(check)) == ["unreadable"]
     assert check.modes == {"RGB": 19}
 
 
-def test_the_option_of_near_duplicates_is_accepted_for_one_version(data, capsys):
+def test_the_option_near_is_accepted_without_effect(data, capsys):
     code, out, err = run(capsys, data, "--near", 0.3)
-    assert code == 0 and "nothing found" in out and "near duplicates are no longer looked for" in err
+    assert code == 0 and "no findings" in out and "--near has no effect" in err
 
 
-def test_requests_that_are_wrong(data, tmp_path):
+def test_invalid_arguments_are_refused(data, tmp_path):
     for arguments, options, message in (
         ((data,), {"few": -1}, "--few -1"),
         ((data,), {"workers": -1}, "--workers -1"),
@@ -280,7 +279,7 @@ def test_requests_that_are_wrong(data, tmp_path):
         with pytest.raises(UsageError, match=message):
             check_data(*arguments, **options)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UnreadableFile, match="no images in it"):
+    with pytest.raises(UnreadableFile, match="none: no images"):
         check_data(tmp_path / "none")
 
 
@@ -292,41 +291,40 @@ def run(capsys, *words):
 
 def test_the_command_line(data, capsys):
     code, out, err = run(capsys, data)
-    assert code == 0 and "nothing found" in out and "40 images" in out and "each is a split" in err
+    assert code == 0 and "no findings" in out and "40 images" in out and "each is a split" in err
     shutil.copy(data / "train" / "cat" / "1.png", data / "val" / "dog" / "x.png")
     code, out, _ = run(capsys, data)
-    assert code == 0 and "nothing found" not in out and "val/dog/x.png" in out
+    assert code == 0 and "no findings" not in out and "val/dog/x.png" in out
     assert "groups of duplicates in more than one split   " in out
-    trouble(data)
+    add_problems(data)
     code, out, _ = run(capsys, data)
     assert code == 6 and "train/cat/0.png: not an image" in out and ".txt (1)" in out
     code, out, _ = run(capsys, data, "--json")
     check = json.loads(out)
-    assert code == 6 and check["unreadable"] == [
-        {"image": "train/cat/0.png", "reason": "not an image that can be read: a text file"}
-    ]
+    (unreadable,) = check["unreadable"]
+    assert code == 6 and unreadable["image"] == "train/cat/0.png" and "a text file" in unreadable["reason"]
     assert check == json.loads(json.dumps(dataclasses.asdict(check_data(data)), default=str))
     code, out, _ = run(capsys, "--split", f"a={data / 'train'}", "--split", f"b={data / 'val'}", "--few", 0, "--json")
     assert [split["name"] for split in json.loads(out)["splits"]] == ["a", "b"] and json.loads(out)["few"] == 0
 
 
 @pytest.mark.parametrize("text", ["train", "=x", "a=", "a/b=x"])
-def test_splits_that_are_no_pairs(data, capsys, text):
+def test_invalid_split_options_are_refused(data, capsys, text):
     code, _, err = run(capsys, data, "--split", text)
     assert code == 2 and "expected NAME=PATH" in err
 
 
-def test_long_lists_are_shortened_in_the_table_only(one, capsys):
+def test_long_lists_are_shortened_in_tables_but_not_in_json(train, capsys):
     for index in range(30):
-        save(one / "cat" / f"s{index:02d}.png", picture(100 + index, (31, 31)))
-        shutil.copy(one / "cat" / f"s{index:02d}.png", one / "dog" / f"t{index:02d}.png")
-    _, out, _ = run(capsys, one)
+        save(train / "cat" / f"s{index:02d}.png", picture(100 + index, (31, 31)))
+        shutil.copy(train / "cat" / f"s{index:02d}.png", train / "dog" / f"t{index:02d}.png")
+    _, out, _ = run(capsys, train)
     assert "cat/s00.png, cat/s01.png, cat/s02.png, ..." in out and "... and 10 more groups" in out
-    assert "s29" not in out and "s29" in run(capsys, one, "--json")[1]
+    assert "s29" not in out and "s29" in run(capsys, train, "--json")[1]
 
 
-def test_every_kind_of_oddity_is_shown_in_words(one):
-    check = dataclasses.replace(check_data(one), odd=dict.fromkeys(module.ODD, ("x.png",)))
+def test_every_kind_of_unusual_image_has_a_description(train):
+    check = dataclasses.replace(check_data(train), odd=dict.fromkeys(module.ODD, ("x.png",)))
     _, listing = check.tables()
     shown = [*listing.columns[0].cells]
     assert shown == list(module.ODD.values())

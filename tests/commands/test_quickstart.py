@@ -1,4 +1,4 @@
-"""The shipped checkpoint, its record, and the whole path."""
+"""Test the included checkpoint, the recorded logits, and all steps of the quickstart."""
 
 import importlib.resources
 import json
@@ -23,7 +23,7 @@ def held_out():
         return {name: archive[name] for name in archive.files}
 
 
-def test_the_shipped_files():
+def test_included_files():
     path = ASSETS / quickstart.CHECKPOINT
     assert path.stat().st_size <= 2 << 20
     weights = read_weights(path)
@@ -33,13 +33,13 @@ def test_the_shipped_files():
 
 @pytest.mark.slow
 @needs_torch
-def test_the_record_is_what_pytorch_computes(held_out):
+def test_the_recorded_logits_match_pytorch(held_out):
     weights = read_weights(ASSETS / quickstart.CHECKPOINT)
     batch = np.stack([preprocess(Image.fromarray(i), weights.spec.variant.preprocessing) for i in held_out["images"]])
     exact, single, side = quickstart.torch_logits(weights, batch, held_out)
     assert side == "computed now"
     assert float64_difference(held_out["logits_float64"], exact) <= FLOAT64_LIMIT
-    # Float32 differs from processor to processor, but not by more than PyTorch's own rounding error.
+    # float32 results differ between processors, but not by more than PyTorch's rounding error.
     assert 1 / RATIO_LIMIT <= error_ratio(held_out["logits_float32"], single, exact) <= RATIO_LIMIT
     assert len(held_out["labels"]) == 360 and np.bincount(held_out["labels"]).min() > 30
 
@@ -47,32 +47,33 @@ def test_the_record_is_what_pytorch_computes(held_out):
 @pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
-def test_the_whole_path(tmp_path, monkeypatch, live):
+def test_all_steps_run(tmp_path, monkeypatch, live):
     if not live:
         for module in ("fcvit.commands.quickstart", "fcvit.commands.convert"):
             name = f"{module}.installed"
             monkeypatch.setattr(name, lambda framework: framework != "torch" and installed(framework))
-    done = quickstart.quickstart(tmp_path / "run")
-    assert done.torch_side == ("computed now" if live else "recorded")
-    assert (done.conversion.verification is not None) == live
-    assert done.passed and done.agreement == 100
-    assert done.evaluation.results[0].top1 == pytest.approx(done.torch_top1) and done.torch_top1 >= 98
-    assert 0 < done.mean_difference < done.max_difference < 1e-4
+    result = quickstart.quickstart(tmp_path / "run")
+    assert result.torch_side == ("computed now" if live else "recorded")
+    assert (result.conversion.verification is not None) == live
+    assert result.passed and result.agreement == 100
+    assert result.evaluation.results[0].top1 == pytest.approx(result.torch_top1) and result.torch_top1 >= 98
+    assert 0 < result.mean_difference < result.max_difference < 1e-4
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("digits.pth.tar", "fcvit_digits.safetensors", "held-out", "eval"),
         *("predictions.png", "summary.json", "run.json"),
     }
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["float64_difference"] == done.float64_difference
-    with Image.open(done.sheet) as sheet:
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["float64_difference"] == result.float64_difference
+    with Image.open(result.sheet) as sheet:
         assert sheet.width > 600 and sheet.height > 600
 
 
 @pytest.mark.slow
 @needs_paddle
-def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
-    """With PyTorch away, too: the planted fault is a coarse activation."""
+def test_a_wrong_paddle_network_is_detected_without_pytorch(tmp_path, monkeypatch):
+    """The planted error is a different epsilon of the similarity."""
     from fcvit.errors import NumbersDisagree
     from fcvit.models import backbone as model
 
@@ -80,6 +81,6 @@ def test_a_wrong_paddle_is_caught(tmp_path, monkeypatch):
     for module in ("fcvit.commands.quickstart", "fcvit.commands.convert"):
         monkeypatch.setattr(f"{module}.installed", lambda framework: framework == "paddle")
     monkeypatch.setattr(model, "SIMILARITY_EPS", 1e-6)
-    with pytest.raises(NumbersDisagree, match="differ on the held-out digits"):
+    with pytest.raises(NumbersDisagree, match=r"float64 difference \d.*error ratio \d"):
         quickstart.quickstart(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

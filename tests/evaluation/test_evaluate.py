@@ -289,7 +289,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(folder, digits_pth, tmp_path
         with pytest.raises(DoesNotFit, match=r"packages changed \(.*paddlepaddle .* to 4.0.*\) since"):
             resume(run)
     assert resume(run).results[0].images == 23
-    with pytest.raises(UnreadableFile, match="expected the folder of a run"):
+    with pytest.raises(UnreadableFile, match=r"run\.json: .*expected a run folder"):
         resume(folder)
     record = json.loads((run / "run.json").read_text())
     request = record["request"]
@@ -533,7 +533,7 @@ def test_one_run_is_not_continued_twice_at_once(folder, digits_pth, tmp_path):
     record = fcvit.run_folder.read_run(tmp_path / "run", "eval")
     with (
         fcvit.run_folder.continued_run(tmp_path / "run", record),
-        pytest.raises(UsageError, match="another process is at work on this run"),
+        pytest.raises(UsageError, match="another process"),
     ):
         resume(tmp_path / "run")
     assert resume(tmp_path / "run").results[0].images == 23

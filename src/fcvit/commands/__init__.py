@@ -1,1 +1,1 @@
-"""One command, one file."""
+"""The commands of the command line, one module for each command."""

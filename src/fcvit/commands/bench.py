@@ -1,6 +1,6 @@
-"""Measure how fast the engines are on this machine, beside PyTorch as one would use it without this package.
+"""Measure the speed of the engines on this machine, compared with plain PyTorch.
 
-The images are the same for all, uint8; normalizing them is part of what is measured.
+All engines get the same uint8 images. The measured time includes normalization.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from fcvit.weights.synthetic import synthetic_tensors
 
 logger = logging.getLogger("fcvit")
 
-# The reference: PyTorch as a user would have it without any of this.
+# PyTorch as it is used without this package.
 REFERENCES = ("torch", "torch-channels-last", "torch-compile")
 CONTENDERS = (*REFERENCES, *(name for name in ENGINES if name != "torch"))
 PRECISIONS = ("float32", "bfloat16")
-WRONG = 1e-2  # a float32 output that is further off than this is wrong, whatever the rounding
+WRONG = 1e-2  # a larger difference of a float32 output cannot be a rounding error
 _HAVE_BFLOAT16 = (*REFERENCES, "openvino")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One thing to measure; `engine` is one of `CONTENDERS`."""
+    """A configuration to measure. `engine` is one of `CONTENDERS`."""
 
     engine: str
     precision: str
@@ -66,12 +66,15 @@ class Speed:
     """The measurements of one contender.
 
     Attributes:
-        calls: how many are counted.
-        median_ms, rounds_ms: median milliseconds of a batch, over all calls and in each round.
-        images_per_second: from the median.
-        gflops: GFLOP/s of the network, two for a multiply-accumulate.
-        of_reference: speed over the reference's at the same batch size and threads, median over neighbors in time.
-        difference: largest absolute difference of an output from the reference contender's; None without one.
+        contender: The measured configuration.
+        calls: Number of timed calls.
+        median_ms: Median time per batch over all calls, in milliseconds.
+        rounds_ms: Median time per batch in each round, in milliseconds.
+        images_per_second: Throughput, computed from the median time.
+        gflops: GFLOP/s of the network. A multiply-accumulate counts as two operations.
+        of_reference: Speed relative to the reference with the same batch size and threads. Median of the ratios of
+            the rounds. None without a reference.
+        difference: Largest absolute difference between the outputs and the reference outputs. None without a reference.
     """
 
     contender: Contender
@@ -85,22 +88,24 @@ class Speed:
 
     @property
     def wrong(self) -> bool:
-        """Return whether this is more than rounding: in float32, NaN or `WRONG` and more."""
+        """Return whether a float32 output is wrong: NaN, or at least `WRONG` away from the reference."""
         return self.contender.precision == "float32" and self.difference is not None and not self.difference < WRONG
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A whole measurement.
+    """The result of a benchmark.
 
     Attributes:
-        network, size: in words; height and width in pixels.
-        machine, versions: what it ran on.
-        gmac: multiply-accumulates of one image, in 10^9.
-        reference: the engine that ratios and differences refer to.
-        speeds: of all contenders that could be measured.
-        skipped: the others, with the reason.
-        folder: where it was written, or None.
+        network: Description of the network.
+        size: Height and width of the images in pixels.
+        machine: Description of the machine.
+        versions: Versions of Python and the packages.
+        gmac: Multiply-accumulates for one image, in 10^9.
+        reference: Name of the engine that ratios and differences refer to.
+        speeds: Measurements of all contenders that ran.
+        skipped: The contenders that did not run, with the reason.
+        folder: Folder of the written files, or None.
     """
 
     network: str
@@ -121,12 +126,12 @@ class Bench:
         return NumbersDisagree.exit_code if any(speed.wrong for speed in self.speeds) else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything; `wrong` says of each what a difference of NaN, which JSON does not have, would."""
+        """Return all fields. `wrong` marks wrong outputs, because JSON cannot store a difference of NaN."""
         speeds = [dataclasses.asdict(speed) | {"wrong": speed.wrong} for speed in self.speeds]
         return dataclasses.asdict(self) | {"speeds": speeds}
 
     def to_csv(self) -> str:
-        """Return a row for each contender; what is None is empty."""
+        """Return a CSV table with a row for each contender. Fields with the value None are empty."""
         rows = [vars(speed.contender) | vars(speed) | {"wrong": int(speed.wrong)} for speed in self.speeds]
         names = [name for name in rows[0] if name not in ("contender", "rounds_ms")]
         return csv_text([names, *([row[name] for name in names] for row in rows)], "\n")
@@ -137,8 +142,8 @@ class Bench:
         columns = ("batch", "threads", "images/s", "median ms", "ratio", "GFLOP/s", "outputs differ by")
         rows = []
         for speed in self.speeds:
-            one = speed.contender
-            cells = [one.label, str(one.batch_size), str(one.threads)]
+            contender = speed.contender
+            cells = [contender.label, str(contender.batch_size), str(contender.threads)]
             cells += [f"{speed.images_per_second:.1f}", f"{speed.median_ms:.1f}"]
             cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
             cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
@@ -146,7 +151,7 @@ class Bench:
         title = f"{self.network} at {self.size} x {self.size}, {self.machine}; ratios to {self.reference}"
         yield table("engine", *columns, rows=rows, title=title, right=columns)
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        image = f"{self.gmac:.3g} GMAC; uint8, normalizing included"
+        image = f"{self.gmac:.3g} GMAC, uint8, time includes normalization"
         yield table(rows=[("one image", image), ("versions", versions)])
         if self.skipped:
             yield table("not measured", "reason", rows=self.skipped)
@@ -154,31 +159,32 @@ class Bench:
             yield f"written to {self.folder}"
 
     def bars(self) -> list[tuple[str, list[Bar]]]:
-        """Return the bars of a chart, the fastest first, in a group for each batch size and number of threads."""
+        """Return the bars of the chart, grouped by batch size and number of threads, the fastest first."""
         groups: dict[str, list[Bar]] = {}
         for speed in self.speeds:
-            one = speed.contender
-            low, high = (1e3 * one.batch_size / extreme(speed.rounds_ms) for extreme in (max, min))
-            reference = one.engine == self.reference and one.precision == "float32"
-            group = groups.setdefault(f"batch {one.batch_size}, {one.threads} thread{'s' * (one.threads > 1)}", [])
-            group.append(Bar(one.label, speed.images_per_second, low, high, reference))
+            contender = speed.contender
+            batch, threads = contender.batch_size, contender.threads
+            low, high = (1e3 * batch / extreme(speed.rounds_ms) for extreme in (max, min))
+            reference = contender.engine == self.reference and contender.precision == "float32"
+            group = groups.setdefault(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", [])
+            group.append(Bar(contender.label, speed.images_per_second, low, high, reference))
         return [(name, sorted(bars, key=lambda bar: -bar.rate)) for name, bars in groups.items()]
 
     def write(self, folder: Path) -> None:
-        """Write bench.json, bench.csv and, where charts can be drawn, bench.png."""
+        """Write bench.json and bench.csv, and also bench.png if charts can be drawn."""
         runs.write_json(folder / "bench.json", self.to_json())
         runs.write_text(folder / "bench.csv", self.to_csv())
-        about = f"{self.machine}; images per second, normalization included; lines: the range of the rounds"
+        about = f"{self.machine}; images per second including normalization (lines: range of the rounds)"
         try:
             picture = speed_chart(self.bars(), f"{self.network} at {self.size} x {self.size}", about)
         except MissingExtra as error:
-            logger.info(f"no picture: {error}")
+            logger.info(f"bench.png is not written: {error}")
         else:
             runs.write_bytes(folder / "bench.png", picture)
 
 
 def _separated(option: str, kind: Callable[[str], Any] = str) -> Parameter:
-    """Define an option whose values are separated by commas on the command line."""
+    """Return a parameter for an option with values separated by commas."""
 
     def convert(_: Any, tokens: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(kind(part) for token in tokens for part in token.value.split(",") if part)
@@ -201,26 +207,26 @@ def bench(
     folder: Annotated[File | None, Output] = None,
     csv: File | None = None,
 ) -> Bench:
-    """Measure how fast the engines are on this machine, in turn, beside PyTorch.
+    """Measure the speed of the engines on this machine, compared with PyTorch. The engines take turns.
 
     Args:
-        weights: A checkpoint of any format, in Python also weights in memory (default: synthetic ones, as fast).
-        variant: The network of synthetic weights (default: fcvit_tiny).
-        engines: Separated by commas (default: all that are installed, and torch, torch-channels-last, torch-compile).
-        batch_sizes: Images at a time, separated by commas (default: 1,8).
-        threads: Threads that compute, separated by commas (default: one for each core).
-        precisions: float32 (default), bfloat16, separated by commas; engines that do not have one are skipped.
-        size: Height and width of the images in pixels (default: the weights' own).
-        rounds: Number of measurement rounds; a turn takes 0.3 seconds or three calls.
-        reference: What ratios refer to (default: torch-channels-last where it could be measured, else the first).
+        weights: A checkpoint of any format, or in Python weights in memory (default: synthetic weights).
+        variant: Variant of the synthetic weights (default: fcvit_tiny).
+        engines: Engines, separated by commas (default: all installed engines, torch-channels-last, torch-compile).
+        batch_sizes: Batch sizes, separated by commas (default: 1,8).
+        threads: Numbers of CPU threads, separated by commas (default: one per core).
+        precisions: float32 (default) and bfloat16, separated by commas. Engines without a precision are skipped.
+        size: Height and width of the images in pixels (default: the input size of the weights).
+        rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
+        reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
         folder: New folder for bench.json, bench.csv and bench.png.
-        csv: Write the table into this file.
+        csv: File for the results as CSV.
 
     Raises:
-        UsageError: A wrong name or number, or the folder is not empty; before anything is measured.
-        MissingExtra: Nothing could be measured, as nothing is installed.
-        FcvitError: Nothing could be measured; of the kind of the first engine's error.
-        UnreadableFile, DoesNotFit: The weights.
+        UsageError: A name or number is invalid, or the folder is not empty. Raised before any measurement.
+        MissingExtra: Nothing could be measured, because no engine is installed.
+        FcvitError: Nothing could be measured. The type is that of the first engine's error.
+        UnreadableFile, DoesNotFit: The weights cannot be read.
     """
     names = tuple(dict.fromkeys(engines)) or CONTENDERS
     counts = tuple(dict.fromkeys(threads)) or (available_threads(),)
@@ -229,36 +235,36 @@ def bench(
             if value not in known:
                 raise UsageError(f"--{option} {value!r}: expected {', '.join(known)}")
     if reference and reference not in names:
-        raise UsageError(f"--reference {reference} is not measured; add it to --engine")
+        raise UsageError(f"--reference {reference}: not among the measured engines; add it to --engine")
     if not batch_sizes or min(rounds, *batch_sizes, *counts, 1 if size is None else size) < 1:
-        raise UsageError("rounds, batch sizes, threads and size are at least 1")
+        raise UsageError("--rounds, --batch-size, --threads and --size: expected at least 1")
     if csv is not None and not Path(csv).absolute().parent.is_dir():
-        raise UsageError(f"--csv {csv}: there is no folder {Path(csv).absolute().parent}")
+        raise UsageError(f"--csv {csv}: the folder {Path(csv).absolute().parent} does not exist; create it first")
     settings = itertools.product(counts, dict.fromkeys(batch_sizes), dict.fromkeys(precisions), names)
     requested = [Contender(name, precision, batch, count) for count, batch, precision, name in settings]
-    possible = [one for one in requested if one.precision == "float32" or one.engine in _HAVE_BFLOAT16]
+    possible = [job for job in requested if job.precision == "float32" or job.engine in _HAVE_BFLOAT16]
     if not possible:
-        raise UsageError(f"--precision {','.join(precisions)}: {', '.join(names)} cannot; add float32")
-    skipped = [(str(one), f"{one.engine} has no {one.precision} on a CPU") for one in requested if one not in possible]
+        raise UsageError(f"--precision {','.join(precisions)}: not supported by {', '.join(names)}; add float32")
+    skipped = [(str(job), f"{job.engine} has no {job.precision} on a CPU") for job in requested if job not in possible]
     read = _weights(weights, variant, ema)
     pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
     pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
         timings: dict[Contender, Timing | FcvitError] = {}
         load = functools.partial(_load, weights=read, pixels=pixels)
-        with progress("measuring", (1 + rounds) * len(possible), "turns") as advance:  # loading counts as one
-            # Only those that are compared live at the same time.
-            for _, group in itertools.groupby(possible, key=lambda one: (one.threads, one.batch_size)):
+        with progress("measuring", (1 + rounds) * len(possible), "turns") as advance:  # loading counts as a turn
+            # To save memory, only contenders that are compared with each other are loaded at the same time.
+            for _, group in itertools.groupby(possible, key=lambda job: (job.threads, job.batch_size)):
                 timings |= interleave(load, list(group), rounds, advance=advance)
-        errors = {one: error for one, error in timings.items() if isinstance(error, FcvitError)}
+        errors = {job: error for job, error in timings.items() if isinstance(error, FcvitError)}
         if len(errors) == len(timings):
-            one, error = next(iter(errors.items()))
-            raise type(error)(f"no engine could be measured; {one}: {error}")
-        skipped += [(str(one), str(error)) for one, error in errors.items()]
-        measured = {one: timing for one, timing in timings.items() if isinstance(timing, Timing)}
+            job, error = next(iter(errors.items()))
+            raise type(error)(f"no engine could be measured: {job}: {error}")
+        skipped += [(str(job), str(error)) for job, error in errors.items()]
+        measured = {job: timing for job, timing in timings.items() if isinstance(timing, Timing)}
         result = dataclasses.replace(_bench(measured, read, pixels, reference, skipped), folder=target)
         if reference and result.reference != reference:
-            logger.info(f"{reference} could not be measured: ratios are to {result.reference}")
+            logger.info(f"{reference} could not be measured, so ratios refer to {result.reference}")
         if target is not None:
             result.write(target)
     if csv is not None:
@@ -267,18 +273,18 @@ def bench(
 
 
 def _weights(source: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
-    """Return weights that can be sent to another process: in memory, not as views of a file."""
+    """Return weights that can be sent to another process: arrays in memory instead of views of a file."""
     if source is None:
         return synthetic_weights(get_variant(variant or "fcvit_tiny"))
     if variant is not None:
-        raise UsageError("--variant is for synthetic weights; a file of weights says itself which variant it is")
+        raise UsageError("--variant applies to synthetic weights only; leave it out, the weights file defines it")
     read = source if isinstance(source, Weights) else read_weights(source, ema)
     checkpoint = Checkpoint(read.source.path, MEMORY, {}, None, b"")
     return dataclasses.replace(read, tensors={n: np.array(t) for n, t in read.tensors.items()}, source=checkpoint)
 
 
 def synthetic_weights(variant: Variant) -> Weights:
-    logger.info(f"no weights given: {variant.name} with synthetic weights, which are as fast as trained ones")
+    logger.info(f"no weights given: using {variant.name} with synthetic weights, which have the same speed")
     spec = ModelSpec(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} synthetic"), MEMORY, {}, None, b"")
     return Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ())
@@ -286,14 +292,14 @@ def synthetic_weights(variant: Variant) -> Weights:
 
 def _load(job: Contender, weights: Weights, pixels: Preprocessing) -> tuple[Callable[[], float], list[np.ndarray]]:
     if job.engine in REFERENCES:
-        # Its threads wait as PyTorch lets them: `import_framework` would let them sleep, which is gentler beside
-        # other work and, alone on a machine, up to twice as slow.
+        # Import PyTorch directly to keep its default, where waiting threads spin. `import_framework` makes them sleep,
+        # which helps when other processes run, but is up to twice as slow on an idle machine.
         with contextlib.suppress(ImportError):
             importlib.import_module("torch")
     name = "torch" if job.engine in REFERENCES else job.engine
     engine: Any = create_engine(name, weights, pixels, "cpu", job.precision, job.threads)
     if job.engine in ("torch-channels-last", "torch-compile"):
-        engine.model = engine.model.to(memory_format=engine.torch.channels_last)  # the images follow its weights
+        engine.model = engine.model.to(memory_format=engine.torch.channels_last)  # activations follow the weights
     if job.engine == "torch-compile":
         engine.model = engine.torch.compile(engine.model)
     shape = (job.batch_size, 3, pixels.input_size, pixels.input_size)
@@ -312,7 +318,7 @@ def _bench(
     if reference not in present:
         reference = "torch-channels-last" if "torch-channels-last" in present else present[0]
     gmac = multiply_accumulates(weights.spec, pixels.input_size, pixels.input_size) / 1e9
-    medians = {one: [1e3 * statistics.median(turn) for turn in timing.rounds] for one, timing in timings.items()}
+    medians = {job: [1e3 * statistics.median(turn) for turn in timing.rounds] for job, timing in timings.items()}
     speeds = []
     for contender, timing in timings.items():
         samples = [1e3 * second for turn in timing.rounds for second in turn]
@@ -331,7 +337,7 @@ def _bench(
 
 
 def _difference(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """Return the largest difference; NaN where there is one, or where the shapes are not even the same."""
+    """Return the largest absolute difference, or NaN if an output contains NaN or the shapes differ."""
     if [output.shape for output in outputs] != [output.shape for output in expected]:
         return math.nan
     return float(np.max([np.abs(one - other).max() for one, other in zip(outputs, expected, strict=True)]))

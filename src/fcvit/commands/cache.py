@@ -1,4 +1,4 @@
-"""The command `fcvit cache`: exports of engines and compiled operators that are kept on this machine."""
+"""Manage the cache of exported networks and compiled operators (`fcvit cache`)."""
 
 import dataclasses
 import re
@@ -19,9 +19,9 @@ class Cache:
     """The entries of the cache.
 
     Attributes:
-        folder: of all entries.
-        entries: (name, bytes, seconds since the epoch when it was last changed), the oldest first.
-        removed: names of the entries that were removed.
+        folder: Folder of the cache.
+        entries: (name, size in bytes, time of the last change in seconds since the epoch), the oldest first.
+        removed: Names of the removed entries.
     """
 
     folder: Path
@@ -33,7 +33,7 @@ class Cache:
         return sum(size for _, size, _ in self.entries)
 
     def tables(self) -> Iterator[Any]:
-        """Show the entries and their size."""
+        """Yield a table of the entries with their sizes."""
         from fcvit.report.tables import table
 
         rows = [(name, f"{size / 2**20:.1f}") for name, size, _ in self.entries]
@@ -47,11 +47,11 @@ def cache(*, limit: str | None = None, clear: Flag = False) -> Cache:
     """Show, limit or empty the cache of exports and compiled operators.
 
     Args:
-        limit: Remove the oldest entries until it has at most this size, as in 500M or 2G.
+        limit: Remove the oldest entries until the cache has at most this size, for example 500M or 2G.
         clear: Remove all entries.
 
     Raises:
-        UsageError: the limit is no size.
+        UsageError: The limit is not a size.
     """
     max_bytes = 0 if clear else _size(limit) if limit is not None else None
     before = read_cache()
@@ -80,5 +80,5 @@ def read_cache() -> Cache:
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError(f"--limit {text:.40}: expected a size, as in 500M or 2G")
+        raise UsageError(f"--limit {text:.40}: expected a size, for example 500M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,4 +1,4 @@
-"""Look over a data set of class folders before training on it: what cannot be read, what stands there twice."""
+"""Check a dataset of class folders before training: find unreadable images, duplicates and unusual images."""
 
 import collections
 import contextlib
@@ -29,34 +29,35 @@ from fcvit.text import some
 logger = logging.getLogger("fcvit")
 
 SMALL = 32  # pixels of the shorter side
-LONG = 4  # longer over shorter side
-FLAT = 4  # of 255, the standard deviation of the picture at 16 x 16 pixels
-# Kinds of images that networks learn from otherwise than people see them; none keeps one from training.
+LONG = 4  # ratio of the longer side to the shorter side
+FLAT = 4  # standard deviation of pixel values (0 to 255) at 16 x 16 pixels
+# Kinds of images that look different to the network than to people. They can still be used for training.
 ODD = {
-    "small": f"a side of fewer than {SMALL} pixels",
-    "long": f"longer than {LONG} times the shorter side",
-    "flat": "almost of one color",
+    "small": f"a side shorter than {SMALL} pixels",
+    "long": f"the longer side over {LONG} times the shorter side",
+    "flat": "almost uniform color",
     "cmyk": "CMYK, converted without its color profile",
     "transparent": "transparency, which is dropped",
-    "deep": "16 or 32 bits a channel, reduced to 8",
+    "deep": "16 or 32 bits per channel, reduced to 8",
     "rotated": "an EXIF orientation, which is not applied",
 }
-_GROUPS, _EXAMPLES = 20, 3  # shown in the tables
+_GROUPS, _EXAMPLES = 20, 3  # maximum numbers in the tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Counts of one split.
+    """The counts of one split.
 
     Attributes:
-        name: train, val, or what it was called.
-        path: the folder or tar.
-        classes: class folder -> number of images by their ending, unreadable ones too; sorted by name.
-        empty: class folders without images.
-        few: those with fewer images than asked for, but some.
-        imbalance: images of the largest class over those of the smallest that has any; None: no class has.
-        other_files: ending (lower case, "" for none) -> number of files that are no images, in class folders.
-        outside: images in no class folder: checked, but not trained on.
+        name: Name of the split, for example train or val.
+        path: The folder or tar archive.
+        classes: Class folder -> number of files with an image extension, including unreadable images. Sorted by name.
+        empty: Class folders without images.
+        few: Class folders with at least one image, but fewer than the limit.
+        imbalance: Size of the largest class divided by the size of the smallest class that has images. None if no
+            class has images.
+        other_files: Extension (lower case, "" for none) -> number of files in class folders that are not images.
+        outside: Images outside of class folders. They are checked, but not used for training.
     """
 
     name: str
@@ -75,13 +76,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateGroup:
-    """Images that show the same picture.
+    """A group of images with identical pixels.
 
     Attributes:
-        match: "file": the same bytes; "pixels": the same when decoded.
-        images: in the order of the splits, then by name.
-        splits: that they are in.
-        classes: that they are in; more than one: a label is wrong.
+        match: "file" for identical files, "pixels" for different files with identical pixels.
+        images: Names of the images, sorted by split and name.
+        splits: Splits that contain the images.
+        classes: Classes that contain the images. More than one class means that a label is wrong.
     """
 
     match: Literal["file", "pixels"]
@@ -92,7 +93,7 @@ class DuplicateGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """An image by name, and why it cannot be read."""
+    """The name of an image that cannot be read, and the reason."""
 
     image: str
     reason: str
@@ -100,16 +101,18 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
-    """The findings of `check_data`. Images are named class/file, with more than one split split/class/file.
+    """The findings of `check_data`.
+
+    Images are named class/file if there is one split, and split/class/file if there are several.
 
     Attributes:
-        splits: each with its counts.
-        few: the number of images below which a class has few.
-        unreadable: what no command can read; left out below.
-        odd: kind (a key of `ODD`) -> images of that kind; kinds without images are left out.
-        modes: Pillow's mode ("RGB", "L", ...) -> number of images.
-        duplicates: groups of images with the same pixels, the worst first.
-        missing: class -> splits that have class folders, but not this one.
+        splits: Counts of each split.
+        few: Classes with fewer images than this are listed.
+        unreadable: Images that cannot be read. The following fields do not include them.
+        odd: Kind (a key of `ODD`) -> images of this kind. Kinds without images are omitted.
+        modes: Pillow mode ("RGB", "L", ...) -> number of images.
+        duplicates: Groups of images with identical pixels, the most serious first.
+        missing: Class -> splits that have class folders, but not for this class.
     """
 
     splits: tuple[Split, ...]
@@ -121,7 +124,7 @@ class DataCheck:
     missing: Mapping[str, tuple[str, ...]]
 
     def __repr__(self) -> str:
-        return f"DataCheck({counted(self.images, 'image')}, {'nothing found' if self.clean else 'with findings'})"
+        return f"DataCheck({counted(self.images, 'image')}, {'no findings' if self.clean else 'with findings'})"
 
     @property
     def images(self) -> int:
@@ -129,7 +132,7 @@ class DataCheck:
 
     @property
     def clean(self) -> bool:
-        """Report whether there is nothing to look at. Imbalance alone is no finding."""
+        """Return whether there are no findings. Class imbalance does not count as a finding."""
         return not any(names for _, names in self._findings())
 
     @property
@@ -137,7 +140,7 @@ class DataCheck:
         return BadImages.exit_code if self.unreadable else 0
 
     def tables(self) -> Iterator[Any]:
-        """Yield the counts of each split, the findings with examples, and groups of images that show one picture."""
+        """Yield tables of the counts of each split, the findings with examples, and the duplicates."""
         from fcvit.report import tables
 
         columns = ("images", "classes", "smallest", "largest", "imbalance")
@@ -147,7 +150,7 @@ class DataCheck:
             cells = [str(min(sizes)), str(max(sizes)), f"{split.imbalance:.1f}"] if sizes else []
             counts.add_row(split.name, str(split.images), str(len(split.classes)), *cells)
         if self.clean:
-            counts.caption, counts.caption_justify = "nothing found", "left"
+            counts.caption, counts.caption_justify = "no findings", "left"
         yield counts
         if self.clean:
             return
@@ -166,12 +169,12 @@ class DataCheck:
                 shown = tables.lines([*group.images[:_EXAMPLES], *([f"... and {others} more"] if others > 0 else [])])
                 rows.append((group.match, shown, ", ".join(group.splits), ", ".join(group.classes)))
             columns, more = ("same", "images", "splits", "classes"), ("", "... and {} more groups")
-            yield tables.table(*columns, rows=rows, title="images of one picture", limit=_GROUPS, more=more)
+            yield tables.table(*columns, rows=rows, title="duplicates", limit=_GROUPS, more=more)
         if self.unreadable:
             yield tables.unreadable([f"{bad.image}: {bad.reason}" for bad in self.unreadable])
 
     def _findings(self) -> Iterator[tuple[str, Sequence[str] | Mapping[str, int]]]:
-        """Yield each kind of finding in words, with what there is of it, perhaps nothing."""
+        """Yield a description of each kind of finding with its items, which may be empty."""
         several = len(self.splits) > 1
         yield "unreadable", [bad.image for bad in self.unreadable]
         for where, groups in (
@@ -185,15 +188,15 @@ class DataCheck:
             of = f", {split.name}" if several else ""
             yield f"empty class folders{of}", split.empty
             few = [f"{label} ({split.classes[label]})" for label in split.few]
-            yield f"classes of fewer than {self.few} images{of}", few
-            yield f"images in no class folder{of}", split.outside
+            yield f"classes with fewer than {self.few} images{of}", few
+            yield f"images outside of class folders{of}", split.outside
         yield from ((what, self.odd.get(kind, ())) for kind, what in ODD.items())
         for split in self.splits:
-            yield f"files that are no images{f', {split.name}' if several else ''}", split.other_files
+            yield f"files that are not images{f', {split.name}' if several else ''}", split.other_files
 
 
 class Examined(NamedTuple):
-    """The report of a worker on one image; digests have 16 bytes."""
+    """The findings of a worker about one image. The digests of the file and the pixels have 16 bytes each."""
 
     file: bytes
     pixels: bytes
@@ -204,7 +207,7 @@ class Examined(NamedTuple):
 class _Image(NamedTuple):
     name: str
     split: str
-    label: str  # "": in no class folder
+    label: str  # "" outside of class folders
     location: Location
 
 
@@ -216,22 +219,21 @@ def check_data(
     workers: int | None = None,
     near: Annotated[float | None, Parameter(show=False)] = None,
 ) -> DataCheck:
-    """Look over class folders before training: what cannot be read, what is there twice, odd images.
+    """Check class folders before training: find unreadable images, duplicates and unusual images.
 
     Args:
-        data: Class folders, or the folders train and val (and test) of them; also a tar, or a folder in one.
-        split: A split that lies elsewhere, as NAME=PATH; may be given several times.
-        few: List classes with fewer images than this; 0: none.
-        workers: Processes that decode images (default: one for each core, at most 8); 0: none. The result does not
-            depend on it.
-        near: Accepted from earlier versions, without effect.
+        data: Folder of class folders, or of train, val and test folders with class folders. Also in a tar archive.
+        split: A split in a different location, as NAME=PATH. Repeat the option for more splits.
+        few: List classes with fewer images than this. 0 disables the check.
+        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
+        near: Accepted for compatibility, but ignored.
 
     Raises:
-        UsageError: a bad number, no data, or two splits of one name.
-        UnreadableFile: no such folder or tar, or no images there. Images that cannot be read are in the result.
+        UsageError: A number is invalid, no data is given, or two splits have the same name.
+        UnreadableFile: A folder or tar archive does not exist or has no images. Unreadable images are in the result.
     """
     if near:
-        logger.info("near duplicates are no longer looked for, exact ones are; --near goes with the next version")
+        logger.info("--near has no effect: near duplicates are not searched; the next version will not accept it")
     workers = decoding_processes(workers)
     for option, value in (("few", few), ("workers", workers)):
         if value < 0:
@@ -244,7 +246,7 @@ def check_data(
         if is_image(name)
     ]
     if not images:
-        raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images in it")
+        raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images found")
     unreadable: list[Unreadable] = []
     readable: dict[_Image, Examined] = {}
     jobs = [(index, image.name, image.location) for index, image in enumerate(images)]
@@ -255,21 +257,21 @@ def check_data(
             else:
                 readable[image] = result
             advance(1)
-    odd = {kind: tuple(image.name for image, seen in readable.items() if kind in seen.odd) for kind in ODD}
+    odd = {kind: tuple(image.name for image, examined in readable.items() if kind in examined.odd) for kind in ODD}
     splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
     return DataCheck(
         splits,
         few,
         tuple(unreadable),
         {kind: names for kind, names in odd.items() if names},
-        dict(sorted(collections.Counter(seen.mode for seen in readable.values()).items())),
+        dict(sorted(collections.Counter(examined.mode for examined in readable.values()).items())),
         _duplicates(readable),
         _missing(splits),
     )
 
 
-def _split_sources(data: File | None, elsewhere: Iterable[str]) -> dict[str, Source]:
-    """Return the splits by name, in the order in which they are shown."""
+def _split_sources(data: File | None, extra_splits: Iterable[str]) -> dict[str, Source]:
+    """Return the source of each split by name, in display order."""
     splits: dict[str, Source] = {}
     if data is not None:
         layout = find_layout(open_source(Path(data)))
@@ -278,21 +280,21 @@ def _split_sources(data: File | None, elsewhere: Iterable[str]) -> dict[str, Sou
             logger.info(note)
         if layout.splits:
             splits = dict(layout.splits)
-            beside = [*layout.others, *filter(is_image, source.files())]
-            ignored = f"; not looked at: {some(beside)}" if beside else ""
+            others = [*layout.others, *filter(is_image, source.files())]
+            ignored = f"; ignored: {some(others)}" if others else ""
             logger.info(f"{source.path} has the folders {', '.join(splits)}: each is a split{ignored}")
         else:
             splits = {source.path.resolve().name: source}
-            logger.info(f"{source.path} has no folders train and val: it is one split, and its folders are the classes")
-    for text in elsewhere:
+            logger.info(f"{source.path} has no folders train and val: its folders are the classes of one split")
+    for text in extra_splits:
         name, _, path = text.partition("=")
         if not name or not path or "/" in name:
-            raise UsageError(f"--split {text}: expected NAME=PATH, each name once and without /")
+            raise UsageError(f"--split {text}: expected NAME=PATH with unique names that contain no /")
         if name in splits:
-            raise UsageError(f"--split {text}: {splits[name].path} is already the split {name}")
+            raise UsageError(f"--split {text}: {splits[name].path} is already the split {name}; choose another name")
         splits[name] = open_source(Path(path))
     if not splits:
-        raise UsageError("check-data: expected a folder or tar of class folders, or --split NAME=PATH")
+        raise UsageError("check-data: expected a folder or tar archive of class folders, or --split NAME=PATH")
     return splits
 
 
@@ -315,7 +317,7 @@ def _count(name: str, source: Source, tree: Tree, few: int) -> Split:
 
 
 def _missing(splits: Sequence[Split]) -> dict[str, tuple[str, ...]]:
-    labeled = [split for split in splits if split.classes]  # a test set may have no labels at all
+    labeled = [split for split in splits if split.classes]  # a test set may be unlabeled
     lacking = {
         label: tuple(split.name for split in labeled if label not in split.classes)
         for label in sorted({label for split in labeled for label in split.classes})
@@ -324,19 +326,19 @@ def _missing(splits: Sequence[Split]) -> dict[str, tuple[str, ...]]:
 
 
 def examine(_: int, name: str, location: Location) -> Examined:
-    """Read and decode an image.
+    """Read and decode an image, and look for unusual properties.
 
     Raises:
-        BadImages: it cannot be read.
+        BadImages: The image cannot be read.
     """
     content = read_file(name, location)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about odd images: what is odd is in the result
+        warnings.simplefilter("ignore")  # Pillow warns about unusual images, which the result lists
         with opened(io.BytesIO(content), name) as image:
             mode, transparent = image.mode, image.has_transparency_data
             rgb = as_rgb(image)
             orientation = 1
-            with contextlib.suppress(Exception):  # damaged tags do not keep an image from being read
+            with contextlib.suppress(Exception):  # an image with damaged tags is still readable
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     shorter, longer = sorted(rgb.size)
     kinds = {
@@ -355,10 +357,10 @@ def examine(_: int, name: str, location: Location) -> Examined:
 
 
 def _duplicates(images: Mapping[_Image, Examined]) -> tuple[DuplicateGroup, ...]:
-    """Group images with the same pixels; those under several labels and those that leak into another split first."""
+    """Group images with identical pixels. Groups with several labels and groups in several splits come first."""
     by_pixels: dict[bytes, list[_Image]] = {}
-    for image, seen in images.items():
-        by_pixels.setdefault(seen.pixels, []).append(image)
+    for image, examined in images.items():
+        by_pixels.setdefault(examined.pixels, []).append(image)
     groups = [
         DuplicateGroup(
             "file" if len({images[member].file for member in members}) == 1 else "pixels",

@@ -1,4 +1,4 @@
-"""The command `fcvit compare`, which is `fcvit.compare` too."""
+"""Compare two evaluation results (`fcvit compare` and `fcvit.compare`)."""
 
 import json
 import os
@@ -17,26 +17,26 @@ def compare(
     *,
     folder: Annotated[str | os.PathLike[str] | None, Parameter(name=["--output", "-o"])] = None,
 ) -> Any:
-    """Compare two results of eval over the same images: is the difference real, and where does it lie?
+    """Compare two results of eval on the same images: test whether the difference is significant, and locate it.
 
-    Images are matched by their content, so that a tar and a folder of the same images can be compared.
+    Images are matched by their content, so results from a tar archive and from a folder can be compared.
 
     Args:
-        first: Folder of a result, or of a run that has only one.
-        second: The other.
-        folder: New folder for comparison.json and differing.csv, the images on which they differ.
+        first: Folder of the first result, or of a run with only one result.
+        second: Folder of the second result, or of a run with only one result.
+        folder: New folder for comparison.json and differing.csv (the images with different predictions).
 
     Raises:
-        UnreadableFile: no finished results there.
-        UsageError: a run with several results, or twice the same.
-        DoesNotFit: they are over different images, or the images have other classes.
+        UnreadableFile: A folder contains no finished result.
+        UsageError: A run has several results, or both folders are the same.
+        DoesNotFit: The results are for different images, or the true classes of the images differ.
     """
     task = get_task(_task_name(Path(first)))
     return task.compare(Path(first), Path(second), None if folder is None else Path(folder))
 
 
 def _task_name(folder: Path) -> str:
-    """Return the task that a result names; older results name none."""
+    """Return the task recorded in a result, or the default task for older results, which do not record it."""
     for path in (folder / "metrics.json", *sorted(folder.glob("*/metrics.json"))):
         try:
             return json.loads(path.read_bytes()).get("task", DEFAULT_TASK)

@@ -1,4 +1,4 @@
-"""Convert weights between frameworks and formats: all checked, then written, or nothing."""
+"""Convert weights between frameworks and formats. The output is written only if all checks pass."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,14 +25,15 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        source, destination: the files.
-        spec: the network, in words.
-        layout: of the destination: "paddle" or "torch".
-        dtypes: of its floating-point tensors.
-        tensors: how many were written.
-        skipped: entries of the source that are no weights.
-        notes: what a person should know.
-        verification: None where the numbers were not compared; a note says why.
+        source: The input file.
+        destination: The output file.
+        spec: Description of the network.
+        layout: Layout of the output file: "paddle" or "torch".
+        dtypes: Types of the floating-point tensors in the output file.
+        tensors: Number of written tensors.
+        skipped: Entries of the input file that are not weights.
+        notes: Notes for the user.
+        verification: Result of the numerical comparison, or None if there was none. A note then gives the reason.
     """
 
     source: Path
@@ -49,15 +50,15 @@ class Conversion:
         return f"<Conversion {self.destination}: {self.spec}>"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, with the outcome of the verification."""
-        proof = self.verification
-        return dataclasses.asdict(self) | {"verification": proof and proof.to_json()}
+        """Return the fields, including the result of the verification."""
+        verification = self.verification
+        return dataclasses.asdict(self) | {"verification": verification and verification.to_json()}
 
     def tables(self) -> Iterator[Any]:
-        """Show what was written, and what was left out."""
+        """Yield tables of the written tensors, the skipped entries, the notes and the verification."""
         from fcvit.report.tables import SHOWN, table
 
-        written = f"{self.tensors}, {'/'.join(self.dtypes)}, {self.layout} layout, read back bit for bit"
+        written = f"{self.tensors}, {'/'.join(self.dtypes)}, {self.layout} layout, read back and identical"
         rows = [("network", self.spec), ("tensors", written)]
         if self.skipped:
             more = f", ... ({len(self.skipped)})" if len(self.skipped) > SHOWN else ""
@@ -85,31 +86,32 @@ def convert(
     verify: bool | None = None,
     overwrite: Flag = False,
 ) -> Conversion:
-    """Convert a checkpoint between PyTorch and Paddle, checked and, with both installed, verified.
+    """Convert a checkpoint between PyTorch and Paddle. If both are installed, verify the result numerically.
 
     Args:
-        source: PyTorch (.pth, .pth.tar, older format), safetensors or .pdparams; the format is detected.
-        destination: The file to write: .safetensors, .pdparams or .pth.
-        layout: Names and layout of a .safetensors file (default: paddle).
-        dtype: Type to store (default: as in the source).
-        key: Take this one of several sets of weights in the source, such as teacher or model.state_dict.
-        variant: What the file must be (default: recognized from its tensors).
-        new_head: Replace the head by a fresh one for this many classes.
-        pixels: Fields of the preprocessing to store.
-        preprocessing: to store; a change replaces single fields; None: the source's own, else the variant's.
-        verify: Compare the numbers with the source (default: if both frameworks are installed).
+        source: PyTorch (.pth, .pth.tar, legacy format), safetensors or .pdparams file, detected from the content.
+        destination: Output file: .safetensors, .pdparams or .pth.
+        layout: Tensor names and layout of a .safetensors file (default: paddle).
+        dtype: Type of the stored tensors (default: as in the source).
+        key: Name of the set of weights, if the source has several. For example teacher or model.state_dict.
+        variant: Expected variant (default: recognized from the tensors).
+        new_head: Replace the head by a newly initialized head with this number of classes.
+        pixels: Changes to the preprocessing stored in the output.
+        preprocessing: Preprocessing to store, or changes to single fields. None keeps the preprocessing of the source,
+            or uses that of the variant.
+        verify: Compare the outputs of both networks numerically (default: if both frameworks are installed).
         overwrite: Replace the output if it already exists.
 
     Raises:
-        UsageError, UnreadableFile, DoesNotFit: nothing is written.
-        NumbersDisagree: the verification failed; nothing is written.
+        UsageError, UnreadableFile, DoesNotFit: The conversion is not possible. Nothing is written.
+        NumbersDisagree: The verification failed. Nothing is written.
         MissingExtra: `verify` is True and a framework is missing.
     """
     destination = Path(destination)
     preprocessing = (pixels.changes() if pixels else None) or preprocessing
     stored_layout = destination_layout(destination, layout)
     if destination.exists() and Path(source).exists() and destination.samefile(source):
-        raise UsageError(f"{destination} is the source itself; choose another name for the output")
+        raise UsageError(f"{destination} is the source file; choose another name for the output")
     notes: list[str] = []
     reason = ""
     if verify:
@@ -118,19 +120,19 @@ def convert(
     elif verify is None and (missing := next((name for name in ("paddle", "torch") if not installed(name)), None)):
         reason = f": {missing} is not installed ({INSTALL[missing]})"
     else:
-        reason, verify = ", as asked", verify is None
+        reason, verify = ", as requested", verify is None
     if not verify:
-        notes.append(f"names, shapes and read-back were checked, but the numbers were NOT compared{reason}")
+        notes.append(f"names, shapes and stored values were checked, but the outputs were NOT compared{reason}")
     weights = read_weights(source, ema, variant, key=key)
     if new_head is not None:
         weights = _with_new_head(weights, new_head)
-        notes.append(f"the head for {new_head} classes is fresh and must be trained")
+        notes.append(f"the head for {new_head} classes is newly initialized and must be trained")
     if classes is not None:
         listed = as_classes(classes)
         if len(listed) != weights.spec.num_classes:
             raise DoesNotFit(
-                f"{len(listed)} classes are listed, but {source} has {weights.spec.num_classes} outputs; "
-                "give the right list, or ask for a fresh head with --new-head"
+                f"the class list has {len(listed)} classes, but {source} has {weights.spec.num_classes} outputs; "
+                "pass a class list of this length, or initialize a new head with --new-head"
             )
         if new_head is None and (note := order_note(listed, weights.classes)):
             notes.append(note)
@@ -138,14 +140,14 @@ def convert(
     if preprocessing:
         chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.spec.variant)
         weights = dataclasses.replace(weights, preprocessing=chosen)
-    proof = None
+    verification = None
     with staged(destination, overwrite) as temporary:
         stored = cast(weights, dtype)
         write_weights(temporary, stored, stored_layout)
         written = read_weights(temporary)
         if verify:
-            proof = verify_weights(written, weights)
-            require(proof)
+            verification = verify_weights(written, weights)
+            require(verification)
     return Conversion(
         Path(source),
         destination,
@@ -155,15 +157,15 @@ def convert(
         len(written.tensors),
         weights.skipped,
         (*stored.notes, *notes),
-        proof,
+        verification,
     )
 
 
 def _with_new_head(weights: Weights, num_classes: int) -> Weights:
     if weights.spec.head != "classifier" or num_classes < 1:
-        raise UsageError(f"--new-head {num_classes}: expected at least 1, for a classifier")
+        raise UsageError(f"--new-head {num_classes}: expected at least 1, and the weights of a classifier")
     width = weights.spec.variant.widths[-1]
-    # The authors' initialization of Linear layers, repeatable.
+    # The authors' initialization of Linear layers, with a fixed seed.
     weight = np.random.default_rng(0).normal(0, 0.02, (num_classes, width)).astype(np.float32)
     kind = weights.tensors["norm.weight"].dtype
     head = {"head.weight": weight.astype(kind), "head.bias": np.zeros(num_classes, kind)}

@@ -1,8 +1,8 @@
-"""A local page: drop an image, see what it is taken for and the similarity maps, slide through blocks and heads.
+"""Serve a local web page that shows predictions and similarity maps for uploaded images.
 
-The page is Gradio's, the library that the field demonstrates models with. It is bound to this machine, answers only
-itself (see `_Guard`), shares and reports nothing, takes files up to `LIMIT`, keeps at most `KEPT_BYTES` of them and
-none longer than it is served, and computes with `fcvit.analysis.similarity`, as the command line does.
+The page uses Gradio. It is reachable only from this machine, and only requests from the page itself are answered (see
+`_Guard`). Nothing is shared or reported to others. Uploads are limited to `LIMIT` per file and `KEPT_BYTES` in total,
+and are deleted when the server stops. The maps are computed with `fcvit.analysis.similarity`, as on the command line.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ logger = logging.getLogger("fcvit")
 
 HOST = "127.0.0.1"
 LIMIT = "20 MB"
-MOST_BYTES = 21 * 1024**2  # of a request: a file of `LIMIT`, with what a form adds
-KEPT_BYTES, KEPT_FILES = 200 * 1024**2, 500  # of all that is uploaded and drawn
-UPLOADS = 4  # requests with a body at the same time
+MOST_BYTES = 21 * 1024**2  # limit of a request: a file of size `LIMIT` and the other form fields
+KEPT_BYTES, KEPT_FILES = 200 * 1024**2, 500  # limits of all uploaded and drawn files together
+UPLOADS = 4  # maximum number of simultaneous requests with a body
 _SHIPPED = "assets/digits.pth.tar"
 _SHIPPED_NAME = "handwritten digits"
 _EXAMPLES = 6
@@ -52,17 +52,17 @@ def demo(
     ema: Ema = None,
     open_browser: Annotated[bool, Parameter(name="--open", negative=())] = False,
 ) -> None:
-    """Serve a local page: drop an image, see its classes and similarity maps, slide through blocks and heads.
+    """Serve a local page that shows the predictions and similarity maps of uploaded images, by block and head.
 
     Args:
-        weights: A checkpoint of any format, or two, each with its own --weights (default: the package's digits).
-        port: Of the page, on this machine only (default: the first free one from 7860).
-        open_browser: Show the page at once.
+        weights: A checkpoint of any format. Repeat the option to compare two (default: the included digits model).
+        port: Port of the page, which is reachable only from this machine (default: the first free one from 7860).
+        open_browser: Open the page in the browser.
 
     Raises:
-        UsageError: more than two files, a network without maps, or no free port.
+        UsageError: More than two checkpoints are given, a network has no maps, or no port is free.
         MissingExtra: Gradio, Matplotlib or Paddle is not installed.
-        UnreadableFile, DoesNotFit: a file.
+        UnreadableFile, DoesNotFit: A checkpoint cannot be read.
     """
     if port is not None:
         _require_free(port)
@@ -71,11 +71,11 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="fcvit-demo-", dir=chosen) as folder:
         page = build(weights or (), Path(folder), device, ema)
         address = serve(page, Path(folder), port, open_browser)
-        logger.info(f"the page is at {address} (Ctrl-C ends it)")
+        logger.info(f"open {address} in a browser (Ctrl-C stops the server)")
         try:
             threading.Event().wait()
-        except KeyboardInterrupt:  # the way to end it
-            logger.info("the page is closed")
+        except KeyboardInterrupt:  # the normal way to stop the server
+            logger.info("the server has stopped")
         finally:
             page.close(verbose=False)
 
@@ -83,19 +83,19 @@ def demo(
 def build(
     weights: Sequence[str | os.PathLike[str]], folder: Path, device: str = "auto", ema: bool | None = None
 ) -> Any:
-    """Build the page, as `gradio.Blocks`, not yet served.
+    """Build the page as `gradio.Blocks`, without serving it.
 
     Args:
-        weights, device, ema: as for `demo`.
-        folder: for what is uploaded and drawn.
+        weights, device, ema: See `demo`.
+        folder: Folder for uploaded and drawn files.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # Gradio reads this when it is imported
     gradio = _gradio()
     from fcvit.report.page import require_report
 
     require_report()
     if len(weights) > 2:
-        raise UsageError(f"{len(weights)} checkpoints: expected one, or two to compare")
+        raise UsageError(f"--weights: expected one checkpoint, or two to compare, not {len(weights)}")
     if weights:
         viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
         return _page(gradio, viewers, titles(weights), [])
@@ -105,12 +105,18 @@ def build(
 
 
 def serve(page: Any, folder: Path, port: int | None = None, open_browser: bool = False) -> str:
-    """Begin to serve on this machine only; return the address. `folder` is the one that the page was built with.
+    """Start to serve a page on this machine only, and return its address.
+
+    Args:
+        page: The page from `build`.
+        folder: The folder that was passed to `build`.
+        port: Port of the page, or None for the first free port from 7860.
+        open_browser: Whether to open the page in the browser.
 
     Raises:
-        UsageError: no free port.
+        UsageError: No port is free.
     """
-    # The page asks itself whether it is there: not by way of a proxy.
+    # Gradio sends a request to its own server to check that it runs. This request must not go through a proxy.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
     try:
         app, address, shared = page.launch(
@@ -123,9 +129,9 @@ def serve(page: Any, folder: Path, port: int | None = None, open_browser: bool =
             footer_links=["settings"],
         )
     except OSError as error:
-        raise UsageError(f"no free port ({str(error).splitlines()[0]}); choose one with --port") from error
+        raise UsageError(f"no port is free ({str(error).splitlines()[0]}); choose one with --port") from error
     assert shared is None
-    # Before all that Gradio puts there itself, so that nothing answers a stranger.
+    # The guard must be the outermost layer, so that Gradio answers no request from outside.
     app.middleware_stack = _Guard(app.middleware_stack, urlsplit(address).port, folder)
     if open_browser:
         webbrowser.open(address)
@@ -133,10 +139,10 @@ def serve(page: Any, folder: Path, port: int | None = None, open_browser: bool =
 
 
 class _Guard:
-    """Let only the page itself through, and bound what it uploads; an ASGI application around another.
+    """An ASGI application around another one, which accepts only requests from the page itself and limits uploads.
 
-    A page of somebody else can send requests here: with its own name in Host, where that name was made to mean this
-    machine, or with its own address in Origin.
+    Another web page can send requests to this server: with its own name in the Host header, if that name resolves to
+    this machine (DNS rebinding), or with its own address in the Origin header.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], port: int | None, folder: Path):
@@ -150,41 +156,42 @@ class _Guard:
             return await self.app(scope, receive, send)
         hosts, origins, lengths = (_header(scope, name) for name in (b"host", b"origin", b"content-length"))
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return await _refuse(scope, send, 403, _STRANGER)
+            return await _refuse(scope, send, 403, _WRONG_HOST)
         if any(origin.lower().removeprefix("http://") not in self.hosts for origin in origins):
-            return await _refuse(scope, send, 403, "this page takes no requests of other pages")
+            return await _refuse(scope, send, 403, "requests from other web pages are not allowed")
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         if len(lengths) != 1 or not lengths[0].isdecimal() or _header(scope, b"transfer-encoding"):
-            return await _refuse(scope, send, 411, "expected a request that says its length")
+            return await _refuse(scope, send, 411, "expected a request with a Content-Length header")
         if len(lengths[0]) > 12 or int(lengths[0]) > MOST_BYTES:
             return await _refuse(scope, send, 413, f"expected an image of at most {LIMIT}")
         if self.active >= UPLOADS:
-            return await _refuse(scope, send, 429, f"{UPLOADS} files are on their way already; try again")
+            return await _refuse(scope, send, 429, f"{UPLOADS} uploads are already in progress; try again")
         self.active += 1
         try:
-            self._make_room(int(lengths[0]))
+            self._free_space(int(lengths[0]))
             await self.app(scope, receive, send)
         finally:
             self.active -= 1
-            self._make_room(0)
+            self._free_space(0)
 
-    def _make_room(self, coming: int) -> None:
-        """Delete the oldest files where there are too many; the newest are those that are shown."""
+    def _free_space(self, size: int) -> None:
+        """Delete the oldest files until a new file of `size` bytes fits. The page shows the newest files."""
         files = []
         for path in self.folder.rglob("*"):
             with contextlib.suppress(OSError):
                 if path not in self.own and path.is_file():
                     status = path.stat()
                     files.append((status.st_mtime_ns, status.st_size, path))
-        for count, (_, size, path) in enumerate(sorted(files, reverse=True), 1):
-            coming += size
-            if coming > KEPT_BYTES or count > KEPT_FILES:
+        total = size
+        for count, (_, file_size, path) in enumerate(sorted(files, reverse=True), 1):
+            total += file_size
+            if total > KEPT_BYTES or count > KEPT_FILES:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
-_STRANGER = "this page answers only to the address that fcvit demo printed; forward it under the same port"
+_WRONG_HOST = "open the address that fcvit demo printed; if you forward the port, use the same port number"
 
 
 def _header(scope: Mapping[str, Any], name: bytes) -> list[str]:
@@ -208,26 +215,26 @@ def _require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            remedy = "leave it out, or choose another"
+            remedy = "choose another port, or leave --port out"
             raise UsageError(f"--port {port}: {error.strerror or error}; {remedy}") from error
 
 
 def _gradio() -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads this when it is imported
     try:
         return importlib.import_module("gradio")
     except ImportError as error:
-        raise MissingExtra(f"gradio cannot be had ({error}); install it with: pip install 'fcvit[demo]'") from error
+        raise MissingExtra(f"gradio is not available ({error}); install it with: pip install 'fcvit[demo]'") from error
 
 
 def titles(weights: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the names of the files, with as many folders as it takes to tell them apart."""
+    """Return the names of the files, with parent folders as needed to make them distinct."""
     parts = [Path(path).absolute().parts for path in weights]
     for count in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*one[-count:])) for one in parts]
+        names = [str(Path(*path[-count:])) for path in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{letter}: {Path(*one).name}" for letter, one in zip("AB", parts, strict=False)]  # one file twice
+    return [f"{letter}: {Path(*path).name}" for letter, path in zip("AB", parts, strict=False)]  # the same file twice
 
 
 def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], examples: Sequence[str]) -> Any:
@@ -236,8 +243,8 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     known = places(viewers[0].variant)
     first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
-    def look(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
-        """Take a new image: the state, a message, the classes of each network, and what `show` gives."""
+    def load(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
+        """Process a new image. Return the state, a message, the classes of each network, and the output of `show`."""
         seen, message = None, ""
         if path is not None:
             try:
@@ -252,21 +259,21 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     def show(
         seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which, scale: Scale
     ) -> list[Any]:
-        """Return which context it is, and the picture of each network."""
-        places_of = [_place(viewer, depth) for viewer in viewers]
-        texts = dict.fromkeys("stage {}, block {}, context {}".format(*place) for place in places_of)
+        """Return the name of the selected context, and the picture of each network."""
+        selected = [_context(viewer, depth) for viewer in viewers]
+        texts = dict.fromkeys("stage {}, block {}, context {}".format(*context) for context in selected)
         pictures: list[Image.Image | None] = [None] * len(viewers)
         if seen is not None:
             name, choice = seen[0], MapChoice(head, values, scale)
-            drawn = (picture(*one[:2], name, one[2], choice) for one in zip(viewers, seen[1], places_of, strict=True))
+            drawn = (picture(*one[:2], name, one[2], choice) for one in zip(viewers, seen[1], selected, strict=True))
             pictures = [Image.open(io.BytesIO(content)) for content in drawn]
         return [" · ".join(texts), *pictures]
 
     with gradio.Blocks(title="FCViT: what the model sees", analytics_enabled=False) as page:
         gradio.Markdown(
-            "# What the model sees\nHow similar each place of the image is to the mean of all places, head by head: "
-            "yellow is like it, purple unlike it. Whether that marks what the answer rests on is another question, "
-            "which `fcvit faithfulness` measures."
+            "# What the model sees\nEach map shows how similar every position of the image is to the mean of all "
+            "positions, for one head: yellow is similar, purple is dissimilar. The maps do not always mark the pixels "
+            "that the prediction depends on. `fcvit faithfulness` measures this."
         )
         state = gradio.State()
         with gradio.Row():
@@ -276,57 +283,57 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 if examples:
                     _gallery(gradio, examples, file)
                 depth = gradio.Slider(1, contexts, first, step=1, label="Depth", elem_id="depth")
-                place_of = gradio.Markdown("stage {}, block {}, context {}".format(*known[first - 1]), elem_id="place")
+                position = gradio.Markdown("stage {}, block {}, context {}".format(*known[first - 1]), elem_id="place")
                 names = ["each", "mean", *map(str, range(1, heads + 1))]
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
                 values = gradio.Radio(list(get_args(Which)), value="standardised", label="Values", elem_id="values")
-                scales = [("one for all", "picture"), ("each head its own", "head")]
-                scale = gradio.Radio(scales, value="picture", label="Scale of the colors", elem_id="scale")
+                scales = [("same for all heads", "picture"), ("one per head", "head")]
+                scale = gradio.Radio(scales, value="picture", label="Color scale", elem_id="scale")
             classes, pictures = [], []
             for number, name in enumerate(titles):
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
                     classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
-                    # Without the button that would send it to somebody else's server.
+                    # The default buttons include one that sends the image to an external server.
                     buttons = ["download", "fullscreen"]
-                    still: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
-                    pictures.append(gradio.Image(type="pil", format="png", buttons=buttons, **still))
+                    static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
+                    pictures.append(gradio.Image(type="pil", format="png", buttons=buttons, **static))
         settings = [depth, head, values, scale]
-        # One after the other: neither Matplotlib's settings nor Paddle's device belong to a thread.
-        alone: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
-        file.change(look, [file, *settings], [state, message, *classes, place_of, *pictures], **alone)
-        for one in settings:
-            one.change(show, [state, *settings], [place_of, *pictures], show_progress="hidden", **alone)
+        # Matplotlib's settings and Paddle's device are global, so only one picture may be drawn at a time.
+        serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
+        file.change(load, [file, *settings], [state, message, *classes, position, *pictures], **serial)
+        for setting in settings:
+            setting.change(show, [state, *settings], [position, *pictures], show_progress="hidden", **serial)
     return page
 
 
 def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:
-    """Show images to click on instead of one's own."""
-    label = "Or one of these, which the network has not been trained on"
-    look: dict[str, Any] = {"columns": 3, "rows": 2, "height": 300, "object_fit": "contain", "elem_id": "examples"}
-    still: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": []}
-    gallery = gradio.Gallery(list(examples), label=label, **look, **still)
+    """Show example images that load when they are clicked."""
+    label = "Or click an example (not used for training)"
+    style: dict[str, Any] = {"columns": 3, "rows": 2, "height": 300, "object_fit": "contain", "elem_id": "examples"}
+    static: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": []}
+    gallery = gradio.Gallery(list(examples), label=label, **style, **static)
 
     def pick(event: Any) -> str:
         return examples[event.index]
 
-    pick.__annotations__["event"] = gradio.SelectData  # by which Gradio knows what to hand over
+    pick.__annotations__["event"] = gradio.SelectData  # Gradio uses the annotation to pass the event
     gallery.select(pick, None, file, api_name=False)
 
 
-def _place(viewer: Viewer, depth: float | None) -> Place:
-    """Return the context at that depth, from 1; the last where there are fewer or the field was emptied."""
+def _context(viewer: Viewer, depth: float | None) -> Place:
+    """Return the global context at a depth, counted from 1, or the last one if the depth is too large or empty."""
     known = places(viewer.variant)
     return known[min(max(int(depth or len(known)), 1), len(known)) - 1]
 
 
 def _plain(text: object) -> str:
-    """Escape what Markdown would read as markup."""
+    """Escape the characters that Markdown interprets as markup."""
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>" else letter for letter in str(text))
 
 
 def _examples(folder: Path) -> list[str]:
-    """Write held-out digits of the package as files."""
+    """Write the first held-out digits of the package as image files, and return their paths."""
     with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
         digits = np.load(file, allow_pickle=False)["images"][:_EXAMPLES]
     paths = []

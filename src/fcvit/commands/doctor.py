@@ -1,4 +1,4 @@
-"""Report what this installation can do: versions, devices, and what is missing with its remedy."""
+"""Report the installed versions, the devices, and missing packages with the commands that install them."""
 
 import importlib.metadata
 import platform
@@ -15,10 +15,10 @@ from fcvit.machine import available_threads
 
 
 class Diagnosis(dict[str, Any]):
-    """The findings of `doctor`, as a dictionary that JSON can hold."""
+    """The report of `doctor`, as a dictionary that can be stored as JSON."""
 
     def tables(self) -> Iterator[Any]:
-        """Show versions, devices, and what is missing."""
+        """Yield a table of the versions, the devices and the missing packages."""
         from fcvit.report.tables import table
 
         rows = [
@@ -26,14 +26,14 @@ class Diagnosis(dict[str, Any]):
             *self["versions"].items(),
             *((f"{name} devices", ", ".join(devices)) for name, devices in self["devices"].items()),
             *((f"{name} missing", remedy) for name, remedy in self["missing"].items()),
-            *((f"extra {name} is absent", command) for name, command in self["extras"].items()),
+            *((f"extra {name} missing", command) for name, command in self["extras"].items()),
             *((title, str(self[title])) for title in ("compiler", "cores", "cache")),
         ]
         yield table(rows=rows)
 
 
 def doctor() -> Diagnosis:
-    """Print versions, devices, and what is missing with the command that installs it."""
+    """Print versions and devices, and the commands that install missing packages."""
     cache = read_cache()
     devices: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
@@ -55,7 +55,7 @@ def doctor() -> Diagnosis:
             "devices": devices,
             "missing": missing,
             "extras": dict(_absent_extras()),
-            "compiler": shutil.which("c++") or shutil.which("g++") or "none: the native operators need one",
+            "compiler": shutil.which("c++") or shutil.which("g++") or "none; the native operators need a C++ compiler",
             "cores": available_threads(),
             "cache": f"{cache.folder}, {cache.bytes / 2**20:.1f} MiB",
         }
@@ -63,7 +63,7 @@ def doctor() -> Diagnosis:
 
 
 def _absent_extras() -> Iterator[tuple[str, str]]:
-    """Yield each extra of which a package is not installed, with the command that installs it."""
+    """Yield each extra with a missing package, and the command that installs the extra."""
     for line in importlib.metadata.requires("fcvit") or ():
         match = re.fullmatch(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"].*", line)
         if match and match[2] not in ("dev", "docs"):

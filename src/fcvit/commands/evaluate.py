@@ -1,4 +1,4 @@
-"""The command `fcvit eval`, and `fcvit.evaluate` with the same options as keyword arguments."""
+"""Evaluate weights on labeled images: the command `fcvit eval` and the function `fcvit.evaluate`."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import TASKS, get_task
 from fcvit.weights.reading import Weights
 
-# The options of all tasks in one group; the task of the weights takes its own.
+# The command line accepts the options of all tasks. The task of the weights uses its own options.
 _options = tuple(get_task(name).options for name in TASKS)
 TaskOptions: Any = dataclasses.dataclass(frozen=True)(type("TaskOptions", _options, {"__module__": __name__}))
 _fields = (*dataclasses.fields(Settings), *dataclasses.fields(TaskOptions))
@@ -40,17 +40,17 @@ def command(
     """Measure accuracy on labeled images.
 
     Args:
-        weights: A checkpoint of any format; several, each with its own --weights, go through in one pass.
-        data: Class folders, or with --list any folder; also a tar, or a folder in one (x.tar/val).
-        settings: Of every task.
-        options: Of the task of the weights.
-        pixels: Another preprocessing.
-        output: Folder of the run (default: runs/eval, or the first free one after it).
-        resume: Go on with the run in this folder; takes no other option but --workers, --strict, and
-            --weights, --data, --list, --classes, --real, --calibrate for what is elsewhere now.
-        workers: Processes that decode images (default: one for each core, at most 8); 0: none.
+        weights: A checkpoint of any format. Repeat the option to evaluate several checkpoints in one pass.
+        data: Class folders, or any folder with --list. Also a tar archive, or a folder in a tar archive (x.tar/val).
+        settings: Options of all tasks.
+        options: Options of the task of the weights.
+        pixels: Changes to the preprocessing.
+        output: Folder of the run (default: runs/eval, or the first free one of runs/eval-2, ...).
+        resume: Resume the run in this folder. Accepts --workers, --strict, and for moved files new paths: --weights,
+            --data, --list, --classes, --real, --calibrate.
+        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
         strict: Stop at the first image that cannot be read.
-        record: Write the results into a folder.
+        record: Write the results to a folder.
     """
     workers = decoding_processes(workers)
     changes = pixels.changes() if pixels else None
@@ -60,7 +60,7 @@ def command(
         moved |= {"weights": weights} if weights else {}
         moved |= {"data": data} if data is not None else {}
         if given or output is not None or changes:
-            raise UsageError("eval: --resume goes on as the run began; leave out what else decides its numbers")
+            raise UsageError("eval: --resume keeps the options of the run; leave out all options that change results")
         return runner.resume(resume, moved=moved, workers=workers, strict=strict)
     if not weights or data is None:
         raise UsageError("eval: expected --weights FILE and --data FOLDER, or --resume RUN")
@@ -85,24 +85,25 @@ def evaluate(
     """Evaluate weights on labeled images.
 
     Args:
-        weights: a file of any format, weights in memory, or several of either that know the same classes.
-        data: class folders, a folder or tar.
-        folder: a new folder for the results; None: nothing is written, or, with `record`, the folder is
-            `runs/eval` or the first free one after it.
-        workers: processes that decode while the model computes; 0: this one decodes. A script that starts
-            processes must begin its work under `if __name__ == "__main__":`.
-        strict: stop at the first image that cannot be read.
-        preprocessing: another one, or single fields of it, which makes the protocol "custom".
-        engines: names of `fcvit.inference.engines.ENGINES`, or "auto"; all see the same batches.
-        options: the other options of `fcvit eval`, by the names of the fields of `fcvit.evaluation.settings.Settings`
-            and of the options of the task (`fcvit.tasks.classification.evaluation.Options`), such as `subset`.
+        weights: A weights file of any format, weights in memory, or a list of these with the same classes.
+        data: Class folders, in a folder or tar archive.
+        folder: A new folder for the results. If None, nothing is written, unless `record` is set.
+        record: Whether to write the results to `runs/eval`, or the first free one of `runs/eval-2`, ..., if `folder`
+            is None.
+        workers: Number of processes that decode images while the model computes. 0 decodes in this process. A script
+            that uses worker processes must call this function under `if __name__ == "__main__":`.
+        strict: Whether to stop at the first image that cannot be read.
+        preprocessing: A preprocessing, or changes to single fields. The protocol is then called "custom".
+        engines: Names from `fcvit.inference.engines.ENGINES`, or "auto". All engines get the same batches.
+        options: Other options of `fcvit eval`, by the field names of `fcvit.evaluation.settings.Settings` and of the
+            options of the task (`fcvit.tasks.classification.evaluation.Options`), for example `subset`.
 
     Raises:
-        UnreadableFile, UsageError, DoesNotFit, MissingExtra: before the first batch.
-        BadImages: not a single image can be read, or with `strict` one cannot. Single bad ones are
+        UnreadableFile, UsageError, DoesNotFit, MissingExtra: The evaluation cannot start.
+        BadImages: No image can be read, or one cannot be read and `strict` is set. Otherwise, unreadable images are
             listed in the result.
-        NumbersDisagree: logits that are not finite.
-        fcvit.evaluation.results.NotWritten: the disk is full; the figures are in the error.
+        NumbersDisagree: The logits are not finite.
+        fcvit.evaluation.results.NotWritten: The results cannot be written. The error contains them.
     """
     files = [weights] if isinstance(weights, Weights | str | os.PathLike) else list(weights)
     fields = {field.name for field in dataclasses.fields(Settings)}

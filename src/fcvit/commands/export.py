@@ -1,4 +1,4 @@
-"""Export a network for a runtime; reported only after the runtime computed the right numbers with it."""
+"""Export a network for a runtime. The export is kept only if the runtime computes the correct outputs with it."""
 
 import dataclasses
 import logging
@@ -34,18 +34,21 @@ Precision = Literal["float32", "int8"]
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """An export, and its check.
+    """An export with the results of its checks.
 
     Attributes:
-        network: in words.
-        files: the one for the runtime is the last.
-        bytes: of all files.
-        input: type and shape; None: free.
-        outputs: their names.
-        runtime: what it was run with; version in `fcvit doctor`.
-        checks: float32 error ratio of the weights themselves, at each size; of int8 before it was quantized.
-        synthetic: the same of an export of synthetic weights, where the file's own hide the blocks; else empty.
-        seconds: to write, without the checks.
+        network: Description of the network.
+        format: Format of the export: onnx, paddle or openvino.
+        files: Paths of the written files. The last one is the file that the runtime loads.
+        bytes: Size of all files together.
+        input: Type and shape of the input. None in the shape means any size.
+        outputs: Names of the outputs.
+        runtime: The runtime that checked the export. `fcvit doctor` shows its version.
+        precision: float32 or int8.
+        checks: float32 error ratio of the exported weights at each checked size. For int8, before quantization.
+        synthetic: The same checks on an export of synthetic weights, if the weights have a near-zero layer scale that
+            hides errors in the blocks. Otherwise empty.
+        seconds: Time to write the files, without the checks.
     """
 
     network: str
@@ -64,15 +67,15 @@ class Export:
         return f"<Export {self.files[-1]}: {self.network}>"
 
     def tables(self) -> Iterator[Any]:
-        """Show what was written, and how near its numbers are to exact ones."""
+        """Yield a table of the written files, the inputs and outputs, and the results of the checks."""
         from fcvit.report.tables import table, verdict
 
         shape = " x ".join("any" if side is None else str(side) for side in self.input["shape"])
         rows: list[Sequence[Any]] = [
             *(("written", path) for path in self.files),
             ("size", f"{self.bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s"),
-            ("takes", f"{self.input['type']}, {shape}"),
-            ("gives", ", ".join(self.outputs)),
+            ("input", f"{self.input['type']}, {shape}"),
+            ("outputs", ", ".join(self.outputs)),
         ]
         for what, checks in (("", self.checks), ("synthetic weights, ", self.synthetic)):
             for check in checks:
@@ -81,22 +84,22 @@ class Export:
                 rows.append((f"error ratio ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}")))
                 rows.append(("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}"))
         if self.precision == "int8":
-            note = "checked before it was quantized; fcvit eval --precision int8 measures what it costs"
+            note = "checked before quantization; use fcvit eval --precision int8 to measure the loss of accuracy"
             rows.append(("int8", note))
         yield table(rows=rows, title=f"{self.network} exported as {self.format}, {self.precision}")
 
 
 def _size(value: Any) -> tuple[int, int] | None:
-    """Return height and width from 224, "240x320" or a pair.
+    """Parse an image size (224, "240x320", or a pair) and return height and width.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: The value is not an image size.
     """
     if value is None or isinstance(value, tuple):
         return value
     sides = str(value).lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
-        raise UsageError(f"--size {value}: expected pixels from 1 to 4096, as in 224 or 240x320 (height x width)")
+        raise UsageError(f"--size {value}: expected 1 to 4096 pixels, for example 224 or 240x320 (height x width)")
     return int(sides[0]), int(sides[-1])
 
 
@@ -116,27 +119,27 @@ def export(
     ema: Ema = None,
     overwrite: Flag = False,
 ) -> Export:
-    """Export a network for ONNX Runtime, Paddle Inference or OpenVINO, run there and checked before it is kept.
+    """Export a network to ONNX, Paddle Inference or OpenVINO, and check its outputs in the runtime.
 
     Args:
-        weights: A checkpoint of any format (in Python also weights in memory).
-        output: The file for the runtime: .onnx, .json (paddle, with .pdiparams beside) or .xml (openvino, with .bin).
-        format: onnx, paddle or openvino (default: by the output's ending).
-        size: Image size, as in 224 or 240x320 (height x width; default: the weights' own).
-        dynamic: Take images of any size (onnx, openvino).
-        uint8: Take uint8 RGB images and normalize them inside.
-        probabilities: Give probabilities instead of logits.
+        weights: A checkpoint of any format, or in Python weights in memory.
+        output: Output file: .onnx, .json (paddle, also writes .pdiparams) or .xml (openvino, also writes .bin).
+        format: onnx, paddle or openvino (default: by the extension of the output).
+        size: Image size, for example 224 or 240x320 (height x width; default: the input size of the weights).
+        dynamic: Accept images of any size (onnx, openvino).
+        uint8: Accept uint8 RGB images and normalize them in the exported network.
+        probabilities: Return probabilities instead of logits.
         precision: float32 (default), or int8 with --calibrate (onnx).
-        calibration: Folder of images that int8 takes its scales from, such as training images.
-        images: Image, folder or pattern to check with; may be given several times (default: digits of the package).
-        preprocessing: another one than the weights'.
+        calibration: Folder of images to calibrate int8 with, for example training images.
+        images: Image, folder or pattern to check the export with. Can be repeated (default: included digits).
+        preprocessing: Preprocessing to use instead of that of the weights.
         overwrite: Replace the output if it already exists.
 
     Raises:
-        UnreadableFile, UsageError, DoesNotFit: a file or an option.
-        MissingExtra: a package that writes or runs the format is not installed.
-        BadImages: an image cannot be read.
-        NumbersDisagree: the runtime computes other numbers than the weights say; nothing is written.
+        UnreadableFile, UsageError, DoesNotFit: A file or an option is invalid.
+        MissingExtra: A package that writes or runs the format is not installed.
+        BadImages: An image cannot be read.
+        NumbersDisagree: The outputs of the runtime are wrong. Nothing is written.
     """
     size, paths = _size(size), find_images(images) if images else ()
     path = Path(output)
@@ -145,11 +148,11 @@ def export(
     if precision not in get_args(Precision) or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
-        raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
+        raise UsageError("--precision int8 and --calibrate FOLDER require each other; pass both or neither")
     if dynamic and size is not None:
-        raise UsageError("--dynamic takes any size; leave out --size")
+        raise UsageError("--dynamic accepts any image size; leave out --size")
     if dynamic and precision == "int8":
-        raise UsageError("--precision int8 is calibrated for one size; leave out --dynamic")
+        raise UsageError("--precision int8 is calibrated for one image size; leave out --dynamic")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     chosen = resolve_preprocessing(preprocessing, read.preprocessing, read.spec.variant)
     size = size or (chosen.input_size, chosen.input_size)
@@ -174,7 +177,7 @@ def export(
         synthetic_checks: tuple[Check, ...] = ()
         if has_near_zero_scale(read.tensors):
             logger.info(
-                "the weights are nearly untrained and hide their blocks: synthetic weights are exported and checked too"
+                "the near-zero layer scale of the weights hides errors in the blocks: also checking synthetic weights"
             )
             synthetic = dataclasses.replace(read, tensors=synthetic_tensors(read.spec))
             with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -186,7 +189,7 @@ def export(
             seconds += time.perf_counter() - began
             network = RUNTIMES[RUNTIME[target]](folder / path.name, available_threads(), "int8")
             if not all(np.isfinite(output).all() for output in network(pixels(batch, interface))):
-                raise NumbersDisagree(f"{path.name}: int8 gives numbers that are not finite")
+                raise NumbersDisagree(f"{path.name}: the int8 network returns values that are not finite")
         size_in_bytes = sum((folder / name.name).stat().st_size for name in names)
     return Export(
         network=str(read.spec),
@@ -207,7 +210,7 @@ def export(
 
 
 def _checks(weights: Weights, interface: Interface, target: str, path: Path, images: np.ndarray) -> tuple[Check, ...]:
-    """Check at the size; where any will do, at a smaller one as well that is odd and not square."""
+    """Check the export at its image size. A dynamic export is also checked at a smaller, odd and non-square size."""
     network = RUNTIMES[RUNTIME[target]](path, available_threads())
     height, width = images.shape[2:]
     smaller = [images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1]] if interface.size is None else []

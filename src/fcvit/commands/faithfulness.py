@@ -1,4 +1,4 @@
-"""The command `fcvit faithfulness`, and `fcvit.faithfulness`."""
+"""Measure the faithfulness of similarity maps (`fcvit faithfulness` and `fcvit.faithfulness`)."""
 
 import contextlib
 import functools
@@ -37,30 +37,31 @@ def faithfulness(
     device: Device = "auto",
     ema: Ema = None,
 ) -> Faithfulness:
-    """Measure whether the maps mark what predictions rest on: deletion and insertion against other maps, occlusion.
+    """Measure by deletion, insertion and occlusion whether the maps mark the pixels that predictions depend on.
 
     Args:
-        images: Files, folders (searched through) or quoted patterns; ten at least.
-        weights: A checkpoint of any format (in Python also weights in memory).
+        images: Files, folders (searched recursively) or quoted patterns. At least 10 images.
+        weights: A checkpoint of any format, or in Python weights in memory.
         output: New folder for trust.json and trust.png (default: nothing is written).
-        absolute: Count what is unlike the context as marked too: absolute values, head by head.
-        every: Measure all global contexts, not only the first and the last of each stage.
-        heads: mean (default), each, or the number of a head.
+        absolute: Use absolute values per head, so that positions unlike the context also count as marked.
+        every: Measure all global contexts, instead of only the first and last of each stage.
+        heads: Heads to measure: mean (default), each, or the number of a head.
         seed: Seed of the random maps and the bootstrap.
-        engine: Engine that computes the probabilities; as in predict.
+        engine: Engine that computes the probabilities (see fcvit predict --help).
 
     Raises:
-        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: too few images can be read. Single ones are listed in the result.
-        KeyboardInterrupt: what was measured until then is in the folder, if it is of `MIN_IMAGES` images.
-        NumbersDisagree: maps that are no finite numbers.
+        UsageError, DoesNotFit, UnreadableFile, MissingExtra: The measurement cannot start.
+        BadImages: Too few images can be read. Otherwise, unreadable images are listed in the result.
+        KeyboardInterrupt: The measurement was interrupted. If at least `MIN_IMAGES` images were measured, their
+            results are in the folder.
+        NumbersDisagree: The maps are not finite.
     """
     paths = sample_evenly(named_images("faithfulness", images, output), max_images)
     if len(paths) < MIN_IMAGES:
-        raise UsageError(f"{counted(len(paths), 'image')}: expected at least {MIN_IMAGES}, for an interval")
+        raise UsageError(f"{counted(len(paths), 'image')}: expected at least {MIN_IMAGES} for a confidence interval")
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     if not read.spec.num_classes:
-        raise DoesNotFit(f"{read.source.path} is {read.spec}: it predicts nothing that a map could explain")
+        raise DoesNotFit(f"{read.source.path} is {read.spec}: it has no classes, so there is no prediction to explain")
     viewer = Viewer(read, device=device)
     check_heads(viewer.variant, heads)
     chosen = places(viewer.variant)
@@ -74,7 +75,8 @@ def faithfulness(
             pixels = list(each_readable(paths, viewer.preprocessing, bad, advance))
         count = len(pixels)
         if count < MIN_IMAGES:
-            raise BadImages(f"{counted(count, 'image')} can be read: expected at least {MIN_IMAGES}; first: {bad[0]}")
+            readable = f"{counted(count, 'image')} can be read"
+            raise BadImages(f"{readable}: expected at least {MIN_IMAGES}; the first error is: {bad[0]}")
         explainer = measuring.Explainer(viewer, compute, chosen, heads, absolute)
         logger.info(explainer.expected(pixels))
         attribution = functools.cache(lambda number: explainer.attribution(number, pixels[number]))
@@ -85,12 +87,12 @@ def faithfulness(
             values, done = "absolute" if absolute else "signed", len(next(iter(curves.values())))
             outcome = Faithfulness(str(read.spec), done, values, summaries, tuple(map(str, bad)), folder)
             if folder is not None:
-                title = f"{outcome.network}: are the {values} maps right?"
+                title = f"{outcome.network}: faithfulness of the {values} maps"
                 save(folder, "trust", outcome, lambda: faithfulness_chart(summaries, title, done))
             return outcome
 
         try:
-            with progress("removing and returning pixels", count) as advance:
+            with progress("deleting and inserting pixels", count) as advance:
                 for number in image_order(count):
                     pair = attribution(number), attribution(partner(number, count))
                     for name, one in measuring.measure(*pair, compute, seed).items():
@@ -100,13 +102,13 @@ def faithfulness(
             done = len(next(iter(curves.values()), ()))
             if done >= MIN_IMAGES and folder is not None:
                 result()
-                logger.info(f"interrupted: the figures of {done} of {count} images are in {folder}")
+                logger.info(f"interrupted: the results for {done} of {count} images are in {folder}")
             raise
         return result()
 
 
 def image_order(count: int) -> list[int]:
-    """Return all numbers, from both halves in turn: an interruption leaves images of most classes."""
+    """Return all image numbers, alternating between both halves, so that an interrupted run covers most classes."""
     half = (count + 1) // 2
     return [
         number for pair in zip(range(half), range(half, 2 * half), strict=True) for number in pair if number < count
@@ -114,5 +116,5 @@ def image_order(count: int) -> list[int]:
 
 
 def partner(number: int, count: int) -> int:
-    """Return whose maps an image is compared with: half of all images further, mostly of another class."""
+    """Return the number of the image with which an image is compared: half of all images away, to get another class."""
     return (number + count // 2) % count

@@ -1,4 +1,4 @@
-"""Fine-tune weights on a folder of images, without writing a recipe."""
+"""Fine-tune weights on a folder of images without a recipe file (`fcvit finetune` and `fcvit.finetune`)."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ from fcvit.weights.reading import read_weights
 
 logger = logging.getLogger("fcvit")
 
-RECIPE = "finetune"  # the shipped recipe with the defaults
+RECIPE = "finetune"  # included recipe with the defaults
 
 
 def finetune(
@@ -36,15 +36,15 @@ def finetune(
     workers: Workers = None,
     **fields: recipe_options("weights", "data"),  # pyrefly: ignore
 ) -> Training | Preview:
-    """Train weights on your own folder of images, by default with a new head and low rates for the lower blocks.
+    """Fine-tune weights on your own images, by default with a new head and low learning rates in the lower blocks.
 
     Args:
         weights: A checkpoint of any format.
-        data: One folder of images per class, or folders train and val with such folders in them; also a tar.
-        fields: Fields of the recipe; docs/training.md lists them.
+        data: Folder with one folder of images per class, or with such folders in train and val. Also in a tar archive.
+        fields: Fields of the recipe. docs/training.md lists them.
 
     Raises:
-        FcvitError: see `finetune_recipe` and `fcvit.training.run.train`.
+        FcvitError: See `finetune_recipe` and `fcvit.training.run.train`.
     """
     recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields))
     for note in notes:
@@ -55,10 +55,15 @@ def finetune(
 def finetune_recipe(
     weights: str | os.PathLike[str], data: str | os.PathLike[str], overrides: Mapping[str, object] | None = None
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe of a fine-tuning with fields as in `read_recipe`, and notes about the choices in it.
+    """Return a recipe for fine-tuning, and notes about the values that were chosen automatically.
 
-    The head is new unless the folders are the classes that the weights name. A batch is at most a quarter of
-    the training images, so that an epoch has several steps; the warm-up is at most a fifth of the epochs.
+    The head is new unless the class folders match the classes in the weights file. The batch size is at most a
+    quarter of the training images, so that an epoch has several steps. The warm-up is at most a fifth of the epochs.
+
+    Args:
+        weights: The weights file to start from.
+        data: The training data.
+        overrides: Fields of the recipe, as in `read_recipe`.
     """
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, {"true": True, "false": False}.get(str(given.get("ema")).lower()))
@@ -70,11 +75,11 @@ def finetune_recipe(
     splits = find_splits(recipe, loaded)
     notes = []
     if "new_head" not in given:
-        # Classes in another order are the same: the head keeps the order of the weights.
+        # The order of the classes does not matter, because the head keeps the order of the weights.
         names, folders = ({composed(name.id) for name in classes} for classes in (loaded.classes or (), splits.classes))
         if names == folders:
             notes.append(
-                "the folders are the classes of the weights: the head goes on from theirs (--new-head true: anew)"
+                "the class folders match the classes of the weights: their head is kept (--new-head true replaces it)"
             )
         recipe = build_recipe({**defaults, "new_head": names != folders}, given, source)
     if "batch_size" not in given:
@@ -91,7 +96,7 @@ def finetune_recipe(
 
 
 def _named_variant(variant: Variant) -> tuple[str, dict[str, Any]]:
-    """Return the name of a variant of the table, and the options that turn it into this one."""
+    """Return the name of a known variant, and the options that change it into the given variant."""
     base = VARIANTS.get(variant.name, VARIANTS["fcvit_tiny"])
     options: dict[str, Any] = {}
     for field in dataclasses.fields(Variant):

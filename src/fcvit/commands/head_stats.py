@@ -1,4 +1,4 @@
-"""The command `fcvit head-stats`, and `fcvit.head_stats`."""
+"""Measure attention statistics (`fcvit head-stats` and `fcvit.head_stats`)."""
 
 import contextlib
 from pathlib import Path
@@ -24,17 +24,17 @@ def head_stats(
     device: Device = "auto",
     ema: Ema = None,
 ) -> HeadStats:
-    """Measure how the maps of heads differ, how sparse they are, how they change with depth, and whether queries would.
+    """Measure how the maps of heads differ, how sparse they are, how depth changes them, and if they depend on queries.
 
     Args:
-        images: Files, folders (searched through) or quoted patterns.
-        weights: A checkpoint of any format (in Python also weights in memory).
+        images: Files, folders (searched recursively) or quoted patterns.
+        weights: A checkpoint of any format, or in Python weights in memory.
         output: New folder for heads.json and heads.png (default: nothing is written).
 
     Raises:
-        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: not one image can be read. Single ones are listed in the result.
-        NumbersDisagree: maps that are no finite numbers.
+        UsageError, DoesNotFit, UnreadableFile, MissingExtra: The measurement cannot start.
+        BadImages: No image can be read. Otherwise, unreadable images are listed in the result.
+        NumbersDisagree: The maps are not finite.
     """
     paths = sample_evenly(named_images("head-stats", images, output), max_images)
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)

@@ -1,4 +1,4 @@
-"""Say what a weights file is, without loading it into a model."""
+"""Describe a weights file without loading it into a model (`fcvit inspect` and `fcvit.inspect`)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +12,14 @@ from fcvit.weights.reading import WeightsDoNotFit, read_weights
 
 
 class Inspection(dict[str, Any]):
-    """The description of a weights file, as a dictionary that JSON can hold."""
+    """The description of a weights file, as a dictionary that can be stored as JSON."""
 
     @property
     def exit_code(self) -> int:
         return DoesNotFit.exit_code if self["problems"] else 0
 
     def tables(self) -> Iterator[Any]:
-        """Show the description; the list of tensors where it was asked for."""
+        """Yield a table of the description, and a table of the tensors if they are listed."""
         from fcvit.report.tables import SHOWN, lines, table
 
         listing = table()
@@ -39,16 +39,17 @@ class Inspection(dict[str, Any]):
 
 
 def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | None = None) -> Inspection:
-    """Describe a weights file; needs neither framework and executes nothing.
+    """Describe a weights file. This needs no framework and executes nothing in the file.
 
     Args:
-        path: Any format; it is detected from the content.
+        path: A weights file. The format is detected from the content.
         tensors: List every tensor.
-        key: Describe this one of several sets of weights, such as teacher or model.state_dict.
+        key: Name of the set of weights, if the file has several. For example teacher or model.state_dict.
 
     Raises:
-        UsageError: the file has several sets of weights, and neither `ema` nor `key` tells which.
-        UnreadableFile: it cannot be read safely. A file that fits no FCViT is described, with its `problems`.
+        UsageError: The file has several sets of weights, and neither `ema` nor `key` selects one.
+        UnreadableFile: The file cannot be read safely. A file that does not match an FCViT raises no error. Its
+            description contains the `problems`.
     """
     checkpoint = read_checkpoint(path)
     raw = any(not one.averaged for one in checkpoint.sets)
@@ -105,5 +106,5 @@ def _described(has_both: bool, chosen: bool | None, ema: bool | None, key: str |
     if key is not None:
         return key
     if has_both and ema is None:
-        return "raw weights; the averaged ones with --ema"
-    return "averaged weights" if chosen else "raw weights"
+        return "raw weights (use --ema for the EMA weights)"
+    return "EMA weights" if chosen else "raw weights"

@@ -1,4 +1,4 @@
-"""The command `fcvit models`."""
+"""List the variants (`fcvit models`)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from fcvit.models.variants import VARIANTS, published
 
 
 class Models(dict[str, Any]):
-    """The variants by name, with their published figures."""
+    """The variants by name, with the published figures."""
 
     def tables(self) -> Iterator[Any]:
-        """Show the variants, and where the authors' checkpoints are."""
+        """Yield a table of the variants, and links to the authors' checkpoints."""
         from fcvit.report.tables import table
 
         figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
@@ -22,7 +22,7 @@ class Models(dict[str, Any]):
             count = row.parameters if row else parameter_count(ModelSpec(variant, 10))
             cells = [f"{count:,}", f"{count / 2**20:.1f}M", f"{row.gmac:.3f}" if row else ""]
             cells += [f"{variant.preprocessing.crop_fraction:.2f}"]
-            result.add_row(name, *cells, f"{row.top1:.1f}" if row else "ours: 10 classes, 32 x 32")
+            result.add_row(name, *cells, f"{row.top1:.1f}" if row else "this package: 10 classes, 32 x 32")
         yield result
         yield "The authors' checkpoints must be downloaded separately (Apache-2.0, github.com/ma-xu/FCViT):"
         for name, variant in VARIANTS.items():
@@ -31,7 +31,7 @@ class Models(dict[str, Any]):
 
 
 def models() -> Models:
-    """List the variants, their published figures, and where the authors' checkpoints are."""
+    """List the variants, the published figures, and links to the authors' checkpoints."""
     rows = {}
     for name, variant in VARIANTS.items():
         figures = published(variant)

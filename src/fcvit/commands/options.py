@@ -1,4 +1,4 @@
-"""Groups of options that several commands share."""
+"""Define options that several commands share."""
 
 import dataclasses
 import os
@@ -18,13 +18,13 @@ File = Path | str
 Output = Parameter(name=["--output", "-o"])
 Flag = Annotated[bool, Parameter(negative=())]
 Ema = Annotated[
-    bool | None, Parameter(help="Take the averaged (--ema) or the raw (--no-ema) weights of a file with both.")
+    bool | None, Parameter(help="Use the EMA (--ema) or the raw (--no-ema) weights of a file that contains both.")
 ]
 Classes = Annotated[
-    Any, Parameter(help="Class list: CSV with id and name, or one class per line (default: the file's own).")
+    Any, Parameter(help="Class list: CSV with id and name, or one class per line (default: from the weights file).")
 ]
-Device = Annotated[str, Parameter(help="auto, cpu, gpu or gpu:N.")]
-Threads = Annotated[int | None, Parameter(help="Threads that compute on a CPU (default: one for each core).")]
+Device = Annotated[str, Parameter(help="auto (a GPU if one is available), cpu, gpu or gpu:N.")]
+Threads = Annotated[int | None, Parameter(help="Number of CPU threads (default: one per core).")]
 MaxImages = Annotated[
     int, Parameter(name=["--max-images", "--most"], help="Use at most this many images, evenly sampled.")
 ]
@@ -33,14 +33,14 @@ Channels = Annotated[list[str] | None, Parameter(consume_multiple=True, negative
 
 @dataclasses.dataclass(frozen=True)
 class PreprocessingOptions:
-    """Fields of the preprocessing to be replaced.
+    """Changes to the preprocessing.
 
     Args:
-        input_size: Another input size in pixels.
-        crop_fraction: Another crop fraction.
-        interpolation: Another interpolation.
-        mean: Another mean, of images from 0 to 1: one number, or three for red, green and blue.
-        std: Another standard deviation, in the same way.
+        input_size: Input size in pixels, instead of the size of the weights.
+        crop_fraction: Crop fraction, instead of the value of the weights.
+        interpolation: Interpolation, instead of the value of the weights.
+        mean: Mean of pixel values from 0 to 1: one number, or three for red, green and blue.
+        std: Standard deviation of pixel values from 0 to 1: one number, or three for red, green and blue.
     """
 
     input_size: int | None = None
@@ -50,10 +50,10 @@ class PreprocessingOptions:
     std: Channels = None
 
     def changes(self) -> PreprocessingChange | None:
-        """Return the fields that were given; None: none.
+        """Return the given fields, or None if no field was given.
 
         Raises:
-            UsageError: a mean or standard deviation is not one number or three.
+            UsageError: The mean or standard deviation is not one number or three.
         """
         changes: Any = {}
         for name, value in vars(self).items():
@@ -68,14 +68,19 @@ class PreprocessingOptions:
 
 
 def named_images(command: str, images: Sequence[str | os.PathLike[str]], output: File | None) -> list[Path]:
-    """Return the images that the arguments of a command name.
+    """Find the images that the arguments of a command refer to.
+
+    Args:
+        command: Name of the command, for messages.
+        images: Files, folders or patterns.
+        output: The output folder, which must not be inside one of the image folders.
 
     Raises:
-        UsageError: none is named, or the folder that is written is among them.
-        UnreadableFile: an argument matches nothing.
+        UsageError: No image is given, or the output folder is inside an image folder.
+        UnreadableFile: An argument matches no file.
     """
     if not images:
-        raise UsageError(f"{command}: name at least one image, folder or pattern")
+        raise UsageError(f"{command}: expected at least one image, folder or pattern")
     if output is not None:
         for argument in images:
             runs.refuse_inside(Path(output), Path(argument), str(argument))
@@ -83,8 +88,8 @@ def named_images(command: str, images: Sequence[str | os.PathLike[str]], output:
 
 
 def decoding_processes(workers: int | None) -> int:
-    """Return how many processes decode images: as asked for, else one for each core that this process has, up to 8."""
+    """Return the number of processes that decode images (default: one per core of this process, at most 8)."""
     if workers is not None:
         return workers
-    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # Paddle's launcher says how many share this machine
+    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # processes of Paddle's launcher on this machine
     return max(1, min(8, (os.cpu_count() or 1) // sharing))

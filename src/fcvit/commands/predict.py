@@ -1,4 +1,4 @@
-"""The command `fcvit predict`; in Python, `fcvit.load(...).predict` does the same."""
+"""Predict images: the command `fcvit predict`, and in Python `fcvit.load(...).predict`."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ logger = logging.getLogger("fcvit")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Predictions:
-    """The predictions of images.
+    """The predictions for a list of images.
 
     Attributes:
-        predictor: what `load` gave: it knows how predictions are shown.
-        good: path and prediction of each image, in their order.
-        unreadable: reasons of the images that could not be read.
-        as_csv: show them as CSV.
-        written: the file or folder that was written; None: nothing.
+        predictor: The predictor from `load`, which formats the predictions.
+        good: Path and prediction of each readable image, in the order of the images.
+        unreadable: Error messages of the images that could not be read.
+        as_csv: Whether to print the predictions as CSV.
+        written: The written file or folder, or None.
     """
 
     predictor: Any
@@ -53,19 +53,19 @@ class Predictions:
 
     def to_json(self) -> dict[str, Any]:
         if self.as_csv:
-            raise UsageError("predict: --json and --csv are two answers; choose one")
-        ranked = {str(path): self.predictor.rows(one) for path, one in self.good}
+            raise UsageError("predict: --json and --csv exclude each other; choose one")
+        ranked = {str(path): self.predictor.rows(prediction) for path, prediction in self.good}
         return {"predictions": ranked, "unreadable": self.unreadable}
 
     def csv(self) -> str:
-        """Return a line for each row of each prediction."""
-        rows = [(path, *one) for path, prediction in self.good for one in enumerate(self.predictor.rows(prediction), 1)]
+        """Return a CSV table with a line for each predicted class of each image."""
+        rows = [(path, *row) for path, prediction in self.good for row in enumerate(self.predictor.rows(prediction), 1)]
         lines = [("path", "place", *rows[0][2])] if rows else []
-        lines += [tuple(map(_cell, (str(path), place, *row.values()))) for path, place, row in rows]
+        lines += [tuple(map(_cell, (str(path), rank, *row.values()))) for path, rank, row in rows]
         return csv_text(lines, "\n")
 
     def tables(self) -> Iterator[Any]:
-        """Show the prediction of each image."""
+        """Yield the predictions as a table or as CSV."""
         if self.as_csv:
             yield self.csv().rstrip("\n")
         elif self.good:
@@ -84,23 +84,23 @@ def load(
     threads: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Any:
-    """Load network, preprocessing and class names of a weights file, ready for `predict`.
+    """Load the network, preprocessing and class names from a weights file, ready for `predict`.
 
     Args:
-        path: a checkpoint of any format, or weights in memory.
-        ema: choose the EMA or raw weights of a file that has both.
-        classes: other names than the file's: a list, or the path of one.
+        path: A checkpoint of any format, or weights in memory.
+        ema: Whether to use the EMA or the raw weights of a file that contains both.
+        classes: Class list to use instead of that of the file: a list, or the path of a file.
         device: auto, cpu, gpu or gpu:N.
-        engine: what computes; "auto" is the fastest installed one that passes the numerical check.
-        threads: that compute on a CPU; None: one for each core.
-        preprocessing: another one than the weights'.
+        engine: Name of the engine. "auto" selects the fastest installed engine that passes the numerical check.
+        threads: Number of CPU threads. None means one per core.
+        preprocessing: Preprocessing to use instead of that of the weights.
 
     Returns:
-        The predictor of the weights' task: for classification a `fcvit.Classifier`.
+        The predictor for the task of the weights. For classification, this is a `fcvit.Classifier`.
 
     Raises:
-        UnreadableFile, DoesNotFit, UsageError: the file; see `fcvit.weights.reading.read_weights`.
-        MissingExtra, NumbersDisagree: the engine; see `fcvit.inference.engines.create_engine`.
+        UnreadableFile, DoesNotFit, UsageError: The file is invalid. See `fcvit.weights.reading.read_weights`.
+        MissingExtra, NumbersDisagree: The engine cannot be used. See `fcvit.inference.engines.create_engine`.
     """
     weights = path if isinstance(path, Weights) else read_weights(path, ema)
     for note in weights.notes:
@@ -126,24 +126,24 @@ def predict(
     csv: Flag = False,
     output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
-    """Predict images: files, folders or glob patterns; for classification their best classes.
+    """Predict images. For classification, return the classes with the highest probabilities.
 
     Args:
-        images: Files, folders (searched through) or quoted patterns.
+        images: Files, folders (searched recursively) or quoted patterns.
         weights: A checkpoint of any format.
-        top_k: How many classes to give.
-        batch_size: Images at a time.
-        csv: Print CSV.
-        output: A new table (.csv or .jsonl), or a new folder for pictures of the images with their best classes.
+        top_k: Number of classes per image.
+        batch_size: Batch size.
+        csv: Print the predictions as CSV.
+        output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions.
 
     Raises:
-        FcvitError: see `fcvit.load`.
+        FcvitError: See `fcvit.load`.
     """
     if not images:
-        raise UsageError("predict: name at least one image, folder or pattern")
+        raise UsageError("predict: expected at least one image, folder or pattern")
     check_counts(top_k, batch_size)
     if output is not None and output.suffix not in ("", *_TABLES):
-        raise UsageError(f"{output}: expected a table ({' or '.join(_TABLES)}), or a folder for pictures")
+        raise UsageError(f"{output}: expected a file ({' or '.join(_TABLES)}), or a folder for pictures")
     if output is not None and output.exists():
         raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
@@ -166,15 +166,16 @@ def _write(predictions: Predictions, output: Path) -> None:
     if output.suffix == ".csv":
         runs.write_text(output, predictions.csv())
     elif output.suffix == ".jsonl":
-        rows = ({"path": str(path), "predictions": predictions.predictor.rows(one)} for path, one in predictions.good)
-        runs.write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = predictions.predictor.rows
+        lines = ({"path": str(path), "predictions": rows(prediction)} for path, prediction in predictions.good)
+        runs.write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
     else:
         with runs.run_folder(output, "predict") as folder:
             predictions.predictor.draw(predictions.good, folder)
 
 
 def _cell(value: Any) -> Any:
-    """Return a number with six decimals; a negative one not as text, which would be taken for a formula."""
+    """Format a CSV cell: numbers get six decimals. Negative numbers stay numbers, because text would be escaped."""
     if isinstance(value, float):
         return f"{value:.6f}" if value >= 0 else round(value, 6)
     return printable(value) if isinstance(value, str) else value

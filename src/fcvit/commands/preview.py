@@ -1,4 +1,4 @@
-"""A picture of training images as the network sees them."""
+"""Draw a picture of augmented training images (`fcvit train --preview`)."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from fcvit.weights.writing import staged
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """The file of a picture of training images."""
+    """The written picture of training images."""
 
     path: Path
 
@@ -30,19 +30,19 @@ class Preview:
 
 
 def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
-    """Draw training images, each beside what the network sees of it in as many epochs.
+    """Draw training images next to their augmented versions in several epochs.
 
-    The images of the picture form one batch: crops, operations, mixing and erasing are the recipe's.
+    The images of the picture form one batch. Crops, operations, mixing and erasing are those of the recipe.
 
     Args:
-        recipe: of a training.
-        path: a new .png file, or of another type of picture.
-        images: number of rows, from 1, evenly spread over the training images.
-        versions: number of epochs, from 1.
+        recipe: A training recipe.
+        path: New picture file. The extension selects the format, for example .png.
+        images: Number of images (rows), at least 1, evenly sampled from the training images.
+        versions: Number of epochs (columns), at least 1.
 
     Raises:
-        UsageError: a number is out of range, or the file already exists.
-        FcvitError: the data, classes and weights do not go together, or an image cannot be read.
+        UsageError: A number is out of range, or the file already exists.
+        FcvitError: The data, classes and weights do not match, or an image cannot be read.
     """
     if images < 1 or versions < 1:
         raise UsageError(f"a preview of {images} images in {versions} versions: expected at least 1 of each")
@@ -51,7 +51,7 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
     positions = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
     chosen = task.train.take(positions.tolist())
     originals = [
-        decode(io.BytesIO(place.read()), name) for name, place in zip(chosen.names, chosen.locations, strict=True)
+        decode(io.BytesIO(location.read()), name) for name, location in zip(chosen.names, chosen.locations, strict=True)
     ]
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
     epochs = []
@@ -61,15 +61,15 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
         pixels, targets = zip(*samples, strict=True)
         batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
         inputs, _ = task.inputs(batch, epoch)
-        visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # noise may leave the range
+        visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise
         epochs.append([Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible])
     rows = [*zip(chosen.names, originals, map(list, zip(*epochs, strict=True)), strict=True)]
     size = task.preprocessing.input_size
-    grid = sample_grid(rows, f"what the network sees of {len(rows)} training images, at {size} x {size} pixels")
+    grid = sample_grid(rows, f"{len(rows)} training images and the network inputs at {size} x {size} pixels")
     target = Path(path)
     with staged(target) as temporary:
         try:
             grid.save(temporary)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"{target}: the extension selects the type of picture; expected .png") from error
+            raise UsageError(f"{target}: the extension is not a picture format; use for example .png") from error
     return Preview(target)

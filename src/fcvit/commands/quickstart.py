@@ -1,8 +1,8 @@
-"""The whole path on real input, without a network: convert, verify, evaluate, predict, show.
+"""Convert, verify, evaluate and predict with a small included checkpoint and real images, without internet access.
 
-The checkpoint is small and ours (`scripts/make_digits_checkpoint.py` trained it on scikit-learn's
-handwritten digits), in the format of the authors' training script. PyTorch's side of every
-comparison was recorded when it was made; where PyTorch is installed it is computed live instead.
+`scripts/make_digits_checkpoint.py` trained the checkpoint on scikit-learn's handwritten digits and wrote it in the
+format of the authors' training script. The logits of PyTorch were recorded at the same time. If PyTorch is installed,
+they are computed again.
 """
 
 import dataclasses
@@ -35,24 +35,27 @@ from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_rat
 from fcvit.weights.reading import Weights, read_weights
 
 CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
-_SHEET = 24
+_TILES = 24  # images in the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """The outcome of a quickstart; the figures are over the same held-out images.
+    """The result of a quickstart. All figures refer to the same held-out images.
 
     Attributes:
-        conversion: of the shipped checkpoint, with its verification where PyTorch is installed.
-        evaluation: Paddle's.
-        torch_side: "computed now" or "recorded".
-        torch_top1, agreement: per cent.
-        max_difference, mean_difference: absolute, float32 logits.
-        float64_difference, error_ratio: over the held-out images.
-        predictions: of every held-out image, the three best classes.
-        sheet: the picture.
-        folder: everything.
-        seconds: all of it.
+        conversion: The conversion of the included checkpoint, with a verification if PyTorch is installed.
+        evaluation: The evaluation with Paddle.
+        torch_side: Source of the PyTorch logits: "computed now" or "recorded".
+        torch_top1: Top-1 accuracy of PyTorch in percent.
+        agreement: Images with the same top-1 class in both frameworks, in percent.
+        max_difference: Largest absolute difference of the float32 logits.
+        mean_difference: Mean absolute difference of the float32 logits.
+        float64_difference: Largest difference of the float64 logits, divided by their standard deviation.
+        error_ratio: float32 error ratio of Paddle to PyTorch.
+        predictions: The three best classes of every held-out image.
+        sheet: Path of the picture with predictions.
+        folder: Folder with all files.
+        seconds: Total time.
     """
 
     conversion: Conversion
@@ -73,7 +76,7 @@ class Quickstart:
         return f"<Quickstart in {self.folder}>"
 
     def tables(self) -> Iterator[Any]:
-        """Show the conversion, Paddle beside PyTorch on the same images, and some predictions."""
+        """Yield tables of the conversion, of Paddle compared with PyTorch, and of some predictions."""
         from fcvit.report.tables import predictions, table, verdict
 
         yield from itertools.islice(self.conversion.tables(), 2)
@@ -81,20 +84,20 @@ class Quickstart:
         right = ("PyTorch", "Paddle")
         close = verdict(self.float64_difference <= FLOAT64_LIMIT, f"{FLOAT64_LIMIT:.0e}")
         near = verdict(self.error_ratio <= RATIO_LIMIT, f"{RATIO_LIMIT:.0f}")
-        side = f"PyTorch's side: {self.torch_side}"
+        source = f"PyTorch logits: {self.torch_side}"
         rows = [
-            ("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", side),
+            ("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", source),
             ("same prediction", "", f"{self.agreement:.2f} %"),
             ("largest logit difference, float32", "", f"{self.max_difference:.2e}"),
             ("mean logit difference, float32", "", f"{self.mean_difference:.2e}"),
             ("float64 difference, largest over std", "", f"{self.float64_difference:.1e}", close),
-            ("float32 rms error over PyTorch's", "", f"{self.error_ratio:.2f}", near),
+            ("float32 error ratio to PyTorch", "", f"{self.error_ratio:.2f}", near),
         ]
         yield table("", *right, "", rows=rows, title=f"the same {ours.images} held-out images", right=right)
         yield predictions(self.predictions[:3])
-        yield "This is a small network of ours on handwritten digits, not ImageNet: it shows that the path works."
+        yield "This small network was trained on handwritten digits, not ImageNet. It only shows that all steps work."
         yield f"Picture: {self.sheet}"
-        yield f"All of it: {self.folder}   ({self.seconds:.0f} s)"
+        yield f"All files: {self.folder}   ({self.seconds:.0f} s)"
 
     @property
     def passed(self) -> bool:
@@ -102,13 +105,13 @@ class Quickstart:
 
 
 def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
-    """Run the whole path on a small shipped checkpoint and real images; no network needed.
+    """Convert, verify, evaluate and predict with a small included checkpoint and real images. Needs no internet access.
 
     Args:
-        folder: Folder of the run (default: runs/quickstart, or the first free one after it).
+        folder: Folder of the run (default: runs/quickstart, or the first free one of runs/quickstart-2, ...).
 
     Raises:
-        NumbersDisagree: Paddle does not compute what PyTorch does on this machine.
+        NumbersDisagree: Paddle and PyTorch compute different outputs.
         MissingExtra: Paddle is not installed.
     """
     began = time.perf_counter()
@@ -123,7 +126,7 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         converted = folder / "fcvit_digits.safetensors"
         conversion = convert(source, converted, classes=digits())
         if conversion.verification is None:
-            note = "PyTorch is not installed: the numbers are compared with its recorded logits, below"
+            note = "PyTorch is not installed: the outputs are compared with its recorded logits below"
             conversion = dataclasses.replace(conversion, notes=(note,))
         weights = read_weights(converted)
         evaluation = evaluate(
@@ -133,13 +136,13 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         batch = np.stack([preprocess(path, preprocessing) for path in paths])
         logits = PaddleEngine(weights, preprocessing, "cpu")(batch)
         predictions = tuple(zip(paths, rank(logits, digits(), 3), strict=True))
-        exact, torch_32, side = torch_logits(read_weights(source), batch, held_out)
+        exact, torch_32, torch_side = torch_logits(read_weights(source), batch, held_out)
         (ours_64,) = compute("paddle", weights, normalize(batch, preprocessing).astype(np.float64))
         difference = np.abs(logits.astype(np.float64) - torch_32)
         result = Quickstart(
             conversion,
             evaluation,
-            side,
+            torch_side,
             100 * float((torch_32.argmax(1) == held_out["labels"]).mean()),
             100 * float((torch_32.argmax(1) == logits.argmax(1)).mean()),
             float(difference.max()),
@@ -164,7 +167,7 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
 
 
 def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Path]:
-    """(N, 8, 8) gray images as PNG files in class folders; their paths in the same order."""
+    """Write gray images (N, 8, 8) as PNG files into class folders, and return their paths in the same order."""
     paths = []
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = folder / str(label) / f"{index:03d}.png"
@@ -177,7 +180,7 @@ def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[P
 def torch_logits(
     source: Weights, batch: np.ndarray, record: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """PyTorch's logits for uint8 images in float64 and float32, and whether they were computed now."""
+    """Return PyTorch's logits for uint8 images in float64 and float32, and "computed now" or "recorded"."""
     if not installed("torch"):
         return record["logits_float64"], record["logits_float32"], "recorded"
     images = normalize(batch, resolve_preprocessing(None, source.preprocessing, source.spec.variant))
@@ -186,10 +189,10 @@ def torch_logits(
 
 
 def _draw(predictions: Sequence[tuple[Path, list[Prediction]]], labels: np.ndarray, sheet: Path) -> None:
-    """Draw the mistakes, then the first images, as many as fit in a grid."""
+    """Draw a grid of predictions: first the mistakes, then correct predictions."""
     rows = [(path, ranked[0], str(truth)) for (path, ranked), truth in zip(predictions, labels, strict=True)]
     rows.sort(key=lambda row: row[1].id == row[2])
     wrong = sum(best.id != truth for _, best, truth in rows)
-    tiles = [Tile(decode(path), best.id, best.probability, truth) for path, best, truth in rows[:_SHEET]]
+    tiles = [Tile(decode(path), best.id, best.probability, truth) for path, best, truth in rows[:_TILES]]
     title = f"fcvit_digits on held-out handwritten digits: {wrong} of {len(labels)} wrong (shown first)"
     runs.write_bytes(sheet, png(image_grid(tiles, title)))

@@ -1,4 +1,4 @@
-"""The command `fcvit recipes`."""
+"""List and print the included recipes (`fcvit recipes`)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +8,10 @@ from fcvit.training.recipe import read_recipe, shipped, shipped_text
 
 
 class Recipes(dict[str, Any]):
-    """Shipped recipes: name -> the text of the file."""
+    """A dictionary from the names of recipes to the text of their files."""
 
     def tables(self) -> Iterator[Any]:
-        """List the recipes; show the file of a single one."""
+        """Yield a table of the recipes, or the text of the file if there is only one recipe."""
         from fcvit.report.tables import table
 
         if len(self) == 1:
@@ -20,21 +20,21 @@ class Recipes(dict[str, Any]):
         listing = table("recipe", "variant", "epochs", "batch", right=("epochs", "batch"))
         for name in self:
             recipe = read_recipe(name, {} if "variant =" in self[name] else {"variant": "fcvit_tiny"})
-            variant = recipe.variant if "variant =" in self[name] else "that of the weights"
+            variant = recipe.variant if "variant =" in self[name] else "variant of the weights"
             listing.add_row(name, variant, str(recipe.total_epochs), str(recipe.batch_size))
         yield listing
-        yield "fcvit recipes NAME prints one; fcvit train NAME --data FOLDER trains by it"
+        yield "Use fcvit recipes NAME to print a recipe, and fcvit train NAME --data FOLDER to train with it."
 
 
 def recipes(name: str | None = None, /) -> Recipes:
-    """List the recipes that come with the package, or print one.
+    """List the recipes included in the package, or print one.
 
     Args:
-        name: Of the recipe to print (default: list all).
+        name: Name of the recipe to print (default: list all recipes).
 
     Raises:
-        UsageError: there is no such recipe.
+        UsageError: The recipe does not exist.
     """
     if name is not None and name not in shipped():
-        raise UsageError(f"recipes: {name!r:.60}: expected one of {', '.join(shipped())}")
+        raise UsageError(f"recipes: unknown recipe {name!r:.60}; expected one of {', '.join(shipped())}")
     return Recipes({one: shipped_text(one) for one in ([name] if name else shipped())})

@@ -1,4 +1,4 @@
-"""The command `fcvit resume`, which is `fcvit.resume` too."""
+"""Resume an interrupted run (`fcvit resume` and `fcvit.resume`)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +19,17 @@ def resume(
     workers: int | None = None,
     strict: Flag = False,
 ) -> Any:
-    """Go on with an interrupted evaluation or training; its numbers are those of an uninterrupted one.
+    """Resume an interrupted evaluation or training run. The results equal those of an uninterrupted run.
 
     Args:
         run: Folder of the run.
-        moved: where what the run reads is now, by the names of its options, if it is elsewhere.
-        workers: Processes that decode images (default: as the command of the run).
+        moved: New paths of moved input files, by the names of their options.
+        workers: Processes that decode images (default: as in fcvit eval or fcvit train).
         strict: Stop an evaluation at the first image that cannot be read.
 
     Raises:
-        UnreadableFile, UsageError: no such run.
-        DoesNotFit: data, weights or packages are not what the run began with.
+        UnreadableFile, UsageError: The folder does not contain a run that can be resumed.
+        DoesNotFit: The data, weights or packages have changed since the run started.
     """
     from fcvit.evaluation import runner
     from fcvit.training import run as training
@@ -39,4 +39,4 @@ def resume(
         return runner.resume(run, moved=moved, workers=decoding_processes(workers), strict=strict)
     if command == "train":
         return training.resume(run, moved=moved, workers=default_workers(workers, "auto"))
-    raise UsageError(f"{run}: a run of fcvit {command:.40}, which is not resumed; expected one of eval or train")
+    raise UsageError(f"{run}: runs of fcvit {command:.40} cannot be resumed; expected a run of fcvit eval or train")

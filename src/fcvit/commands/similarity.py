@@ -1,4 +1,4 @@
-"""The command `fcvit similarity`, and `fcvit.similarity`."""
+"""Draw token-global similarity maps (`fcvit similarity` and `fcvit.similarity`)."""
 
 import dataclasses
 import hashlib
@@ -48,10 +48,10 @@ from fcvit.weights.reading import Weights, read_weights
 logger = logging.getLogger("fcvit")
 
 OVERVIEW = "overview.png"
-MAX_PANELS = 60  # images of an overview
+MAX_PANELS = 60  # maximum number of images in the overview
 _ENDINGS = (".png", "-depth.png", ".npz")
-_STEM = 200  # bytes of a file's name
-_EACH = 2  # mistakes and right answers of an evaluation that are drawn
+_STEM = 200  # maximum length of a file stem in bytes
+_EACH = 2  # number of mistakes and number of correct predictions to draw for an evaluation
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,9 +59,9 @@ class DrawnMaps:
     """The files that `similarity` wrote.
 
     Attributes:
-        folder: of the files.
-        images: path of each image, the files that were written for it (under `folder`), its best class.
-        unreadable: images that were left out, with the reason.
+        folder: Folder of the files.
+        images: For each image its path, the names of its files in `folder`, and its best class.
+        unreadable: Error messages of the images that were skipped.
     """
 
     folder: Path
@@ -76,12 +76,12 @@ class DrawnMaps:
         return BadImages.exit_code if self.unreadable else 0
 
     def tables(self) -> Iterator[Any]:
-        """Show what was drawn for each image."""
+        """Yield a table of the images and their files."""
         from fcvit.report.tables import SHOWN, table
 
         result = table("image", "%", "class", "first file", right=("%",))
         if any(len(files) > 1 for _, files, _ in self.images):
-            result.caption = "NAME.png: heads; NAME-depth.png: from stage to stage; NAME.npz: all maps"
+            result.caption = "NAME.png: maps by head, NAME-depth.png: maps by stage, NAME.npz: arrays of all maps"
         for path, files, best in self.images[:SHOWN]:
             cells = (f"{100 * best.probability:.1f}", best.name) if best else ("", "")
             result.add_row(path, *cells, files[0])
@@ -108,30 +108,30 @@ def similarity(
     device: Device = "auto",
     ema: Ema = None,
 ) -> DrawnMaps:
-    """Draw what the network finds similar to the whole image: its token-global similarity on the image, by head.
+    """Draw token-global similarity maps: how similar every position of an image is to the mean of all positions.
 
-    For each image there are two pictures (the heads of one global context; the stages one below the other) and all
-    arrays; several images have an overview besides, from stage to stage.
+    For each image, this writes a picture of the heads of one global context, a picture of all stages, and the arrays of
+    all maps. For several images, it also writes an overview of all stages.
 
     Args:
-        images: Files, folders (searched through) or quoted patterns.
-        weights: A checkpoint of any format (in Python also weights in memory).
-        run: Run or result of fcvit eval instead: draw maps.png of its most confident mistakes and right answers.
-        output: New folder for the pictures and arrays (default: runs/similarity, or the first free one after it).
-        stage: Which stage, from 1, or from the end with -1 (default: the last with more than one position).
-        block: Which block of it, in the same way (default: the last).
-        context: The first or second global context of the block.
-        heads: each (default), mean, or the number of a head.
-        values: standardised (default), or rescaled as they multiply the context.
-        scale: Scale of the colors: one for a picture (default), or one for each head, named with its range.
-        top_k: Classes in the caption.
-        preprocessing: another one than the weights'.
+        images: Files, folders (searched recursively) or quoted patterns.
+        weights: A checkpoint of any format, or in Python weights in memory.
+        run: Evaluation folder instead of images: draw maps of its most confident mistakes and correct predictions.
+        output: New folder for the files (default: runs/similarity, or the first free one of runs/similarity-2, ...).
+        stage: Number of the stage, from 1, or from the end with -1 (default: the last with more than one position).
+        block: Number of the block in the stage, from 1, or from the end with -1 (default: the last).
+        context: Number of the global context in the block, 1 or 2.
+        heads: Heads to draw: each (default), mean, or the number of a head.
+        values: Values to draw: standardised (default), or rescaled (the factors that multiply the context).
+        scale: Color scale: picture (default, the same for all heads), or head (one per head, shown with its range).
+        top_k: Number of classes in the caption.
+        preprocessing: Preprocessing to use instead of that of the weights.
 
     Raises:
-        UsageError, DoesNotFit, UnreadableFile, MissingExtra: before the first image.
-        BadImages: not one image can be read. Single ones are listed in the result.
-        NumbersDisagree: maps that are no finite numbers.
-        KeyboardInterrupt: the files of the images before are there, which a note says.
+        UsageError, DoesNotFit, UnreadableFile, MissingExtra: Drawing cannot start.
+        BadImages: No image can be read. Otherwise, unreadable images are listed in the result.
+        NumbersDisagree: The maps are not finite.
+        KeyboardInterrupt: Drawing was interrupted. The files of the images drawn so far are kept.
     """
     if values not in get_args(Which):
         raise UsageError(f"--values {values}: expected standardised or rescaled")
@@ -142,11 +142,11 @@ def similarity(
     choice = MapChoice(heads, values, scale)
     if run is not None:
         if images or weights is not None or classes is not None or preprocessing is not None:
-            raise UsageError("similarity: --run takes images, weights and classes from the run; leave them out")
+            raise UsageError("similarity: --run uses the images, weights and classes of the run; leave them out")
         return _of_run(Path(run), None if output is None else Path(output), context, choice, device)
     paths = named_images("similarity", images, output or Path("runs"))
     if weights is None:
-        raise UsageError("similarity: --weights is missing; as in: fcvit similarity IMAGE... --weights FILE")
+        raise UsageError("similarity: --weights is missing; expected: fcvit similarity IMAGE... --weights FILE")
     page.require_report()
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
     named = None if classes is None else as_classes(classes)
@@ -183,10 +183,10 @@ def similarity(
                     best = f": {caption(seen.predictions[:1])}" if seen.predictions else ""
                     panels.append(panel(viewer, seen, f"{cut(path.name)}{best}", where[2], choice))
         except KeyboardInterrupt:
-            logger.info(f"the files of {len(done)} of {len(paths)} images are in {folder}")
+            logger.info(f"interrupted: the files of {len(done)} of {len(paths)} images are in {folder}")
             raise
         if not done:
-            raise BadImages(f"none of {len(bad)} images can be read, first: {bad[0]}")
+            raise BadImages(f"none of {len(bad)} images can be read; the first error is: {bad[0]}")
         if len(panels) > 1:
             count = f"{len(panels)} of {len(done)} images" if len(panels) < len(done) else f"{len(done)} images"
             title = f"{cut(viewer.name)}: {count}"
@@ -195,7 +195,7 @@ def similarity(
 
 
 def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, device: str) -> DrawnMaps:
-    """Draw the most confident mistakes and right answers of a result of an evaluation."""
+    """Draw the most confident mistakes and correct predictions of an evaluation result."""
     page.require_report()
     result = read_result(run)
     request = Request.from_json(runs.read_run(result.folder.parent, "eval"), result.folder.parent / "run.json")
@@ -203,7 +203,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     candidates = [read_weights(path, request.settings.ema) for path in request.weights if Path(path).name == name]
     read = next((one for one in candidates if one.source.sha256 == digest), None)
     if read is None:
-        raise DoesNotFit(f"{name} of {run} is no longer the file that was evaluated")
+        raise DoesNotFit(f"{name} of {run} has changed since the evaluation; restore the evaluated file")
     evaluator: Any = get_task(request.task).evaluator([read], Path(request.data), request.options)
     stored: dict[str, Any] = dict(result.metrics["protocol"]["preprocessing"])
     stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
@@ -216,16 +216,16 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     panels, done, bad = [], [], []
     for number in _most_confident(result):
         (digest, name), truth, predicted = result.images[number], result.truth[number], result.predicted[number]
-        # As the predictions have it: of a subset of the classes, the network's own best may be another.
+        # Use the recorded prediction: with a class subset, it may differ from the best class of the network.
         best = Prediction(0, predicted, names[predicted], result.confidence[number])
         wrong = truth != predicted
-        title = f"wrong: {cut(names[truth])}, taken for {caption([best])}" if wrong else f"right: {caption([best])}"
+        title = f"wrong: {cut(names[truth])} as {caption([best])}" if wrong else f"correct: {caption([best])}"
         try:
             if name not in locations:
-                raise BadImages(f"{name}: no longer there")
+                raise BadImages(f"{name}: no longer exists")
             content = read_file(name, locations[name])
             if not hashlib.sha256(content).hexdigest().startswith(digest):
-                raise BadImages(f"{name}: no longer the image that was evaluated")
+                raise BadImages(f"{name}: has changed since the evaluation")
             seen = viewer.see(decode(io.BytesIO(content), name))
         except (BadImages, NumbersDisagree) as error:
             bad.append(str(error))
@@ -233,12 +233,12 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
         panels.append(panel(viewer, seen, title, context, choice))
         done.append((name, (MAPS,), best))
     if not panels:
-        raise BadImages(f"{result.folder}: none of its images can be drawn, first: {bad[0]}")
-    title = "The most confident mistakes and right answers"
+        raise BadImages(f"{result.folder}: none of its images can be drawn; the first error is: {bad[0]}")
+    title = "The most confident mistakes and correct predictions"
     content = overview(panels, title, viewer.variant, context, choice)
     if output is None:
         runs.write_bytes(result.folder / MAPS, content)
-        logger.info(f"to show it in the page: fcvit eval --resume {result.folder.parent}")
+        logger.info(f"to add the picture to the report page, run fcvit eval --resume {result.folder.parent}")
         return DrawnMaps(result.folder, tuple(done), tuple(bad))
     with runs.run_folder(output, "similarity") as folder:
         runs.write_bytes(folder / MAPS, content)
@@ -246,7 +246,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
 
 
 def _most_confident(result: SavedResult) -> list[int]:
-    """Return the numbers of the mistakes and then of the right answers with the highest probability."""
+    """Return the image numbers of the most confident mistakes, followed by the most confident correct predictions."""
     order = sorted(range(len(result.images)), key=lambda number: -result.confidence[number])
     right = [result.truth[number] == result.predicted[number] for number in order]
     chosen = [[number for number, one in zip(order, right, strict=True) if one == which] for which in (False, True)]
@@ -254,8 +254,8 @@ def _most_confident(result: SavedResult) -> list[int]:
 
 
 def free_names(stem: str, taken: set[str]) -> list[str]:
-    """Return names for the three files of an image, which no other has, and add them to `taken`, in lower case."""
-    # 255 bytes are what file systems allow; bytes that are not UTF-8 are left out.
+    """Return unused names for the three files of an image, and add them to `taken` in lower case."""
+    # File systems allow names of 255 bytes. Bytes that are not UTF-8 are dropped.
     stem = os.fsencode(stem)[:_STEM].decode("utf-8", "ignore") or "image"
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"

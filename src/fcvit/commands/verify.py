@@ -1,4 +1,4 @@
-"""The command that verifies that two weights files are one network."""
+"""Verify a converted weights file against its source (`fcvit verify` and `fcvit.verify`)."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -20,21 +20,21 @@ def verify(
     variant: Annotated[Any, Parameter()] = None,
     blocks: Flag = False,
 ) -> Verification:
-    """Verify that two weights files are one network: tensors, float64 equivalence, float32 error ratio, by stage.
+    """Verify a converted weights file against its source: tensors, float64 equivalence and float32 error ratio.
 
     Args:
-        converted: The file to check.
-        against: The file it was made from.
-        variant: What both must be (default: what the converted file says).
-        blocks: Show the drift after every block, not only by stage.
+        converted: Weights file to check.
+        against: Weights file that it was converted from.
+        variant: Expected variant of both files (default: the variant of the converted file).
+        blocks: Show the differences after every block, not only after every stage.
 
     Raises:
-        UnreadableFile, UsageError, DoesNotFit: a file cannot be read or the two are not one network.
+        UnreadableFile, UsageError, DoesNotFit: A file cannot be read, or the networks do not match.
         MissingExtra: Paddle or PyTorch is not installed.
     """
     has_ema = [read_checkpoint(path).has_ema for path in (converted, against)]
     if ema and not any(has_ema):
-        raise UsageError(f"neither {converted} nor {against} has averaged weights; leave out --ema")
+        raise UsageError(f"neither {converted} nor {against} contains EMA weights; leave out --ema")
     ours_ema, source_ema = (ema if one else None for one in has_ema)
     ours = read_weights(converted, ours_ema, variant)
     verification = verify_weights(ours, read_weights(against, source_ema, variant or ours.spec.variant))
