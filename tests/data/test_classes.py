@@ -1,4 +1,4 @@
-"""Class lists in the forms that people have: read by their numbers, or refused."""
+"""Test class lists in common formats, which are read in the order of their numbers or refused."""
 
 import json
 
@@ -67,7 +67,7 @@ def read(tmp_path, content, name="classes.txt"):
         '{"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}',
     ],
 )
-def test_numbers_give_the_order_wherever_they_stand(tmp_path, text):
+def test_numbers_give_the_order_in_any_format(tmp_path, text):
     assert read(tmp_path, text) == PLAIN
     assert read(tmp_path, text.encode("utf-16")) == PLAIN
     assert read(tmp_path, text.encode("utf-16-le")) == PLAIN
@@ -85,7 +85,7 @@ def test_numbers_give_the_order_wherever_they_stand(tmp_path, text):
         "n01443537 2 goldfish\nn01440764 1 tench, Tinca tinca",
     ],
 )
-def test_ids_stand_beside_names(tmp_path, text):
+def test_ids_and_names_are_read(tmp_path, text):
     assert read(tmp_path, text) == WORDNET
 
 
@@ -105,11 +105,11 @@ def test_ids_stand_beside_names(tmp_path, text):
         ["tench, Tinca tinca", "crane"],
     ],
 )
-def test_plain_lines_stay_as_they_are(tmp_path, lines):
+def test_plain_lines_are_names(tmp_path, lines):
     assert [c[0] for c in read(tmp_path, "\n".join(lines))] == lines
 
 
-def test_a_name_that_stands_twice_gets_its_index(tmp_path):
+def test_the_id_of_a_repeated_name_contains_its_index(tmp_path):
     expected = (("crane (0)", "crane"), ("dog", "dog"), ("crane (2)", "crane"))
     assert read(tmp_path, '["crane", "dog", "crane"]') == read(tmp_path, "0: crane\n1: dog\n2: crane") == expected
 
@@ -117,34 +117,38 @@ def test_a_name_that_stands_twice_gets_its_index(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("0 cat\n0 dog\n2 eel", DoesNotFit, "must count from 0 to 2, each once"),
-        ("0: cat\n5: dog", DoesNotFit, "must count from 0 to 1"),
-        ("002 cat\n000 dog\n001 eel", DoesNotFit, "must count from 0 to 2"),
-        ("1_cat\n0_dog", DoesNotFit, "must count from 0 to 1"),
-        ("id,name\n1,cat\n0,dog", DoesNotFit, "are they indices. add a column index"),
-        ('{"0": "cat", "0": "dog"}', DoesNotFit, "'0' stands twice"),
-        ("{0: 'cat', 0: 'dog'}", DoesNotFit, "'0' stands twice"),
-        ("{0: 'cat', 2: 'dog'}", DoesNotFit, "counting from 0 to 1"),
-        ('{"n01440764": "tench", "n01443537": "goldfish"}', DoesNotFit, "or a list in the order of the outputs"),
-        ("{0: 1, 1: 0}", DoesNotFit, "are the keys or the values the indices"),
-        ('{"names": ["a", "b"], "label2id": {"b": 0, "a": 1}}', DoesNotFit, "do not list the same classes"),
-        ("{0: 'cat', 1: print('x')}", UnreadableFile, "begins like JSON, but is none"),
-        ("{0: 'cat', 1: 'dog'", UnreadableFile, "begins like JSON, but is none"),
+        ("0 cat\n0 dog\n2 eel", DoesNotFit, "must be 0 to 2, each exactly once"),
+        ("0: cat\n5: dog", DoesNotFit, "must be 0 to 1"),
+        ("002 cat\n000 dog\n001 eel", DoesNotFit, "must be 0 to 2.*7 instead of 007"),
+        ("1_cat\n0_dog", DoesNotFit, "must be 0 to 1"),
+        ("id,name\n1,cat\n0,dog", DoesNotFit, "ids are the numbers 0 to 1 .*add a column named index"),
+        ('{"0": "cat", "0": "dog"}', DoesNotFit, "'0' occurs twice"),
+        ("{0: 'cat', 0: 'dog'}", DoesNotFit, "'0' occurs twice"),
+        ("{0: 'cat', 2: 'dog'}", DoesNotFit, "indices from 0 to 1"),
+        ('{"n01440764": "tench", "n01443537": "goldfish"}', DoesNotFit, "a list of names in the order of the outputs"),
+        ("{0: 1, 1: 0}", DoesNotFit, "both the keys and the values"),
+        (
+            '{"names": ["a", "b"], "label2id": {"b": 0, "a": 1}}',
+            DoesNotFit,
+            "label2id and names do not contain",
+        ),
+        ("{0: 'cat', 1: print('x')}", UnreadableFile, "neither valid JSON .* nor a Python"),
+        ("{0: 'cat', 1: 'dog'", UnreadableFile, "neither valid JSON .* nor a Python"),
         pytest.param("[[" * 50_000, UnreadableFile, "cannot read the class list", id="nested"),
-        ('["cat", null]', UnreadableFile, "expected a name, or id and name, not 'None'"),
-        ('["a", "\\ud800"]', UnreadableFile, "half a character"),
-        (b"caf\xe9\n", UnreadableFile, "neither UTF-8 nor UTF-16"),
-        ("{}", UnreadableFile, "expected one class per line"),
+        ('["cat", null]', UnreadableFile, "a pair of id and name, not 'None'"),
+        ('["a", "\\ud800"]', UnreadableFile, r"ud800' is not valid text"),
+        (b"caf\xe9\n", UnreadableFile, "not UTF-8 or UTF-16.*save it as UTF-8"),
+        ("{}", UnreadableFile, "no class.*one class per line"),
     ],
 )
-def test_lists_without_one_order_are_refused(tmp_path, text, kind, message):
-    with pytest.raises(kind, match=message):
+def test_an_invalid_or_ambiguous_list_is_refused(tmp_path, text, kind, message):
+    with pytest.raises(kind, match=rf"classes\.txt: .*{message}"):
         read(tmp_path, text)
 
 
 @given(st.binary(max_size=40) | st.text("0123 ,:[]{}'\"ab\n", max_size=40).map(str.encode))
 @settings(derandomize=True, max_examples=150, deadline=None)
-def test_any_file_is_a_class_list_or_refused(tmp_path_factory, content):
+def test_random_content_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
@@ -155,18 +159,19 @@ def test_any_file_is_a_class_list_or_refused(tmp_path_factory, content):
     assert classes and len({c.id for c in classes}) == len(classes)
 
 
-def test_a_thousand_names_are_read(tmp_path):
+def test_imagenets_1000_names_are_read(tmp_path):
     names = [c.name for c in imagenet()]
     assert [c[1] for c in read(tmp_path, json.dumps(names))] == names
-    assert read(tmp_path, "\n".join(names)) == read(tmp_path, json.dumps(names))  # two pairs are equal
+    assert read(tmp_path, "\n".join(names)) == read(tmp_path, json.dumps(names))  # although two names occur twice
 
 
-def test_a_list_in_another_order_than_the_weights_is_reported(notes):
+def test_a_list_with_another_order_than_the_weights_is_reported(notes):
     own = tuple(ClassName(f"c{i}", name) for i, name in enumerate(("cat", "dog", "eel")))
     named = tuple(ClassName(name, name) for name in ("dog", "Cat", "eel"))
-    assert "2 of 3 stand elsewhere, first output 0, 'dog' in the list and 'cat' before" in order_note(named, own)
+    note = order_note(named, own)
+    assert "2 of its 3 classes" in note and "output 0 is 'dog' in the list and 'cat' in the weights" in note
     assert resolve_classes(named, own, 3) == named and "another order" in notes[0]
     for listed in (own, tuple(ClassName(c.name, c.name) for c in own), tuple(ClassName(x, x) for x in "abc")):
         assert order_note(listed, own) == ""
-    assert "ImageNet's classes in another order" in order_note(imagenet()[::-1], None)
+    assert "another order than in ImageNet" in order_note(imagenet()[::-1], None)
     assert order_note(imagenet(), None) == order_note(named, None) == ""

@@ -1,4 +1,4 @@
-"""Lists in the forms that data sets come with; the images that they name, and never others."""
+"""Test image lists in common formats, and the search for the listed images."""
 
 import json
 
@@ -58,7 +58,7 @@ def read(path, text):
         ('{"file_name": "a.jpg", "label": 0}\n{"file_name": "b.jpg", "label": 1}\n', {"a.jpg": "0", "b.jpg": "1"}),
     ],
 )
-def test_forms_of_lists(tmp_path, text, expected):
+def test_lists_are_read_in_common_formats(tmp_path, text, expected):
     assert read(tmp_path / "l", text) == expected
 
 
@@ -67,17 +67,17 @@ def test_forms_of_lists(tmp_path, text, expected):
     [
         ("file,label\na.jpg,\n", "line 2 is 'a.jpg,'"),
         ("a.jpg\tx\tnot a number\n", "line 1 is"),
-        ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", "boxes of several classes: n1, n2"),
-        (b"\xff\xfea\x00\x00\xd8b\x00", "damaged UTF-16"),
-        ("[1, 2]", "expected JSON of the form class -> images"),
-        ('{"a.jpg": 0, "a.jpg": 1}', "a.jpg stands there twice"),
-        ("a.jpg,0,1\nb.jpg,1,0\n", "a column of 0 and 1 for each class"),
-        ("1 x/a.jpg\n2 y/b.jpg\n", "do the numbers before the paths count the lines"),
+        ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", r"boxes of several classes \(n1, n2\)"),
+        (b"\xff\xfea\x00\x00\xd8b\x00", "damaged UTF-16.* save it as UTF-8"),
+        ("[1, 2]", "expected JSON with class -> images"),
+        ('{"a.jpg": 0, "a.jpg": 1}', "a.jpg occurs twice"),
+        ("a.jpg,0,1\nb.jpg,1,0\n", "a column of 0 and 1; write the class of each image"),
+        ("1 x/a.jpg\n2 y/b.jpg\n", "numbers before the paths can be line numbers or classes"),
         ("a/1.jpg 0\na/2.jpg\n", "line 2 is 'a/2.jpg'"),
     ],
 )
-def test_lists_that_are_none(tmp_path, text, message):
-    with pytest.raises(UnreadableFile, match=message):
+def test_an_invalid_or_ambiguous_list_is_refused(tmp_path, text, message):
+    with pytest.raises(UnreadableFile, match=f"l: .*{message}"):
         read(tmp_path / "l", text)
 
 
@@ -88,60 +88,60 @@ def find(root, text, tmp_path):
     return sorted(labels.items()), remark
 
 
-def test_the_shortest_leading_part_is_left_out_of_all_paths(tmp_path):
-    """Never more of it, though files of these names are there too."""
+def test_the_shortest_missing_prefix_is_removed_from_all_paths(tmp_path):
+    """A longer prefix is not removed even if files with the remaining names exist."""
     root = make(tmp_path / "images", "val/1.jpg", "val/2.jpg", "1.jpg", "2.jpg")
     pairs, remark = find(root, "images/val/1.jpg 0\nimages/val/2.jpg 1\n", tmp_path)
-    assert pairs == [("val/1.jpg", "0"), ("val/2.jpg", "1")] and "the list's folder images/ is not in images" in remark
+    assert pairs == [("val/1.jpg", "0"), ("val/2.jpg", "1")] and "images/ in the list is ignored" in remark
     assert find(root, "val/1.jpg 0\nval/2.jpg 1\n", tmp_path)[1] == ""
-    with pytest.raises(DoesNotFit, match=r"1 of 2 images of .* are not in .*: images/val/3.jpg"):
+    with pytest.raises(DoesNotFit, match=r"1 of 2 images are not in .*images/val/3.jpg.*--data"):
         find(root, "images/val/1.jpg 0\nimages/val/3.jpg 1\n", tmp_path)
-    with pytest.raises(DoesNotFit, match="are not in"):  # two leading parts
+    with pytest.raises(DoesNotFit, match="2 of 2 images are not in"):  # two different prefixes
         find(root, "a/val/1.jpg 0\nb/val/2.jpg 1\n", tmp_path)
 
 
-@pytest.mark.parametrize("start", ["C:/some\\where\\", "\\\\server\\share\\", "val\\", "val/"])
-def test_paths_of_windows(tmp_path, start):
+@pytest.mark.parametrize("prefix", ["C:/some\\where\\", "\\\\server\\share\\", "val\\", "val/"])
+def test_windows_paths_are_read(tmp_path, prefix):
     root = make(tmp_path / "d", "val/a/1.jpg", "val/b/2.jpg")
-    start += "" if start.startswith("val") else "val\\"
-    pairs, _ = find(root, f"{start}a\\1.jpg 0\n{start}b\\2.jpg 1\n", tmp_path)
+    prefix += "" if prefix.startswith("val") else "val\\"
+    pairs, _ = find(root, f"{prefix}a\\1.jpg 0\n{prefix}b\\2.jpg 1\n", tmp_path)
     assert pairs == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
 
 
-def test_images_of_another_split_are_not_taken(tmp_path):
+def test_a_list_of_another_split_is_refused(tmp_path):
     root = make(tmp_path / "val", "1.jpg", "2.jpg")
-    with pytest.raises(DoesNotFit, match=r"names images of train/, but --data .*val is another split"):
+    with pytest.raises(DoesNotFit, match=r"images are in train/, but --data .*val is another split"):
         find(root, "train/1.jpg 0\ntrain/2.jpg 1\n", tmp_path)
     assert find(root, "valid/1.jpg 0\nvalid/2.jpg 1\n", tmp_path)[0]
 
 
-def test_images_beside_the_data_are_not_taken(tmp_path):
+def test_images_outside_the_data_are_refused(tmp_path):
     root = make(tmp_path / "here", "1.jpg")
     make(tmp_path / "there", "1.jpg")
     for name in ("there/1.jpg", f"{tmp_path}/there/1.jpg"):
-        with pytest.raises(UnreadableFile, match=r"there/1.jpg: expected a path below --data"):
+        with pytest.raises(UnreadableFile, match=r"there/1.jpg is outside the data; .*--data"):
             find(root, f"{name} 0\n", tmp_path)
     (tmp_path / "link").symlink_to(root)
     assert find(tmp_path / "link", f"{root}/1.jpg 0\n", tmp_path)[0] == [("1.jpg", "0")]
 
 
-def test_the_only_folder_with_all_the_images_is_taken(tmp_path):
+def test_the_only_folder_that_contains_all_images_is_used(tmp_path):
     root = make(tmp_path / "d", "a/1.jpg", "a/2.jpg", "b/c/1.jpg")
     pairs, remark = find(root, "1.jpg 0\n2.jpg 1\n", tmp_path)
-    assert pairs == [("a/1.jpg", "0"), ("a/2.jpg", "1")] and f"its paths count from {root}/a" in remark
-    with pytest.raises(DoesNotFit, match="its images are in a, b/c"):
+    assert pairs == [("a/1.jpg", "0"), ("a/2.jpg", "1")] and f"paths are relative to {root}/a" in remark
+    with pytest.raises(DoesNotFit, match=r"several folders .*\(a, b/c\).*--data"):
         find(root, "1.jpg 0\n", tmp_path)
 
 
-def test_names_without_ending_must_be_those_of_one_image(tmp_path):
+def test_a_name_without_ending_must_match_a_single_image(tmp_path):
     root = make(tmp_path / "d", "1.jpg", "2.png", "2.txt")
     assert find(root, "1 5\n2 6\n", tmp_path)[0] == [("1.jpg", "5"), ("2.png", "6")]
     make(root, "1.png")
-    with pytest.raises(DoesNotFit, match=r"1 may be each of 1.jpg, 1.png"):
+    with pytest.raises(DoesNotFit, match=r"1 matches several files .*\(1.jpg, 1.png\)"):
         find(root, "1 5\n2 6\n", tmp_path)
 
 
-def test_composed_and_decomposed_letters_are_the_same(tmp_path):
+def test_composed_and_decomposed_letters_are_equal(tmp_path):
     root = make(tmp_path / "d", "e\u0301 1.jpg", "\u00e9 2.jpg")
     pairs, _ = find(root, "\u00e9 1.jpg 0\ne\u0301 2.jpg 1\n", tmp_path)
     assert pairs == [("e\u0301 1.jpg", "0"), ("\u00e9 2.jpg", "1")]
@@ -149,19 +149,19 @@ def test_composed_and_decomposed_letters_are_the_same(tmp_path):
     assert find(root, "\u00e9 1.jpg 0\n", tmp_path)[0] == [("\u00e9 1.jpg", "0")]
 
 
-def test_two_lines_are_never_one_image(tmp_path):
+def test_two_lines_with_the_same_image_are_refused(tmp_path):
     root = make(tmp_path / "d", "\u00e9.jpg", "x.jpg")
-    with pytest.raises(DoesNotFit, match="another line are both"):
+    with pytest.raises(DoesNotFit, match="another line name the same file \u00e9"):
         find(root, "\u00e9.jpg 0\ne\u0301.jpg 1\n", tmp_path)
 
 
-def test_a_list_that_is_not_utf8_is_named(tmp_path):
+def test_the_message_mentions_that_a_list_is_not_utf8(tmp_path):
     root = make(tmp_path / "d", "\u00fc.jpg")
     with pytest.raises(DoesNotFit, match="the list is not UTF-8 text, save it as UTF-8"):
         find(root, b"\xfc.jpg 0\n", tmp_path)
 
 
-def test_the_class_of_a_line_without_label_is_its_folder(tmp_path):
+def test_a_line_without_label_uses_its_folder_as_the_label(tmp_path):
     root = make(tmp_path / "d", "images/a/1.jpg", "images/b/deep/2.jpg")
     assert find(root, "images/a/1\nimages/b/deep/2\n", tmp_path)[0] == [
         ("images/a/1.jpg", "a"),
@@ -176,7 +176,7 @@ def test_the_class_of_a_line_without_label_is_its_folder(tmp_path):
 @settings(
     derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_text_as_a_list_is_read_or_refused(tmp_path, text):
+def test_random_text_is_read_or_refused(tmp_path, text):
     root = make(tmp_path / "d", "a", "a.a")
     (tmp_path / "l.txt").write_bytes(text)
     try:
@@ -187,7 +187,7 @@ def test_any_text_as_a_list_is_read_or_refused(tmp_path, text):
     assert set(locations) <= {"a", "a.a"}
 
 
-def test_odd_json_is_refused(tmp_path):
+def test_json_of_other_formats_is_refused(tmp_path):
     for content in ("[" * 100_000, json.dumps({"a": [1]}), json.dumps({"a": None}), '{"a": 1e999}'):
         with pytest.raises(FcvitError):
             read(tmp_path / "l", content)

@@ -1,4 +1,4 @@
-"""Batches: the right images in the right order, whoever decodes them, and no more than a few ahead."""
+"""Test that batches contain the right images in order for any number of workers, with bounded prefetching."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ CROPS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """41 images: two that cannot be read, and sizes that divide into nothing."""
+    """41 images of different sizes, of which two cannot be read."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for index in range(41):
@@ -44,35 +44,35 @@ def images(folder):
     return read_dataset(folder, None, None, 2)
 
 
-def test_batches_hold_their_images_in_order(images, folder):
-    found = list(batches(images, range(5), 9, CROPS, 0))
-    assert [batch.number for batch in found] == list(range(5))
-    seen = []
-    for batch in found:
-        places = [*batch.indices, *(index for index, _ in batch.bad)]
-        assert sorted(places) == list(range(9 * batch.number, min(9 * batch.number + 9, 41)))
+def test_batches_contain_their_images_in_order(images, folder):
+    loaded = list(batches(images, range(5), 9, CROPS, 0))
+    assert [batch.number for batch in loaded] == list(range(5))
+    reasons = []
+    for batch in loaded:
+        positions = [*batch.indices, *(index for index, _ in batch.bad)]
+        assert sorted(positions) == list(range(9 * batch.number, min(9 * batch.number + 9, 41)))
         assert [stack.shape[0] for stack in batch.pixels] == [len(batch.indices)] * 2
         for row, index in enumerate(batch.indices):
             path = folder / images.names[index]
             assert batch.digests[row] == hashlib.sha256(path.read_bytes()).digest()[:8]
             for stack, crop in zip(batch.pixels, CROPS, strict=True):
                 assert (stack[row] == preprocess(path, crop.preprocessing)).all()
-        seen += [reason for _, reason in batch.bad]
-    assert [reason.split(":")[0] for reason in seen] == ["a/04.png", "b/33.png"]
+        reasons += [reason for _, reason in batch.bad]
+    assert [reason.split(":")[0] for reason in reasons] == ["a/04.png", "b/33.png"]
 
 
-def bytes_of(found):
-    return [(b.number, b.indices.tolist(), b.digests, [stack.tobytes() for stack in b.pixels], b.bad) for b in found]
+def contents(loaded):
+    return [(b.number, b.indices.tolist(), b.digests, [stack.tobytes() for stack in b.pixels], b.bad) for b in loaded]
 
 
 @pytest.mark.parametrize("size", [9, 40])
-def test_processes_give_what_this_one_gives(images, size):
+def test_batches_are_equal_with_and_without_workers(images, size):
     numbers = [0, 1] if size == 40 else [3, 0, 4]
-    alone = bytes_of(batches(images, numbers, size, CROPS, 0))
-    assert bytes_of(batches(images, numbers, size, CROPS, 2)) == alone
+    expected = contents(batches(images, numbers, size, CROPS, 0))
+    assert contents(batches(images, numbers, size, CROPS, 2)) == expected
 
 
-def test_a_batch_of_bad_images_is_empty(tmp_path):
+def test_a_batch_of_unreadable_images_is_empty(tmp_path):
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
@@ -80,17 +80,17 @@ def test_a_batch_of_bad_images_is_empty(tmp_path):
     assert len(batch.indices) == 0 and not len(batch.pixels[1]) and len(batch.bad) == 2
 
 
-def test_an_image_that_went_away_is_a_bad_one(images, monkeypatch):
-    def gone(location):
+def test_a_deleted_image_is_reported_as_unreadable(images, monkeypatch):
+    def read_deleted(location):
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(loader.Location, "read", gone)
+    monkeypatch.setattr(loader.Location, "read", read_deleted)
     (batch,) = batches(images, [0], 1, CROPS, 0)
     assert batch.bad == ((0, "a/00.png: No such file or directory"),)
 
 
-def test_only_so_many_are_decoded_ahead(images, monkeypatch):
-    """Memory must not grow with the number of images: the consumer sets the pace."""
+def test_prefetching_is_bounded(images, monkeypatch):
+    """Memory use must not grow with the number of images."""
     submitted = []
 
     class Pool:
@@ -105,57 +105,58 @@ def test_only_so_many_are_decoded_ahead(images, monkeypatch):
         assert len(submitted) == taken + 3
 
 
-def test_workers_that_die_are_replaced(images):
-    """As when the system is short of memory: no image is lost, none is there twice."""
+def test_killed_workers_are_replaced(images):
+    """The system can kill workers when memory is low. No image may be missing or repeated."""
     running = batches(images, range(41), 1, CROPS, 1)
-    found = [next(running)]
+    loaded = [next(running)]
     for child in multiprocessing.active_children():
         child.kill()
-    assert bytes_of([*found, *running]) == bytes_of(batches(images, range(41), 1, CROPS, 0))
+    assert contents([*loaded, *running]) == contents(batches(images, range(41), 1, CROPS, 0))
 
 
-class Deadly(NamedTuple):
-    """Where an image is that crashes its decoder."""
+class CrashingLocation(NamedTuple):
+    """The location of an image that crashes its decoder."""
 
     def read(self):
         os._exit(9)
 
 
 @pytest.mark.slow
-def test_an_image_that_ends_its_process_is_a_bad_one(images):
-    deadly = dataclasses.replace(images, locations=(*images.locations[:10], Deadly(), *images.locations[11:]))
-    found = list(batches(deadly, range(3), 16, CROPS, 2))
-    bad = dict(bad for batch in found for bad in batch.bad)
+def test_an_image_that_crashes_its_process_is_reported_as_unreadable(images):
+    locations = (*images.locations[:10], CrashingLocation(), *images.locations[11:])
+    loaded = list(batches(dataclasses.replace(images, locations=locations), range(3), 16, CROPS, 2))
+    bad = dict(bad for batch in loaded for bad in batch.bad)
     assert bad[10] == f"{images.names[10]}: the process that decodes it ends unexpectedly" and len(bad) == 3
-    read = [index for batch in found for index in batch.indices]
+    read = [index for batch in loaded for index in batch.indices]
     assert read == [index for index in range(41) if index not in bad]
-    alone = next(iter(batches(images, [0], 16, CROPS, 0)))
-    assert (np.delete(alone.pixels[0], 9, axis=0) == found[0].pixels[0]).all()  # the ninth: one before is bad too
+    expected = next(iter(batches(images, [0], 16, CROPS, 0)))
+    # Image 10 is in row 9, because an earlier image is unreadable.
+    assert (np.delete(expected.pixels[0], 9, axis=0) == loaded[0].pixels[0]).all()
 
 
-def test_where_no_process_lives_it_is_said(images, monkeypatch):
-    monkeypatch.setattr(loader, "_begin_worker", no_worker)
-    with pytest.raises(FcvitError, match="end as soon as they begin"):
+def test_workers_that_cannot_start_are_an_error(images, monkeypatch):
+    monkeypatch.setattr(loader, "_begin_worker", exit_immediately)
+    with pytest.raises(FcvitError, match=r"end immediately .*__main__.*--workers 0"):
         list(batches(images, [0], 4, CROPS, 1))
 
 
-def no_worker():
+def exit_immediately():
     os._exit(1)
 
 
-def test_samples_may_differ_in_size_and_targets_travel_with_them(tmp_path):
-    """As segmentation and detection need it: a list of images, and targets that a transform changed."""
+def test_sizes_can_differ_and_transforms_can_change_targets(tmp_path):
+    """Segmentation and detection need batches as lists of images, and targets that a transform changes."""
     for name, side in (("a/1.png", 10), ("a/2.png", 14), ("b/3.png", 10)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (side, 10)).save(tmp_path / name)
 
-    def whole(image, target, index):
+    def uncropped(image, target, index):
         return np.asarray(image).transpose(2, 0, 1), {"class": target, "width": image.width, "at": index}
 
     dataset = read_dataset(tmp_path, None, None, 2)
-    (batch,) = batches(dataset, [0], 3, [whole], 0)
+    (batch,) = batches(dataset, [0], 3, [uncropped], 0)
     assert [pixels.shape for pixels in batch.pixels[0]] == [(3, 10, 10), (3, 10, 14), (3, 10, 10)]
     widths = [(target["class"], target["width"], target["at"]) for target in batch.targets[0]]
     assert widths == [(0, 10, 0), (0, 14, 1), (1, 10, 2)]
-    (batch,) = batches(dataset.take([0, 2]), [0], 2, [whole], 0)
+    (batch,) = batches(dataset.take([0, 2]), [0], 2, [uncropped], 0)
     assert batch.pixels[0].shape == (2, 3, 10, 10)

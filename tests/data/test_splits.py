@@ -1,4 +1,4 @@
-"""Which folders are splits, and which are classes with such names."""
+"""Test the distinction between folders of splits and class folders with similar names."""
 
 import pytest
 
@@ -36,14 +36,14 @@ def make(root, folders, images):
         ("Test_256", "test", ()),
     ],
 )
-def test_names_of_splits(name, split, rest):
+def test_folder_names_of_splits_are_recognized(name, split, rest):
     assert role(name) == (split, rest)
 
 
 @pytest.mark.parametrize(
     "name", ["strain", "pretrained", "trainval", "train_test", "contest", "2019", "images", "", "é"]
 )
-def test_names_that_are_no_splits(name):
+def test_other_folder_names_are_not_splits(name):
     assert role(name) is None
 
 
@@ -61,7 +61,7 @@ def test_names_that_are_no_splits(name):
         ("train/a val/a other/a more", ["train", "val"], ("more", "other")),
         ("train/a test/a train_masks/a test_masks/a", ["train", "test"], ("test_masks", "train_masks")),
         ("val/a test/a", ["val", "test"], ()),
-        ("train test", ["train", "test"], ()),  # without classes: nobody has just these two
+        ("train test", ["train", "test"], ()),  # splits without classes, because no data set has only these two classes
         ("train car bus", [], ()),
         ("train test car bus", [], ()),
         ("train/x car/x bus/y", [], ()),
@@ -71,12 +71,12 @@ def test_names_that_are_no_splits(name):
         ("a b", [], ()),
     ],
 )
-def test_splits_and_classes(tmp_path, folders, splits, others):
+def test_splits_are_distinguished_from_classes(tmp_path, folders, splits, others):
     layout = find_layout(Source(make(tmp_path, folders, True)))
     assert (list(layout.splits), layout.others, layout.doubt) == (splits, others, "")
 
 
-def test_a_lone_split_is_one_where_nothing_else_has_images(tmp_path):
+def test_a_single_split_is_recognized_if_no_other_folder_has_images(tmp_path):
     make(make(tmp_path, "train/a train/b", True), "annotations/deep", False)
     layout = find_layout(Source(tmp_path))
     assert list(layout.splits) == ["train"] and layout.others == ("annotations",)
@@ -84,7 +84,7 @@ def test_a_lone_split_is_one_where_nothing_else_has_images(tmp_path):
     assert find_layout(Source(tmp_path)).doubt == "train"
 
 
-def test_a_lone_split_beside_folders_with_the_same_classes_is_in_doubt(tmp_path):
+def test_a_single_split_next_to_folders_with_the_same_classes_is_in_doubt(tmp_path):
     make(tmp_path, "train/a train/b query/a query/b gallery/a gallery/b", True)
     assert find_layout(Source(tmp_path)).doubt == "train"
 
@@ -93,7 +93,7 @@ def test_folders_with_the_same_folders_are_classes_with_a_note(tmp_path):
     make(tmp_path, "fold1/a fold1/b fold2/a fold2/b", True)
     layout = find_layout(Source(tmp_path))
     assert not layout.splits and not layout.doubt
-    assert "holds the folders a, b" in layout.notes[0] and "name one of fold1, fold2" in layout.notes[0]
+    assert "fold1, fold2" in layout.notes[0] and "contains the folders a, b" in layout.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -106,30 +106,30 @@ def test_folders_with_the_same_folders_are_classes_with_a_note(tmp_path):
         ("images/a labels", ""),
     ],
 )
-def test_folders_that_wrap_the_data(tmp_path, folders, below):
+def test_wrapper_folders_are_entered(tmp_path, folders, below):
     layout = find_layout(Source(make(tmp_path, folders, True)))
     assert layout.source.path == tmp_path / below and bool(layout.notes) == bool(below)
 
 
-def test_a_wrapper_may_have_folders_without_images_beside_it(tmp_path):
+def test_a_wrapper_folder_is_entered_next_to_folders_without_images(tmp_path):
     make(make(tmp_path, "imgs/train/a imgs/val/a", True), "labels/deep", False)
     assert find_layout(Source(tmp_path)).source.path == tmp_path / "imgs"
 
 
-def test_a_folder_in_a_split_that_repeats_it(tmp_path):
+def test_a_folder_that_repeats_the_name_of_its_split_is_entered(tmp_path):
     make(tmp_path, "seg_train/seg_train/a seg_train/seg_train/b seg_test/images/a val/a/deep", True)
     paths = [split.path for split in find_layout(Source(tmp_path)).splits.values()]
     assert paths == [tmp_path / "seg_train/seg_train", tmp_path / "seg_test/images"]
 
 
-def test_known_classes_are_classes(tmp_path):
+def test_folders_named_after_known_classes_are_classes(tmp_path):
     layout = find_layout(Source(make(tmp_path, "train/a test/a", True)), {"train", "test", "bus"})
     assert not layout.splits
     single = find_layout(Source(make(tmp_path / "one", "cat/x cat/y", True)), {"cat"})
     assert single.source.path == tmp_path / "one"
 
 
-def test_folders_of_the_system_are_nothing(tmp_path):
+def test_system_folders_are_skipped(tmp_path):
     for name in SYSTEM:
         (tmp_path / name.upper()).mkdir()
     make(tmp_path, "a b", True)

@@ -24,7 +24,7 @@ BLOCKS = {
 
 
 def make(root, names):
-    """Files whose content is their name."""
+    """Create files that contain their own names."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,15 +32,15 @@ def make(root, names):
 
 
 def read(command, data):
-    """What a command finds, in the words of the page."""
+    """Return the result of a command in the notation of the page."""
     try:
         if command == "eval":
             images = read_dataset(data, None, None, 2)
         elif command == "finetune":
             splits = find_splits(ClassificationRecipe(**{**SMALL, "data": str(data)}), None)
             images, val = splits.train, splits.val
-            also = f" and {len(val)} validation" if val is not None else ""
-            return f"{len(images)} training{also} images of {', '.join(c.id for c in splits.classes)}"
+            validation = f" and {len(val)} validation" if val is not None else ""
+            return f"{len(images)} training{validation} images of {', '.join(c.id for c in splits.classes)}"
         else:
             return "splits " + ", ".join(split.name for split in check_data(data, workers=0).splits)
     except FcvitError as error:
@@ -60,26 +60,26 @@ def check(expectations):
 
 @pytest.fixture(autouse=True)
 def any_number_of_classes(monkeypatch, tmp_path):
-    """The count of outputs is that of the classes: it is not what is tested here."""
+    """Accept any number of classes, because these tests do not use a model."""
     from fcvit.data import class_folders as dataset
 
-    def counted(labels, classes, count, what):
+    def assign(labels, classes, count, what):
         return Assignment({label: index for index, label in enumerate(labels)}, what)
 
-    monkeypatch.setattr(dataset, "assign_classes", counted)
-    monkeypatch.setattr(dataset, "assign_labels", lambda labels, *_: counted(labels, None, 0, ""))
+    monkeypatch.setattr(dataset, "assign_classes", assign)
+    monkeypatch.setattr(dataset, "assign_labels", lambda labels, *_: assign(labels, None, 0, ""))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(("tree", "expectations"), BLOCKS["tree"])
-def test_folders(tree, expectations, tmp_path):
+def test_folders_give_the_documented_results(tree, expectations, tmp_path):
     make(tmp_path, tree.splitlines())
     check(expectations)
 
 
 @pytest.mark.parametrize(("text", "expectations"), BLOCKS["list"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
-def test_lists(text, expectations, encoding, tmp_path):
+def test_lists_give_the_documented_labels(text, expectations, encoding, tmp_path):
     pairs = re.findall(r"→ (.*) is (.*)", expectations)
     make(tmp_path / "data", [name for name, _ in pairs])
     (tmp_path / "list").write_text(text, encoding)
@@ -89,7 +89,7 @@ def test_lists(text, expectations, encoding, tmp_path):
 
 @pytest.mark.parametrize(("text", "expectations"), BLOCKS["classes"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_class_lists(text, expectations, encoding, tmp_path):
+def test_class_lists_give_the_documented_classes(text, expectations, encoding, tmp_path):
     (tmp_path / "classes").write_text(text, encoding)
     read = read_classes(tmp_path / "classes")
     lines = [f"→ {i} is {c.name}" + (f" ({c.id})" if c.id != c.name else "") for i, c in enumerate(read)]
@@ -97,13 +97,13 @@ def test_class_lists(text, expectations, encoding, tmp_path):
 
 
 @pytest.mark.parametrize(("command", "expectations"), BLOCKS["archive"])
-def test_archives(command, expectations, tmp_path):
+def test_archives_give_the_documented_results(command, expectations, tmp_path):
     make(tmp_path, [f"flowers/{name}" for name in ("rose/1.jpg", "rose/2.jpg", "tulip/3.png", "tulip/4.png")])
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     check(expectations)
 
 
-def test_the_page_shows_blocks_of_all_kinds_and_names_what_is_found_and_left_out():
+def test_the_page_contains_all_examples_image_endings_and_system_names():
     assert [len(blocks) for blocks in BLOCKS.values()] == [5, 11, 9, 7]
     assert all(f"`{ending}`" in PAGE for ending in ENDINGS)
     assert all(f"`{name.strip()}`" in PAGE.lower() for name in SYSTEM)

@@ -204,7 +204,7 @@ def test_wrong_options_are_refused(digits_pth, classifier, pictures):
     for option in ({"top_k": 0}, {"batch_size": 0}, {"top_k": 2.5}, {"batch_size": "4"}, {"top_k": True}):
         with pytest.raises(UsageError, match="at least 1"):
             classifier.predict(pictures, **option)
-    with pytest.raises(DoesNotFit, match="3 classes are listed"):
+    with pytest.raises(DoesNotFit, match="3 classes, but the model has 10"):
         load(digits_pth, classes=NAMES[:3])
     with pytest.raises(UsageError, match="--threads '2'"):
         load(digits_pth, threads="2")

@@ -952,7 +952,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "unknown layout": ({"layout": "onnx"}, "unknown layout 'onnx'"),
     "negative class count": ({"num_classes": -1}, "header is damaged .*-1 is not a whole number"),
     "too few classes": ({"classes": [["a", "a"]]}, "1 classes for 10 outputs"),
-    "one class twice": ({"classes": [["a", "a"]] * 10}, "header is damaged .*class id 'a' stands twice"),
+    "one class twice": ({"classes": [["a", "a"]] * 10}, "header is damaged .*class id 'a'"),
     "half a character in a name": (
         {"classes": [*DIGITS[:9], ["9", "\ud800"]]},
         "header is damaged .UnicodeEncodeError",

@@ -1,1 +1,1 @@
-"""Images from files: preprocessing, labeled images, batches of them, and augmentation for training."""
+"""Read, preprocess, augment and batch labeled images."""

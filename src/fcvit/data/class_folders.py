@@ -1,7 +1,7 @@
-"""Labeled images as people have them: class folders, a list file, a tar that is read in place.
+"""Read labeled images from class folders, from a list file, or from a tar archive without unpacking it.
 
-Wherever the images are, each has a name relative to the folder or tar, and names are sorted: the same
-images under the same names are the same data set.
+Image names are relative to the folder or archive and are sorted. The same images under the same names
+therefore give the same data set, wherever they are stored.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fcvit.data.class_indices import assign_classes, assign_labels
 from fcvit.data.classes import Classes, imagenet
-from fcvit.data.folders import ENDINGS, is_image, legible, no_images
+from fcvit.data.folders import ENDINGS, count_non_images, is_image, legible
 from fcvit.data.lists import find_listed, read_list
 from fcvit.data.sources import PACKED, Location, Source, open_source
 from fcvit.data.splits import find_layout
@@ -27,17 +27,17 @@ _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
 
 @dataclasses.dataclass(frozen=True)
 class LabeledImages:
-    """Images with their classes, not yet read.
+    """The locations and class labels of a data set's images, which are not read yet.
 
     Attributes:
-        root: the folder or tar, for messages.
-        names: relative to it, with /, sorted, each once.
-        locations: where each is.
-        labels: the class index of each.
-        mapping: class folder, or label of the list -> class index.
-        rule: how the mapping was found, for people.
-        counted: whether no classes were known, and the labels are the model's classes in sorted order.
-        notes: what was taken for the data set, and what was left out, for people.
+        root: Folder or tar archive, for messages.
+        names: Image names relative to the root, with forward slashes, sorted and unique.
+        locations: Location of each image.
+        labels: Class index of each image.
+        mapping: Class folder, or label in the list -> class index.
+        rule: Readable description of how the mapping was found.
+        counted: True if no classes were known, so that the sorted labels are the model's classes.
+        notes: Readable notes on which folder is the data set and which files were skipped.
     """
 
     root: Path
@@ -54,15 +54,15 @@ class LabeledImages:
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """Give a task the label of each image."""
+        """Return the class index of each image (the `targets` of `fcvit.data.loader.Dataset`)."""
         return self.labels
 
     def listing(self) -> str:
-        """Return the SHA-256 of names and labels, by which a resumed run knows its images."""
+        """Return the SHA-256 of names and labels, which a resumed run compares."""
         return hashlib.sha256(json.dumps([self.names, self.labels]).encode()).hexdigest()
 
     def validation_numbers(self) -> list[int] | None:
-        """Return each image's number in ImageNet's validation set, 1 to 50,000; None: they are not such images."""
+        """Return each image's number in ImageNet's validation set, 1 to 50,000, or None if a name has no number."""
         matches = [_VALIDATION_NUMBER.search(name) for name in self.names]
         numbers = [int(match[1]) if match else 0 for match in matches]
         return numbers if all(1 <= number <= VALIDATION_IMAGES for number in numbers) else None
@@ -77,21 +77,22 @@ class LabeledImages:
         )
 
     def subset(self, count: int, seed: int) -> "LabeledImages":
-        """Draw a stratified sample, in which every class keeps its share to the nearest whole image.
+        """Draw a stratified sample: each class keeps its share, rounded to an integer number of images.
 
-        It is drawn by hashes of seed and name: the same on every machine and in every order of the images.
+        The sample is drawn by hashes of the seed and the names. It is the same on every machine and does not depend on
+        the order of the images.
 
         Raises:
-            UsageError: no such number of images.
+            UsageError: The count is less than 1 or more than the number of images.
         """
         if not 1 <= count <= len(self):
-            raise UsageError(f"--subset {count}: expected 1 to {len(self)}, the images that are there")
+            raise UsageError(f"--subset {count}: expected 1 to {len(self)} (the number of images in the data set)")
         by_class: dict[int, list[int]] = {}
         for index, label in enumerate(self.labels):
             by_class.setdefault(label, []).append(index)
         exact = {label: Fraction(len(members) * count, len(self)) for label, members in by_class.items()}
         quota = {label: int(part) for label, part in exact.items()}
-        # What is left goes to the largest remainders, ties by hash: else low classes would always have it.
+        # The remaining images go to the largest remainders. Ties are broken by hash, so that no class is favored.
         by_remainder = sorted(exact, key=lambda label: (quota[label] - exact[label], _draw(seed, str(label))))
         for label in by_remainder[: count - sum(quota.values())]:
             quota[label] += 1
@@ -108,18 +109,19 @@ def _draw(seed: int, name: str) -> bytes:
 def read_dataset(
     data: Path | Source, list_file: Path | None, classes: Classes | None, num_classes: int
 ) -> LabeledImages:
-    """Find the images of a folder or tar, and the class of each, for a model with `num_classes` outputs.
+    """Find the images in a folder or tar archive, and their classes, for a model with `num_classes` outputs.
 
     Args:
-        data: a folder, a tar, or a folder inside a tar (`x.tar/val`). Without a list it holds one folder a class,
-            perhaps below folders that only wrap them; files beside them are ignored. A source is taken as it is.
-        list_file: the class of each image, in a form that `fcvit.data.lists.read_list` knows.
-        classes: what is known of the model's classes, or None.
+        data: A folder, a tar archive, or a folder inside one (`x.tar/val`). Without a list file it contains one folder
+            per class, possibly inside wrapper folders. Files next to the class folders are ignored. A `Source` is used
+            without a search for wrapper folders or splits.
+        list_file: File with the class of each image, in a format that `fcvit.data.lists.read_list` reads.
+        classes: Known classes of the model, or None.
 
     Raises:
-        UnreadableFile: nothing there, no images, a list or tar that is none.
-        DoesNotFit: the classes cannot be mapped to the model's, listed images are not there, or the folders are
-            splits: one of them is expected.
+        UnreadableFile: The data or the list does not exist or cannot be read, or there are no images.
+        DoesNotFit: The classes cannot be mapped to the model's classes, listed images do not exist, or the folders are
+            splits, of which only one can be read.
     """
     if list_file is not None:
         source = open_source(data) if isinstance(data, Path) else data
@@ -128,9 +130,9 @@ def read_dataset(
         try:
             assignment = assign_labels(sorted(set(labels.values())), classes, num_classes, list_file)
         except DoesNotFit as error:
-            if not listed.encoding:
+            if not listed.encoding_problem:
                 raise
-            raise DoesNotFit(f"{error}; {listed.encoding}, save it as UTF-8") from error
+            raise DoesNotFit(f"{error} ({listed.encoding_problem}, save it as UTF-8)") from error
         assignment = assignment._replace(rule=assignment.rule + remark)
         notes = listed.notes
     else:
@@ -140,7 +142,7 @@ def read_dataset(
         assignment = assign_classes(folders, classes, num_classes, "class folders")
         labels = {name: legible(name.split("/")[0]) for name in locations if "/" in name and is_image(name)}
         if not labels:
-            raise UnreadableFile(f"{source.path}: its class folders hold no images ({', '.join(sorted(ENDINGS))})")
+            raise UnreadableFile(f"{source.path}: the class folders contain no images ({', '.join(sorted(ENDINGS))})")
     names = tuple(sorted(labels))
     return LabeledImages(
         source.path,
@@ -153,80 +155,86 @@ def read_dataset(
 
 
 def known_classes(classes: Classes | None, num_classes: int) -> frozenset[str]:
-    """Return ids and names that are surely those of classes."""
+    """Return the ids and names of all known classes, including ImageNet's for a model with 1,000 outputs."""
     listed = (*(classes or ()), *(imagenet() if num_classes == IMAGENET_CLASSES else ()))
     return frozenset(text for named in listed for text in named)
 
 
 def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[Source, tuple[str, ...]]:
-    """Find the class folders of a path, below folders that wrap them; refuse several splits at once."""
+    """Find the class folders in a path or inside its wrapper folders, and refuse more than one split."""
     layout = find_layout(open_source(data), known_classes(classes, num_classes))
     path, names = layout.source.path, list(layout.splits)
     if layout.doubt:
         raise DoesNotFit(
-            f"{path}: is {layout.doubt} a split or a class? if a split, name {path / layout.doubt}; if a class, name "
-            "the model's classes, in its order, with --classes FILE"
+            f"{path}: {layout.doubt} can be a split or a class; for the split, pass {path / layout.doubt}, and for the "
+            "class, pass the model's classes in their order with --classes FILE"
         )
     if len(names) > 1:
         labeled = [name for name in names if layout.splits[name].folders()]
-        one = next((name for name in (*layout.named("val"), *labeled[::-1]) if name in labeled), names[0])
-        raise DoesNotFit(f"{path} holds the splits {', '.join(names)}; name the folder of one, such as {path / one}")
+        example = next((name for name in (*layout.named("val"), *labeled[::-1]) if name in labeled), names[0])
+        raise DoesNotFit(
+            f"{path}: contains the splits {', '.join(names)}; pass the folder of one split, such as {path / example}"
+        )
     if names:
-        note = f"{path} holds the split {names[0]} alone: its folders are the classes"
+        note = f"{path}: contains only the split {names[0]}, so its folders are the classes"
         return layout.splits[names[0]], (*layout.notes, note)
     return layout.source, layout.notes
 
 
 def _check_contents(source: Source, folders: Sequence[str], files: Mapping[str, Location]) -> tuple[str, ...]:
-    """Say what is left out, in class folders and beside them; refuse a source without class folders."""
+    """Return notes on the files that are skipped, and refuse a source without class folders."""
     path = source.path
     packed = [name for name in files if name.lower().endswith((".tar", *PACKED))]
     if not folders:
         if packed:
             raise UnreadableFile(
-                f"{path}: no class folders in it, but archives: {some(packed)}; name one tar, or a folder with "
-                "nothing but tars of one class each; unpack others first"
+                f"{path}: contains archives ({some(packed)}) but no class folders; pass one tar archive or a folder "
+                "that contains only tar archives with one class each, and unpack other archives first"
             )
         if not any(map(is_image, files)):
-            raise UnreadableFile(f"{path}: no class folders and no images in it ({', '.join(sorted(ENDINGS))})")
+            raise UnreadableFile(f"{path}: contains no class folders and no images ({', '.join(sorted(ENDINGS))})")
         raise UnreadableFile(
-            f"{path}: no class folders in it, but images; expected one folder of images a class. For fcvit eval, "
-            "--list FILE may say the class of each image instead"
+            f"{path}: contains images but no class folders; put the images of each class into a folder, or for fcvit "
+            "eval pass the class of each image with --list FILE"
         )
     packed = [name for name in packed if "/" not in name]
     stray = [name for name in (source.archive.files if source.archive else ()) if name.startswith(("/", "../"))]
     outside = sum("/" not in name and is_image(name) for name in files)
     notes = (
-        packed and f"left out {counted(len(packed), 'archive')} beside the class folders: {some(packed)}",
+        packed and f"skipped {counted(len(packed), 'archive')} next to the class folders: {some(packed)}",
         (count := sum(map(is_image, stray)))
-        and f"left out {counted(count, 'image')} whose names lead out of the tar (/ or ..)",
-        no_images(name for name in files if "/" in name),
-        outside and f"left out {counted(outside, 'image')} outside of class folders",
+        and f"skipped {counted(count, 'image')} with a path outside the archive (starting with / or ..)",
+        count_non_images(name for name in files if "/" in name),
+        outside and f"skipped {counted(outside, 'image')} outside the class folders",
     )
     return tuple(f"{path}: {note}" for note in notes if note)
 
 
 def read_real(path: Path, images: LabeledImages) -> list[frozenset[int]]:
-    """Read ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the right classes of each image, perhaps none.
+    """Read ImageNet-ReaL's labels (Beyer et al. 2020, `real.json`): the set of correct classes of each image.
+
+    A set can be empty.
 
     Raises:
-        UnreadableFile: the file is not such a list.
-        DoesNotFit: the images are not ImageNet's validation images, by their names.
+        UnreadableFile: The file cannot be read or is not such a list.
+        DoesNotFit: The image names are not those of ImageNet's validation images.
     """
     numbers = images.validation_numbers()
     if numbers is None:
-        raise DoesNotFit(f"--real: {images.names[0]}: expected images named ILSVRC2012_val_ and eight digits")
+        raise DoesNotFit(
+            f"--real: {images.names[0]}: expected ImageNet's validation images, named ILSVRC2012_val_ and eight digits"
+        )
     try:
         labels = json.loads(path.read_bytes())
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(f"{path}: not JSON ({str(error)[:80]})") from error
+        raise UnreadableFile(f"{path}: not a JSON file ({str(error)[:80]})") from error
     if (
         not isinstance(labels, list)
         or len(labels) != VALIDATION_IMAGES
         or not all(isinstance(classes, list) for classes in labels)
         or not all(type(c) is int and 0 <= c < IMAGENET_CLASSES for classes in labels for c in classes)
     ):
-        raise UnreadableFile(f"{path}: expected a list of {VALIDATION_IMAGES:,} lists of classes from 0 to 999")
+        raise UnreadableFile(f"{path}: expected a list of {VALIDATION_IMAGES:,} lists of class indices from 0 to 999")
     return [frozenset(labels[number - 1]) for number in numbers]

@@ -1,4 +1,4 @@
-"""The rule by which class folders, or the labels of a list, become the indices of a model's classes."""
+"""Map class folders, or the labels in a list, to the class indices of a model."""
 
 import collections
 import re
@@ -12,13 +12,19 @@ from fcvit.errors import DoesNotFit
 from fcvit.models.variants import IMAGENET_CLASSES
 from fcvit.text import some
 
-_LENGTH = 60  # characters of a label in a message
+_LENGTH = 60  # longest part of a label in a message, in characters
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_REMEDY = "name the model's classes, in its order, with --classes FILE"
+_REMEDY = "pass the model's classes in their order with --classes FILE"
 
 
 class Assignment(NamedTuple):
-    """Label -> class index; in words, by which rule; whether labels were only counted."""
+    """The class index of each label, and how it was found.
+
+    Attributes:
+        mapping: Label -> class index.
+        rule: Readable description of the rule that was applied.
+        counted: True if no classes were known, so that the index is the position in the sorted labels.
+    """
 
     mapping: dict[str, int]
     rule: str
@@ -26,69 +32,70 @@ class Assignment(NamedTuple):
 
 
 def assign_labels(labels: Sequence[str], classes: Classes | None, num_classes: int, source: Path) -> Assignment:
-    """Map the labels of a list to class indices, and say in words by which rule.
+    """Map the labels in a list to class indices.
 
-    Numbers, also 3.0 or 003, are indices that count from 0. Where they cannot be, or where both give the same
-    classes, they may be ids (or unique names) of known classes. Other labels go by `assign_classes`.
+    Numbers, including forms such as 3.0 and 003, are class indices from 0. They can also be the ids or unique names of
+    known classes if they cannot be indices, or if both interpretations give the same classes. Labels that are not
+    numbers are mapped by `assign_classes`.
 
     Args:
-        labels: sorted.
-        source: the list, for messages.
+        labels: Sorted labels.
+        source: Path of the list, for messages.
 
     Raises:
-        DoesNotFit: the labels fit neither reading, or two that contradict each other.
+        DoesNotFit: The labels have no valid interpretation, or two that contradict each other.
     """
     numbers = {label: number for label in labels if (number := _number(label)) is not None}
     if len(numbers) < len(labels):
         return assign_classes(labels, classes, num_classes, "labels of the list")
     indices = {label: int(n) for label, n in numbers.items() if n.is_integer() and 0 <= n < num_classes}
     outside = sorted((label for label in labels if label not in indices), key=numbers.__getitem__)
-    for what, mapping in ((what, _look_up(labels, table, _value)) for what, table in _tables(classes)):
+    for kind, mapping in ((kind, _look_up(labels, table, _value)) for kind, table in _tables(classes)):
         if not outside and (contested := [label for label, index in mapping.items() if index != indices[label]]):
             label = min(contested, key=numbers.__getitem__)
             raise DoesNotFit(
-                f"{source}: is {label[:_LENGTH]} the index of a class, or the {what} of class {mapping[label]}? if "
-                "indices are meant, give the classes ids that are no numbers with --classes FILE; if not, write "
-                "into the list what is no number"
+                f"{source}: {label[:_LENGTH]} can be a class index or the {kind} of class {mapping[label]}; if indices "
+                "are meant, give the classes ids that are not numbers with --classes FILE, and if not, use labels that "
+                "are not numbers in the list"
             )
         if outside and len(mapping) == len(labels):
-            return Assignment(mapping, f"the numbers in {source.name} are the model's class {what}s")
+            return Assignment(mapping, f"the numbers in {source.name} are the model's class {kind}s")
     if not outside:
         return Assignment(indices, f"the numbers in {source.name} are class indices")
     hint = ""
     if not all(n.is_integer() for n in numbers.values()):
-        hint = "; an index is a whole number"
+        hint = "; use integers as class indices"
     elif min(numbers.values()) < 0:
-        hint = "; leave out images without a class"
+        hint = "; remove images without a class from the list"
     elif min(numbers.values()) == 1 and max(numbers.values()) == num_classes:
-        hint = "; they count from 1: subtract 1 from each"
+        hint = "; the indices start at 1, so subtract 1 from each"
         if num_classes == IMAGENET_CLASSES:
-            hint += ", but ImageNet's devkit has another order: write WordNet ids in place of its numbers"
+            hint += " (or, for the numbers of ImageNet's devkit, whose order differs, write WordNet ids instead)"
     elif classes:
-        hint = f", and no ids of its classes ({_some([c.id for c in classes])})"
+        hint = f" or a class id of the model ({_some([c.id for c in classes])})"
     raise DoesNotFit(
-        f"{source}: class {_some(outside)} for a model with {num_classes} outputs; expected 0 to {num_classes - 1}"
+        f"{source}: class {_some(outside)} for a model with {num_classes} outputs, expected 0 to {num_classes - 1}"
         + hint
     )
 
 
 def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: int, what: str) -> Assignment:
-    """Map names of classes to indices, and say in words by which rule.
+    """Map class names to indices by the first of these rules that applies.
 
-    1. Where classes are known (the weights', or those of `--classes`): their ids, or their names where those are
-       unique; a subset may be there.
-    2. Else, for 1,000 outputs, ImageNet's WordNet ids; a subset may be there.
-    3. Else, where no classes are known, the sorted names (as torchvision counts them), if there are as many as
-       outputs, and unless numbers among them sort otherwise as text.
+    1. If classes are known (from the weights or `--classes`), the labels are their ids or their unique names. A subset
+       is allowed.
+    2. For a model with 1,000 outputs, the labels are ImageNet's WordNet ids. A subset is allowed.
+    3. If no classes are known, the index is the position in the sorted labels, as in torchvision. The number of labels
+       must equal the number of outputs, and numbers among them must have the same order when they are sorted as text.
 
-    Composed and decomposed letters (Unicode's NFC and NFD) are the same.
+    Composed and decomposed letters (Unicode's NFC and NFD) are equal.
 
     Args:
-        labels: sorted.
-        what: they are, for messages.
+        labels: Sorted labels.
+        what: Name of the labels in messages, such as "class folders".
 
     Raises:
-        DoesNotFit: none of this applies, or some labels are known classes and others are not.
+        DoesNotFit: No rule applies, or only some of the labels are known classes.
     """
     tables = [(f"the model's class {name}s", table) for name, table in _tables(classes)]
     if num_classes == IMAGENET_CLASSES:
@@ -102,7 +109,7 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
             raise DoesNotFit(f"{len(unknown)} of {len(labels)} {what} are not among {table_name}: {_some(unknown)}")
     if classes:
         raise DoesNotFit(
-            f"no {what} ({_some(labels)}) are classes of the model ({_some([c.id for c in classes])}); "
+            f"none of the {what} ({_some(labels)}) is a class of the model ({_some([c.id for c in classes])}); "
             f"rename them, or {_REMEDY}"
         )
     if len(labels) != num_classes:
@@ -110,22 +117,22 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
     numbers = [number for label in labels if (number := _number(label)) is not None]
     if numbers != sorted(numbers):
         raise DoesNotFit(
-            f"{what} are numbers, and sorted as text (0, 1, 10, 2) they are other classes than counted; {_REMEDY}"
+            f"the {what} are numbers, and their order as text (0, 1, 10, 2) differs from their numeric order; {_REMEDY}"
         )
-    rule = f"the weights name no classes: the {num_classes} {what} are counted in sorted order"
+    rule = f"the weights contain no class list, so the {num_classes} {what} are the classes in sorted order"
     by_value = sorted(labels, key=lambda label: re.sub(r"\d+", lambda number: number[0].zfill(20), label))
     if moved := [label for label, other in zip(labels, by_value, strict=True) if label != other]:
-        rule += f", as text: {moved[0][:_LENGTH]} before {by_value[labels.index(moved[0])][:_LENGTH]}"
+        rule += f" (as text: {moved[0][:_LENGTH]} before {by_value[labels.index(moved[0])][:_LENGTH]})"
     return Assignment({label: index for index, label in enumerate(labels)}, rule, counted=True)
 
 
 def composed(text: str) -> str:
-    """Return the text in the one form in which equal letters are equal (NFC); macOS decomposes file names."""
+    """Return the text in Unicode's form NFC, in which equal letters are equal. macOS decomposes file names."""
     return unicodedata.normalize("NFC", text)
 
 
 def _tables(classes: Classes | None) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yield the ids, then the unique names, each with its class."""
+    """Yield the tables "id" and "name", which map the ids and the unique names of the classes to indices."""
     if classes:
         yield "id", {c.id: index for index, c in enumerate(classes)}
         names = collections.Counter(c.name for c in classes)
@@ -133,7 +140,7 @@ def _tables(classes: Classes | None) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _look_up(labels: Sequence[str], table: Mapping[str, int], form: Callable[[str], str]) -> dict[str, int]:
-    """Find labels as they stand, else in a common form, where only one entry has it."""
+    """Return the indices of the labels that the table contains, exactly or as the only entry of the same form."""
     times = collections.Counter(map(form, table))
     forms = {form(key): index for key, index in table.items() if times[form(key)] == 1}
     indices = {label: table.get(label, forms.get(form(label))) for label in labels}
@@ -145,7 +152,7 @@ def _number(text: str) -> float | None:
 
 
 def _value(text: str) -> str:
-    """Return a form in which equal numbers are equal."""
+    """Return the text in a form in which equal numbers are equal."""
     number = _number(text)
     return composed(text) if number is None else repr(number + 0.0)
 

@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, and which are nobody's."""
+"""Find image files in folders, and skip the files of operating systems and tools."""
 
 import collections
 import errno
@@ -20,8 +20,8 @@ from fcvit.text import some
 logger = logging.getLogger("fcvit")
 
 T = TypeVar("T")
-# Formats that are decoded, by Pillow's names, and the file name endings by which they are found.
-# Photographs come in these. Others that Pillow knows can start programs (EPS) or fail in odd ways.
+# Pillow's names of the formats that are decoded, and their file name endings. Photographs use these formats.
+# Other formats of Pillow can start programs (EPS) or fail in unexpected ways.
 FORMATS: dict[str, tuple[str, ...]] = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
@@ -31,10 +31,11 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-if "avif" in features.modules and features.check("avif"):  # Pillow 11.3, built with libavif
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 or later, built with libavif
     FORMATS["AVIF"] = (".avif", ".avifs")
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
-# Files and folders of operating systems, disk stations and tools, in lower case; hidden ones are left out besides.
+# Lower-case names of files and folders that operating systems, network storage and tools create. `left_out` also
+# matches hidden names.
 SYSTEM = frozenset(
     re.split(
         "[,\n]+",
@@ -46,46 +47,50 @@ network trash folder,temporary items,lost+found,@eadir,@tmp,@sharebin,@recycle,@
 
 
 def left_out(name: str) -> bool:
-    """Report whether a file or folder of this name is hidden, or not the user's own (see `SYSTEM`)."""
+    """Return True if a file or folder name is hidden or belongs to the system (see `SYSTEM`)."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def is_image(name: str) -> bool:
-    """Report whether a file name has the ending of an image."""
+    """Return True if a file name has the ending of an image format in `FORMATS`."""
     return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
 
 
-def no_images(names: Iterable[str]) -> str:
-    """Count in words the files that have no image's ending, by ending; return "" if there are none."""
+def count_non_images(names: Iterable[str]) -> str:
+    """Return a note that counts the files without an image file ending, or "" if all files have one."""
     endings = collections.Counter(
         os.path.splitext(name)[1].lower() or "no ending"  # noqa: PTH122
         for name in names
         if not is_image(name)
     )
     shown = some([f"{count} {ending:.20}" for ending, count in endings.most_common()])
-    return f"left out {counted(endings.total(), 'file')} without an image's ending: {shown}" if endings else ""
+    return f"skipped {counted(endings.total(), 'file')} without an image file ending: {shown}" if endings else ""
 
 
 def legible(name: str) -> str:
-    r"""Return a file name as text that can be written anywhere: bytes that are not UTF-8 are spelled out (\xe9)."""
+    r"""Return a file name as valid UTF-8 text, with escapes such as \xe9 for bytes that are not UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if not name.isascii() else name
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a plain file for reading; a pipe or device is an `OSError` at once, since reading it would wait."""
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: The file cannot be opened, or it is a pipe or device, on which a read can block.
+    """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = open(os.open(path, flags), "rb")  # noqa: PTH123, SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "not a plain file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return file
 
 
 def scan(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the files directly in a folder, sorted, without what is left out.
+    """Return the sorted names of the folders and of the files directly in a folder, except those of `left_out`.
 
     Raises:
-        UnreadableFile: the folder cannot be read.
+        UnreadableFile: The folder cannot be read.
     """
     names: tuple[list[str], list[str]] = ([], [])
     try:
@@ -99,51 +104,51 @@ def scan(folder: str | Path) -> tuple[list[str], list[str]]:
 
 
 def contents(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the folders and the files below a folder, relative to it, with /, in the order of their parts.
+    """Return the relative paths of all folders and of all files below a folder, with /, sorted by their parts.
 
-    Links are followed, but none back to a folder that it is in.
+    Symbolic links are followed, except a link to a folder that contains the link.
 
     Raises:
-        UnreadableFile: a folder in it cannot be read.
+        UnreadableFile: The folder or a folder below it cannot be read.
     """
     folders: list[str] = []
     files: list[str] = []
 
-    def walk(inner: str, above: frozenset[tuple[int, int]]) -> None:
+    def walk(inner: str, parents: frozenset[tuple[int, int]]) -> None:
         directory = os.path.join(folder, inner) if inner else str(folder)  # noqa: PTH118
         subfolders, names = scan(directory)
         status = os.stat(directory)  # noqa: PTH116
-        here = (status.st_dev, status.st_ino)
-        if here in above:
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
             return
         files.extend(posixpath.join(inner, name) for name in names)
         for name in subfolders:
             folders.append(posixpath.join(inner, name))
-            walk(folders[-1], above | {here})
+            walk(folders[-1], parents | {identity})
 
     walk("", frozenset())
     return sorted(folders, key=lambda name: name.split("/")), sorted(files, key=lambda name: name.split("/"))
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Return the image files in a folder and the folders in it, as `contents` finds them."""
+    """Return the paths of all image files below a folder, in the order of `contents`."""
     return [folder / name for name in contents(folder)[1] if is_image(name)]
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:
-    """Return the images that files, folders and glob patterns name, each once, in the order given.
+    """Return the images that the arguments name (files, folders or glob patterns), in their order, without duplicates.
 
-    A file that is named is taken whatever its ending.
+    A file that is named by an argument is returned whatever its ending.
 
     Raises:
-        UnreadableFile: an argument matches nothing.
+        UnreadableFile: An argument matches no image.
     """
     images: dict[Path, None] = {}
     for argument in arguments:
         path, matches = Path(argument), [Path(argument)]
         if path.is_dir():
-            if others := no_images(contents(path)[1]):
-                logger.info(f"{argument}: {others}")
+            if note := count_non_images(contents(path)[1]):
+                logger.info(f"{argument}: {note}")
         elif not path.exists():
             matches = [
                 match
@@ -152,17 +157,19 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
             ]
         matched = [image for match in matches for image in (images_below(match) if match.is_dir() else [match])]
         if not matched:
-            raise UnreadableFile(f"{argument}: no such image, and no folder or pattern with images in it")
+            raise UnreadableFile(
+                f"{argument}: no such image; pass an image file, a folder that contains images, or a glob pattern"
+            )
         images.update(dict.fromkeys(matched))
     return list(images)
 
 
-def sample_evenly(items: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` of the items, evenly over their order.
+def sample_evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` of the items, evenly spaced in their order.
 
     Raises:
-        UsageError: fewer than one is asked for.
+        UsageError: The limit is less than 1.
     """
-    if most < 1:
-        raise UsageError(f"--max-images {most}: expected at least 1")
-    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)
+    if limit < 1:
+        raise UsageError(f"--max-images {limit}: expected at least 1")
+    return [items[index * len(items) // limit] for index in range(limit)] if len(items) > limit else list(items)

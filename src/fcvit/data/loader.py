@@ -1,6 +1,6 @@
-"""Images decoded by worker processes that run ahead by a bounded number: batches, or what a function finds.
+"""Load batches of images, or apply a function to images, in worker processes with bounded prefetching.
 
-Processes rather than threads: decoding then never waits for the interpreter that feeds the model.
+Processes are used instead of threads so that decoding does not compete with the main process for the interpreter lock.
 """
 
 import collections
@@ -27,16 +27,16 @@ from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
 
-DIGEST = 8  # bytes kept of the SHA-256 of an image file
-_CHUNK = 16  # images a task: enough that handing it over costs nothing beside decoding
+DIGEST = 8  # length of the digest: the first bytes of the SHA-256 of an image file
+_CHUNK = 16  # images per task, so that the transfer takes little time compared with decoding
 
-Job = tuple[Any, ...]  # what the work is called with: position, name and place of an image, and more
+Job = tuple[Any, ...]  # arguments of the work: position, name and location of an image, and others
 Result = TypeVar("Result")
 Work = Callable[..., Result]
 
 
 class Dataset(Protocol):
-    """Samples that are not yet read: each has a name, a place and a target."""
+    """A data set whose samples have a name, a location and a target, and are not read yet."""
 
     root: Path
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
     @property
     def targets(self) -> Sequence[Any]:
-        """The target of each sample, or the place where a transform reads it."""
+        """The target of each sample, or the path from which a transform reads it."""
         ...
 
     def __len__(self) -> int: ...
@@ -54,15 +54,16 @@ class Dataset(Protocol):
         ...
 
     def listing(self) -> str:
-        """Return a hash of names and targets, which a continued run compares."""
+        """Return a hash of names and targets, which a resumed run compares."""
         ...
 
 
 class Transform(Protocol):
-    """Turn a decoded image and its target into what the network sees; workers get a copy of it.
+    """A callable that turns a decoded image and its target into an input of the network and its target.
 
-    Called with the image, its target and its position in the data set, it gives the pixels, uint8 (3, H, W), and the
-    target as the network sees it. It must depend on nothing else, so that the number of workers does not matter.
+    It is called with the image, its target and its position in the data set. It returns the pixels, uint8 (3, H, W),
+    and the target. The result must depend only on the arguments, so that it is the same for any number of workers.
+    Each worker has its own copy of the transform.
     """
 
     def __call__(self, image: Image.Image, target: Any, index: int, /) -> tuple[np.ndarray, Any]: ...
@@ -70,15 +71,15 @@ class Transform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples that belong together: those with the positions `number * batch_size` and on.
+    """A batch: the samples at the positions from `number * batch_size`.
 
     Attributes:
-        number: of the batch.
-        indices: positions in the data set of those that could be read, (B,).
-        digests: the first 8 bytes of the SHA-256 of each file.
-        pixels: for each transform, uint8 (B, 3, H, W), or a list where sizes differ.
-        targets: for each transform, the target of each sample.
-        bad: positions of the others, with the reason.
+        number: Number of the batch.
+        indices: Positions in the data set of the B samples that could be read, (B,).
+        digests: First 8 bytes of the SHA-256 of each file.
+        pixels: For each transform, uint8 (B, 3, H, W), or a list of arrays if the sizes differ.
+        targets: For each transform, the target of each sample.
+        bad: Positions of the samples that could not be read, with the reason.
     """
 
     number: int
@@ -93,7 +94,7 @@ def read_file(name: str, location: Location) -> bytes:
     """Read the bytes of an image file.
 
     Raises:
-        BadImages: it cannot be read.
+        BadImages: The file cannot be read.
     """
     try:
         return location.read()
@@ -104,10 +105,10 @@ def read_file(name: str, location: Location) -> bytes:
 def decode_file(
     index: int, name: str, location: Location, target: Any, transforms: Sequence[Transform]
 ) -> tuple[bytes, list[tuple[np.ndarray, Any]]]:
-    """Read an image once and apply each transform to it: its digest, and pixels and target for each.
+    """Read an image and apply each transform to it. Return its digest, and pixels and target for each transform.
 
     Raises:
-        BadImages: it cannot be read.
+        BadImages: The image cannot be read.
     """
     content = read_file(name, location)
     image = decode(io.BytesIO(content), name)
@@ -125,15 +126,18 @@ def batches(
     transforms: Sequence[Transform],
     workers: "int | Workers",
 ) -> Generator[Batch]:
-    """Yield the batches of these numbers, in this order.
+    """Yield the batches with these numbers, in this order.
 
     Args:
-        dataset: batch n holds its samples from n * batch_size.
-        workers: processes that decode; 0: this one does, between the batches.
-            `Workers` that are there already are used and left.
+        dataset: Samples. Batch n starts at position n * batch_size.
+        numbers: Numbers of the batches.
+        batch_size: Number of samples per batch.
+        transforms: Transforms to apply to each image.
+        workers: Number of processes that decode, or existing `Workers`, which are not closed. With 0, the calling
+            process decodes between the batches.
 
     Raises:
-        FcvitError: no worker can be started.
+        FcvitError: No worker can be started.
     """
     pieces = [
         (number, start, min(start + _CHUNK, (number + 1) * batch_size, len(dataset)))
@@ -142,22 +146,23 @@ def batches(
     ]
     columns = (range(len(dataset)), dataset.names, dataset.locations, dataset.targets)
     chunks = (list(zip(*(column[start:end] for column in columns), strict=True)) for _, start, end in pieces)
-    # The batch that is being put together; what is behind it keeps the workers busy.
+    # The chunks of the current batch are requested together. Later chunks keep the workers busy.
     work = functools.partial(decode_file, transforms=transforms)
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers, -(-batch_size // _CHUNK))) as done:
         yield from _assemble(pieces, done, len(transforms))
 
 
 def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
-    """Yield the result of a function for every image, in order, or the error of one that cannot be read.
+    """Yield the result of a function for each image, in order, or the error for an image that cannot be read.
 
     Args:
-        jobs: position, name and place of each image.
-        work: is called with these three, perhaps in another process: a function at the top of a module.
-        workers: as in `batches`.
+        jobs: Position, name and location of each image.
+        work: Function that is called with these three values. It must be defined at the top level of a module, because
+            worker processes import it.
+        workers: Number of processes, or existing `Workers`, as in `batches`.
 
     Raises:
-        FcvitError: no worker can be started.
+        FcvitError: No worker can be started.
     """
     chunks = (jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK))
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers)) as done:
@@ -168,7 +173,7 @@ def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> G
 def _chunk_by_chunk(
     chunks: Iterator[Sequence[Job]], work: Work[Result], workers: "int | Workers", needed: int = 1
 ) -> Generator[list[Result | BadImages]]:
-    """`needed`: chunks that whoever asks takes at a time."""
+    """Yield the results of each chunk. `needed` is the number of chunks that the caller uses at a time."""
     if workers == 0:
         yield from (_work(jobs, work) for jobs in chunks)
         return
@@ -207,10 +212,10 @@ def _run_ahead(
 
 
 def _one_by_one(pool: "Workers", jobs: Sequence[Job], work: Work[Result]) -> list[Result | BadImages]:
-    """Find the image that ends whatever process decodes it: a bad one, like any other."""
+    """Process the images of a chunk separately, and report an image that crashes its process as unreadable."""
     results: list[Result | BadImages] = []
     for job in jobs:
-        for _ in range(2):  # a process may die for another reason; the same image twice is no chance
+        for _ in range(2):  # a process can die for another reason, but two crashes are caused by the image
             try:
                 results += pool.submit([job], work).result()
                 break
@@ -226,7 +231,7 @@ def _assemble(
     chunks: Iterator[list[tuple[bytes, list[tuple[np.ndarray, Any]]] | BadImages]],
     transforms: int,
 ) -> Iterator[Batch]:
-    """Put the chunks of each batch together."""
+    """Assemble the batches from their chunks."""
     good: list[tuple[int, bytes, list[tuple[np.ndarray, Any]]]] = []
     bad: list[tuple[int, str]] = []
     for piece, (number, start, _) in enumerate(pieces):
@@ -236,58 +241,60 @@ def _assemble(
             else:
                 good.append((index, *result))
         if piece + 1 == len(pieces) or pieces[piece + 1][0] != number:
-            samples = [[transformed[which] for *_, transformed in good] for which in range(transforms)]
+            samples = [[outputs[transform] for *_, outputs in good] for transform in range(transforms)]
             yield Batch(
                 number,
                 np.array([index for index, *_ in good], np.int64),
                 tuple(digest for _, digest, _ in good),
-                tuple(_stack([pixels for pixels, _ in one]) for one in samples),
-                tuple([target for _, target in one] for one in samples),
+                tuple(_stack([pixels for pixels, _ in pairs]) for pairs in samples),
+                tuple([target for _, target in pairs] for pairs in samples),
                 tuple(bad),
             )
             good, bad = [], []
 
 
 def _stack(pixels: list[np.ndarray]) -> Any:
-    """Return one array of images of one size, others as they are."""
-    if len({one.shape for one in pixels}) > 1:
+    """Stack images of equal size into one array, or return the list if their sizes differ."""
+    if len({image.shape for image in pixels}) > 1:
         return pixels
     return np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
 
 
 class Workers:
-    """Worker processes; others in their place where one dies.
-
-    Raises:
-        FcvitError: on `restart`, where not even a process without work lives.
-    """
+    """A pool of worker processes that can be restarted after a process has died."""
 
     def __init__(self, count: int):
         self.count = count
         self._start()
 
     def _start(self) -> None:
-        # Spawned: a fork of a process in which Paddle's threads run may hang.
+        # A forked process can hang if threads of Paddle run in the parent process.
         context = multiprocessing.get_context("spawn")
         self.pool = concurrent.futures.ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin_worker)
 
     def submit(self, jobs: Sequence[Job], work: Work[Result]) -> "concurrent.futures.Future[list[Result | BadImages]]":
+        """Start the work on a chunk. A broken pool is reported by the result."""
         try:
             return self.pool.submit(_work, jobs, work)
-        except BrokenProcessPool as error:  # noticed before the result was asked for
+        except BrokenProcessPool as error:
             failed: concurrent.futures.Future[list[Result | BadImages]] = concurrent.futures.Future()
             failed.set_exception(error)
             return failed
 
     def restart(self) -> None:
+        """Start new processes.
+
+        Raises:
+            FcvitError: The new processes end immediately.
+        """
         self.close()
         self._start()
         try:
             self.pool.submit(int).result()
         except BrokenProcessPool as error:
             raise FcvitError(
-                "processes that decode images end as soon as they begin: a script that calls fcvit needs "
-                '`if __name__ == "__main__":`; --workers 0 decodes without processes'
+                "the processes that decode images end immediately after the start; put the calls of fcvit in a script "
+                'under `if __name__ == "__main__":`, or pass --workers 0 to decode without processes'
             ) from error
 
     def close(self) -> None:
@@ -295,14 +302,14 @@ class Workers:
 
 
 def _begin_worker() -> None:
-    """Leave interruptions to the process that this worker serves, and end when that one is killed."""
+    """Ignore keyboard interrupts, which the parent process handles, and exit when the parent process dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, about odd images
+    warnings.simplefilter("ignore")  # Pillow warns about unusual images
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_after_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a tar that is read in place, or tars of one class each, in one view."""
+"""Read images from a folder, a tar archive, or a folder of tar archives with one class each."""
 
 import dataclasses
 import errno
@@ -16,20 +16,23 @@ from fcvit.data.folders import contents, is_image, left_out, open_file, scan
 from fcvit.errors import UnreadableFile
 from fcvit.foreign import KIND_BYTES, foreign_kind
 
-_LARGEST = 1 << 29  # bytes of an image file
-_BLOCK = 512  # of a tar
+_LARGEST = 1 << 29  # largest image file, in bytes
+_BLOCK = 512  # block size of the tar format, in bytes
 PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
-_LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # what tar leaves out where it unpacks
-_DEEPEST = 3  # tars in tars in tars
-_INDICES = 1024  # tars whose index is remembered
-# What else people have, by its first bytes, and how it becomes a folder or a tar.
+_LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # tar strips these when it extracts
+_DEEPEST = 3  # nesting depth of tar archives
+_INDICES = 1024  # number of tar archives whose index is cached
+# The first bytes of other files -> their format and the remedy.
 _OTHERS = {
-    b"\x1f\x8b": ("compressed with gzip", "it is read in place, decompress it first: gunzip -k {name}"),
-    b"BZh": ("compressed with bzip2", "it is read in place, decompress it first: bunzip2 -k {name}"),
-    b"\xfd7zXZ\x00": ("compressed with xz", "it is read in place, decompress it first: unxz -k {name}"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "it is read in place, decompress it first: unzstd {name}"),
+    b"\x1f\x8b": ("compressed with gzip", "decompress it first (archives are read in place): gunzip -k {name}"),
+    b"BZh": ("compressed with bzip2", "decompress it first (archives are read in place): bunzip2 -k {name}"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "decompress it first (archives are read in place): unxz -k {name}"),
+    b"\x28\xb5\x2f\xfd": (
+        "compressed with zstd",
+        "decompress it first (archives are read in place): unzstd {name}",
+    ),
     b"PK\x03\x04": ("a zip archive", "unpack it first: unzip {name} -d FOLDER"),
-    b"PK\x05\x06": ("an empty zip archive", "expected a folder or a tar with images"),
+    b"PK\x05\x06": ("an empty zip archive", "pass a folder or a tar archive that contains images"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it first: 7z x {name}"),
     b"Rar!\x1a\x07": ("a rar archive", "unpack it first: unrar x {name}"),
     b"PAR1": ("a Parquet file", "write its images into class folders first"),
@@ -37,23 +40,33 @@ _OTHERS = {
 
 
 class Location(NamedTuple):
-    """Where the bytes of an image are: a file, or a part of one."""
+    """The location of an image's bytes: a file or a part of a file.
+
+    Attributes:
+        path: Path of the file.
+        offset: Position of the first byte in the file.
+        size: Number of bytes, or -1 for the rest of the file.
+    """
 
     path: str
     offset: int = 0
-    size: int = -1  # -1: to the end
+    size: int = -1
 
     def read(self) -> bytes:
-        """Return the bytes, or raise an OSError."""
+        """Return the bytes of the image.
+
+        Raises:
+            OSError: The file cannot be read, is not a regular file or is too large.
+        """
         with open_file(self.path) as file:
             if (self.size if self.size >= 0 else os.fstat(file.fileno()).st_size) > _LARGEST:
-                raise OSError(errno.EFBIG, f"more than {_LARGEST >> 20} MiB")
+                raise OSError(errno.EFBIG, f"larger than {_LARGEST >> 20} MiB")
             file.seek(self.offset)
             return file.read(self.size)
 
 
 class Tree(NamedTuple):
-    """All folders and files at any depth, relative, with /, sorted; what is hidden or the system's is left out."""
+    """The sorted relative paths (with /) of all folders and files at any depth, except hidden and system files."""
 
     folders: tuple[str, ...]
     files: dict[str, Location]
@@ -61,11 +74,11 @@ class Tree(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """The content of a tar, or of several.
+    """The content of one tar archive or of several.
 
     Attributes:
-        files: name -> place of every file, hidden ones too.
-        folders: those that the archive names; others are known from the files in them.
+        files: Name -> location of every file, including hidden files.
+        folders: Folders with an entry in the archive. Other folders are known only from the files in them.
     """
 
     files: Mapping[str, Location]
@@ -73,7 +86,7 @@ class Archive:
 
     @functools.cached_property
     def tree(self) -> Tree:
-        """The folders and files that are not left out."""
+        """The folders and files that are neither hidden nor system files, nor outside the archive."""
         files = {name: self.files[name] for name in sorted(self.files) if not _left_out(name)}
         folders: set[str] = set()
         for name in (*(f"{folder}/" for folder in self.folders if not _left_out(folder)), *files):
@@ -83,23 +96,25 @@ class Archive:
 
     @functools.cached_property
     def listings(self) -> Mapping[str, tuple[list[str], list[str]]]:
-        """Folder ("" the top) -> names of the folders and of the files directly in it."""
+        """Folder ("" for the root) -> names of the folders and of the files directly in the folder."""
         listings: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in ("", *self.tree.folders)}
         for kind, names in enumerate((self.tree.folders, self.tree.files)):
             for name in names:
-                above, _, last = name.rpartition("/")
-                listings[above][kind].append(last)
+                parent, _, last = name.rpartition("/")
+                listings[parent][kind].append(last)
         return listings
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder, or a folder in an archive. Its methods raise `UnreadableFile` where a folder cannot be read.
+    """A folder of images, or a folder inside a tar archive.
+
+    The methods raise `UnreadableFile` if a folder cannot be read.
 
     Attributes:
-        path: as the user would name it.
-        archive: that it is in; None: a folder of the file system.
-        inner: its name in the archive, "" the top.
+        path: Path of the folder as a user writes it.
+        archive: Archive that contains the folder, or None for a folder in the file system.
+        inner: Path of the folder inside the archive, "" for the root.
     """
 
     path: Path
@@ -107,30 +122,30 @@ class Source:
     inner: str = ""
 
     def child(self, name: str) -> "Source":
-        """Return a folder in it."""
+        """Return the subfolder with this name."""
         return Source(self.path / name, self.archive, posixpath.join(self.inner, name))
 
     def folders(self) -> list[str]:
-        """Return the names of the folders directly in it, sorted."""
+        """Return the sorted names of the subfolders."""
         return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[0]
 
     def files(self) -> list[str]:
-        """Return the names of the files directly in it, sorted."""
+        """Return the sorted names of the files directly in this folder."""
         return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[1]
 
     def has_images(self) -> bool:
-        """Report whether image files are directly in it."""
+        """Return True if image files are directly in this folder."""
         return any(map(is_image, self.files()))
 
     def has_images_below(self) -> bool:
-        """Report whether image files are in it or in the folders in it; of linked folders, in those alone."""
+        """Return True if image files are in this folder at any depth, but only directly in a linked subfolder."""
         children = map(self.child, self.folders())
         return self.has_images() or any(
             child.has_images() if child.path.is_symlink() else child.has_images_below() for child in children
         )
 
     def tree(self) -> Tree:
-        """Read everything in it."""
+        """Return all folders and files below this folder."""
         if self.archive is None:
             folders, files = contents(self.path)
             return Tree(tuple(sorted(folders)), {name: Location(f"{self.path}/{name}") for name in sorted(files)})
@@ -138,11 +153,11 @@ class Source:
         folders, files = self.archive.tree
         return Tree(
             tuple(name.removeprefix(prefix) for name in folders if name.startswith(prefix)),
-            {name.removeprefix(prefix): place for name, place in files.items() if name.startswith(prefix)},
+            {name.removeprefix(prefix): location for name, location in files.items() if name.startswith(prefix)},
         )
 
     def locate(self, name: str) -> Location | None:
-        """Return the place of a file by its name, hidden or not; None: there is none."""
+        """Return the location of the named file, hidden or not, or None if it does not exist."""
         if self.archive is not None:
             return self.archive.files.get(posixpath.join(self.inner, name))
         path = os.path.join(self.path, name)  # noqa: PTH118
@@ -153,30 +168,32 @@ class Source:
 
 
 def open_source(data: Path) -> Source:
-    """Open a folder, a tar, a folder inside a tar (`x.tar/val`), or a folder of tars with one class each.
+    """Open a folder, a tar archive, a folder inside one (`x.tar/val`), or a folder of tar archives with one class each.
 
     Raises:
-        UnreadableFile: nothing there, or a tar that cannot be read whole.
+        UnreadableFile: The path does not exist, or an archive is damaged or cannot be read.
     """
     if data.is_dir():
         folders, files = scan(data)
         tars = [name for name in files if name.lower().endswith(".tar")]
-        # One tar among other files is not the data set.
+        # The archives are the data set only if more than half of the files are archives.
         if folders or any(map(is_image, files)) or len(tars) * 2 <= len(files):
             return Source(data)
-        return Source(data, _joined(str(data), {name: _read_tar(data / name) for name in tars}, files))
+        return Source(data, _join(str(data), {name: _read_tar(data / name) for name in tars}, files))
     for tar in (data, *data.parents):
         if tar.is_file():
             inner = "" if tar == data else data.relative_to(tar).as_posix()
             archive = _read_tar(tar)
             if inner not in archive.listings:
-                raise UnreadableFile(f"{tar}: no folder {inner} in it, and no images in it below {inner}")
+                raise UnreadableFile(
+                    f"{tar}: the archive contains no folder {inner} and no images below it; pass another of its folders"
+                )
             return Source(data, archive, inner)
-    raise UnreadableFile(f"{data}: no such folder or tar; --data expects class folders, or a tar of them")
+    raise UnreadableFile(f"{data}: no such folder or tar archive; --data expects class folders or a tar of them")
 
 
 def _read_tar(path: Path) -> Archive:
-    """Read the index of a tar, once as long as the file stays the same; nothing is unpacked."""
+    """Return the index of a tar archive without unpacking it. The index is cached until the file changes."""
     try:
         status = path.stat()
         return _index(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -186,61 +203,75 @@ def _read_tar(path: Path) -> Archive:
 
 @functools.lru_cache(_INDICES)
 def _index(path: Path, *_: int) -> Archive:
-    """Read the index of the tar whose status has these numbers."""
+    """Read the index of a tar archive. The other arguments identify the file's version in the cache."""
     with open_file(path) as file:
         start = file.read(8)
         for magic, (kind, remedy) in _OTHERS.items():
             if start.startswith(magic):
                 name = shlex.quote(path.name)
-                raise UnreadableFile(f"{path}: not a tar that can be read: {kind}; {remedy.format(name=name)}")
+                raise UnreadableFile(f"{path}: not a readable tar archive: {kind}; {remedy.format(name=name)}")
         return _read_index(file, path, str(path), 0, os.fstat(file.fileno()).st_size, 0)
 
 
 def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, depth: int) -> Archive:
-    """Read the index of the tar between two places of a file, `depth` tars deep, and of the tars in it."""
+    """Read the index of a tar archive and of the archives nested in it.
+
+    Args:
+        file: Open file that contains the archive.
+        path: Path of the file.
+        shown: Name of the archive in messages.
+        start: Position of the archive's first byte in the file.
+        end: Position after the archive's last byte.
+        depth: Number of archives that contain this archive.
+
+    Raises:
+        UnreadableFile: The archive is damaged or truncated, or archives are nested too deeply.
+    """
     files: dict[str, Location] = {}
     links: dict[str, str] = {}
     folders: list[str] = []
     first = start
-    while start < end or start == first:  # of tars put together with cat, each ends with empty blocks
+    while start < end or start == first:  # archives can be joined with cat, and each ends with empty blocks
         try:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     _add_member(member, path, files, links, folders)
-                # tarfile takes a damaged header, and the end of the file, for the end of the tar.
+                # tarfile stops silently at a damaged header and at the end of the file.
                 stopped = tar.offset
         except (tarfile.TarError, ValueError, EOFError) as error:
             file.seek(start)
-            reason = f"no tar at byte {start - first} of {end - first}: {error}"
+            reason = f"invalid data at byte {start - first} of {end - first}: {error}"
             reason = reason if start > first else foreign_kind(file.read(KIND_BYTES)) or error
-            raise UnreadableFile(f"{shown}: not a tar that can be read: {reason}") from error
+            raise UnreadableFile(f"{shown}: not a readable tar archive: {reason}") from error
         file.seek(stopped)
         if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
             raise UnreadableFile(
-                f"{shown}: damaged or cut off at byte {stopped - first} of {end - first}; fetch it again"
+                f"{shown}: damaged or truncated at byte {stopped - first} of {end - first}; copy or download it again"
             )
         start = _skip_empty(file, stopped + _BLOCK, end)
     for name in links:
         target, steps = links[name], 0
         while target in links and steps < len(links):
             target, steps = links[target], steps + 1
-        # One that leads out of the tar is an image that cannot be read, as it would be in a folder.
+        # A link to a file outside the archive is listed with a location that cannot be read, like a broken link.
         files.setdefault(name, files.get(target, Location(str(path / name))))
-    if files and all(name.startswith(("/", "../")) for name in files):  # made with tar -P
-        files = {_LEADING.sub("", name): place for name, place in files.items()}
+    if files and all(name.startswith(("/", "../")) for name in files):  # created with tar -P
+        files = {_LEADING.sub("", name): location for name, location in files.items()}
         folders = [_LEADING.sub("", name) for name in folders]
     archive = Archive(files, tuple(folders))
-    tars = {name: place for name, place in archive.tree.files.items() if name.lower().endswith(".tar")}
+    tars = {name: location for name, location in archive.tree.files.items() if name.lower().endswith(".tar")}
     if not tars or any(map(is_image, archive.tree.files)):
         return archive
     if depth == _DEEPEST:
-        raise UnreadableFile(f"{shown}: tars in tars, more than {_DEEPEST} deep; unpack the outer ones")
+        raise UnreadableFile(
+            f"{shown}: tar archives are nested more than {_DEEPEST} levels deep; unpack the outer archives"
+        )
     inner = {
-        name: _read_index(file, path, f"{shown}/{name}", place.offset, place.offset + place.size, depth + 1)
-        for name, place in tars.items()
+        name: _read_index(file, path, f"{shown}/{name}", location.offset, location.offset + location.size, depth + 1)
+        for name, location in tars.items()
     }
-    return _joined(shown, inner, archive.tree.files)
+    return _join(shown, inner, archive.tree.files)
 
 
 def _add_member(
@@ -249,10 +280,10 @@ def _add_member(
     name = posixpath.normpath(member.name)
     if member.isdir():
         folders.append(name)
-    elif member.issparse():  # its bytes do not stand in the tar as they are: listed as unreadable
+    elif member.issparse():  # stored in pieces, so it is listed with a location that cannot be read
         files[name] = Location(str(path / name.lstrip("/")))
     elif member.isreg():
-        # The last member of a name counts, as it does when the tar is unpacked.
+        # The last member with a name replaces earlier ones, as when the archive is unpacked.
         files[name] = Location(str(path), member.offset_data, member.size)
     elif member.islnk():
         links[name] = posixpath.normpath(member.linkname)
@@ -261,7 +292,7 @@ def _add_member(
 
 
 def _skip_empty(file: BinaryIO, start: int, end: int) -> int:
-    """Return the first block that is not empty, or the end; the file stands at the start."""
+    """Return the position of the first block with nonzero bytes, or the end. The file position must be `start`."""
     while start < end:
         content = file.read(min(_BLOCK * 2048, end - start))
         filled = len(content) - len(content.lstrip(b"\0"))
@@ -271,12 +302,16 @@ def _skip_empty(file: BinaryIO, start: int, end: int) -> int:
     return end
 
 
-def _joined(shown: str, tars: Mapping[str, Archive], beside: Collection[str]) -> Archive:
-    """Join tars to one archive, in which each is a class folder by its name without .tar; refuse other tars."""
-    packed = [name for name in beside if posixpath.splitext(name)[1].lower() in PACKED]
+def _join(shown: str, tars: Mapping[str, Archive], siblings: Collection[str]) -> Archive:
+    """Join tar archives into one archive, in which each is a class folder named like the tar archive without .tar.
+
+    Raises:
+        UnreadableFile: There are archives of other formats among the siblings, or a tar archive is not a class folder.
+    """
+    packed = [name for name in siblings if posixpath.splitext(name)[1].lower() in PACKED]
     if packed:
         raise UnreadableFile(
-            f"{shown}: has tars and other archives, which are not read ({packed[0]}); unpack them first"
+            f"{shown}: contains archives of formats that are not read, such as {packed[0]}; unpack them first"
         )
     files: dict[str, Location] = {}
     folders: list[str] = []
@@ -284,15 +319,15 @@ def _joined(shown: str, tars: Mapping[str, Archive], beside: Collection[str]) ->
         content = archive.tree.files
         if sum(map(is_image, content)) * 2 <= len(content):
             raise UnreadableFile(
-                f"{shown}: expected tars that are class folders, with images only, but {name} has other files, as "
-                "WebDataset's shards have; unpack them into class folders"
+                f"{shown}: {name} contains other files than images, like a WebDataset shard, so it is not a class "
+                "folder; unpack the archives into class folders"
             )
         folder = name[: -len(".tar")]
         folders += [folder, *(f"{folder}/{inner}" for inner in archive.folders)]
-        files |= {f"{folder}/{inner}": place for inner, place in archive.files.items()}
+        files |= {f"{folder}/{inner}": location for inner, location in archive.files.items()}
     return Archive(files, tuple(folders))
 
 
 def _left_out(name: str) -> bool:
-    """Report whether a part of a name in a tar is left out, or leads out of the tar."""
+    """Return True if a part of a path in an archive is hidden, belongs to the system, or is "" or ".."."""
     return any(not part or left_out(part) for part in name.split("/"))

@@ -1,4 +1,4 @@
-"""Which folders are splits of a data set, and which are its classes: the one rule of all commands."""
+"""Distinguish the folders of splits from the folders of classes. All commands use this rule."""
 
 import dataclasses
 import re
@@ -8,23 +8,23 @@ from typing import Literal
 from fcvit.data.sources import Source
 
 Role = Literal["train", "val", "test"]
-# Words in the names of split folders.
+# Words that name a split.
 _NAMES: dict[Role, str] = {
     "train": "train training trn 训练 训练集",
     "val": "val valid validation validate dev eval evaluation holdout 验证 验证集",
     "test": "test testing tst 测试 测试集",
 }
 _WORDS: dict[str, Role] = {word: split for split, words in _NAMES.items() for word in words.split()}
-# Words beside them that say nothing of the data.
+# Generic words that are ignored in the names of folders.
 _FILLER = "data|datasets?|dir|folders?|images?|imgs?|photos?|pics?|pictures|sets?|split"
 _WORD = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])")
 _GLUED = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))})({_FILLER})")
 
 
 def role(name: str) -> tuple[Role, tuple[str, ...]] | None:
-    """Return the split that a folder's name speaks of, and the other words in the name; None: it names no split.
+    """Return the split that a folder's name contains and the other words in the name, or None without a split.
 
-    Case, numbers and words such as "set" and "images" do not matter: Training, seg_train, TrainSet, train2017.
+    Case, numbers and words such as "set" and "images" are ignored: Training, seg_train, TrainSet, train2017.
     """
     words: list[str] = []
     for word in _WORD.findall(name):
@@ -38,15 +38,15 @@ def role(name: str) -> tuple[Role, tuple[str, ...]] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the folders of a data set are.
+    """The splits or class folders of a data set.
 
     Attributes:
-        source: the data set, below folders that only wrap it.
-        splits: name -> the split, below a folder that repeats it; training first, then validation, then test. Empty:
-            the folders of `source` are its classes.
-        others: folders beside the splits.
-        doubt: the only folder that is named like a split, where it may be a split or a class; else "".
-        notes: what was taken for what, for people.
+        source: The data set, inside its wrapper folders.
+        splits: Name -> split, inside a folder that repeats its name. Training splits come first, then validation, then
+            test. If empty, the folders in `source` are the classes.
+        others: Folders next to the splits.
+        doubt: Name of a single folder that can be a split or a class, or else "".
+        notes: Readable notes on how the folders were interpreted.
     """
 
     source: Source
@@ -56,40 +56,45 @@ class Layout:
     notes: tuple[str, ...]
 
     def named(self, wanted: Role) -> list[str]:
-        """Return the names of the splits of a role."""
+        """Return the names of the training, validation or test splits."""
         return [name for name in self.splits if (named := role(name)) and named[0] == wanted]
 
 
 def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
-    """Find the splits of a data set, or that it has none.
+    """Find the splits of a data set, if it has any.
 
-    Folders are splits where at least two are named as different ones (train and val), their names agree but for
-    that or they hold the same folders, and at least one of them holds folders instead of images. Folders that are
-    all named as known classes are classes.
+    Folders are splits if all of these conditions are true:
+
+    - At least two are named after different splits (train and val).
+    - The rest of their names is equal, or they contain the same folders.
+    - At least one of them contains folders instead of images.
+
+    If all folders are named after known classes, they are classes.
 
     Args:
-        classes: ids and names of the classes that are known.
+        source: Data set.
+        classes: Ids and names of the known classes.
 
     Raises:
-        UnreadableFile: a folder cannot be read.
+        UnreadableFile: A folder cannot be read.
     """
     inner = _unwrap(source, classes)
-    wrapped = (f"{source.path} holds its images in {inner.path}: taken for the data set",)
+    wrapped = (f"{source.path}: the images are in {inner.path}, which is used as the data set",)
     layout = Layout(inner, {}, (), "", wrapped if inner != source else ())
     children = {name: inner.child(name) for name in inner.folders()}
     if set(children) <= set(classes):
         return layout
     roles = {name: named for name in children if (named := role(name))}
     among_images = bool(roles) and any(name not in roles and child.has_images() for name, child in children.items())
-    below = {name: set(children[name].folders()) for name in roles}
-    deep = [name for name in roles if below[name] and not (among_images and children[name].has_images())]
+    subfolders = {name: set(children[name].folders()) for name in roles}
+    deep = [name for name in roles if subfolders[name] and not (among_images and children[name].has_images())]
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, (split, rest) in roles.items():
-        # Folders with the same classes are splits of one data set, also where they are train and val_small.
+        # Folders with the same classes are splits of one data set even if they are named train and val_small.
         same = (
             key
             for key, names in groups.items()
-            if all(split != roles[other][0] and _alike(below[name], below[other]) for other in names)
+            if all(split != roles[other][0] and _similar(subfolders[name], subfolders[other]) for other in names)
         )
         groups.setdefault(rest if rest in groups else next(same, rest), []).append(name)
     sets = [
@@ -97,37 +102,37 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
         for names in groups.values()
         if len({roles[name][0] for name in names}) > 1
         and (any(name in deep for name in names) or len(names) == len(children))
-        # A folder of images named train is a class, of railways, also where a class test is beside it.
+        # A folder of images named train is a class (railway trains), even next to a folder named test.
         and (not deep or all(name in deep or roles[name][0] != "train" for name in names))
     ]
     if sets:
-        # Beside train and test, train_masks and test_masks are something else.
+        # Prefer train and test over train_masks and test_masks.
         chosen = max(sets, key=lambda names: (not roles[names[0]][1], len(names)))
         chosen = sorted(chosen, key=lambda name: (list(_NAMES).index(roles[name][0]), name))
     elif len(deep) == 1:
         (name,) = chosen = deep
-        holding = [child for other, child in children.items() if other != name and child.has_images_below()]
+        with_images = [child for other, child in children.items() if other != name and child.has_images_below()]
         if (
-            len(holding) > 1
-            and not any(child.has_images() for child in (children[name], *holding))
-            and not any(_alike(below[name], set(child.folders())) for child in holding)
+            len(with_images) > 1
+            and not any(child.has_images() for child in (children[name], *with_images))
+            and not any(_similar(subfolders[name], set(child.folders())) for child in with_images)
         ):
-            return layout  # classes of which each has folders
-        if holding:
+            return layout  # each class has its own subfolders
+        if with_images:
             return dataclasses.replace(layout, doubt=name)
     else:
         return dataclasses.replace(layout, notes=layout.notes + _shared_folders(inner, children))
-    splits = {name: _repeated(children[name]) for name in chosen}
+    splits = {name: _unwrap_split(children[name]) for name in chosen}
     return dataclasses.replace(layout, splits=splits, others=tuple(name for name in children if name not in splits))
 
 
-def _alike(some: set[str], others: set[str]) -> bool:
-    """Report whether two sets of folders are most likely the same classes."""
-    return len(some & others) >= max(2, min(len(some), len(others)) / 2)
+def _similar(first: set[str], second: set[str]) -> bool:
+    """Return True if two sets of folders are probably the same classes: at least two and half of them are equal."""
+    return len(first & second) >= max(2, min(len(first), len(second)) / 2)
 
 
 def _shared_folders(source: Source, children: Mapping[str, Source]) -> tuple[str, ...]:
-    """Note it where all folders hold the same folders: these may be the classes."""
+    """Return a note if all folders contain the same subfolders, which can then be the classes."""
     shared: set[str] | None = None
     for child in children.values():
         shared = set(child.folders()) if shared is None else shared.intersection(child.folders())
@@ -136,47 +141,47 @@ def _shared_folders(source: Source, children: Mapping[str, Source]) -> tuple[str
     if not shared or len(children) < 2:
         return ()
     return (
-        f"each folder in {source.path} holds the folders {', '.join(sorted(shared)[:3])}, ...: if these are the "
-        f"classes, name one of {', '.join([*children][:3])}, ... instead, which are taken for classes",
+        f"{source.path}: the folders {', '.join([*children][:3])}, ... are used as classes, but each contains the "
+        f"folders {', '.join(sorted(shared)[:3])}, ...; if these are the classes, pass one of the outer folders",
     )
 
 
 def _unwrap(source: Source, classes: Collection[str]) -> Source:
-    """Go into a folder that is alone and holds folders, as unpacked archives have it."""
+    """Return the data set inside its wrapper folders, such as the top folder of an unpacked archive."""
     while folders := source.folders():
-        alone = [
+        wrappers = [
             name
             for name in folders
             if len(folders) == 1
             or (
-                _says_nothing(name)
+                _is_generic(name)
                 and not any(source.child(other).has_images_below() for other in folders if other != name)
             )
         ]
-        if len(alone) != 1 or alone[0] in classes:
+        if len(wrappers) != 1 or wrappers[0] in classes:
             break
-        child = source.child(alone[0])
-        inside = child.folders()
-        if child.has_images() or not inside:
+        child = source.child(wrappers[0])
+        inner = child.folders()
+        if child.has_images() or not inner:
             break
-        if role(alone[0]) and len(inside) > 1 and sum(role(name) is not None for name in inside) < 2:
-            break  # a split without others, not the whole
+        if role(wrappers[0]) and len(inner) > 1 and sum(role(name) is not None for name in inner) < 2:
+            break  # a single split, not the data set
         source = child
     return source
 
 
-def _repeated(split: Source) -> Source:
-    """Go into a folder that repeats its split's name, or names the same split (seg_train/seg_train, train/images)."""
+def _unwrap_split(split: Source) -> Source:
+    """Return the split inside folders that repeat its name or are generic (seg_train/seg_train, train/images)."""
     while len(folders := split.folders()) == 1 and not split.has_images():
         child = split.child(folders[0])
-        repeats = folders[0].lower() == split.path.name.lower() or _says_nothing(folders[0])
+        repeats = folders[0].lower() == split.path.name.lower() or _is_generic(folders[0])
         if not repeats or not child.folders():
             break
         split = child
     return split
 
 
-def _says_nothing(name: str) -> bool:
-    """Report whether a folder's name has only words such as "images" and "data"."""
+def _is_generic(name: str) -> bool:
+    """Return True if a folder's name consists only of words such as "images" and "data"."""
     words = _WORD.findall(name)
     return bool(words) and all(re.fullmatch(_FILLER, word.lower()) for word in words)

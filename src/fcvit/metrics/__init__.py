@@ -1,1 +1,1 @@
-"""Figures from arrays."""
+"""Evaluation metrics, computed from arrays."""

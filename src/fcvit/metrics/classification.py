@@ -1,7 +1,7 @@
-"""From logits and records of single images to figures: pure functions over NumPy arrays.
+"""Compute classification metrics from logits and from records of images, as pure functions of NumPy arrays.
 
-Figures are computed once, from all records in the order of the images, so that batches, workers,
-interruptions and processes cannot change them.
+The metrics are computed once from all records in the order of the images. They therefore do not depend on the batches,
+workers, interruptions or processes of the evaluation.
 """
 
 import dataclasses
@@ -13,36 +13,36 @@ import numpy as np
 from fcvit.errors import NumbersDisagree
 
 CONFIDENCE = 0.95
-BINS = 15  # of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)
+BINS = 15  # number of bins of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)
 
 
 def rank_of_truth(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the true one, (B, C), (B,) -> (B,); of equal logits the lower index is first."""
+    """Return the rank of the true class, 0 for the best: (B, C), (B,) -> (B,). Ties go to the lower index."""
     truth = logits[np.arange(len(labels)), labels][:, None]
     before = np.arange(logits.shape[1])[None] < labels[:, None]
     return ((logits > truth) | ((logits == truth) & before)).sum(axis=1)
 
 
 def first_not_finite(logits: np.ndarray) -> int | None:
-    """Return the first row of (B, C) with a number that is not finite; None: all are finite."""
+    """Return the index of the first row of (B, C) with a value that is not finite, or None if all are finite."""
     rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     return int(rows[0]) if len(rows) else None
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, (B, C) -> (B, C).
+    """Return the probabilities in float64, (B, C) -> (B, C).
 
     Raises:
-        NumbersDisagree: logits that are not finite, which have no order.
+        NumbersDisagree: Logits are not finite.
     """
     if first_not_finite(logits) is not None:
-        raise NumbersDisagree("logits are not finite; the weights are damaged, or float32 is too narrow for them")
+        raise NumbersDisagree("logits are not finite; the weights are damaged or exceed the range of float32")
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Per sample, in float64: (B, C), (B,) -> (B,)."""
+    """Return the cross-entropy loss of each sample in float64, (B, C), (B,) -> (B,)."""
     logits = logits.astype(np.float64)
     top = logits.max(axis=1, keepdims=True)
     log_total = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
@@ -50,17 +50,17 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def top_classes(logits: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest, best first, (B, C) -> (B, k); of equal logits the lower index is first."""
+    """Return the indices of the k largest logits, best first, (B, C) -> (B, k). Ties go to the lower index."""
     return np.argsort(-logits, axis=1, kind="stable")[:, :k]
 
 
 def share(successes: int, count: int) -> float:
-    """Per cent; NaN of nothing."""
+    """Return a proportion in percent, or NaN if the count is 0."""
     return 100 * successes / count if count else math.nan
 
 
 def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, in per cent (Wilson 1927); (0, 100) of nothing."""
+    """Return Wilson's score interval of a proportion in percent (Wilson 1927), or (0, 100) if the count is 0."""
     if not count:
         return 0.0, 100.0
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
@@ -74,12 +74,13 @@ def wilson(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Confidence against accuracy, in `BINS` bins of equal width over [0, 1].
+    """Confidence and accuracy in bins of equal width over [0, 1].
 
     Attributes:
-        error: the expected calibration error, 0 to 1: the mean of |accuracy - confidence| over images.
-        counts: images in each bin; an edge belongs to the bin below it.
-        confidence, accuracy: means in each bin, 0 to 1; 0 for an empty bin.
+        error: Expected calibration error, 0 to 1: the mean of |accuracy - confidence| of the bins, weighted by images.
+        counts: Number of images in each bin. An edge is part of the lower bin.
+        confidence: Mean confidence in each bin, 0 to 1, or 0 for an empty bin.
+        accuracy: Mean accuracy in each bin, 0 to 1, or 0 for an empty bin.
     """
 
     error: float
@@ -89,28 +90,29 @@ class Calibration:
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
-    """From the top probability (N,) of each image and whether it was right (N,)."""
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    filled = np.maximum(counts, 1)
-    means = np.bincount(place, confidence, bins) / filled
-    accuracies = np.bincount(place, correct.astype(float), bins) / filled
+    """Compute the calibration from the top probability (N,) and the correctness (N,) of each image."""
+    indices = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(indices, minlength=bins)
+    divisors = np.maximum(counts, 1)
+    means = np.bincount(indices, confidence, bins) / divisors
+    accuracies = np.bincount(indices, correct.astype(float), bins) / divisors
     error = float((np.abs(accuracies - means) * counts).sum() / max(1, counts.sum()))
     return Calibration(error, tuple(map(int, counts)), tuple(map(float, means)), tuple(map(float, accuracies)))
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How often class i was taken for class j: (N,), (N,) -> int64 (classes, classes)."""
+    """Return the confusion matrix, int64 (classes, classes): images of true class i (row) and prediction j (column)."""
     return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of the exact McNemar test: can such a split of the discordant images be chance?
+    """Return the two-sided p-value of the exact McNemar test.
 
-    Computed in whole numbers, so that it is exact for any count.
+    It is computed with integers, so that it is exact for any count.
 
     Args:
-        only_first, only_second: images that only the one, or only the other, gets right.
+        only_first: Number of images that only the first classifier classifies correctly.
+        only_second: Number of images that only the second classifier classifies correctly.
     """
     count, fewer = only_first + only_second, min(only_first, only_second)
     tail = term = 1
@@ -122,7 +124,15 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Two classifiers on the same images: images that only one gets right, and what follows."""
+    """A comparison of two classifiers on the same images.
+
+    Attributes:
+        only_first: Number of images that only the first classifier classifies correctly.
+        only_second: Number of images that only the second classifier classifies correctly.
+        difference: Second accuracy minus first accuracy, in percentage points.
+        interval: Confidence interval of the difference, in percentage points.
+        p_value: Two-sided p-value of the exact McNemar test.
+    """
 
     only_first: int
     only_second: int
@@ -132,23 +142,25 @@ class Paired:
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """From whether each image was right, (N,) and (N,): see `paired_difference` and `mcnemar`."""
-    only = int((first & ~second).sum()), int((second & ~first).sum())
-    difference, low, high = paired_difference(*only, len(first))
-    return Paired(*only, difference, (low, high), mcnemar(*only))
+    """Compare two classifiers by the correctness of each image, booleans (N,) and (N,)."""
+    discordant = int((first & ~second).sum()), int((second & ~first).sum())
+    difference, low, high = paired_difference(*discordant, len(first))
+    return Paired(*discordant, difference, (low, high), mcnemar(*discordant))
 
 
 def paired_difference(
     only_first: int, only_second: int, count: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float, float]:
-    """Second less first accuracy over the same images, with its interval, in points.
+    """Return the difference of two accuracies (second minus first) and its interval (low, high), in percentage points.
 
-    The interval is Wald's with half a pseudo-image in each of the four cells (Agresti and Min 2005),
-    which keeps its level where few images differ.
+    This is the Wald interval with half a pseudo-image in each of the four cells (Agresti and Min 2005). It keeps its
+    confidence level even if the classifiers differ on few images.
 
     Args:
-        only_first, only_second: images that only the one, or only the other, gets right.
-        count: all images, at least 1.
+        only_first: Number of images that only the first classifier classifies correctly.
+        only_second: Number of images that only the second classifier classifies correctly.
+        count: Number of all images, at least 1.
+        confidence: Confidence level of the interval.
     """
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     first, second, total = only_first + 0.5, only_second + 0.5, count + 2
@@ -159,13 +171,13 @@ def paired_difference(
 
 @dataclasses.dataclass(frozen=True)
 class OtherOrder:
-    """An order of the classes that explains the answers better than the one that was used.
+    """An order of the classes that explains the predictions better than the order that was used.
 
     Attributes:
-        moved: true class -> class that its images are taken for, of all classes that would change.
-        images: of the moved classes.
-        explained: per cent of these images that are taken for that class.
-        all: whether they are at least half of all images, so that the whole order is in doubt.
+        moved: True class -> class that is predicted for its images, for each class that the order changes.
+        images: Number of images of the moved classes.
+        explained: Percentage of these images for which this class is predicted.
+        all: True if these are at least half of all images, so that the order of all classes is in doubt.
     """
 
     moved: dict[int, int]
@@ -175,59 +187,61 @@ class OtherOrder:
 
 
 def other_order(truth: np.ndarray, predicted: np.ndarray) -> OtherOrder | None:
-    """Tell whether the classes look permuted: most mistakes follow one other order of the classes.
+    """Return another order of the classes if most errors follow it, so that the classes look permuted, or else None.
 
-    Any classifier has an order that explains its answers best, and of few images it explains many by chance.
-    So the order must explain clearly more than the best order of the same answers, shuffled. If it moves less
-    than half of the images, the moved classes must also be taken for one another, nearly always.
+    For any classifier there is an order that explains its predictions best. With few images it explains many of them
+    by chance. The order must therefore explain clearly more predictions than the best order explains after the
+    predictions are shuffled. If it moves less than half of the images, the moved classes must also be nearly always
+    predicted for one another.
 
     Args:
-        truth, predicted: class indices (N,).
+        truth: Indices of the true classes (N,).
+        predicted: Indices of the predicted classes (N,).
     """
     best = _best_order(truth, predicted)
-    moved = {true: answer for true, answer in best.items() if true != answer}
+    moved = {true: prediction for true, prediction in best.items() if true != prediction}
     members = np.isin(truth, [true for true in np.unique(truth).tolist() if best.get(true) != true])
     images = int(members.sum())
     if len(moved) < 2 or not images:
         return None
-    own_truth, answers = truth[members], predicted[members]
-    explained = _explained(moved, own_truth, answers)
-    whole = 2 * images >= len(truth)
-    right = float((own_truth == answers).mean())
-    if whole:
-        if explained < 0.4 or right > explained / 4:
+    moved_truth, moved_predicted = truth[members], predicted[members]
+    explained = _explained(moved, moved_truth, moved_predicted)
+    at_least_half = 2 * images >= len(truth)
+    accuracy = float((moved_truth == moved_predicted).mean())
+    if at_least_half:
+        if explained < 0.4 or accuracy > explained / 4:
             return None
-        steps = answers - own_truth
-        if images >= 8 and max((steps == step).mean() for step in (-1, 1)) > 0.5:  # labels that count from 1, say
-            return OtherOrder(moved, images, 100 * explained, whole)
-    elif set(moved) != set(moved.values()) or explained < 0.8 or right > 0.1 or images < 5 * len(moved):
+        steps = moved_predicted - moved_truth
+        if images >= 8 and max((steps == step).mean() for step in (-1, 1)) > 0.5:  # for example, labels that start at 1
+            return OtherOrder(moved, images, 100 * explained, at_least_half)
+    elif set(moved) != set(moved.values()) or explained < 0.8 or accuracy > 0.1 or images < 5 * len(moved):
         return None
     generator = np.random.default_rng(0)
     chance = 0.0
-    for _ in range(99 if images < 2000 else 9):  # of few images, chance explains many now and then
-        shuffled = generator.permutation(answers)
-        chance = max(chance, _explained(_best_order(own_truth, shuffled), own_truth, shuffled))
+    for _ in range(99 if images < 2000 else 9):  # the variance is larger for few images
+        shuffled = generator.permutation(moved_predicted)
+        chance = max(chance, _explained(_best_order(moved_truth, shuffled), moved_truth, shuffled))
     if explained <= chance + 0.3 * (1 - chance):
         return None
-    return OtherOrder(moved, images, 100 * explained, whole)
+    return OtherOrder(moved, images, 100 * explained, at_least_half)
 
 
 def _best_order(truth: np.ndarray, predicted: np.ndarray) -> dict[int, int]:
-    """Give each true class the answer it gets most often, none twice: the most frequent pairs first."""
+    """Assign a different predicted class to each true class, greedily by the frequency of the pairs."""
     pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
-    # Of equally frequent pairs the right ones are first.
+    # Correct pairs come first among equally frequent pairs.
     ranked = np.lexsort((pairs[0] != pairs[1], -counts))
     order: dict[int, int] = {}
     taken: set[int] = set()
-    for true, answer in pairs[:, ranked].T.tolist():
-        if true not in order and answer not in taken:
-            order[true] = answer
-            taken.add(answer)
+    for true, prediction in pairs[:, ranked].T.tolist():
+        if true not in order and prediction not in taken:
+            order[true] = prediction
+            taken.add(prediction)
     return order
 
 
 def _explained(order: dict[int, int], truth: np.ndarray, predicted: np.ndarray) -> float:
-    """The share of answers that follow an order."""
+    """Return the fraction of predictions that follow the order."""
     return sum(
-        order.get(true) == answer for true, answer in zip(truth.tolist(), predicted.tolist(), strict=True)
+        order.get(true) == prediction for true, prediction in zip(truth.tolist(), predicted.tolist(), strict=True)
     ) / len(truth)

@@ -1,1 +1,1 @@
-"""From an image to what the network sees."""
+"""Preprocessing of images, and augmentation for training."""

@@ -1,12 +1,12 @@
-"""Augmentation of training images, as in the authors' recipe; NumPy and Pillow only.
+"""Augment training images as in the authors' recipe, with NumPy and Pillow only.
 
-The fields are those of timm's `create_transform` (the authors' `train.py` calls it): random resized crop, horizontal
-flip, RandAugment (arXiv 1909.13719) in timm's form `rand-m9-mstd0.5-inc1`, random erasing (arXiv 1708.04896). The
-operations are held to the authors' pixels by hash; the random numbers are our own.
+The augmentation corresponds to timm's `create_transform`, which the authors' `train.py` calls: random resized crop,
+horizontal flip, RandAugment (arXiv 1909.13719) with timm's settings `rand-m9-mstd0.5-inc1`, and random erasing (arXiv
+1708.04896). Hashes in the tests verify that the operations give the same pixels as timm. The random numbers differ.
 
-Everything random comes from the generator that is passed in, in the order that each docstring states. With one from
-`pixel_generator`, the result depends on seed, epoch and image alone, whatever the number and order of the processes
-that compute it (as long as the versions of NumPy and Pillow are the same).
+All random numbers are drawn from the generator that is passed in, in the order that each docstring states. With a
+generator from `pixel_generator`, the result depends only on seed, epoch and image and not on the number or order of
+the processes, provided that the versions of NumPy and Pillow are the same.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from fcvit.data.transforms.preprocess import FILTERS, center_crop, planes, resize_shorter
 from fcvit.errors import UsageError
 
-FILL = (124, 116, 104)  # ImageNet's mean: what comes into the picture where it is turned or moved
+FILL = (124, 116, 104)  # ImageNet's mean, which fills the empty areas of rotated, sheared and translated images
 HIGHEST_LEVEL = 10.0
 
 Crop = Literal["resized", "padded", "centre"]
@@ -31,21 +31,27 @@ Purpose = Literal["augment", "erase", "mix"]
 
 _INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
-_TRIES = 10  # for a rectangle that fits
+_TRIES = 10  # attempts to draw a rectangle that fits into the image
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image before it is normalized; the defaults are the authors' recipe.
+    """Settings of the augmentation before normalization. The defaults are those of the authors' recipe.
 
-    The recipe, whose fields these are, describes them. `size` is S, the side of the result in pixels. Crops: "resized"
-    is a random rectangle, resized to S x S; "padded" has the shorter side resized to S, then S x S at random from the
-    image with a reflected border; "centre" has the shorter side resized to S (bicubic), then the center, as an
-    evaluation with crop fraction 1 does. The interpolation "random" is one of both, drawn for each image.
+    `size` is S, the side of the result in pixels. The recipe documents the other fields, which have the same names.
+
+    The values of `crop` are:
+
+    - "resized": a random rectangle, resized to S x S.
+    - "padded": the shorter side is resized to S and a reflected border is added. Then a random S x S window is cropped.
+    - "centre": the shorter side is resized to S (bicubic), then the center is cropped, as in an evaluation with crop
+      fraction 1.
+
+    With the interpolation "random", one of the two filters is drawn for each image.
 
     Raises:
-        UsageError: `crop_scale` or `crop_ratio` is no range. The recipe checks the other fields.
+        UsageError: `crop_scale` or `crop_ratio` is not a valid range. The recipe checks the other fields.
     """
 
     size: int
@@ -67,43 +73,48 @@ class Augmentation:
                 case [low, high] if (
                     all(isinstance(x, numbers.Real) for x in (low, high)) and 0 < low <= high <= highest
                 ):
-                    object.__setattr__(self, field, (low, high))  # a list comes from JSON, and is not equal to a tuple
+                    object.__setattr__(self, field, (low, high))  # JSON gives a list, which is not equal to a tuple
                 case pair:
                     raise UsageError(
-                        f"{field} {pair!r}: expected two numbers, lowest and highest, above 0 and at most {highest:g}"
+                        f"{field} {pair!r}: expected two numbers (lowest, highest) above 0 and at most {highest:g}"
                     )
 
 
 def pixel_generator(seed: int, epoch: int, index: int, purpose: Purpose) -> np.random.Generator:
-    """Return the random numbers of one image (or, to mix, of one batch) in one epoch.
+    """Return the random number generator for an image in an epoch, or for a batch if the purpose is "mix".
 
     Args:
-        seed: of the training run, from 0 to below 2^63.
-        epoch: from 0 to below 2^32.
-        index: of the image in the data set, or to mix, of the batch in the epoch; below 2^32.
-        purpose: "augment", "erase" or "mix"; each has numbers of its own.
+        seed: Seed of the training run, from 0 to 2^63 - 1.
+        epoch: Number of the epoch, from 0 to 2^32 - 1.
+        index: Position of the image in the data set, or of the batch in the epoch for "mix", from 0 to 2^32 - 1.
+        purpose: "augment", "erase" or "mix". The generators of different purposes are independent.
 
     Raises:
-        UsageError: a number out of its range, or an unknown purpose.
+        UsageError: A number is out of range, or the purpose is unknown.
     """
     for name, value, bits in (("seed", seed, 63), ("epoch", epoch, 32), ("index", index, 32)):
         if not isinstance(value, numbers.Integral) or not 0 <= value < 1 << bits:
-            raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {(1 << bits) - 1}")
+            raise UsageError(f"{name} {value!r}: expected an integer from 0 to {(1 << bits) - 1}")
     if purpose not in _PURPOSES:
         raise UsageError(f"purpose {purpose!r}: expected one of {', '.join(_PURPOSES)}")
-    # NumPy cuts each number into words of 32 bits. With always two for the seed, no two keys are the same words.
+    # NumPy splits each number into 32-bit words. The seed always has two words here, so that all keys are different.
     return np.random.default_rng([*divmod(int(seed), 1 << 32), int(epoch), int(index), _PURPOSES.index(purpose)])
 
 
 def augment(image: Image.Image, augmentation: Augmentation, generator: np.random.Generator) -> np.ndarray:
-    """Crop, flip and apply RandAugment, in this order, to an RGB image of any size; return uint8 (3, S, S).
+    """Crop, flip and apply RandAugment, in this order, to an RGB image of any size. Return uint8 (3, S, S).
 
-    Drawn, in this order: the filter of the crop; its place (`draw_crop`, or for "padded" top and left;
-    "centre" draws nothing, the filter included); whether to flip; the operations (`draw_operations`).
+    The order of the random numbers is:
+
+    1. The interpolation of the crop, except for "centre".
+    2. The crop: `draw_crop` for "resized", top and left for "padded", nothing for "centre".
+    3. The decision to flip.
+    4. The operations (`draw_operations`).
 
     Raises:
-        UsageError: the image is not RGB.
-        BadImages: "padded" or "centre", and so long and thin that its resized form would be enormous.
+        UsageError: The image is not RGB.
+        BadImages: The crop is "padded" or "centre" and the resized image would be too large, because the image is very
+            long and thin.
     """
     if image.mode != "RGB":
         raise UsageError(f"image of mode {image.mode}: expected RGB")
@@ -120,47 +131,55 @@ def _crop(image: Image.Image, augmentation: Augmentation, generator: np.random.G
     size = augmentation.size
     if augmentation.crop == "centre":
         return center_crop(resize_shorter(image, size, "bicubic"), size)
-    interpolation = _draw_interpolation(generator)  # drawn always: the numbers that follow stay the same
+    interpolation = _draw_interpolation(generator)  # always drawn, so that the following numbers stay the same
     if augmentation.crop_interpolation != "random":
         interpolation = augmentation.crop_interpolation
     if augmentation.crop == "resized":
         box = draw_crop(image.size, augmentation.crop_scale, augmentation.crop_ratio, generator)
-        # Cut first: resizing a box of the whole image would let in pixels from beyond its edge.
+        # Crop before resizing, because `resize` with a box would also use pixels outside the box.
         return image.crop(box).resize((size, size), FILTERS[interpolation])
     pixels = np.asarray(resize_shorter(image, size, interpolation))
-    # The border is in the indices of rows and columns: only what is cut out is copied.
+    # Pad the indices of rows and columns instead of the image, so that only the crop is copied.
     rows, columns = (np.pad(np.arange(length), augmentation.padding, mode="reflect") for length in pixels.shape[:2])
-    top, left = (int(generator.integers(len(places) - size, endpoint=True)) for places in (rows, columns))
+    top, left = (int(generator.integers(len(indices) - size, endpoint=True)) for indices in (rows, columns))
     return Image.fromarray(pixels[rows[top : top + size, None], columns[left : left + size]])
 
 
 def draw_crop(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw the rectangle of a random resized crop (torchvision's rule, which timm shares).
+    """Draw the rectangle of a random resized crop, with the same algorithm as torchvision and timm.
 
-    Its area is uniform in `scale`, width over height log-uniform in `ratio`. Drawn: area, ratio, as long as the
-    rectangle does not fit, at most ten times; then top, left. Where none fits: the largest at the center whose ratio
-    is in the range. `size` is width and height of the image; returns (left, top, right, bottom), at least 1 x 1.
+    The area is drawn uniformly, then the ratio log-uniformly, until the rectangle fits, at most ten times. Then top and
+    left are drawn. If no rectangle fits, the result is the largest centered rectangle with a ratio in the range.
+
+    Args:
+        size: Width and height of the image.
+        scale: Range of the rectangle's area as a fraction of the image's area.
+        ratio: Range of the rectangle's width divided by its height.
+        generator: Random number generator.
+
+    Returns:
+        (left, top, right, bottom) of a rectangle of at least 1 x 1 pixels.
     """
     width, height = size
     for _ in range(_TRIES):
-        across, down = _draw_sides(width * height, scale, ratio, generator)
-        if 0 < across <= width and 0 < down <= height:
-            top = int(generator.integers(height - down, endpoint=True))
-            left = int(generator.integers(width - across, endpoint=True))
-            return left, top, left + across, top + down
+        crop_width, crop_height = _draw_sides(width * height, scale, ratio, generator)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(generator.integers(height - crop_height, endpoint=True))
+            left = int(generator.integers(width - crop_width, endpoint=True))
+            return left, top, left + crop_width, top + crop_height
     lowest, highest = ratio
-    across = min(width, max(1, round(height * highest)))
-    down = min(height, max(1, round(width / lowest)))
-    left, top = (width - across) // 2, (height - down) // 2
-    return left, top, left + across, top + down
+    crop_width = min(width, max(1, round(height * highest)))
+    crop_height = min(height, max(1, round(width / lowest)))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def _draw_sides(
     area: int, share: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int]:
-    """Draw two sides whose product is a uniform share of the area, then their ratio, log-uniform."""
+    """Draw the product of two sides, uniformly as a fraction of the area, and then their ratio, log-uniformly."""
     target = generator.uniform(*share) * area
     drawn = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(target * drawn)), round(math.sqrt(target / drawn))
@@ -171,7 +190,7 @@ def _draw_interpolation(generator: np.random.Generator) -> Interpolation:
 
 
 class Operation(NamedTuple):
-    """One operation of RandAugment as it was drawn; `applied`: whether it takes place."""
+    """A drawn operation of RandAugment. It is skipped if `applied` is False."""
 
     name: str
     applied: bool
@@ -181,10 +200,10 @@ class Operation(NamedTuple):
 
 
 def draw_operations(augmentation: Augmentation, generator: np.random.Generator) -> list[Operation]:
-    """Draw the operations of one image.
+    """Draw the RandAugment operations for an image.
 
-    Drawn for each, needed or not: its name, uniformly and with replacement; whether it is applied; the level, normal
-    and cut to 0 to 10; the sign; the filter.
+    For each operation these values are drawn in this order, whether they are needed or not: the name (uniform, with
+    replacement), `applied`, the level (normal, clipped to 0 to 10), the sign and the interpolation.
     """
     return [
         Operation(
@@ -199,15 +218,18 @@ def draw_operations(augmentation: Augmentation, generator: np.random.Generator) 
 
 
 def operation_argument(name: str, level: float, negated: bool) -> float | None:
-    """Return what an operation is told: degrees, bits, a threshold, a factor, a share of the side; None: nothing.
+    """Return the argument of an operation at a level, or None if the operation has no argument.
+
+    The argument is an angle in degrees, a number of bits, a threshold, a factor or a fraction of the image's side,
+    depending on the operation.
 
     Args:
-        name: one of `OPERATIONS`.
-        level: 0 to 10.
-        negated: the other direction, where the operation has two.
+        name: Operation, one of `OPERATIONS`.
+        level: Strength, 0 to 10.
+        negated: Use the opposite direction if the operation has two directions.
 
     Raises:
-        UsageError: an unknown name, or a level out of its range.
+        UsageError: The name is unknown or the level is out of range.
     """
     if name not in _APPLY:
         raise UsageError(f"operation {name!r}: expected one of {', '.join(OPERATIONS)}")
@@ -222,38 +244,41 @@ def operation_argument(name: str, level: float, negated: bool) -> float | None:
 def apply_operation(
     image: Image.Image, name: str, level: float, negated: bool, interpolation: Interpolation
 ) -> Image.Image:
-    """Apply an operation of RandAugment to an RGB image, pixel for pixel as timm's of that name.
+    """Apply an operation of RandAugment to an RGB image. The pixels equal those of timm's operation of this name.
 
     Args:
-        name, level, negated: see `operation_argument`.
-        interpolation: the filter of turning, shearing and moving; nothing to the others.
+        image: RGB image.
+        name: Operation, one of `OPERATIONS`.
+        level: Strength, 0 to 10.
+        negated: Use the opposite direction if the operation has two directions.
+        interpolation: Filter for rotation, shear and translation. Other operations ignore it.
 
     Raises:
-        UsageError: an unknown name, or a level out of its range.
+        UsageError: The name is unknown or the level is out of range.
     """
     argument = operation_argument(name, level, negated)
     return _APPLY[name](image, 0.0 if argument is None else argument, FILTERS[interpolation])
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], resample: Image.Resampling) -> Image.Image:
-    """Move each pixel by the matrix from its place in the result to that in the image, row by row."""
+    """Apply an affine transform. The matrix (two rows of three) maps positions in the result to the image."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=FILL)
 
 
 def _solarize_add(image: Image.Image, added: float) -> Image.Image:
-    """Brighten the dark half of the values."""
+    """Add a constant to all values below 128."""
     return image.point([min(255, value + int(added)) if value < 128 else value for value in range(256)] * 3)
 
 
 def _factor(signed: float) -> float:
-    """Return the factor of an enhancement; 1 leaves the image as it is."""
+    """Return the factor of an enhancement. A factor of 1 does not change the image."""
     return max(0.1, 1 + signed * 0.9)
 
 
-# Of the share of the highest level, negative where the direction is the other one; some have but one.
+# Operation -> argument, as a function of level / highest level. The input is negative for the opposite direction.
 _ARGUMENT: dict[str, Callable[[float], float]] = {
     "Rotate": lambda signed: signed * 30,
-    # The highest level asks for 0 bits, which is an error in today's Pillow.
+    # The highest level would give 0 bits, which current versions of Pillow refuse.
     "PosterizeIncreasing": lambda signed: max(1, 4 - int(abs(signed) * 4)),
     "SolarizeIncreasing": lambda signed: 256 - int(abs(signed) * 256),
     "SolarizeAdd": lambda signed: int(abs(signed) * 110),
@@ -285,25 +310,26 @@ _APPLY: dict[str, Callable[[Image.Image, float, Image.Resampling], Image.Image]]
     "TranslateYRel": lambda image, share, resample: _affine(image, (1, 0, 0, 0, 1, share * image.height), resample),
 }
 
-OPERATIONS = tuple(_APPLY)  # the 15 of RandAugment by timm's names, those of its "increasing" set
+OPERATIONS = tuple(_APPLY)  # timm's names of the 15 operations in its "increasing" set
 
 
 def erase(images: np.ndarray, probability: float, generators: Sequence[np.random.Generator]) -> None:
-    """Put a rectangle of noise, N(0, 1) for each pixel and channel, into some images, in place.
+    """Fill a random rectangle with noise, N(0, 1) for each pixel and channel, in some of the images, in place.
 
-    timm's `RandomErasing` in mode "pixel": its area uniform in 2 % to a third of the image, height over width
-    log-uniform in 0.3 to 1/0.3, ten tries to find one that is smaller than the image, else none. In the authors'
-    pipeline it comes last, after mixing and normalizing.
+    This is timm's `RandomErasing` in mode "pixel". The area is uniform in 2 % to a third of the image. The ratio of
+    height to width is log-uniform in 0.3 to 1/0.3. If none of ten rectangles is smaller than the image, the image is
+    not changed. In the authors' pipeline this is the last step, after mixing and normalization.
 
-    Drawn for each image from its own generator: whether; area, ratio, as long as it does not fit; top, left; the noise.
+    For each image these values are drawn from its generator, in this order: the decision to erase, area and ratio until
+    the rectangle fits, top, left, and the noise.
 
     Args:
-        images: float32 (B, 3, H, W), normalized.
-        probability: for each image, 0 to 1.
-        generators: B of them.
+        images: Normalized images, float32 (B, 3, H, W).
+        probability: Probability of erasing for each image, 0 to 1.
+        generators: One random number generator per image.
 
     Raises:
-        UsageError: an argument of another form.
+        UsageError: An argument has the wrong type or shape or is out of range.
     """
     if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 3:
         raise UsageError(f"images {images.dtype} {images.shape}: expected float32 of shape (B, 3, H, W)")
@@ -314,10 +340,10 @@ def erase(images: np.ndarray, probability: float, generators: Sequence[np.random
     height, width = images.shape[2:]
     for image, generator in zip(images, generators, strict=True):
         for _ in range(_TRIES if generator.random() < probability else 0):
-            down, across = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
-            if down < height and across < width:
-                top = int(generator.integers(height - down, endpoint=True))
-                left = int(generator.integers(width - across, endpoint=True))
-                noise = generator.standard_normal((len(image), down, across), np.float32)
-                image[:, top : top + down, left : left + across] = noise
+            box_height, box_width = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
+            if box_height < height and box_width < width:
+                top = int(generator.integers(height - box_height, endpoint=True))
+                left = int(generator.integers(width - box_width, endpoint=True))
+                noise = generator.standard_normal((len(image), box_height, box_width), np.float32)
+                image[:, top : top + box_height, left : left + box_width] = noise
                 break

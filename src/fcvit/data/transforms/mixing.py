@@ -1,7 +1,8 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, with label smoothing.
+"""Apply mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) and label smoothing to a batch.
 
-As timm's `FastCollateMixup` in its mode "batch", which the authors' recipe uses: on uint8, before normalizing; one
-lambda and one rectangle for the whole batch; each image with the one at the same place in the reversed batch.
+This is timm's `FastCollateMixup` in mode "batch", which the authors' recipe uses. It works on uint8 images before
+normalization. All images of the batch share one lambda and one rectangle. Each image is mixed with the image at the
+same position in the reversed batch.
 """
 
 import math
@@ -22,23 +23,27 @@ def mix(
     switch: float = 0.5,
     smoothing: float = 0.1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mix a batch with itself reversed; in an odd batch the image in the middle stays as it is.
+    """Mix a batch with the reversed batch. In a batch of odd size, the middle image does not change.
 
-    Drawn, in this order: whether it is CutMix, if both are on; lambda; for CutMix the center, row before column.
+    The random numbers are drawn in this order: the choice of mixup or CutMix if both are on, lambda, and for CutMix the
+    row and the column of the center.
 
     Args:
-        pixels: uint8 (B, 3, H, W), B at least 1; left alone.
-        labels: integers (B,), 0 to `num_classes` - 1.
-        mixup, cutmix: alpha of lambda's distribution Beta(alpha, alpha) in each; 0: off.
-        switch: probability of CutMix where both are on.
-        smoothing: what label smoothing spreads evenly over all classes, 0 to below 1.
+        pixels: Images, uint8 (B, 3, H, W) with B at least 1. The array is not modified.
+        labels: Class indices, integers (B,) from 0 to `num_classes` - 1.
+        num_classes: Number of classes.
+        generator: Random number generator.
+        mixup: Parameter alpha of mixup's distribution of lambda, Beta(alpha, alpha). 0 turns mixup off.
+        cutmix: Parameter alpha of CutMix's distribution of lambda, Beta(alpha, alpha). 0 turns CutMix off.
+        switch: Probability of CutMix if both are on.
+        smoothing: Probability that label smoothing distributes over all classes, at least 0 and less than 1.
 
     Returns:
-        uint8 of the shape of `pixels` (that array itself where both are off), and float32 targets
-        (B, num_classes), each row of sum 1.
+        The mixed images, uint8 of the same shape (the array `pixels` if both are off), and the targets, float32
+        (B, num_classes), whose rows have the sum 1.
 
     Raises:
-        UsageError: an argument of another form or out of its range.
+        UsageError: An argument has the wrong type or shape or is out of range.
     """
     _check_batch(pixels, labels, num_classes)
     for name, value, valid, expected in (
@@ -54,7 +59,7 @@ def mix(
         return pixels, targets
     cut = generator.random() < switch if mixup and cutmix else bool(cutmix)
     alpha = cutmix if cut else mixup
-    ratio = float(generator.beta(alpha, alpha))  # lambda: how much of each image stays its own
+    ratio = float(generator.beta(alpha, alpha))  # lambda: the weight of the original image
     if cut:
         height, width = pixels.shape[2:]
         top, bottom, left, right = draw_rectangle(height, width, ratio, generator)
@@ -63,13 +68,17 @@ def mix(
         ratio = 1 - (bottom - top) * (right - left) / (height * width)
     else:
         mixed = np.empty_like(pixels)
-        for place, (one, other) in enumerate(zip(pixels, pixels[::-1], strict=True)):  # one by one: floats are large
-            mixed[place] = np.rint(one.astype(np.float32) * ratio + other.astype(np.float32) * (1 - ratio))
+        # One image at a time, because the batch as float32 needs four times the memory.
+        for index, (image, other) in enumerate(zip(pixels, pixels[::-1], strict=True)):
+            mixed[index] = np.rint(image.astype(np.float32) * ratio + other.astype(np.float32) * (1 - ratio))
     return mixed, targets * np.float32(ratio) + targets[::-1] * np.float32(1 - ratio)
 
 
 def smoothed(labels: np.ndarray, num_classes: int, smoothing: float) -> np.ndarray:
-    """Return targets for labels (B,): float32 (B, num_classes), smoothing / num_classes, and the rest at the label."""
+    """Return the smoothed targets, float32 (B, num_classes), for the class indices `labels` (B,).
+
+    Each class has the target smoothing / num_classes. The class of the label has 1 - smoothing in addition.
+    """
     off = smoothing / num_classes
     targets = np.full((len(labels), num_classes), off, np.float32)
     targets[np.arange(len(labels)), labels] = 1 - smoothing + off
@@ -77,12 +86,13 @@ def smoothed(labels: np.ndarray, num_classes: int, smoothing: float) -> np.ndarr
 
 
 def draw_rectangle(height: int, width: int, ratio: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw CutMix's rectangle: the image's form, sides sqrt(1 - ratio) of its own, cut off at the border.
+    """Draw the rectangle of CutMix, with the aspect ratio of the image.
 
-    The center is uniform over all pixels, row drawn before column. Sides are even numbers, as in timm.
+    The sides are sqrt(1 - ratio) times those of the image, rounded down to even numbers as in timm. The center is
+    uniform over all pixels, and its row is drawn before its column. The rectangle is clipped at the border.
 
     Returns:
-        (top, bottom, left, right), the ends excluded; possibly empty.
+        (top, bottom, left, right), where bottom and right are exclusive. The rectangle can be empty.
     """
     share = math.sqrt(1 - ratio)
     ends = []
@@ -96,7 +106,7 @@ def draw_rectangle(height: int, width: int, ratio: float, generator: np.random.G
 
 def _check_batch(pixels: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.size:
-        raise UsageError(f"pixels {pixels.dtype} {pixels.shape}: expected uint8 of shape (B, 3, H, W), none of them 0")
+        raise UsageError(f"pixels {pixels.dtype} {pixels.shape}: expected uint8 of nonzero shape (B, 3, H, W)")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != pixels.shape[:1]:
         raise UsageError(f"labels {labels.dtype} {labels.shape}: expected integers of shape ({len(pixels)},)")
     if num_classes < 1 or labels.min() < 0 or labels.max() >= num_classes:

@@ -1,7 +1,8 @@
-"""From an image file to what the network sees, pixel for pixel as in the authors' evaluation.
+"""Decode and preprocess images, with the same pixels as in the authors' evaluation.
 
-The authors evaluate with timm's transform over torchvision and Pillow: shorter side to `floor(size / crop fraction)`
-with Pillow's antialiased filter, center crop, [0, 1], normalize. OpenCV's and Paddle's own resizing give other pixels.
+The authors evaluate with timm's transform, which uses torchvision and Pillow: resize the shorter side to
+`floor(size / crop fraction)` with Pillow's antialiased filter, crop the center, scale to [0, 1] and normalize. Resizing
+with OpenCV or Paddle gives different pixels.
 """
 
 import contextlib
@@ -19,36 +20,37 @@ from fcvit.foreign import IMAGE_KINDS, KIND_BYTES, foreign_kind
 from fcvit.models.variants import Preprocessing
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel begin so; all are gray
+DEEP = ("I", "F")  # prefixes of Pillow's modes with more than 8 bits per channel, all of which are gray
 
 
 def decoders() -> dict[str, str]:
-    """Return the versions of the libraries that decode inside Pillow; other releases give other pixels."""
+    """Return the versions of Pillow's decoding libraries. The pixels can differ between versions."""
     return {name: v for name in ("libjpeg_turbo", "zlib", "webp", "libtiff") if (v := features.version(name))}
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image of a known format as RGB, as torchvision does: orientation tags are not applied.
+    """Decode an image of a known format as RGB. Orientation tags are not applied, as in torchvision.
 
     Args:
-        source: its path, or a file that is open.
-        name: what messages call it; None: the source.
+        source: Path of the image, or an open file.
+        name: Name of the image in messages, or None to use the source.
 
     Raises:
-        BadImages: missing, damaged, not an image, or of more pixels than Pillow deems safe.
+        BadImages: The file does not exist, is damaged, is not an image or has more pixels than Pillow's limit.
     """
     with opened(source, name) as image:
         return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB of 8 bits a channel, as torchvision does, but 16-bit gray by its upper 8 bits.
+    """Convert an image to RGB with 8 bits per channel, as torchvision does except for 16-bit gray images.
 
-    So does Pillow itself with 16-bit color; 16-bit gray it would cut off at 255, and nearly all of a photograph would
-    be white. Values up to 255 stay as they are, whatever the type.
+    16-bit gray images are converted to their upper 8 bits, as Pillow converts 16-bit color. Pillow would clip their
+    values at 255, which makes most of a photograph white. Values up to 255 are not changed for any type.
 
     Raises:
-        ValueError: 32 bits, or floats, with values that are not from 0 to 255: their range is not known.
+        ValueError: The image has 32-bit or float values outside 0 to 255, or floats from 0 to 1, so that their range is
+            unknown.
     """
     if not image.mode.startswith(DEEP):
         return image.convert("RGB")
@@ -59,13 +61,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
             return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     elif not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"{kind} from {low:g} to {high:g}, whose range is not known; save it with 8 or 16 bits")
+        raise ValueError(f"{kind} from {low:g} to {high:g} with unknown range; save the image with 8 or 16 bits")
     return image.convert("RGB")
 
 
 @contextlib.contextmanager
 def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
-    """Open an image as the file has it, not yet decoded; whatever fails while it is open raises as `decode` does."""
+    """Open an image without decoding it. All errors while it is open are raised as in `decode`."""
     shown = source if name is None else name
     try:
         with contextlib.ExitStack() as stack:
@@ -73,12 +75,12 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
             file = stack.enter_context(open_file(source)) if named else source
             image = stack.enter_context(Image.open(file, formats=list(FORMATS)))
             yield image
-    except Exception as error:  # what a damaged image makes Pillow raise has no useful bound
+    except Exception as error:  # damaged images can make Pillow raise any exception
         if isinstance(error, UnidentifiedImageError):
-            what = foreign_kind(_head(source)) or "of no known kind"
-            reason = f"not an image that can be read: {what}"
-            reason += " that is damaged or cut off" if what in IMAGE_KINDS else ""
-        elif isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, found before the size is known
+            kind = foreign_kind(_head(source)) or "of an unknown format"
+            reason = f"not an image that can be read: {kind}"
+            reason += " that is damaged or cut off" if kind in IMAGE_KINDS else ""
+        elif isinstance(error, Image.DecompressionBombError):
             reason = f"over the limit of {_limit():,} pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -88,7 +90,7 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
 
 
 def _head(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """Return the first bytes of what is no image."""
+    """Return the first bytes of a file, or b"" if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         if isinstance(source, str | os.PathLike):
             with open_file(source) as file:
@@ -99,30 +101,31 @@ def _head(source: str | os.PathLike[str] | BinaryIO) -> bytes:
 
 
 def _limit() -> float:
-    """Return how many pixels Pillow opens: 179 million, twice the number at which it warns."""
+    """Return the maximum number of pixels that Pillow opens: 179 million, twice its limit for a warning."""
     return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else float("inf")
 
 
 def resized(size: tuple[int, int], target: int) -> tuple[int, int]:
-    """Return width and height with `target` for the shorter one; the longer one is truncated, not rounded."""
+    """Return width and height after resizing the shorter side to `target`. The longer side is rounded down."""
     width, height = size
     return (target, int(target * height / width)) if width <= height else (int(target * width / height), target)
 
 
 def crop_start(length: int, side: int) -> int:
-    """Return where the center of a side begins; negative where it is shorter than the crop."""
-    return round((length - side) / 2.0)  # half to even
+    """Return the position at which a center crop begins, which is negative if the image is shorter than the crop."""
+    return round((length - side) / 2.0)  # rounds half to even
 
 
 def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image.Image:
-    """Resize so that the shorter side has `target` pixels, the longer one in proportion, truncated.
+    """Resize the shorter side to `target` pixels and the longer side in proportion, rounded down.
 
     Args:
-        image: RGB, any size; handed back itself if the size is already right.
-        interpolation: a key of `FILTERS`.
+        image: RGB image of any size. It is returned itself if its shorter side already has this size.
+        target: Size of the shorter side in pixels.
+        interpolation: Key in `FILTERS`.
 
     Raises:
-        BadImages: so long and thin that its resized form would be enormous.
+        BadImages: The resized image would be too large, because the image is very long and thin.
     """
     if min(image.size) == target:
         return image
@@ -130,35 +133,35 @@ def resize_shorter(image: Image.Image, target: int, interpolation: str) -> Image
     if width * height > _limit():
         raise BadImages(
             f"{image.width} x {image.height} pixels would be resized to {width} x {height}, over the limit of "
-            f"{_limit():,} pixels; crop it first"
+            f"{_limit():,} pixels; crop the image first"
         )
     return image.resize(size, FILTERS[interpolation])
 
 
 def planes(image: Image.Image) -> np.ndarray:
-    """Return an RGB image as uint8 (3, H, W)."""
+    """Convert an RGB image to an array, uint8 (3, H, W)."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and center-crop an RGB image of any size to uint8 (3, S, S), S the input size.
+    """Resize and center-crop an RGB image of any size to uint8 (3, S, S), where S is the input size.
 
     Raises:
-        BadImages: so long and thin that its resized form would be enormous.
+        BadImages: The resized image would be too large, because the image is very long and thin.
     """
     image = resize_shorter(image, preprocessing.resize, preprocessing.interpolation)
     return planes(center_crop(image, preprocessing.input_size))
 
 
 def center_crop(image: Image.Image, side: int) -> Image.Image:
-    """Cut `side` x `side` pixels out of the center."""
+    """Crop `side` x `side` pixels at the center."""
     left, top = (crop_start(length, side) for length in image.size)
     return image.crop((left, top, left + side, top + side))
 
 
 @dataclasses.dataclass(frozen=True)
 class CenterCrop:
-    """Resize and crop an image for evaluation (a `fcvit.data.loader.Transform`); its target stays."""
+    """A `fcvit.data.loader.Transform` that resizes and crops an image for evaluation and keeps its target."""
 
     preprocessing: Preprocessing
 
@@ -167,7 +170,11 @@ class CenterCrop:
 
 
 def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Bring uint8 (B, 3, H, W) in RGB to [0, 1], less the mean, over the standard deviation: float32."""
+    """Normalize RGB images, uint8 (B, 3, H, W): scale to [0, 1], subtract the mean, divide by the standard deviation.
+
+    Returns:
+        float32 (B, 3, H, W).
+    """
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     scaled = images.astype(np.float32)
     scaled /= np.float32(255)
@@ -177,10 +184,14 @@ def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Make an image, or the path of one, uint8 (3, S, S), ready for an engine or for `normalize`.
+    """Decode, resize and crop an image to uint8 (3, S, S), the input of an engine or of `normalize`.
+
+    Args:
+        image: Image, or its path.
+        preprocessing: Input size, crop fraction and interpolation.
 
     Raises:
-        BadImages: it cannot be read.
+        BadImages: The image cannot be read.
     """
     name, decoded = ("image", image) if isinstance(image, Image.Image) else (image, decode(image))
     try:
