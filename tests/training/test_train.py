@@ -643,7 +643,7 @@ def test_the_time_of_all_is_told_from_the_first_steps_on(small, tmp_path, monkey
     monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
-    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in all"
+    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in total"
     assert re.fullmatch(expected, lines[0]), lines
 
 

@@ -67,7 +67,9 @@ def evaluate(
     task = task_of(loaded)
     known = {field.name for field in dataclasses.fields(task.options)}
     if unknown := sorted(set(options) - known):
-        raise UsageError(f"eval: {', '.join(unknown)}: not options of {task.name}; known: {', '.join(sorted(known))}")
+        raise UsageError(
+            f"eval: unknown options for {task.name}: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
     task_options = task.options(**options)
     request = Request(paths, absolute(data), task.name, settings, task_options)
     evaluator = task.evaluator(loaded, Path(request.data), task_options)

@@ -35,7 +35,7 @@ class ClassificationRecipe(Recipe):
     mix_switch: Annotated[Share, IMAGES("Probability of CutMix if mixup and CutMix are on.")] = 0.5
 
     label_smoothing: Annotated[BelowOne, LOSS("Label smoothing factor.")] = 0.1
-    class_weights: Annotated[Literal["none", "balanced"], LOSS("`balanced`: inversely to class frequency.")] = "none"
+    class_weights: Annotated[Literal["none", "balanced"], LOSS("Balanced: inverse to class frequency.")] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

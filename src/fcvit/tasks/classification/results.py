@@ -220,9 +220,7 @@ def write_result(
         )
         for i in worst
     ]
-    title = f"{len(wrong)} of {result.images} predictions wrong" + (
-        f", the {len(tiles)} most confident" if tiles else ""
-    )
+    title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} most confident errors" if tiles else "")
     runs.write_bytes(folder / "worst.png", png(image_grid(tiles, title)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last, as it marks a complete result
 
