@@ -1,4 +1,4 @@
-"""Evaluation in processes of its own: killed in the middle and continued, and shared by several."""
+"""Tests of evaluation in separate processes: killed and resumed runs, interruptions, and several processes."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from fcvit.commands.evaluate import evaluate
 from fcvit.evaluation.journal import HEAD, frames
 
 pytestmark = [pytest.mark.slow, needs_paddle]
-LANE = "digits-custom"
+CONFIGURATION = "digits-custom"
 OPTIONS = ["--device", "cpu", "--engine", "paddle", "--input-size", "96", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, digits_tensors):
-    """33 images, weights, and an uninterrupted run in this process. Nobody draws charts, which take longer than all."""
+    """Create 33 images, weights and an uninterrupted run. Charts are disabled, since they are slow."""
     root = tmp_path_factory.mktemp("work")
     generator = np.random.default_rng(0)
     for index in range(33):
@@ -37,12 +37,12 @@ def work(tmp_path_factory, digits_tensors):
     (root / "hidden" / "matplotlib.py").write_text("raise ModuleNotFoundError('hidden by the test', name=__name__)")
     with pytest.MonkeyPatch.context() as patch:
         hide_charts(patch)
-        evaluate(weights, root / "data", engines="paddle", folder=root / "whole", **options)
+        evaluate(weights, root / "data", engines="paddle", folder=root / "uninterrupted", **options)
     return root
 
 
 def start(root, *words, launcher=()):
-    # Paddle's launcher knows no -m: it starts a program, or a file that ends in .py.
+    # Paddle's launcher does not support -m. It starts a program or a .py file.
     program = [Path(sys.executable).with_name("fcvit")] if launcher else ["fcvit"]
     command = list(map(str, [sys.executable, "-m", *launcher, *program, "eval", *words]))
     environment = {**os.environ, "PYTHONPATH": str(root / "hidden")}
@@ -51,9 +51,9 @@ def start(root, *words, launcher=()):
     )
 
 
-def figures(run):
-    found = json.loads((run / LANE / "metrics.json").read_text())
-    return {key: value for key, value in found.items() if key != "seconds"}
+def metrics_without_seconds(run):
+    metrics = json.loads((run / CONFIGURATION / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key != "seconds"}
 
 
 def children(pid):
@@ -68,10 +68,10 @@ def alive(pid):
         return False
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
-    """kill -9 in the middle of a batch, twice; the journal's last frame is cut off as a power cut would.
+def test_a_killed_run_can_be_resumed_with_identical_results(work):
+    """Kill the process twice during a batch and truncate the journal, as after a power failure.
 
-    With the killed process its workers end.
+    The workers of a killed process must also end.
     """
     run = work / "killed"
     words = ["--weights", "digits.pth", "--data", "data", *OPTIONS, "-o", run, "--workers", "2"]
@@ -83,24 +83,27 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(work):
             time.sleep(0.01)
         workers = children(process.pid)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # their ends of the pipes are closed too
+        process.communicate(timeout=60)  # returns only after the workers have closed the pipes too
         assert process.returncode == -signal.SIGKILL
         while any(map(alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not any(map(alive, workers)) and (len(workers) >= 2 or not sys.platform.startswith("linux"))
-        assert json.loads((run / "run.json").read_text())["status"] == "running"  # nothing could be written
-        assert not (run / LANE / "metrics.json").exists()
+        assert (
+            json.loads((run / "run.json").read_text())["status"] == "running"
+        )  # a killed process cannot write its status
+        assert not (run / CONFIGURATION / "metrics.json").exists()
         journal.write_bytes(journal.read_bytes()[:-3])
     done = start(work, "--resume", run)
     out, err = done.communicate(timeout=120)
-    assert done.returncode == 6 and "are done already" in err and f"written to {run}" in out  # 6: the bad image
+    assert done.returncode == 6  # because of the unreadable image
+    assert "of 34 images" in err and "already" in err and f"written to {run}" in out
     for name in ("predictions.csv", "per_class.csv", "worst.png"):
-        assert (run / LANE / name).read_bytes() == (work / "whole" / LANE / name).read_bytes()
-    assert figures(run) == figures(work / "whole")
+        assert (run / CONFIGURATION / name).read_bytes() == (work / "uninterrupted" / CONFIGURATION / name).read_bytes()
+    assert metrics_without_seconds(run) == metrics_without_seconds(work / "uninterrupted")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_says_how_to_go_on(work, sign):
+def test_an_interrupted_run_prints_the_resume_command(work, sign):
     run = work / f"interrupted{int(sign)}"
     process = start(work, "--weights", "digits.pth", "--data", "data", *OPTIONS, "-o", run, "--workers", "1")
     deadline = time.monotonic() + 60
@@ -109,29 +112,31 @@ def test_an_interruption_says_how_to_go_on(work, sign):
     process.send_signal(sign)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out
-    assert f"go on with: fcvit eval --resume {run}" in err and "Traceback" not in err
+    assert f"fcvit eval --resume {run}" in err and "Traceback" not in err
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.ci)])
-def test_several_processes_count_every_image_once(work, count):
-    """17 batches over two or three processes of Paddle's launcher; one figure is the same for all."""
+def test_several_processes_evaluate_every_image_once(work, count):
+    """Distribute 17 batches over the processes of Paddle's launcher. The metrics equal those of one process."""
     run = work / f"shared{count}"
     launcher = ["paddle.distributed.launch", "--nproc_per_node", count, "--log_dir", work / f"log{count}"]
     words = ["--weights", "digits.pth", "--data", "data", *OPTIONS, "-o", run, "--workers", "1", "--save-logits"]
     process = start(work, *words, launcher=launcher)
     out, err = process.communicate(timeout=180)
     logs = "\n".join(path.read_text() for path in sorted((work / f"log{count}").glob("workerlog.*")))
-    assert (run / LANE / "metrics.json").exists(), out + err + logs
-    kept = [list(frames(path.read_bytes()[HEAD:], np.dtype("V1"))) for path in sorted((run / "journals").iterdir())]
-    assert len(kept) == count and all(kept)
-    batches = sorted(frame.number for journal in kept for frame in journal)
+    assert (run / CONFIGURATION / "metrics.json").exists(), out + err + logs
+    journals = [list(frames(path.read_bytes()[HEAD:], np.dtype("V1"))) for path in sorted((run / "journals").iterdir())]
+    assert len(journals) == count and all(journals)
+    batches = sorted(frame.number for journal in journals for frame in journal)
     assert batches == list(range(17))
-    assert (run / LANE / "predictions.csv").read_bytes() == (work / "whole" / LANE / "predictions.csv").read_bytes()
-    ours, whole = figures(run), figures(work / "whole")
-    assert ours.pop("loss") == pytest.approx(whole.pop("loss"), abs=1e-6)
-    assert ours.pop("calibration")["error"] == pytest.approx(whole.pop("calibration")["error"], abs=1e-6)
-    assert ours == whole
-    logits = [np.load(folder / LANE / "logits.npy") for folder in (run, work / "whole")]
+    assert (run / CONFIGURATION / "predictions.csv").read_bytes() == (
+        work / "uninterrupted" / CONFIGURATION / "predictions.csv"
+    ).read_bytes()
+    ours, expected = (metrics_without_seconds(folder) for folder in (run, work / "uninterrupted"))
+    assert ours.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
+    assert ours.pop("calibration")["error"] == pytest.approx(expected.pop("calibration")["error"], abs=1e-6)
+    assert ours == expected
+    logits = [np.load(folder / CONFIGURATION / "logits.npy") for folder in (run, work / "uninterrupted")]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
-    assert logs.count("written to") == 1  # one process speaks for all
+    assert logs.count("written to") == 1  # only the first process reports

@@ -1,4 +1,4 @@
-"""Frames are whole or not there, whatever ended the process that wrote them."""
+"""Tests of the journal: only complete and undamaged frames are read."""
 
 import json
 
@@ -27,18 +27,18 @@ def same(one, other):
     return one.number == other.number and one.records.tobytes() == other.records.tobytes() and one.extra == other.extra
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_frames_can_be_read_back(tmp_path):
     journal = Journal(DTYPE, RUN, tmp_path / "j")
     for number in (4, 0, 2):
         journal.append(frame(number))
     journal.append(frame(7, count=0))
-    again = Journal(DTYPE, RUN, tmp_path / "j")  # without close: what a killed process leaves
+    again = Journal(DTYPE, RUN, tmp_path / "j")  # the file was not closed, as after a killed process
     assert sorted(again.frames) == [0, 2, 4, 7]
     assert all(same(again.frames[number], journal.frames[number]) for number in again.frames)
     journal.close()
 
 
-def test_a_torn_frame_ends_a_journal_and_hides_nothing_that_is_written_later(tmp_path):
+def test_frames_written_after_an_incomplete_frame_are_read(tmp_path):
     journal = Journal(DTYPE, RUN, tmp_path / "j")
     journal.append(frame(0))
     journal.append(frame(1))
@@ -52,7 +52,7 @@ def test_a_torn_frame_ends_a_journal_and_hides_nothing_that_is_written_later(tmp
     assert sorted(Journal(DTYPE, RUN, tmp_path / "j").frames) == [0, 2]
 
 
-def test_two_writers_do_not_meet(tmp_path):
+def test_writers_use_separate_files(tmp_path):
     one, other = (Journal(DTYPE, RUN, tmp_path / "j", writer=rank) for rank in (0, 1))
     one.append(frame(0))
     other.append(frame(1))
@@ -77,35 +77,35 @@ def test_records_of_another_run_are_refused(tmp_path):
     journal = Journal(DTYPE, RUN, tmp_path / "j")
     journal.append(frame(0))
     journal.close()
-    with pytest.raises(DoesNotFit, match=r"0-0\.journal: records of other weights, images or settings"):
+    with pytest.raises(DoesNotFit, match=r"0-0\.journal: .*start a new run"):
         Journal(DTYPE, bytes(32), tmp_path / "j")
     (tmp_path / "j" / "0-0.journal").write_bytes((tmp_path / "j" / "0-0.journal").read_bytes()[:20])
-    assert not Journal(DTYPE, RUN, tmp_path / "j").frames  # killed while it wrote the head
+    assert not Journal(DTYPE, RUN, tmp_path / "j").frames  # killed while writing the file header
 
 
-WHOLE = b"".join(encode(frame(number)) for number in range(4))
+JOURNAL = b"".join(encode(frame(number)) for number in range(4))
 
 
-@given(st.integers(0, len(WHOLE)))
+@given(st.integers(0, len(JOURNAL)))
 @settings(derandomize=True, max_examples=150, deadline=None)
-def test_cut_anywhere(length):
-    found = list(frames(WHOLE[:length], DTYPE))
-    assert len(found) == length * 4 // len(WHOLE)
-    assert all(same(one, frame(number)) for number, one in enumerate(found))
+def test_a_truncated_journal_gives_its_complete_frames(length):
+    complete = list(frames(JOURNAL[:length], DTYPE))
+    assert len(complete) == length * 4 // len(JOURNAL)
+    assert all(same(one, frame(number)) for number, one in enumerate(complete))
 
 
-@given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
+@given(st.integers(0, len(JOURNAL) - 1), st.integers(1, 255))
 @settings(derandomize=True, max_examples=200, deadline=None)
-def test_a_changed_byte_is_never_believed(place, change):
-    broken = bytearray(WHOLE)
-    broken[place] ^= change
-    found = list(frames(bytes(broken), DTYPE))
-    damaged = place * 4 // len(WHOLE)
-    assert all(same(one, frame(number)) for number, one in enumerate(found[:damaged]))
-    assert len(found) <= damaged
+def test_a_damaged_frame_is_not_read(position, change):
+    broken = bytearray(JOURNAL)
+    broken[position] ^= change
+    intact = list(frames(bytes(broken), DTYPE))
+    damaged = position * 4 // len(JOURNAL)
+    assert all(same(one, frame(number)) for number, one in enumerate(intact[:damaged]))
+    assert len(intact) <= damaged
 
 
-def test_records_of_another_shape_are_none():
-    assert not list(frames(WHOLE, np.dtype([("index", "<i4"), ("x", "u1", (3,))])))
+def test_records_with_another_dtype_are_not_read():
+    assert not list(frames(JOURNAL, np.dtype([("index", "<i4"), ("x", "u1", (3,))])))
     with pytest.raises(TypeError):
-        json.dumps(frame(0).records)  # what is not bytes must be JSON
+        json.dumps(frame(0).records)  # additional data must be JSON

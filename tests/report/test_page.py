@@ -1,4 +1,4 @@
-"""The page: sound HTML that loads nothing and runs nothing, whatever stands in it."""
+"""Tests of the report page: valid HTML without scripts and external resources, for any text."""
 
 import base64
 import dataclasses
@@ -20,7 +20,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# Those that the page needs; anything else came in through a text.
+# The elements of the template. Any other element would come from an unescaped text.
 ELEMENTS = re.compile(
     "html|head|meta|title|style|body|header|h1|h2|p|nav|ul|li|a|main|section|dl|dt|dd|div|table|caption|thead|tbody"
     "|tr|th|td|details|summary|figure|figcaption|img|footer"
@@ -33,14 +33,14 @@ def png(width=8, height=6, **options):
     return file.getvalue()
 
 
-def a_page(text="plain", rows=2, sections=2):
+def make_page(text="plain", rows=2, sections=2):
     listing = Listing(text, (text, "value"), ((text, text),) * rows, frozenset({"value"}), text)
     section = Section(text, ((text, text),), (listing,), (Picture(text, png(), text),))
     return Page(text, text, (listing,), (section,) * sections, text)
 
 
 class Document(HTMLParser):
-    """Elements with their attributes, the text in each, and whether every one is closed."""
+    """Parsed HTML: elements with attributes and text. All elements must be closed."""
 
     def __init__(self, html):
         super().__init__()
@@ -56,7 +56,7 @@ class Document(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+        assert self.open and self.open.pop() == tag, f"</{tag}> does not match an open element"
 
     def handle_data(self, data):
         if data.strip():
@@ -70,7 +70,7 @@ class Document(HTMLParser):
 
 
 def check(html):
-    """The document, if it is sound, stands alone and runs nothing."""
+    """Check that the HTML is valid, self-contained and without scripts. Return the parsed document."""
     html.encode("utf-8")
     document = Document(html)
     assert all(ELEMENTS.fullmatch(tag) for tag, _, _ in document.elements)
@@ -98,9 +98,9 @@ def check(html):
     return document
 
 
-def test_everything_given_is_on_the_page():
-    listing = Listing("Accuracy", ("engine", "top-1 %"), (("Paddle", "80.1"), ("PyTorch", "80.2")),
-                      frozenset({"top-1 %"}), "of all images")  # fmt: skip
+def test_the_page_contains_all_parts():
+    listing = Listing("Accuracy", ("engine", "top-1 (%)"), (("Paddle", "80.1"), ("PyTorch", "80.2")),
+                      frozenset({"top-1 (%)"}), "of all images")  # fmt: skip
     section = Section("Paddle", (("device", "cpu"),), (), (Picture("Some", png(), "six images"),))
     other = Section("PyTorch", (), (listing,))
     document = check(render_page(Page("Report", "The lead.", (listing,), (section, other), "The footer.")))
@@ -109,7 +109,7 @@ def test_everything_given_is_on_the_page():
     assert document.text("h2") == ["Summary", "Paddle", "PyTorch"]
     assert document.text("dt") + document.text("dd") == ["device", "cpu"]
     assert document.text("caption") == ["Accuracy"] * 2
-    assert document.text("th")[:4] == ["engine", "top-1 %", "Paddle", "PyTorch"]
+    assert document.text("th")[:4] == ["engine", "top-1 (%)", "Paddle", "PyTorch"]
     assert document.text("td")[:2] == ["80.1", "80.2"]
     assert document.text("figcaption") == ["Some"]
     assert document.all("img")[0]["alt"] == "six images"
@@ -119,15 +119,15 @@ def test_everything_given_is_on_the_page():
     assert [a.get("class") for a in document.all("td")[:2]] == ["number"] * 2
 
 
-def test_the_same_page_is_the_same_text():
-    assert render_page(a_page()) == render_page(a_page())
+def test_rendering_is_reproducible():
+    assert render_page(make_page()) == render_page(make_page())
 
 
-def test_one_section_needs_no_contents():
-    assert not check(render_page(a_page(sections=1))).all("nav")
+def test_a_page_with_one_section_has_no_table_of_contents():
+    assert not check(render_page(make_page(sections=1))).all("nav")
 
 
-def test_nothing_given_leaves_nothing_empty():
+def test_empty_parts_are_omitted():
     document = check(render_page(Page("Report", "", (), (Section("One", ()), Section("Two", ())), "")))
     for tag in ("p", "dl", "table", "figure", "footer"):
         assert not document.all(tag)
@@ -135,23 +135,23 @@ def test_nothing_given_leaves_nothing_empty():
 
 
 @pytest.mark.parametrize(("rows", "folded"), [(LONG, False), (LONG + 1, True)])
-def test_long_listings_are_folded(rows, folded):
-    document = check(render_page(a_page(rows=rows)))
+def test_long_tables_are_collapsed(rows, folded):
+    document = check(render_page(make_page(rows=rows)))
     tables = [within for tag, _, within in document.elements if tag == "table"]
     assert all(("details" in within) == folded for within in tables)
     assert all("open" not in a for a in document.all("details"))
     assert len(document.all("td")) == 3 * rows
 
 
-def test_wide_tables_and_pictures_scroll_in_their_own_box():
-    elements = check(render_page(a_page())).elements
-    for place, (tag, _, within) in enumerate(elements):
+def test_wide_tables_and_pictures_are_scrollable():
+    elements = check(render_page(make_page())).elements
+    for position, (tag, _, within) in enumerate(elements):
         if tag in ("table", "img"):
-            before, attributes, _ = elements[place - 1]
+            before, attributes, _ = elements[position - 1]
             assert (before, within[-1], attributes["class"]) == ("div", "div", "scroll")
 
 
-def test_a_picture_is_inside_as_it_is_and_of_the_size_it_states():
+def test_pictures_are_embedded_unchanged_in_their_nominal_size():
     for data, size in ((png(300, 200), ("300", "200")), (png(300, 200, dpi=(192, 192)), ("150", "100"))):
         section = Section("One", (), (), (Picture("Some", data, "six images"),))
         (image,) = check(render_page(Page("Report", "", (), (section,), ""))).all("img")
@@ -160,8 +160,8 @@ def test_a_picture_is_inside_as_it_is_and_of_the_size_it_states():
 
 
 @functools.cache
-def shape_of_a_plain_page():
-    return [(tag, within) for tag, _, within in check(render_page(a_page())).elements]
+def structure_of_a_plain_page():
+    return [(tag, within) for tag, _, within in check(render_page(make_page())).elements]
 
 
 @settings(max_examples=20, deadline=None)
@@ -172,9 +172,9 @@ def shape_of_a_plain_page():
 @example("</style></title></table><!--")
 @example("{{ 7 * 7 }}{% raw %}&lt;&#60;")
 @example("bytes-\udcff.jpg \x00 \x1b[31m \x85 \u202e \u2066")
-def test_texts_stay_texts(text):
-    document = check(render_page(a_page(text)))
-    assert [(tag, within) for tag, _, within in document.elements] == shape_of_a_plain_page()
+def test_all_texts_are_escaped(text):
+    document = check(render_page(make_page(text)))
+    assert [(tag, within) for tag, _, within in document.elements] == structure_of_a_plain_page()
     shown = re.sub(
         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
         lambda c: c[0].encode("unicode_escape").decode(),
@@ -185,25 +185,25 @@ def test_texts_stay_texts(text):
     assert document.all("img")[0]["alt"] == shown
 
 
-def test_listings_that_do_not_fit_their_columns_are_refused():
-    with pytest.raises(ValueError, match="a row has not 2 cells"):
+def test_a_listing_that_does_not_match_its_columns_is_refused():
+    with pytest.raises(ValueError, match=r"a row .* 2 cells"):
         Listing("t", ("a", "b"), (("1", "2"), ("1",)))
     with pytest.raises(ValueError, match="do not exist"):
         Listing("t", ("a", "b"), (), frozenset({"c"}))
 
 
-def test_the_parts_cannot_be_changed():
+def test_the_parts_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        a_page().title = "other"
+        make_page().title = "other"
 
 
-def test_without_the_extra_the_remedy_is_named(monkeypatch, tmp_path):
+def test_without_the_extra_the_error_names_the_command_to_install_it(monkeypatch, tmp_path):
     require_report()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtra, match=r"jinja2, which is not installed.*pip install 'fcvit\[report\]'"):
-        render_page(a_page())
+        render_page(make_page())
     (tmp_path / "jinja2.py").write_text("raise ImportError('no such symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "jinja2")
-    with pytest.raises(MissingExtra, match=r"does not load \(no such symbol\)"):
+    with pytest.raises(MissingExtra, match=r"jinja2.*\(no such symbol\)"):
         require_report()

@@ -1,4 +1,4 @@
-"""A second, tiny task for the tests: estimate the brightness of an image, one number. No loop knows of it."""
+"""A small second task for the tests, unknown to the package: estimate the brightness of an image."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ PIXELS = Preprocessing(32, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images whose names begin with their brightness in per cent, as in 37-a.png."""
+    """Images with names that begin with their brightness in percent, as in 37-a.png."""
 
     root: Any
     names: tuple
@@ -50,7 +50,7 @@ def transform(image, target, index):
 
 
 class Training:
-    score = "accuracy"  # less error is better, more of this is
+    score = "accuracy"  # 1 - error, since a higher score must be better
     shown = {"loss": ("loss", "{:.4f}"), "accuracy": ("accuracy", "{:.3f}")}  # noqa: RUF012
     notes, identity, preprocessing = ("brightness of images",), {}, PIXELS
 
@@ -88,7 +88,7 @@ class Training:
 
 
 class Evaluator:
-    notes, rule, outputs = (), "brightness by the names", 1
+    notes, rule, outputs = (), "brightness from the file names", 1
     dtype = np.dtype([("estimate", "<f8"), ("error", "<f8")])
 
     def __init__(self, dataset):
@@ -114,7 +114,7 @@ class Report:
 
     def __init__(self, evaluated):
         self.evaluated = evaluated
-        self.results = [{"accuracy": 1 - float(one["error"].mean())} for one in evaluated.records.T]
+        self.results = [{"accuracy": 1 - float(records["error"].mean())} for records in evaluated.records.T]
         self.lengths = [len(evaluated.bytes_of[index, 0]) for index in range(len(evaluated.index))]
 
     def write(self, folder):

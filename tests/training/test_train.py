@@ -635,7 +635,7 @@ def test_the_remaining_time_of_the_run_is_shown_from_the_first_step(small, tmp_p
     monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
-    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, .*\d:\d\d:\d\d.*"
+    expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in total"
     assert re.fullmatch(expected, lines[0]), lines
 
 

@@ -1,1 +1,1 @@
-"""Accuracy of weights on labeled images: one pass, records, figures, results."""
+"""Evaluation of weights on a data set, for any task."""

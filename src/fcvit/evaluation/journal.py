@@ -1,13 +1,15 @@
-"""The journal of a run: a record of every image, appended batch by batch.
+"""The journal of an evaluation run: one record per image, appended batch by batch.
 
-A frame holds one batch and carries a checksum, so that it is there as a whole or not at all, whatever
-ended the process. A process that goes on writes a journal of its own; what several of them say
-of the same batch is the same. All figures are computed from the journals.
+A frame contains one batch and a checksum. An incomplete frame is ignored, so an interruption can lose a batch but
+cannot damage the journal. A process that resumes a run writes its own journal file. Several journals may contain the
+same batch, and its records are then identical. All metrics are computed from the journals.
 
-A file begins with a magic word and the key of the run: records of other settings are refused.
-A frame is: magic, number of the batch, length of the records, length of all content; CRC-32 of this and
-of the content; the records (a NumPy structure that the reader must know); JSON with what has no fixed size,
-a zero byte, and the chunks: bytes of any length, whose sizes are in the JSON.
+A file begins with a magic string and the key of the run. A journal with another key is refused. A frame contains:
+
+1. the header: magic string, batch number, length of the records in bytes, length of all content in bytes
+2. the CRC-32 of the header and the content
+3. the content: the records (a NumPy structure that the reader must know), JSON with the values of variable size, a zero
+   byte, and the chunks (byte strings of any length, with their lengths in the JSON)
 """
 
 import itertools
@@ -26,13 +28,13 @@ from fcvit.errors import DoesNotFit
 _HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
 _MAGIC, _FILE = b"FCVJ", b"FCVITJ2\n"
 KEY = 32
-"""Length of a run's key in bytes: a SHA-256 of everything that decides its records."""
+"""Length of the key in bytes: a SHA-256 of everything that determines the records."""
 HEAD = len(_FILE) + KEY
-"""Length of what a file has before its frames, in bytes."""
+"""Length of the file header before the first frame, in bytes."""
 
 
 class Frame(NamedTuple):
-    """One batch: its number, a record for each image, and more about it as JSON and as bytes."""
+    """A batch: its number, one record per image, and additional data as JSON and as bytes."""
 
     number: int
     records: np.ndarray
@@ -41,7 +43,7 @@ class Frame(NamedTuple):
 
 
 def encode(frame: Frame) -> bytes:
-    """Return the bytes of a frame."""
+    """Encode a frame as bytes."""
     records = frame.records.tobytes()
     text = json.dumps([frame.extra, [len(chunk) for chunk in frame.chunks]]).encode()
     content = b"".join([records, text, b"\0", *frame.chunks])
@@ -50,7 +52,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
-    """Yield the whole frames at the beginning of a journal without its head; nothing after a torn one is read."""
+    """Yield the frames of a journal without its file header, up to the first incomplete or damaged frame."""
     start = 0
     while (body := start + _HEAD.size + _CHECKSUM.size) <= len(content):
         head = content[start : start + _HEAD.size]
@@ -67,16 +69,16 @@ def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
 
 
 class Journal:
-    """The frames of a run that are known, and the file that new ones go to.
+    """The frames of a run in memory, and the file to which new frames are appended.
 
     Args:
-        dtype: of the records.
-        key: of the run.
-        folder: where journals are; those that are there are read. None: frames are only kept here.
-        writer: who writes, part of the file's name: processes that share a folder have different ones.
+        dtype: Data type of the records.
+        key: Key of the run.
+        folder: Folder of the journals. Existing journals are read. If None, frames are kept in memory only.
+        writer: Number in the file name. Processes that share a folder must use different numbers.
 
     Raises:
-        DoesNotFit: a journal in the folder has another key.
+        DoesNotFit: The key of a journal in the folder does not match.
     """
 
     def __init__(self, dtype: np.dtype, key: bytes, folder: Path | None, writer: int = 0):
@@ -91,15 +93,15 @@ class Journal:
                 self.merge(path.read_bytes(), str(path))
 
     def merge(self, content: bytes, source: str) -> None:
-        """Take the frames of a journal."""
+        """Add the frames of a journal, without replacing known frames."""
         head = content[:HEAD]
         if not self._head.startswith(head):
-            raise DoesNotFit(f"{source}: records of other weights, images or settings; start a new run")
+            raise DoesNotFit(f"{source}: these records have other weights, images or settings; start a new run")
         for frame in frames(content[HEAD:], self._dtype):
             self.frames.setdefault(frame.number, frame)
 
     def append(self, frame: Frame) -> None:
-        """Keep a frame; when this returns, the death of the process cannot take it away any more."""
+        """Add a frame and write it to the file, so that it is kept if the process is killed."""
         self.frames[frame.number] = frame
         if self._folder is None:
             return
@@ -109,11 +111,11 @@ class Journal:
         self._write(encode(frame))
 
     def encoded(self) -> bytes:
-        """Return all frames as a journal."""
+        """Encode all frames as the content of a journal file."""
         return self._head + b"".join(encode(self.frames[number]) for number in sorted(self.frames))
 
     def close(self) -> None:
-        """Flush what was written to the disk."""
+        """Flush the file to the disk and close it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -122,14 +124,14 @@ class Journal:
     def _write(self, content: bytes) -> None:
         left = memoryview(content)
         try:
-            while left:  # a disk that gets full takes a part without an error
+            while left:  # on a disk that becomes full, write() can write a part without an error
                 left = left[self._file.write(left) :]
         except OSError as error:
             error.filename = self._file.name
             raise
 
     def _create(self, folder: Path) -> Any:
-        """Begin a new file: a frame that was torn off in an old one would hide whatever follows it."""
+        """Create a new file, since frames after an incomplete frame in an old file would not be read."""
         number = 0
         while True:
             try:

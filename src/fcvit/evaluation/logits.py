@@ -1,4 +1,4 @@
-"""The network's outputs on disk: `logits.npy` of each configuration, float32 (samples of the data set, outputs)."""
+"""Write the network's outputs to `logits.npy` of each configuration: float32 (samples of the data set, outputs)."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger("fcvit")
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system, which knows only its number."""
+    """Add the file name to an OSError, since errors of a memory map do not contain it."""
     try:
         yield
     except OSError as error:
@@ -25,38 +25,38 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class LogitFiles:
-    """The files of a run, filled as batches come.
+    """The `logits.npy` files of a run, written batch by batch.
 
     Args:
-        folders: of the configurations.
-        shape: samples of the data set, outputs of the network.
-        batches: of the run.
+        folders: Folder of each configuration.
+        shape: Number of samples in the data set and number of outputs of the network.
+        batches: Number of batches in the run.
 
     Raises:
-        OSError: the disk has no room for them.
+        OSError: There is not enough space on the disk.
     """
 
     def __init__(self, folders: Sequence[Path], shape: tuple[int, int], batches: int):
         self.paths = [folder / "logits.npy" for folder in folders]
         self.arrays = [_shared_array(path, np.dtype("<f4"), shape) for path in self.paths]
-        # A mark for each batch whose rows are in the files: a row of zeros may be a result.
+        # One mark for each batch that was written: the rows cannot show it, since zeros can be valid outputs.
         self.done = folders[0].parent / ".logits.done"
         self.marks = _shared_array(self.done, np.dtype("u1"), (batches,))
 
     def write(self, configuration: int, indices: np.ndarray, logits: np.ndarray) -> None:
-        """Write the rows of one batch; they are on the disk before the journal says so."""
+        """Write the rows of one batch and flush them, which must happen before the batch is added to the journal."""
         with naming(self.paths[configuration]):
             self.arrays[configuration][indices] = logits
             self.arrays[configuration].flush()
 
     def mark(self, batch: int) -> None:
-        """Remember that the rows of a batch are in these files."""
+        """Record that the rows of a batch were written to these files."""
         with naming(self.done):
             self.marks[batch] = 1
             self.marks.flush()
 
     def finish(self, journal: Journal) -> None:
-        """Mark samples that were left out with NaN; keep no file that lacks the rows of another machine."""
+        """Set the rows of unreadable samples to NaN, and delete files that lack rows computed on another machine."""
         lost = sum(len(frame.records) for frame in journal.frames.values() if not self.marks[frame.number])
         for path, array in zip(self.paths, self.arrays, strict=True):
             for frame in journal.frames.values():
@@ -64,18 +64,21 @@ class LogitFiles:
             array.flush()
             if lost:
                 path.unlink()
-                logger.info(f"no {path}: the logits of {lost} images went to a machine that does not share the folder")
+                logger.info(
+                    f"{path} was not kept: the logits of {lost} images were computed on a machine that does not share "
+                    "the folder"
+                )
 
 
 def _shared_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """Open an array in a .npy file; several processes may make the same one at the same time."""
+    """Open an array in a .npy file. Create it if necessary, even if several processes do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
         try:
             with naming(path):
                 np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-                with temporary.open("r+b") as file:  # a full disk is an error now, not a signal later
+                with temporary.open("r+b") as file:  # report a full disk now: later it would be a signal
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
                 with contextlib.suppress(FileExistsError):

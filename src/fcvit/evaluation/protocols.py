@@ -1,7 +1,7 @@
-"""Named preprocessings of evaluations.
+"""Named preprocessing protocols of an evaluation.
 
-Preprocessing explains what the earlier Paddle port lost. Its figures lie 0.4 points under the authors'
-where their crop fraction is 0.90 and 1.0 where it is 0.95, with Resize(256, bilinear) for all.
+Preprocessing explains the lower accuracy of the earlier Paddle port, which used Resize(256, bilinear) for all variants.
+Its accuracy is 0.4 points lower than the authors' for a crop fraction of 0.90, and 1.0 points lower for 0.95.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Protocol:
     """A named preprocessing.
 
     Attributes:
-        name: "authors" (what belongs to the variant), "resize256-bilinear", or "custom".
-        preprocessing: what it is.
-        changed: for "custom", each field that is not the variant's: (variant's, this one's).
+        name: "authors" (the preprocessing of the variant), "resize256-bilinear", or "custom".
+        preprocessing: Preprocessing of the images.
+        changed: For "custom", the fields that differ from the variant: (value of the variant, value used).
     """
 
     name: str
@@ -34,14 +34,16 @@ class Protocol:
 
 
 def protocols(name: str, resolved: Preprocessing, variant: Variant) -> list[Protocol]:
-    """Return the protocols of that name; "authors" is what was resolved for the weights, by its true name.
+    """Return the protocols for a name. "authors" returns `resolved`, named "custom" if it differs from the variant's.
 
     Args:
-        name: one of `PROTOCOLS`.
-        resolved: see `resolve_preprocessing`; its mean and standard deviation stay.
+        name: An element of `PROTOCOLS`.
+        resolved: Preprocessing of the weights (see `resolve_preprocessing`). All protocols use its mean and standard
+            deviation.
+        variant: Variant with the authors' preprocessing.
 
     Raises:
-        UsageError: no such protocol.
+        UsageError: The name is unknown.
     """
     if name not in PROTOCOLS:
         raise UsageError(f"--protocol {name!r}: expected {', '.join(PROTOCOLS)}")

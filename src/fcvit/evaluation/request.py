@@ -1,4 +1,4 @@
-"""The request of an evaluation as `run.json` keeps it."""
+"""The request of an evaluation, as stored in `run.json`."""
 
 import dataclasses
 import hashlib
@@ -14,13 +14,13 @@ from fcvit.tasks.base import get_task
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The request of an evaluation, with absolute paths; `run.json` stores it, so that a run can be continued.
+    """The arguments of an evaluation, with absolute paths. `run.json` stores them so that the run can be resumed.
 
     Attributes:
-        weights, data: paths.
-        task: its name.
-        settings: of every task.
-        options: of this task.
+        weights, data: Paths of the weights files and the data.
+        task: Name of the task.
+        settings: Settings common to all tasks.
+        options: Options of this task.
     """
 
     weights: tuple[str, ...]
@@ -30,7 +30,7 @@ class Request:
     options: Any
 
     def to_json(self) -> dict[str, Any]:
-        """Return the request and its hash, which tells whether `run.json` was changed."""
+        """Return the request and its hash, which detects changes to `run.json`."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))
         return {"request": fields, "requestsha256": sha256(fields).hex()}
 
@@ -39,7 +39,7 @@ class Request:
         """Invert `to_json`.
 
         Raises:
-            UnreadableFile: it is damaged or was changed.
+            UnreadableFile: The record is damaged or was changed.
         """
         try:
             fields = dict(record["request"])
@@ -47,35 +47,40 @@ class Request:
             settings, options = Settings(**fields["settings"]), get_task(fields["task"]).options(**fields["options"])
             request = cls(tuple(fields["weights"]), fields["data"], fields["task"], settings, options)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UnreadableFile(f"{path}: without the settings of the run; start a new one") from error
+            raise UnreadableFile(f"{path}: the settings of the run are missing or damaged; start a new run") from error
         if not same:
-            raise UnreadableFile(f"{path}: its settings are not those that the run began with; start a new one")
+            raise UnreadableFile(f"{path}: the settings were changed after the run started; start a new run")
         return request
 
     def moved(self, places: Mapping[str, Any]) -> "Request":
-        """Return the request with other places of what it reads, by name.
+        """Return the request with new paths for its input files.
+
+        Args:
+            places: New paths by argument name.
 
         Raises:
-            UsageError: the run began without it, or weights have other names.
+            UsageError: The run does not use this argument, or the file names or number of weights do not match.
         """
         given = dict(places)
         weights = tuple(map(absolute, given.pop("weights", self.weights)))
         data = absolute(given.pop("data", self.data))
         if len(weights) != len(self.weights):
-            raise UsageError(f"--weights: {len(weights)} given, the run is of {len(self.weights)}")
+            raise UsageError(
+                f"--weights: {len(weights)} files; expected {len(self.weights)}, as at the start of the run"
+            )
         for before, now in zip(self.weights, weights, strict=True):
             if Path(now).name != Path(before).name:
-                raise UsageError(f"--weights {now}: expected the name {Path(before).name}, which the results have too")
+                raise UsageError(f"--weights {now}: expected the original file name, {Path(before).name}")
         parts = {}
         for part in ("settings", "options"):
             known = getattr(self, part)
             names = [name for name in given if getattr(known, name, None) is not None]
             parts[part] = dataclasses.replace(known, **{name: given.pop(name) for name in names})
         if given:
-            raise UsageError(f"{', '.join(given)}: the run began without; it goes on as it began")
+            raise UsageError(f"{', '.join(given)}: the run was started without this; resume it without it")
         return dataclasses.replace(self, weights=weights, data=data, **parts)
 
 
 def sha256(content: object) -> bytes:
-    """Return the hash of a JSON value; that of its identity is the key of a run's journals."""
+    """Return the SHA-256 of a JSON value. The hash of a run's identity is the key of its journals."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()

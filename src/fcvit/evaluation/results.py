@@ -1,4 +1,4 @@
-"""The outcome of an evaluation of any task: all records, and the figures with how they are shown."""
+"""The outcome of an evaluation of any task: all records and the report computed from them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +15,15 @@ from fcvit.tasks.base import Report
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The figures of an evaluation.
+    """The results of an evaluation.
 
     Attributes:
-        report: of the task, with `results` for each configuration.
-        unreadable: samples that were left out, with the reason.
-        rule: how targets were read, for people.
-        folder: where everything was written, or None.
-        first: whether this process speaks for all (see `fcvit.processes`).
-        seconds: since this process began.
+        report: Report of the task, with `results` for each configuration.
+        unreadable: Samples that were skipped because they cannot be read, with the reason.
+        rule: A readable description of how targets were read.
+        folder: Folder of all results, or None if nothing was written.
+        first: True in the process that prints and writes the results (see `fcvit.processes`).
+        seconds: Duration of the evaluation in this process.
     """
 
     report: Report
@@ -34,7 +34,7 @@ class Evaluation:
     seconds: float
 
     def __getattr__(self, name: str) -> Any:
-        """Give the task's figures, such as `results`, as attributes too."""
+        """Give access to the attributes of the report, such as `results`."""
         if name.startswith("__") or name == "report":
             raise AttributeError(name)
         return getattr(self.report, name)
@@ -47,12 +47,12 @@ class Evaluation:
         return BadImages.exit_code if self.unreadable and self.first else 0
 
     def to_json(self) -> dict[str, Any] | None:
-        """Return all figures; None where another process speaks."""
+        """Return all results, or None in processes other than the first."""
         about = {"unreadable": self.unreadable, "rule": self.rule, "folder": self.folder, "seconds": self.seconds}
         return self.report.to_json() | about | {"first": self.first} if self.first else None
 
     def tables(self) -> Iterator[Any]:
-        """Yield what the terminal shows; nothing where another process speaks."""
+        """Yield the tables and lines for the terminal. Yield nothing in processes other than the first."""
         if self.first:
             yield from self.report.tables()
             if self.folder is not None:
@@ -60,7 +60,7 @@ class Evaluation:
 
 
 class NotWritten(UnreadableFile):
-    """The figures are complete, but not all of them could be written; `result` has them."""
+    """The results are complete and in `result`, but not all files could be written."""
 
     def __init__(self, message: str, evaluation: Evaluation):
         super().__init__(message)
@@ -83,14 +83,14 @@ class RunRecords:
         ]
         if not len(rows):
             first = ": ".join(self.left_out[0])
-            raise BadImages(f"{plan.dataset.root}: none of {len(names)} images can be read, first: {first}")
+            raise BadImages(f"{plan.dataset.root}: none of the {len(names)} images can be read, for example {first}")
         count = range(len(plan.configurations))
         self.seconds = [sum(frame.extra["seconds"][i] for frame in frames) for i in count]
         devices = [{frame.extra["devices"][i] for frame in frames if len(frame.records)} for i in count]
-        self.devices = [", ".join(sorted(one)) for one in devices]
+        self.devices = [", ".join(sorted(used)) for used in devices]
         self.bytes_of: dict[tuple[int, int], bytes] = {}
         start = 0
-        for frame in frames:  # in a frame: all samples of the first configuration, then of the second ...
+        for frame in frames:  # chunk order: all samples of the first configuration, then of the second, and so on
             size = len(frame.records)
             for position, chunk in enumerate(frame.chunks):
                 self.bytes_of[start + position % size, position // size] = chunk

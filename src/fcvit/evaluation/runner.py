@@ -1,8 +1,8 @@
 """Evaluate weights on labeled samples: several weights, protocols and engines in one pass, for any task.
 
-The flow of the data: samples -> batches of crops -> outputs of each configuration -> a record of every sample in the
-journal -> figures from all records at once -> files. Since figures come from the records alone, a run that
-is continued, or shared by several processes, ends as an uninterrupted one does.
+Data flow: samples -> batches of preprocessed images -> outputs of each configuration -> one record per sample in the
+journal -> metrics from all records -> files. Metrics depend only on the records. A resumed run, or a run of several
+processes, therefore gives the same results as an uninterrupted run in one process.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from fcvit.tasks.base import Evaluator, get_task, task_of
 from fcvit.weights.reading import Weights, read_weights
 
 JOURNALS = "journals"
-_SAMPLE = 64  # images whose files are compared where they are elsewhere now
+_SAMPLE = 64  # number of images whose content is checked when a run is resumed with moved data
 logger = logging.getLogger("fcvit")
 
 
@@ -51,38 +51,40 @@ def evaluate(
     workers: int = 0,
     strict: bool = False,
 ) -> Evaluation:
-    """Evaluate weights on the data at a path; see `fcvit.commands.evaluate.evaluate`."""
+    """Evaluate weights on the data at a path. See `fcvit.commands.evaluate.evaluate`."""
     if not weights:
         raise UsageError("--weights: expected at least one file")
     _check_workers(workers)
     if settings.save_logits and not record:
-        raise UsageError("save_logits needs a folder")
+        raise UsageError("save_logits: logits are written to the run folder; pass a folder")
     began = time.perf_counter()
     processes = join()
-    paths = tuple(absolute(one.source.path if isinstance(one, Weights) else one) for one in weights)
+    paths = tuple(absolute(item.source.path if isinstance(item, Weights) else item) for item in weights)
     pairs = zip(weights, paths, strict=True)
-    loaded = [one if isinstance(one, Weights) else read_weights(path, settings.ema) for one, path in pairs]
-    for note in dict.fromkeys(note for one in loaded for note in one.notes):
+    loaded = [item if isinstance(item, Weights) else read_weights(path, settings.ema) for item, path in pairs]
+    for note in dict.fromkeys(note for item in loaded for note in item.notes):
         logger.info(note)
     task = task_of(loaded)
     known = {field.name for field in dataclasses.fields(task.options)}
-    if foreign := sorted(set(options) - known):
-        raise UsageError(f"eval: {', '.join(foreign)}: no options of {task.name}; known: {', '.join(sorted(known))}")
-    asked = task.options(**options)
-    request = Request(paths, absolute(data), task.name, settings, asked)
-    evaluator = task.evaluator(loaded, Path(request.data), asked)
+    if unknown := sorted(set(options) - known):
+        raise UsageError(
+            f"eval: unknown options for {task.name}: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    task_options = task.options(**options)
+    request = Request(paths, absolute(data), task.name, settings, task_options)
+    evaluator = task.evaluator(loaded, Path(request.data), task_options)
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
     for note in evaluator.notes:
         logger.info(note)
-    engines = plan.engines()  # what they miss is said before a folder is made
+    engines = plan.engines()  # before the folder is created, so that a missing framework leaves no folder
     _fit_batch_size(plan, processes)
     request = dataclasses.replace(request, settings=plan.settings)
-    identity = _agreed(plan, processes)
+    identity = _agreed_identity(plan, processes)
     with contextlib.ExitStack() as stack:
         target = None
         if record:
             if processes.first:
-                if not getattr(asked, "list_file", None):
+                if not getattr(task_options, "list_file", None):
                     runs.refuse_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
                 details = request.to_json() | {"identity": identity}
                 target = stack.enter_context(runs.run_folder(folder, "eval", details))
@@ -94,10 +96,10 @@ def evaluate(
 def evaluate_split(
     loaded: Sequence[Weights], evaluator: Evaluator, settings: Settings, workers: "int | Workers"
 ) -> Evaluation:
-    """Evaluate weights in memory during a training; nothing is written."""
+    """Evaluate weights during training, without writing any file."""
     processes = join()
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
-    identity = _agreed(plan, processes)
+    identity = _agreed_identity(plan, processes)
     return _Run(plan, plan.engines(), identity, processes, None, None).finish(workers, False, time.perf_counter())
 
 
@@ -108,21 +110,22 @@ def resume(
     workers: int = 0,
     strict: bool = False,
 ) -> Evaluation:
-    """Go on with a run that was interrupted; its numbers are those of an uninterrupted one.
+    """Resume an interrupted run. The results are the same as without the interruption.
 
-    A finished run is only written again, from its records: with charts, if the extra `report` came later.
+    For a finished run, only the result files are written again, for example to add charts after installing the extra
+    `report`.
 
     Args:
-        folder: of the run.
-        moved: where what the run reads is now, by the names of the arguments of `evaluate` (weights: of all files, in
-            their order), if it is no longer where it was. The content must be the same: images by their names and
-            the content of a sample of those that were evaluated, files by what is read from them.
-        workers, strict: as in `evaluate`.
+        folder: Folder of the run.
+        moved: New paths of input files that were moved, by the names of the arguments of `evaluate`. For weights, pass
+            the paths of all files in their original order. The content must be unchanged: image names, the content of
+            a sample of the evaluated images, and the content of the other files are checked.
+        workers, strict: See `evaluate`.
 
     Raises:
-        UnreadableFile, UsageError: no such run.
-        DoesNotFit: weights, images or packages are no longer those that the run began with.
-        And what `evaluate` raises.
+        UnreadableFile, UsageError: The folder does not contain a run, or its record is damaged.
+        DoesNotFit: Weights, images or packages have changed since the run started.
+        FcvitError: See `evaluate`.
     """
     began = time.perf_counter()
     _check_workers(workers)
@@ -137,12 +140,12 @@ def resume(
     loaded = [read_weights(path, request.settings.ema) for path in request.weights]
     evaluator = get_task(request.task).evaluator(loaded, Path(request.data), request.options)
     plan = Plan(request.settings, loaded, processes.device(request.settings.device), evaluator)
-    now, before = _agreed(plan, processes), record.get("identity", {})
-    for what in now:
-        if before.get(what) != now[what]:
+    now, before = _agreed_identity(plan, processes), record.get("identity", {})
+    for key in now:
+        if before.get(key) != now[key]:
             raise DoesNotFit(
-                f"{folder}: {_change(what, before.get(what), now[what])} since the run began: it cannot end with "
-                "the numbers that it would have had; start a new one"
+                f"{folder}: {_describe_change(key, before.get(key), now[key])} since the run started, so the "
+                "results would differ from those of an uninterrupted run; start a new run"
             )
     if moved:
         _check_files(plan, now, folder)
@@ -154,7 +157,7 @@ def resume(
 
 
 class _Run:
-    """An evaluation from its first batch to its files."""
+    """The execution of an evaluation, from the first batch to the result files."""
 
     def __init__(
         self,
@@ -169,13 +172,13 @@ class _Run:
         self.folder, self.request = folder, request
         self.key = sha256(identity)
         self.logits: LogitFiles | None = None
-        self.again = f"fcvit eval --resume {shlex.quote(str(folder))}"
+        self.resume_command = f"fcvit eval --resume {shlex.quote(str(folder))}"
 
     def finish(self, workers: "int | Workers", strict: bool, began: float) -> Evaluation:
-        """Do what is missing, then write all figures.
+        """Compute the missing batches, then write all results.
 
         Raises:
-            NotWritten: the disk is full; the error has the figures.
+            NotWritten: The results are complete but cannot be written. The error contains them.
         """
         try:
             folder = self.folder and self.folder / JOURNALS
@@ -189,28 +192,28 @@ class _Run:
                 interrupts.check()
         except KeyboardInterrupt:
             if self.folder is not None and self.processes.first:
-                logger.info(f"go on with: {self.again}")
+                logger.info(f"resume with: {self.resume_command}")
             raise
         except OSError as error:
-            if self.folder is None or isinstance(error, BrokenPipeError):  # the reader of our output is gone
+            if self.folder is None or isinstance(error, BrokenPipeError):  # the process that reads our output has ended
                 raise
-            raise UnreadableFile(f"{_failed(error, self.folder)}; go on with: {self.again}") from error
-        self.processes.gather(b"")  # the first one keeps the store for the others
+            raise UnreadableFile(f"{_os_error(error, self.folder)}; resume with: {self.resume_command}") from error
+        self.processes.gather(b"")  # wait for all processes: the first one hosts the key-value store
         return dataclasses.replace(evaluation, seconds=time.perf_counter() - began)
 
     def _compute(self, workers: "int | Workers", strict: bool) -> None:
-        """Do the batches that are missing, into the journal."""
+        """Compute the batches of this process that are not in the journal, and append them."""
         plan, processes, frames = self.plan, self.processes, self.journal.frames
         if self.folder is not None and plan.settings.save_logits:
-            folders = [self.folder / one.name for one in plan.configurations]
+            folders = [self.folder / configuration.name for configuration in plan.configurations]
             self.logits = LogitFiles(folders, (len(plan.dataset), plan.evaluator.outputs), len(plan.batches))
-        # By number, not by what is left: what another process has already done must not shift the shares.
+        # Batches are assigned by their number: an assignment of the missing ones would differ between processes.
         mine = [number for number in plan.batches if number % processes.count == processes.rank]
         missing = [number for number in mine if number not in frames]
         if not missing:
             return
         if frames:
-            logger.info(f"{sum(map(plan.batch_images, frames))} of {len(plan.dataset)} images are done already")
+            logger.info(f"{sum(map(plan.batch_images, frames))} of {len(plan.dataset)} images were already evaluated")
         engines = self.engines or plan.engines()
         title = "evaluating" if processes.count == 1 else f"evaluating (process 1 of {processes.count})"
         total = sum(map(plan.batch_images, missing))
@@ -227,7 +230,7 @@ class _Run:
                 advance(len(batch.indices) + len(batch.bad))
 
     def _frame(self, engines: Sequence[Engine], batch: Batch) -> Frame:
-        """Send a batch through all configurations."""
+        """Evaluate a batch with all configurations."""
         plan = self.plan
         records = np.zeros(len(batch.indices), plan.dtype)
         records["index"] = batch.indices
@@ -236,16 +239,16 @@ class _Run:
         chunks: list[bytes] = []
         if len(records):
             records["digest"] = np.frombuffer(b"".join(batch.digests), np.uint8).reshape(-1, DIGEST)
-            for position, (one, engine) in enumerate(zip(plan.configurations, engines, strict=True)):
+            for position, (configuration, engine) in enumerate(zip(plan.configurations, engines, strict=True)):
                 began = time.perf_counter()
-                output = engine(batch.pixels[one.crop])
+                output = engine(batch.pixels[configuration.crop])
                 seconds[position] = time.perf_counter() - began
-                self._check_finite(one, engine, output, batch.indices)
+                self._check_finite(configuration, engine, output, batch.indices)
                 if self.logits is not None:
                     self.logits.write(position, batch.indices, output)
                 outputs.append(output)
-                reference = None if one.reference is None else outputs[one.reference]
-                record, parts = plan.evaluator.record(output, batch.targets[one.crop], reference)
+                reference = None if configuration.reference is None else outputs[configuration.reference]
+                record, parts = plan.evaluator.record(output, batch.targets[configuration.crop], reference)
                 records["configurations"][:, position] = record
                 chunks += parts
         if self.logits is not None:
@@ -253,30 +256,32 @@ class _Run:
         extra = {"bad": batch.bad, "seconds": seconds, "devices": [engine.device for engine in engines]}
         return Frame(batch.number, records, extra, tuple(chunks))
 
-    def _check_finite(self, one: Configuration, engine: Engine, output: np.ndarray, indices: np.ndarray) -> None:
-        """Refuse NaN, which compares as if the true class were first."""
+    def _check_finite(
+        self, configuration: Configuration, engine: Engine, output: np.ndarray, indices: np.ndarray
+    ) -> None:
+        """Reject NaN and infinity: comparisons with NaN are false, so the true class would have the best rank."""
         finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
         if not finite.all():
             name = self.plan.dataset.names[indices[np.flatnonzero(~finite)[0]]]
             raise NumbersDisagree(
-                f"{one.name}: logits of {name} are not finite; the weights are damaged, or {engine.precision} is too "
-                "narrow for them"
+                f"{configuration.name}: the logits of {name} are not finite: the weights are damaged, or their values "
+                f"exceed the range of {engine.precision}"
             )
 
     def _exchange(self) -> None:
-        """Give every process the records of all."""
+        """Collect the records of all processes in every process."""
         journal, processes = self.journal, self.processes
         for rank, content in enumerate(processes.gather(journal.encoded())):
             journal.merge(content, f"process {rank}")
         journal.merge(processes.broadcast(journal.encoded()), "process 0")
         lost = [number for number in self.plan.batches if number not in journal.frames]
-        assert not lost, f"no process did batches {lost[:5]}"
+        assert not lost, f"no process computed batches {lost[:5]}"
 
     def _evaluation(self, began: float) -> Evaluation:
-        """Compute all figures.
+        """Compute all results from the records.
 
         Raises:
-            BadImages: not a single image could be read.
+            BadImages: No image could be read.
         """
         plan = self.plan
         records = RunRecords(plan, [self.journal.frames[number] for number in plan.batches], self._about())
@@ -293,7 +298,7 @@ class _Run:
         )
 
     def _about(self) -> dict[str, Any]:
-        """Return what the files of the results say beside the figures."""
+        """Return the information about the run that result files contain in addition to the metrics."""
         if self.request is None:
             return {}
         return {"data": self.request.data, "task": self.request.task, "versions": runs.versions() | decoders()}
@@ -305,13 +310,13 @@ class _Run:
                 self.logits.finish(self.journal)
             evaluation.report.write(self.folder)
         except (UnreadableFile, OSError) as error:
-            reason = error if isinstance(error, UnreadableFile) else _failed(error, self.folder)
-            text = f"{reason}; the figures are complete; to write them: {self.again}"
+            reason = error if isinstance(error, UnreadableFile) else _os_error(error, self.folder)
+            text = f"{reason}; the evaluation is complete, write its results with: {self.resume_command}"
             raise NotWritten(text, dataclasses.replace(evaluation, folder=None)) from error
 
 
 def _fit_batch_size(plan: Plan, processes: Processes) -> None:
-    """Replace "auto" by a batch size that fits."""
+    """Replace "auto" by a batch size that fits in memory."""
     if plan.settings.batch_size != "auto":
         return
     fitting = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
@@ -322,14 +327,14 @@ def _fit_batch_size(plan: Plan, processes: Processes) -> None:
 
 def _check_workers(workers: object) -> None:
     if isinstance(workers, int) and workers < 0:
-        raise UsageError(f"--workers {workers}: expected at least 0")
+        raise UsageError(f"--workers {workers}: expected a whole number of at least 0")
 
 
 def _check_files(plan: Plan, identity: Mapping[str, object], folder: Path) -> None:
-    """Compare images that the run has evaluated with the files of today, a sample of them.
+    """Check that the content of a sample of the evaluated images is unchanged.
 
     Raises:
-        DoesNotFit: one is not what it was.
+        DoesNotFit: An image has changed.
     """
     frames = Journal(plan.dtype, sha256(identity), folder / JOURNALS).frames.values()
     records = [record for frame in frames for record in frame.records]
@@ -337,39 +342,42 @@ def _check_files(plan: Plan, identity: Mapping[str, object], folder: Path) -> No
         name = plan.dataset.names[record["index"]]
         content = read_file(name, plan.dataset.locations[record["index"]])
         if hashlib.sha256(content).digest()[:DIGEST] != record["digest"].tobytes():
-            raise DoesNotFit(f"{plan.dataset.root}: {name} is not the image that the run in {folder} evaluated")
+            raise DoesNotFit(
+                f"{plan.dataset.root}: {name} is not the image that was evaluated in {folder}; restore it or start a "
+                "new run"
+            )
 
 
-def _change(what: str, before: object, now: object) -> str:
-    """Say what is no longer as it was; of packages, which."""
+def _describe_change(key: str, before: object, now: object) -> str:
+    """Describe a change of the identity, with the names and versions of changed packages."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         listed = ", ".join(f"{name} {before.get(name, 'absent')} to {now.get(name, 'absent')}" for name in names)
-        return f"{what} changed ({listed})"
-    return f"{what.replace('_', ' ')} changed"
+        return f"{key} changed ({listed})"
+    return f"{key.replace('_', ' ')} changed"
 
 
-def _agreed(plan: Plan, processes: Processes) -> dict[str, Any]:
-    """Return what decides the records, after every process has seen the same.
+def _agreed_identity(plan: Plan, processes: Processes) -> dict[str, Any]:
+    """Return the identity of the run, after checking that it is equal in all processes.
 
     Raises:
-        DoesNotFit: this process sees something else than the first one.
+        DoesNotFit: The identity in this process differs from the one in process 0.
     """
     identity = plan.identity()
     first = json.loads(processes.broadcast(json.dumps(identity).encode()))
-    for what in identity:
-        if first.get(what) != identity[what]:
-            change = _change(what, first.get(what), identity[what])
-            raise DoesNotFit(f"process {processes.rank} does not see what process 0 sees: {change}")
+    for key in identity:
+        if first.get(key) != identity[key]:
+            change = _describe_change(key, first.get(key), identity[key])
+            raise DoesNotFit(f"process {processes.rank} differs from process 0; {change}")
     return identity
 
 
 def _shared_folder(folder: Path | None, processes: Processes) -> Path:
-    """Return the run's folder in every process; made where another machine does not share it."""
+    """Return the run folder in every process, and create it on machines that do not share it."""
     path = Path(os.fsdecode(processes.broadcast(os.fsencode(folder.absolute()) if folder else b"")))
     path.mkdir(parents=True, exist_ok=True)
     return folder if folder is not None else path
 
 
-def _failed(error: OSError, folder: Path) -> str:
+def _os_error(error: OSError, folder: Path) -> str:
     return f"{error.filename or folder}: {error.strerror or error}"

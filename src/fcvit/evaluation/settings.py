@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and what follows from them before the first batch: configurations and engines."""
+"""The settings of an evaluation, and the configurations and engines that follow from them."""
 
 import dataclasses
 import hashlib
@@ -26,34 +26,36 @@ from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.tasks.base import Evaluator
 from fcvit.weights.reading import Weights
 
-MOVABLE = {"movable": True}  # metadata of an option that names a file, which may be elsewhere when a run continues
+MOVABLE = {"movable": True}  # metadata of an option with a path, which may be different when a run is resumed
 logger = logging.getLogger("fcvit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings that decide the numbers of an evaluation of any task; `run.json` stores them.
+    """The settings that determine the results of an evaluation of any task. `run.json` stores them.
 
     Args:
-        protocol: authors (the preprocessing that belongs to the weights), resize256-bilinear (Resize 256 bilinear,
-            crop 224), or both at once.
-        engines: A name of `fcvit.inference.engines.ENGINES`, or auto; two, as in paddle,torch, are compared.
-        batch_size: Images at a time; auto tries what fits. Float32 sums depend on it in the last digits.
+        protocol: Preprocessing: authors (the preprocessing of the weights), resize256-bilinear (resize 256 bilinear,
+            crop 224), or both.
+        engines: An engine in `fcvit.inference.engines.ENGINES`, or auto. Several, as in paddle,torch, are compared.
+        batch_size: Batch size. auto uses the largest that fits in memory. Float32 results can differ in the last digits
+            between batch sizes.
         device: auto, cpu, gpu or gpu:N.
-        precision: float32, or bfloat16, float16, int8 where the engine has it, measured beside float32.
-        calibration: Folder of images that int8 takes its scales from, such as training images.
-        threads: Threads that compute on a CPU (default: one for each core).
-        ema: Take the averaged (--ema) or the raw (--no-ema) weights of files with both.
-        save_logits: Keep logits.npy beside the predictions.
-        preprocessing: Another preprocessing, or fields of it, which makes the protocol "custom".
+        precision: float32, or bfloat16, float16 or int8 if the engine supports it. A lower precision is compared with
+            float32.
+        calibration: Folder of calibration images for int8, for example training images.
+        threads: Number of CPU threads (default: one per core).
+        ema: Use the EMA weights (--ema) or the raw weights (--no-ema) of a checkpoint that contains both.
+        save_logits: Also write the logits to logits.npy.
+        preprocessing: Preprocessing fields that replace those of the weights. The protocol is then called "custom".
 
     Raises:
-        UsageError: a value out of range, or two that exclude each other.
+        UsageError: A value is out of range, or two values contradict each other.
     """
 
     protocol: Literal["authors", "resize256-bilinear", "both"] = AUTHORS
     engines: Annotated[
-        str, Parameter(name="--engine", help=f"{CHOICES}; several, as in paddle,torch, are compared.")
+        str, Parameter(name="--engine", help=f"{CHOICES}. Several, as in paddle,torch, are compared.")
     ] = AUTO
     batch_size: int | Literal["auto"] = 32
     device: str = "auto"
@@ -69,24 +71,30 @@ class Settings:
             object.__setattr__(self, "calibration", absolute(self.calibration))
         parse_device(self.device)
         if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise UsageError(f"--batch-size {self.batch_size}: expected auto or at least 1")
+            raise UsageError(f"--batch-size {self.batch_size}: expected auto or a whole number of at least 1")
         if self.preprocessing and self.protocol != AUTHORS:
-            raise UsageError(f"--protocol {self.protocol} is fixed; leave it or the other preprocessing out")
+            raise UsageError(
+                f"--protocol {self.protocol} fixes the preprocessing; omit it or the preprocessing options"
+            )
         names = self.engines.split(",")
         if not all(names) or len(set(names)) != len(names):
             raise UsageError(f"--engine {self.engines!r}: expected different engines, separated by commas")
         if (self.precision == "int8") != (self.calibration is not None):
-            raise UsageError("--precision int8 and --calibrate FOLDER go together: its scales come from your images")
+            raise UsageError("--precision int8 and --calibrate FOLDER require each other; give both or neither")
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """One way through which all samples go: weights, protocol, engine, precision.
+    """One evaluation configuration: weights, engine, precision and protocol.
 
     Attributes:
-        name: of its folder.
-        crop: position of its preprocessing among those that are applied to an image.
-        reference: position of the configuration whose outputs its own are compared with; None: it is that one.
+        name: Name of the configuration and of its folder.
+        weights: Weights of the network.
+        engine: Name of the engine.
+        precision: Precision of the computation.
+        protocol: Protocol of the preprocessing.
+        crop: Index of the preprocessing in `Plan.crops`.
+        reference: Index of the configuration with which the outputs are compared, or None for the reference itself.
     """
 
     name: str
@@ -99,22 +107,22 @@ class Configuration:
 
 
 class Plan:
-    """Everything that is settled before the first batch.
+    """The configurations, preprocessings and engines of an evaluation, determined before the first batch.
 
     Args:
-        settings: of the run.
-        loaded: the weights.
-        device: of this process.
-        evaluator: the task's, for these weights and the data.
+        settings: Settings of the run.
+        loaded: Weights to evaluate.
+        device: Device of this process.
+        evaluator: Evaluator of the task for these weights and the data.
 
     Raises:
-        As `create_engine`.
+        MissingExtra, UsageError: See `create_engine`.
     """
 
     def __init__(self, settings: Settings, loaded: Sequence[Weights], device: str, evaluator: Evaluator):
         self.settings, self.device, self.evaluator = settings, device, evaluator
         self.dataset = evaluator.dataset
-        # A lower precision is never measured alone: what it costs is the difference.
+        # float32 is always included, since the loss of accuracy at a lower precision is the difference from it.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         self._engines: dict[tuple[int, str, str], Engine] = {}
         if AUTO in settings.engines.split(","):
@@ -140,7 +148,7 @@ class Plan:
         return dataclasses.replace(own, **(self.settings.preprocessing or {}))
 
     def _name_engines(self, weights: Weights) -> None:
-        """Replace "auto" in the settings by the engine that it is here, for the first weights."""
+        """Replace "auto" in the settings by the name of the engine chosen for the first weights."""
         settings = self.settings
         precision = "float32" if settings.precision == "int8" else settings.precision
         given = (AUTO, weights, self._resolved(weights), self.device, precision, settings.threads)
@@ -150,62 +158,64 @@ class Plan:
         self._engines[id(weights), engine.name, engine.precision] = engine
 
     def _configure(self, weights: Weights) -> None:
-        """Add the configurations of one weights file; each preprocessing is applied once for all."""
+        """Add the configurations of one weights file. Configurations share preprocessings, which are applied once."""
         engines = self.settings.engines.split(",")
         for protocol in protocols(self.settings.protocol, self._resolved(weights), weights.spec.variant):
-            # Mean and standard deviation are the engine's business.
+            # The engine normalizes, so that preprocessings which differ only in mean and std share their pixels.
             pixels = dataclasses.replace(protocol.preprocessing, mean=(0, 0, 0), std=(1, 1, 1))
             if pixels not in self.crops:
                 self.crops.append(pixels)
             reference = None
             for engine, precision in ((e, p) for e in engines for p in self.precisions):
-                what = [engine] * (len(engines) > 1) + [precision] * (len(self.precisions) > 1)
-                name = unique = "-".join([_stem(weights.source.path.name), protocol.name, *what])
+                suffixes = [engine] * (len(engines) > 1) + [precision] * (len(self.precisions) > 1)
+                name = unique = "-".join([_stem(weights.source.path.name), protocol.name, *suffixes])
                 number = 2
-                while unique in {one.name for one in self.configurations}:
+                while unique in {known.name for known in self.configurations}:
                     unique, number = f"{name}-{number}", number + 1
                 crop = self.crops.index(pixels)
                 self.configurations.append(Configuration(unique, weights, engine, precision, protocol, crop, reference))
                 reference = len(self.configurations) - 1 if reference is None else reference
 
     def engines(self) -> list[Engine]:
-        """Return an engine for each configuration; protocols of the same weights share theirs.
+        """Return an engine for each configuration. Configurations that differ only in the protocol share an engine.
 
         Raises:
-            MissingExtra, UsageError: a framework, device or precision is not available.
+            MissingExtra, UsageError: A framework, device or precision is not available.
         """
         engines = []
-        for one in self.configurations:
-            key = (id(one.weights), one.engine, one.precision)
+        for configuration in self.configurations:
+            key = (id(configuration.weights), configuration.engine, configuration.precision)
             if key not in self._engines:
                 self._engines[key] = create_engine(
-                    one.engine,
-                    one.weights,
-                    one.protocol.preprocessing,
+                    configuration.engine,
+                    configuration.weights,
+                    configuration.protocol.preprocessing,
                     self.device,
-                    one.precision,
+                    configuration.precision,
                     self.settings.threads,
-                    self.calibration if one.precision == "int8" else None,
+                    self.calibration if configuration.precision == "int8" else None,
                 )
             engines.append(self._engines[key])
         return engines
 
     def jobs(self) -> list[tuple[Engine, int]]:
-        """Return what every batch goes through: engines and input sizes."""
-        sizes = [one.protocol.preprocessing.input_size for one in self.configurations]
+        """Return the engine and the input size of each configuration."""
+        sizes = [configuration.protocol.preprocessing.input_size for configuration in self.configurations]
         return list(zip(self.engines(), sizes, strict=True))
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the records: a run that is continued, and every process of it, must agree.
+        """Return everything that determines the records, as JSON. It must be equal in all processes and when resuming.
 
-        Paths are not in it: another machine may have the same files elsewhere.
+        Paths are excluded, since they can differ between machines that have the same files.
         """
         paddle = ("paddlepaddle", "paddlepaddle-gpu")
         packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
-        names = {"fcvit", "numpy", "pillow"}.union(*(packages[one.engine] for one in self.configurations))
+        names = {"fcvit", "numpy", "pillow"}.union(*(packages[each.engine] for each in self.configurations))
         listed = {
-            "weights": [one.weights.source.sha256 for one in self.configurations],
-            "configurations": [[one.name, one.engine, dataclasses.asdict(one.protocol)] for one in self.configurations],
+            "weights": [each.weights.source.sha256 for each in self.configurations],
+            "configurations": [
+                [each.name, each.engine, dataclasses.asdict(each.protocol)] for each in self.configurations
+            ],
             "threads": self.settings.threads,
             "calibration": self.calibration is not None and hashlib.sha256(self.calibration.tobytes()).hexdigest(),
             "precision": self.settings.precision,
@@ -220,18 +230,18 @@ class Plan:
         return range(-(-len(self.dataset) // int(self.settings.batch_size)))
 
     def batch_images(self, number: int) -> int:
-        """Return how many samples a batch has."""
+        """Return the number of samples in a batch."""
         size = int(self.settings.batch_size)
         return min(size, len(self.dataset) - number * size)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """Return a path for another working folder; words that are no paths stay."""
+    """Return the absolute path, which stays valid when the run is resumed in another working folder."""
     return str(Path(path).absolute())
 
 
 def _stem(name: str) -> str:
-    """Return the name of a weights file without its ending."""
+    """Return the name of a weights file without its extension."""
     for ending in (".pth.tar", ".pth", ".pt", ".safetensors", ".pdparams"):
         name = name.removesuffix(ending)
     return name.strip(".") or "weights"

@@ -1,1 +1,1 @@
-"""What people look at: progress, tables, pictures."""
+"""Progress bars, tables, charts, image grids and HTML report pages."""

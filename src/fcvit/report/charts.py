@@ -1,7 +1,7 @@
-"""Charts as PNG files: confusions, calibration, training curves, speeds.
+"""Charts as PNG files: confusion between classes, reliability diagram, training curves, speed.
 
-Matplotlib is imported when a chart is drawn, and its pyplot never. A user's own Matplotlib settings neither change the
-charts nor are changed by them. What names and texts hold is drawn as it is, without markup.
+Matplotlib is imported when a chart is drawn, and pyplot is never imported. The charts neither use nor change the user's
+Matplotlib settings. Names and texts are drawn literally, without markup.
 """
 
 import collections
@@ -24,27 +24,28 @@ from fcvit.report.image_grid import INK, PAPER, RIGHT, WRONG
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MATRIX_CLASSES = 30  # with more, the cells of a confusion matrix are too small to read
+MATRIX_CLASSES = 30  # with more classes, the cells of a confusion matrix are too small to read
 WORST_PAIRS = 30
-UNSURE, FAINT = "#56B4E9", "#d9d9d9"  # Okabe and Ito's sky blue; gray
+UNSURE, FAINT = "#56B4E9", "#d9d9d9"  # sky blue of the Okabe-Ito palette, and gray
 DPI = 160
-_WIDTH = 8.0  # inches, of most charts
-_NAME = 20  # columns, of a class's name
-# The font that comes with Matplotlib has no Chinese, Japanese or Korean; the usual ones that have.
+_WIDTH = 8.0  # inches
+_NAME = 20  # maximum width of a class name in columns
+# DejaVu Sans, the font included in Matplotlib, has no Chinese, Japanese or Korean characters. The others have them.
 _FONTS = """DejaVu Sans,Noto Sans CJK SC,Noto Sans CJK JP,Source Han Sans SC,Source Han Sans CN,WenQuanYi Zen Hei
 WenQuanYi Micro Hei,Microsoft YaHei,SimHei,PingFang SC,Hiragino Sans GB,Malgun Gothic,Apple SD Gothic Neo
 Arial Unicode MS"""
 _NO_GLYPH = "\u25a1"
-_LEFT_TO_RIGHT = "\u200e"  # keeps "Hebrew → Arabic" from being set from right to left, which says the opposite
+_LEFT_TO_RIGHT = "\u200e"  # keeps "Hebrew → Arabic" left to right: the reverse order would change its meaning
 
 
 P = ParamSpec("P")
 
 
 def chart(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
-    """Make a function that draws a figure return its PNG file: the same bytes for the same arguments on one machine.
+    """Decorate a function that draws a figure, so that it returns a PNG file.
 
-    It raises MissingExtra where the extra `report` is not installed.
+    The same arguments give the same bytes on one machine. The function raises MissingExtra if the extra `report` is not
+    installed.
     """
 
     @functools.wraps(draw)
@@ -59,18 +60,18 @@ def chart(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
 
 @chart
 def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
-    """Draw which classes are taken for which: the matrix of up to `MATRIX_CLASSES` classes, else the worst pairs.
+    """Draw the confusion matrix of up to `MATRIX_CLASSES` classes, or the most frequent errors for more classes.
 
     Args:
-        matrix: integers (C, C), how many images of class i (row) were taken for class j (column).
-        classes: C of them; names may repeat and hold anything.
-        title: one line; cut where it is too long.
+        matrix: Integers (C, C). Entry (i, j) is the number of images of class i predicted as class j.
+        classes: C classes. Names may repeat and contain any characters.
+        title: One line. It is shortened if it is too long.
 
     Raises:
-        DoesNotFit: the matrix has another shape.
+        DoesNotFit: The shape of the matrix does not match the number of classes.
     """
     if matrix.shape != (len(classes), len(classes)):
-        raise DoesNotFit(f"a confusion matrix of shape {matrix.shape} for {len(classes)} classes")
+        raise DoesNotFit(f"the shape {matrix.shape} of the confusion matrix does not match {len(classes)} classes")
     return (_heat_map if len(classes) <= MATRIX_CLASSES else _worst_pairs)(matrix, classes, title)
 
 
@@ -87,7 +88,7 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     note = "\nA gray row is a class without images." if (totals == 0).any() else ""
     figure = new_figure(width, height, title, _tally(matrix) + note)
     axes = figure.subplots()
-    # The square root spreads the small shares, which are the mistakes.
+    # The square root makes small fractions, which are the errors, easier to distinguish.
     norm, colors = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad="#e6e6e6")
     cells = axes.pcolormesh(shares, cmap=colors, norm=norm, edgecolors=FAINT, linewidth=0.25)
     axes.invert_yaxis()
@@ -100,41 +101,42 @@ def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
     axes.set_yticks(np.arange(count) + 0.5, names)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    scale: dict[str, Any] = {"ticks": [0, 0.01, 0.1, 0.25, 0.5, 1], "format": PercentFormatter(1, 0, " %")}
-    where: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.6}
-    bar = figure.colorbar(cells, ax=axes, label="share of the true class's images", **scale, **where)
+    scale: dict[str, Any] = {"ticks": [0, 0.01, 0.1, 0.25, 0.5, 1], "format": PercentFormatter(1, 0)}
+    layout: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.6}
+    bar = figure.colorbar(cells, ax=axes, label="percentage of the images of the true class", **scale, **layout)
     bar.outline.set_visible(False)  # pyrefly: ignore
     return figure
 
 
 def _worst_pairs(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
-    mistakes = matrix.astype(np.int64)
-    np.fill_diagonal(mistakes, 0)
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:WORST_PAIRS]
-    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, matrix.shape), strict=True) if mistakes[i, j]]
+    errors = matrix.astype(np.int64)
+    np.fill_diagonal(errors, 0)
+    order = np.argsort(-errors, axis=None, kind="stable")[:WORST_PAIRS]
+    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, matrix.shape), strict=True) if errors[i, j]]
     if not pairs:
         return new_figure(_WIDTH, 1.2, title, _tally(matrix))
     names, totals = _names(classes), matrix.sum(axis=1)
-    counts = np.array([mistakes[pair] for pair in pairs])
-    every = int(np.count_nonzero(mistakes))
-    extent = f"the {len(pairs)} most frequent of {every:,} pairs of classes, {counted(int(counts.sum()), 'mistake')}"
-    if every == len(pairs):
-        extent = f"all of them, in {counted(every, 'pair')} of classes"
+    counts = np.array([errors[pair] for pair in pairs])
+    total = int(np.count_nonzero(errors))
+    extent = f"the {len(pairs)} most frequent of {total:,} class pairs, with {counted(int(counts.sum()), 'error')}"
+    if total == len(pairs):
+        extent = f"all errors, in {counted(total, 'class pair')}"
     figure = new_figure(9.0, 1.6 + len(pairs) * 0.26, title, f"{_tally(matrix)}\nShown: {extent}")
     axes = figure.subplots()
-    # Decimals of a few images would pretend to know more.
+    # Decimals would suggest too much precision for a small number of images.
     shares = [100 * number / totals[i] for number, (i, _) in zip(counts, pairs, strict=True)]
     digits = [0 if totals[i] < 1000 else 1 for i, _ in pairs]
-    texts = [f"{n:,}   ({share:.{digit}f} %)" for n, share, digit in zip(counts, shares, digits, strict=True)]
+    texts = [f"{n:,}   ({share:.{digit}f}%)" for n, share, digit in zip(counts, shares, digits, strict=True)]
     _bars(axes, [f"{names[i]} → {names[j]}" for i, j in pairs], counts, texts, [WRONG] * len(pairs))
     axes.set_xlim(0, 1.25 * counts.max())
-    axes.set_title("true class → predicted class: images, and their share of the true class's", loc="left", fontsize=9)
+    text = "true class → predicted class: number of images (percentage of the true class)"
+    axes.set_title(text, loc="left", fontsize=9)
     return figure
 
 
 @chart
 def reliability_chart(calibration: Calibration, title: str) -> "Figure":
-    """Draw accuracy in bins of confidence beside the diagonal, and below it how many images are in each bin."""
+    """Draw a reliability diagram: accuracy by confidence bin, and the number of images in each bin."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
@@ -144,7 +146,7 @@ def reliability_chart(calibration: Calibration, title: str) -> "Figure":
     counts, accuracy, confidence = (
         np.array(values)[filled] for values in (calibration.counts, calibration.accuracy, calibration.confidence)
     )
-    error = f"Expected calibration error (ECE): {100 * calibration.error:.2f} %, {counted(total, 'image')}"
+    error = f"Expected calibration error (ECE): {100 * calibration.error:.2f}%, {counted(total, 'image')}"
     figure = new_figure(_WIDTH, 7.0, title, f"{error} in {counted(bins, 'bin')}" if total else "No images")
     above, below = _column(figure, 2, sharex=True, height_ratios=[3, 1])
 
@@ -160,7 +162,7 @@ def reliability_chart(calibration: Calibration, title: str) -> "Figure":
     above.plot([0, 1], [0, 1], "--", color=INK, linewidth=1)
     signs = [
         Patch(color=RIGHT, label="accuracy"),
-        Line2D([], [], color=INK, linewidth=1.2, label="95 % interval of the accuracy"),
+        Line2D([], [], color=INK, linewidth=1.2, label="95% confidence interval of the accuracy"),
         Patch(**over, label="gap: overconfident"),
         Patch(**under, label="gap: underconfident"),
         Line2D([], [], color=INK, linewidth=1, linestyle="--", label="accuracy = confidence"),
@@ -172,37 +174,37 @@ def reliability_chart(calibration: Calibration, title: str) -> "Figure":
         style = {"textcoords": "offset points", "ha": "center", "fontsize": min(9.0, 600 / bins / len(f"{number:,}"))}
         below.annotate(f"{number:,}", (x, number), (0, 2), **style)
     below.set(ylim=(0, 1.25 * max([1, *counts])), ylabel="images")
-    below.set_xlabel("confidence: probability of the predicted class")
+    below.set_xlabel("confidence (probability of the predicted class)")
     below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     below.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in (above.yaxis, below.xaxis):
         axis.set_major_locator(MaxNLocator(10))
-        axis.set_major_formatter(PercentFormatter(1, 0, " %"))
+        axis.set_major_formatter(PercentFormatter(1, 0))
     return figure
 
 
-_CURVES = (  # of each panel: its name, and the columns with their names and colors
+_CURVES = (  # panels: (name, ((column, label, color), ...))
     (
         "loss",
         (
             ("loss", "training", INK),
             ("val_loss", "validation", RIGHT),
-            ("ema_val_loss", "validation, averaged weights", WRONG),
+            ("ema_val_loss", "validation, EMA weights", WRONG),
         ),
     ),
-    ("top-1 accuracy, %", (("top1", "validation", RIGHT), ("ema_top1", "validation, averaged weights", WRONG))),
+    ("top-1 accuracy (%)", (("top1", "validation", RIGHT), ("ema_top1", "validation, EMA weights", WRONG))),
     ("learning rate", (("lr", "at the end of the epoch", INK),)),
 )
 
 
 @chart
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Draw loss, top-1 and learning rate over the epochs of a training, one below the other.
+    """Draw loss, top-1 accuracy and learning rate over the epochs of a training run, in panels.
 
     Args:
-        rows: one an epoch, with `epoch`, `loss`, `lr`, and where there was a validation `val_loss`, `top1`
-            (per cent) and the same of EMA weights, `ema_val_loss`, `ema_top1`.
-        title: one line; cut where it is too long.
+        rows: One row per epoch with `epoch`, `loss` and `lr`. After a validation also `val_loss` and `top1` (percent),
+            and for EMA weights `ema_val_loss` and `ema_top1`.
+        title: One line. It is shortened if it is too long.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -210,7 +212,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     subtitle = counted(len(rows), "epoch")
     if scored := [row for row in rows if "top1" in row]:
         best = max(scored, key=lambda row: row["top1"])
-        subtitle += f"; best top-1 {best['top1']:.2f} % after epoch {best['epoch']}"
+        subtitle += f", best top-1 accuracy {best['top1']:.2f}% after epoch {best['epoch']}"
     figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
     for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
         for key, label, color in lines:
@@ -227,10 +229,13 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A bar of a `speed_chart`: images per second, with the range of the rounds.
+    """A bar of a `speed_chart`.
 
     Attributes:
-        reference: whether the others are measured by it.
+        label: Label of the bar.
+        rate: Images per second.
+        low, high: Lowest and highest rate of all measurement rounds.
+        reference: True for the reference of the comparison.
     """
 
     label: str
@@ -242,7 +247,7 @@ class Bar:
 
 @chart
 def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitle: str) -> "Figure":
-    """Draw images per second as bars, group by group (a name and its bars), on one scale."""
+    """Draw images per second as bars on a common scale. Each group is a name with its bars."""
     sizes = [len(bars) for _, bars in groups]
     figure = new_figure(_WIDTH, 1 + 0.5 * len(groups) + 0.28 * sum(sizes), title, subtitle)
     panels = _column(figure, len(groups), sharex=True, height_ratios=sizes)
@@ -259,7 +264,7 @@ def speed_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, subtitl
 
 @contextlib.contextmanager
 def drawing() -> Generator[None]:
-    """Apply the settings of all charts while one is drawn."""
+    """Apply the Matplotlib settings of the charts, and restore the previous settings afterwards."""
     page.require_report()
     import matplotlib.style
 
@@ -269,7 +274,7 @@ def drawing() -> Generator[None]:
         "font.family": _fonts()[0],
         "font.size": 10,
         "savefig.dpi": DPI,
-        "text.parse_math": False,  # a dollar in a name is a dollar
+        "text.parse_math": False,  # a dollar sign in a name does not start a formula
         "axes.edgecolor": "#888888",
         "figure.facecolor": PAPER,
         "axes.spines.top": False,
@@ -281,7 +286,7 @@ def drawing() -> Generator[None]:
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str = "", layout: Any = "constrained") -> "Figure":
-    """Return a figure of that many inches that lays itself out, with its title; the subtitle may have several lines."""
+    """Create a figure, with the size in inches, a title and a subtitle of one or more lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout=layout)
@@ -297,7 +302,7 @@ def _column(figure: "Figure", count: int, **options: Any) -> Sequence[Any]:
 def _bars(
     axes: Any, names: Sequence[str], values: Any, texts: Sequence[str], colors: Sequence[str], ends: Any = ()
 ) -> None:
-    """Draw horizontal bars, the first above, each with its name before and a text behind its end."""
+    """Draw horizontal bars from top to bottom, with the name on the left and a text at the end of each bar."""
     axes.barh(range(len(names)), values, height=0.74, color=colors)
     for row, (value, text) in enumerate(zip(values, texts, strict=True)):
         end = max(value, ends[row]) if len(ends) else value
@@ -310,30 +315,32 @@ def _bars(
 
 
 def _tally(matrix: np.ndarray) -> str:
-    """Return how many mistakes there are, of how many images."""
-    images, mistakes = int(matrix.sum()), int(matrix.sum() - np.trace(matrix))
-    wrong = counted(mistakes, "mistake") if mistakes else "No mistakes"
+    """Return the number of errors and of images as text."""
+    images, errors = int(matrix.sum()), int(matrix.sum() - np.trace(matrix))
+    wrong = counted(errors, "error") if errors else "No errors"
     return f"{wrong} in {counted(images, 'image')}" if images else "No images"
 
 
 def _names(classes: Classes) -> list[str]:
-    """Return a short label for each class, no two alike: the name, with the id or else the index where names repeat.
+    """Return a short, unique label for each class.
 
-    The id, or else the index, stands for a name that the fonts cannot show.
+    The label is the name. If names repeat, the id is added, and the index if this is not unique either. The id, or else
+    the index, replaces a name that the fonts cannot show.
     """
     ids = [shown(c.id, _NAME) for c in classes]
     names = []
     for index, (c, identity) in enumerate(zip(classes, ids, strict=True)):
-        ways = [way for way in (shown(c.name, _NAME), identity, f"class {index}") if way]
-        names.append(min(ways, key=lambda way: _NO_GLYPH in way))
-    for marks in (ids, range(len(classes))):
-        times = collections.Counter(names)
-        names = [f"{name} ({mark})" if times[name] > 1 else name for name, mark in zip(names, marks, strict=True)]
+        labels = [label for label in (shown(c.name, _NAME), identity, f"class {index}") if label]
+        names.append(min(labels, key=lambda label: _NO_GLYPH in label))
+    for suffixes in (ids, range(len(classes))):
+        counts = collections.Counter(names)
+        pairs = zip(names, suffixes, strict=True)
+        names = [f"{name} ({suffix})" if counts[name] > 1 else name for name, suffix in pairs]
     return [f"{_LEFT_TO_RIGHT}{name}{_LEFT_TO_RIGHT}" for name in names]
 
 
 def shown(text: str, columns: int = 80) -> str:
-    """Return one line that the fonts can show, shortened; other characters are boxes, wide ones count twice."""
+    """Return the text as one line of at most `columns` columns. Characters without a glyph become boxes."""
     known, line, width = _fonts()[1], "", 0
     for c in unicodedata.normalize("NFC", " ".join(text[: 10 * columns].split())):
         category = unicodedata.category(c)
@@ -342,12 +349,12 @@ def shown(text: str, columns: int = 80) -> str:
             return line[:-1].rstrip() + "…"
         if category != "Cf":
             line += c if ord(c) in known and c.isprintable() else _NO_GLYPH
-    return line[: 2 * columns]  # no tower of accents
+    return line[: 2 * columns]  # limits combining characters, which have no width
 
 
 @functools.cache
 def _fonts() -> tuple[list[str], frozenset[int]]:
-    """Return which of `_FONTS` this machine has, as Matplotlib warns of others, and the characters that they show."""
+    """Return the installed fonts of `_FONTS`, since Matplotlib warns about missing ones, and their characters."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
     installed = {font.name for font in fontManager.ttflist}

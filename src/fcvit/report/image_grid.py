@@ -1,4 +1,4 @@
-"""Predictions as a picture: each image with what it was taken for."""
+"""Grids of images with their predicted classes."""
 
 import bisect
 import dataclasses
@@ -9,15 +9,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fcvit.text import printable
 
-# Okabe and Ito's blue and vermilion: told apart by the color-blind too; a mark repeats it in shape.
+# Blue and vermilion of the Okabe-Ito palette, which color-blind readers can distinguish.
 RIGHT, WRONG, INK, PAPER = "#0072B2", "#D55E00", "#222222", "#ffffff"
-TILE, GAP = 128, 16  # pixels: side of an image's place, space between two
-_TEXT = 44
+TILE, GAP = 128, 16  # pixels: side of an image, space between images
+_TEXT = 44  # pixels: height of the text below an image
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One image: RGB, the class it was taken for, how surely, and the truth where it is known."""
+    """An RGB image with its predicted class, the probability, and the true class if it is known."""
 
     image: Image.Image
     predicted: str
@@ -26,7 +26,7 @@ class Tile:
 
 
 def image_grid(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
-    """Draw a grid of images with their predictions below, right ones in blue, wrong ones in vermilion."""
+    """Draw a grid of images with their predictions, correct ones in blue and wrong ones in vermilion."""
     title = printable(title)
     columns = max(1, min(columns, len(tiles)))
     rows = -(-len(tiles) // columns)
@@ -45,25 +45,26 @@ def image_grid(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Ima
         right = tile.truth is None or tile.truth == tile.predicted
         color = RIGHT if right else WRONG
         draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=color, width=2)
-        sure = f"  {100 * tile.probability:.0f} %"
-        draw.text((x, y + TILE + 4), shorten(tile.predicted, font, TILE - font.getlength(sure)) + sure, color, font)
+        percent = f"  {100 * tile.probability:.0f}%"
+        name = shorten(tile.predicted, font, TILE - font.getlength(percent))
+        draw.text((x, y + TILE + 4), name + percent, color, font)
         if not right:
-            draw.text((x, y + TILE + 24), shorten(f"wrong: it is {tile.truth}", small, TILE), color, small)
+            draw.text((x, y + TILE + 24), shorten(f"true class: {tile.truth}", small, TILE), color, small)
     return grid
 
 
 def paste_tile(grid: Image.Image, image: Image.Image, x: int, y: int) -> None:
-    """Draw an image into the place whose upper left corner is (x, y), as large as fits, in its middle."""
+    """Draw an image centered in the tile with the upper left corner (x, y), scaled to fit."""
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # Enlarged pixels stay pixels; photographs are shrunk smoothly.
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    grid.paste(image.resize(size, how), (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
+    # Small images are enlarged without smoothing, so that their pixels stay visible.
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    grid.paste(image.resize(size, resampling), (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Shorten a text to so many pixels, with three points where something is missing."""
-    text = printable(text)  # Pillow measures single lines of whole characters only
+    """Shorten a text to a width in pixels, with "..." at the end of a shortened text."""
+    text = printable(text)  # Pillow measures only single lines without incomplete characters
     if font.getlength(text) <= width:
         return text
     fitting = bisect.bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
@@ -71,7 +72,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def png(image: Image.Image) -> bytes:
-    """Return a picture as a PNG file."""
+    """Encode an image as a PNG file."""
     content = io.BytesIO()
     image.save(content, "PNG")
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file: no script, nothing loaded from elsewhere, so it can be mailed and kept."""
+"""The report of a run as a single HTML file, without scripts or external resources."""
 
 import base64
 import importlib
@@ -12,12 +12,12 @@ from PIL import Image
 from fcvit.errors import MissingExtra
 from fcvit.text import printable
 
-LONG = 50  # rows; a longer listing is folded up
+LONG = 50  # tables with more rows are collapsed
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file with what it shows in words (`alt`); shown at the size that its resolution states, at most."""
+    """A PNG file with a title and an alternative text. Its resolution sets its maximum size on the page."""
 
     title: str
     png: bytes
@@ -25,25 +25,27 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return width and height in CSS pixels, which are 1/96 of an inch."""
+        """Return width and height in CSS pixels (1/96 inch)."""
         with Image.open(io.BytesIO(self.png)) as image:
             scale = 96 / image.info.get("dpi", (96, 96))[0]
             return round(image.width * scale), round(image.height * scale)
 
     @property
     def uri(self) -> str:
-        """Return the picture itself, as an address."""
+        """Return the PNG file as a data URI."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A table; the first cell of a row says what the row is about.
+    """A table of the page. The first cell of each row is a row header.
 
     Attributes:
-        rows: each with a cell for every column.
-        numeric: columns that are aligned to the right.
-        note: a line below the table.
+        title: Caption of the table.
+        columns: Column titles.
+        rows: Rows, with one cell per column.
+        numeric: Titles of the right-aligned columns.
+        note: Line below the table.
     """
 
     title: str
@@ -53,21 +55,21 @@ class Listing:
     note: str = ""
 
     def __post_init__(self):
-        """Raise a ValueError where rows or `numeric` do not fit the columns."""
+        """Raise a ValueError if the rows or `numeric` do not match the columns."""
         if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError(f"{self.title}: a row has not {len(self.columns)} cells, one for each column")
+            raise ValueError(f"{self.title}: a row does not have {len(self.columns)} cells, one per column")
         if not self.numeric <= set(self.columns):
-            raise ValueError(f"{self.title}: numeric columns that do not exist: {self.numeric - set(self.columns)}")
+            raise ValueError(f"{self.title}: these numeric columns do not exist: {self.numeric - set(self.columns)}")
 
     @property
     def folded(self) -> bool:
-        """Report whether it is so long that it is shown when asked for."""
+        """Return True if the table is collapsed because it has more than `LONG` rows."""
         return len(self.rows) > LONG
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report, such as one engine or run: facts in pairs, then tables, then pictures."""
+    """A section of the report, such as one configuration: pairs of names and values, tables and pictures."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -77,7 +79,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report: what matters most in `summary`, above the sections."""
+    """The report page. The tables in `summary` come before the sections."""
 
     title: str
     lead: str
@@ -87,26 +89,26 @@ class Page:
 
 
 def require_report() -> None:
-    """Check that reports can be made here; worth a call before long work.
+    """Check that the packages for reports are installed. Call this before a long computation.
 
     Raises:
-        MissingExtra: Jinja2 or matplotlib is not installed, or does not load.
+        MissingExtra: Jinja2 or Matplotlib is not installed or cannot be imported.
     """
     for package in ("jinja2", "matplotlib"):
         try:
             importlib.import_module(package)
         except ImportError as error:
-            reason = "is not installed" if error.name == package else f"does not load ({error})"
+            reason = "is not installed" if error.name == package else f"cannot be imported ({error})"
             raise MissingExtra(
                 f"reports need {package}, which {reason}; install it with: pip install 'fcvit[report]'"
             ) from error
 
 
 def render_page(page: Page) -> str:
-    """Render the page as one HTML document that encodes to UTF-8, whatever its texts hold.
+    """Render the page as an HTML document that can always be encoded as UTF-8.
 
     Raises:
-        MissingExtra: the extra `report` is not installed.
+        MissingExtra: The extra `report` is not installed.
     """
     require_report()
     import jinja2
@@ -119,5 +121,5 @@ def render_page(page: Page) -> str:
 
 
 def _legible(value: Any) -> Any:
-    """Return text without what HTML or UTF-8 cannot hold, or what turns the text after it around, each as its code."""
+    """Replace characters that HTML or UTF-8 cannot represent, or that change the text direction, by their codes."""
     return printable(value, keep="\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value

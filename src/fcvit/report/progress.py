@@ -1,4 +1,4 @@
-"""Show the progress of long work, with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+"""Show progress with rate and time left: a bar on a terminal, or a line every few seconds otherwise."""
 
 import contextlib
 import datetime
@@ -18,11 +18,15 @@ from fcvit.text import printable
 def progress(
     what: str, total: int, unit: str = "images", every: float = 10, after: Callable[[float], float] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to be called with how many were done since the last call; `--quiet` shows nothing.
+    """Yield a function that takes the number of items done since its last call. `--quiet` disables the display.
 
     Args:
-        every: seconds between lines where the standard error is no terminal; shorter work has none.
-        after: gives the seconds of the work that follows, from the rate; then the time left of all is shown too.
+        what: Description of the work.
+        total: Total number of items.
+        unit: Name of the items.
+        every: Seconds between lines if standard error is not a terminal.
+        after: Function that returns the seconds of the remaining work after this, given the rate. If it is given, the
+            total time left is shown as well.
     """
     if logging.getLogger("fcvit").level >= logging.ERROR:  # --quiet
         yield lambda _: None
@@ -54,7 +58,7 @@ def progress(
 
 
 class _Estimate(ProgressColumn):
-    """Rate and time left, from all that was done: a single step may take longer than any fixed window."""
+    """The rate and the time left, averaged over all items, since one step can take longer than a fixed window."""
 
     def __init__(self, total: int, unit: str, after: Callable[[float], float] | None):
         super().__init__()
@@ -72,13 +76,13 @@ class _Estimate(ProgressColumn):
             return "time left unknown"
         rate = self.done / seconds
         left = (self.total - self.done) / rate
-        of_all = f", {duration(left + self.after(rate))} left in all" if self.after else ""
-        return f"{rate:.1f} {self.unit}/s, {duration(left)} left{of_all}"
+        in_total = f", {duration(left + self.after(rate))} left in total" if self.after else ""
+        return f"{rate:.1f} {self.unit}/s, {duration(left)} left{in_total}"
 
     def render(self, task: Task) -> Text:
         return Text(str(self), style="cyan")
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as 0:03:20."""
+    """Format seconds as hours, minutes and seconds, for example 0:03:20."""
     return str(datetime.timedelta(seconds=round(seconds)))

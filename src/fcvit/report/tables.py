@@ -1,7 +1,7 @@
-"""The tables of results on the terminal: the console, the one style, and listings that several commands show.
+"""Tables for the terminal: the console, the common style, and tables used by several commands.
 
-Texts from files and paths stand in them as they are: neither rich nor the terminal may read commands
-out of them (see `console` and `table`).
+Texts from files and paths are shown literally. Rich markup and terminal control characters in them have no effect (see
+`console` and `table`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from rich.text import Text
 from fcvit.errors import BadImages, counted
 from fcvit.text import printable
 
-SHOWN = 20  # rows of a list that may be long
+SHOWN = 20  # maximum number of rows of a long table
 
 
 def console(error: bool = False) -> Console:
-    """The console for these tables: plain text stays plain; a pipe, which has no width, gets a wide one."""
+    """Return the console for tables, without markup. Output that is not a terminal is 140 columns wide."""
     plain = {"markup": False, "emoji": False, "highlight": False, "stderr": error}
     terminal = Console(**plain)
     return terminal if terminal.is_terminal else Console(**plain, width=140)
 
 
 class _Table(Table):
-    """A table whose cells hold texts from anywhere; only a `Text` can have several lines."""
+    """A table that is safe for cells with untrusted text. Only a `Text` cell can have several lines."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Add a row, with control characters as their escapes."""
+        """Add a row, with control characters replaced by escape sequences."""
         super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
@@ -42,13 +42,15 @@ def table(
     limit: int | None = None,
     more: Sequence[str] = ("... and {} more",),
 ) -> Table:
-    """Build a table in the one style.
+    """Build a table in the common style.
 
     Args:
-        columns: their titles; none: two columns without titles.
-        rows: the cells of each row, from the left.
-        right: titles of the columns that are aligned there.
-        limit, more: the largest number of rows, and the cells in the place of the others, with their number at {}.
+        columns: Column titles. Without titles, the table has two columns.
+        rows: Cells of each row.
+        title: Title of the table.
+        right: Titles of the right-aligned columns.
+        limit, more: Maximum number of rows, and the cells of the last row if there are more rows. In these cells, {} is
+            replaced by the number of omitted rows.
     """
     result = _Table(title=title and printable(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     result.show_header = bool(columns)
@@ -63,18 +65,18 @@ def table(
 
 
 def lines(texts: Iterable[str]) -> Text:
-    """One text below the other in a cell."""
+    """Join texts as the lines of one cell."""
     return Text("\n".join(map(printable, texts)))
 
 
 def verdict(passed: bool, limit: str = "") -> Text:
-    """pass or FAIL, in color, with the limit behind it."""
+    """Return "pass" or "FAIL" in color, followed by the limit."""
     word = ("pass", "green") if passed else ("FAIL", "bold red")
     return Text.assemble(word, f" (limit {limit})" if limit else "")
 
 
 def problems(found: Sequence[Any]) -> Table:
-    """Everything that does not fit, up to a screenful."""
+    """Return a table of tensors that do not match, with at most `SHOWN` rows."""
     rows = [(problem.name, problem.expected, problem.found, problem.remedy) for problem in found]
     more = ("... and {} more", "", "", "fcvit inspect FILE --json lists all")
     columns = ("tensor", "expected", "found", "remedy")
@@ -82,21 +84,21 @@ def problems(found: Sequence[Any]) -> Table:
 
 
 def interval(bounds: tuple[float, float]) -> str:
-    """Two bounds in per cent or points."""
+    """Format an interval in percent or percentage points."""
     return f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
 def unreadable(found: Sequence[str | BadImages]) -> Table:
-    """Images that were left out."""
-    title = f"{counted(len(found), 'image')} left out: cannot be read"
+    """Return a table of unreadable images, which are excluded."""
+    title = f"{counted(len(found), 'unreadable image')} excluded"
     return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN)
 
 
 def predictions(rows: Sequence[tuple[Path, Any]]) -> Table:
-    """Return the best classes of each image."""
+    """Return a table of the most probable classes of each image."""
     cells = [
-        ("" if place else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
+        ("" if position else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
         for path, ranked in rows
-        for place, row in enumerate(ranked)
+        for position, row in enumerate(ranked)
     ]
-    return table("image", "%", "class", "id", rows=cells, right=("%",))
+    return table("image", "probability (%)", "class", "id", rows=cells, right=("probability (%)",))

@@ -1,1 +1,1 @@
-"""Tasks: what a network learns, measured and shown in its own way, by loops that know no task."""
+"""Tasks such as classification: their data, losses, metrics and reports, behind one interface (`tasks.base`)."""

@@ -1,8 +1,8 @@
-"""The questions that training, evaluation and prediction ask of a task. They ask nothing else and name no task.
+"""The interface between tasks and the training and evaluation loops, and the registry of tasks.
 
-A task is a module with a `TASK` object, registered here by name. The name is stored in the header of
-checkpoints (as that of the head), in recipes and in `run.json`. The loops import this file alone; the registry
-imports a task's module when it is asked for.
+A task is a module with a `TASK` object, registered here by name. The name is stored in the header of checkpoints
+(through the head), in recipes and in `run.json`. The loops use a task only through the protocols in this module.
+`get_task` imports the module of a task on first use.
 """
 
 import importlib
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 TASKS = {"classification": "fcvit.tasks.classification.task"}
 DEFAULT_TASK = "classification"
-"""The task of recipes and results that name none."""
+"""The task of recipes and results without a task name."""
 
 
 class TrainingTask(Protocol):
-    """A task for one training run: its data, its network, its loss.
+    """The data, network and loss of one training run.
 
     Attributes:
-        train, val: the splits; val None: no validation.
-        notes: how they were found, for people.
-        identity: what decides the numbers of the run besides images, weights and packages.
-        preprocessing: what the network is trained for.
-        score: the figure of the log that selects the best weights; more is better.
-        shown: column of the log -> (label, format), what people want to see of an epoch.
+        train, val: Training and validation splits. `val` is None if there is no validation.
+        notes: Readable notes on how the splits were read.
+        identity: Values that determine the results of the run, in addition to images, weights and packages.
+        preprocessing: Preprocessing for which the network is trained.
+        score: Column of the log that selects the best weights. Higher is better.
+        shown: Columns of the log to print for each epoch: name -> (label, format).
     """
 
     train: "Dataset"
@@ -49,43 +49,43 @@ class TrainingTask(Protocol):
     shown: Mapping[str, tuple[str, str]]
 
     def network(self) -> "nn.Layer":
-        """Return the network as the run begins with it."""
+        """Return the network at the start of the run."""
         ...
 
     def transform(self, epoch: int) -> "Transform":
-        """Return what becomes of an image and its target in an epoch; workers get a copy."""
+        """Return the transform of an image and its target in an epoch. It is pickled for the workers."""
         ...
 
     def inputs(self, batch: "Batch", epoch: int) -> tuple[np.ndarray, Any]:
-        """Return the network's input, float32 (B, 3, H, W), and what the loss compares its outputs with."""
+        """Return the network's input, float32 (B, 3, H, W), and the targets for the loss."""
         ...
 
     def loss(self, outputs: Any, targets: Any) -> "dict[str, Tensor]":
-        """Return the named losses of a micro-batch, means over its images; their sum is minimized."""
+        """Return the named losses of a micro-batch, averaged over its images. Training minimizes their sum."""
         ...
 
     def weights(self, model: "nn.Layer", **options: Any) -> "Weights":
-        """Return the network's weights with all that a checkpoint says; options as in `weights_of`."""
+        """Return the network's weights with the metadata of a checkpoint. For the options, see `weights_of`."""
         ...
 
     def evaluator(self, loaded: "Sequence[Weights]") -> "Evaluator":
-        """Return what evaluates weights on the validation split."""
+        """Return the evaluator for the validation split."""
         ...
 
     def row(self, result: Any) -> dict[str, float]:
-        """Return the columns that an evaluation's result adds to the log."""
+        """Return the columns of the log for an evaluation result."""
         ...
 
 
 class Evaluator(Protocol):
-    """A task for one evaluation: its data, and from outputs to records, figures and files.
+    """The data of one evaluation, and the computation of records and reports from the network's outputs.
 
     Attributes:
-        dataset: the samples, in the order of the records.
-        notes: how it was found, for people.
-        rule: how targets were read, for people.
-        dtype: of the record of a sample by one configuration (a NumPy structure).
-        outputs: numbers that the network gives for a sample; 0: they vary.
+        dataset: Samples, in the order of the records.
+        notes: Readable notes on how the data set was read.
+        rule: A readable description of how targets were read.
+        dtype: NumPy structure of the record of one sample and one configuration.
+        outputs: Number of outputs of the network per sample, or 0 if it varies.
     """
 
     dataset: "Dataset"
@@ -95,42 +95,42 @@ class Evaluator(Protocol):
     outputs: int
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the records besides weights, engines and names of the samples, as JSON."""
+        """Return values that determine the records, in addition to weights, engines and sample names, as JSON."""
         ...
 
     def transform(self, preprocessing: Preprocessing) -> "Transform":
-        """Return what becomes of an image and its target; workers get a copy."""
+        """Return the transform of an image and its target. It is pickled for the workers."""
         ...
 
     def record(
         self, outputs: np.ndarray, targets: Sequence[Any], reference: np.ndarray | None
     ) -> tuple[np.ndarray, Sequence[bytes]]:
-        """Return what is kept of each sample of a batch: a record of `dtype`, and bytes of any length.
+        """Return the records of a batch, as an array of `dtype` and byte strings of any length.
 
         Args:
-            outputs: of the network, (B, ...).
-            targets: of the samples.
-            reference: outputs of the configuration that this one is compared with; None: it is that one.
+            outputs: Outputs of the network, (B, ...).
+            targets: Targets of the samples.
+            reference: Outputs of the reference configuration, or None for the reference itself.
         """
         ...
 
     def report(self, evaluated: "Evaluated") -> "Report":
-        """Return the figures of all records at once."""
+        """Compute the report from all records."""
         ...
 
 
 class Evaluated(Protocol):
-    """All records of an evaluation, as the runner hands them over.
+    """All records of an evaluation.
 
     Attributes:
-        configurations: see `fcvit.evaluation.settings.Configuration`.
-        batch_size, precisions: of the run.
-        index, digests: position in the data set and digest of each sample that could be read, (N,).
-        records: (N, configurations) of the evaluator's `dtype`.
-        bytes_of: the variable-length part of each record, by (sample, configuration).
-        left_out: (name, reason) of each sample that could not be read.
-        seconds, devices: of each configuration.
-        about: settings for the files of the results.
+        configurations: Evaluation configurations (see `fcvit.evaluation.settings.Configuration`).
+        batch_size, precisions: Batch size and precisions of the run.
+        index, digests: Position in the data set and digest of each readable sample, (N,).
+        records: Records of the evaluator's `dtype`, (N, configurations).
+        bytes_of: Variable-length part of each record, by (sample, configuration).
+        left_out: Name and reason of each sample that could not be read.
+        seconds, devices: Computing time and devices of each configuration.
+        about: Information about the run for the result files.
     """
 
     configurations: Any
@@ -147,36 +147,36 @@ class Evaluated(Protocol):
 
 
 class Report(Protocol):
-    """The figures of an evaluation and how they are written and shown.
+    """The results of an evaluation, and the methods that write and display them.
 
     Attributes:
-        results: one for each configuration.
-        hints: what looks wrong in the data, for people.
+        results: One result per configuration.
+        hints: Readable warnings about likely errors in the data.
     """
 
     results: Sequence[Any]
     hints: Sequence[str]
 
     def write(self, folder: Path) -> None:
-        """Write the results into a folder for each configuration, then the pictures and the page."""
+        """Write the results of each configuration into its own folder, then the charts and the report page."""
         ...
 
     def tables(self) -> Iterator[Any]:
-        """Yield what the terminal shows."""
+        """Yield the tables for the terminal."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON has it."""
+        """Return all results as JSON."""
         ...
 
 
 class Task(Protocol):
-    """A task by name.
+    """A task, such as image classification.
 
     Attributes:
-        name: as checkpoints, recipes and runs store it.
-        recipe: the dataclass of its recipes.
-        options: the dataclass of what an evaluation of it may be asked besides `fcvit.evaluation.settings.Settings`.
+        name: Name in checkpoints, recipes and run folders.
+        recipe: Dataclass of the task's recipes.
+        options: Dataclass of the task's evaluation options, in addition to `fcvit.evaluation.settings.Settings`.
     """
 
     name: str
@@ -184,7 +184,7 @@ class Task(Protocol):
     options: type
 
     def training(self, recipe: "Recipe", weights: "Weights | None") -> TrainingTask:
-        """Prepare a training."""
+        """Prepare a training run."""
         ...
 
     def evaluator(self, loaded: "Sequence[Weights]", data: Path, options: Any) -> Evaluator:
@@ -194,28 +194,28 @@ class Task(Protocol):
     def predictor(
         self, weights: "Weights", preprocessing: Preprocessing, classes: Any, create: "Callable[[], Engine]"
     ) -> Any:
-        """Return what `fcvit.load` gives: an object with `predict` and `stream` (see `fcvit.inference.images`).
+        """Return the predictor that `fcvit.load` returns, with `predict` and `stream` (see `fcvit.inference.images`).
 
-        For `fcvit predict` it has `rows(prediction)` (for JSON and CSV), `table(pairs)` and `draw(pairs, folder)` of
-        paths with their predictions.
+        `fcvit predict` also calls `rows(prediction)` for JSON and CSV, `table(pairs)` and `draw(pairs, folder)`, where
+        `pairs` are paths with their predictions.
 
         Args:
-            weights, preprocessing: of the network.
-            classes: other names of the classes; None: the weights' own.
-            create: makes the engine, once all else fits.
+            weights, preprocessing: Weights and preprocessing of the network.
+            classes: Class names that replace those of the weights, or None.
+            create: Function that creates the engine. It is called after all other arguments were checked.
         """
         ...
 
     def compare(self, first: Path, second: Path, folder: Path | None) -> Any:
-        """Compare two results of evaluations over the same samples; write the comparison into a folder."""
+        """Compare two evaluation results on the same samples. Write the comparison if a folder is given."""
         ...
 
 
 def get_task(name: str) -> Task:
-    """Return the task of that name.
+    """Return the task with the given name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: The task does not exist.
     """
     if name not in TASKS:
         raise UsageError(f"task {name!r:.60}: expected {', '.join(TASKS)}")
@@ -223,15 +223,15 @@ def get_task(name: str) -> Task:
 
 
 def task_of(loaded: "Sequence[Weights]") -> Task:
-    """Return the task that weights were trained for.
+    """Return the task for which weights were trained.
 
     Raises:
-        DoesNotFit: they have no head, or are of different tasks.
+        DoesNotFit: The weights have no head, or belong to different tasks.
     """
     tasks = list(dict.fromkeys(weights.spec.task for weights in loaded))
     if len(tasks) > 1:
-        raise DoesNotFit(f"the weights are for different tasks ({', '.join(tasks)}); name them one by one")
+        raise DoesNotFit(f"the weights are for different tasks ({', '.join(tasks)}); evaluate each task separately")
     if tasks[0] not in TASKS:
         weights = loaded[0]
-        raise DoesNotFit(f"{weights.source.path} is {weights.spec}: it has no classes")
+        raise DoesNotFit(f"{weights.source.path}: {weights.spec} has no head; use a checkpoint with a head")
     return get_task(tasks[0])

@@ -1,8 +1,8 @@
-"""Recipes: the fields that decide a training run of any task.
+"""Recipes: the fields that define a training run of any task.
 
-A field is declared once, with type, bounds, description and default. Validation, command-line options, `--help`
-and the table in docs/training.md are derived from that. The defaults are the authors' recipe for ImageNet (their
-`train.py` and README).
+Each field is declared once, with type, bounds, description and default. Validation, command-line options, `--help`
+and the table in the documentation are derived from this declaration. The defaults are the authors' recipe for ImageNet
+(their `train.py` and README).
 """
 
 import difflib
@@ -45,65 +45,67 @@ def _group(title: str) -> Callable[[str], Meta]:
     return lambda description: Meta(title=title, description=description)
 
 
-# Each describes a field of its group: SCHEDULE("Lowest learning rate.").
+# Each function describes a field of its group: SCHEDULE("Lowest learning rate.").
 DATA, NETWORK, IMAGES, LOSS, SCHEDULE, OPTIMIZER, RUN = map(_group, GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The fields of a recipe that every task has; a task adds its own in a subclass.
+    """The fields of a recipe that are common to all tasks. A task adds its own fields in a subclass.
 
     Raises:
-        UsageError: a value is of the wrong type or out of range, or two fields contradict each other.
+        UsageError: A value has the wrong type or is out of range, or two fields contradict each other.
     """
 
     task: Annotated[str, DATA("Task of the network.")] = DEFAULT_TASK
-    data: Annotated[str, DATA("Training images: class folders, in a folder or tar; or both splits.")] = ""
-    val: Annotated[str | None, DATA("Validation images; else `val` beside `train`.")] = None
-    held_out: Annotated[BelowOne, DATA("Share of each class held out for validation where there is no split.")] = 0.0
+    data: Annotated[str, DATA("Class folders of training images, or a folder with both splits. May be a tar.")] = ""
+    val: Annotated[str | None, DATA("Validation images (default: the `val` split of `data`).")] = None
+    held_out: Annotated[BelowOne, DATA("Fraction of each class held out for validation if there is no split.")] = 0.0
     classes: Annotated[str | None, DATA("Class list: CSV with id and name, or one class per line.")] = None
-    weights: Annotated[str | None, DATA("Checkpoint to start from; else the authors' initialization.")] = None
-    ema: Annotated[bool | None, DATA("Take the EMA (true) or raw weights of a checkpoint that has both.")] = None
-    new_head: Annotated[bool, DATA("Initialize the head anew, for other classes than those of `weights`.")] = False
+    weights: Annotated[str | None, DATA("Initial checkpoint (default: the authors' initialization).")] = None
+    ema: Annotated[bool | None, DATA("Use the EMA (true) or raw (false) weights if both exist.")] = None
+    new_head: Annotated[bool, DATA("Initialize a new head, for classes that differ from those of `weights`.")] = False
 
-    variant: Annotated[str, NETWORK("A name listed by `fcvit models`; required.")]
+    variant: Annotated[str, NETWORK("Variant name (see `fcvit models`). Required.")]
     options: Annotated[Table, NETWORK("Fields of `fcvit.Variant`, as in heads=4.")] = field(default_factory=dict)
-    drop_path_rate: Annotated[BelowOne, NETWORK("Stochastic depth of the last block, growing linearly from 0.")] = 0.1
-    drop_rate: Annotated[BelowOne, NETWORK("Dropout in the channel mixers.")] = 0.0
-    input_size: Annotated[Pixels | None, NETWORK("Input size in pixels; else that of the weights or variant.")] = None
-    crop_fraction: Annotated[PositiveShare | None, NETWORK("Crop fraction of the evaluation.")] = None
-    interpolation: Annotated[Interpolation | None, NETWORK("Interpolation of the evaluation.")] = None
+    drop_path_rate: Annotated[BelowOne, NETWORK("Stochastic depth of the last block; linear from 0 at the first.")] = (
+        0.1
+    )
+    drop_rate: Annotated[BelowOne, NETWORK("Dropout rate in the channel mixers.")] = 0.0
+    input_size: Annotated[Pixels | None, NETWORK("Input size in pixels (default: of the weights or variant).")] = None
+    crop_fraction: Annotated[PositiveShare | None, NETWORK("Crop fraction in evaluation.")] = None
+    interpolation: Annotated[Interpolation | None, NETWORK("Interpolation in evaluation.")] = None
     mean: Annotated[Mean | None, NETWORK("Mean of the preprocessing, as in `--mean 0.5,0.5,0.5`.")] = None
-    std: Annotated[Deviation | None, NETWORK("Standard deviation of the preprocessing, in the same way.")] = None
+    std: Annotated[Deviation | None, NETWORK("Standard deviation, as in `--std 0.5,0.5,0.5`.")] = None
 
-    epochs: Annotated[Count, SCHEDULE("Epochs of the schedule, warm-up included.")] = 300
-    warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; by steps also a fraction.")] = 5.0
-    cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Epochs after the schedule, at its last rate.")] = 10
-    lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Highest learning rate, for `lr_batch` images per step.")] = 1e-3
-    lr_batch: Annotated[CountOrZero, SCHEDULE("The rate grows with `batch_size / lr_batch`; 0: `lr` itself.")] = 1024
-    min_lr: Annotated[NonNegative, SCHEDULE("Lowest learning rate.")] = 1e-6
+    epochs: Annotated[Count, SCHEDULE("Number of epochs of the schedule, including the warm-up.")] = 300
+    warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; with lr_update = step any number.")] = 5.0
+    cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Additional epochs at the final learning rate.")] = 10
+    lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Peak learning rate for `lr_batch` images per step.")] = 1e-3
+    lr_batch: Annotated[CountOrZero, SCHEDULE("`lr` is multiplied by `batch_size / lr_batch`. 0: no scaling.")] = 1024
+    min_lr: Annotated[NonNegative, SCHEDULE("Minimum learning rate.")] = 1e-6
     warmup_lr: Annotated[NonNegative, SCHEDULE("Learning rate at the start of the warm-up.")] = 1e-6
-    lr_update: Annotated[Literal["epoch", "step"], SCHEDULE("Set the rate once per epoch or at every step.")] = "epoch"
-    schedule: Annotated[Literal["cosine", "poly", "step"], SCHEDULE("Course of the rate after the warm-up.")] = "cosine"
-    poly_power: Annotated[Positive, SCHEDULE("Power of the schedule `poly`.")] = 0.9
-    step_epochs: Annotated[tuple[Count, ...], SCHEDULE("Epochs after which the schedule `step` lowers the rate.")] = ()
-    step_factor: Annotated[PositiveShare, SCHEDULE("Factor of the rate at each of `step_epochs`.")] = 0.1
+    lr_update: Annotated[Literal["epoch", "step"], SCHEDULE("Update the rate every epoch or step.")] = "epoch"
+    schedule: Annotated[Literal["cosine", "poly", "step"], SCHEDULE("Schedule after the warm-up.")] = "cosine"
+    poly_power: Annotated[Positive, SCHEDULE("Power of the `poly` schedule.")] = 0.9
+    step_epochs: Annotated[tuple[Count, ...], SCHEDULE("Epochs at which the `step` schedule decays the rate.")] = ()
+    step_factor: Annotated[PositiveShare, SCHEDULE("Decay factor at each of `step_epochs`.")] = 0.1
 
-    batch_size: Annotated[int, Meta(ge=2), OPTIMIZER("Images per step, over all processes together.")] = 1024
-    accumulate: Annotated[Count, OPTIMIZER("Micro-batches of each process per step.")] = 1
-    beta1: Annotated[BelowOne, OPTIMIZER("AdamW.")] = 0.9
-    beta2: Annotated[BelowOne, OPTIMIZER("AdamW.")] = 0.999
-    eps: Annotated[Positive, OPTIMIZER("AdamW.")] = 1e-8
-    weight_decay: Annotated[NonNegative, OPTIMIZER("AdamW; none for parameters with fewer than two dimensions.")] = 0.05
-    layer_decay: Annotated[PositiveShare, OPTIMIZER("Learning rate of a block over that of the next block.")] = 1.0
-    freeze: Annotated[bool, OPTIMIZER("Train the head only; the rest keeps weights and running statistics.")] = False
-    clip_norm: Annotated[Positive | None, OPTIMIZER("Largest norm of the whole gradient; else not clipped.")] = None
-    ema_decay: Annotated[BelowOne | None, OPTIMIZER("Highest decay of EMA weights; else none are kept.")] = None
+    batch_size: Annotated[int, Meta(ge=2), OPTIMIZER("Total batch size per step, over all processes.")] = 1024
+    accumulate: Annotated[Count, OPTIMIZER("Micro-batches per process and step (gradient accumulation).")] = 1
+    beta1: Annotated[BelowOne, OPTIMIZER("First beta of AdamW.")] = 0.9
+    beta2: Annotated[BelowOne, OPTIMIZER("Second beta of AdamW.")] = 0.999
+    eps: Annotated[Positive, OPTIMIZER("Epsilon of AdamW.")] = 1e-8
+    weight_decay: Annotated[NonNegative, OPTIMIZER("Weight decay. Not applied to one-dimensional parameters.")] = 0.05
+    layer_decay: Annotated[PositiveShare, OPTIMIZER("Layer-wise decay of the learning rate, per block.")] = 1.0
+    freeze: Annotated[bool, OPTIMIZER("Train only the head, with a fixed backbone and running statistics.")] = False
+    clip_norm: Annotated[Positive | None, OPTIMIZER("Maximum norm of the gradient (default: no clipping).")] = None
+    ema_decay: Annotated[BelowOne | None, OPTIMIZER("Maximum decay of the EMA weights (default: no EMA).")] = None
 
-    precision: Annotated[Precision, RUN("A 16-bit type means mixed precision, on a GPU that has it.")] = "float32"
-    batchnorm: Annotated[BatchNorm, RUN("Average the statistics of processes per epoch, or sync per step.")] = "average"
-    operators: Annotated[Operators, RUN("CPU operators: this package's (native), Paddle's (plain) or auto.")] = "auto"
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Seed of all random draws.")] = 0
+    precision: Annotated[Precision, RUN("float16 and bfloat16: mixed precision, if the GPU supports it.")] = "float32"
+    batchnorm: Annotated[BatchNorm, RUN("Average statistics of processes each epoch, or sync each step.")] = "average"
+    operators: Annotated[Operators, RUN("CPU operators: native (this package), plain (Paddle) or auto.")] = "auto"
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None
     save_every: Annotated[Count | None, RUN("Also keep the weights of every N-th epoch.")] = None
     tensorboard: Annotated[bool, RUN("Also write a TensorBoard log (extra `tensorboard`).")] = False
@@ -123,7 +125,7 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after the warm-up, for this batch size."""
+        """The peak learning rate, scaled for the batch size."""
         return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1)
 
     @property
@@ -131,15 +133,15 @@ class Recipe:
         return self.epochs + self.cooldown_epochs
 
     def network(self) -> Variant:
-        """Return the variant with its options.
+        """Return the variant with the architecture options of the recipe.
 
         Raises:
-            UsageError: there is no such variant, or an option does not fit.
+            UsageError: The variant is unknown, or an option is unknown or invalid.
         """
         known = [option.name for option in fields(Variant) if option.name not in ("name", "preprocessing")]
         for name in self.options:
             if name not in known:
-                raise UsageError(f"recipe: options.{name} is no option of the architecture{suggestion(name, known)}")
+                raise UsageError(f"recipe: options.{name} is not an architecture option{suggestion(name, known)}")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
         if values.get("layer_scale") == "none":  # TOML has no null
             values["layer_scale"] = None
@@ -149,30 +151,30 @@ class Recipe:
             raise UsageError(f"recipe: options {dict(self.options)}: {error}") from error
 
     def preprocessing(self) -> PreprocessingChange | None:
-        """Return the fields of the preprocessing that the recipe sets, or None."""
+        """Return the preprocessing fields set in the recipe, or None if there are none."""
         names = typing.get_type_hints(PreprocessingChange)
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return typing.cast(PreprocessingChange, values) or None
 
     def to_toml(self) -> str:
-        """Return all fields that are not None, as a file that `read_recipe` reads."""
+        """Return all fields that are not None as TOML, which `read_recipe` can read."""
         values = {name: getattr(self, name) for name in recipe_fields(type(self))}
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
 
 
-_HIGHEST = "from 0 to the highest rate ({r.peak_lr:g})"
-# Conditions between fields: field, condition, expectation.
+_UP_TO_PEAK = "from 0 to the peak learning rate ({r.peak_lr:g})"
+# Conditions between fields: (field, condition, expected value).
 _CHECKS: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (
-    ("warmup_epochs", lambda r: r.warmup_epochs <= r.epochs, "from 0 to epochs ({r.epochs}); set --warmup-epochs too"),
-    ("min_lr", lambda r: r.min_lr <= r.peak_lr, _HIGHEST),
-    ("warmup_lr", lambda r: r.warmup_lr <= r.peak_lr, _HIGHEST),
+    ("warmup_epochs", lambda r: r.warmup_epochs <= r.epochs, "from 0 to epochs ({r.epochs}); set --warmup-epochs"),
+    ("min_lr", lambda r: r.min_lr <= r.peak_lr, _UP_TO_PEAK),
+    ("warmup_lr", lambda r: r.warmup_lr <= r.peak_lr, _UP_TO_PEAK),
     ("step_epochs", lambda r: [*r.step_epochs] == sorted(set(r.step_epochs)), "epochs in ascending order"),
     ("step_epochs", lambda r: r.step_epochs or r.schedule != "step", "at least one epoch with schedule = 'step'"),
-    ("ema", lambda r: r.ema is None or r.weights, "weights to choose from"),
-    ("new_head", lambda r: not r.new_head or r.weights, "weights to take the rest from"),
-    ("freeze", lambda r: not r.freeze or r.weights, "weights to freeze"),
+    ("ema", lambda r: r.ema is None or r.weights, "a checkpoint in weights"),
+    ("new_head", lambda r: not r.new_head or r.weights, "a checkpoint in weights"),
+    ("freeze", lambda r: not r.freeze or r.weights, "a checkpoint in weights"),
 )
-# Names of fields in other training scripts.
+# Field names in other training scripts, for suggestions.
 OTHER_NAMES = {
     "learning_rate": "lr",
     "bs": "batch_size",
@@ -186,31 +188,31 @@ OTHER_NAMES = {
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known one, or all of them."""
+    """Return the end of a message about an unknown name: the closest known name, or all known names."""
     near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else difflib.get_close_matches(name, known, 1, 0.7)
     return f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
 
 
 @dataclass(frozen=True)
 class RecipeField:
-    """One field as a recipe declares it, for validation, options and documentation."""
+    """The declaration of a recipe field, used for validation, command-line options and documentation."""
 
     hint: Any
-    default: Any  # MISSING: a recipe must state it
+    default: Any  # MISSING for a required field
     group: str
     description: str
     kind: Any  # the type without bounds and None
-    optional: bool  # None is a value; a file leaves the field out, "none" on the command line removes it
-    expected: str  # the values in words, as "a number from 0 to below 1"
+    optional: bool  # None is allowed: omitted in a file, "none" on the command line
+    expected: str  # description of the valid values, such as "a number from 0 to below 1"
 
     @property
     def default_text(self) -> str:
-        """The default as TOML; empty: nothing."""
+        """The default as TOML, or an empty string if there is none."""
         return "" if self.default is MISSING or self.default in (None, "", (), {}) else _toml(self.default)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that the command line accepts; empty: any."""
+        """The values that the command line accepts, or an empty tuple if they are not limited."""
         literals = typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
         words = ("true", "false") if self.kind is bool else literals
         return (*words, "none") if words and self.optional else words
@@ -218,7 +220,7 @@ class RecipeField:
 
 @functools.cache
 def recipe_fields(cls: type[Recipe]) -> dict[str, RecipeField]:
-    """Return the fields of a recipe by name, those of a group together."""
+    """Return the fields of a recipe by name, ordered by group."""
     hints, described = typing.get_type_hints(cls, include_extras=True), {}
     for entry in fields(cls):
         hint = hints[entry.name]
@@ -241,7 +243,7 @@ _RANGES = {
 
 
 def _describe(hint: Any) -> tuple[Any, bool, str]:
-    """Return the type without bounds and None, whether None is a value, and the values in words."""
+    """Return the type without bounds and None, whether None is allowed, and a description of the valid values."""
     kind, bounds = _peel(hint)
     optional = types.NoneType in (arguments := typing.get_args(kind))
     if optional:
@@ -264,7 +266,7 @@ def _peel(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
 
 
 def _toml(value: object) -> str:
-    """Return a value as TOML, which is JSON but for tables and infinity."""
+    """Return a value as TOML, which differs from JSON only for tables and infinity."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

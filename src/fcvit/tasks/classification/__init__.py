@@ -1,1 +1,1 @@
-"""Image classification: the task's answers to the questions of `fcvit.tasks.base`."""
+"""Image classification: the implementation of the interface in `fcvit.tasks.base`."""

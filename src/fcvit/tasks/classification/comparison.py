@@ -1,4 +1,4 @@
-"""Two evaluations over the same images: is the difference real, and where does it lie?"""
+"""Compare two evaluations on the same images: statistical significance, classes and images that differ."""
 
 import collections
 import dataclasses
@@ -18,13 +18,13 @@ from fcvit.text import csv_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-_SHOWN, _CLASSES = 20, 10  # rows of listings that may be long
+_SHOWN, _CLASSES = 20, 10  # maximum number of rows in a table
 _SETTINGS = ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassChange:
-    """One class: images, per cent right in the first and the second, and images gained (or lost, below 0)."""
+    """The change of one class: images, both accuracies in percent, and correct images gained (negative: lost)."""
 
     id: str
     name: str
@@ -36,7 +36,7 @@ class ClassChange:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """An image that the two take for different classes: ids, and names where they are known."""
+    """An image with different predictions: class ids, and class names if known."""
 
     path: str
     truth: str
@@ -49,20 +49,21 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class ResultComparison:
-    """The differences of two results over the same images.
+    """The comparison of two results on the same images.
 
     Attributes:
-        first, second: their names.
-        folders: where they are.
-        settings: what they were computed with, where it is not the same: (first's, second's).
-        images: that both evaluated.
-        top1: per cent, of each.
-        difference, interval: second less first, in points; see `fcvit.metrics.classification.paired_difference`.
-        only_first, only_second: images that only one gets right.
-        p_value: of the exact McNemar test.
-        classes: the most gained first, the most lost last.
-        differing: images with another top-1 class.
-        folder: where it was written, or None.
+        first, second: Names of the two results.
+        folders: Folders of the two results.
+        settings: Settings that differ: name -> (first, second).
+        images: Number of images.
+        top1: Both top-1 accuracies in percent.
+        difference, interval: Second minus first top-1 accuracy and its 95% confidence interval, in percentage points
+            (see `fcvit.metrics.classification.paired_difference`).
+        only_first, only_second: Number of images that only the first or only the second result classifies correctly.
+        p_value: p-value of the exact McNemar test.
+        classes: Change of each class, from the largest gain to the largest loss.
+        differing: Images with different top-1 predictions.
+        folder: Folder of the written comparison, or None.
     """
 
     first: str
@@ -81,40 +82,42 @@ class ResultComparison:
     folder: Path | None = None
 
     def __repr__(self) -> str:
-        return f"<ResultComparison: {self.difference:+.2f} points over {counted(self.images, 'image')}>"
+        return f"<ResultComparison: {self.difference:+.2f} percentage points on {counted(self.images, 'image')}>"
 
     def tables(self) -> "Iterator[Table | str]":
-        """Show the difference, classes that gained and lost, and images that differ."""
+        """Yield tables of the difference, classes with gains and losses, and images with different predictions."""
         from fcvit.report.tables import interval, table
 
         if self.settings:
-            settings = table("", "first", "second", title="settings that differ")
-            for what, both in self.settings.items():
-                settings.add_row(what.replace("_", " "), *both)
+            settings = table("setting", "first", "second", title="settings that differ")
+            for name, values in self.settings.items():
+                settings.add_row(name.replace("_", " "), *values)
             yield settings
-        figures = table(title=f"{self.first} and {self.second}, the same {counted(self.images, 'image')}")
-        figures.add_row("top-1 of the first", f"{self.top1[0]:.2f} %")
-        figures.add_row("top-1 of the second", f"{self.top1[1]:.2f} %")
-        figures.add_row("difference", f"{self.difference:+.2f} points (95 % interval {interval(self.interval)})")
-        figures.add_row("only the first is right", str(self.only_first))
-        figures.add_row("only the second is right", str(self.only_second))
+        title = f"{self.first} (first) and {self.second} (second) on the same {counted(self.images, 'image')}"
+        figures = table(title=title)
+        figures.add_row("top-1 accuracy, first", f"{self.top1[0]:.2f}%")
+        figures.add_row("top-1 accuracy, second", f"{self.top1[1]:.2f}%")
+        difference = f"{self.difference:+.2f} percentage points (95% confidence interval {interval(self.interval)})"
+        figures.add_row("second minus first", difference)
+        figures.add_row("correct only in the first", str(self.only_first))
+        figures.add_row("correct only in the second", str(self.only_second))
         figures.add_row("exact McNemar test", f"p = {self.p_value:.2g}")
-        figures.add_row("another top-1 class", counted(len(self.differing), "image"))
+        figures.add_row("different top-1 predictions", counted(len(self.differing), "image"))
         yield figures
         moved = [change for change in self.classes if change.gained]
         for title, rows in (
-            ("classes that gained most", [change for change in moved if change.gained > 0][:_CLASSES]),
-            ("classes that lost most", [change for change in reversed(moved) if change.gained < 0][:_CLASSES]),
+            ("classes with the largest gains", [change for change in moved if change.gained > 0][:_CLASSES]),
+            ("classes with the largest losses", [change for change in reversed(moved) if change.gained < 0][:_CLASSES]),
         ):
             if rows:
-                columns = ("images", "first %", "second %", "images gained")
+                columns = ("images", "first (%)", "second (%)", "change in correct images")
                 listing = table("class", "name", *columns, title=title, right=columns)
                 for row in rows:
                     shares = (f"{row.first:.1f}", f"{row.second:.1f}")
                     listing.add_row(row.id, row.name, str(row.images), *shares, f"{row.gained:+d}")
                 yield listing
         if self.differing:
-            listing = table("image", "truth", "first", "second", title="images on which they differ")
+            listing = table("image", "true class", "first", "second", title="images with different top-1 predictions")
             for row in self.differing[:_SHOWN]:
                 pairs = ((row.truth, row.truth_name), (row.first, row.first_name), (row.second, row.second_name))
                 listing.add_row(row.path, *(id if name == id else f"{name} ({id})" for id, name in pairs))
@@ -130,20 +133,20 @@ def compare(
 ) -> ResultComparison:
     """Compare two results of `fcvit eval`.
 
-    Images are matched by their content, so that a tar and a folder of the same images can be compared.
+    Images are matched by their content, so results on a tar and on a folder of the same images can be compared.
 
     Args:
-        first, second: the folder of a result (weights and protocol), or of a run that has only one.
-        folder: a new folder for `comparison.json` and `differing.csv`; None: nothing is written.
+        first, second: Folder of a result, or of a run with a single result.
+        folder: New folder for `comparison.json` and `differing.csv`. If None, nothing is written.
 
     Raises:
-        UnreadableFile: no finished results there.
-        UsageError: a run with several results, or twice the same.
-        DoesNotFit: they are over different images, or the images have other classes.
+        UnreadableFile: A folder does not contain a finished result.
+        UsageError: A run contains several results, or both arguments are the same result.
+        DoesNotFit: The images, their true classes or the candidate classes are different.
     """
     one, other = read_result(Path(first)), read_result(Path(second))
     if one.folder.resolve() == other.folder.resolve():
-        raise UsageError(f"{one.folder} twice; expected two results")
+        raise UsageError(f"{one.folder}: both arguments are this result; pass two different results")
     _check_same_images(one, other)
     comparison = _compare(one, other)
     if folder is not None:
@@ -156,11 +159,12 @@ def compare(
 
 
 def _check_same_images(one: SavedResult, other: SavedResult) -> None:
-    """Refuse other images, the same ones with other classes, and other sets of classes."""
-    told_apart = [saved.metrics.get("classes") for saved in (one, other)]
-    if told_apart[0] != told_apart[1]:
+    """Raise an error if the images, their true classes or the number of candidate classes are different."""
+    candidates = [saved.metrics.get("classes") for saved in (one, other)]
+    if candidates[0] != candidates[1]:
         raise DoesNotFit(
-            f"{one.folder} tells {told_apart[0]} classes apart and {other.folder} {told_apart[1]}: not the same task"
+            f"{one.folder} predicts among {candidates[0]} classes and {other.folder} among {candidates[1]}; compare "
+            "results with the same classes"
         )
     counts = [collections.Counter(image for image, _ in saved.images) for saved in (one, other)]
     only = [counts[0] - counts[1], counts[1] - counts[0]]
@@ -168,12 +172,15 @@ def _check_same_images(one: SavedResult, other: SavedResult) -> None:
         side = 0 if only[0] else 1
         example = next(path for image, path in (one, other)[side].images if image in only[side])
         raise DoesNotFit(
-            f"{one.folder} and {other.folder} are over different images: {only[0].total()} are only in the first, "
-            f"{only[1].total()} only in the second, such as {example}"
+            f"{one.folder} and {other.folder} have different images: {only[0].total()} are only in the first and "
+            f"{only[1].total()} only in the second, for example {example}; evaluate both on the same images"
         )
     for (_, path), truth, theirs in zip(one.images, one.truth, other.truth, strict=True):
         if truth != theirs:
-            raise DoesNotFit(f"{path} is {truth} in {one.folder} and {theirs} in {other.folder}: other classes")
+            raise DoesNotFit(
+                f"{path}: the true class is {truth} in {one.folder} and {theirs} in {other.folder}; compare results "
+                "with the same labels"
+            )
 
 
 def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
@@ -215,7 +222,7 @@ def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
 
 
 def _settings(one: SavedResult, other: SavedResult) -> dict[str, tuple[str, str]]:
-    """Return the settings in which the two differ, as texts."""
+    """Return the settings that differ between two results, as text."""
     sides = []
     for saved in (one, other):
         side = {what: saved.metrics.get(what) for what in _SETTINGS}

@@ -1,4 +1,4 @@
-"""The evaluation of classifiers: labeled images, and a record of every image by every configuration."""
+"""Evaluation of classifiers: the labeled images, and the record of each image and configuration."""
 
 import dataclasses
 import hashlib
@@ -22,20 +22,20 @@ from fcvit.tasks.base import Evaluated
 from fcvit.tasks.classification.figures import ClassificationReport
 from fcvit.weights.reading import Weights
 
-PRESENT = "present"  # in place of a class list: the classes that the data has
+PRESENT = "present"  # value of --class-subset for the classes of the data
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of an evaluation of classifiers, besides the settings of every task.
+    """The evaluation options of classifiers, in addition to the settings of all tasks.
 
     Args:
-        list_file: File with an image's path and class index a line.
-        classes: Class list of the model: CSV with id and name, or one class per line (default: the file's own).
-        subset: Evaluate this many images only, drawn by the seed, every class in its share.
-        seed: Draws the subset (default: 0).
-        real: The file real.json of ImageNet-ReaL, for accuracy by its labels too.
-        class_subset: Restrict the evaluation to these classes: a class list, or present for those of the data.
+        list_file: File with one image path and class index per line.
+        classes: Class list of the model: CSV with id and name, or one class per line (default: from the weights file).
+        subset: Evaluate only this many images, a random sample with the class proportions of the data.
+        seed: Random seed of --subset (default: 0).
+        real: real.json of ImageNet-ReaL, to also report the accuracy with its labels.
+        class_subset: Restrict predictions to these classes: a class list, or present for the classes of the data.
     """
 
     list_file: Annotated[str | None, Parameter(name="--list")] = dataclasses.field(default=None, metadata=MOVABLE)
@@ -52,28 +52,28 @@ class Options:
 
 
 class ClassificationEvaluator:
-    """Evaluates classifiers (see `fcvit.tasks.base.Evaluator`).
+    """The evaluator of classifiers (see `fcvit.tasks.base.Evaluator`).
 
     Args:
-        loaded: weights that know the same classes.
-        data: class folders, a folder of the images of a list, a tar; or images that are read already.
-        options: of this evaluation.
+        loaded: Weights of models with the same classes.
+        data: Path of class folders, of the images in a list, or of a tar. Alternatively, labeled images.
+        options: Options of this evaluation.
 
     Attributes:
-        classes: all classes of the model.
-        columns: indices of the classes that are told apart.
-        told_apart: these classes.
-        labels: position of each image's class among them.
-        k: 5, or the number of classes told apart where that is smaller.
-        real: the right classes of each image by ImageNet-ReaL; None: not asked for.
+        classes: All classes of the model.
+        columns: Indices of the candidate classes, to which predictions are restricted.
+        told_apart: Candidate classes.
+        labels: Index of each image's true class among the candidate classes.
+        k: 5, or the number of candidate classes if it is smaller.
+        real: ImageNet-ReaL labels of each image, or None if they were not given.
 
     Raises:
-        UnreadableFile, DoesNotFit, UsageError: data, lists, options and weights do not go together.
+        UnreadableFile, DoesNotFit, UsageError: Data, lists, options and weights do not match.
     """
 
     def __init__(self, loaded: Sequence[Weights], data: Path | LabeledImages, options: Options):
         if options.seed is not None and options.subset is None:
-            raise UsageError("eval: --seed draws a --subset; there is none")
+            raise UsageError("eval: --seed is only used with --subset; add --subset or omit --seed")
         self.options = options
         given = read_classes(Path(options.classes)) if options.classes else None
         first = loaded[0]
@@ -81,42 +81,42 @@ class ClassificationEvaluator:
         for weights in loaded:
             if weights.spec.num_classes != count:
                 raise DoesNotFit(
-                    f"{weights.source.path} has {weights.spec.num_classes} classes, {first.source.path} {count}; "
-                    "evaluate them one by one"
+                    f"{weights.source.path} has {weights.spec.num_classes} classes and {first.source.path} has "
+                    f"{count}; evaluate them separately"
                 )
         known = given or first.classes
         list_file = Path(options.list_file) if options.list_file else None
         images = data if isinstance(data, LabeledImages) else read_dataset(data, list_file, known, count)
-        # Where the classes are counted, the folders are all that is known of them.
+        # If the weights contain no class names, the folder names are used.
         named = resolve_classes(given, first.classes, count)
         self.classes = tuple(ClassName(label, label) for label in images.mapping) if images.counted else named
         for weights in loaded[1:]:
             if resolve_classes(given, weights.classes, count) != named:
                 raise DoesNotFit(
-                    f"{weights.source.path} and {first.source.path} name other classes; evaluate them one by one, or "
-                    "name the classes with --classes FILE"
+                    f"{weights.source.path} and {first.source.path} have different class names; evaluate them "
+                    "separately, or pass the class list with --classes FILE"
                 )
         self.dataset = images if options.subset is None else images.subset(options.subset, options.seed or 0)
         self.rule = images.rule
         self.notes = (*images.notes, f"{images.rule}: {_mapping(images.mapping)}")
         self.validation = _validation(self.dataset)
         self.columns = self._columns(set(images.labels), known)
-        position = {int(column): place for place, column in enumerate(self.columns)}
+        position = {int(column): index for index, column in enumerate(self.columns)}
         self.labels = np.array([position[label] for label in self.dataset.labels], np.int64)
         self.told_apart: Classes = tuple(self.classes[column] for column in self.columns)
         self.outputs, self.k = count, min(5, len(self.columns))
         self.real = read_real(Path(options.real), self.dataset) if options.real else None
         if self.real is not None and [c.id for c in self.classes] != [c.id for c in imagenet()]:
             raise DoesNotFit(
-                "--real: its labels are ImageNet's 1,000 classes in their usual order, which the model's are not, by "
-                "their ids; --classes FILE gives it others"
+                "--real: the labels need ImageNet's 1,000 classes in their usual order, but the model's class ids "
+                "differ; pass the correct class list with --classes FILE"
             )
         fields = [("rank", "<i4"), ("loss", "<f8"), ("top", "<i4", (self.k,)), ("probability", "<f8", (self.k,))]
-        # The largest absolute difference from the reference's logits, and the sum of all.
+        # The maximum and the sum of the absolute differences from the logits of the reference configuration.
         self.dtype = np.dtype([*fields, ("largest", "<f8"), ("total", "<f8")])
 
     def _columns(self, present: set[int], known: Classes | None) -> np.ndarray:
-        """Return the classes that are told apart; `present`: in the data, also where only a part is drawn."""
+        """Return the indices of the candidate classes. `present` are the classes of the data without --subset."""
         class_subset, count = self.options.class_subset, len(self.classes)
         if class_subset is None:
             return np.arange(count)
@@ -125,16 +125,16 @@ class ClassificationEvaluator:
         else:
             ids = sorted(c.id for c in read_classes(Path(class_subset)))
             if all(label.isdecimal() for label in ids) and known is None:
-                raise DoesNotFit(f"{class_subset}: numbers name no classes; expected ids, one a line")
-            what = f"classes of {Path(class_subset).name}"
-            chosen = set(assign_classes(ids, self.classes, count, what).mapping.values())
+                raise DoesNotFit(f"{class_subset}: this list contains only numbers; expected class ids, one per line")
+            source = f"classes of {Path(class_subset).name}"
+            chosen = set(assign_classes(ids, self.classes, count, source).mapping.values())
         if outside := present - chosen:
             raise DoesNotFit(
-                f"{class_subset}: images of {len(outside)} other classes are there, first "
-                f"{self.classes[min(outside)].id}"
+                f"{class_subset}: the data has images of {len(outside)} classes that are not in the list, for example "
+                f"{self.classes[min(outside)].id}; add these classes or remove their images"
             )
         if len(chosen) < 2:
-            raise DoesNotFit("--class-subset: a single class is told apart from nothing")
+            raise DoesNotFit("--class-subset: only one class; expected at least 2")
         return np.array(sorted(chosen))
 
     def identity(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class ClassificationEvaluator:
     def record(
         self, outputs: np.ndarray, targets: Sequence[int], reference: np.ndarray | None
     ) -> tuple[np.ndarray, Sequence[bytes]]:
-        """Keep of each image the rank of its class, its loss, the best classes and their probabilities."""
+        """Record for each image the rank of its true class, the loss, and the top classes with their probabilities."""
         record = np.zeros(len(outputs), self.dtype)
         labels = np.searchsorted(self.columns, targets)
         logits = outputs[:, self.columns]
@@ -165,7 +165,7 @@ class ClassificationEvaluator:
 
 
 def _mapping(mapping: Mapping[str, int]) -> str:
-    """Return label and index of all, or of the first and the last where there are many."""
+    """Return labels with their indices as text: all, or only the first and last three of more than ten."""
     pairs = [f"{label} {index}" for label, index in sorted(mapping.items(), key=lambda pair: pair[1])]
     return ", ".join(pairs if len(pairs) <= 10 else [*pairs[:3], "...", *pairs[-3:]])
 
@@ -175,7 +175,7 @@ def _sha256(content: object) -> str:
 
 
 def _validation(images: LabeledImages) -> Literal["all", "part", "other"]:
-    """Tell by their names whether these are ImageNet's validation images."""
+    """Return whether the images are all or part of ImageNet's validation images, judged by their names."""
     numbers = images.validation_numbers()
     if numbers is None or len(set(numbers)) < len(numbers):
         return "other"

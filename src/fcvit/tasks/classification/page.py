@@ -1,4 +1,4 @@
-"""The charts of an evaluation and the page that shows it: `report.html`, one file that a person opens."""
+"""Draw the charts of an evaluation and write the report page, `report.html`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,54 +19,55 @@ def write_page(
     effects: Sequence[Effect],
     about: Mapping[str, object],
 ) -> None:
-    """Draw the charts of each result into its folder, and write the page beside the folders.
+    """Write the charts of each result into its folder, and the report page into the run folder.
 
     Raises:
-        MissingExtra: the extra `report` is not installed.
+        MissingExtra: The extra `report` is not installed.
     """
     page.require_report()
     sections = []
     for result, images in zip(outcomes, records, strict=True):
-        place = folder / result.name
+        result_folder = folder / result.name
         matrix = metrics.confusion(images.truth, images.top[:, 0], len(images.classes))
-        # A title must not hang on the folder: the same results make the same pictures anywhere.
-        confusion = charts.confusion_chart(matrix, images.classes, f"{result.name}: what was taken for what")
-        reliability = charts.reliability_chart(result.calibration, f"{result.name}: confidence and accuracy")
-        runs.write_bytes(place / "confusion.png", confusion)
-        runs.write_bytes(place / "reliability.png", reliability)
+        # Titles do not contain the folder, so that equal results give identical files.
+        confusion = charts.confusion_chart(matrix, images.classes, f"{result.name}: confusion between classes")
+        reliability = charts.reliability_chart(result.calibration, f"{result.name}: reliability diagram")
+        runs.write_bytes(result_folder / "confusion.png", confusion)
+        runs.write_bytes(result_folder / "reliability.png", reliability)
         pictures = (
-            Picture("Confusions", confusion, "Which classes are taken for which, as counts of images"),
+            Picture("Confusion between classes", confusion, "Number of images for pairs of true and predicted classes"),
             Picture(
-                "Calibration",
+                "Reliability diagram",
                 reliability,
-                f"Accuracy against confidence; expected calibration error {result.calibration.error:.4f}",
+                f"Accuracy by confidence, with an expected calibration error of {result.calibration.error:.4f}",
             ),
             Picture(
-                "The surest mistakes",
-                (place / "worst.png").read_bytes(),
-                "Images that were taken for a wrong class with the highest probability",
+                "Most confident errors",
+                (result_folder / "worst.png").read_bytes(),
+                "Images with a wrong top-1 prediction, highest probability first",
             ),
         )
-        if (maps := place / results.MAPS).exists():
-            alt = "Wrong and right images, the surest, with the token-global similarity of each stage"
-            pictures += (Picture("What the network sees", maps.read_bytes(), alt),)
+        if (maps := result_folder / results.MAPS).exists():
+            alt = "Most confident wrong and correct predictions, with the token-global similarity maps of each stage"
+            pictures += (Picture("Token-global similarity maps", maps.read_bytes(), alt),)
         sections.append(Section(result.name, _facts(result), _listings(result, images), pictures))
     left_out = about["left_out"]
     assert isinstance(left_out, list)
     first = outcomes[0]
-    masked = about["model_classes"] != first.classes
+    restricted = about["model_classes"] != first.classes
     lead = (
         f"{first.images:,} images of {len(first.per_class):,} classes"
-        + (f", drawn by seed {subset['seed']}" if isinstance(subset := about["subset"], dict) else "")
-        + (f", {len(left_out)} that cannot be read left out" if left_out else "")
-        + (f"; {first.classes:,} of the model's {about['model_classes']:,} classes told apart" if masked else "")
-        + f"; {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
+        + (f", a random subset (seed {subset['seed']})" if isinstance(subset := about["subset"], dict) else "")
+        + (f", unreadable images excluded: {len(left_out)}" if left_out else "")
+        + (f". Candidate classes: {first.classes:,} of the model's {about['model_classes']:,}" if restricted else "")
+        + f". Labels: {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(outcomes)]
     for kind in dict.fromkeys(effect.of for effect in effects):
+        figures = ("difference (percentage points)", "95% confidence interval", "p-value (exact McNemar test)")
         rows = tuple(
             (
-                f"{e.configurations[1]} less {e.configurations[0]}",
+                f"{e.configurations[1]} minus {e.configurations[0]}",
                 f"{e.difference:+.2f}",
                 _interval(e.interval),
                 f"{e.p_value:.2g}",
@@ -74,16 +75,11 @@ def write_page(
             for e in effects
             if e.of == kind
         )
-        summary.append(
-            Listing(
-                f"The {kind}s on the same images",
-                ("", "points", "95 % interval", "p (exact McNemar)"),
-                rows,
-                frozenset(("points", "95 % interval", "p (exact McNemar)")),
-            )
-        )
+        columns = ("configurations", *figures)
+        title = f"Effect of the {kind} on top-1 accuracy, same images"
+        summary.append(Listing(title, columns, rows, frozenset(figures)))
     if agreements:
-        columns = ("", "same top-1 %", "largest logit difference", "mean")
+        columns = ("configurations", "same top-1 prediction (%)", "largest logit difference", "mean logit difference")
         rows = tuple(
             (
                 f"{a.configurations[1]} and {a.configurations[0]}",
@@ -93,67 +89,72 @@ def write_page(
             )
             for a in agreements
         )
-        summary.append(Listing("The engines on the same images", columns, rows, frozenset(columns[1:])))
+        summary.append(Listing("Agreement of engines, same images", columns, rows, frozenset(columns[1:])))
     if left_out:
         rows = tuple((image["path"], image["reason"]) for image in left_out)
-        summary.append(Listing("Images that were left out", ("image", "reason"), rows))
+        summary.append(Listing("Excluded images (unreadable)", ("image", "reason"), rows))
     versions = about["versions"]
     assert isinstance(versions, dict)
-    footer = "FCViT for PaddlePaddle; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    footer = "FCViT for PaddlePaddle. Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
     content = page.render_page(Page("FCViT evaluation", lead, tuple(summary), tuple(sections), footer))
     runs.write_text(folder / results.PAGE, content)
 
 
 def _summary(results: Sequence[Result]) -> Listing:
     k = results[0].k
-    figures = ("top-1 %", "95 % interval", f"top-{k} %", "loss", "ECE")
-    real = ("ReaL %",) if results[0].real else ()
-    beside = ("published %", "") if any(row.published for row in results) else ()
+    accuracy = ("top-1 accuracy (%)", "95% confidence interval", f"top-{k} accuracy (%)")
+    figures = (*accuracy, "cross-entropy loss", "expected calibration error")
+    real = ("ImageNet-ReaL accuracy (%)",) if results[0].real else ()
+    published = ("published top-1 (%)", "comparison") if any(row.published for row in results) else ()
     rows = []
     for result in results:
         row = [result.name, f"{result.top1:.2f}", _interval(result.top1_interval), f"{result.top_k:.2f}"]
         row += [f"{result.loss:.4f}", f"{result.calibration.error:.4f}"]
         row += [f"{result.real.top1:.2f}"] if result.real else []
-        if beside:
-            published = result.published
-            row += [f"{published.figure:.1f}", published.verdict] if published else ["", ""]
+        if published:
+            row += [f"{result.published.figure:.1f}", result.published.verdict] if result.published else ["", ""]
         rows.append(tuple(row))
-    columns = ("", *figures, *real, *beside)
-    return Listing("Accuracy", columns, tuple(rows), frozenset((*figures, *real, *beside[:1])))
+    columns = ("configuration", *figures, *real, *published)
+    return Listing("Accuracy", columns, tuple(rows), frozenset((*figures, *real, *published[:1])))
 
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
     chosen = result.protocol.preprocessing
     facts = [
-        ("top-1", f"{result.top1:.2f} % (95 % interval {_interval(result.top1_interval)})"),
-        (f"top-{result.k}", f"{result.top_k:.2f} % (95 % interval {_interval(result.top_k_interval)})"),
-        ("loss", f"{result.loss:.4f}"),
-        ("expected calibration error", f"{result.calibration.error:.4f} in {len(result.calibration.counts)} bins"),
+        ("Top-1 accuracy", f"{result.top1:.2f}% (95% confidence interval {_interval(result.top1_interval)})"),
+        (
+            f"Top-{result.k} accuracy",
+            f"{result.top_k:.2f}% (95% confidence interval {_interval(result.top_k_interval)})",
+        ),
+        ("Cross-entropy loss", f"{result.loss:.4f}"),
+        ("Expected calibration error (ECE)", f"{result.calibration.error:.4f} ({len(result.calibration.counts)} bins)"),
     ]
     if result.hint:
-        facts.append(("the order of the classes", result.hint))
+        facts.append(("Class order", result.hint))
     if result.real:
-        facts.append(("ImageNet-ReaL", f"{result.real.top1:.2f} % of {result.real.images:,} images with labels"))
+        facts.append(("ImageNet-ReaL accuracy", f"{result.real.top1:.2f}% of {result.real.images:,} labeled images"))
     if published := result.published:
-        facts.append((f"published by {published.whose}", f"{published.figure:.1f} %: {published.reason}"))
+        comparison = f"{published.figure:.1f}%, {published.verdict}: {published.reason}"
+        facts.append((f"Published by {published.whose}", comparison))
     facts += [
         (
-            f"protocol {result.protocol.name}",
-            f"shorter side to {chosen.resize} ({chosen.interpolation}), crop {chosen.input_size}",
+            f"Protocol {result.protocol.name}",
+            f"shorter side resized to {chosen.resize} ({chosen.interpolation}), center crop {chosen.input_size}",
         ),
         *(
-            ("changed", f"{field}: {own} (the variant has {usual})")
+            ("Changed preprocessing", f"{field}: {own} (variant: {usual})")
             for field, (usual, own) in result.protocol.changed.items()
         ),
-        ("network", result.network),
-        ("weights", f"{Path(result.weights).name}, SHA-256 {result.weights_sha256}"),
-        ("computed by", f"{result.engine} on {result.device}, {result.precision}, batches of {result.batch_size}"),
+        ("Network", result.network),
+        ("Weights", f"{Path(result.weights).name}, SHA-256 {result.weights_sha256}"),
+        ("Engine", f"{result.engine} on {result.device}, {result.precision}, batch size {result.batch_size}"),
     ]
     return tuple(facts)
 
 
 def _listings(result: Result, records: Records) -> tuple[Listing, ...]:
-    columns = ("class", "name", "images", "top-1 %", f"top-{result.k} %", "most often taken for", "times")
+    scores = ("top-1 accuracy (%)", f"top-{result.k} accuracy (%)")
+    columns = ("class", "name", "images", *scores, "most frequent wrong prediction", "count")
     names = {named.id: named.name for named in records.classes}
     worst = sorted(result.per_class, key=lambda c: (c.top1, c.id))
     rows = tuple(
@@ -161,8 +162,8 @@ def _listings(result: Result, records: Records) -> tuple[Listing, ...]:
         for c in worst
     )
     weak = sum(c.top1 < result.top1 / 2 for c in result.per_class)
-    note = f"{weak} of {len(rows)} classes have less than half of the overall accuracy."
-    return (Listing("Classes, the worst first", columns, rows, frozenset((*columns[2:5], "times")), note),)
+    note = f"Classes with less than half of the overall top-1 accuracy: {weak} of {len(rows)}."
+    return (Listing("Classes, lowest accuracy first", columns, rows, frozenset((*columns[2:5], "count")), note),)
 
 
 def _interval(bounds: tuple[float, float]) -> str:

@@ -1,4 +1,4 @@
-"""The predictions of a classifier: the best classes of each image."""
+"""Predict the most probable classes of images with a classifier."""
 
 import contextlib
 import dataclasses
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from fcvit.models.classifier import FCViT
 
 BATCH_SIZE = 32
-_IN_A_GRID = 24  # images in a picture
+_IMAGES_PER_GRID = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One class for one image: index of the output, the class's id and name, softmax probability."""
+    """A predicted class of an image: output index, class id, class name and softmax probability."""
 
     index: int
     id: str
@@ -45,11 +45,11 @@ def rank(logits: np.ndarray, classes: Classes, top_k: int) -> list[list[Predicti
     """Return the `top_k` most probable classes of each image, best first, from logits (B, C).
 
     Raises:
-        DoesNotFit: not as many classes as logits.
-        NumbersDisagree: logits that are not finite.
+        DoesNotFit: The number of classes does not match the number of logits.
+        NumbersDisagree: A logit is not finite.
     """
     if logits.shape[1] != len(classes):
-        raise DoesNotFit(f"{logits.shape[1]} outputs, but {len(classes)} class names")
+        raise DoesNotFit(f"the model has {logits.shape[1]} outputs, but {len(classes)} class names were given")
     probabilities = softmax(logits)
     return [
         [Prediction(int(i), classes[i].id, classes[i].name, float(row[i])) for i in best]
@@ -59,14 +59,14 @@ def rank(logits: np.ndarray, classes: Classes, top_k: int) -> list[list[Predicti
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Classifier:
-    """A model with all that it takes to use it: its preprocessing and its class names.
+    """A classifier with its preprocessing and class names.
 
     Attributes:
-        weights: of the model.
-        engine: computes the logits.
-        preprocessing: applied to images.
-        classes: one for each output.
-        decode: logits, classes, top_k -> a prediction for each image.
+        weights: Weights of the model.
+        engine: Engine that computes the logits.
+        preprocessing: Preprocessing of the images.
+        classes: Classes, one per output.
+        decode: Function that maps logits, classes and top_k to the predictions of each image.
     """
 
     weights: Weights
@@ -79,26 +79,27 @@ class Classifier:
         return f"<Classifier {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
 
     def rows(self, prediction: list[Prediction]) -> list[dict[str, Any]]:
-        """Return a prediction as JSON and CSV have it: a row for each class."""
+        """Return the predictions of an image as rows for JSON and CSV, one per class."""
         return [dataclasses.asdict(row) for row in prediction]
 
     def table(self, predictions: Sequence[tuple[Path, list[Prediction]]]) -> Any:
-        """Return the table of images and their predictions for a terminal."""
+        """Return a table of images and predictions for the terminal."""
         from fcvit.report.tables import predictions as listing
 
         return listing(predictions)
 
     def draw(self, predictions: Sequence[tuple[Path, list[Prediction]]], folder: Path) -> None:
-        """Draw images with their best classes into a folder, as many as a picture holds."""
-        for start in range(0, len(predictions), _IN_A_GRID):
-            part = predictions[start : start + _IN_A_GRID]
+        """Write image grids with the best class of each image as PNG files into a folder."""
+        for start in range(0, len(predictions), _IMAGES_PER_GRID):
+            part = predictions[start : start + _IMAGES_PER_GRID]
             tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
             title = f"images {start + 1} to {start + len(part)} of {len(predictions)}"
-            runs.write_bytes(folder / f"predictions-{start // _IN_A_GRID + 1:03d}.png", png(image_grid(tiles, title)))
+            name = f"predictions-{start // _IMAGES_PER_GRID + 1:03d}.png"
+            runs.write_bytes(folder / name, png(image_grid(tiles, title)))
 
     @functools.cached_property
     def model(self) -> "FCViT":
-        """The Paddle network, in evaluation mode; built when it is first asked for."""
+        """The Paddle network in evaluation mode, built on first access."""
         if type(self.engine) is PaddleEngine:
             return self.engine.model
         device = "cpu" if self.engine.device == "cpu" else "auto"
@@ -112,18 +113,18 @@ class Classifier:
         batch_size: int = BATCH_SIZE,
         progress: bool = False,
     ) -> list[list[Prediction] | BadImages]:
-        """Return for each image its `top_k` most probable classes, best first, or the error of one that is unreadable.
+        """Return the `top_k` most probable classes of each image, best first, or the error if it cannot be read.
 
         Args:
-            images: a path, a PIL image or a uint8 array (height, width, 3) in RGB; or several of these. A single one
-                gives a list of one result.
-            top_k: at least 1; cut to the number of classes.
-            batch_size: images that are computed together.
-            progress: show it on the standard error.
+            images: A path, a PIL image or a uint8 array (height, width, 3) in RGB, or several of these. For a single
+                image, the list contains one result.
+            top_k: Number of classes, at least 1. Limited to the number of classes of the model.
+            batch_size: Number of images per batch.
+            progress: Show a progress bar on standard error.
 
         Raises:
-            UsageError: an object of another type, or a number below 1.
-            NumbersDisagree: logits that are not finite.
+            UsageError: An image has an unsupported type, or a number is less than 1.
+            NumbersDisagree: A logit is not finite.
         """
         images = several(images)
         total = len(images) if isinstance(images, Sequence | np.ndarray) else 0
@@ -138,7 +139,7 @@ class Classifier:
     def stream(
         self, images: Iterable[ImageLike], top_k: int = 5, *, batch_size: int = BATCH_SIZE
     ) -> Iterator[list[Prediction] | BadImages]:
-        """Yield what `predict` returns, image by image; at most `batch_size` of them are in memory."""
+        """Yield the results of `predict` one by one, with at most `batch_size` images in memory."""
         check_counts(top_k, batch_size)
 
         def decode(logits: np.ndarray) -> list[list[Prediction]]:

@@ -1,4 +1,4 @@
-"""The fields of a recipe that only image classification has."""
+"""Recipe fields of image classification."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -17,35 +17,35 @@ Ratios = tuple[Ratio, Ratio]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationRecipe(Recipe):
-    """A recipe of image classification; see `fcvit.data.transforms.augment` and `mixing` for the images."""
+    """A recipe for image classification. For augmentation, see `fcvit.data.transforms.augment` and `mixing`."""
 
-    crop: Annotated[Crop, IMAGES("A random rectangle, a crop from a reflected border, or the center.")] = "resized"
-    crop_scale: Annotated[Shares, IMAGES("Share of the area that a rectangle takes, lowest and highest.")] = (0.08, 1.0)
-    crop_ratio: Annotated[Ratios, IMAGES("Width over height of the rectangle, lowest and highest.")] = (3 / 4, 4 / 3)
+    crop: Annotated[Crop, IMAGES("Random resized crop, padded random crop or center crop.")] = "resized"
+    crop_scale: Annotated[Shares, IMAGES("Area fraction of the `resized` crop, minimum and maximum.")] = (0.08, 1.0)
+    crop_ratio: Annotated[Ratios, IMAGES("Aspect ratio of the `resized` crop, minimum and maximum.")] = (3 / 4, 4 / 3)
     crop_interpolation: Annotated[RandomInterpolation, IMAGES("Interpolation of the crop.")] = "random"
-    padding: Annotated[int, Meta(ge=0, le=4096), IMAGES("Pixels of the reflected border of the crop `padded`.")] = 4
+    padding: Annotated[int, Meta(ge=0, le=4096), IMAGES("Pixels of reflection padding for the `padded` crop.")] = 4
     flip: Annotated[Share, IMAGES("Probability of a horizontal flip.")] = 0.5
-    rand_augment: Annotated[int, Meta(ge=0, le=100), IMAGES("RandAugment operations per image; 0: none.")] = 2
-    magnitude: Annotated[Level, IMAGES("Mean level of the operations.")] = 9.0
-    magnitude_std: Annotated[Level, IMAGES("Standard deviation of the level.")] = 0.5
-    operation_probability: Annotated[Share, IMAGES("Probability that a drawn operation is applied.")] = 0.5
-    erasing: Annotated[Share, IMAGES("Probability that a rectangle is replaced by noise.")] = 0.25
-    mixup: Annotated[Alpha, IMAGES("Alpha of mixup; 0: off.")] = 0.8
-    cutmix: Annotated[Alpha, IMAGES("Alpha of CutMix; 0: off.")] = 1.0
-    mix_switch: Annotated[Share, IMAGES("Probability of CutMix where both are on.")] = 0.5
+    rand_augment: Annotated[int, Meta(ge=0, le=100), IMAGES("RandAugment operations per image. 0: off.")] = 2
+    magnitude: Annotated[Level, IMAGES("Mean magnitude of the operations.")] = 9.0
+    magnitude_std: Annotated[Level, IMAGES("Standard deviation of the magnitude.")] = 0.5
+    operation_probability: Annotated[Share, IMAGES("Probability of applying each chosen operation.")] = 0.5
+    erasing: Annotated[Share, IMAGES("Probability of random erasing (a rectangle of noise).")] = 0.25
+    mixup: Annotated[Alpha, IMAGES("Mixup alpha. 0: off.")] = 0.8
+    cutmix: Annotated[Alpha, IMAGES("CutMix alpha. 0: off.")] = 1.0
+    mix_switch: Annotated[Share, IMAGES("Probability of CutMix if mixup and CutMix are on.")] = 0.5
 
-    label_smoothing: Annotated[BelowOne, LOSS("Shared evenly by all classes.")] = 0.1
-    class_weights: Annotated[Literal["none", "balanced"], LOSS("With `balanced`, all classes count alike.")] = "none"
+    label_smoothing: Annotated[BelowOne, LOSS("Label smoothing factor.")] = 0.1
+    class_weights: Annotated[Literal["none", "balanced"], LOSS("Balanced: inverse to class frequency.")] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.augmentation(32)
 
     def augmentation(self, size: int) -> Augmentation:
-        """Return what happens to training images, for an input of `size` pixels.
+        """Return the augmentation of training images for an input of `size` pixels.
 
         Raises:
-            UsageError: the fields contradict each other.
+            UsageError: The fields contradict each other.
         """
         names = [field.name for field in dataclasses.fields(Augmentation) if field.name != "size"]
         return Augmentation(size=size, **{name: getattr(self, name) for name in names})

@@ -1,8 +1,8 @@
-"""The results of an evaluation of classifiers: figures, the files of each configuration, and how they are read again.
+"""The results of a classifier evaluation: data classes, result files, and reading them back.
 
-The folder of a configuration (weights, protocol, engine, precision) holds
-`metrics.json`, `predictions.csv`, `per_class.csv`, `worst.png` and, with the extra `report`,
-`confusion.png` and `reliability.png`; `report.html` beside the folders shows them all.
+The folder of a configuration (weights, protocol, engine, precision) contains `metrics.json`, `predictions.csv`,
+`per_class.csv` and `worst.png`. With the extra `report` it also contains `confusion.png` and `reliability.png`, and the
+run folder contains `report.html`, which shows all results.
 """
 
 import csv
@@ -31,16 +31,16 @@ _WORST = 24
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The records of one configuration for every image that could be read, in the order of the data set.
+    """The records of one configuration for all readable images, in the order of the data set.
 
     Attributes:
-        names: of the images.
-        digests: the beginning of the SHA-256 of each file, in hexadecimal digits.
-        truth: index of the true class, (N,), among those that were told apart.
-        rank: how many classes came before it, (N,).
-        loss: cross-entropy, (N,).
-        top, probability: the best classes, best first, (N, k).
-        classes: those that were told apart.
+        names: Image names.
+        digests: First hexadecimal digits of the SHA-256 of each file.
+        truth: Index of the true class among the candidate classes, (N,).
+        rank: Number of classes ranked above the true class, (N,).
+        loss: Cross-entropy, (N,).
+        top, probability: The k most probable classes and their probabilities, best first, (N, k).
+        classes: Candidate classes, to which predictions are restricted.
     """
 
     names: tuple[str, ...]
@@ -54,13 +54,13 @@ class Records:
 
     @property
     def correct(self) -> np.ndarray:
-        """Tell for each image whether the best class is the true one, (N,)."""
+        """Return a Boolean array that marks correct top-1 predictions, (N,)."""
         return self.rank == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassFigures:
-    """One class: images, per cent right at first and among the best k, and what it was most often taken for."""
+    """Metrics of one class: images, top-1 and top-k accuracy in percent, and its most frequent wrong prediction."""
 
     id: str
     name: str
@@ -73,7 +73,7 @@ class ClassFigures:
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """ImageNet-ReaL: per cent of the images with labels whose best class is one of them, with its interval."""
+    """ImageNet-ReaL: images with labels, top-1 accuracy on them in percent, and its 95% confidence interval."""
 
     images: int
     top1: float
@@ -82,25 +82,25 @@ class Real:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The figures of one configuration.
+    """The results of one configuration.
 
     Attributes:
-        name: of the configuration and its folder.
-        weights, weights_sha256, network: what was evaluated.
-        engine, device, precision, batch_size: what computed it, and how.
-        protocol: how images were prepared.
-        images, unreadable: how many were evaluated, and left out.
-        classes: how many were told apart.
-        top1, top_k: per cent; `k` is 5, or the class count where that is smaller.
-        top1_interval, top_k_interval: Wilson's, 95 %.
-        loss: cross-entropy, mean over the images.
-        calibration: see `fcvit.metrics.classification.Calibration`.
-        real: with ImageNet-ReaL's labels, else None.
-        published: the comparison with the published figure, where there is one.
-        per_class: of every class with images.
-        fingerprint: SHA-256 over contents and classes of the images, whatever their names and order.
-        seconds: that the configuration's engine computed, in all processes, decoding aside.
-        hint: what looks wrong with the order of the classes; "" where nothing does.
+        name: Name of the configuration and its folder.
+        weights, weights_sha256, network: Path, SHA-256 and description of the evaluated weights.
+        engine, device, precision, batch_size: Engine, device, precision and batch size of the computation.
+        protocol: Preprocessing protocol.
+        images, unreadable: Number of evaluated images, and of unreadable images, which are excluded.
+        classes: Number of candidate classes, to which predictions are restricted.
+        top1, top_k: Top-1 and top-k accuracy in percent. `k` is 5, or `classes` if that is smaller.
+        top1_interval, top_k_interval: 95% confidence intervals of the accuracies (Wilson score intervals), in percent.
+        loss: Mean cross-entropy over the images.
+        calibration: Expected calibration error and its bins (see `fcvit.metrics.classification.Calibration`).
+        real: Accuracy with ImageNet-ReaL labels, or None if they were not given.
+        published: Comparison with the published figure, or None if there is none.
+        per_class: Metrics of each class with images.
+        fingerprint: SHA-256 of the contents and classes of the images. It does not depend on their names and order.
+        seconds: Computing time of the engine over all processes, without image decoding.
+        hint: Warning about a likely wrong order of the classes, or an empty string.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Two engines on the same images: share of equal top-1 in per cent, absolute logit differences."""
+    """Agreement of two engines on the same images: equal top-1 predictions in percent, absolute logit differences."""
 
     configurations: tuple[str, str]
     engines: tuple[str, str]
@@ -147,13 +147,14 @@ EFFECTS = ("protocol", "precision")
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """The change of top-1, in points, by a protocol or a precision on the same weights, engine and images.
+    """The effect of the protocol or the precision on top-1 accuracy, for the same weights, engine and images.
 
     Attributes:
-        of: one of `EFFECTS`.
-        configurations: the names of the two; the difference is the second less the first.
-        difference, interval: see `fcvit.metrics.classification.paired_difference`.
-        p_value: of the exact McNemar test.
+        of: "protocol" or "precision".
+        configurations: Names of the two configurations.
+        difference, interval: Second minus first top-1 accuracy and its 95% confidence interval, in percentage points
+            (see `fcvit.metrics.classification.paired_difference`).
+        p_value: p-value of the exact McNemar test.
     """
 
     of: str
@@ -164,7 +165,7 @@ class Effect:
 
 
 def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
-    """Return the figures of every class with images, in the model's order."""
+    """Return the metrics of each class with images, in the model's order."""
     matrix = metrics.confusion(records.truth, records.top[:, 0], len(records.classes))
     in_k = np.bincount(records.truth[records.rank < k], minlength=len(records.classes))
     figures = []
@@ -192,12 +193,14 @@ def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
 def write_result(
     folder: Path, result: Result, records: Records, about: Mapping[str, object], read: Callable[[str], Image.Image]
 ) -> None:
-    """Write everything of a configuration but the charts.
+    """Write all files of a configuration except the charts.
 
     Args:
-        folder: is made; files of the same names are replaced.
-        about: what `metrics.json` holds besides the result.
-        read: gives an image by its name, for the pictures.
+        folder: Folder to write to. It is created if necessary, and existing files are replaced.
+        result: Result to write.
+        records: Records of the images.
+        about: Additional content of `metrics.json`.
+        read: Function that reads an image by its name, for `worst.png`.
     """
     folder.mkdir(exist_ok=True)
     runs.write_text(folder / PREDICTIONS, _predictions(records), "surrogateescape")
@@ -217,13 +220,13 @@ def write_result(
         )
         for i in worst
     ]
-    title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} surest of them" if tiles else "")
+    title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} most confident errors" if tiles else "")
     runs.write_bytes(folder / "worst.png", png(image_grid(tiles, title)))
-    runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last: a folder with it is whole
+    runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last, as it marks a complete result
 
 
 def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
-    """Read an image; return a gray one if it was deleted after it was evaluated."""
+    """Read an image. Return a gray image if the file was deleted after it was evaluated."""
     try:
         return read(name)
     except (OSError, BadImages):
@@ -232,7 +235,7 @@ def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
 
 def _predictions(records: Records) -> str:
     k = records.top.shape[1]
-    ranked = [f"{what}_{place}" for place in range(1, k + 1) for what in ("class", "probability")]
+    ranked = [f"{column}_{rank}" for rank in range(1, k + 1) for column in ("class", "probability")]
     rows: list[list[object]] = [["path", "image", "truth", *ranked]]
     for i, name in enumerate(records.names):
         row: list[object] = [name, records.digests[i], records.classes[records.truth[i]].id]
@@ -244,15 +247,15 @@ def _predictions(records: Records) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SavedResult:
-    """A result that was read again.
+    """A result that was read from its folder.
 
     Attributes:
-        folder: of the configuration.
-        metrics: the content of `metrics.json`.
-        images: of each image the beginning of its SHA-256 and its name.
-        truth, predicted: class ids.
-        confidence: probability of the predicted class.
-        names: class id -> name.
+        folder: Folder of the configuration.
+        metrics: Content of `metrics.json`.
+        images: First digits of the SHA-256, and name, of each image.
+        truth, predicted: True and predicted class id of each image.
+        confidence: Probability of the predicted class of each image.
+        names: Class names by class id.
     """
 
     folder: Path
@@ -265,19 +268,19 @@ class SavedResult:
 
 
 def read_result(folder: Path) -> SavedResult:
-    """Read the folder of a result, or the only result of a run, ordered by the content of the images.
+    """Read the result in a folder, or the only result of a run. Images are sorted by their content.
 
     Raises:
-        UnreadableFile: it is no such folder, or its files are damaged or not finished.
-        UsageError: a run with several results.
+        UnreadableFile: The folder does not contain a finished result, or its files are damaged.
+        UsageError: The run contains several results.
     """
     if not (folder / METRICS).is_file():
         folders = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
         if len(folders) > 1:
             listed = ", ".join(str(path) for path in folders)
-            raise UsageError(f"{folder} holds several results; name one of them: {listed}")
+            raise UsageError(f"{folder} contains several results; pass one of them: {listed}")
         if not folders:
-            raise UnreadableFile(f"{folder}: no {METRICS} there; expected a finished run of fcvit eval")
+            raise UnreadableFile(f"{folder}: {METRICS} does not exist; pass the folder of a finished run of fcvit eval")
         folder = folders[0]
     path = folder / METRICS
     try:
@@ -297,13 +300,15 @@ def read_result(folder: Path) -> SavedResult:
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
-        raise UnreadableFile(f"{path}: damaged, or of another version ({error!s:.80})") from error
+        raise UnreadableFile(
+            f"{path}: damaged or written by another version ({error!s:.80}); run fcvit eval again"
+        ) from error
     images, paths, truth, predicted = columns
     return SavedResult(folder, figures, tuple(zip(images, paths, strict=True)), truth, predicted, confidence, names)
 
 
 def file_and_hash(path: str | None) -> "dict[str, str] | str | None":
-    """Return which file was used, and its hash; a word that names no file as it is."""
+    """Return the path and SHA-256 of a file. Return the argument unchanged if it is not a file."""
     if path is None or not Path(path).is_file():
         return path
     return {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}

@@ -1,4 +1,4 @@
-"""The task of image classification, as the registry knows it."""
+"""The classification task for the registry in `fcvit.tasks.base`."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ logger = logging.getLogger("fcvit")
 
 
 class Classification:
-    """See `fcvit.tasks.base.Task`."""
+    """Image classification (see `fcvit.tasks.base.Task`)."""
 
     name = "classification"
     recipe = ClassificationRecipe
@@ -38,7 +38,7 @@ class Classification:
         names = resolve_classes(given, weights.classes, weights.spec.num_classes)
         engine = create()
         if given is None and weights.classes is None and weights.spec.num_classes == IMAGENET_CLASSES:
-            logger.info("the weights name no classes: ImageNet's are assumed; --classes FILE gives others")
+            logger.info("the weights have no class names: ImageNet classes are used; pass others with --classes FILE")
         return Classifier(weights, engine, preprocessing, names)
 
     def compare(self, first: Path, second: Path, folder: Path | None) -> ResultComparison:

@@ -1,4 +1,4 @@
-"""The training of classifiers: splits with the same classes, augmentation, mixing, soft cross-entropy."""
+"""Training of classifiers: data splits, augmentation, mixup and CutMix, and soft cross-entropy."""
 
 import dataclasses
 import warnings
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Augmented:
-    """The transform of a training image: decided by seed, epoch and its position in the epoch."""
+    """The augmentation of a training image, determined by the seed, the epoch and its position in the epoch."""
 
     augmentation: Augmentation
     seed: int
@@ -41,22 +41,22 @@ class Augmented:
 
 
 class ClassificationTraining:
-    """Trains a classifier (see `fcvit.tasks.base.TrainingTask`).
+    """The training task of a classifier (see `fcvit.tasks.base.TrainingTask`).
 
     Args:
-        recipe: of the run.
-        weights: that it starts from.
+        recipe: Recipe of the run.
+        weights: Initial weights, or None.
 
     Raises:
-        UsageError, UnreadableFile, DoesNotFit: images, classes and weights do not go together.
+        UsageError, UnreadableFile, DoesNotFit: Images, classes and weights do not match.
     """
 
     score = "top1"
     shown = {  # noqa: RUF012
         "loss": ("loss", "{:.4f}"),
         "val_loss": ("validation loss", "{:.4f}"),
-        "top1": ("top-1", "{:.2f} %"),
-        "ema_top1": ("EMA: top-1", "{:.2f} %"),
+        "top1": ("top-1 accuracy", "{:.2f}%"),
+        "ema_top1": ("EMA top-1 accuracy", "{:.2f}%"),
         "images_per_second": ("images/s", "{:.1f}"),
     }
 
@@ -72,23 +72,23 @@ class ClassificationTraining:
             self.class_weights = import_framework("paddle").to_tensor(balanced(splits.counts()))
 
     def network(self) -> "FCViT":
-        """Build the classifier, with a fresh head where the recipe asks for one or the weights have none."""
+        """Build the classifier. Initialize a new head if the recipe requests it or the weights have no head."""
         recipe, weights, count = self.recipe, self.start, len(self.classes)
         if weights is None:
             return create_model(recipe.network(), None, count, recipe.drop_path_rate, recipe.drop_rate)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a head that the recipe asks for
+            warnings.simplefilter("ignore")  # a warning about the new head, which the recipe requests
             model = build_classifier(weights, None, recipe.drop_path_rate, recipe.drop_rate)
         if recipe.new_head or not model.num_classes:
             model.reset_classifier(count)
-            self.notes = (*self.notes, f"{weights.source.path}: a new head for {count} classes")
+            self.notes = (*self.notes, f"{weights.source.path}: initialized a new head for {count} classes")
         return model
 
     def transform(self, epoch: int) -> Augmented:
         return Augmented(self.recipe.augmentation(self.preprocessing.input_size), self.recipe.seed, epoch)
 
     def inputs(self, batch: Batch, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mix, normalize, erase: float32 (B, 3, S, S) and targets (B, classes), as in the authors' pipeline."""
+        """Mix, normalize and erase in the authors' order. Return float32 (B, 3, S, S) and targets (B, classes)."""
         recipe = self.recipe
         pixels, targets = mix(
             batch.pixels[0],
@@ -118,17 +118,17 @@ class ClassificationTraining:
         return ClassificationEvaluator(loaded, self.val, Options())
 
     def row(self, result: Result) -> dict[str, float]:
-        """Return loss, top-1 and top-k; of fewer than k classes top-k would be 100 %."""
+        """Return loss, top-1 and top-k accuracy. Omit top-k for at most k classes, where it is always 100%."""
         top_k = {f"top{result.k}": result.top_k} if result.k < result.classes else {}
         return {"val_loss": result.loss, "top1": result.top1} | top_k
 
 
 def soft_cross_entropy(logits: "Tensor", targets: "Tensor", class_weights: "Tensor | None" = None) -> "Tensor":
-    """Return the mean over the images of the cross-entropy with soft targets, in float32 or float64.
+    """Return the mean cross-entropy with soft targets, in the data type of the targets.
 
     Args:
-        logits, targets: (B, classes); rows of targets sum to 1.
-        class_weights: (classes,), of mean 1 over the training images; None: all 1.
+        logits, targets: Arrays (B, classes). Each row of targets sums to 1.
+        class_weights: Weights (classes,) with mean 1 over the training images. If None, all weights are 1.
     """
     functional = import_framework("paddle").nn.functional
     logits = logits.astype(targets.dtype)
@@ -138,9 +138,10 @@ def soft_cross_entropy(logits: "Tensor", targets: "Tensor", class_weights: "Tens
 
 
 def balanced(counts: np.ndarray) -> np.ndarray:
-    """Return weights in inverse proportion to the images of a class, of mean 1 over all images; float32 (classes,).
+    """Return class weights inversely proportional to the class frequency, with mean 1 over all images.
 
-    A class without images gets 0.
+    Returns:
+        float32 (classes,). The weight of a class without images is 0.
     """
     present = counts > 0
     weights = np.zeros(len(counts), np.float32)
