@@ -52,7 +52,6 @@ def write_recipe_fields(app: Sphinx) -> None:
     target.write_text("\n".join(rows) + "\n", "utf-8")
 
 
-
 class WithoutCommandLine:
     """Hide the command-line part of annotated types while autodoc reads a function's signature."""
 

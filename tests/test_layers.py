@@ -167,7 +167,7 @@ def test_every_public_name_is_known_to_type_checkers():
 
 
 def test_every_head_has_a_row_in_every_table():
-    """The tables are listed in docs/architecture.md."""
+    """The tables are listed in docs/guides/extend.md."""
     pytest.importorskip("onnx")
     pytest.importorskip("torch")
     from fcvit.inference.onnx_graph import HEAD_WRITERS

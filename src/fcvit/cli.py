@@ -1,7 +1,7 @@
 """Run the command line: define the commands, print results, notes and errors, and return exit codes.
 
 Each command is imported when it runs. Tables and JSON go to the standard output. Progress, notes and errors go to
-the standard error. The exit codes are listed in `fcvit.errors` and docs/cli.md.
+the standard error. The exit codes are listed in `fcvit.errors` and docs/guides/troubleshooting.md.
 """
 
 import contextlib

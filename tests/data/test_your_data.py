@@ -18,7 +18,9 @@ from fcvit.tasks.classification.recipe import ClassificationRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text("utf-8")
 BLOCKS = {
-    kind: [(match[1], match[2]) for match in re.finditer(rf"^```\w+ {kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)]
+    kind: [
+        (match[1], match[2]) for match in re.finditer(rf"^```\w+ {kind}\n(.*?)((?:^→ [^\n]*\n)+)```", PAGE, re.M | re.S)
+    ]
     for kind in ("tree", "list", "classes", "archive")
 }
 

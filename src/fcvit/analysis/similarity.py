@@ -23,7 +23,7 @@ from fcvit.weights.reading import Weights
 
 SHOWN = 480  # largest side of an image in a figure, in pixels
 _SMALL = 200  # largest side of an image in an overview, in pixels
-FIRST = 1  # default context of a block, more faithful than the second context (docs/similarity.md)
+FIRST = 1  # default context of a block, more faithful than the second context (docs/guides/similarity.md)
 Which = Literal["standardised", "rescaled"]
 Scale = Literal["picture", "head"]
 

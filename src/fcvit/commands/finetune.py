@@ -41,7 +41,7 @@ def finetune(
     Args:
         weights: A checkpoint of any format.
         data: Folder with one folder of images per class, or with such folders in train and val. Also in a tar archive.
-        fields: Fields of the recipe. docs/training.md lists them.
+        fields: Fields of the recipe. docs/reference/recipes.md lists them.
 
     Raises:
         FcvitError: See `finetune_recipe` and `fcvit.training.run.train`.

@@ -65,7 +65,7 @@ def train(
         extend: Continue the run in this folder to a total of --epochs N, in a new folder.
         workers: Number of worker processes. A script that uses them must call this function under
             `if __name__ == "__main__":`.
-        fields: Fields of the recipe. docs/training.md lists them.
+        fields: Fields of the recipe. docs/reference/recipes.md lists them.
 
     Raises:
         UsageError: The options contradict each other, or a field of the recipe is invalid.

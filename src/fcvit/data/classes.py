@@ -122,7 +122,7 @@ def _key(text: str) -> str:
 def read_classes(path: Path) -> Classes:
     """Read a class list: a table, JSON, a Python dictionary or list, or one class per line.
 
-    docs/your-data.md describes the formats. Numbers next to the names give the order of the classes. Without numbers
+    docs/guides/data.md describes the formats. Numbers next to the names give the order of the classes. Without numbers
     the order is that of the lines. In a numbered or JSON list, the ids of repeated names contain the class index.
 
     Raises:

@@ -28,7 +28,7 @@ logger = logging.getLogger("fcvit")
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUTO = "auto"
-# Engines for a CPU by precision, the fastest first (docs/inference.md).
+# Engines for a CPU by precision, the fastest first (docs/guides/export.md).
 _FASTEST = {
     "float32": ("onnxruntime", "openvino", "native", "torch", "paddle"),
     "bfloat16": ("openvino", "torch"),

@@ -310,7 +310,7 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
             state = "is missing" if shape is None else f"has shape {list(shape)}"
             raise DoesNotFit(
                 f"not an FCViT: {name} {state}, expected a tensor with {rank} dimension(s); "
-                "the file must use the authors' names (see docs/checkpoints.md)"
+                "the file must use the authors' names (see docs/guides/convert.md)"
             )
         return shape[axis]
 
