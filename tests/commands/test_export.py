@@ -141,7 +141,7 @@ def spoil_batch(model):
 
 
 @pytest.mark.parametrize("spoil", [spoil_epsilon, spoil_weight, spoil_gelu, spoil_batch])
-def test_a_planted_error_is_detected_and_no_file_is_file_names(spoil, weights, tmp_path, monkeypatch):
+def test_a_planted_error_is_detected_and_no_file_is_left(spoil, weights, tmp_path, monkeypatch):
     write = task.write_export
 
     def faulty(weights, interface, target, path):

@@ -219,7 +219,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
         # Use the recorded prediction: with a class subset, it may differ from the best class of the network.
         best = Prediction(0, predicted, names[predicted], result.confidence[number])
         wrong = truth != predicted
-        title = f"wrong: {cut(names[truth])} as {caption([best])}" if wrong else f"correct: {caption([best])}"
+        title = f"wrong: {cut(names[truth])}, predicted {caption([best])}" if wrong else f"correct: {caption([best])}"
         try:
             if name not in locations:
                 raise BadImages(f"{name}: no longer exists")
