@@ -270,7 +270,7 @@ def _unquoted(name: str) -> str:
 
 
 def _label(path: Path, number: int, text: str) -> str:
-    """Return the label, or the common class of the boxes in a list of Kaggle's."""
+    """Return the label, or the class of the boxes if the label has the format of Kaggle's ImageNet lists."""
     classes = _BOXES.findall(text)
     if not classes or _BOXES.sub("", text).strip():
         return text

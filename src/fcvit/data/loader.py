@@ -129,7 +129,7 @@ def batches(
     """Yield the batches with these numbers, in this order.
 
     Args:
-        dataset: Samples. Batch n starts at position n * batch_size.
+        dataset: Data set to read. Batch n starts at position n * batch_size.
         numbers: Numbers of the batches.
         batch_size: Number of samples per batch.
         transforms: Transforms to apply to each image.
