@@ -499,7 +499,7 @@ def test_what_cannot_go_together_is_refused(run, digits_pth, image):
         code, _, err = run(*words, *more)
         assert code == 2 and "goes on as the run began" in err
     assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]
-    assert "there is none" in run("eval", "--weights", digits_pth, "--data", "data", "--seed", 1)[2]
+    assert "--subset" in run("eval", "--weights", digits_pth, "--data", "data", "--seed", 1)[2]
 
 
 def test_preprocessing_of_averaged_weights_can_be_stored(run, tmp_path, digits_tensors):

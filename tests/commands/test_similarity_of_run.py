@@ -67,5 +67,5 @@ def test_an_image_that_changed_is_left_out_and_weights_that_changed_are_refused(
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path):
-    with pytest.raises(UnreadableFile, match=r"expected a finished run of fcvit eval"):
+    with pytest.raises(UnreadableFile, match=r"metrics.json .*finished run of fcvit eval"):
         similarity(run=tmp_path)
