@@ -483,7 +483,7 @@ def test_contradicting_options_are_refused(run, digits_pth, image):
         code, _, err = run(*words, *more)
         assert code == 2 and "--resume keeps the options of the run" in err
     assert "expected --weights FILE and --data FOLDER" in run("eval", "--data", "data")[2]
-    assert "subset" in run("eval", "--weights", digits_pth, "--data", "data", "--seed", 1)[2]
+    assert "--subset" in run("eval", "--weights", digits_pth, "--data", "data", "--seed", 1)[2]
 
 
 def test_preprocessing_of_ema_weights_can_be_stored(run, tmp_path, digits_tensors):

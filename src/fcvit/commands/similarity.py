@@ -211,7 +211,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     viewer = Viewer(read, evaluator.classes, pixels, device)
     check_heads(viewer.variant, choice.heads)
     locations = dict(zip(evaluator.dataset.names, evaluator.dataset.locations, strict=True))
-    known = evaluator.told_apart
+    known = evaluator.candidates
     names = dict(zip((one.id for one in known), labels(known), strict=True))
     panels, done, bad = [], [], []
     for number in _most_confident(result):

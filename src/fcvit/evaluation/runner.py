@@ -67,9 +67,7 @@ def evaluate(
     task = task_of(loaded)
     known = {field.name for field in dataclasses.fields(task.options)}
     if unknown := sorted(set(options) - known):
-        raise UsageError(
-            f"eval: unknown options for {task.name}: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
+        raise UsageError(f"eval: unknown options of {task.name}: {', '.join(unknown)}; use {', '.join(sorted(known))}")
     task_options = task.options(**options)
     request = Request(paths, absolute(data), task.name, settings, task_options)
     evaluator = task.evaluator(loaded, Path(request.data), task_options)

@@ -82,7 +82,7 @@ class Recipe:
     warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; with lr_update = step any number.")] = 5.0
     cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Additional epochs at the final learning rate.")] = 10
     lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Peak learning rate for `lr_batch` images per step.")] = 1e-3
-    lr_batch: Annotated[CountOrZero, SCHEDULE("`lr` is multiplied by `batch_size / lr_batch`. 0: no scaling.")] = 1024
+    lr_batch: Annotated[CountOrZero, SCHEDULE("Scale `lr` by `batch_size / lr_batch`. 0: no scaling.")] = 1024
     min_lr: Annotated[NonNegative, SCHEDULE("Minimum learning rate.")] = 1e-6
     warmup_lr: Annotated[NonNegative, SCHEDULE("Learning rate at the start of the warm-up.")] = 1e-6
     lr_update: Annotated[Literal["epoch", "step"], SCHEDULE("Update the rate every epoch or step.")] = "epoch"
@@ -102,7 +102,7 @@ class Recipe:
     clip_norm: Annotated[Positive | None, OPTIMIZER("Maximum norm of the gradient (default: no clipping).")] = None
     ema_decay: Annotated[BelowOne | None, OPTIMIZER("Maximum decay of the EMA weights (default: no EMA).")] = None
 
-    precision: Annotated[Precision, RUN("float16 and bfloat16: mixed precision, if the GPU supports it.")] = "float32"
+    precision: Annotated[Precision, RUN("Mixed precision for 16-bit types, if the GPU supports it.")] = "float32"
     batchnorm: Annotated[BatchNorm, RUN("Average statistics of processes each epoch, or sync each step.")] = "average"
     operators: Annotated[Operators, RUN("CPU operators: native (this package), plain (Paddle) or auto.")] = "auto"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0

@@ -62,7 +62,7 @@ class ClassificationEvaluator:
     Attributes:
         classes: All classes of the model.
         columns: Indices of the candidate classes, to which predictions are restricted.
-        told_apart: Candidate classes.
+        candidates: Candidate classes.
         labels: Index of each image's true class among the candidate classes.
         k: 5, or the number of candidate classes if it is smaller.
         real: ImageNet-ReaL labels of each image, or None if they were not given.
@@ -103,7 +103,7 @@ class ClassificationEvaluator:
         self.columns = self._columns(set(images.labels), known)
         position = {int(column): index for index, column in enumerate(self.columns)}
         self.labels = np.array([position[label] for label in self.dataset.labels], np.int64)
-        self.told_apart: Classes = tuple(self.classes[column] for column in self.columns)
+        self.candidates: Classes = tuple(self.classes[column] for column in self.columns)
         self.outputs, self.k = count, min(5, len(self.columns))
         self.real = read_real(Path(options.real), self.dataset) if options.real else None
         if self.real is not None and [c.id for c in self.classes] != [c.id for c in imagenet()]:
@@ -139,7 +139,7 @@ class ClassificationEvaluator:
 
     def identity(self) -> dict[str, Any]:
         real = self.real and [sorted(classes) for classes in self.real]
-        return {"classes": _sha256([c.id for c in self.told_apart]), "real_labels": _sha256(real)}
+        return {"classes": _sha256([c.id for c in self.candidates]), "real_labels": _sha256(real)}
 
     def transform(self, preprocessing: Preprocessing) -> CenterCrop:
         return CenterCrop(preprocessing)

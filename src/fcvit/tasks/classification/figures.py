@@ -44,7 +44,7 @@ class ClassificationReport:
         self.evaluator, self.evaluated = evaluator, evaluated
         names = tuple(evaluator.dataset.names[index] for index in evaluated.index)
         digests = tuple(digest.tobytes().hex() for digest in evaluated.digests)
-        truth, classes = evaluator.labels[evaluated.index], evaluator.told_apart
+        truth, classes = evaluator.labels[evaluated.index], evaluator.candidates
         self.records = tuple(
             Records(names, digests, truth, part["rank"], part["loss"], part["top"], part["probability"], classes)
             for part in evaluated.records.T
