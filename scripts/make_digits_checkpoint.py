@@ -86,7 +86,7 @@ def main() -> None:
         logits_float64=logits_64,
         logits_float32=logits_32,
     )
-    print(f"held-out top-1 {top1:.2f} % of {len(labels)} images; wrote {ASSETS}")
+    print(f"held-out top-1 {top1:.2f}% of {len(labels)} images; wrote {ASSETS}")
 
 
 def prepare(images: np.ndarray) -> torch.Tensor:

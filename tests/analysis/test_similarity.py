@@ -177,7 +177,7 @@ def test_a_figure_shows_the_maps_of_the_given_context(which, where, viewer, draw
     shown = scene.image
     values = getattr(seen.similarity.maps[STAGES.index(where)], which)
     assert title == f"a.png: stage {where[0]}, block {where[1]}, context {where[2]}"
-    assert subtitle == "digits.pth: cat: 25.0 %, dog: 12.5 %" and label == f"{which} similarity"
+    assert subtitle == "digits.pth: cat: 25.0%, dog: 12.5%" and label == f"{which} similarity"
     assert row.names == [f"head {n}" for n in range(1, 9)]
     scale = shown.shape[1] // 71
     assert shown.shape == (40 * scale, 71 * scale, 3) and np.array_equal(shown[::scale, ::scale], np.asarray(image))

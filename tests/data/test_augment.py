@@ -128,7 +128,7 @@ def test_operations_have_the_distribution_of_the_recipe():
         assert abs(share - 0.5) < 4 * 0.5 / math.sqrt(12000)
     levels = np.array([operation.level for operation in drawn])
     assert levels.min() >= 0 and levels.max() == 10
-    # A normal variable with mean 9 and deviation 0.5 is above 10, and is clipped, with a probability of 2.28 %.
+    # A normal variable with mean 9 and deviation 0.5 is above 10, and is clipped, with a probability of 2.28%.
     assert abs(np.mean(levels == 10) - 0.02275) < 0.006
     assert abs(np.median(levels) - 9) < 0.03 and abs(np.quantile(levels, 0.1587) - 8.5) < 0.04
     # The operations are independent and drawn with replacement.
@@ -173,7 +173,7 @@ def test_a_random_crop_has_the_area_and_ratio_of_the_recipe():
     ],
 )
 def test_the_center_is_cropped_if_no_rectangle_fits(size, box):
-    """No rectangle with at least 90 % of the area and a ratio of 3/4 to 4/3 fits."""
+    """No rectangle with at least 90% of the area and a ratio of 3/4 to 4/3 fits."""
     generator = seeded(4)
     assert draw_crop(size, (0.9, 1.0), (3 / 4, 4 / 3), generator) == box
     expected = seeded(4)

@@ -280,15 +280,15 @@ def test_an_entry_that_is_deleted_before_loading_is_exported_again(weights, imag
 @pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
 def test_wrong_device_names_are_refused_with_a_hint(name, device, weights):
     hints = {
-        "cuda": "a GPU is called gpu here",
-        "CUDA": "a GPU is called gpu here",
-        "nvidia": "a GPU is called gpu here",
-        "cuda:1": "a GPU is called gpu:1 here",
-        "gpu0": "a GPU is called gpu:0 here",
-        "GPU:2": "a GPU is called gpu:2 here",
-        "1": "a GPU is called gpu:1 here",
-        "mps": "only NVIDIA's GPUs",
-        "tpu": "only NVIDIA's GPUs",
+        "cuda": "use gpu",
+        "CUDA": "use gpu",
+        "nvidia": "use gpu",
+        "cuda:1": "use gpu:1",
+        "gpu0": "use gpu:0",
+        "GPU:2": "use gpu:2",
+        "1": "use gpu:1",
+        "mps": "only NVIDIA GPUs",
+        "tpu": "only NVIDIA GPUs",
     }
     with pytest.raises(UsageError, match=f"--device '{device}': expected auto, cpu, gpu or gpu:N") as error:
         create_engine(name, weights, PIXELS, device)

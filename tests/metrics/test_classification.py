@@ -147,7 +147,7 @@ def test_the_paired_difference_equals_a_manual_computation():
 
 @pytest.mark.parametrize("probabilities", [(0.02, 0.04), (0.1, 0.1), (0.01, 0.01)])
 def test_the_paired_interval_keeps_its_confidence_level(probabilities):
-    """About 95 % of the intervals of 2,000 random pairs of runs contain the true difference."""
+    """About 95% of the intervals of 2,000 random pairs of runs contain the true difference."""
     generator = np.random.default_rng(0)
     first, second = probabilities
     drawn = generator.multinomial(400, [first, second, 1 - first - second], 2000)

@@ -28,7 +28,7 @@ from fcvit.models.maps import Place, Similarity, SimilarityMap, short
 from fcvit.models.variants import Preprocessing
 from fcvit.report.progress import duration
 
-STEPS = 11  # points of a curve, from 0 to 100 % of the pixels
+STEPS = 11  # points of a curve, from 0 to 100% of the pixels
 RANDOM = 4  # random maps per image and shape
 PATCHES = 8  # occlusion patches per side of the image
 MIN_IMAGES = 10  # a bootstrap over fewer images is meaningless
@@ -39,7 +39,7 @@ Compute = Callable[[np.ndarray], np.ndarray]  # logits or probabilities of a bat
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over images with its 95 % bootstrap interval. NaN if no image has a value."""
+    """A mean over images with its 95% bootstrap interval. NaN if no image has a value."""
 
     mean: float
     low: float
@@ -61,9 +61,9 @@ class Curves:
 
     Attributes:
         name: Name of the map as in `SimilarityMap.name`, with the head if only one is used, or "occlusion".
-        deletion: Mean probability of the predicted class with 0, 10, ... 100 % of the pixels removed, in the order of
+        deletion: Mean probability of the predicted class with 0, 10, ... 100% of the pixels removed, in the order of
             the map.
-        insertion: Mean probability with 0, 10, ... 100 % of the pixels restored, in the order of the map.
+        insertion: Mean probability with 0, 10, ... 100% of the pixels restored, in the order of the map.
         random_deletion: Deletion curve of random maps.
         random_insertion: Insertion curve of random maps.
         other_deletion: Deletion curve of the same map of another image.

@@ -34,7 +34,7 @@ class LayerStats:
         name: Name of the map as in `SimilarityMap.name`.
         correlation: Pearson correlation between the maps of two heads over the positions, averaged over all pairs.
         entropy: Entropy of the mass divided by the entropy of a uniform map. 1 is a uniform map.
-        top_decile: Share of the mass in the 10 % of the positions with the most mass. 0.1 is a uniform map. If 10 % is
+        top_decile: Share of the mass in the 10% of the positions with the most mass. 0.1 is a uniform map. If 10% is
             not a whole number of positions, the last position counts in part.
         noise_entropy: Entropy of independent normal noise with the same number of positions and the same standard
             deviation per head. It is the baseline of `entropy`, which depends on both.
@@ -59,8 +59,8 @@ _COLUMNS = {  # column of the table -> field of `LayerStats`
     "head corr.": "correlation",
     "entropy": "entropy",
     "noise entropy": "noise_entropy",
-    "top 10 %": "top_decile",
-    "noise top 10 %": "noise_top_decile",
+    "top 10%": "top_decile",
+    "noise top 10%": "noise_top_decile",
     "layer corr.": "kept",
     "query corr.": "agreement",
 }
@@ -102,7 +102,7 @@ class HeadStats:
 
         result = table("map", *_COLUMNS, right=_COLUMNS, title=f"{self.network}, {counted(self.images, 'image')}")
         result.caption = (
-            "1 means: identical heads, uniform map (top 10 %: 0.1), unchanged map, no influence of the query"
+            "1 means: identical heads, uniform map (top 10%: 0.1), unchanged map, no influence of the query"
         )
         for layer in self.layers:
             values = [getattr(layer, field) for field in _COLUMNS.values()]
@@ -170,14 +170,14 @@ def between_heads(maps: np.ndarray) -> np.ndarray:
 
 
 def sparseness(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the normalized entropy and the mass in the top 10 % of positions, (B, heads, positions) -> (B,) each."""
+    """Return the normalized entropy and the mass in the top 10% of positions, (B, heads, positions) -> (B,) each."""
     positions = maps.shape[2]
     if positions < 2:
         return np.full(len(maps), np.nan), np.full(len(maps), np.nan)
     mass = np.exp(maps - maps.max(2, keepdims=True))
     mass /= mass.sum(2, keepdims=True)
     entropy = -(mass * np.log(np.maximum(mass, 1e-300))).sum(2) / math.log(positions)
-    # Weight of each position in the top 10 %, in descending order of mass.
+    # Weight of each position in the top 10%, in descending order of mass.
     counts = np.clip(positions / 10 - np.arange(positions), 0, 1)
     top = np.sort(mass, axis=2)[:, :, ::-1] @ counts
     return entropy.mean(1), top.mean(1)

@@ -22,7 +22,7 @@ logger = logging.getLogger("fcvit")
 _MEASURES = (  # title, field of `LayerStats`, field of its value for noise
     ("correlation between heads (1: identical heads)", "correlation", None),
     ("normalized entropy (1: uniform map)", "entropy", "noise_entropy"),
-    ("mass in the top 10 % of positions (0.1: uniform map)", "top_decile", "noise_top_decile"),
+    ("mass in the top 10% of positions (0.1: uniform map)", "top_decile", "noise_top_decile"),
     ("correlation with the map of the previous layer (1: no change)", "kept", None),
     ("agreement between queries (1: the query has no influence)", "agreement", None),
 )

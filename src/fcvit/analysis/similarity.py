@@ -184,7 +184,7 @@ def check_heads(variant: Variant, heads: str) -> None:
 
 def caption(predictions: Sequence[Prediction]) -> str:
     """Return the predicted classes with their probabilities as text."""
-    return ", ".join(f"{cut(row.name)}: {100 * row.probability:.1f} %" for row in predictions)
+    return ", ".join(f"{cut(row.name)}: {100 * row.probability:.1f}%" for row in predictions)
 
 
 def cut(name: str, longest: int = 40) -> str:

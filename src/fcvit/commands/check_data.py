@@ -98,6 +98,9 @@ class Unreadable:
     image: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.image}: {self.reason}"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
@@ -170,8 +173,6 @@ class DataCheck:
                 rows.append((group.match, shown, ", ".join(group.splits), ", ".join(group.classes)))
             columns, more = ("same", "images", "splits", "classes"), ("", "... and {} more groups")
             yield tables.table(*columns, rows=rows, title="duplicates", limit=_GROUPS, more=more)
-        if self.unreadable:
-            yield tables.unreadable([f"{bad.image}: {bad.reason}" for bad in self.unreadable])
 
     def _findings(self) -> Iterator[tuple[str, Sequence[str] | Mapping[str, int]]]:
         """Yield a description of each kind of finding with its items, which may be empty."""

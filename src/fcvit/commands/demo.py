@@ -46,7 +46,7 @@ _EXAMPLES = 6
 
 def demo(
     *,
-    weights: list[File] | None = None,
+    weights: Annotated[list[File] | None, Parameter(negative=())] = None,
     port: int | None = None,
     device: Device = "auto",
     ema: Ema = None,

@@ -42,7 +42,7 @@ def faithfulness(
     Args:
         images: Files, folders (searched recursively) or quoted patterns. At least 10 images.
         weights: A checkpoint of any format, or in Python weights in memory.
-        output: New folder for trust.json and trust.png (default: nothing is written).
+        output: New folder for faithfulness.json and faithfulness.png (default: nothing is written).
         absolute: Use absolute values per head, so that positions unlike the context also count as marked.
         every: Measure all global contexts, instead of only the first and last of each stage.
         heads: Heads to measure: mean (default), each, or the number of a head.
@@ -88,7 +88,7 @@ def faithfulness(
             outcome = Faithfulness(str(read.spec), done, values, summaries, tuple(map(str, bad)), folder)
             if folder is not None:
                 title = f"{outcome.network}: faithfulness of the {values} maps"
-                save(folder, "trust", outcome, lambda: faithfulness_chart(summaries, title, done))
+                save(folder, "faithfulness", outcome, lambda: faithfulness_chart(summaries, title, done))
             return outcome
 
         try:

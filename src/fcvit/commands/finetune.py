@@ -23,7 +23,7 @@ from fcvit.weights.reading import read_weights
 
 logger = logging.getLogger("fcvit")
 
-RECIPE = "finetune"  # included recipe with the defaults
+DEFAULTS = tomllib.loads(shipped_text("finetune"))
 
 
 def finetune(
@@ -34,7 +34,7 @@ def finetune(
     preview: PreviewFile = None,
     device: Device = "auto",
     workers: Workers = None,
-    **fields: recipe_options("weights", "data"),  # pyrefly: ignore
+    **fields: recipe_options("weights", "data", **DEFAULTS, new_head="automatic"),  # pyrefly: ignore
 ) -> Training | Preview:
     """Fine-tune weights on your own images, by default with a new head and low learning rates in the lower blocks.
 
@@ -68,7 +68,7 @@ def finetune_recipe(
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, {"true": True, "false": False}.get(str(given.get("ema")).lower()))
     variant, options = _named_variant(loaded.spec.variant)
-    defaults: dict[str, Any] = {**tomllib.loads(shipped_text(RECIPE)), "variant": variant, "options": options}
+    defaults: dict[str, Any] = {**DEFAULTS, "variant": variant, "options": options}
     defaults |= {"weights": os.fspath(weights), "data": os.fspath(data)}
     source = "fcvit finetune"
     recipe = build_recipe({**defaults, "new_head": True}, given, source)

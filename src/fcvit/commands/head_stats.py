@@ -29,7 +29,7 @@ def head_stats(
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
         weights: A checkpoint of any format, or in Python weights in memory.
-        output: New folder for heads.json and heads.png (default: nothing is written).
+        output: New folder for head-stats.json and head-stats.png (default: nothing is written).
 
     Raises:
         UsageError, DoesNotFit, UnreadableFile, MissingExtra: The measurement cannot start.
@@ -45,5 +45,5 @@ def head_stats(
         layers = over_images(viewer, paths, bad)
         stats = HeadStats(str(read.spec), len(paths) - len(bad), layers, tuple(map(str, bad)), folder)
         if folder is not None:
-            save(folder, "heads", stats, lambda: depth_chart(stats.network, layers, stats.images))
+            save(folder, "head-stats", stats, lambda: depth_chart(stats.network, layers, stats.images))
     return stats

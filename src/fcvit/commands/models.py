@@ -15,7 +15,7 @@ class Models(dict[str, Any]):
         """Yield a table of the variants, and links to the authors' checkpoints."""
         from fcvit.report.tables import table
 
-        figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 %")
+        figures = ("parameters", "/ 2^20", "GMAC", "crop", "top-1 (%)")
         result = table("variant", *figures, title="published figures: ImageNet-1K at 224 x 224", right=figures)
         for name, variant in VARIANTS.items():
             row = published(variant)

@@ -86,12 +86,12 @@ class Quickstart:
         near = verdict(self.error_ratio <= RATIO_LIMIT, f"{RATIO_LIMIT:.0f}")
         source = f"PyTorch logits: {self.torch_side}"
         rows = [
-            ("top-1 accuracy", f"{self.torch_top1:.2f} %", f"{ours.top1:.2f} %", source),
-            ("same prediction", "", f"{self.agreement:.2f} %"),
+            ("top-1 accuracy", f"{self.torch_top1:.2f}%", f"{ours.top1:.2f}%", source),
+            ("same prediction", "", f"{self.agreement:.2f}%"),
             ("largest logit difference, float32", "", f"{self.max_difference:.2e}"),
             ("mean logit difference, float32", "", f"{self.mean_difference:.2e}"),
-            ("float64 difference, largest over std", "", f"{self.float64_difference:.1e}", close),
-            ("float32 error ratio to PyTorch", "", f"{self.error_ratio:.2f}", near),
+            ("largest float64 difference / std", "", f"{self.float64_difference:.1e}", close),
+            ("float32 error ratio", "", f"{self.error_ratio:.2f}", near),
         ]
         yield table("", *right, "", rows=rows, title=f"the same {ours.images} held-out images", right=right)
         yield predictions(self.predictions[:3])

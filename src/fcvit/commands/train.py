@@ -25,11 +25,15 @@ Workers = Annotated[
 ]
 
 
-def recipe_options(*left_out: str) -> Any:
-    """Return the type of `**fields`, with an optional command-line option for every recipe field not in `left_out`."""
+def recipe_options(*left_out: str, **defaults: object) -> Any:
+    """Return the type of `**fields`, with an optional command-line option for every recipe field not in `left_out`.
+
+    The help shows `defaults` instead of the declared defaults.
+    """
     groups = {title: Group(title, sort_key=position) for position, title in enumerate(GROUPS)}
     options: dict[str, Any] = {name: Annotated[str, Parameter(show=False)] for name in OTHER_NAMES}
     for name, field in fields_of_all_tasks().items():
+        field = dataclasses.replace(field, default=defaults.get(name, field.default))
         default = f"; default: {field.default_text}" if field.default_text else ""
         about = Parameter(
             help=f"{field.description} [{field.expected}{default}]",

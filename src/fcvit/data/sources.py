@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from fcvit.data.folders import contents, is_image, left_out, open_file, scan
 from fcvit.errors import UnreadableFile
-from fcvit.foreign import KIND_BYTES, foreign_kind
+from fcvit.foreign import KIND_BYTES, TAR, foreign_kind
 
 _LARGEST = 1 << 29  # largest image file, in bytes
 _BLOCK = 512  # block size of the tar format, in bytes
@@ -242,7 +242,8 @@ def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, de
         except (tarfile.TarError, ValueError, EOFError) as error:
             file.seek(start)
             reason = f"invalid data at byte {start - first} of {end - first}: {error}"
-            reason = reason if start > first else foreign_kind(file.read(KIND_BYTES)) or error
+            kind = foreign_kind(file.read(KIND_BYTES)) if start == first else None
+            reason = kind if kind and kind != TAR else reason
             raise UnreadableFile(f"{shown}: not a readable tar archive: {reason}") from error
         file.seek(stopped)
         if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):

@@ -132,7 +132,7 @@ class Verification:
             difference, limit = f"{one.float64_difference:.1e}", f"{FLOAT64_LIMIT:.0e}"
             rows.append((f"largest float64 difference / std{note}", difference, limit, verdict(close)))
             ratio, limit = f"{one.error_ratio:.2f}", f"{RATIO_LIMIT:.0f}"
-            rows.append((f"float32 rms error / PyTorch's{note}", ratio, limit, verdict(near)))
+            rows.append((f"float32 error ratio{note}", ratio, limit, verdict(near)))
         rows.append(("largest float32 difference", f"{self.comparison.float32_max:.2e}"))
         rows.append(("mean float32 difference", f"{self.comparison.float32_mean:.2e}"))
         if self.rounding_cost:

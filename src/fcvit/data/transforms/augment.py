@@ -316,7 +316,7 @@ OPERATIONS = tuple(_APPLY)  # timm's names of the 15 operations in its "increasi
 def erase(images: np.ndarray, probability: float, generators: Sequence[np.random.Generator]) -> None:
     """Fill a random rectangle with noise, N(0, 1) for each pixel and channel, in some of the images, in place.
 
-    This is timm's `RandomErasing` in mode "pixel". The area is uniform in 2 % to a third of the image. The ratio of
+    This is timm's `RandomErasing` in mode "pixel". The area is uniform in 2% to a third of the image. The ratio of
     height to width is log-uniform in 0.3 to 1/0.3. If none of ten rectangles is smaller than the image, the image is
     not changed. In the authors' pipeline this is the last step, after mixing and normalization.
 

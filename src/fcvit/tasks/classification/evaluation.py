@@ -166,7 +166,7 @@ class ClassificationEvaluator:
 
 def _mapping(mapping: Mapping[str, int]) -> str:
     """Return labels with their indices as text: all, or only the first and last three of more than ten."""
-    pairs = [f"{label} {index}" for label, index in sorted(mapping.items(), key=lambda pair: pair[1])]
+    pairs = [f"{label} = {index}" for label, index in sorted(mapping.items(), key=lambda pair: pair[1])]
     return ", ".join(pairs if len(pairs) <= 10 else [*pairs[:3], "...", *pairs[-3:]])
 
 

@@ -102,13 +102,15 @@ def write_page(
 
 def _summary(results: Sequence[Result]) -> Listing:
     k = results[0].k
-    accuracy = ("top-1 accuracy (%)", "95% confidence interval", f"top-{k} accuracy (%)")
+    top_k = (f"top-{k} accuracy (%)",) if k > 1 else ()
+    accuracy = ("top-1 accuracy (%)", "95% confidence interval", *top_k)
     figures = (*accuracy, "cross-entropy loss", "expected calibration error")
     real = ("ImageNet-ReaL accuracy (%)",) if results[0].real else ()
     published = ("published top-1 (%)", "comparison") if any(row.published for row in results) else ()
     rows = []
     for result in results:
-        row = [result.name, f"{result.top1:.2f}", _interval(result.top1_interval), f"{result.top_k:.2f}"]
+        row = [result.name, f"{result.top1:.2f}", _interval(result.top1_interval)]
+        row += [f"{result.top_k:.2f}"] if top_k else []
         row += [f"{result.loss:.4f}", f"{result.calibration.error:.4f}"]
         row += [f"{result.real.top1:.2f}"] if result.real else []
         if published:
@@ -120,11 +122,11 @@ def _summary(results: Sequence[Result]) -> Listing:
 
 def _facts(result: Result) -> tuple[tuple[str, str], ...]:
     chosen = result.protocol.preprocessing
+    accuracies = ((1, result.top1, result.top1_interval), (result.k, result.top_k, result.top_k_interval))
     facts = [
-        ("Top-1 accuracy", f"{result.top1:.2f}% (95% confidence interval {_interval(result.top1_interval)})"),
-        (
-            f"Top-{result.k} accuracy",
-            f"{result.top_k:.2f}% (95% confidence interval {_interval(result.top_k_interval)})",
+        *(
+            (f"Top-{k} accuracy", f"{accuracy:.2f}% (95% confidence interval {_interval(interval)})")
+            for k, accuracy, interval in accuracies[: result.k]
         ),
         ("Cross-entropy loss", f"{result.loss:.4f}"),
         ("Expected calibration error (ECE)", f"{result.calibration.error:.4f} ({len(result.calibration.counts)} bins)"),
