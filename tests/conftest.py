@@ -72,7 +72,7 @@ def notes():
 
 @pytest.fixture
 def no_charts(monkeypatch):
-    """Pretend that the extra `report` is not installed, because charts take a second for each result."""
+    """Pretend that the `report` extra is not installed, because charts take a second for each result."""
     hide_charts(monkeypatch)
 
 

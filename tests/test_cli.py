@@ -473,7 +473,7 @@ def test_eval_compares_two_engines(run, digits_pth, image, no_charts):
 
 
 @needs_paddle
-def test_contradicting_options_are_refused(run, digits_pth, image):
+def test_contradicting_options_are_rejected(run, digits_pth, image):
     (image.parent / "data" / "0").mkdir(parents=True)
     words = ["eval", "--weights", digits_pth, "--data", "data", "--protocol", "resize256-bilinear"]
     code, _, err = run(*words, "--crop-fraction", 0.5)

@@ -67,6 +67,6 @@ def test_a_single_process():
     assert join() == alone and alone.device("gpu:1") == "gpu:1"
 
 
-def test_a_gpu_number_is_refused_for_several_processes():
+def test_a_gpu_number_is_rejected_for_several_processes():
     with pytest.raises(UsageError, match="gpu:1 in 2 processes: expected auto, cpu or gpu"):
         Processes(1, 2, Store()).device("gpu:1")

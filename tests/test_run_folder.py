@@ -33,7 +33,7 @@ def test_failed_and_interrupted_runs_are_recorded(tmp_path):
     assert status(tmp_path / "b")["status"] == "interrupted"
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_rejected(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").touch()
     with pytest.raises(UsageError, match="is not empty"), run_folder(tmp_path / "a", "eval"):

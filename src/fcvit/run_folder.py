@@ -166,8 +166,8 @@ def run_folder(folder: Path | None, command: str, details: Mapping[str, object] 
         yield folder
 
 
-def refuse_inside(folder: Path, images: Path, what: str) -> None:
-    """Refuse a run folder inside the folder of input images, where its pictures would become input images.
+def reject_inside(folder: Path, images: Path, what: str) -> None:
+    """Reject a run folder inside the folder of input images, where its pictures would become input images.
 
     Args:
         folder: The run folder.

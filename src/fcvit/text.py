@@ -76,7 +76,7 @@ def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON and refuse repeated keys, which different programs interpret differently.
+    """Parse JSON and reject repeated keys, which different programs interpret differently.
 
     Raises:
         UnreadableFile: A key occurs more than once in one object.
@@ -84,7 +84,7 @@ def strict_json(text: str | bytes) -> Any:
     """
     value, repeated = parse_json(text)
     if repeated:
-        raise UnreadableFile("two entries of one name in the header: refused, as programs differ in the one they read")
+        raise UnreadableFile("two entries of one name in the header: rejected, as programs differ in the one they read")
     return value
 
 

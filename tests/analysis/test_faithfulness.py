@@ -314,7 +314,7 @@ def test_the_expected_duration_is_logged_first(digits_pth, photos, monkeypatch, 
         assert fact in note
 
 
-def test_unsupported_requests_are_refused_first(digits_pth, photos, tmp_path):
+def test_unsupported_requests_are_rejected_first(digits_pth, photos, tmp_path):
     with pytest.raises(UsageError, match=rf"\b9 image.*\b{MIN_IMAGES}\b"):
         faithfulness(*photos[:9], weights=digits_pth)
     with pytest.raises(UsageError, match=r"--heads 9: .*each, mean, .* 1 to 8"):

@@ -107,7 +107,7 @@ def test_no_readable_image_is_an_error(digits_pth, tmp_path):
         ({"run": "runs/eval"}, "--run"),
     ],
 )
-def test_invalid_requests_are_refused(options, message, digits_pth, photos, tmp_path):
+def test_invalid_requests_are_rejected(options, message, digits_pth, photos, tmp_path):
     given = {"weights": digits_pth, "images": photos, "output": tmp_path / "run", **options}
     with pytest.raises(UsageError, match=message):
         similarity(*given.pop("images"), **given)
@@ -122,7 +122,7 @@ def test_a_missing_extra_is_reported_with_its_install_command(digits_pth, photos
 
 
 @needs_paddle
-def test_a_dense_backbone_is_refused(tmp_path):
+def test_a_dense_backbone_is_rejected(tmp_path):
     spec = ModelSpec(DIGITS.variant, head="backbone")
     with pytest.raises(DoesNotFit, match=r"dense\.pth is .*classifier"):
         Viewer(read_weights(write_pth(tmp_path / "dense.pth", synthetic_tensors(spec))))

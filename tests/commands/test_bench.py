@@ -186,7 +186,7 @@ def test_csv_and_json_files(fake, tmp_path):
     assert (tmp_path / "run" / "bench.csv").read_text() == result.to_csv()
 
 
-def test_a_folder_that_is_not_empty_is_refused_before_any_measurement(fake, tmp_path):
+def test_a_folder_that_is_not_empty_is_rejected_before_any_measurement(fake, tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(UsageError, match="not empty"):
         run(folder=tmp_path)
@@ -220,7 +220,7 @@ def test_the_chart_shows_the_fastest_engine_first(fake, tmp_path):
         {"weights": "x.safetensors"},
     ],
 )
-def test_invalid_options_are_refused(options, fake):
+def test_invalid_options_are_rejected(options, fake):
     with pytest.raises(UsageError):
         run(**options)
     assert fake.groups == []

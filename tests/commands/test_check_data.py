@@ -269,7 +269,7 @@ def test_the_option_near_is_accepted_without_effect(data, capsys):
     assert code == 0 and "no findings" in out and "--near has no effect" in err
 
 
-def test_invalid_arguments_are_refused(data, tmp_path):
+def test_invalid_arguments_are_rejected(data, tmp_path):
     for arguments, options, message in (
         ((data,), {"few": -1}, "--few -1"),
         ((data,), {"workers": -1}, "--workers -1"),
@@ -310,7 +310,7 @@ def test_the_command_line(data, capsys):
 
 
 @pytest.mark.parametrize("text", ["train", "=x", "a=", "a/b=x"])
-def test_invalid_split_options_are_refused(data, capsys, text):
+def test_invalid_split_options_are_rejected(data, capsys, text):
     code, _, err = run(capsys, data, "--split", text)
     assert code == 2 and "expected NAME=PATH" in err
 

@@ -43,7 +43,7 @@ def test_the_message_names_the_command_that_installs_gradio(monkeypatch, tmp_pat
         task.build((), tmp_path)
 
 
-def test_more_than_two_checkpoints_are_refused(monkeypatch, tmp_path):
+def test_more_than_two_checkpoints_are_rejected(monkeypatch, tmp_path):
     monkeypatch.setattr(task, "_gradio", lambda: None)
     with pytest.raises(UsageError, match=r"two.* 3$"):
         task.build(["a", "b", "c"], tmp_path)
@@ -97,7 +97,7 @@ def guard(tmp_path):
     return task._Guard(Application(tmp_path), 7860, tmp_path)
 
 
-def test_requests_with_another_host_or_origin_are_refused(guard):
+def test_requests_with_another_host_or_origin_are_rejected(guard):
     for host in OWN_HOSTS:
         assert ask(guard, host=host) == 200
         for origin in OWN_HOSTS:
@@ -112,7 +112,7 @@ def test_requests_with_another_host_or_origin_are_refused(guard):
     assert ask(guard) == 403 and guard.app.calls == calls
 
 
-def test_requests_without_length_or_too_large_are_refused(guard):
+def test_requests_without_length_or_too_large_are_rejected(guard):
     own = {"host": OWN_HOSTS[0]}
     assert ask(guard, "POST", **own) == ask(guard, "POST", **own, content_length="-1") == 411
     assert ask(guard, "POST", **own, content_length="5", transfer_encoding="chunked") == 411
@@ -378,7 +378,7 @@ def test_no_analytics_and_no_external_fonts(address):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_server_refuses_files_over_the_limit(address):
+def test_the_server_rejects_files_over_the_limit(address):
     for size, expected in ((20 * 2**20 + 1, 413), (2**20, 200)):
         content = b"x" * size
         body = (

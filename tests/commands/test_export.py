@@ -215,7 +215,7 @@ def test_int8_is_calibrated_with_a_folder_of_images(weights, tmp_path, images):
         ({"output": "digits.pth/a.onnx"}, UnreadableFile, "cannot be written"),
     ],
 )
-def test_invalid_options_are_refused(options, error, message, weights, tmp_path, monkeypatch):
+def test_invalid_options_are_rejected(options, error, message, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         export(weights, **{"output": "a.onnx", **options})

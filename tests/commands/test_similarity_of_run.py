@@ -54,7 +54,7 @@ def test_the_most_confident_mistakes_and_correct_predictions_are_drawn(run, pane
 
 
 @pytest.mark.slow
-def test_changed_images_are_skipped_and_changed_weights_are_refused(run, panels, digits_pth):
+def test_changed_images_are_skipped_and_changed_weights_are_rejected(run, panels, digits_pth):
     first = similarity(run=run).images[0][0]
     (run.parent / "data" / first).write_bytes(b"?")
     drawn = similarity(run=run)
@@ -67,6 +67,6 @@ def test_changed_images_are_skipped_and_changed_weights_are_refused(run, panels,
         similarity(run=run)
 
 
-def test_a_folder_that_is_not_an_evaluation_is_refused(tmp_path):
+def test_a_folder_that_is_not_an_evaluation_is_rejected(tmp_path):
     with pytest.raises(UnreadableFile, match=r"fcvit eval"):
         similarity(run=tmp_path)

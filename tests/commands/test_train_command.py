@@ -66,7 +66,7 @@ def test_none_unsets_a_field(calls):
         ("train digits --preview seen.png -o runs/x", "--preview .*--output"),
     ],
 )
-def test_invalid_combinations_of_options_are_refused(calls, line, message):
+def test_invalid_combinations_of_options_are_rejected(calls, line, message):
     with pytest.raises(UsageError, match=message):
         command(f"{line} --workers 0")
     assert not calls
@@ -81,7 +81,7 @@ def test_invalid_combinations_of_options_are_refused(calls, line, message):
         ("finetune --weights w", "--data requires"),
     ],
 )
-def test_unknown_options_and_values_are_refused_with_a_suggestion(calls, line, message):
+def test_unknown_options_and_values_are_rejected_with_a_suggestion(calls, line, message):
     with pytest.raises(cyclopts.CycloptsError, match=f"(?s){message}"):
         command(line)
     assert not calls

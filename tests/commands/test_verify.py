@@ -239,7 +239,7 @@ def test_a_dense_backbone_is_verified_with_its_four_outputs(tmp_path):
     assert names[-4:] == ["output0", "output1", "output2", "output3"] and conversion.verification.passed
 
 
-def test_different_networks_are_refused(tmp_path, digits_pth):
+def test_different_networks_are_rejected(tmp_path, digits_pth):
     other = write_pth(tmp_path / "other.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=11)))
     with pytest.raises(DoesNotFit, match=r"11 classes.*10 classes|10 classes.*11 classes"):
         verify(other, digits_pth)

@@ -106,7 +106,7 @@ def test_empty_areas_are_filled_with_the_mean_of_imagenet():
     ("name", "level", "message"),
     [("Shear", 1, "operation 'Shear': expected one of AutoContrast"), ("Rotate", 10.5, "level 10.5: expected")],
 )
-def test_an_unknown_operation_or_invalid_level_is_refused(name, level, message):
+def test_an_unknown_operation_or_invalid_level_is_rejected(name, level, message):
     with pytest.raises(UsageError, match=message):
         apply_operation(Image.new("RGB", (4, 4)), name, level, False, "bilinear")
 
@@ -282,7 +282,7 @@ def test_every_image_has_different_random_numbers():
         ((0, 0, 0, "flip"), "purpose 'flip': expected one of augment, erase, mix"),
     ],
 )
-def test_invalid_seeds_and_positions_are_refused(arguments, message):
+def test_invalid_seeds_and_positions_are_rejected(arguments, message):
     with pytest.raises(UsageError, match=message):
         pixel_generator(*arguments)
 
@@ -356,13 +356,13 @@ def test_a_padded_crop_of_a_long_image_reaches_both_ends():
     assert firsts == set(range(41))
 
 
-def test_an_image_of_another_mode_is_refused():
+def test_an_image_of_another_mode_is_rejected():
     with pytest.raises(UsageError, match="image of mode L: expected RGB"):
         augment(Image.new("L", (4, 4)), PLAIN, seeded(0))
 
 
 @pytest.mark.parametrize("crop_kind", ["padded", "centre"])
-def test_an_image_that_would_become_too_large_is_refused(monkeypatch, crop_kind):
+def test_an_image_that_would_become_too_large_is_rejected(monkeypatch, crop_kind):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80_000)
     with pytest.raises(BadImages, match="1 x 300 pixels would be resized to"):
         augment(Image.new("RGB", (1, 300)), Augmentation(24, crop=crop_kind), seeded(0))
@@ -479,6 +479,6 @@ def test_erasing_leaves_a_part_of_every_row_and_column(count, height, width, see
         (np.zeros((2, 3, 4, 4), np.float32), 0.5, 1, "1 generators: expected one for each of 2 images"),
     ],
 )
-def test_invalid_arguments_of_erasing_are_refused(images, probability, count, message):
+def test_invalid_arguments_of_erasing_are_rejected(images, probability, count, message):
     with pytest.raises(UsageError, match=message):
         erase(images, probability, [seeded(0)] * count)

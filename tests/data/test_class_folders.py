@@ -66,18 +66,18 @@ def test_images_are_read_from_class_folders(tmp_path):
         (("a/x.txt", "b/y.txt"), "class folders contain no images"),
     ],
 )
-def test_a_folder_without_labeled_images_is_refused(tmp_path, names, message):
+def test_a_folder_without_labeled_images_is_rejected(tmp_path, names, message):
     with pytest.raises(UnreadableFile, match=message):
         read_dataset(make(tmp_path, *names), None, None, 2)
 
 
-def test_a_missing_path_is_refused(tmp_path):
+def test_a_missing_path_is_rejected(tmp_path):
     with pytest.raises(UnreadableFile, match=r"none: no such folder or tar.*--data"):
         read_dataset(tmp_path / "none", None, None, 2)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
-def test_an_unreadable_class_folder_is_refused(tmp_path):
+def test_an_unreadable_class_folder_is_rejected(tmp_path):
     make(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "b").chmod(0)
     with pytest.raises(UnreadableFile, match="Permission denied"):
@@ -87,7 +87,7 @@ def test_an_unreadable_class_folder_is_refused(tmp_path):
 def test_skipped_files_are_counted_in_notes(tmp_path):
     root = make(tmp_path, "a/1.png", "a/2.HEIC", "b/3.heic", "b/README", "b/Thumbs.db", "b/.x", "top.png", "top.txt")
     assert read_dataset(root, None, None, 2).notes == (
-        f"{root}: skipped 3 files without an image file ending: 2 .heic, 1 no ending",
+        f"{root}: skipped 3 files without an image file extension: 2 .heic, 1 no extension",
         f"{root}: skipped 1 image outside the class folders",
     )
 
@@ -171,7 +171,7 @@ def test_archives_next_to_class_folders_are_noted(tmp_path):
     assert notes == (f"{tmp_path}: skipped 2 archives next to the class folders: c.tar, d.ZIP",)
 
 
-def test_a_folder_that_can_be_a_split_or_a_class_is_refused(tmp_path):
+def test_a_folder_that_can_be_a_split_or_a_class_is_rejected(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "extra/1.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
@@ -191,7 +191,7 @@ def test_a_sparse_file_in_a_tar_archive_is_listed_as_unreadable(tmp_path):
         dataset.locations[2].read()
 
 
-def test_a_damaged_or_truncated_tar_archive_is_refused(tmp_path):
+def test_a_damaged_or_truncated_tar_archive_is_rejected(tmp_path):
     """tarfile stops silently at a truncation between members and at a damaged header."""
     content = make_tar(tmp_path / "x.tar", *FILES).read_bytes()
     path = tmp_path / "cut.tar"
@@ -206,7 +206,7 @@ def test_a_damaged_or_truncated_tar_archive_is_refused(tmp_path):
             read_dataset(path, None, None, 2)
 
 
-def test_files_that_are_not_tar_archives_are_refused(tmp_path):
+def test_files_that_are_not_tar_archives_are_rejected(tmp_path):
     plain = make_tar(tmp_path / "x.tar", *FILES)
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
     with pytest.raises(UnreadableFile, match=r"gzip; decompress it first .*gunzip -k x.tar.gz"):
@@ -227,7 +227,7 @@ def valid_tar(tmp_path_factory):
 @settings(
     derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_modified_tar_archive_is_read_or_refused(valid_tar, changes, length):
+def test_a_modified_tar_archive_is_read_or_rejected(valid_tar, changes, length):
     """No image has bytes outside the archive."""
     broken = bytearray(valid_tar.read_bytes())
     for position, value in changes:
@@ -244,13 +244,13 @@ def test_a_modified_tar_archive_is_read_or_refused(valid_tar, changes, length):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the platform has no named pipes")
-def test_a_named_pipe_is_refused_without_blocking(tmp_path):
+def test_a_named_pipe_is_rejected_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(OSError, match="not a regular file"):
         Location(str(tmp_path / "x.png")).read()
 
 
-def test_a_file_over_the_size_limit_is_refused(tmp_path):
+def test_a_file_over_the_size_limit_is_rejected(tmp_path):
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate((1 << 29) + 1)  # a sparse file, which needs no disk space
     with pytest.raises(OSError, match="512 MiB"):
@@ -297,7 +297,7 @@ def test_a_list_can_contain_files_without_an_ending_and_hidden_files(tmp_path):
     assert samples(tar) == samples(folder) and len(tar) == 3
 
 
-def test_a_number_that_is_both_an_index_and_an_id_is_refused(tmp_path):
+def test_a_number_that_is_both_an_index_and_an_id_is_rejected(tmp_path):
     root = make(tmp_path / "data", "1.png")
     (tmp_path / "l.txt").write_text("1.png 1\n")
     reversed_ids = tuple(ClassName(str(3 - i), f"class {i}") for i in range(4))
@@ -328,7 +328,7 @@ def test_a_folder_in_the_list_that_the_data_lacks_is_ignored_and_noted(tmp_path)
         ("1.png wolf\n2.png lion\n", DoesNotFit, r"2 labels of the list \(lion, wolf\) .* 10 outputs"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused(tmp_path, text, kind, message):
+def test_a_list_that_does_not_fit_is_rejected(tmp_path, text, kind, message):
     root = make(tmp_path / "data", "1.png", "2.png")
     (tmp_path / "l.txt").write_text(text)
     with pytest.raises(kind, match=message):
@@ -339,7 +339,7 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, text, kind, message):
 @settings(
     derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_random_bytes_as_a_list_are_refused(tmp_path, text):
+def test_random_bytes_as_a_list_are_rejected(tmp_path, text):
     (tmp_path / "d").mkdir(exist_ok=True)
     (tmp_path / "l.txt").write_bytes(text)
     with pytest.raises(FcvitError):
@@ -381,14 +381,14 @@ def test_sorted_names_are_used_only_without_known_classes_and_with_an_equal_coun
         assign(["lion", "ocelot", "puma", "zebra"], PETS, 4)
 
 
-def test_numbers_whose_order_as_text_differs_are_refused():
+def test_numbers_whose_order_as_text_differs_are_rejected():
     numbers = sorted(str(i) for i in range(12))
     with pytest.raises(DoesNotFit, match=r"order as text.*--classes"):
         assign(numbers, None, 12)
     assert assign(sorted(f"{i:02d}" for i in range(12)), None, 12)[0]["11"] == 11
 
 
-def test_partly_known_folders_are_refused():
+def test_partly_known_folders_are_rejected():
     with pytest.raises(DoesNotFit, match=r"1 of 4 class folders .* the model's class ids: wolf"):
         assign(["c1", "d1", "m1", "wolf"], PETS, 4)
     with pytest.raises(DoesNotFit, match="ImageNet's WordNet ids: tench"):
@@ -456,7 +456,7 @@ def test_real_labels_are_found_by_the_number_in_the_image_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[[1]]", "[" * 100_000, json.dumps([[1000]] * 50_000), "[[true]]"])
-def test_an_invalid_file_of_real_labels_is_refused(tmp_path, text):
+def test_an_invalid_file_of_real_labels_is_rejected(tmp_path, text):
     (tmp_path / "real.json").write_text(text)
     with pytest.raises(UnreadableFile):
         read_real(tmp_path / "real.json", validation([1]))

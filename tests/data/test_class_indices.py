@@ -42,7 +42,7 @@ def test_numbers_that_can_only_be_ids_are_ids(ids):
     assert labels([f"{ids[3]}.0", ids[0]], named(*ids), 4)[0] == [3, 0]
 
 
-def test_numbers_that_can_be_indices_or_ids_are_refused():
+def test_numbers_that_can_be_indices_or_ids_are_rejected():
     classes = named("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")  # folders, sorted as text
     for values in (["10", "2"], ["2.0"], ["0", "1", "3"]):
         with pytest.raises(DoesNotFit, match=r"class index or the id of class .* --classes FILE"):
@@ -65,7 +65,7 @@ def test_numbers_that_can_be_indices_or_ids_are_refused():
         (["10", "2", "cat", "dog"], None, "order as text"),
     ],
 )
-def test_numbers_that_are_not_classes_are_refused(values, classes, message):
+def test_numbers_that_are_not_classes_are_rejected(values, classes, message):
     with pytest.raises(DoesNotFit, match=message) as caught:
         labels(values, classes, 4)
     assert len(str(caught.value)) < 500

@@ -1,4 +1,4 @@
-"""Test class lists in common formats, which are read in the order of their numbers or refused."""
+"""Test class lists in common formats, which are read in the order of their numbers or rejected."""
 
 import json
 
@@ -141,14 +141,14 @@ def test_the_id_of_a_repeated_name_contains_its_index(tmp_path):
         ("{}", UnreadableFile, "no class.*one class per line"),
     ],
 )
-def test_an_invalid_or_ambiguous_list_is_refused(tmp_path, text, kind, message):
+def test_an_invalid_or_ambiguous_list_is_rejected(tmp_path, text, kind, message):
     with pytest.raises(kind, match=rf"classes\.txt: .*{message}"):
         read(tmp_path, text)
 
 
 @given(st.binary(max_size=40) | st.text("0123 ,:[]{}'\"ab\n", max_size=40).map(str.encode))
 @settings(derandomize=True, max_examples=150, deadline=None)
-def test_random_content_is_read_or_refused(tmp_path_factory, content):
+def test_random_content_is_read_or_rejected(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:

@@ -33,7 +33,7 @@ def test_skipped_files_in_a_folder_are_counted(tmp_path, monkeypatch, notes):
     make(tmp_path, "in/1.png", "in/a/2.HEIC", "in/3.heic", "in/notes", "in/.hidden", "none/1.txt", "all/1.jpg")
     monkeypatch.chdir(tmp_path)
     find_images(["in", "all", "in/notes"])
-    assert notes == ["in: skipped 3 files without an image file ending: 2 .heic, 1 no ending"]
+    assert notes == ["in: skipped 3 files without an image file extension: 2 .heic, 1 no extension"]
 
 
 def test_imagenets_classes_have_unique_ids():
@@ -66,7 +66,7 @@ def test_class_lists_are_read(tmp_path, text, expected):
     assert read_classes(tmp_path / "c.txt") == expected
 
 
-def test_an_empty_repeated_or_missing_class_list_is_refused(tmp_path):
+def test_an_empty_repeated_or_missing_class_list_is_rejected(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UnreadableFile, match=r"empty\.txt: .*one class per line"):
         read_classes(tmp_path / "empty.txt")

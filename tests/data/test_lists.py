@@ -76,7 +76,7 @@ def test_lists_are_read_in_common_formats(tmp_path, text, expected):
         ("a/1.jpg 0\na/2.jpg\n", "line 2 is 'a/2.jpg'"),
     ],
 )
-def test_an_invalid_or_ambiguous_list_is_refused(tmp_path, text, message):
+def test_an_invalid_or_ambiguous_list_is_rejected(tmp_path, text, message):
     with pytest.raises(UnreadableFile, match=f"l: .*{message}"):
         read(tmp_path / "l", text)
 
@@ -108,14 +108,14 @@ def test_windows_paths_are_read(tmp_path, prefix):
     assert pairs == [("val/a/1.jpg", "0"), ("val/b/2.jpg", "1")]
 
 
-def test_a_list_of_another_split_is_refused(tmp_path):
+def test_a_list_of_another_split_is_rejected(tmp_path):
     root = make(tmp_path / "val", "1.jpg", "2.jpg")
     with pytest.raises(DoesNotFit, match=r"images are in train/, but --data .*val is another split"):
         find(root, "train/1.jpg 0\ntrain/2.jpg 1\n", tmp_path)
     assert find(root, "valid/1.jpg 0\nvalid/2.jpg 1\n", tmp_path)[0]
 
 
-def test_images_outside_the_data_are_refused(tmp_path):
+def test_images_outside_the_data_are_rejected(tmp_path):
     root = make(tmp_path / "here", "1.jpg")
     make(tmp_path / "there", "1.jpg")
     for name in ("there/1.jpg", f"{tmp_path}/there/1.jpg"):
@@ -149,7 +149,7 @@ def test_composed_and_decomposed_letters_are_equal(tmp_path):
     assert find(root, "\u00e9 1.jpg 0\n", tmp_path)[0] == [("\u00e9 1.jpg", "0")]
 
 
-def test_two_lines_with_the_same_image_are_refused(tmp_path):
+def test_two_lines_with_the_same_image_are_rejected(tmp_path):
     root = make(tmp_path / "d", "\u00e9.jpg", "x.jpg")
     with pytest.raises(DoesNotFit, match="another line name the same file \u00e9"):
         find(root, "\u00e9.jpg 0\ne\u0301.jpg 1\n", tmp_path)
@@ -176,7 +176,7 @@ def test_a_line_without_label_uses_its_folder_as_the_label(tmp_path):
 @settings(
     derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_random_text_is_read_or_refused(tmp_path, text):
+def test_random_text_is_read_or_rejected(tmp_path, text):
     root = make(tmp_path / "d", "a", "a.a")
     (tmp_path / "l.txt").write_bytes(text)
     try:
@@ -187,7 +187,7 @@ def test_random_text_is_read_or_refused(tmp_path, text):
     assert set(locations) <= {"a", "a.a"}
 
 
-def test_json_of_other_formats_is_refused(tmp_path):
+def test_json_of_other_formats_is_rejected(tmp_path):
     for content in ("[" * 100_000, json.dumps({"a": [1]}), json.dumps({"a": None}), '{"a": 1e999}'):
         with pytest.raises(FcvitError):
             read(tmp_path / "l", content)

@@ -185,7 +185,7 @@ def test_the_same_seed_gives_the_same_batch():
         ({"smoothing": 1.0}, r"smoothing 1\.0: expected a number from 0 to below 1"),
     ],
 )
-def test_invalid_arguments_are_refused(change, message):
+def test_invalid_arguments_are_rejected(change, message):
     arguments = {
         "pixels": constant_images(1, 2),
         "labels": np.array([0, 1], np.int64),

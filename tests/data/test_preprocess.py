@@ -98,7 +98,7 @@ def test_32_bit_images_with_8_bit_values_are_read(tmp_path, kind):
 
 
 @pytest.mark.parametrize("values", [DEEP.astype(np.int32), -DEEP.astype(np.float32), (DEEP / 65535).astype(np.float32)])
-def test_32_bit_images_of_unknown_range_are_refused(tmp_path, values):
+def test_32_bit_images_of_unknown_range_are_rejected(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tif")
     with pytest.raises(BadImages, match=r"x\.tif: (32-bit integers|floats) from .* save .* with 8 or 16 bits"):
         decode(tmp_path / "x.tif")
@@ -138,7 +138,7 @@ def test_the_message_for_an_unreadable_image_contains_the_reason(tmp_path, conte
         decode(path)
 
 
-def test_a_truncated_image_is_refused(tmp_path):
+def test_a_truncated_image_is_rejected(tmp_path):
     image_by_rule(200, 150).save(tmp_path / "complete.jpg")
     (tmp_path / "x.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:-400])
     with pytest.raises(BadImages, match=r"x\.jpg: .*truncated"):
@@ -153,7 +153,7 @@ def test_images_over_pillows_limit_for_a_warning_are_read(tmp_path, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_images_over_the_pixel_limit_are_refused(tmp_path, monkeypatch):
+def test_images_over_the_pixel_limit_are_rejected(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
     with pytest.raises(BadImages, match=r"80,000 pixels; .*MAX_IMAGE_PIXELS"):
@@ -169,7 +169,7 @@ def test_images_over_the_pixel_limit_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"DDS |\0\0\0", b"\0\0\0 ftypavif"]
 )
-def test_unsafe_and_unsupported_formats_are_refused(tmp_path, start):
+def test_unsafe_and_unsupported_formats_are_rejected(tmp_path, start):
     (tmp_path / "x.png").write_bytes(start + bytes(200))
     with pytest.raises(BadImages, match=r"x\.png: not an image"):
         decode(tmp_path / "x.png")
@@ -185,7 +185,7 @@ def test_any_error_of_pillow_is_reported_as_an_unreadable_image(tmp_path, monkey
 @given(st.integers(0, 2**32 - 1))
 @settings(derandomize=True, max_examples=60, deadline=None)
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged images
-def test_modified_images_are_read_or_refused(tmp_path_factory, seed):
+def test_modified_images_are_read_or_rejected(tmp_path_factory, seed):
     generator = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("mutated")
     ending = ("jpg", "png", "bmp", "gif", "tif", "webp", "ppm")[seed % 7]

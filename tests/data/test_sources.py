@@ -1,4 +1,4 @@
-"""Test that folders and tar archives are read completely or refused, without blocking."""
+"""Test that folders and tar archives are read completely or rejected, without blocking."""
 
 import io
 import os
@@ -86,7 +86,7 @@ def test_nested_tar_archives_are_folders_and_read_in_place(tmp_path):
         files(path, nested)
 
 
-def test_tar_archives_that_are_not_class_folders_are_refused(tmp_path):
+def test_tar_archives_that_are_not_class_folders_are_rejected(tmp_path):
     shard = tar_with(**{"1_png": b"x", "1_cls": b"0", "2_png": b"x", "2_cls": b"1"})
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).write_bytes(shard)

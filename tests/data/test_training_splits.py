@@ -54,7 +54,7 @@ def test_splits_with_other_names_are_found_in_a_wrapper_folder(small, squares, n
     assert f"images are in {squares / 'up'}" in splits.notes[0] and "contains the splits" in splits.notes[1]
 
 
-def test_a_folder_that_can_be_a_split_or_a_class_is_refused(small, squares):
+def test_a_folder_that_can_be_a_split_or_a_class_is_rejected(small, squares):
     shutil.move(squares / "val" / "left", squares / "more")
     shutil.rmtree(squares / "val")
     with pytest.raises(UnreadableFile, match=r"if train is a split, pass .*train, and if it is a class, rename it"):
@@ -149,7 +149,7 @@ def test_wordnet_folders_get_imagenets_names(small, squares):
         ({"weights": "w"}, weights((ClassName("a", "a"), ClassName("b", "b"))), DoesNotFit, "new head.*finetune"),
     ],
 )
-def test_data_that_does_not_match_is_refused(small, fields, initial, error, message):
+def test_data_that_does_not_match_is_rejected(small, fields, initial, error, message):
     with pytest.raises(error, match=message):
         find_splits(small(**fields), initial)
 
@@ -160,7 +160,7 @@ def test_both_splits_must_have_the_same_classes(small, squares):
         find_splits(small(), None)
 
 
-def test_a_single_class_is_refused(small, squares):
+def test_a_single_class_is_rejected(small, squares):
     shutil.rmtree(squares / "train" / "right")
     shutil.rmtree(squares / "val" / "right")
     with pytest.raises(DoesNotFit, match=r"only class is left; .* two classes"):

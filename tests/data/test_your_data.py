@@ -1,4 +1,4 @@
-"""Each layout, list, class list and archive that docs/guides/data.md shows is read, or refused, as the page says."""
+"""Each layout, list, class list and archive that docs/guides/data.md shows is read, or rejected, as the page says."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def read(command, data):
         else:
             return "splits " + ", ".join(split.name for split in check_data(data, workers=0).splits)
     except FcvitError as error:
-        return f"refused: {error}"
+        return f"rejected: {error}"
     return f"{len(images)} images of {', '.join(images.mapping)}"
 
 
@@ -54,8 +54,8 @@ def check(expectations):
     for expectation in expectations.splitlines():
         command, data, expected = re.fullmatch(r"→ (\S+) (\S+): (.*)", expectation).groups()
         text = read(command, Path(data))
-        if expected.startswith("refused: "):
-            assert text.startswith("refused: ") and expected.removeprefix("refused: ") in text
+        if expected.startswith("rejected: "):
+            assert text.startswith("rejected: ") and expected.removeprefix("rejected: ") in text
         else:
             assert text == expected
 

@@ -516,7 +516,7 @@ def test_folder_names_are_the_class_names_if_the_weights_have_none(tmp_path, fol
 
 
 @needs_paddle
-def test_a_run_folder_inside_the_data_is_refused(folder, digits_pth):
+def test_a_run_folder_inside_the_data_is_rejected(folder, digits_pth):
     for run in (folder, folder / "run", folder / "3" / "run"):
         with pytest.raises(UsageError, match="is inside --data"):
             evaluate(digits_pth, folder, device="cpu", folder=run)
@@ -655,7 +655,7 @@ def test_disagreement_of_engines_is_reported(folder, digits_pth, monkeypatch):
     assert both.mean_difference == pytest.approx(2 * np.abs(outputs).mean(), rel=1e-4)
 
 
-def test_processes_with_different_images_are_refused():
+def test_processes_with_different_images_are_rejected():
     """Otherwise images would be counted twice or not at all."""
 
     class FakePlan:
@@ -676,7 +676,7 @@ def test_processes_with_different_images_are_refused():
         _agreed_identity(FakePlan("y"), SecondProcess())
 
 
-def test_weights_with_different_classes_are_refused(folder, digits_pth, tmp_path):
+def test_weights_with_different_classes_are_rejected(folder, digits_pth, tmp_path):
     three = write_pth(tmp_path / "three.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=3)))
     with pytest.raises(DoesNotFit, match=r"three.pth has 3 classes .*digits.pth has 10; .*separately"):
         evaluate([digits_pth, three], folder)
@@ -935,7 +935,7 @@ def test_effects_of_precision_and_protocol_are_separate(folder, digits_pth):
 @needs_paddle
 @pytest.mark.parametrize("engine", ["paddle", "torch"])
 @pytest.mark.slow
-def test_an_unsupported_precision_is_refused(folder, digits_pth, engine):
+def test_an_unsupported_precision_is_rejected(folder, digits_pth, engine):
     if not frameworks.installed(engine):
         pytest.skip(f"{engine} is not installed")
     with pytest.raises(UsageError, match=r"float16: .* on cpu; use (float32|.*bfloat16)"):
@@ -957,14 +957,14 @@ def test_an_unsupported_precision_is_refused(folder, digits_pth, engine):
         {"subset": 24},
     ],
 )
-def test_invalid_options_are_refused(folder, digits_pth, options):
+def test_invalid_options_are_rejected(folder, digits_pth, options):
     with pytest.raises(UsageError):
         evaluate(digits_pth, folder, **options)
     with pytest.raises(UsageError, match="at least one file"):
         evaluate([], folder)
 
 
-def test_weights_without_a_head_and_missing_data_are_refused(folder, tmp_path, digits_pth):
+def test_weights_without_a_head_and_missing_data_are_rejected(folder, tmp_path, digits_pth):
     bare = write_pth(tmp_path / "bare.pth", synthetic_tensors(ModelSpec(DIGITS.variant, 0)))
     with pytest.raises(DoesNotFit, match=r"bare.pth: .* has no head"):
         evaluate(bare, folder)

@@ -73,7 +73,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert sorted(journal.frames) == [3] and not list(tmp_path.iterdir())
 
 
-def test_records_of_another_run_are_refused(tmp_path):
+def test_records_of_another_run_are_rejected(tmp_path):
     journal = Journal(DTYPE, RUN, tmp_path / "j")
     journal.append(frame(0))
     journal.close()

@@ -29,7 +29,7 @@ def test_a_changed_preprocessing_is_named_custom():
     assert compare_with_published(B12, 1000, protocol, "all", 80.9, (80.5, 81.3), 50_000) is None
 
 
-def test_an_unknown_protocol_is_refused():
+def test_an_unknown_protocol_is_rejected():
     with pytest.raises(UsageError, match="expected authors, resize256-bilinear, both"):
         protocols("official", B12.preprocessing, B12)
 

@@ -44,7 +44,7 @@ def test_errors_in_a_batch_or_for_a_single_image_are_detected(yardstick, wrong):
 
 
 @pytest.mark.parametrize("give", [lambda o: o[:1], lambda o: o[:, :5], lambda o: o[None], lambda o: o * np.nan])
-def test_outputs_with_a_wrong_shape_or_nan_are_refused(yardstick, give):
+def test_outputs_with_a_wrong_shape_or_nan_are_rejected(yardstick, give):
     with pytest.raises(NumbersDisagree, match=rf"it: .*limit {RATIO_LIMIT}"):
         check.check_export(lambda images: [give(outputs(images)[0])], None, INTERFACE, IMAGES, "it")
 

@@ -118,7 +118,7 @@ def test_ctrl_c_works_after_openvino_is_freed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
-def test_arrays_that_are_not_image_batches_are_refused(name, weights):
+def test_arrays_that_are_not_image_batches_are_rejected(name, weights):
     engine = engine_or_skip(name, weights, PIXELS)
     for shape in ((3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32)):
         with pytest.raises(UsageError, match=re.escape(str(shape))):
@@ -137,7 +137,7 @@ def test_arrays_that_are_not_image_batches_are_refused(name, weights):
         ({"name": "onnxruntime", "precision": "int8"}, "int8.*calibration"),
     ],
 )
-def test_invalid_options_are_refused(options, message, weights):
+def test_invalid_options_are_rejected(options, message, weights):
     with pytest.raises(UsageError, match=message):
         create_engine(**{"name": "torch", **options}, weights=weights, preprocessing=PIXELS)
 
@@ -278,7 +278,7 @@ def test_an_entry_that_is_deleted_before_loading_is_exported_again(weights, imag
     "device", ["cuda", "cuda:1", "CUDA", "gpu0", "GPU:2", "1", "nvidia", "mps", "tpu", "cpu:0", ""]
 )
 @pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
-def test_wrong_device_names_are_refused_with_a_hint(name, device, weights):
+def test_wrong_device_names_are_rejected_with_a_hint(name, device, weights):
     hints = {
         "cuda": "use gpu",
         "CUDA": "use gpu",

@@ -147,6 +147,6 @@ def test_the_graph_has_no_unnecessary_nodes(size):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_an_empty_image_size_is_refused():
+def test_an_empty_image_size_is_rejected():
     with pytest.raises(UsageError, match=r"image size \(0, 32\)"):
         write(synthetic_weights(DIGITS), (0, 32))

@@ -45,7 +45,7 @@ def test_an_engine_takes_uint8_and_normalized_images(digits_pth, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("device", ["tpu", "gpu:x", "cpu:1", "gpu:99"])
-def test_unknown_devices_are_refused(digits_pth, name, device):
+def test_unknown_devices_are_rejected(digits_pth, name, device):
     with pytest.raises(UsageError, match=f"--device '?{device}"):
         create_engine(name, read_weights(digits_pth), DIGITS.variant.preprocessing, device)
 
@@ -139,7 +139,7 @@ def test_images_that_cannot_be_read_keep_their_positions(classifier, pictures, t
         (iter([["a.png"]]), "image 1: .* type list"),
     ],
 )
-def test_objects_that_are_not_images_are_refused_with_a_short_message(classifier, images, message):
+def test_objects_that_are_not_images_are_rejected_with_a_short_message(classifier, images, message):
     with pytest.raises(UsageError, match=message) as error:
         classifier.predict(images)
     assert len(str(error.value)) < 300 and classifier.engine.sizes == []
@@ -191,7 +191,7 @@ def test_load_has_the_default_engine_of_the_command(digits_pth, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_logits_that_overflow_are_refused(tmp_path, digits_tensors, pictures, name):
+def test_logits_that_overflow_are_rejected(tmp_path, digits_tensors, pictures, name):
     """Finite weights can give infinite logits, which have no order."""
     tensors = {**digits_tensors, "head.weight": np.float32(3e38) * np.sign(digits_tensors["head.weight"])}
     path = write_pth(tmp_path / "large.pth", tensors)
@@ -200,7 +200,7 @@ def test_logits_that_overflow_are_refused(tmp_path, digits_tensors, pictures, na
         classifier.predict(pictures)
 
 
-def test_wrong_options_are_refused(digits_pth, classifier, pictures):
+def test_wrong_options_are_rejected(digits_pth, classifier, pictures):
     for option in ({"top_k": 0}, {"batch_size": 0}, {"top_k": 2.5}, {"batch_size": "4"}, {"top_k": True}):
         with pytest.raises(UsageError, match="at least 1"):
             classifier.predict(pictures, **option)

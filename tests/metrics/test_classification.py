@@ -215,7 +215,7 @@ def test_two_swapped_classes_of_ten_are_detected():
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_softmax_refuses_logits_that_are_not_finite(value):
+def test_softmax_rejects_logits_that_are_not_finite(value):
     logits = np.ones((3, 4), np.float32)
     assert first_not_finite(logits) is None and first_not_finite(logits[:0]) is None
     logits[1:, 2] = value

@@ -145,7 +145,7 @@ def test_the_number_of_classes_is_the_files_by_default(fcvit, digits_pth):
     "options",
     [{"num_classes": -1}, {"num_classes": 2.0}, {"num_classes": True}, {"drop_path_rate": 1}, {"drop_rate": -0.1}],
 )
-def test_options_out_of_range_are_refused(fcvit, options):
+def test_options_out_of_range_are_rejected(fcvit, options):
     with pytest.raises(UsageError):
         fcvit.create_model("fcvit_digits", **options)
 
@@ -157,7 +157,7 @@ def test_unknown_options_and_names_are_errors(fcvit):
         fcvit.create_model("fcvit_tyni")
 
 
-def test_weights_of_another_variant_are_refused(fcvit, digits_pth):
+def test_weights_of_another_variant_are_rejected(fcvit, digits_pth):
     with pytest.raises(DoesNotFit, match="does not fit fcvit_tiny"):
         fcvit.create_model("fcvit_tiny", digits_pth)
 
@@ -187,7 +187,7 @@ def test_a_backbone_is_read_from_a_detector_file(fcvit, paddle, tmp_path, recwar
         fcvit.create_backbone("fcvit_digits", stranger)
 
 
-def test_a_backbone_file_is_refused_as_a_classifier(fcvit, tmp_path):
+def test_a_backbone_file_is_rejected_as_a_classifier(fcvit, tmp_path):
     path = write_pth(tmp_path / "d.pth", synthetic_tensors(dataclasses.replace(DIGITS, num_classes=0, head="backbone")))
     with pytest.raises(DoesNotFit, match="create_backbone"):
         fcvit.create_model("fcvit_digits", path)

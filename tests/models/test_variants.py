@@ -59,7 +59,7 @@ def test_a_named_variant_is_recognized_from_its_tensors(name, head):
     assert recognize({key: entry.shape for key, entry in tensor_specs(spec).items()}) == spec
 
 
-def test_another_network_is_refused_with_the_missing_tensor():
+def test_another_network_is_rejected_with_the_missing_tensor():
     with pytest.raises(DoesNotFit, match=r"network\.0\.0\.norm1\.weight is missing"):
         recognize({"conv1.weight": (64, 3, 7, 7)})
 
@@ -96,7 +96,7 @@ def test_the_table_of_variants_is_frozen():
         {"depths": (10**9, 1, 1, 1)},
     ],
 )
-def test_impossible_architectures_are_refused(change):
+def test_impossible_architectures_are_rejected(change):
     with pytest.raises(UsageError, match="variant 'fcvit_tiny'"):
         dataclasses.replace(get_variant("fcvit_tiny"), **change)
 
@@ -105,7 +105,7 @@ def test_impossible_architectures_are_refused(change):
     "change",
     [{"crop_fraction": 0}, {"crop_fraction": 1.1}, {"interpolation": "nearest"}, {"input_size": 0}, {"std": (1, 1, 0)}],
 )
-def test_impossible_preprocessing_is_refused(change):
+def test_impossible_preprocessing_is_rejected(change):
     with pytest.raises(UsageError):
         Preprocessing(**change)
 

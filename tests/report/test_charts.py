@@ -130,7 +130,7 @@ def test_charts_without_errors_or_without_images(figures):
         assert expected in text_lines(figures)
 
 
-def test_a_matrix_with_a_different_number_of_classes_is_refused():
+def test_a_matrix_with_a_different_number_of_classes_is_rejected():
     with pytest.raises(DoesNotFit, match=r"\(10, 10\).* 9 classes"):
         confusion_chart(ten_classes(), TEN[:9], "t")
 

@@ -185,7 +185,7 @@ def test_all_texts_are_escaped(text):
     assert document.all("img")[0]["alt"] == shown
 
 
-def test_a_listing_that_does_not_match_its_columns_is_refused():
+def test_a_listing_that_does_not_match_its_columns_is_rejected():
     with pytest.raises(ValueError, match=r"a row .* 2 cells"):
         Listing("t", ("a", "b"), (("1", "2"), ("1",)))
     with pytest.raises(ValueError, match="do not exist"):

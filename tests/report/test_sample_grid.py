@@ -58,6 +58,6 @@ def test_long_texts_are_shortened_to_the_grid():
     assert font.getlength(shorten("a" * 90, font, 100)) <= 100
 
 
-def test_a_grid_without_rows_is_refused():
+def test_a_grid_without_rows_is_rejected():
     with pytest.raises(UsageError, match="no rows"):
         sample_grid([], "Title")

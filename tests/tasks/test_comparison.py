@@ -123,7 +123,7 @@ def test_the_tables_show_full_settings_and_class_names(tmp_path):
     ]
 
 
-def test_different_settings_are_listed_and_different_classes_refused(tmp_path):
+def test_different_settings_are_listed_and_different_classes_rejected(tmp_path):
     one, other = write_run(tmp_path / "a", FIRST, TRUTH), write_run(tmp_path / "b", SECOND, TRUTH)
     path = other / "a-authors" / "metrics.json"
     figures = json.loads(path.read_text())
@@ -169,7 +169,7 @@ def test_images_are_matched_by_content_not_by_name(tmp_path):
     assert compare(one, other).differing == ()
 
 
-def test_results_on_different_images_are_refused(tmp_path):
+def test_results_on_different_images_are_rejected(tmp_path):
     one = write_run(tmp_path / "a", FIRST, TRUTH)
     fewer = write_run(tmp_path / "b", FIRST[:39], TRUTH[:39])
     with pytest.raises(DoesNotFit, match=r" 1 .* first .* 0 .* second.* 039.png"):
@@ -182,7 +182,7 @@ def test_results_on_different_images_are_refused(tmp_path):
         compare(one, renamed)
 
 
-def test_arguments_that_are_not_two_results_are_refused(tmp_path):
+def test_arguments_that_are_not_two_results_are_rejected(tmp_path):
     one = write_run(tmp_path / "a", FIRST, TRUTH)
     with pytest.raises(UnreadableFile, match=r"metrics.json .*finished run of fcvit eval"):
         compare(one, tmp_path)
@@ -195,14 +195,14 @@ def test_arguments_that_are_not_two_results_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.csv"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", b'"path"\n1,2,3\n', b"[" * 100_000])
-def test_damaged_results_are_refused(tmp_path, name, content):
+def test_damaged_results_are_rejected(tmp_path, name, content):
     one, other = write_run(tmp_path / "a", FIRST, TRUTH), write_run(tmp_path / "b", SECOND, TRUTH)
     (other / "a-authors" / name).write_bytes(content)
     with pytest.raises(UnreadableFile, match="damaged"):
         compare(one, other)
 
 
-def test_truncated_predictions_are_refused(tmp_path):
+def test_truncated_predictions_are_rejected(tmp_path):
     one, other = write_run(tmp_path / "a", FIRST, TRUTH), write_run(tmp_path / "b", SECOND, TRUTH)
     path = other / "a-authors" / "predictions.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))

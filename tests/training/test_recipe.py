@@ -99,7 +99,7 @@ def test_overrides_are_parsed_as_on_the_command_line(tmp_path):
         ({"batch_size": "1"}, "at least 2"),
     ],
 )
-def test_wrong_fields_and_values_are_refused(tmp_path, words, message):
+def test_wrong_fields_and_values_are_rejected(tmp_path, words, message):
     with pytest.raises(UsageError, match=message):
         read_recipe(toml(tmp_path, 'variant = "fcvit_tiny"\n'), words)
 
@@ -112,7 +112,7 @@ def test_text_fields_are_not_parsed_as_toml(tmp_path):
     assert read_recipe(toml(tmp_path, 'variant = "fcvit_tiny"\nval = "x"\n'), {"val": "none"}).val is None
 
 
-def test_unreadable_recipes_are_refused(tmp_path):
+def test_unreadable_recipes_are_rejected(tmp_path):
     with pytest.raises(UnreadableFile, match=r"nothing\.toml: .*cifar10-7k, digits"):
         read_recipe(str(tmp_path / "nothing.toml"))
     with pytest.raises(UnreadableFile, match=r"recipe\.toml: .*TOML"):
@@ -189,7 +189,7 @@ NUMERIC = sorted(name for name, field in FIELDS.items() if field.kind in (int, f
 
 @given(st.data())
 def test_bounds_are_enforced(data):
-    """A number is accepted or refused according to the declaration, both as a TOML value and as text."""
+    """A number is accepted or rejected according to the declaration, both as a TOML value and as text."""
     name = data.draw(st.sampled_from(NUMERIC))
     field = FIELDS[name]
     near = st.sampled_from([0, 1, -1, 2, 4096, 4097, 0.5, 1e-300, 999.5, 1000.5, 2**63, 2**63 - 1])

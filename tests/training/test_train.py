@@ -471,7 +471,7 @@ def test_nan_weights_are_not_saved(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
-def test_a_damaged_state_is_refused(finished, damage):
+def test_a_damaged_state_is_rejected(finished, damage):
     path = finished / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     with pytest.raises(UnreadableFile, match=r"state\.safetensors"):
@@ -482,7 +482,7 @@ def test_a_damaged_state_is_refused(finished, damage):
 
 
 @pytest.mark.slow
-def test_the_state_of_another_network_is_refused(finished, regularized):
+def test_the_state_of_another_network_is_rejected(finished, regularized):
     shutil.copy(regularized / "state.safetensors", finished / "state.safetensors")
     with pytest.raises(UnreadableFile, match="does not match the network at ema/"):
         resume(finished)
@@ -498,7 +498,7 @@ def test_the_state_of_another_network_is_refused(finished, regularized):
         ({"accumulate": 3}, "not divisible by 3"),
     ],
 )
-def test_unsupported_settings_are_refused(small, tmp_path, monkeypatch, fields, message):
+def test_unsupported_settings_are_rejected(small, tmp_path, monkeypatch, fields, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         train(small(**fields), folder=tmp_path / "run", device="cpu")
@@ -677,7 +677,7 @@ def test_weights_with_another_number_of_classes_need_a_new_head(trained, small, 
         train(small(data=str(data), weights=str(trained)), folder=tmp_path / "run", device="cpu")
 
 
-def test_weights_of_another_network_are_refused(trained, small, tmp_path):
+def test_weights_of_another_network_are_rejected(trained, small, tmp_path):
     recipe = dataclasses.replace(small(weights=str(trained)), options={})
     with pytest.raises(DoesNotFit):
         train(recipe, folder=tmp_path / "run", device="cpu")

@@ -126,7 +126,7 @@ def test_two_processes_match_one_process_that_accumulates(work, tmp_path):
 
 
 @pytest.mark.ci
-def test_processes_with_different_images_are_refused(work, tmp_path):
+def test_processes_with_different_images_are_rejected(work, tmp_path):
     """Each process reads a separate folder, and one folder has one image fewer."""
     script = tmp_path / "own.py"
     script.write_text(

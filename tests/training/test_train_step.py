@@ -83,7 +83,7 @@ def test_the_running_variance_is_unbiased():
     assert np.abs(out - expected).max() < 1e-12
 
 
-def test_batchnorm_refuses_a_batch_with_a_single_position():
+def test_batchnorm_rejects_a_batch_with_a_single_position():
     paddle = import_framework("paddle")
     from fcvit.errors import UsageError
     from fcvit.models.layers import BatchNorm

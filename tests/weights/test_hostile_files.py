@@ -1,4 +1,4 @@
-"""Hostile and damaged checkpoints are refused safely.
+"""Hostile and damaged checkpoints are rejected safely.
 
 Nothing is executed, nothing crashes or hangs, the memory stays bounded, and each file gives one clear error that
 names the file and the fault. All files are built opcode by opcode and byte by byte, so PyTorch is not needed.
@@ -113,7 +113,7 @@ NONE, FALSE, TRUE = b"N", b"\x89", b"\x88"
 RECONSTRUCT = "numpy.core.multiarray._reconstruct"
 REBUILD_V2 = "torch._utils._rebuild_tensor_v2"
 REBUILD_TYPE = "torch._tensor._rebuild_from_type_v2"
-HUGE_NUMBER = number(1 << 20000)  # Python refuses to print so many digits
+HUGE_NUMBER = number(1 << 20000)  # Python rejects to print so many digits
 # Sixty lists, each containing the previous list twice. As text, they would have 2^60 items.
 DOUBLING = b"]q\x000" + b"".join(b"]q%c(h%ch%ce0" % (i, i - 1, i - 1) for i in range(1, 60)) + b"h\x3b"
 
@@ -488,7 +488,7 @@ def test_attacks_next_to_the_weights_are_skipped(attack, around, marker, tmp_pat
     assert "hostile_trap" not in sys.modules
 
 
-def test_extension_codes_are_refused(marker, tmp_path):
+def test_extension_codes_are_rejected(marker, tmp_path):
     """EXT opcodes execute what was registered for a code without naming it."""
     copyreg.add_extension("hostile_trap", "called", 0x70000001)
     copyreg.add_extension("hostile_trap", "Made", 240)
@@ -650,7 +650,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "directory of noise": (lambda: TINY.replace(b"PK\1\2", b"PK\7\7"), "damaged zip"),
     "directory cut": (lambda: TINY[:-60] + TINY[-22:], "damaged zip"),
     "directory too large": (large_directory, "directory of the zip takes 2350000 bytes"),
-    # Newer Python versions refuse the two end records as inconsistent.
+    # Newer Python versions reject the two end records as inconsistent.
     "directory too large, zip64": (large_directory_zip64, "directory of the zip takes 2350000 bytes|damaged zip"),
     "zip64 without its sizes": (
         lambda: in_directory(TINY, "data/0", SIZES, "<LL", 0xFFFFFFFF, 0xFFFFFFFF),
@@ -1111,7 +1111,7 @@ not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root can read every 
         pytest.param(unreadable, "cannot be opened: Permission denied", marks=not_as_root),
     ],
 )
-def test_a_path_that_is_not_a_readable_file_is_refused(make, fault, tmp_path):
+def test_a_path_that_is_not_a_readable_file_is_rejected(make, fault, tmp_path):
     make(tmp_path / "suspect.pth")
     message = reading_error(tmp_path / "suspect.pth")
     assert re.search(fault, message), message
@@ -1139,7 +1139,7 @@ SIDECARS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", SIDECARS)
-def test_hostile_sidecars_are_refused(kind, tmp_path):
+def test_hostile_sidecars_are_rejected(kind, tmp_path):
     make, fault = SIDECARS[kind]
     path = write(tmp_path, good_paddle(), ".pdparams")
     assert same_numbers(read_weights(path).tensors)
@@ -1222,7 +1222,7 @@ def test_later_changes_of_the_file_have_no_effect(content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 99), lambda path: path.write_bytes(good_zip() * 2)])
-def test_a_file_that_changes_while_it_is_read_is_refused(change, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_rejected(change, tmp_path, monkeypatch):
     path = write(tmp_path, good_zip())
     measure, times = os.fstat, []
 
@@ -1262,7 +1262,7 @@ formats = pytest.mark.parametrize("format", TINY_FILES)
 
 @formats
 @pytest.mark.slow
-def test_truncated_files_are_refused(format, tmp_path):
+def test_truncated_files_are_rejected(format, tmp_path):
     """Tiny files are truncated at every byte, complete files at many positions."""
     for content, step in ((TINY_FILES[format](), 1), (GOOD_FILES[format](), 20_011)):
         for length in range(0, len(content), step):
@@ -1311,7 +1311,7 @@ def outcome(path: Path) -> FcvitError | None:
 
 
 @formats
-def test_mutated_tiny_files_are_refused(format, tmp_path):
+def test_mutated_tiny_files_are_rejected(format, tmp_path):
     """No mutated tiny file is read as the weights of a network."""
     rng = random.Random(f"tiny {format}")
     content, others = TINY_FILES[format](), [make() for make in TINY_FILES.values()]
@@ -1322,7 +1322,7 @@ def test_mutated_tiny_files_are_refused(format, tmp_path):
 
 @formats
 @pytest.mark.slow
-def test_mutated_complete_files_are_refused_or_read(format, tmp_path):
+def test_mutated_complete_files_are_rejected_or_read(format, tmp_path):
     """Only the names, shapes and positions are mutated, because changed numbers cannot be detected."""
     rng = random.Random(f"whole {format}")
     content, others = GOOD_FILES[format](), [make() for make in TINY_FILES.values()]
@@ -1361,15 +1361,15 @@ builders = st.sampled_from([zipped, legacy, paddle])
 
 @randomly
 @given(st.lists(st.one_of(st.sampled_from(INGREDIENTS), st.binary(max_size=6)), max_size=40), builders)
-def test_random_opcodes_are_refused(tmp_path_factory, ingredients, build):
-    """Programs for the pickle machine that no pickler writes are refused."""
+def test_random_opcodes_are_rejected(tmp_path_factory, ingredients, build):
+    """Programs for the pickle machine that no pickler writes are rejected."""
     path = write(tmp_path_factory.getbasetemp(), build(b"".join(ingredients)))
     assert isinstance(outcome(path), FcvitError)
 
 
 @randomly
 @given(st.recursive(st.sampled_from(PARTS), nested, max_leaves=12), builders)
-def test_well_formed_pickles_with_wrong_values_are_refused(tmp_path_factory, value, build):
+def test_well_formed_pickles_with_wrong_values_are_rejected(tmp_path_factory, value, build):
     """Any value can be in the position of any other value."""
     path = write(tmp_path_factory.getbasetemp(), build(mapping({"w": value})))
     assert isinstance(outcome(path), FcvitError)

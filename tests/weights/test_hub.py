@@ -90,7 +90,7 @@ def test_a_missing_shard_is_named(tmp_path, shards):
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", "."])
-def test_a_shard_outside_the_folder_is_refused(shards, name):
+def test_a_shard_outside_the_folder_is_rejected(shards, name):
     index = json.loads(shards.read_text())
     index["weight_map"]["head.bias"] = name
     shards.write_text(json.dumps(index))
@@ -98,7 +98,7 @@ def test_a_shard_outside_the_folder_is_refused(shards, name):
         read_weights(shards)
 
 
-def test_an_index_that_contradicts_its_shards_is_refused(tmp_path, shards, digits_tensors):
+def test_an_index_that_contradicts_its_shards_is_rejected(tmp_path, shards, digits_tensors):
     index = json.loads(shards.read_text())
     index["weight_map"]["head.bias"] = "part-1.safetensors"
     shards.write_text(json.dumps(index))
@@ -121,7 +121,7 @@ def test_an_index_that_contradicts_its_shards_is_refused(tmp_path, shards, digit
         ("{" + '"a":{' * 50_000, "found text"),
     ],
 )
-def test_an_invalid_index_is_refused(tmp_path, text, fault):
+def test_an_invalid_index_is_rejected(tmp_path, text, fault):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     with pytest.raises(UnreadableFile, match=fault):
@@ -136,13 +136,13 @@ def test_an_invalid_index_is_refused(tmp_path, text, fault):
         ("x.pdmodel", r"pass .*\.pdparams"),
     ],
 )
-def test_exported_networks_are_refused_with_a_remedy(tmp_path, name, remedy):
+def test_exported_networks_are_rejected_with_a_remedy(tmp_path, name, remedy):
     (tmp_path / name).write_bytes(bytes(range(20)) * 9)
     with pytest.raises(UnreadableFile, match=remedy):
         read_weights(tmp_path / name)
 
 
-def test_the_state_of_an_optimizer_is_refused_with_a_remedy(tmp_path):
+def test_the_state_of_an_optimizer_is_rejected_with_a_remedy(tmp_path):
     state = {"conv2d_0.w_0_moment1_0": np.ones((2, 2), np.float32), "LR_Scheduler": {"last_epoch": 3}}
     (tmp_path / "x.pdopt").write_bytes(pickle.dumps(state, 4))
     with pytest.raises(UnreadableFile, match=r"Paddle's optimizer; .*\.pdparams"):

@@ -1,6 +1,6 @@
 """Compare how mutated weights files are read by this package and by the usual loaders.
 
-This package may refuse a file that another loader reads. If both give numbers for a name, the numbers must be equal.
+This package may reject a file that another loader reads. If both give numbers for a name, the numbers must be equal.
 The other loaders are PyTorch's safe loader, the safetensors library, and for `.pdparams` Python's unpickler
 restricted to NumPy's functions.
 
@@ -488,7 +488,7 @@ def by_safetensors(content: bytes, _: str) -> Numbers:
 
 
 class NumpyOnly(pickle._Unpickler):
-    """Python's unpickler, restricted to NumPy. Unusual dtype states are refused because they break NumPy itself."""
+    """Python's unpickler, restricted to NumPy. Unusual dtype states are rejected because they break NumPy itself."""
 
     def find_class(self, module: str, name: str) -> object:
         if f"{module}.{name}" not in pdparams.CONSTRUCTORS and (module, name) != ("numpy", "ndarray"):
@@ -555,7 +555,7 @@ FORMATS: dict[str, tuple[Callable[[], list[bytes]], Mutate, Callable[[bytes, str
 
 
 def outcome(read: Callable[[], Numbers]) -> Numbers | None:
-    """Return the numbers, or None if the file was refused."""
+    """Return the numbers, or None if the file was rejected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -51,7 +51,7 @@ def test_nested_prefixes_are_removed(tmp_path, digits_tensors, prefix):
     assert note.endswith(f": {prefix}")
 
 
-def test_a_prefix_of_another_network_is_refused(tmp_path):
+def test_a_prefix_of_another_network_is_rejected(tmp_path):
     path = write_pth(tmp_path / "x.pth", {"module.conv.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(DoesNotFit, match="not an FCViT"):
         read_weights(path)
@@ -132,7 +132,7 @@ def test_an_assumed_preprocessing_is_reported(tmp_path):
     assert "resize 248 bicubic, crop 224" in weights.notes[0] and "--input-size" in weights.notes[0]
 
 
-def test_a_negative_variance_is_refused(tmp_path, digits_tensors):
+def test_a_negative_variance_is_rejected(tmp_path, digits_tensors):
     broken = {**digits_tensors, "patch_embed.norm.running_var": np.full(16, -1, np.float32)}
     with pytest.raises(DoesNotFit, match=r"running_var: .*negative variances"):
         read_weights(write_pth(tmp_path / "x.pth", broken))
@@ -147,7 +147,7 @@ def test_other_floating_point_types_are_read(tmp_path, digits_tensors, dtype):
     assert_same(weights.tensors, narrow)
 
 
-def test_casting_refuses_numbers_that_are_too_large(digits_pth):
+def test_casting_rejects_numbers_that_are_too_large(digits_pth):
     weights = read_weights(digits_pth)
     big = dataclasses.replace(weights, tensors={**weights.tensors, "head.bias": np.full(10, 1e6, np.float32)})
     with pytest.raises(DoesNotFit, match=r"head\.bias: .*float16.*larger numbers"):
@@ -251,7 +251,7 @@ class TestFilesOfPyTorch:
         assert_same({n: t.numpy() for n, t in state.items()}, digits_tensors)
 
     @pytest.mark.parametrize("make", ["sparse", "quantized", "meta"])
-    def test_unsupported_kinds_of_tensors_are_refused(self, torch, tmp_path, make):
+    def test_unsupported_kinds_of_tensors_are_rejected(self, torch, tmp_path, make):
         import warnings
 
         with warnings.catch_warnings():
@@ -265,7 +265,7 @@ class TestFilesOfPyTorch:
         with pytest.raises(UnreadableFile, match=f"x.pth.*{make}.*save it again"):
             read_weights(tmp_path / "x.pth")
 
-    def test_a_pickled_model_is_refused_with_a_remedy(self, torch, tmp_path):
+    def test_a_pickled_model_is_rejected_with_a_remedy(self, torch, tmp_path):
         torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
         with pytest.raises(UnreadableFile, match=re.escape("torch.save(model.state_dict(), FILE)")):
             read_weights(tmp_path / "x.pth")

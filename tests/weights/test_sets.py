@@ -153,7 +153,7 @@ BOTH = {
         lambda e: {"ema_models": [e, e]},
     ],
 )
-def test_ema_weights_without_names_are_refused_with_a_remedy(ema_list, write, raw, ema):
+def test_ema_weights_without_names_are_rejected_with_a_remedy(ema_list, write, raw, ema):
     path = write({"model": raw, **ema_list(ema)})
     for choice in (None, True):
         with pytest.raises(UsageError, match=r"list.*--no-ema"):
@@ -182,7 +182,7 @@ def test_a_possible_parameter_of_another_network_is_not_skipped(name, value, wri
 
 
 @pytest.mark.parametrize("key", [0, ("a",), b"x", None])
-def test_a_tensor_name_that_is_not_text_is_refused(key, write, raw):
+def test_a_tensor_name_that_is_not_text_is_rejected(key, write, raw):
     for tensors in (raw, add_prefix("model.", raw)):
         with pytest.raises(UnreadableFile, match=r"name .*not text"):
             read_weights(write({**tensors, key: np.ones(3)}))
@@ -280,7 +280,7 @@ def test_counters_of_other_types_and_shapes_are_read(write, raw, change):
         (np.array(1 << 63, np.uint64), "expected a whole number.*, found 9.22"),
     ],
 )
-def test_invalid_counters_are_refused(write, raw, value, fault):
+def test_invalid_counters_are_rejected(write, raw, value, fault):
     with pytest.raises(DoesNotFit, match=fault):
         read_weights(write({**raw, "patch_embed.norm.num_batches_tracked": value}))
 

@@ -164,7 +164,7 @@ def test_other_means_are_ignored(read):
 
 
 @pytest.mark.parametrize(("size", "fits"), [(64, True), (96, False)])
-def test_a_header_that_contradicts_the_arguments_is_refused(tmp_path, digits_tensors, size, fits):
+def test_a_header_that_contradicts_the_arguments_is_rejected(tmp_path, digits_tensors, size, fits):
     path = tmp_path / "x.pdparams"
     path.write_bytes(pickle.dumps({"state_dict": digits_tensors, "args": {"img_size": 64}}, 4))
     spec = read_weights(path).spec

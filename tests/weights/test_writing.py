@@ -148,7 +148,7 @@ def test_the_reference_loads_a_pth_strictly(tmp_path, digits_pth):
     FCViT(DIGITS.variant, 10).load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=True)
 
 
-def test_a_header_of_other_weights_is_refused(tmp_path, digits_pth):
+def test_a_header_of_other_weights_is_rejected(tmp_path, digits_pth):
     convert(digits_pth, tmp_path / "a.pdparams", verify=False)
     convert(digits_pth, tmp_path / "b.pdparams", dtype="float64", verify=False)
     os.replace(tmp_path / "b.pdparams", tmp_path / "a.pdparams")

@@ -30,7 +30,7 @@ _CONTEXTS = (("1", "first contexts", RIGHT, "o", "-"), ("2", "second contexts", 
 
 
 def save(folder: Path, name: str, result: HeadStats | Faithfulness, draw: Callable[[], bytes]) -> None:
-    """Write a result as NAME.json and, if the extra `report` is installed, its chart as NAME.png."""
+    """Write a result as NAME.json and, if the `report` extra is installed, its chart as NAME.png."""
     runs.write_json(folder / f"{name}.json", result.to_json())
     try:
         runs.write_bytes(folder / f"{name}.png", draw())

@@ -160,7 +160,7 @@ class DataCheck:
         rows: list[Sequence[Any]] = []
         for what, names in self._findings():
             if isinstance(names, Mapping):  # ending -> number of files
-                endings = [f"{ending or 'no ending'} ({count})" for ending, count in names.items()]
+                endings = [f"{ending or 'no extension'} ({count})" for ending, count in names.items()]
                 rows += [(what, str(sum(names.values())), ", ".join(endings))] if names else []
             elif names:
                 rows.append((what, str(len(names)), some(names, _EXAMPLES)))

@@ -156,17 +156,17 @@ class _Guard:
             return await self.app(scope, receive, send)
         hosts, origins, lengths = (_header(scope, name) for name in (b"host", b"origin", b"content-length"))
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return await _refuse(scope, send, 403, _WRONG_HOST)
+            return await _reject(scope, send, 403, _WRONG_HOST)
         if any(origin.lower().removeprefix("http://") not in self.hosts for origin in origins):
-            return await _refuse(scope, send, 403, "requests from other web pages are not allowed")
+            return await _reject(scope, send, 403, "requests from other web pages are not allowed")
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         if len(lengths) != 1 or not lengths[0].isdecimal() or _header(scope, b"transfer-encoding"):
-            return await _refuse(scope, send, 411, "expected a request with a Content-Length header")
+            return await _reject(scope, send, 411, "expected a request with a Content-Length header")
         if len(lengths[0]) > 12 or int(lengths[0]) > MOST_BYTES:
-            return await _refuse(scope, send, 413, f"expected an image of at most {LIMIT}")
+            return await _reject(scope, send, 413, f"expected an image of at most {LIMIT}")
         if self.active >= UPLOADS:
-            return await _refuse(scope, send, 429, f"{UPLOADS} uploads are already in progress; try again")
+            return await _reject(scope, send, 429, f"{UPLOADS} uploads are already in progress; try again")
         self.active += 1
         try:
             self._free_space(int(lengths[0]))
@@ -198,7 +198,7 @@ def _header(scope: Mapping[str, Any], name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
-async def _refuse(scope: Mapping[str, Any], send: Any, status: int, reason: str) -> None:
+async def _reject(scope: Mapping[str, Any], send: Any, status: int, reason: str) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return

@@ -83,7 +83,7 @@ def named_images(command: str, images: Sequence[str | os.PathLike[str]], output:
         raise UsageError(f"{command}: expected at least one image, folder or pattern")
     if output is not None:
         for argument in images:
-            runs.refuse_inside(Path(output), Path(argument), str(argument))
+            runs.reject_inside(Path(output), Path(argument), str(argument))
     return find_images([str(image) for image in images])
 
 

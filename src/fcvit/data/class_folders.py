@@ -161,7 +161,7 @@ def known_classes(classes: Classes | None, num_classes: int) -> frozenset[str]:
 
 
 def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[Source, tuple[str, ...]]:
-    """Find the class folders in a path or inside its wrapper folders, and refuse more than one split."""
+    """Find the class folders in a path or inside its wrapper folders, and reject more than one split."""
     layout = find_layout(open_source(data), known_classes(classes, num_classes))
     path, names = layout.source.path, list(layout.splits)
     if layout.doubt:
@@ -182,7 +182,7 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
 
 
 def _check_contents(source: Source, folders: Sequence[str], files: Mapping[str, Location]) -> tuple[str, ...]:
-    """Return notes on the files that are skipped, and refuse a source without class folders."""
+    """Return notes on the files that are skipped, and reject a source without class folders."""
     path = source.path
     packed = [name for name in files if name.lower().endswith((".tar", *PACKED))]
     if not folders:

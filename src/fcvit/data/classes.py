@@ -233,7 +233,7 @@ def _from_rows(rows: Sequence[dict[str, Any]], source: Path | str) -> Classes:
 
 
 def _literal(text: str, source: Path) -> object:
-    """Parse JSON or a Python literal without executing it, and refuse repeated keys."""
+    """Parse JSON or a Python literal without executing it, and reject repeated keys."""
     value, repeated = None, []
     try:
         value, repeated = parse_json(text)

@@ -20,7 +20,7 @@ from fcvit.text import some
 logger = logging.getLogger("fcvit")
 
 T = TypeVar("T")
-# Pillow's names of the formats that are decoded, and their file name endings. Photographs use these formats.
+# Pillow's names of the formats that are decoded, and their file extensions. Photographs use these formats.
 # Other formats of Pillow can start programs (EPS) or fail in unexpected ways.
 FORMATS: dict[str, tuple[str, ...]] = {
     "BMP": (".bmp",),
@@ -52,19 +52,19 @@ def left_out(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Return True if a file name has the ending of an image format in `FORMATS`."""
+    """Return True if a file name has the extension of an image format in `FORMATS`."""
     return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122
 
 
 def count_non_images(names: Iterable[str]) -> str:
-    """Return a note that counts the files without an image file ending, or "" if all files have one."""
+    """Return a note that counts the files without an image file extension, or "" if all files have one."""
     endings = collections.Counter(
-        os.path.splitext(name)[1].lower() or "no ending"  # noqa: PTH122
+        os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122
         for name in names
         if not is_image(name)
     )
     shown = some([f"{count} {ending:.20}" for ending, count in endings.most_common()])
-    return f"skipped {counted(endings.total(), 'file')} without an image file ending: {shown}" if endings else ""
+    return f"skipped {counted(endings.total(), 'file')} without an image file extension: {shown}" if endings else ""
 
 
 def legible(name: str) -> str:
@@ -138,7 +138,7 @@ def images_below(folder: Path) -> list[Path]:
 def find_images(arguments: Iterable[str]) -> list[Path]:
     """Return the images that the arguments name (files, folders or glob patterns), in their order, without duplicates.
 
-    A file that is named by an argument is returned whatever its ending.
+    A file that is named by an argument is returned whatever its extension.
 
     Raises:
         UnreadableFile: An argument matches no image.

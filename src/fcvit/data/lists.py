@@ -321,7 +321,7 @@ def find_listed(listed: ImageList, list_file: Path, source: Source) -> tuple[dic
             )
         return candidates[0] if candidates else None
 
-    _refuse_outside(names[0], list_file, source)
+    _reject_outside(names[0], list_file, source)
     remark, folder = "", ""
     match = find(exact, prefixes)
     if match is None and any("\\" in name for name in names):
@@ -397,8 +397,8 @@ def _key(name: str, remove_ending: bool) -> str:
     return posixpath.splitext(name)[0] if remove_ending and is_image(name) else name
 
 
-def _refuse_outside(name: str, list_file: Path, source: Source) -> None:
-    """Refuse a name that is an absolute path, or relative to a parent of the data, of a file outside the data."""
+def _reject_outside(name: str, list_file: Path, source: Source) -> None:
+    """Reject a name that is an absolute path, or relative to a parent of the data, of a file outside the data."""
     absolute = name.startswith("/")
     if source.archive is not None or (not absolute and source.locate(name) is not None):
         return

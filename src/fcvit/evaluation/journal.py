@@ -4,7 +4,7 @@ A frame contains one batch and a checksum. An incomplete frame is ignored, so an
 cannot damage the journal. A process that resumes a run writes its own journal file. Several journals may contain the
 same batch, and its records are then identical. All metrics are computed from the journals.
 
-A file begins with a magic string and the key of the run. A journal with another key is refused. A frame contains:
+A file begins with a magic string and the key of the run. A journal with another key is rejected. A frame contains:
 
 1. the header: magic string, batch number, length of the records in bytes, length of all content in bytes
 2. the CRC-32 of the header and the content

@@ -83,7 +83,7 @@ def evaluate(
         if record:
             if processes.first:
                 if not getattr(task_options, "list_file", None):
-                    runs.refuse_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
+                    runs.reject_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
                 details = request.to_json() | {"identity": identity}
                 target = stack.enter_context(runs.run_folder(folder, "eval", details))
             target = _shared_folder(target, processes)

@@ -26,7 +26,7 @@ from fcvit.models.build import build_network
 from fcvit.weights.reading import Weights
 
 ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
-"""Format -> endings of its files. A runtime loads the file with the last ending."""
+"""Format -> extensions of its files. A runtime loads the file with the last extension."""
 RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "openvino"}
 """Format -> the runtime that runs an export for its check."""
 SIDECAR = ".fcvit.json"  # appended to the name of the file that the runtime loads
@@ -37,7 +37,7 @@ def files(path: Path, target: str) -> list[Path]:
     """Return the paths of all files of an export. The last is `path`, the file that the runtime loads.
 
     Raises:
-        UsageError: The format is unknown, or the ending of `path` does not match it.
+        UsageError: The format is unknown, or the extension of `path` does not match it.
     """
     if target not in ENDINGS:
         raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
@@ -49,16 +49,16 @@ def files(path: Path, target: str) -> list[Path]:
 
 
 def infer_format(path: Path) -> str:
-    """Return the format for the ending of a file name.
+    """Return the format for the extension of a file.
 
     Raises:
-        UsageError: The ending is unknown.
+        UsageError: The extension is unknown.
     """
     for target, endings in ENDINGS.items():
         if path.suffix.lower() == endings[-1]:
             return target
     known = ", ".join(f"{endings[-1]} ({target})" for target, endings in ENDINGS.items())
-    raise UsageError(f"{path}: unknown file ending; expected {known}")
+    raise UsageError(f"{path}: unknown file extension; expected {known}")
 
 
 def require_writer(target: str) -> None:
@@ -83,7 +83,7 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
         path: Path of the file that the runtime loads, in an existing folder.
 
     Raises:
-        UsageError: The format does not support the interface, or the ending of `path` does not match the format.
+        UsageError: The format does not support the interface, or the extension of `path` does not match the format.
         MissingExtra: A package is not installed.
     """
     *sidecars, _ = files(path, target)

@@ -26,7 +26,7 @@ except ImportError as error:
     raise MissingExtra(f"onnx is not available ({error}); install it with: pip install 'fcvit[onnx]'") from None
 
 OPSET = 20
-IR_VERSION = 9  # the oldest version with this opset, because old runtimes refuse new versions
+IR_VERSION = 9  # the oldest version with this opset, because old runtimes reject new versions
 PRODUCER = "fcvit"
 INPUT = "images"
 EPS = 1e-5  # for all norms and for the similarity's standard deviation

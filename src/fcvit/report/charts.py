@@ -44,7 +44,7 @@ P = ParamSpec("P")
 def chart(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
     """Decorate a function that draws a figure, so that it returns a PNG file.
 
-    The same arguments give the same bytes on one machine. The function raises MissingExtra if the extra `report` is not
+    The same arguments give the same bytes on one machine. The function raises MissingExtra if the `report` extra is not
     installed.
     """
 

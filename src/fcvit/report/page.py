@@ -108,7 +108,7 @@ def render_page(page: Page) -> str:
     """Render the page as an HTML document that can always be encoded as UTF-8.
 
     Raises:
-        MissingExtra: The extra `report` is not installed.
+        MissingExtra: The `report` extra is not installed.
     """
     require_report()
     import jinja2

@@ -108,7 +108,7 @@ class Recipe:
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None
     save_every: Annotated[Count | None, RUN("Also keep the weights of every N-th epoch.")] = None
-    tensorboard: Annotated[bool, RUN("Also write a TensorBoard log (extra `tensorboard`).")] = False
+    tensorboard: Annotated[bool, RUN("Also write a TensorBoard log (`tensorboard` extra).")] = False
 
     def __post_init__(self) -> None:
         for name, known in recipe_fields(type(self)).items():

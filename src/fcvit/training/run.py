@@ -326,7 +326,7 @@ class Run:
                 path = Path(folder) if folder is not None else None
                 for split in (self.task.train, self.task.val):
                     if split is not None:
-                        runs.refuse_inside(path or Path("runs"), split.root, f"the image folder {split.root}")
+                        runs.reject_inside(path or Path("runs"), split.root, f"the image folder {split.root}")
                 stack.enter_context(self._adding_resume_hint())
                 self.folder = stack.enter_context(runs.run_folder(path, "train", record))
                 runs.write_text(self.folder / files.RECIPE, self.recipe.to_toml())

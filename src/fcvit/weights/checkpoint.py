@@ -315,7 +315,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Che
         if path.exists() and not path.is_file():  # opening a pipe would block
             raise UnreadableFile("expected a file, found a directory or a device")
         with path.open("rb") as file:
-            _kind(file.read(_HEAD), path.suffix)  # refuse other files before reading them into memory
+            _kind(file.read(_HEAD), path.suffix)  # reject other files before reading them into memory
         return _parse(path, read_file(path), shards)
     except UnreadableFile as error:
         raise UnreadableFile(f"{path}: {one_line(error)}") from error

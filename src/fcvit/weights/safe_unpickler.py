@@ -169,7 +169,7 @@ class _Machine:
                 return self.stack.pop()
             else:
                 if name not in _STEPS:
-                    raise UnreadableFile(f"pickle opcode {name} is refused, because no checkpoint uses it")
+                    raise UnreadableFile(f"pickle opcode {name} is rejected, because no checkpoint uses it")
                 _STEPS[name](self, argument)
         raise UnreadableFile(
             f"pickle has over {limit} opcodes in a file of {file_size} bytes, which no FCViT checkpoint needs"

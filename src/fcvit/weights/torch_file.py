@@ -2,7 +2,7 @@
 
 A zip contains a pickle (`data.pkl`) that refers to raw storages (`data/0`, ...). The legacy format is a series of
 pickles followed by the storages. Tensors are returned as read-only views into the file's bytes. Every file is either
-read with the same numbers as PyTorch's safe loader reads, or refused.
+read with the same numbers as PyTorch's safe loader reads, or rejected.
 """
 
 import math

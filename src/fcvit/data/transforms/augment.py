@@ -278,7 +278,7 @@ def _factor(signed: float) -> float:
 # Operation -> argument, as a function of level / highest level. The input is negative for the opposite direction.
 _ARGUMENT: dict[str, Callable[[float], float]] = {
     "Rotate": lambda signed: signed * 30,
-    # The highest level would give 0 bits, which current versions of Pillow refuse.
+    # The highest level would give 0 bits, which current versions of Pillow reject.
     "PosterizeIncreasing": lambda signed: max(1, 4 - int(abs(signed) * 4)),
     "SolarizeIncreasing": lambda signed: 256 - int(abs(signed) * 256),
     "SolarizeAdd": lambda signed: int(abs(signed) * 110),

@@ -22,7 +22,7 @@ def write_page(
     """Write the charts of each result into its folder, and the report page into the run folder.
 
     Raises:
-        MissingExtra: The extra `report` is not installed.
+        MissingExtra: The `report` extra is not installed.
     """
     page.require_report()
     sections = []

@@ -1,7 +1,7 @@
 """The results of a classifier evaluation: data classes, result files, and reading them back.
 
 The folder of a configuration (weights, protocol, engine, precision) contains `metrics.json`, `predictions.csv`,
-`per_class.csv` and `worst.png`. With the extra `report` it also contains `confusion.png` and `reliability.png`, and the
+`per_class.csv` and `worst.png`. With the `report` extra it also contains `confusion.png` and `reliability.png`, and the
 run folder contains `report.html`, which shows all results.
 """
 
