@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def load_passes(name: str, variant: str, size: int) -> tuple[Callable[[], list[float]], None]:
-    """Return a function that runs a plain pass and a pass with maps, and returns the time of each in seconds."""
+    """Return a function and None. The function runs a pass without and a pass with maps, and returns their seconds."""
     weights = synthetic_weights(VARIANTS[variant])
     images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     framework = import_framework(name)
@@ -71,7 +71,7 @@ def load_passes(name: str, variant: str, size: int) -> tuple[Callable[[], list[f
     def with_maps() -> None:
         with without_gradients():
             for maps in model.similarity(x):
-                maps.standardised.numpy()
+                maps.standardized.numpy()
                 maps.rescaled.numpy()
 
     return lambda: [timed(plain)(), timed(with_maps)()], None

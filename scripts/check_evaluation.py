@@ -12,6 +12,7 @@ fcvit_tiny. The file names of the photographs must begin with a WordNet id. The 
 Every check prints a line. The exit code is 1 if a check fails.
 """
 
+import argparse
 import importlib.resources
 import json
 import shutil
@@ -38,6 +39,9 @@ passed = True
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photos", type=Path, nargs="?", help="folder of ImageNet photographs")
+    photos = parser.parse_args().photos
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         assets = importlib.resources.files("fcvit") / "assets"
@@ -46,9 +50,9 @@ def main() -> None:
         shutil.copyfile(str(assets / CHECKPOINT), root / "digits" / "digits.pth.tar")
         labels = {str(i): i for i in range(10)}
         check(root / "digits", "digits.pth.tar", labels, 60, (1, 7, 360))
-        if len(sys.argv) > 1:
+        if photos:
             index = {c.id: i for i, c in enumerate(imagenet())}
-            for path in sorted(Path(sys.argv[1]).iterdir()):
+            for path in sorted(photos.iterdir()):
                 class_folder = root / "photos" / "data" / path.name[:9]
                 class_folder.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, class_folder / path.name)

@@ -141,7 +141,7 @@ def test_the_statistics_of_a_network(digits_pth, photos, tmp_path):
         assert one.entropy == pytest.approx(other.entropy, abs=1e-6)
     viewer = Viewer(read_weights(digits_pth))
     maps = viewer.similarity(np.stack([preprocess(path, viewer.preprocessing) for path in photos]), tokens=True)
-    last = maps.at(3).standardised.reshape(3, 8, -1)
+    last = maps.at(3).standardized.reshape(3, 8, -1)
     assert stats.layers[7].top_decile == pytest.approx(sparseness(last)[1].mean(), abs=1e-6)
     assert stats.layers[7].entropy == pytest.approx(sparseness(last)[0].mean(), abs=1e-6)
     again = head_stats(*photos, weights=digits_pth)

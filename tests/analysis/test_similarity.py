@@ -54,7 +54,7 @@ def test_the_command_writes_its_files(digits_pth, photos, tmp_path):
     viewer = Viewer(read_weights(digits_pth))
     expected = viewer.similarity(crop(Image.open(photos[1]).convert("RGB"), PIXELS)[None])
     with np.load(tmp_path / "run" / "high.npz", allow_pickle=False) as kept:
-        assert set(kept) == {f"{maps.name}.{which}" for maps in expected for which in ("standardised", "rescaled")}
+        assert set(kept) == {f"{maps.name}.{which}" for maps in expected for which in ("standardized", "rescaled")}
         for maps in expected:
             assert np.array_equal(kept[f"{maps.name}.rescaled"], maps.rescaled[0])
     with Image.open(tmp_path / "run" / "wide-depth.png") as depth, Image.open(tmp_path / "run" / "wide.png") as figure:
@@ -167,7 +167,7 @@ def drawn(monkeypatch):
 
 
 @needs_paddle
-@pytest.mark.parametrize("which", ["standardised", "rescaled"])
+@pytest.mark.parametrize("which", ["standardized", "rescaled"])
 @pytest.mark.parametrize("where", [(1, 1, 1), (3, 1, 2), (3, 2, 1)])
 def test_a_figure_shows_the_maps_of_the_given_context(which, where, viewer, drawn):
     image = image_by_rule(71, 40)
@@ -191,7 +191,7 @@ def test_each_head_can_have_its_own_color_scale(viewer, drawn):
     analysis.picture(viewer, seen, "a.png", (1, 1, 1), choice)
     analysis.depth_picture(viewer, seen, "a.png", 1, choice)
     for _, rows, *_, label in drawn:
-        assert label.startswith("standardised similarity, ") and "head" in label
+        assert label.startswith("standardized similarity, ") and "head" in label
         for row in rows[:3]:
             assert -0.2 < np.nanmin(row.maps) < 0.1 and row.names[7].startswith("head 8 (")
             assert np.allclose(row.maps[0], row.maps[7], atol=1e-6, equal_nan=True), "they differ by a constant"
@@ -269,7 +269,7 @@ def test_maps_and_arrays_match_the_reference(viewer, digits_tensors):
         for one, other in zip(actual, expected, strict=True):
             assert one.name == other.name
             assert np.allclose(one.tokens, other.tokens.numpy(), atol=1e-4)
-            for which in ("standardised", "rescaled"):
+            for which in ("standardized", "rescaled"):
                 assert np.allclose(getattr(one, which), getattr(other, which).numpy(), atol=1e-4), (one.name, which)
                 assert np.allclose(kept[f"{one.name}.{which}"], getattr(other, which).numpy()[0], atol=1e-4)
     probabilities = softmax(expected.output.numpy())[0]

@@ -48,7 +48,7 @@ def test_the_most_confident_mistakes_and_correct_predictions_are_drawn(run, pane
     assert drawn.folder == metrics.parent and (metrics.parent / "maps.png").read_bytes() == b"png"
     assert [panel.title.partition(":")[0] for panel in panels] == ["wrong"] * len(wrong) + ["correct"] * len(right)
     assert wrong[0]["truth"] in panels[0].title and f"{100 * float(wrong[0]['probability_1']):.1f}%" in panels[0].title
-    assert any("fcvit eval --resume" in note for note in notes)
+    assert any("fcvit resume" in note for note in notes)
     other = similarity(run=metrics.parent, output=run.parent / "maps")
     assert (run.parent / "maps" / "maps.png").exists() and other.images == drawn.images
 

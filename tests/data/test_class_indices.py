@@ -77,7 +77,7 @@ def test_the_message_mentions_the_numbers_of_imagenets_devkit():
 
 
 @pytest.mark.parametrize("folders", [["0.0", "1.0", "10.0", "2.0"], ["-1", "-2", "0"], ["0", "180", "270", "90"]])
-def test_folders_that_are_numbers_are_not_sorted_as_text(folders):
+def test_numeric_folder_names_with_an_ambiguous_order_are_rejected(folders):
     with pytest.raises(DoesNotFit, match=r"class folders are numbers, .*order as text.*--classes"):
         assign_classes(folders, None, len(folders), "class folders")
 

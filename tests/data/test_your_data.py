@@ -1,4 +1,4 @@
-"""Each layout, list, class list and archive that docs/guides/data.md shows is read, or rejected, as the page says."""
+"""Test the folders, lists, class lists and archives in docs/guides/data.md, with the results that the page shows."""
 
 import re
 import subprocess

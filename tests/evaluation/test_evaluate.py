@@ -177,7 +177,7 @@ def test_a_full_disk_at_the_end_loses_no_results(folder, digits_pth, tmp_path, m
         raise UnreadableFile(f"{configuration}/predictions.csv: cannot be written: No space left on device")
 
     monkeypatch.setattr(results, "write_result", full)
-    again = f"fcvit eval --resume '{run}'"
+    again = f"fcvit resume '{run}'"
     with pytest.raises(NotWritten, match=f"predictions.csv: .*No space left.*{again}") as error:
         evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=run)
     expected = error.value.result.results
@@ -206,13 +206,13 @@ def test_a_full_disk_error_names_the_file_and_the_resume_command(folder, digits_
                 return FullFile(path, "w") if path.suffix == ".journal" else usual(path, *how, **options)
 
             monkeypatch.setattr(Path, "open", opened)
-            expected = r"0-0.journal: No space left on device.*fcvit eval --resume"
+            expected = r"0-0.journal: No space left on device.*fcvit resume"
         case "logits":
             monkeypatch.setattr(os, "posix_fallocate", full)
-            expected = r"logits.npy: No space left on device.*fcvit eval --resume"
+            expected = r"logits.npy: No space left on device.*fcvit resume"
         case "page":
             monkeypatch.setattr(page, "write_page", full)
-            expected = r"run: No space left on device.* complete.*fcvit eval --resume"
+            expected = r"run: No space left on device.* complete.*fcvit resume"
     with pytest.raises(UnreadableFile, match=expected):
         evaluate(digits_pth, folder, batch_size=12, device="cpu", folder=tmp_path / "run", save_logits=True)
 

@@ -112,7 +112,7 @@ def test_an_interrupted_run_prints_the_resume_command(work, sign):
     process.send_signal(sign)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out
-    assert f"fcvit eval --resume {run}" in err and "Traceback" not in err
+    assert f"fcvit resume {run}" in err and "Traceback" not in err
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -45,7 +45,7 @@ def test_an_engine_takes_uint8_and_normalized_images(digits_pth, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("device", ["tpu", "gpu:x", "cpu:1", "gpu:99"])
-def test_unknown_devices_are_rejected(digits_pth, name, device):
+def test_unknown_or_unavailable_devices_are_rejected(digits_pth, name, device):
     with pytest.raises(UsageError, match=f"--device '?{device}"):
         create_engine(name, read_weights(digits_pth), DIGITS.variant.preprocessing, device)
 

@@ -64,8 +64,8 @@ def test_both_networks_give_the_same_maps_in_float64(name):
     mixes = 2 if variant.second_mix else 1
     assert len(ours.maps) == len(theirs.maps) == sum(variant.depths) * mixes
     for one, other in zip(ours, theirs, strict=True):
-        assert one.name == other.name and one.standardised.shape[1] == variant.heads
-        for field in ("standardised", "rescaled"):
+        assert one.name == other.name and one.standardized.shape[1] == variant.heads
+        for field in ("standardized", "rescaled"):
             assert np.abs(getattr(one, field).numpy() - getattr(other, field).numpy()).max() <= 1e-10
     names = [one.name for one in ours]
     expected = [
@@ -87,11 +87,11 @@ def test_the_maps_are_used_in_the_pass_and_do_not_change_it():
         assert np.array_equal(model(x).numpy(), result.output.numpy())
     context = model.network[6][-1].token_mixer.gc2
     last = result.at()
-    assert last.name == "stage4.block1.context2" and last.standardised.shape == [3, 8, 1, 2]
+    assert last.name == "stage4.block1.context2" and last.standardized.shape == [3, 8, 1, 2]
     weight = context.rescale_weight.reshape([1, -1, 1, 1]).numpy()
     bias = context.rescale_bias.reshape([1, -1, 1, 1]).numpy()
-    assert np.allclose(last.rescaled.numpy(), last.standardised.numpy() * weight + bias, atol=1e-12)
-    first = result.at(1, 1, 1).standardised.numpy()
+    assert np.allclose(last.rescaled.numpy(), last.standardized.numpy() * weight + bias, atol=1e-12)
+    first = result.at(1, 1, 1).standardized.numpy()
     assert np.abs(first.mean((1, 2, 3))).max() < 1e-12
     assert np.allclose(first.std((1, 2, 3), ddof=1), 1, atol=1e-3)
     assert all(one.tokens is None for one in result), "only on request"
@@ -107,7 +107,7 @@ def test_the_maps_are_used_in_the_pass_and_do_not_change_it():
     finally:
         type(context).similarity = similarity
     assert not np.array_equal(changed.output.numpy(), result.output.numpy())
-    assert all((one.standardised.numpy() == 0).all() for one in changed)
+    assert all((one.standardized.numpy() == 0).all() for one in changed)
 
 
 @needs_paddle

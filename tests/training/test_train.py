@@ -154,7 +154,7 @@ def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
         stop_after(patch, step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(small(**REGULARIZED), folder=tmp_path / "cut", device="cpu")
-    assert notes[-1].endswith(f"fcvit train --resume {tmp_path / 'cut'}")
+    assert notes[-1].endswith(f"fcvit resume {tmp_path / 'cut'}")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
     assert state_of(tmp_path / "cut") == state_of(regularized)
@@ -791,7 +791,7 @@ def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_
         calls, moment = 0, each_epoch * 5 // 4 if attempt % 8 == 4 else 2 + int(generator.integers(each_epoch))
         capsys.readouterr()
         assert main(words) == 130, (attempt, moment)
-        assert f"fcvit train --resume {run}" in capsys.readouterr().err, (attempt, moment)
+        assert f"fcvit resume {run}" in capsys.readouterr().err, (attempt, moment)
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted", (attempt, moment)
         words = ["train", "--resume", str(run)]
     moment = 0

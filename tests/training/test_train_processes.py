@@ -104,7 +104,7 @@ def test_sigterm_interrupts_cleanly(work):
         time.sleep(0.01)
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"fcvit train --resume {run}" in err.replace("\n", " ")
+    assert process.returncode == 130 and f"fcvit resume {run}" in err.replace("\n", " ")
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -223,7 +223,7 @@ class Explainer:
 
 def named_maps(context: SimilarityMap[np.ndarray], heads: str, absolute: bool) -> dict[str, np.ndarray]:
     """Return the standardized maps (h, w) of the first image by the names of their context and head."""
-    values = context.standardised[0]
+    values = context.standardized[0]
     if values[0].size < 2:
         return {}
     maps, names = choose_heads(np.abs(values) if absolute else values, heads)

@@ -144,7 +144,7 @@ def measure(similarity: Similarity[np.ndarray]) -> dict[str, Figures]:
     before: SimilarityMap[np.ndarray] | None = None
     for context in similarity:
         assert context.tokens is not None
-        maps = context.standardised.reshape(*context.standardised.shape[:2], -1)  # (B, heads, positions)
+        maps = context.standardized.reshape(*context.standardized.shape[:2], -1)  # (B, heads, positions)
         entropy, top_decile = sparseness(maps)
         noise = np.random.default_rng(0).normal(size=maps.shape) * maps.std(2, keepdims=True)
         noise_entropy, noise_top_decile = sparseness(noise)
@@ -218,7 +218,7 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _kept(before: SimilarityMap[np.ndarray], now: SimilarityMap[np.ndarray]) -> np.ndarray:
     """Return the correlation (B,) of two layers' maps averaged over heads, at the positions of the later layer."""
-    mean = before.standardised.mean(1)
+    mean = before.standardized.mean(1)
     if before.stage != now.stage:
         mean = mean[:, ::2, ::2]
-    return _correlation(mean.reshape(len(mean), -1), now.standardised.mean(1).reshape(len(mean), -1))
+    return _correlation(mean.reshape(len(mean), -1), now.standardized.mean(1).reshape(len(mean), -1))

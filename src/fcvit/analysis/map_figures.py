@@ -101,7 +101,7 @@ def maps_figure(scene: Scene, rows: Sequence[Row], title: str, subtitle: str, la
     figure = new_figure(width, height, title, subtitle)
     grid = figure.subplots(len(rows), 1 + across, squeeze=False)
     scale = _scale(row.maps for row in rows)
-    _show(grid[0, 0], _pale(scene.image, scene.seen), "image (pale: cut off)")
+    _show(grid[0, 0], _pale(scene.image, scene.seen), "image" if scene.seen.all() else "image (pale: cut off)")
     for axes in (
         *grid[1:, 0],
         *(axes for row, line in zip(rows, grid, strict=True) for axes in line[1 + len(row.maps) :]),

@@ -24,7 +24,7 @@ from fcvit.weights.reading import Weights
 SHOWN = 480  # largest side of an image in a figure, in pixels
 _SMALL = 200  # largest side of an image in an overview, in pixels
 FIRST = 1  # default context of a block, more faithful than the second context (docs/guides/similarity.md)
-Which = Literal["standardised", "rescaled"]
+Which = Literal["standardized", "rescaled"]
 Scale = Literal["picture", "head"]
 
 
@@ -198,12 +198,12 @@ class MapChoice:
 
     Attributes:
         heads: "each", "mean", or the number of a head.
-        which: "standardised", or "rescaled" for the values that multiply the context.
+        which: "standardized", or "rescaled" for the values that multiply the context.
         scale: Color scale: "picture" for one scale, or "head" for a scale per head, with its range in the name.
     """
 
     heads: str = "each"
-    which: Which = "standardised"
+    which: Which = "standardized"
     scale: Scale = "picture"
 
     @property
@@ -269,7 +269,7 @@ def overview(
 
 
 def map_arrays(seen: Seen) -> bytes:
-    """Return all maps (heads, H, W) of an image as an .npz file: `NAME.standardised` and `NAME.rescaled`."""
+    """Return all maps (heads, H, W) of an image as an .npz file: `NAME.standardized` and `NAME.rescaled`."""
     file = io.BytesIO()
     arrays = {f"{maps.name}.{which}": getattr(maps, which) for maps in seen.similarity for which in get_args(Which)}
     np.savez_compressed(file, **arrays)

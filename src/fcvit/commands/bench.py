@@ -252,7 +252,7 @@ def bench(
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
         timings: dict[Contender, Timing | FcvitError] = {}
         load = functools.partial(_load, weights=read, pixels=pixels)
-        with progress("measuring", (1 + rounds) * len(possible), "turns") as advance:  # loading counts as a turn
+        with progress("measuring", (1 + rounds) * len(possible), "measurements") as advance:  # loading counts as one
             # To save memory, only contenders that are compared with each other are loaded at the same time.
             for _, group in itertools.groupby(possible, key=lambda job: (job.threads, job.batch_size)):
                 timings |= interleave(load, list(group), rounds, advance=advance)

@@ -15,9 +15,9 @@ from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.verification.comparison import Verification, require, verify_weights
 from fcvit.weights.dtypes import FLOATS
-from fcvit.weights.header import LAYOUTS
+from fcvit.weights.header import LAYOUTS, sidecar
 from fcvit.weights.reading import Weights, cast, read_weights
-from fcvit.weights.writing import destination_layout, staged, write_weights
+from fcvit.weights.writing import SIDECAR_ENDINGS, destination_layout, staged, write_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Conversion:
 
         written = f"{self.tensors}, {'/'.join(self.dtypes)}, {self.layout} layout, read back and identical"
         rows = [("network", self.spec), ("tensors", written)]
+        if self.destination.suffix in SIDECAR_ENDINGS:
+            rows.append(("header", str(sidecar(self.destination))))
         if self.skipped:
             more = f", ... ({len(self.skipped)})" if len(self.skipped) > SHOWN else ""
             rows.append(("skipped", ", ".join(self.skipped[:SHOWN]) + more))

@@ -286,7 +286,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 position = gradio.Markdown("stage {}, block {}, context {}".format(*known[first - 1]), elem_id="place")
                 names = ["each", "mean", *map(str, range(1, heads + 1))]
                 head = gradio.Radio(names, value="each", label="Head", elem_id="head")
-                values = gradio.Radio(list(get_args(Which)), value="standardised", label="Values", elem_id="values")
+                values = gradio.Radio(list(get_args(Which)), value="standardized", label="Values", elem_id="values")
                 scales = [("same for all heads", "picture"), ("one per head", "head")]
                 scale = gradio.Radio(scales, value="picture", label="Color scale", elem_id="scale")
             classes, pictures = [], []

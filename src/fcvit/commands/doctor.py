@@ -3,29 +3,29 @@
 import importlib.metadata
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from fcvit import run_folder as runs
 from fcvit.commands.cache import read_cache
-from fcvit.errors import FcvitError
+from fcvit.errors import FcvitError, MissingExtra
 from fcvit.frameworks import INSTALL, import_framework
 from fcvit.machine import available_threads
+from fcvit.native.build import find_compiler
 
 
 class Diagnosis(dict[str, Any]):
     """The report of `doctor`, as a dictionary that can be stored as JSON."""
 
     def tables(self) -> Iterator[Any]:
-        """Yield a table of the versions, the devices and the missing packages."""
+        """Yield a table of the versions, devices, missing packages, compiler, cores and cache."""
         from fcvit.report.tables import table
 
         rows = [
             ("machine", self["machine"]),
             *self["versions"].items(),
             *((f"{name} devices", ", ".join(devices)) for name, devices in self["devices"].items()),
-            *((f"{name} missing", remedy) for name, remedy in self["missing"].items()),
+            *((f"{name} not available", remedy) for name, remedy in self["missing"].items()),
             *((f"extra {name} missing", command) for name, command in self["extras"].items()),
             *((title, str(self[title])) for title in ("compiler", "cores", "cache")),
         ]
@@ -33,7 +33,7 @@ class Diagnosis(dict[str, Any]):
 
 
 def doctor() -> Diagnosis:
-    """Print versions and devices, and the commands that install missing packages."""
+    """Collect versions and devices, and the commands that install missing packages."""
     cache = read_cache()
     devices: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
@@ -54,12 +54,19 @@ def doctor() -> Diagnosis:
             "machine": f"{platform.system()} {platform.machine()}",
             "devices": devices,
             "missing": missing,
-            "extras": dict(_absent_extras()),
-            "compiler": shutil.which("c++") or shutil.which("g++") or "none; the native operators need a C++ compiler",
+            "extras": {name: command for name, command in _absent_extras() if name not in ("cpu", "torch")},
+            "compiler": _compiler(),
             "cores": available_threads(),
             "cache": f"{cache.folder}, {cache.bytes / 2**20:.1f} MiB",
         }
     )
+
+
+def _compiler() -> str:
+    try:
+        return find_compiler()
+    except MissingExtra as error:
+        return f"none; {error}"
 
 
 def _absent_extras() -> Iterator[tuple[str, str]]:

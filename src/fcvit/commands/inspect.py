@@ -10,6 +10,8 @@ from fcvit.models.variants import resolve_preprocessing
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.reading import WeightsDoNotFit, read_weights
 
+_LABELS = {"form": "network", "described": "weights", "has_ema": "has EMA weights", "source_sha256": "source SHA-256"}
+
 
 class Inspection(dict[str, Any]):
     """The description of a weights file, as a dictionary that can be stored as JSON."""
@@ -24,14 +26,14 @@ class Inspection(dict[str, Any]):
 
         listing = table()
         for name, value in self.items():
-            if value is None or value == [] or name == "entries":
+            if value in (None, [], "") or name == "entries":
                 continue
             if isinstance(value, list):
                 parts = [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value]
                 more = [f"... ({len(parts)})"] if len(parts) > SHOWN else []
                 shown = parts[:SHOWN] + more
                 value = lines(shown) if name == "problems" else ", ".join(shown)
-            listing.add_row(name.replace("_", " "), value if name == "problems" else str(value))
+            listing.add_row(_LABELS.get(name, name.replace("_", " ")), value if name == "problems" else str(value))
         yield listing
         if "entries" in self:
             rows = [(name, str(shape), dtype) for name, shape, dtype in self["entries"]]

@@ -17,13 +17,14 @@ class Recipes(dict[str, Any]):
         if len(self) == 1:
             yield from (text.rstrip() for text in self.values())
             return
-        listing = table("recipe", "variant", "epochs", "batch", right=("epochs", "batch"))
+        listing = table("recipe", "variant", "epochs", "batch size", right=("epochs", "batch size"))
         for name in self:
             recipe = read_recipe(name, {} if "variant =" in self[name] else {"variant": "fcvit_tiny"})
             variant = recipe.variant if "variant =" in self[name] else "variant of the weights"
             listing.add_row(name, variant, str(recipe.total_epochs), str(recipe.batch_size))
         yield listing
-        yield "Use fcvit recipes NAME to print a recipe, and fcvit train NAME --data FOLDER to train with it."
+        yield "Print a recipe: fcvit recipes NAME. Train with it: fcvit train NAME --data FOLDER."
+        yield "The recipe finetune is for fcvit finetune, which takes the variant from the weights."
 
 
 def recipes(name: str | None = None, /) -> Recipes:

@@ -79,7 +79,7 @@ class DrawnMaps:
         """Yield a table of the images and their files."""
         from fcvit.report.tables import SHOWN, table
 
-        result = table("image", "%", "class", "first file", right=("%",))
+        result = table("image", "probability (%)", "class", "picture", right=("probability (%)",))
         if any(len(files) > 1 for _, files, _ in self.images):
             result.caption = "NAME.png: maps by head, NAME-depth.png: maps by stage, NAME.npz: arrays of all maps"
         for path, files, best in self.images[:SHOWN]:
@@ -100,7 +100,7 @@ def similarity(
     block: int = -1,
     context: int = FIRST,
     heads: str = "each",
-    values: Which = "standardised",
+    values: Which = "standardized",
     scale: Scale = "picture",
     top_k: int = 3,
     classes: Classes = None,
@@ -122,7 +122,7 @@ def similarity(
         block: Number of the block in the stage, from 1, or from the end with -1 (default: the last).
         context: Number of the global context in the block, 1 or 2.
         heads: Heads to draw: each (default), mean, or the number of a head.
-        values: Values to draw: standardised (default), or rescaled (the factors that multiply the context).
+        values: Values to draw: standardized (default), or rescaled (the factors that multiply the context).
         scale: Color scale: picture (default, the same for all heads), or head (one per head, shown with its range).
         top_k: Number of classes in the caption.
         preprocessing: Preprocessing to use instead of that of the weights.
@@ -134,7 +134,7 @@ def similarity(
         KeyboardInterrupt: Drawing was interrupted. The files of the images drawn so far are kept.
     """
     if values not in get_args(Which):
-        raise UsageError(f"--values {values}: expected standardised or rescaled")
+        raise UsageError(f"--values {values}: expected standardized or rescaled")
     if scale not in get_args(Scale):
         raise UsageError(f"--scale {scale}: expected picture or head")
     if top_k < 1:
@@ -238,7 +238,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     content = overview(panels, title, viewer.variant, context, choice)
     if output is None:
         runs.write_bytes(result.folder / MAPS, content)
-        logger.info(f"to add the picture to the report page, run fcvit eval --resume {result.folder.parent}")
+        logger.info(f"to add the picture to the report page, run fcvit resume {result.folder.parent}")
         return DrawnMaps(result.folder, tuple(done), tuple(bad))
     with runs.run_folder(output, "similarity") as folder:
         runs.write_bytes(folder / MAPS, content)

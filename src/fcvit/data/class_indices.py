@@ -106,14 +106,20 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
         if not unknown:
             return Assignment(mapping, f"{what} are {table_name}")
         if len(unknown) < len(labels):
-            raise DoesNotFit(f"{len(unknown)} of {len(labels)} {what} are not among {table_name}: {_some(unknown)}")
+            raise DoesNotFit(
+                f"{len(unknown)} of {len(labels)} {what} ({_some(unknown)}) are not among {table_name} "
+                f"({_some([*table])}); rename or remove them, or {_REMEDY}"
+            )
     if classes:
         raise DoesNotFit(
             f"none of the {what} ({_some(labels)}) is a class of the model ({_some([c.id for c in classes])}); "
             f"rename them, or {_REMEDY}"
         )
     if len(labels) != num_classes:
-        raise DoesNotFit(f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; {_REMEDY}")
+        raise DoesNotFit(
+            f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; if they are classes of the "
+            f"model, {_REMEDY}"
+        )
     numbers = [number for label in labels if (number := _number(label)) is not None]
     if numbers != sorted(numbers):
         raise DoesNotFit(

@@ -170,7 +170,7 @@ class _Run:
         self.folder, self.request = folder, request
         self.key = sha256(identity)
         self.logits: LogitFiles | None = None
-        self.resume_command = f"fcvit eval --resume {shlex.quote(str(folder))}"
+        self.resume_command = f"fcvit resume {shlex.quote(str(folder))}"
 
     def finish(self, workers: "int | Workers", strict: bool, began: float) -> Evaluation:
         """Compute the missing batches, then write all results.

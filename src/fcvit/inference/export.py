@@ -28,7 +28,7 @@ from fcvit.weights.reading import Weights
 ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
 """Format -> extensions of its files. A runtime loads the file with the last extension."""
 RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "openvino"}
-"""Format -> the runtime that runs an export for its check."""
+"""Format -> the runtime that checks an export."""
 SIDECAR = ".fcvit.json"  # appended to the name of the file that the runtime loads
 KEY = "fcvit"
 
@@ -43,7 +43,7 @@ def files(path: Path, target: str) -> list[Path]:
         raise UsageError(f"--format {target!r}: expected {', '.join(ENDINGS)}")
     main = ENDINGS[target][-1]
     if path.suffix != main:
-        raise UsageError(f"{path}: a file with --format {target} ends in {main}; change the name or --format")
+        raise UsageError(f"{path}: a file with --format {target} must end in {main}; change the name or --format")
     sidecars = [] if target == "onnx" else [path.with_name(path.name + SIDECAR)]
     return sidecars + [path.with_suffix(ending) for ending in ENDINGS[target]]
 
@@ -131,15 +131,15 @@ def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
         raise UsageError("--format paddle supports only a fixed image size; omit --dynamic or use --format onnx")
     paddle = import_framework("paddle")
 
-    class Served(paddle.nn.Layer):
-        """The network with the layers that the interface adds."""
+    class ExportedNetwork(paddle.nn.Layer):
+        """The network with the normalization and softmax that the interface requests."""
 
         def __init__(self):
             super().__init__()
             self.network = build_network(weights)
-            pixels = interface.preprocessing
-            self.mean = paddle.to_tensor([255 * mean for mean in pixels.mean]).reshape([1, 3, 1, 1])
-            self.std = paddle.to_tensor([255 * std for std in pixels.std]).reshape([1, 3, 1, 1])
+            preprocessing = interface.preprocessing
+            self.mean = paddle.to_tensor([255 * mean for mean in preprocessing.mean]).reshape([1, 3, 1, 1])
+            self.std = paddle.to_tensor([255 * std for std in preprocessing.std]).reshape([1, 3, 1, 1])
 
         def forward(self, images):  # noqa: ANN001, ANN202 -- traced
             if interface.uint8:
@@ -149,7 +149,7 @@ def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
 
     with on_paddle_device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns about its own code
-        model = Served()
+        model = ExportedNetwork()
         model.eval()
         spec = paddle.static.InputSpec([None, 3, *interface.size], "uint8" if interface.uint8 else "float32", "images")
         paddle.jit.save(model, str(path.with_suffix("")), input_spec=[spec])

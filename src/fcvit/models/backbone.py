@@ -256,7 +256,7 @@ class SpatialAttention(nn.Layer):
 
 
 class ChannelAttention(nn.Layer):
-    """Optional, off in the published variants: convolve the pooled channels along the channel axis and add them."""
+    """Optional, off in the published variants: convolve the pooled channels along the channel axis and add the result."""
 
     def __init__(self, variant: Variant):
         super().__init__()
@@ -271,7 +271,7 @@ class ChannelAttention(nn.Layer):
 
 
 def initialize(layer: nn.Layer) -> None:
-    """Initialize a layer like the authors' code. Norms already start at 1 and 0."""
+    """Initialize a layer as the authors' code does. The weights and biases of norms are already 1 and 0."""
     zero = nn.initializer.Constant(0.0)
     if isinstance(layer, nn.Conv2D | nn.Conv1D):
         out, _, *kernel = layer.weight.shape

@@ -24,7 +24,7 @@ class SimilarityMap(Generic[T]):
         stage: Stage, from 1 to 4.
         block: Block within the stage, from 1.
         context: 1 for the first or 2 for the second global context of the block.
-        standardised: Similarity, (B, heads, H, W), with mean 0 and standard deviation 1 over heads and positions.
+        standardized: Similarity, (B, heads, H, W), with mean 0 and standard deviation 1 over heads and positions.
         rescaled: Similarity after the scale and shift of each head. The context is multiplied by this map.
         tokens: Input of the global context, (B, C, H, W), or None if it was not requested.
     """
@@ -32,7 +32,7 @@ class SimilarityMap(Generic[T]):
     stage: int
     block: int
     context: int
-    standardised: T
+    standardized: T
     rescaled: T
     tokens: T | None = None
 
@@ -44,7 +44,7 @@ class SimilarityMap(Generic[T]):
         """Return a copy with `change` applied to every tensor."""
         tokens = None if self.tokens is None else change(self.tokens)
         position = self.stage, self.block, self.context
-        return SimilarityMap(*position, change(self.standardised), change(self.rescaled), tokens)
+        return SimilarityMap(*position, change(self.standardized), change(self.rescaled), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Recorder(Generic[T]):
     def enter_block(self) -> None:
         self.block, self.context = self.block + 1, 0
 
-    def take(self, tokens: T, standardised: T, rescaled: T) -> None:
+    def take(self, tokens: T, standardized: T, rescaled: T) -> None:
         self.context += 1
         position = self.stage, self.block, self.context
-        self.maps.append(SimilarityMap(*position, standardised, rescaled, tokens if self.tokens else None))
+        self.maps.append(SimilarityMap(*position, standardized, rescaled, tokens if self.tokens else None))

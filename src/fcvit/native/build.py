@@ -25,19 +25,20 @@ REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
 
 @functools.cache
 def operators() -> ctypes.CDLL:
-    """Load the library of `operators.cc`. The first call on a machine compiles it, in about 15 seconds.
+    """Load the library of `operators.cc`. The first call on a machine compiles it, in 10 to 20 seconds.
 
     The library is cached in `$XDG_CACHE_HOME/fcvit/native` (by default `~/.cache/fcvit/native`), under a hash of
     everything that it depends on.
 
     Raises:
-        MissingExtra: No compiler is installed, the compiler fails, or the folder cannot be written.
+        MissingExtra: The system is not supported, no compiler is installed, the compiler fails, or the folder cannot
+            be written.
     """
     if os.name != "posix":
         raise _missing("they support only Linux and macOS", 'use another engine, or operators = "plain" in training')
     import fcntl  # does not exist on Windows
 
-    compiler = _compiler()
+    compiler = find_compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = cache / "fcvit" / "native" / _key(compiler)
     try:
@@ -55,7 +56,12 @@ def _missing(reason: str, remedy: str = REMEDY) -> MissingExtra:
     return MissingExtra(f"native operators are not available: {reason}; {remedy}")
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """Return the path of the C++ compiler: `$CXX` if it is set, otherwise the first of `COMPILERS` that is installed.
+
+    Raises:
+        MissingExtra: There is no compiler.
+    """
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else COMPILERS:
         if path := shutil.which(name):
@@ -64,7 +70,7 @@ def _compiler() -> str:
 
 
 def _key(compiler: str) -> str:
-    """Return a hash of sources, flags, compiler and processor, because `-march=native` code needs this processor."""
+    """Return a hash of sources, flags, compiler and processor, because `-march=native` code runs only on this type of processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, processor_identity()]
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]

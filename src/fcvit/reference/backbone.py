@@ -1,8 +1,9 @@
-"""FCViT in PyTorch, the reference of all checks: the four stages and the backbone, with the authors' names.
+"""FCViT in PyTorch, the reference for all checks: the four stages and the backbone, with the authors' names.
 
-It loads the authors' checkpoints strictly without their dependencies from 2021. It was written from the paper and the
-behavior of the authors' code, not from the Paddle networks in `fcvit.models`, and must reproduce the goldens
-independently, because a copy would verify nothing. Only the files in this folder import PyTorch.
+It loads the authors' checkpoints with `strict=True` and does not need their dependencies from 2021. It was written
+from the paper and the behavior of the authors' code, not from the Paddle networks in `fcvit.models`. It must
+reproduce the authors' outputs independently, because a copy would verify nothing. Only the modules in this folder
+import PyTorch when they are imported.
 
 Shapes: B images, C channels, H x W positions, h heads with d = C // h channels each.
 """
@@ -149,7 +150,7 @@ class NoContext(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """The context that is added at each position.
+    """Global context: the bottleneck of the mean over positions, weighted by its similarity with each position.
 
     The shape stays (B, C, H, W), or becomes (B, C, 1, 1) if the context is not weighted.
     """
@@ -181,8 +182,7 @@ class GlobalContext(nn.Module):
         heads = (self.variant.heads, -1)
         per_head = (x * context[:, :, None, None]).unflatten(1, heads).sum(2)  # (B, h, H, W)
         similarity = per_head / (x.shape[1] // self.variant.heads) ** 0.5
-        others = max(similarity[0].numel() - 1, 1)  # a single head at a single position has no deviation
-        correction = similarity[0].numel() - others
+        correction = 1 if similarity[0].numel() > 1 else 0  # a single value would give 0 / 0
         deviation, mean = torch.std_mean(similarity, (1, 2, 3), correction=correction, keepdim=True)
         standardized = (similarity - mean) / (deviation + 1e-5)
         rescaled = standardized * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
@@ -225,7 +225,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Optional: convolve the pooled channels along the channel axis and add them. The shape stays (B, C, H, W)."""
+    """Optional: convolve the pooled channels along the channel axis and add the result to `x`. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant):
         super().__init__()
@@ -235,12 +235,12 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = F.gelu(x).mean((-2, -1)).unsqueeze(1)  # (B, 1, C)
-        gate = self.channelConv2(F.gelu(self.channelConv1(pooled)))
-        return x + gate.squeeze(1)[:, :, None, None]  # (B, C, 1, 1)
+        offset = self.channelConv2(F.gelu(self.channelConv1(pooled)))
+        return x + offset.squeeze(1)[:, :, None, None]  # (B, C, 1, 1)
 
 
 def initialize(module: nn.Module) -> None:
-    """Initialize a layer like the authors' code. Norms already start at 1 and 0."""
+    """Initialize a layer as the authors' code does. The weights and biases of norms are already 1 and 0."""
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

@@ -146,7 +146,7 @@ def reliability_chart(calibration: Calibration, title: str) -> "Figure":
     counts, accuracy, confidence = (
         np.array(values)[filled] for values in (calibration.counts, calibration.accuracy, calibration.confidence)
     )
-    error = f"Expected calibration error (ECE): {100 * calibration.error:.2f}%, {counted(total, 'image')}"
+    error = f"Expected calibration error (ECE): {calibration.error:.4f}, {counted(total, 'image')}"
     figure = new_figure(_WIDTH, 7.0, title, f"{error} in {counted(bins, 'bin')}" if total else "No images")
     above, below = _column(figure, 2, sharex=True, height_ratios=[3, 1])
 

@@ -45,7 +45,7 @@ def image_grid(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Ima
         right = tile.truth is None or tile.truth == tile.predicted
         color = RIGHT if right else WRONG
         draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=color, width=2)
-        percent = f"  {100 * tile.probability:.0f}%"
+        percent = f", {100 * tile.probability:.0f}%"
         name = shorten(tile.predicted, font, TILE - font.getlength(percent))
         draw.text((x, y + TILE + 4), name + percent, color, font)
         if not right:

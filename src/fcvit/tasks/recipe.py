@@ -66,7 +66,7 @@ class Recipe:
     ema: Annotated[bool | None, DATA("Use the EMA (true) or raw (false) weights if both exist.")] = None
     new_head: Annotated[bool, DATA("Initialize a new head, for classes that differ from those of `weights`.")] = False
 
-    variant: Annotated[str, NETWORK("Variant name (see `fcvit models`). Required.")]
+    variant: Annotated[str, NETWORK("Variant name (see `fcvit models`). Required by `fcvit train`.")]
     options: Annotated[Table, NETWORK("Fields of `fcvit.Variant`, as in heads=4.")] = field(default_factory=dict)
     drop_path_rate: Annotated[BelowOne, NETWORK("Stochastic depth of the last block; linear from 0 at the first.")] = (
         0.1

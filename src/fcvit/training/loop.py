@@ -78,7 +78,7 @@ class Training:
             return
         best = self.best.get("epoch")
         keys = [key for key in self.shown if any(key in row for row in self.rows)]
-        ended = ", stopped early because the score no longer improved" if self.stopped_early else ""
+        ended = ", stopped early because the score did not improve (patience)" if self.stopped_early else ""
         title = f"{counted(len(self.rows), 'epoch')} in {self.folder}{ended}"
         grid = table("epoch", *(self.shown[key][0] for key in keys), "", title=title, right=("epoch",))
         for row in self.rows:

@@ -1,6 +1,7 @@
 """Read recipes from TOML files and override their fields. The package contains recipes in `fcvit/recipes`."""
 
 import dataclasses
+import difflib
 import importlib.resources
 import os
 import re
@@ -35,9 +36,9 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
         fields = tomllib.loads(text)
     except OSError as error:
         known = ", ".join(shipped())
-        raise UnreadableFile(
-            f"{source}: {error.strerror}; expected a TOML file or one of the recipes {known}"
-        ) from error
+        near = difflib.get_close_matches(name, shipped(), 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; expected a TOML file or one of the recipes {known}"
+        raise UnreadableFile(f"{source}: {error.strerror}{hint}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"{source}: not a valid TOML file: {error}") from error
     return build_recipe(fields, overrides or {}, os.fspath(source))
@@ -59,7 +60,8 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
             merged[name] = value
     for name in merged:
         if name not in known:
-            raise UsageError(f"{source}: a recipe has no field {name!r}{suggestion(name, known)}")
+            where = source if name in fields else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{where}: a recipe has no field {name!r}{suggestion(name, known)}")
     for name, field in known.items():
         if field.default is dataclasses.MISSING and name not in merged:
             raise UsageError(

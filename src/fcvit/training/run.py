@@ -379,7 +379,7 @@ class Run:
         if not again:
             return f"epoch {self.saved} is saved in {self.folder}" if self.saved else "no epoch was finished"
         after = f"after epoch {self.saved}" if self.saved else "(no epoch was finished)"
-        return f"resume {after} with: fcvit train --resume {shlex.quote(str(self.folder))}"
+        return f"resume {after} with: fcvit resume {shlex.quote(str(self.folder))}"
 
     def _share_folder(self, folder: Path | None = None) -> None:
         path = self.processes.broadcast(os.fsencode(self.folder.absolute()) if self.processes.first else b"")

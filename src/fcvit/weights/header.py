@@ -1,6 +1,6 @@
-"""Metadata of converted weights, stored in the header of a safetensors file or in a JSON file next to other formats.
+"""Metadata of converted weights, stored in the header of a safetensors file or in a JSON file next to files of other formats.
 
-With it, a weights file is sufficient to rebuild the network, preprocess its inputs and name its outputs. It contains
+With this metadata, a weights file is sufficient to rebuild the network, preprocess its inputs and name its outputs. It contains
 all fields of the variant, the preprocessing, the class list, the layout, PyTorch's counters and the source's hash.
 """
 
@@ -66,10 +66,10 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        """Invert `to_json`.
+        """Parse the output of `to_json`.
 
         Raises:
-            UnreadableFile: If the text is not a valid header, or its format version is newer.
+            UnreadableFile: If the text is not a valid header, or its version is newer than `FORMAT_VERSION`.
         """
         try:
             fields = strict_json(text)
@@ -111,7 +111,7 @@ class Header:
 
 
 def sidecar(path: Path) -> Path:
-    """Return the path of the JSON header of a format without its own header: `.json` is added to the file name."""
+    """Return the path of the separate header file, FILE.json, for formats that cannot store a header."""
     return path.with_name(path.name + ".json")
 
 
@@ -130,7 +130,7 @@ def read_sidecar(path: Path, sha256: str) -> Header:
         raise UnreadableFile(f"{file.name} cannot be read ({error}); repair or remove it") from error
     if header.weights_sha256 != sha256:
         raise UnreadableFile(
-            f"{file.name} describes other weights (the SHA-256 differs); remove it or restore both files"
+            f"{file.name} describes other weights (the SHA-256 differs); delete this header file, or restore the weights file that it belongs to"
         )
     return header
 
@@ -152,15 +152,15 @@ def _check_kinds(name: str, value: object, example: object) -> None:
             _check_kinds(name, item, example[0])
     elif isinstance(example, float) and isinstance(value, int | float):
         if not 1e-12 < abs(value) < 1e9 and value != 0:  # a standard deviation near 0 would make every input infinite
-            raise ValueError(f"{name} is {value!r:.40}")
+            raise ValueError(f"{name} is {value!r:.40}, expected 0 or a magnitude from 1e-12 to 1e9")
     elif isinstance(example, str) and isinstance(value, str):
         if not value.isprintable() or len(value) > 100:
             raise ValueError(f"{name} is not printable text of at most 100 characters")
     elif type(value) is not type(example) and not (name == "layer_scale" and value is None):
-        raise ValueError(f"{name} is a {type(value).__name__}, expected a {type(example).__name__}")
+        raise ValueError(f"{name} has type {type(value).__name__}, expected {type(example).__name__}")
 
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r:.40} is not a whole number")
+        raise ValueError(f"{value!r:.40} is not an integer from 0 to 2^63 - 1")
     return value

@@ -170,7 +170,7 @@ class ClassificationReport:
         try:
             page.write_page(folder, self.results, self.records, self.agreements, self.effects, about)
         except MissingExtra as error:
-            again = f"fcvit eval --resume {shlex.quote(str(folder))}"
+            again = f"fcvit resume {shlex.quote(str(folder))}"
             logger.info(f"charts and {results.PAGE} were not written: {error}, then run: {again}")
 
     def _about(self) -> dict[str, Any]:

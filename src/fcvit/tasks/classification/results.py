@@ -60,7 +60,9 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class ClassFigures:
-    """Metrics of one class: images, top-1 and top-k accuracy in percent, and its most frequent wrong prediction."""
+    """Metrics of one class: images, top-1 and top-k accuracy in percent, the class that it is most often mistaken for,
+    and the number of such images.
+    """
 
     id: str
     name: str
@@ -150,7 +152,7 @@ class Effect:
     """The effect of the protocol or the precision on top-1 accuracy, for the same weights, engine and images.
 
     Attributes:
-        of: "protocol" or "precision".
+        of: The setting that differs between the two configurations, "protocol" or "precision".
         configurations: Names of the two configurations.
         difference, interval: Second minus first top-1 accuracy and its 95% confidence interval, in percentage points
             (see `fcvit.metrics.classification.paired_difference`).
@@ -165,7 +167,7 @@ class Effect:
 
 
 def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
-    """Return the metrics of each class with images, in the model's order."""
+    """Return the metrics of each class that has at least one image, in the model's order."""
     matrix = metrics.confusion(records.truth, records.top[:, 0], len(records.classes))
     in_k = np.bincount(records.truth[records.rank < k], minlength=len(records.classes))
     figures = []
@@ -220,13 +222,14 @@ def write_result(
         )
         for i in worst
     ]
-    title = f"{len(wrong)} of {result.images} wrong" + (f", the {len(tiles)} most confident errors" if tiles else "")
+    title = f"{len(wrong)} of {result.images} images misclassified"
+    title += f"; the {len(tiles)} most confident errors" if len(tiles) < len(wrong) else ""
     runs.write_bytes(folder / "worst.png", png(image_grid(tiles, title)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last, as it marks a complete result
 
 
 def _readable(read: Callable[[str], Image.Image], name: str) -> Image.Image:
-    """Read an image. Return a gray image if the file was deleted after it was evaluated."""
+    """Read an image. Return a gray image if it can no longer be read."""
     try:
         return read(name)
     except (OSError, BadImages):
@@ -268,7 +271,9 @@ class SavedResult:
 
 
 def read_result(folder: Path) -> SavedResult:
-    """Read the result in a folder, or the only result of a run. Images are sorted by their content.
+    """Read the result in a folder, or the only result of a run.
+
+    Images are sorted by the SHA-256 of their content, then by class and path.
 
     Raises:
         UnreadableFile: The folder does not contain a finished result, or its files are damaged.
@@ -287,7 +292,7 @@ def read_result(folder: Path) -> SavedResult:
         figures = json.loads(path.read_bytes())
         names = {row["id"]: row["name"] for row in figures["per_class"]} | dict(figures.get("predicted", {}))
         if not isinstance(figures["fingerprint"], str) or not isinstance(figures["name"], str):
-            raise ValueError("no fingerprint")
+            raise ValueError("fingerprint and name must be text")
         path = folder / PREDICTIONS
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: (row["image"], row["truth"], row["path"]))
