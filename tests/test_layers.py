@@ -27,6 +27,7 @@ LAYERS = (
     ("commands",),
     ("cli", "__main__"),
 )
+USERS_OF_NATIVE = {"inference.engines", "commands.doctor"}
 PADDLE_NETWORKS = {"models.layers", "models.backbone", "models.classifier"}
 # Order of modules in packages that allow only one import direction.
 ORDER = {
@@ -81,7 +82,7 @@ def wrong_imports(module, text):
             yield f"{module} imports {name} from a higher layer"
         if {module, name} & PADDLE_NETWORKS and any(one.startswith("reference.") for one in (module, name)):
             yield f"{module} imports {name}, but the reference and the Paddle networks must be independent"
-        if name.startswith("native.") and not module.startswith("native.") and module != "inference.engines":
+        if name.startswith("native.") and not module.startswith("native.") and module not in USERS_OF_NATIVE:
             yield f"{module} imports {name}; use inference.engines.accelerate instead"
         for package, order in ORDER.items():
             one, other = (m.removeprefix(f"{package}.") for m in (module, name))

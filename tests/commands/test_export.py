@@ -201,11 +201,11 @@ def test_int8_is_calibrated_with_a_folder_of_images(weights, tmp_path, images):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"output": "a.xml", "format": "onnx"}, UsageError, "ends in .onnx"),
-        ({"output": "a.json", "format": "openvino"}, UsageError, "ends in .xml"),
+        ({"output": "a.xml", "format": "onnx"}, UsageError, "end in .onnx"),
+        ({"output": "a.json", "format": "openvino"}, UsageError, "end in .xml"),
         ({"output": "a.pb"}, UsageError, r"a.pb: .*expected .onnx \(onnx\), .json \(paddle\)"),
         ({"output": "model"}, UsageError, r"model: .*expected .onnx \(onnx\)"),
-        ({"output": "a.pdmodel", "format": "paddle"}, UsageError, "ends in .json"),
+        ({"output": "a.pdmodel", "format": "paddle"}, UsageError, "end in .json"),
         ({"format": "tensorrt"}, UsageError, "--format 'tensorrt'"),
         ({"size": (32, 32), "dynamic": True}, UsageError, "leave out --size"),
         ({"precision": "int8"}, UsageError, "--precision int8 and --calibrate FOLDER"),

@@ -360,7 +360,7 @@ def test_known_ids_or_names_are_tried_first():
 
 
 def test_a_repeated_class_name_is_not_matched():
-    with pytest.raises(DoesNotFit, match=r"1 of 2 class folders .* the model's class names: crane"):
+    with pytest.raises(DoesNotFit, match=r"1 of 2 class folders .*crane.* the model's class names .*--classes"):
         assign(["cat", "crane"], PETS, 4)
 
 
@@ -389,7 +389,7 @@ def test_numbers_whose_order_as_text_differs_are_rejected():
 
 
 def test_partly_known_folders_are_rejected():
-    with pytest.raises(DoesNotFit, match=r"1 of 4 class folders .* the model's class ids: wolf"):
+    with pytest.raises(DoesNotFit, match=r"1 of 4 class folders .*wolf.* the model's class ids .*--classes"):
         assign(["c1", "d1", "m1", "wolf"], PETS, 4)
     with pytest.raises(DoesNotFit, match="ImageNet's WordNet ids: tench"):
         assign(["n01443537", "tench"], None, 1000)

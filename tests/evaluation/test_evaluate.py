@@ -412,7 +412,7 @@ def test_the_image_grid_shows_the_most_confident_errors(folder, digits_pth, tmp_
     wrong.sort(key=lambda row: -float(row["probability_1"]))
     assert [(t.truth, t.predicted) for t in tiles] == [(row["truth"], row["class_1"]) for row in wrong]
     assert all(tile.image.size == (30, 40) for tile in tiles)
-    assert title.startswith(f"{len(wrong)} of {result.images} wrong")
+    assert title.startswith(f"{len(wrong)} of {result.images} images misclassified")
 
 
 @needs_paddle

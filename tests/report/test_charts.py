@@ -138,11 +138,11 @@ def test_a_matrix_with_a_different_number_of_classes_is_rejected():
 @pytest.mark.parametrize(
     ("bins", "expected"),
     [
-        (overconfident(), "Expected calibration error (ECE): 19.37%, 600 images in 15 bins"),
+        (overconfident(), "Expected calibration error (ECE): 0.1937, 600 images in 15 bins"),
         (Calibration(0.0, (0,) * 15, (0.0,) * 15, (0.0,) * 15), "No images"),
         (
             Calibration(0.2, (10**7, 1), (0.3, 0.8), (0.1, 1.0)),
-            "Expected calibration error (ECE): 20.00%, 10,000,001 images in 2 bins",
+            "Expected calibration error (ECE): 0.2000, 10,000,001 images in 2 bins",
         ),
     ],
 )

@@ -170,7 +170,7 @@ def test_the_task_selects_the_fields(monkeypatch):
     recipe = build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"quantile": "0.25"}, "file")
     assert type(recipe) is OtherRecipe and recipe.quantile == 0.25
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
-    with pytest.raises(UsageError, match=r"file: .*field 'crop'"):
+    with pytest.raises(UsageError, match=r"--crop: .*field 'crop'"):
         build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"crop": "padded"}, "file")
     with pytest.raises(UsageError, match="task 'sorting': expected classification, mean"):
         read_recipe("digits", {"task": "sorting"})

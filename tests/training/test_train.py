@@ -343,7 +343,7 @@ def test_deleted_images_stop_training(small, tmp_path, squares, monkeypatch):
         return run(self, batches, rate)
 
     monkeypatch.setattr(Trainer, "run", delete_images)
-    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*/train.*epoch 1 .*--resume"):
+    with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*/train.*epoch 1 .*fcvit resume"):
         train(small(), folder=tmp_path / "run", device="cpu")
     with pytest.raises(UnreadableFile, match=r"\bval\b.*training split"):
         resume(tmp_path / "run")

@@ -941,7 +941,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
         {"variant__kernel_sizes": [11]},
         "header is damaged .*kernel_sizes and channel_attention_kernels",
     ),
-    "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor is a str"),
+    "option of text": ({"variant__token_factor": "x"}, "header is damaged .*token_factor has type str"),
     "name of two lines": ({"variant__name": "a\nb"}, "header is damaged .*one printable line"),
     "newer": ({"format_version": 3}, "format version 3, .*2; update fcvit"),
     "of a doubtful version": ({"format_version": "1\n\x1b" * 9999}, "format version '1"),
@@ -950,7 +950,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "absurd width": ({"variant__widths": [1 << 40] * 4}, "header is damaged .UsageError.*too large"),
     "unknown option": ({"variant__secret": 1}, "header is damaged .TypeError.*secret"),
     "unknown layout": ({"layout": "onnx"}, "unknown layout 'onnx'"),
-    "negative class count": ({"num_classes": -1}, "header is damaged .*-1 is not a whole number"),
+    "negative class count": ({"num_classes": -1}, "header is damaged .*-1 is not an integer"),
     "too few classes": ({"classes": [["a", "a"]]}, "1 classes for 10 outputs"),
     "one class twice": ({"classes": [["a", "a"]] * 10}, "header is damaged .*class id 'a'"),
     "half a character in a name": (
@@ -959,7 +959,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "half a character in an id": ({"classes": [*DIGITS[:9], ["\udc80", "9"]]}, "header is damaged .UnicodeEncodeError"),
     "deviation near 0": ({"variant__preprocessing": {**PREPROCESSING, "std": [1e-300] * 3}}, "std is 1e-300"),
-    "counter that is none": ({"counters": {"x": -3}}, "header is damaged .*-3 is not a whole number"),
+    "counter that is none": ({"counters": {"x": -3}}, "header is damaged .*-3 is not an integer"),
 }
 TEXT_HEADERS: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "header is damaged .JSONDecodeError"),

@@ -117,8 +117,8 @@ def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: 
         )
     if len(labels) != num_classes:
         raise DoesNotFit(
-            f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; if they are classes of the "
-            f"model, {_REMEDY}"
+            f"{len(labels)} {what} ({_some(labels)}) for a model with {num_classes} outputs; "
+            f"if they are classes of the model, {_REMEDY}"
         )
     numbers = [number for label in labels if (number := _number(label)) is not None]
     if numbers != sorted(numbers):

@@ -256,7 +256,7 @@ class SpatialAttention(nn.Layer):
 
 
 class ChannelAttention(nn.Layer):
-    """Optional, off in the published variants: convolve the pooled channels along the channel axis and add the result."""
+    """Optional, off in the published variants: add the pooled channels, convolved along the channel axis."""
 
     def __init__(self, variant: Variant):
         super().__init__()

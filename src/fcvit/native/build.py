@@ -70,7 +70,7 @@ def find_compiler() -> str:
 
 
 def _key(compiler: str) -> str:
-    """Return a hash of sources, flags, compiler and processor, because `-march=native` code runs only on this type of processor."""
+    """Return a hash of sources, flags, compiler and processor. Code for `-march=native` runs only on this processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, processor_identity()]
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]

@@ -225,7 +225,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Optional: convolve the pooled channels along the channel axis and add the result to `x`. The shape stays (B, C, H, W)."""
+    """Optional: add the pooled channels, convolved along the channel axis. The shape stays (B, C, H, W)."""
 
     def __init__(self, variant: Variant):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Metadata of converted weights, stored in the header of a safetensors file or in a JSON file next to files of other formats.
+"""Metadata of converted weights, stored in the header of a safetensors file, or in a JSON file next to other formats.
 
-With this metadata, a weights file is sufficient to rebuild the network, preprocess its inputs and name its outputs. It contains
-all fields of the variant, the preprocessing, the class list, the layout, PyTorch's counters and the source's hash.
+With this metadata, a weights file is sufficient to rebuild the network, preprocess its inputs and name its outputs. The
+metadata contains all fields of the variant, the preprocessing, the class list, the layout, PyTorch's counters and the
+hash of the source.
 """
 
 import dataclasses
@@ -130,7 +131,8 @@ def read_sidecar(path: Path, sha256: str) -> Header:
         raise UnreadableFile(f"{file.name} cannot be read ({error}); repair or remove it") from error
     if header.weights_sha256 != sha256:
         raise UnreadableFile(
-            f"{file.name} describes other weights (the SHA-256 differs); delete this header file, or restore the weights file that it belongs to"
+            f"{file.name} describes other weights (the SHA-256 differs); delete it, or restore the weights file that "
+            "it belongs to"
         )
     return header
 

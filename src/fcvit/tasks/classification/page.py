@@ -60,7 +60,8 @@ def write_page(
         + (f", a random subset (seed {subset['seed']})" if isinstance(subset := about["subset"], dict) else "")
         + (f", unreadable images excluded: {len(left_out)}" if left_out else "")
         + (f". Candidate classes: {first.classes:,} of the model's {about['model_classes']:,}" if restricted else "")
-        + f". Class mapping: {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
+        + f". Class mapping: {about['rule']}. Data: {Path(str(about['data'])).name}"
+        + f", fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(outcomes)]
     for kind in dict.fromkeys(effect.of for effect in effects):
@@ -141,7 +142,8 @@ def _facts(result: Result) -> tuple[tuple[str, str], ...]:
     facts += [
         (
             "Protocol",
-            f"{result.protocol.name}: shorter side resized to {chosen.resize} ({chosen.interpolation}), center crop {chosen.input_size}",
+            f"{result.protocol.name}: shorter side resized to {chosen.resize} ({chosen.interpolation}), "
+            f"center crop {chosen.input_size}",
         ),
         *(
             ("Changed preprocessing", f"{field}: {own} (variant: {usual})")
