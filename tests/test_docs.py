@@ -99,6 +99,8 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash") or blocks(page, "python")])
 def test_the_code_blocks_of_a_page_run_in_order(page, workplace, monkeypatch, capsys):
     monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
+    if "runs/quickstart" in PAGES[page]:
+        assert main(["quickstart"]) == 0
     if "runs/eval" in PAGES[page]:
         assert main(shlex.split("eval --weights fcvit_b12.safetensors --data imagenet/val -o runs/eval")) == 0
     if "runs/train" in PAGES[page]:
