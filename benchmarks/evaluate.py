@@ -195,7 +195,7 @@ def evaluation(weights: Path, folder: Path, engine: str, cores: int) -> float:
 
 
 def peak(weights: Path, folder: Path, engine: str, run: Path) -> int:
-    """Return the peak memory in bytes of a process and its two workers together."""
+    """Estimate the peak memory in bytes: that of a process plus twice that of its largest worker."""
     words = [sys.executable, "-c", PEAK, *map(str, (weights, folder, engine, run))]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Measure images per second of every engine on this CPU, compared with PyTorch's memory formats.
+"""Measure the images per second of the engines on this CPU, compared with PyTorch.
 
 Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-sizes N ...] [--threads N]
           [--engines NAME ...] [--rounds N] [--json FILE]
@@ -16,7 +16,7 @@ from pathlib import Path
 from fcvit.commands.bench import CONTENDERS, bench
 from fcvit.report.tables import console
 
-ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # very slow
+ENGINES = tuple(name for name in CONTENDERS if name not in ("paddle", "paddle-inference"))  # these two are very slow
 
 
 def main() -> None:

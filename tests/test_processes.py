@@ -1,4 +1,4 @@
-"""Test the exchange of values between processes through a fake store. tests/tasks uses Paddle's real launcher."""
+"""Test the exchange between processes with a fake store. The tests of evaluation and training use Paddle's launcher."""
 
 import threading
 

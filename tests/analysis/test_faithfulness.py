@@ -274,7 +274,7 @@ def test_the_faithfulness_of_a_network(count, digits_pth, photos, tmp_path):
 @needs_paddle
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [9, 11])
-def test_an_interruption_writes_the_measured_images(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
+def test_an_interruption_writes_the_results_so_far(after, digits_pth, photos, tmp_path, monkeypatch, no_charts, notes):
     """The result is written if ten or more images were measured. The images are taken from both halves in turn."""
     measured = []
     copies = [shutil.copy(path, tmp_path / f"copy-{path.name}") for path in photos]

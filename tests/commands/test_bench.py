@@ -228,7 +228,7 @@ def test_invalid_options_are_rejected(options, fake):
 
 @needs_torch
 @pytest.mark.slow
-def test_engines_run_in_separate_processes(digits_pth, monkeypatch):
+def test_real_engines_with_several_outputs_are_measured(digits_pth, monkeypatch):
     """Measure real engines with a dense backbone, which has four outputs to compare."""
     monkeypatch.setattr(task, "interleave", functools.partial(interleave, seconds=0, pause=0))
     spec = ModelSpec(DIGITS.variant, head="backbone")

@@ -121,8 +121,8 @@ def test_orientation_tags_are_not_applied(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not an image that can be read: an empty file"),
-        (b"hello", "not an image that can be read: a text file"),
+        (b"", "not a readable image: an empty file"),
+        (b"hello", "not a readable image: a text file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* git lfs pull"),
         (b"\xff\xd8\xff\xe0" + bytes(20), "a JPEG image that is damaged or cut off"),
         (b"\x01\x02\x03\xfe", "of an unknown format"),

@@ -834,8 +834,8 @@ def test_unreadable_images_are_listed_and_skipped(folder, digits_pth):
     evaluation = evaluate(digits_pth, folder, batch_size=5, device="cpu")
     assert (evaluation.results[0].images, evaluation.results[0].unreadable) == (23, 2)
     assert evaluation.unreadable == (
-        "0/00 empty.png: not an image that can be read: an empty file",
-        "3/broken.png: not an image that can be read: a text file",
+        "0/00 empty.png: not a readable image: an empty file",
+        "3/broken.png: not a readable image: a text file",
     )
     with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)

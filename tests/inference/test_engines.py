@@ -113,7 +113,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_ctrl_c_works_after_openvino_is_freed(tmp_path):
-    """OpenVINO restores a signal handler stack that another OpenVINO core may have freed."""
+    """An `openvino.Core` sets an alternate signal stack and frees it, after which Ctrl-C would crash the process."""
     assert printed_by_openvino(_TWO_CORES, tmp_path) == "interrupted\n"
 
 
@@ -296,7 +296,7 @@ def test_wrong_device_names_are_rejected_with_a_hint(name, device, weights):
 
 
 def test_the_thread_count_of_the_process_changes_only_on_request(weights, monkeypatch):
-    """Training validates with an engine, which must not change the summation order of the next epochs."""
+    """The thread count changes the order of sums, so an engine used for validation must not change it."""
     paddle = pytest.importorskip("paddle")
     thread_counts = []
     monkeypatch.setattr(paddle.base.core, "set_num_threads", thread_counts.append)
@@ -333,8 +333,8 @@ def test_uint8_and_normalized_images_give_equal_outputs(weights, images):
 def test_a_network_without_classes_returns_all_outputs(name, head, weights, images):
     """One output is an array and several outputs are a list, also for an empty batch."""
     spec = ModelSpec(DIGITS.variant, head=head)
-    headless = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec))
-    engine = engine_or_skip(name, headless, PIXELS)
+    without_classes = dataclasses.replace(weights, spec=spec, tensors=synthetic_tensors(spec))
+    engine = engine_or_skip(name, without_classes, PIXELS)
     for batch in (images, images[:0]):
         outputs = engine(batch)
         if head == "classifier":

@@ -143,7 +143,7 @@ def test_the_help_lists_every_field_with_its_values_and_default(capsys):
 
 
 def test_optional_fields_are_none_by_default():
-    """TOML has no null. A field that is missing in the file must be None."""
+    """TOML has no null: a field that is None is left out, and must be None when it is read back."""
     for name, field in FIELDS.items():
         assert field.optional == (field.default is None), name
 

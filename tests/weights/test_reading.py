@@ -51,7 +51,7 @@ def test_nested_prefixes_are_removed(tmp_path, digits_tensors, prefix):
     assert note.endswith(f": {prefix}")
 
 
-def test_a_prefix_of_another_network_is_rejected(tmp_path):
+def test_another_network_with_a_known_prefix_is_rejected(tmp_path):
     path = write_pth(tmp_path / "x.pth", {"module.conv.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(DoesNotFit, match="not an FCViT"):
         read_weights(path)

@@ -210,7 +210,7 @@ def bench(
     """Measure the speed of the engines on this machine, compared with PyTorch. The engines take turns.
 
     Args:
-        weights: A checkpoint of any format, or in Python weights in memory (default: synthetic weights).
+        weights: A checkpoint of any format (in Python also a `Weights` object) (default: synthetic weights).
         variant: Variant of the synthetic weights (default: fcvit_tiny).
         engines: Engines, separated by commas (default: all installed engines, torch-channels-last, torch-compile).
         batch_sizes: Batch sizes, separated by commas (default: 1,8).

@@ -122,7 +122,7 @@ def export(
     """Export a network to ONNX, Paddle Inference or OpenVINO, and check its outputs in the runtime.
 
     Args:
-        weights: A checkpoint of any format, or in Python weights in memory.
+        weights: A checkpoint of any format (in Python also a `Weights` object).
         output: Output file: .onnx, .json (paddle, also writes .pdiparams) or .xml (openvino, also writes .bin).
         format: onnx, paddle or openvino (default: by the extension of the output).
         size: Image size, for example 224 or 240x320 (height x width; default: the input size of the weights).

@@ -41,7 +41,7 @@ def faithfulness(
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns. At least 10 images.
-        weights: A checkpoint of any format, or in Python weights in memory.
+        weights: A checkpoint of any format (in Python also a `Weights` object).
         output: New folder for faithfulness.json and faithfulness.png (default: nothing is written).
         absolute: Use absolute values per head, so that positions unlike the context also count as marked.
         every: Measure all global contexts, instead of only the first and last of each stage.

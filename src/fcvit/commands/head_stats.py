@@ -24,11 +24,11 @@ def head_stats(
     device: Device = "auto",
     ema: Ema = None,
 ) -> HeadStats:
-    """Measure how the maps of heads differ, how sparse they are, how depth changes them, and if they depend on queries.
+    """Measure how the maps of heads differ, how sparse they are, and how depth and a query would change them.
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
-        weights: A checkpoint of any format, or in Python weights in memory.
+        weights: A checkpoint of any format. In Python also a `Weights` object.
         output: New folder for head-stats.json and head-stats.png (default: nothing is written).
 
     Raises:

@@ -115,7 +115,7 @@ def similarity(
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
-        weights: A checkpoint of any format, or in Python weights in memory.
+        weights: A checkpoint of any format (in Python also a `Weights` object).
         run: Evaluation folder instead of images: draw maps of its most confident mistakes and correct predictions.
         output: New folder for the files (default: runs/similarity, or the first free one of runs/similarity-2, ...).
         stage: Number of the stage, from 1, or from the end with -1 (default: the last with more than one position).

@@ -21,7 +21,7 @@ RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the
 PreviewFile = Annotated[RunPath, Parameter(help="Write a picture of augmented training images (.png); do not train.")]
 Workers = Annotated[
     int | None,
-    Parameter(help="Processes that decode and augment images (default: one per core with a GPU, at most 8; else 0)."),
+    Parameter(help="Processes that decode and augment (default: with a GPU one per core, at most 8; on a CPU 0)."),
 ]
 
 
@@ -93,11 +93,11 @@ def train(
     paths = f"--{', --'.join(run.PLACES)} (for moved files)"
     if resume is not None:
         if folder or overrides or preview or device != "auto":
-            raise UsageError(f"train: --resume keeps the options of the run; the only other fields are {paths}")
+            raise UsageError(f"train: --resume keeps the options of the run; only --workers and {paths} can be added")
         return run.resume(resume, moved=moved, workers=workers)
     epochs = str(overrides.pop("epochs", ""))
     if extend is None or overrides or not epochs.isdecimal() or preview or device != "auto":
-        raise UsageError(f"train: --extend RUN requires --epochs N, the new total; the only other fields are {paths}")
+        raise UsageError(f"train: --extend RUN requires --epochs N; only -o, --workers and {paths} can be added")
     return run.extend(extend, int(epochs), folder=folder, moved=moved, workers=workers)
 
 

@@ -31,9 +31,9 @@ class ConvNorm(nn.Layer):
 class BatchNorm(nn.BatchNorm2D):
     """BatchNorm that updates its running variance with the unbiased variance of the batch, as PyTorch does.
 
-    Paddle's layer uses the biased variance. With this layer, a stored variance means the same in both frameworks, so
-    a run can be continued or evaluated in the other framework. Both frameworks normalize a batch with its biased
-    variance.
+    On a CPU, Paddle's layer stores the biased variance. With this layer, a stored variance means the same in both
+    frameworks, so a run can be continued or evaluated in the other framework. Both frameworks normalize a batch with
+    its biased variance.
     """
 
     def __init__(self, width: int):
@@ -46,7 +46,8 @@ class BatchNorm(nn.BatchNorm2D):
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
         with paddle.no_grad():
-            # Not done by the kernel, because its variance depends on the device and its momentum is a float32.
+            # The statistics are updated here and not by Paddle's kernel, because the kernel's variance differs between
+            # devices and its momentum is a float32.
             given = input.astype(self._mean.dtype)
             center = mean(given, (0, 2, 3))
             variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))

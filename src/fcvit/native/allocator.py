@@ -2,8 +2,7 @@
 
 import ctypes
 
-# Constants of glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)
 LARGEST_INT = 2**31 - 1
 
@@ -11,8 +10,8 @@ LARGEST_INT = 2**31 - 1
 def keep_memory() -> bool:
     """Make this process allocate blocks below 32 MB from the heap and keep them after they are freed.
 
-    By default, every large block is mapped page by page and unmapped again, which takes longer than an elementwise
-    operation on the block. Returns True on success, and False if the C library is not glibc.
+    By default, glibc returns large freed blocks to the system. The page faults of the next allocation then take longer
+    than an elementwise operation on the block. Returns True on success, and False if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Read and write the files of a training run, and compute what decides whether the run can be resumed."""
+"""Read and write the files of a training run, and hash its images to detect changes when it is resumed."""
 
 import hashlib
 import json
@@ -34,7 +34,8 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
     """Return the record of a run and its recipe.
 
     Raises:
-        UnreadableFile, UsageError: The record is missing or damaged.
+        UnreadableFile: The record is missing or damaged.
+        UsageError: The run is not a training.
     """
     record = runs.read_run(folder, "train")
     path = folder / "run.json"
@@ -43,7 +44,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
         operators = {"operators": record["identity"]["operators"]}
         recipe = build_recipe(record["recipe"], operators, str(path))
         if not (isinstance(record["identity"], dict) and isinstance(record["device"], str)):
-            raise TypeError("the identity is missing")
+            raise TypeError("identity or device has the wrong type")
     except (KeyError, TypeError, UsageError) as error:
         raise UnreadableFile(
             f"{path}: the recipe of the run is missing or damaged ({error}); start a new run"
@@ -54,7 +55,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
 def start_weights(folder: Path) -> Path | None:
     """Return the weights file that defines a resumed run's network, or None if the run has no state.
 
-    The state replaces the values of the weights later.
+    Only the network and its classes are taken from this file. The values are restored from the state later.
 
     Raises:
         UnreadableFile: The run has finished epochs, but its state is missing.
@@ -92,5 +93,8 @@ def remove_temporary(folder: Path) -> None:
 
 
 def as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity after a round trip through JSON, so that it can be compared with that in `run.json`."""
+    """Return the identity after a round trip through JSON, so that it can be compared with that in `run.json`.
+
+    The identity contains everything besides the recipe that determines the result.
+    """
     return json.loads(json.dumps(identity))

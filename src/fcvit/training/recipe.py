@@ -21,7 +21,7 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
 
     Args:
         source: Path of a TOML file, or the name of a recipe in the package (see `shipped`).
-        overrides: Field names with their new values. A string is parsed as TOML if possible, as on the command line,
+        overrides: Field names with their new values. A string is parsed as TOML, except for text fields,
             and "none" sets an optional field to None. `options.NAME` is an option of the architecture. Hyphens in names
             are equal to underscores.
 
@@ -45,7 +45,7 @@ def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] 
 
 
 def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], source: str) -> Recipe:
-    """Build a recipe from its fields and overrides (see `read_recipe`). Error messages contain `source`."""
+    """Build a recipe from its fields and overrides (see `read_recipe`). Messages about missing fields name `source`."""
     merged: dict[str, Any] = dict(fields)
     recipe_class = get_task(str(overrides.get("task", merged.get("task", DEFAULT_TASK)))).recipe
     known = recipe_fields(recipe_class)
@@ -88,7 +88,7 @@ def shipped_text(name: str) -> str:
 
 
 def _parse(value: object, field: RecipeField | None) -> object:
-    """Convert an override to the type of its field: a TOML value, numbers separated by commas, or text."""
+    """Parse an override from the command line: TOML, numbers separated by commas, or unchanged text."""
     if not isinstance(value, str):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if field is not None and value == "none" and value not in typing.get_args(field.kind):

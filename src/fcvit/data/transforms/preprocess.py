@@ -46,11 +46,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB with 8 bits per channel, as torchvision does except for 16-bit gray images.
 
     16-bit gray images are converted to their upper 8 bits, as Pillow converts 16-bit color. Pillow would clip their
-    values at 255, which makes most of a photograph white. Values up to 255 are not changed for any type.
+    values at 255, which makes most of a photograph white. An image whose maximum is at most 255 is not changed.
 
     Raises:
-        ValueError: The image has 32-bit or float values outside 0 to 255, or floats from 0 to 1, so that their range is
-            unknown.
+        ValueError: The image has 32-bit or float values outside 0 to 255, or floats from 0 to 1. The value of white is
+            then unknown.
     """
     if not image.mode.startswith(DEEP):
         return image.convert("RGB")
@@ -61,7 +61,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
             return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     elif not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"{kind} from {low:g} to {high:g} with unknown range; save the image with 8 or 16 bits")
+        raise ValueError(f"{kind} from {low:g} to {high:g}: the value of white is unknown; save with 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -77,9 +77,9 @@ def opened(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
             yield image
     except Exception as error:  # damaged images can make Pillow raise any exception
         if isinstance(error, UnidentifiedImageError):
-            kind = foreign_kind(_head(source)) or "of an unknown format"
-            reason = f"not an image that can be read: {kind}"
-            reason += " that is damaged or cut off" if kind in IMAGE_KINDS else ""
+            kind = foreign_kind(_head(source)) or "an unknown file format"
+            damaged = " that is damaged or cut off" if kind in IMAGE_KINDS else ""
+            reason = f"not a readable image: {kind}{damaged}"
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"over the limit of {_limit():,} pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         elif isinstance(error, OSError) and error.strerror:
@@ -184,7 +184,7 @@ def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode, resize and crop an image to uint8 (3, S, S), the input of an engine or of `normalize`.
+    """Decode, resize and crop an image to uint8 (3, S, S). Engines and `normalize` take a batch, (B, 3, S, S).
 
     Args:
         image: Image, or its path.
