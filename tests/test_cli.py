@@ -240,6 +240,10 @@ def test_eval_resume_and_compare(run, digits_pth, image, no_charts):
     assert report["results"][0]["protocol"]["changed"] == {"input_size": [32, 64]}
     assert "digits-authors" in run("eval", "--resume", "runs/eval")[1]
     assert "digits-authors" in run("resume", "runs/eval")[1]
+    (image.parent / "data").rename(image.parent / "moved")
+    code, out, err = run("resume", "runs/eval", "--data", "moved", "--weights", digits_pth)
+    assert code == 0 and "digits-authors" in out, err
+    (image.parent / "moved").rename(image.parent / "data")
     code, out, _ = run("compare", "runs/eval", "runs/eval-3", "-o", "compared")
     assert code == 0 and "p = " in out and "written to compared" in out
     assert json.loads(run("compare", "runs/eval", "runs/eval-3", "--json")[1])["images"] == 10

@@ -298,8 +298,8 @@ def test_the_command_line(data, capsys):
     assert "groups of duplicates in more than one split   " in out
     add_problems(data)
     code, out, err = run(capsys, data)
-    assert code == 6 and err.count("train/cat/0.png: not an image") == 1 and ".txt (1)" in out
-    assert "not an image" not in out
+    assert code == 6 and err.count("train/cat/0.png: not a readable image") == 1 and ".txt (1)" in out
+    assert "not a readable image" not in out
     code, out, _ = run(capsys, data, "--json")
     check = json.loads(out)
     (unreadable,) = check["unreadable"]

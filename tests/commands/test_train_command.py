@@ -98,6 +98,15 @@ def test_resumed_and_extended_runs_accept_new_paths(calls):
     assert calls[2] == ("extend", ("runs/x", 40), longer | {"folder": "runs/y"})
 
 
+def test_resume_continues_a_training_with_new_paths(calls, monkeypatch):
+    monkeypatch.setattr("fcvit.run_folder.read_run", lambda _: {"command": "train"})
+    command("resume runs/x --data moved --val other --weights w --workers 3")
+    moved = {"data": "moved", "val": "other", "weights": "w"}
+    assert calls[0] == ("resume", (Path("runs/x"),), {"moved": moved, "workers": 3})
+    with pytest.raises(UsageError, match="only one weights file"):
+        command("resume runs/x --weights a --weights b")
+
+
 @pytest.mark.parametrize("line", ["finetune --weights {0} --data {1}", "finetune {0} {1}"])
 def test_finetuning_uses_the_variant_of_the_weights(calls, digits_pth, squares, line):
     recipe = command(f"{line.format(digits_pth, squares)} --epochs 3 --freeze true --device cpu")[1][0]

@@ -567,7 +567,7 @@ def test_the_report_page_contains_all_results(few, digits_pth, tmp_path):
     ):
         assert f">{configuration}</" in html
     assert html.count("data:image/png;base64") == 12
-    assert "&lt;b&gt;bad.png" in html and "not an image" in html and "McNemar" in html
+    assert "&lt;b&gt;bad.png" in html and "not a readable image" in html and "McNemar" in html
 
 
 @needs_paddle
@@ -578,7 +578,7 @@ def test_without_the_extra_report_no_charts_are_written(folder, digits_pth, tmp_
     monkeypatch.undo()
     left = sorted(p.name for p in (tmp_path / "run" / "digits-authors").iterdir())
     assert left == ["metrics.json", "per_class.csv", "predictions.csv", "worst.png"]
-    assert "charts" in notes[-1] and f"--resume {tmp_path / 'run'}" in notes[-1]
+    assert "charts" in notes[-1] and f"fcvit resume {tmp_path / 'run'}" in notes[-1]
     resume(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()
 
@@ -837,7 +837,7 @@ def test_unreadable_images_are_listed_and_skipped(folder, digits_pth):
         "0/00 empty.png: not a readable image: an empty file",
         "3/broken.png: not a readable image: a text file",
     )
-    with pytest.raises(BadImages, match=r"0/00 empty.png: not an image .*--strict"):
+    with pytest.raises(BadImages, match=r"0/00 empty.png: not a readable image.*--strict"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True)
     with pytest.raises(BadImages, match=r"0/00 empty.png"):
         evaluate(digits_pth, folder, batch_size=5, device="cpu", strict=True, workers=1)

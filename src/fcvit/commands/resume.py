@@ -1,5 +1,6 @@
 """Resume an interrupted run (`fcvit resume` and `fcvit.resume`)."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,34 @@ from fcvit.commands.train import default_workers
 from fcvit.errors import UsageError
 
 
+@dataclasses.dataclass(frozen=True)
+class MovedFiles:
+    """New paths of input files that were moved. The content must be the same.
+
+    Args:
+        weights: Weights file. Repeat the option for an evaluation of several files.
+        data: Images.
+        val: Validation images of a training.
+        list_file: List of image paths and classes of an evaluation.
+        classes: Class list.
+        real: The file real.json of an evaluation.
+        calibration: Folder of calibration images of an evaluation.
+    """
+
+    weights: Annotated[list[File] | None, Parameter(negative=())] = None
+    data: File | None = None
+    val: File | None = None
+    list_file: Annotated[File | None, Parameter(name="--list")] = None
+    classes: File | None = None
+    real: File | None = None
+    calibration: Annotated[File | None, Parameter(name="--calibrate")] = None
+
+
 def resume(
     run: File,
     /,
     *,
+    files: Annotated[MovedFiles | None, Parameter(name="*")] = None,
     moved: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
     workers: int | None = None,
     strict: Flag = False,
@@ -23,7 +48,8 @@ def resume(
 
     Args:
         run: Folder of the run.
-        moved: New paths of moved input files, by the names of their options.
+        files: New paths of moved input files.
+        moved: The same as a dictionary, by the names of the options.
         workers: Processes that decode images (default: as in fcvit eval or fcvit train).
         strict: Stop an evaluation at the first image that cannot be read.
 
@@ -34,9 +60,16 @@ def resume(
     from fcvit.evaluation import runner
     from fcvit.training import run as training
 
+    given = {name: path for name, path in vars(files or MovedFiles()).items() if path is not None}
+    weights = given.pop("weights", None)
+    moved = {**(moved or {}), **{name: str(path) for name, path in given.items()}}
     command = str(runs.read_run(Path(run)).get("command"))
     if command == "eval":
+        moved |= {"weights": weights} if weights else {}
         return runner.resume(run, moved=moved, workers=decoding_processes(workers), strict=strict)
     if command == "train":
+        if weights and len(weights) > 1:
+            raise UsageError("resume: a training has only one weights file")
+        moved |= {"weights": str(weights[0])} if weights else {}
         return training.resume(run, moved=moved, workers=default_workers(workers, "auto"))
     raise UsageError(f"{run}: runs of fcvit {command:.40} cannot be resumed; expected a run of fcvit eval or train")

@@ -80,6 +80,7 @@ class Training:
         keys = [key for key in self.shown if any(key in row for row in self.rows)]
         ended = ", stopped early because the score did not improve (patience)" if self.stopped_early else ""
         title = f"{counted(len(self.rows), 'epoch')} in {self.folder}{ended}"
+        title += "; the first, best and last epochs" if len(self.rows) > 4 else ""
         grid = table("epoch", *(self.shown[key][0] for key in keys), "", title=title, right=("epoch",))
         for row in self.rows:
             if row["epoch"] in (1, best) or row["epoch"] > len(self.rows) - 3:
