@@ -6,6 +6,7 @@ import cyclopts
 import pytest
 
 from fcvit.commands.finetune import finetune
+from fcvit.commands.resume import MovedFiles, resume
 from fcvit.commands.train import train
 from fcvit.errors import UsageError
 from fcvit.models.variants import VARIANTS
@@ -100,11 +101,11 @@ def test_resumed_and_extended_runs_accept_new_paths(calls):
 
 def test_resume_continues_a_training_with_new_paths(calls, monkeypatch):
     monkeypatch.setattr("fcvit.run_folder.read_run", lambda _: {"command": "train"})
-    command("resume runs/x --data moved --val other --weights w --workers 3")
+    resume("runs/x", files=MovedFiles(weights=["w"], data="moved", val=Path("other")), workers=3)
     moved = {"data": "moved", "val": "other", "weights": "w"}
-    assert calls[0] == ("resume", (Path("runs/x"),), {"moved": moved, "workers": 3})
+    assert calls[0] == ("resume", ("runs/x",), {"moved": moved, "workers": 3})
     with pytest.raises(UsageError, match="only one weights file"):
-        command("resume runs/x --weights a --weights b")
+        resume("runs/x", files=MovedFiles(weights=["a", "b"]))
 
 
 @pytest.mark.parametrize("line", ["finetune --weights {0} --data {1}", "finetune {0} {1}"])
