@@ -28,6 +28,7 @@ smartquotes = False  # It would turn --option into a dash.
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("install", "tutorial", "changelog")}  # They have no section navigation.
 html_theme_options = {
     "navigation_with_keys": True,
     "show_nav_level": 2,
