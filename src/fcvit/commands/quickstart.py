@@ -157,8 +157,8 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         _draw(predictions, held_out["labels"], result.sheet)
         fields = {name: value for name, value in vars(result).items() if name not in ("evaluation", "conversion")}
         parts = {"conversion": dataclasses.asdict(conversion), "evaluation": evaluation.to_json()}
-        parts["predictions"] = f"eval/{evaluation.results[0].name}/predictions.csv"
-        runs.write_json(folder / "summary.json", fields | parts)
+        table = {"predictions": f"eval/{evaluation.results[0].name}/predictions.csv"}
+        runs.write_json(folder / "summary.json", fields | parts | table)
         if not result.passed:
             raise NumbersDisagree(
                 f"Paddle and PyTorch differ on the held-out digits: "
