@@ -16,7 +16,7 @@ import numpy as np
 from fcvit.errors import MissingExtra
 from fcvit.inference import algebra
 from fcvit.inference.interface import Interface, output_names
-from fcvit.models.spec import is_counter
+from fcvit.models.spec import HEADS, is_counter
 from fcvit.weights.reading import Weights
 
 try:
@@ -59,7 +59,9 @@ class _Writer:
 
     def __init__(self, weights: Weights, interface: Interface, dtype: np.dtype):
         self.spec, self.v, self.interface, self.dtype = weights.spec, weights.spec.variant, interface, dtype
-        self.tensors = {n: t.astype(np.float64) for n, t in weights.tensors.items() if not is_counter(n)}
+        prefix = HEADS[weights.spec.head].prefix
+        tensors = {n.removeprefix(prefix): t for n, t in weights.tensors.items() if not is_counter(n)}
+        self.tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple, str] = {}
         self.initializers: list[onnx.TensorProto] = []
@@ -144,6 +146,7 @@ class _Writer:
             # Subtract the mean before the stem, because its zero padding must represent the mean.
             x = self.op("Sub", x, _column(255 * np.array(self.interface.preprocessing.mean)))
         self.sides = self.interface.size
+        image = x
         x = self.conv_norm(x, self.layer_name, 4)
         maps = []
         for stage in range(4):
@@ -155,7 +158,47 @@ class _Writer:
             for block in range(self.v.depths[stage]):
                 x = self.block(x, stage, f"network.{2 * stage}.{block}")
             maps.append(x)
+        self.image = image
         return HEAD_WRITERS[self.spec.head](self, maps)
+
+    def semantic_fpn(self, maps: list[str]) -> list[str]:
+        levels = [
+            self.conv(x, self.pair(f"neck.lateral_convs.{level}.conv"))
+            for level, x in enumerate(self.backbone_norms(maps))
+        ]
+        for level in (3, 2, 1):
+            self.layer_name = f"neck.lateral_convs.{level - 1}"
+            above = self.resize(levels[level], levels[level - 1], "nearest")
+            levels[level - 1] = self.op("Add", levels[level - 1], above)
+        total = ""
+        for level, x in enumerate(levels):
+            self.layer_name = f"neck.fpn_convs.{level}"
+            x = self.conv(x, self.pair(f"{self.layer_name}.conv"))
+            for index in range(max(level, 1)):
+                self.layer_name = f"decode_head.scale_heads.{level}.{2 * index}"
+                x = self.op("Relu", self.conv(x, self.folded_conv(self.layer_name)))
+                if level:
+                    x = self.op("Resize", x, "", np.array([1, 1, 2, 2], np.float32), mode="linear")
+            total = self.op("Add", total, self.resize(x, total, "linear")) if level else x
+        self.layer_name = "decode_head.conv_seg"
+        logits = self.resize(self.conv(total, self.pair(self.layer_name)), self.image, "linear")
+        return [self.op("Softmax", logits, axis=1) if self.interface.probabilities else logits]
+
+    def folded_conv(self, name: str) -> algebra.Pair:
+        """Return a convolution without bias with its BatchNorm folded in."""
+        weight = self.tensors[f"{name}.conv.weight"]
+        statistics = self.tensors[f"{name}.bn.running_mean"], self.tensors[f"{name}.bn.running_var"]
+        scale, shift = algebra.batch_norm(*self.pair(f"{name}.bn"), *statistics, EPS)
+        return algebra.scale_outputs((weight, np.zeros(len(weight))), scale, shift)
+
+    def resize(self, x: str, like: str, mode: str) -> str:
+        """Resize a map to the height and width of another value."""
+        sizes = self.op("Concat", self.op("Shape", x, end=2), self.op("Shape", like, start=2), axis=0)
+        if mode == "nearest":
+            options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        else:
+            options = {"coordinate_transformation_mode": "half_pixel"}
+        return self.op("Resize", x, "", "", sizes, mode=mode, **options)
 
     def backbone_norms(self, maps: list[str]) -> list[str]:
         return [self.norm(x, self.pair(f"norm{2 * stage}"), f"norm{2 * stage}") for stage, x in enumerate(maps)]
@@ -307,7 +350,11 @@ class _Writer:
         return self.op("Add", x, self.op("Reshape", gate, _target(0, -1, 1, 1)))
 
 
-HEAD_WRITERS = {"classifier": _Writer.classifier, "backbone": _Writer.backbone_norms}
+HEAD_WRITERS = {
+    "classifier": _Writer.classifier,
+    "backbone": _Writer.backbone_norms,
+    "semantic_fpn": _Writer.semantic_fpn,
+}
 """Head of a spec -> the method that writes the head."""
 
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fcvit.data.classes import Classes
-from fcvit.errors import DoesNotFit, FreshWeights
+from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
+from fcvit.models.spec import ModelSpec, SemanticFPNOptions, is_counter, paddle_name, tensor_specs
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
-from fcvit.weights.reading import Weights, paddle_tensors, read_weights
+from fcvit.weights.reading import CLASSIFIER_ENDS, Weights, paddle_tensors, read_weights
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
 
     from fcvit.models.backbone import FCViTBackbone
     from fcvit.models.classifier import FCViT
+    from fcvit.models.semantic_fpn import SemanticFPN
 
 
 def _classifier(spec: ModelSpec) -> "nn.Layer":
@@ -36,9 +37,16 @@ def _backbone(spec: ModelSpec) -> "nn.Layer":
     return FCViTBackbone(spec.variant)
 
 
-NETWORKS = {"classifier": _classifier, "backbone": _backbone}
+def _semantic_fpn(spec: ModelSpec) -> "nn.Layer":
+    from fcvit.models.semantic_fpn import SemanticFPN
+
+    return SemanticFPN(spec.variant, spec.num_classes, spec.options)
+
+
+NETWORKS = {"classifier": _classifier, "backbone": _backbone, "semantic_fpn": _semantic_fpn}
 """Head of a spec -> function that builds the network with new weights."""
 DENSE_LAYER_SCALE = 1e-6  # initial value in the authors' dense-prediction backbones
+ADE20K_CLASSES = 150
 
 
 def create_model(
@@ -48,9 +56,10 @@ def create_model(
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
     *,
+    task: str = "classification",
     ema: bool | None = None,
-) -> "FCViT":
-    """Build an FCViT classifier in evaluation mode.
+) -> "FCViT | SemanticFPN":
+    """Build an FCViT classifier or segmentation network in evaluation mode.
 
     Args:
         variant: A name in `fcvit.VARIANTS`, or your own `Variant`.
@@ -60,15 +69,21 @@ def create_model(
             and a warning is issued.
         drop_path_rate: Stochastic depth rate for training, 0 <= rate < 1.
         drop_rate: Dropout rate for training, 0 <= rate < 1.
+        task: "classification", or "segmentation" for Semantic FPN. With the weights of a classifier or backbone, the
+            neck and the head are newly initialized and a warning is issued.
         ema: True selects the EMA weights and False the raw weights of a file that contains both.
 
     Raises:
-        UsageError: If the variant is unknown (the nearest name is suggested) or an option is out of range.
+        UsageError: If the variant or task is unknown (the nearest name is suggested) or an option is out of range.
         UnreadableFile: If the file cannot be read. See `fcvit.weights.reading.read_weights`.
         DoesNotFit: If the weights do not fit the variant.
     """
     from fcvit.models.classifier import FCViT
 
+    if task == "segmentation":
+        return create_segmenter(variant, weights, num_classes, drop_path_rate, drop_rate, ema=ema)
+    if task != "classification":
+        raise UsageError(f"task {task!r}: expected classification or segmentation")
     variant = get_variant(variant)
     if weights is None:
         model = FCViT(variant, IMAGENET_CLASSES if num_classes is None else num_classes, drop_path_rate, drop_rate)
@@ -172,15 +187,55 @@ def create_backbone(
     """
     from fcvit.models.backbone import FCViTBackbone
 
-    spec = get_variant(variant)
-    loaded = read_weights(weights, ema, spec, backbone=True) if weights is not None else None
-    if isinstance(variant, str) and spec.layer_scale is not None:
-        spec = dataclasses.replace(spec, layer_scale=DENSE_LAYER_SCALE)
-    model = FCViTBackbone(spec, drop_path_rate, drop_rate)
+    loaded = read_weights(weights, ema, get_variant(variant), backbone=True) if weights is not None else None
+    model = FCViTBackbone(_dense_variant(variant), drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, paddle_tensors(loaded)):
         _warn(loaded, "the norms of the four stages (norm0, norm2, norm4, norm6) are", stacklevel=3)
     model.eval()
     return model
+
+
+def create_segmenter(
+    variant: str | Variant,
+    weights: str | os.PathLike[str] | None,
+    num_classes: int | None,
+    drop_path_rate: float,
+    drop_rate: float,
+    options: SemanticFPNOptions | None = None,
+    *,
+    ema: bool | None = None,
+) -> "SemanticFPN":
+    """Build a Semantic FPN in evaluation mode. See `create_model`."""
+    from fcvit.models.semantic_fpn import SemanticFPN
+
+    spec = _dense_variant(variant)
+    loaded = read_weights(weights, ema, get_variant(variant)) if weights is not None else None
+    if loaded is not None and loaded.spec.head == "semantic_fpn":
+        classes = loaded.spec.num_classes if num_classes is None else num_classes
+        model = SemanticFPN(spec, classes, loaded.spec.options, drop_path_rate, drop_rate)
+        tensors = paddle_tensors(loaded)
+        if classes != loaded.spec.num_classes:
+            tensors = {name: tensor for name, tensor in tensors.items() if "conv_seg" not in name}
+            new = f"the layer conv_seg for {classes} classes (the file has {loaded.spec.num_classes}) is"
+    else:
+        model = SemanticFPN(
+            spec, ADE20K_CLASSES if num_classes is None else num_classes, options, drop_path_rate, drop_rate
+        )
+        kept = {} if loaded is None else paddle_tensors(loaded)
+        tensors = {f"backbone.{name}": t for name, t in kept.items() if not name.startswith(CLASSIFIER_ENDS)}
+        new = "neck, decode_head and the norms that the file does not contain are"
+    if loaded is not None and _set_tensors(model, tensors):
+        _warn(loaded, new, stacklevel=4)
+    model.eval()
+    return model
+
+
+def _dense_variant(variant: str | Variant) -> Variant:
+    """Return the variant, and for a named one the layer scale of the authors' dense-prediction backbones."""
+    spec = get_variant(variant)
+    if isinstance(variant, str) and spec.layer_scale is not None:
+        return dataclasses.replace(spec, layer_scale=DENSE_LAYER_SCALE)
+    return spec
 
 
 def _warn(weights: Weights, subject: str, stacklevel: int) -> None:

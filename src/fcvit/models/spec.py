@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fcvit.errors import DoesNotFit, counted
+from fcvit.errors import DoesNotFit, UsageError, counted
 from fcvit.models.variants import VARIANTS, Variant, published
 
 CONV, LINEAR, NORM, BATCHNORM, SCALE = "conv", "linear", "norm", "batchnorm", "scale"
@@ -45,25 +45,53 @@ class TensorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a head that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticFPNOptions:
+    """The widths of Semantic FPN. The defaults are the authors'.
+
+    Args:
+        neck: Channels of the feature pyramid.
+        channels: Channels of the head.
+    """
+
+    neck: int = 256
+    channels: int = 128
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.neck <= 1 << 16 and 1 <= self.channels <= 1 << 16):
+            raise UsageError(f"neck {self.neck}, channels {self.channels}: expected numbers from 1 to 65,536")
+
+
+@dataclasses.dataclass(frozen=True)
 class Head:
     """The part of a network after the stages.
 
     Attributes:
         task: Task of the head, or "features" for none.
-        tensors: Function of variant and number of classes that yields the head's tensors (authors' names, in order).
+        tensors: Function that yields the head's tensors (authors' names, in order).
         marker: Tensor that identifies the head in a file.
         logits: Tensor with the number of classes as its first dimension, or "" if the head has no classes.
-        outputs: Function of variant, number of classes, height and width that returns the name and shape (without the
-            batch dimension) of each output.
+        outputs: Function of spec, height and width that returns the name and shape (without the batch dimension) of
+            each output.
         description: Description of the head, if the number of classes is not sufficient.
+        prefix: Prefix of the trunk's tensors in the authors' files.
+        options: Dataclass of the head's options.
+        read_options: Function that returns the options of a network with tensors of the given shapes.
     """
 
     task: str
-    tensors: "Callable[[Variant, int], Iterator[tuple[str, TensorSpec]]]"
+    tensors: "Callable[[ModelSpec], Iterator[tuple[str, TensorSpec]]]"
     marker: str
     logits: str
-    outputs: "Callable[[Variant, int, int, int], dict[str, tuple[int, ...]]]"
+    outputs: "Callable[[ModelSpec, int, int], dict[str, tuple[int, ...]]]"
     description: str = ""
+    prefix: str = ""
+    options: type = NoOptions
+    read_options: "Callable[[Mapping[str, tuple[int, ...]]], Any]" = lambda _: NoOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +102,17 @@ class ModelSpec:
         variant: Architecture of the backbone.
         num_classes: Number of classes. With 0, the network returns embeddings or features.
         head: A key of `HEADS`.
+        options: Options of the head. None selects the defaults.
     """
 
     variant: Variant
     num_classes: int = 0
     head: str = "classifier"
+    options: Any = None
+
+    def __post_init__(self) -> None:
+        if self.options is None:
+            object.__setattr__(self, "options", HEADS[self.head].options())
 
     @property
     def task(self) -> str:
@@ -91,11 +125,11 @@ class ModelSpec:
 
     def outputs(self, height: int = 1, width: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the name and shape (without the batch dimension) of each output for images of the given size."""
-        return HEADS[self.head].outputs(self.variant, self.num_classes, height, width)
+        return HEADS[self.head].outputs(self, height, width)
 
     def __str__(self) -> str:
-        classes = counted(self.num_classes, "class") if self.has_classes else "no head"
-        return f"{self.variant.name}{_changes(self.variant)} ({HEADS[self.head].description or classes})"
+        parts = [HEADS[self.head].description] + ([counted(self.num_classes, "class")] if self.has_classes else [])
+        return f"{self.variant.name}{_changes(self.variant)} ({', '.join(filter(None, parts)) or 'no head'})"
 
 
 def _changes(variant: Variant) -> str:
@@ -162,47 +196,86 @@ def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
         if entry.layer == LINEAR:
             total += weights  # in the context and the head, computed once per image
         elif len(entry.shape) == 3:  # a convolution along the channels
-            total += weights * spec.variant.widths[_stage(name)]
+            total += weights * spec.variant.widths[_stage(name.removeprefix(HEADS[spec.head].prefix))]
         else:
-            total += weights * positions[_stage(name)]
+            total += weights * positions[_stage(name.removeprefix(HEADS[spec.head].prefix))]
     return total
 
 
 def _stage(name: str) -> int:
-    """Return the stage that determines the output size of a layer. `network.1` downsamples to the second stage."""
-    first, number, *_ = name.split(".")
-    return (int(number) + 1) // 2 if first == "network" else 0
+    """Return the stage whose size is the output size of a layer. `network.1` downsamples to the second stage."""
+    first, number, *rest = name.split(".")
+    if first == "network":
+        return (int(number) + 1) // 2
+    if first == "neck":
+        return int(rest[0])
+    if number == "scale_heads":  # every second entry of a scale head doubles the size
+        return int(rest[0]) - int(rest[1]) // 2
+    return 0
 
 
 def _entries(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
-    v = spec.variant
+    head = HEADS[spec.head]
+    yield from ((head.prefix + name, entry) for name, entry in _trunk(spec.variant))
+    yield from head.tensors(spec)
+
+
+def _trunk(v: Variant) -> Iterator[tuple[str, TensorSpec]]:
     yield from _conv_norm("patch_embed", 3, v.widths[0], 7)
     for stage, (depth, width) in enumerate(zip(v.depths, v.widths, strict=True)):
         if stage:
             yield from _conv_norm(f"network.{2 * stage - 1}", v.widths[stage - 1], width, 3)
         for block in range(depth):
             yield from _block(v, f"network.{2 * stage}.{block}", width, width * v.mlp_ratios[stage])
-    yield from HEADS[spec.head].tensors(v, spec.num_classes)
 
 
-def _classifier(v: Variant, num_classes: int) -> Iterator[tuple[str, TensorSpec]]:
-    yield from _layer("norm", NORM, (v.widths[-1],))
-    if num_classes:
-        yield from _layer("head", LINEAR, (num_classes, v.widths[-1]))
+def _classifier(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    width = spec.variant.widths[-1]
+    yield from _layer("norm", NORM, (width,))
+    if spec.num_classes:
+        yield from _layer("head", LINEAR, (spec.num_classes, width))
 
 
-def _backbone_norms(v: Variant, num_classes: int) -> Iterator[tuple[str, TensorSpec]]:
-    for stage, width in enumerate(v.widths):
+def _backbone_norms(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    for stage, width in enumerate(spec.variant.widths):
         yield from _layer(f"norm{2 * stage}", NORM, (width,))
 
 
-def _logits(v: Variant, num_classes: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-    return {"logits": (num_classes,)} if num_classes else {"embeddings": (v.widths[-1],)}
+def _semantic_fpn(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the tensors of mmsegmentation's FPN and FPNHead, in the order of its files."""
+    neck, channels = spec.options.neck, spec.options.channels
+    yield from ((f"backbone.{name}", entry) for name, entry in _backbone_norms(spec))
+    for stage, width in enumerate(spec.variant.widths):
+        yield from _layer(f"neck.lateral_convs.{stage}.conv", CONV, (neck, width, 1, 1))
+    for stage in range(4):
+        yield from _layer(f"neck.fpn_convs.{stage}.conv", CONV, (neck, neck, 3, 3))
+    yield from _layer("decode_head.conv_seg", CONV, (spec.num_classes, channels, 1, 1))
+    for stage in range(4):
+        for index in range(max(stage, 1)):
+            name = f"decode_head.scale_heads.{stage}.{2 * index}"
+            yield f"{name}.conv.weight", TensorSpec((channels, channels if index else neck, 3, 3), CONV)
+            yield from _batch_norm(f"{name}.bn", channels)
 
 
-def _features(v: Variant, num_classes: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+def _semantic_fpn_options(shapes: Mapping[str, tuple[int, ...]]) -> SemanticFPNOptions:
+    names = ("neck.lateral_convs.0.conv.weight", "decode_head.scale_heads.0.0.conv.weight")
+    widths = [(shapes.get(name) or (0,))[0] for name in names]
+    if not all(widths):
+        raise DoesNotFit(f"not a Semantic FPN: {names[widths.index(0)]} is missing")
+    return SemanticFPNOptions(*widths)
+
+
+def _logits(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {"logits": (spec.num_classes,)} if spec.num_classes else {"embeddings": (spec.variant.widths[-1],)}
+
+
+def _pixel_logits(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {"logits": (spec.num_classes, height, width)}
+
+
+def _features(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for stage, channels in enumerate(v.widths):
+    for stage, channels in enumerate(spec.variant.widths):
         height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
         shapes[f"features.{stage}"] = (channels, height, width)
     return shapes
@@ -211,6 +284,17 @@ def _features(v: Variant, num_classes: int, height: int, width: int) -> dict[str
 HEADS = {
     "classifier": Head("classification", _classifier, "norm.weight", "head.weight", _logits),
     "backbone": Head("features", _backbone_norms, "norm0.weight", "", _features, "dense-prediction backbone"),
+    "semantic_fpn": Head(
+        "segmentation",
+        _semantic_fpn,
+        "decode_head.conv_seg.weight",
+        "decode_head.conv_seg.weight",
+        _pixel_logits,
+        "Semantic FPN",
+        "backbone.",
+        options=SemanticFPNOptions,
+        read_options=_semantic_fpn_options,
+    ),
 }
 """All heads by name. A new head needs a row here and in `NETWORKS` of `models.build` and `reference.build`."""
 
@@ -262,10 +346,14 @@ def _context(v: Variant, prefix: str, width: int) -> Iterator[tuple[str, TensorS
 
 def _conv_norm(prefix: str, width_in: int, width_out: int, kernel: int) -> Iterator[tuple[str, TensorSpec]]:
     yield from _layer(f"{prefix}.proj", CONV, (width_out, width_in, kernel, kernel))
-    yield from _layer(f"{prefix}.norm", BATCHNORM, (width_out,))
-    yield f"{prefix}.norm.running_mean", TensorSpec((width_out,), BATCHNORM)
-    yield f"{prefix}.norm.running_var", TensorSpec((width_out,), BATCHNORM)
-    yield f"{prefix}.norm.{COUNTER}", TensorSpec((), BATCHNORM)
+    yield from _batch_norm(f"{prefix}.norm", width_out)
+
+
+def _batch_norm(prefix: str, width: int) -> Iterator[tuple[str, TensorSpec]]:
+    yield from _layer(prefix, BATCHNORM, (width,))
+    yield f"{prefix}.running_mean", TensorSpec((width,), BATCHNORM)
+    yield f"{prefix}.running_var", TensorSpec((width,), BATCHNORM)
+    yield f"{prefix}.{COUNTER}", TensorSpec((), BATCHNORM)
 
 
 def _layer(prefix: str, layer: str, shape: tuple[int, ...]) -> Iterator[tuple[str, TensorSpec]]:
@@ -284,18 +372,20 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     Raises:
         DoesNotFit: If the tensors are not an FCViT's. The message names what is missing.
     """
-    head = next((name for name, head in HEADS.items() if head.marker in shapes), "classifier")
-    num_classes = (shapes.get(HEADS[head].logits) or (0,))[0]
+    name = next((name for name, head in HEADS.items() if head.marker in shapes), "classifier")
+    head = HEADS[name]
+    num_classes = (shapes.get(head.logits) or (0,))[0]
+    options = head.read_options(shapes)
     if expected is not None:
-        return ModelSpec(expected, num_classes, head)
-    read = _read_variant(shapes)
+        return ModelSpec(expected, num_classes, name, options)
+    read = _read_variant({tensor.removeprefix(head.prefix): shape for tensor, shape in shapes.items()})
     # Prefer a named variant with exactly the same tensors.
-    architecture = tensor_specs(ModelSpec(read, num_classes, head))
+    architecture = tensor_specs(ModelSpec(read, num_classes, name, options))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
         same_size = (known.depths, known.widths) == (read.depths, read.widths)
-        if same_size and tensor_specs(ModelSpec(known, num_classes, head)) == architecture:
-            return ModelSpec(known, num_classes, head)
-    return ModelSpec(read, num_classes, head)
+        if same_size and tensor_specs(ModelSpec(known, num_classes, name, options)) == architecture:
+            return ModelSpec(known, num_classes, name, options)
+    return ModelSpec(read, num_classes, name, options)
 
 
 def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:

@@ -8,6 +8,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.reference.backbone import FCViTBackbone
 from fcvit.reference.classifier import FCViT
+from fcvit.reference.semantic_fpn import SemanticFPN
 
 import_framework("torch")  # reports how to install it if it is missing
 
@@ -17,6 +18,7 @@ from torch import nn  # noqa: E402
 NETWORKS = {
     "classifier": lambda spec: FCViT(spec.variant, spec.num_classes),
     "backbone": lambda spec: FCViTBackbone(spec.variant),
+    "semantic_fpn": SemanticFPN,
 }
 """Head of a spec -> function that builds the network with new weights."""
 

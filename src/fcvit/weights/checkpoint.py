@@ -16,7 +16,7 @@ import numpy as np
 
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.foreign import KIND_BYTES, TEXT, foreign_kind
-from fcvit.models.spec import LAST_NAMES, is_counter, is_statistic
+from fcvit.models.spec import HEADS, LAST_NAMES, is_counter, is_statistic
 from fcvit.text import one_line
 from fcvit.weights import hub, pdparams, safetensors_file, torch_file
 from fcvit.weights.dtypes import BFLOAT16
@@ -133,8 +133,8 @@ class Checkpoint:
         notes = []
         if len(chosen.keys) > 1 or not set(chosen.keys) <= {"state_dict", "model"}:
             notes.append(f"using the weights stored under: {one_line('.'.join(chosen.keys))}")
-        if chosen.prefix:
-            notes.append(f"removed this prefix from the tensor names: {one_line(chosen.prefix)}")
+        if removed := _removed_prefix(chosen):
+            notes.append(f"removed this prefix from the tensor names: {one_line(removed)}")
         if note := swapped_by(self.top):
             notes.append(note)
         if chosen.averaged and not any(map(is_statistic, tensors)):
@@ -221,6 +221,12 @@ class Checkpoint:
         """
         if not all(isinstance(name, str) for name in (*weight_set.entries, *weight_set.others)):
             raise UnreadableFile(f"{self.path}: the name of an entry is not text")
+        parent = _parent(weight_set.prefix)
+        if (removed := _removed_prefix(weight_set)) != weight_set.prefix:
+            trunk = weight_set.prefix.removeprefix(removed)
+            entries = {trunk + name: value for name, value in weight_set.entries.items()}
+            rest = {name.removeprefix(removed): value for name, value in weight_set.others.items()}
+            return self._arrays(weight_set, entries | rest)
         if weight_set.others and not any(name.startswith(DETECTOR_PARTS) for name in weight_set.others):
             alone, rest = self._arrays(weight_set, weight_set.entries)
             if "head.weight" in alone and makes_fcvit({name: tensor.shape for name, tensor in alone.items()}):
@@ -228,7 +234,6 @@ class Checkpoint:
         if not weight_set.probed:
             return self._arrays(weight_set, weight_set.entries)
         joined = dict(weight_set.entries)
-        parent = weight_set.prefix[: weight_set.prefix.rfind(".", 0, -1) + 1]  # shared with a head next to the backbone
         for name in [name for name in weight_set.entries if strip_wrappers(name) != name] + list(weight_set.others):
             short = strip_wrappers(name.removeprefix(parent) if name in weight_set.others else name)
             if short in joined:
@@ -297,6 +302,24 @@ class Checkpoint:
             case _:
                 kind = value.name if isinstance(value, Opaque) else type(value).__name__
                 raise UnreadableFile(f"expected a tensor, found a {kind[:60]}; the file is not a state dict")
+
+
+def _parent(prefix: str) -> str:
+    """Return the prefix that a backbone shares with a head next to it."""
+    return prefix[: prefix.rfind(".", 0, -1) + 1]
+
+
+def _removed_prefix(weight_set: WeightSet) -> str:
+    """Return the prefix that is not part of the tensor names of the network.
+
+    In a segmenter or detector, the names of the trunk begin with `backbone.`, next to those of neck and head.
+    """
+    parent = _parent(weight_set.prefix)
+    trunk = weight_set.prefix.removeprefix(parent)
+    complete = any(
+        head.prefix == trunk and parent + head.marker in weight_set.others for head in HEADS.values() if trunk
+    )
+    return parent if complete else weight_set.prefix
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, shards: bool = True) -> Checkpoint:

@@ -55,6 +55,7 @@ class Header:
                 "num_classes": self.spec.num_classes,
                 "task": self.spec.task,
                 "head": self.spec.head,
+                "head_options": dataclasses.asdict(self.spec.options),
                 "layout": self.layout,
                 "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
                 "classes": self.classes and [list(c) for c in self.classes],
@@ -85,9 +86,11 @@ class Header:
             head = _FIRST_HEADS[fields["dense"]] if version == 1 else fields["head"]
             if not isinstance(head, str) or head not in HEADS:
                 raise UnreadableFile(f"header has the unknown head {str(head)[:40]!r}; update fcvit")
-            spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head)
+            options = HEADS[head].options(**_tuples(fields.get("head_options") or {}))
+            spec = ModelSpec(Variant(**_tuples(variant)), _whole(fields["num_classes"]), head, options)
             preprocessing = fields["preprocessing"] and Preprocessing(**_tuples(fields["preprocessing"]))
             _check_kinds("variant", spec.variant, EXAMPLE)
+            _check_kinds("head_options", options, HEADS[head].options())
             _check_kinds("preprocessing", preprocessing or EXAMPLE.preprocessing, EXAMPLE.preprocessing)
             classes = fields["classes"]
             if classes is not None:

@@ -130,7 +130,7 @@ def read_weights(
     layout = _layout(checkpoint, named)
     if backbone:
         skipped += [name for name in named if name.startswith(DETECTOR_PARTS)]
-        named = {name: t for name, t in named.items() if not name.startswith(DETECTOR_PARTS)}
+        named = {n.removeprefix("backbone."): t for n, t in named.items() if not n.startswith(DETECTOR_PARTS)}
     table_shapes = torch_shapes({name: tensor.shape for name, tensor in named.items()})
     expected = get_variant(variant) if variant is not None else header.spec.variant if header else None
     try:
