@@ -132,7 +132,7 @@ def test_only_the_reference_imports_pytorch():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "torch" for name in names):
                 importers.add(module)
-    assert importers == {"reference.backbone", "reference.build", "reference.classifier"}
+    assert importers and all(name.startswith("reference.") for name in importers)
 
 
 def test_importing_and_converting_load_no_framework(tmp_path, digits_pth):

@@ -50,6 +50,7 @@ class ClassName(NamedTuple):
 
 
 Classes = tuple[ClassName, ...]
+Palette = tuple[tuple[int, int, int], ...]  # red, green and blue of each class, 0 to 255
 
 
 @functools.cache
@@ -339,6 +340,23 @@ def as_classes(given: "Sequence[ClassName | tuple[str, str] | str] | os.PathLike
         return read_classes(Path(given))
     pairs = (ClassName(c, c) if isinstance(c, str) else ClassName(*c) for c in given)
     return check_classes(tuple(pairs), "the class list")
+
+
+def check_palette(colors: object) -> Palette:
+    """Return a palette after checking that it is a list of three integers from 0 to 255 per class.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(colors, list | tuple) or not all(_is_color(color) for color in colors):
+        raise ValueError("expected three integers from 0 to 255 per color")
+    return tuple(tuple(color) for color in colors)
+
+
+def _is_color(color: object) -> bool:
+    if not isinstance(color, list | tuple) or len(color) != 3:
+        return False
+    return all(type(value) is int and 0 <= value <= 255 for value in color)
 
 
 def check_classes(classes: Classes, source: str) -> Classes:

@@ -90,7 +90,8 @@ class FCViTBackbone(Stages):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the four normalized stage outputs for normalized images (B, 3, H, W)."""
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
-        return [norm(stage) for norm, stage in zip(norms, self.run_stages(x), strict=True)]
+        # `to_static` does not support `zip` with `strict`.
+        return [norms[level](stage) for level, stage in enumerate(self.run_stages(x))]
 
 
 class Block(nn.Layer):

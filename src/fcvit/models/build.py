@@ -208,24 +208,23 @@ def create_segmenter(
     """Build a Semantic FPN in evaluation mode. See `create_model`."""
     from fcvit.models.semantic_fpn import SemanticFPN
 
-    spec = _dense_variant(variant)
     loaded = read_weights(weights, ema, get_variant(variant)) if weights is not None else None
+    tensors: Mapping[str, np.ndarray] = {}
+    classes, new = ADE20K_CLASSES, "neck, decode_head and the four norms"
     if loaded is not None and loaded.spec.head == "semantic_fpn":
-        classes = loaded.spec.num_classes if num_classes is None else num_classes
-        model = SemanticFPN(spec, classes, loaded.spec.options, drop_path_rate, drop_rate)
-        tensors = paddle_tensors(loaded)
-        if classes != loaded.spec.num_classes:
+        classes, options, tensors = loaded.spec.num_classes, loaded.spec.options, paddle_tensors(loaded)
+        if num_classes not in (None, classes):
             tensors = {name: tensor for name, tensor in tensors.items() if "conv_seg" not in name}
-            new = f"the layer conv_seg for {classes} classes (the file has {loaded.spec.num_classes}) is"
-    else:
-        model = SemanticFPN(
-            spec, ADE20K_CLASSES if num_classes is None else num_classes, options, drop_path_rate, drop_rate
-        )
-        kept = {} if loaded is None else paddle_tensors(loaded)
-        tensors = {f"backbone.{name}": t for name, t in kept.items() if not name.startswith(CLASSIFIER_ENDS)}
-        new = "neck, decode_head and the norms that the file does not contain are"
+            new = f"the last layer for {num_classes} classes (the file has {classes})"
+    elif loaded is not None:
+        kept = paddle_tensors(loaded)
+        tensors = {f"backbone.{name}": kept[name] for name in kept if not name.startswith(CLASSIFIER_ENDS)}
+        if loaded.spec.head == "backbone":
+            new = "neck and decode_head"
+    classes = classes if num_classes is None else num_classes
+    model = SemanticFPN(_dense_variant(variant), classes, options, drop_path_rate, drop_rate)
     if loaded is not None and _set_tensors(model, tensors):
-        _warn(loaded, new, stacklevel=4)
+        _warn(loaded, f"{new} are", stacklevel=4)
     model.eval()
     return model
 

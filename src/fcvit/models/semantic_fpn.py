@@ -6,6 +6,8 @@ their `segmentation/` folder. The parameter names are those of their checkpoints
 Shapes: B images, H x W pixels. Level i of the pyramid has stride 4, 8, 16, 32, and its size is rounded up.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fcvit.frameworks import import_framework
@@ -68,11 +70,11 @@ class FPN(nn.Layer):
         self.fpn_convs = nn.LayerList([PlainConv(channels, channels, 3) for _ in widths])
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
-        maps = [conv(stage) for conv, stage in zip(self.lateral_convs, stages, strict=True)]
+        maps = [self.lateral_convs[level](stage) for level, stage in enumerate(stages)]
         for level in range(len(maps) - 1, 0, -1):
             # To the size of the finer map, which is not always the double.
-            maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], maps[level - 1].shape[2:], mode="nearest")
-        return [conv(x) for conv, x in zip(self.fpn_convs, maps, strict=True)]
+            maps[level - 1] = maps[level - 1] + resize_nearest(maps[level], maps[level - 1].shape[2:])
+        return [self.fpn_convs[level](x) for level, x in enumerate(maps)]
 
 
 class FPNHead(nn.Layer):
@@ -99,8 +101,8 @@ class FPNHead(nn.Layer):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         x = self.scale_heads[0](maps[0])
-        for head, level in zip(list(self.scale_heads)[1:], maps[1:], strict=True):
-            x = x + resize_bilinear(head(level), x.shape[2:])
+        for level in range(1, 4):
+            x = x + resize_bilinear(self.scale_heads[level](maps[level]), x.shape[2:])
         return self.conv_seg(self.dropout(x))
 
 
@@ -136,39 +138,36 @@ class Doubling(nn.Layer):
         return resize_bilinear(x, [2 * side for side in x.shape[2:]])
 
 
-def resize_bilinear(x: Tensor, size: list[int]) -> Tensor:
+def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (B, C, H, W) to a height and width, like PyTorch's bilinear `interpolate` with align_corners=False.
 
-    Paddle's kernel computes its weights in float32, also for float64 maps, which is exact only if the sizes differ by
-    powers of two. Otherwise, rows and columns are interpolated here with weights computed in float64.
+    Paddle's `F.interpolate` computes its weights in float32, also for float64 maps. Here they are computed in float64.
     """
-    if list(x.shape[2:]) == list(size):
-        return x
-    if all(_power_of_two(before, after) for before, after in zip(x.shape[2:], size, strict=True)):
-        return F.interpolate(x, size, mode="bilinear", align_corners=False)
     for axis in (2, 3):
-        x = _interpolate(x, axis, size[axis - 2])
+        before, after = x.shape[axis], size[axis - 2]
+        if before == after:
+            continue
+        position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)  # centers of pixels
+        low = np.minimum(np.floor(position).astype(np.int64), before - 1)
+        shape = [1, 1, 1, 1]
+        shape[axis] = after
+        weight = paddle.to_tensor((position - low).reshape(shape), dtype="float64").astype(x.dtype)
+        lower, upper = _take(x, low, axis), _take(x, np.minimum(low + 1, before - 1), axis)
+        x = lower + weight * (upper - lower)
     return x
 
 
-def _power_of_two(before: int, after: int) -> bool:
-    factor = after // before
-    return before * factor == after and factor & (factor - 1) == 0
+def resize_nearest(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps (B, C, H, W) to a height and width, like PyTorch's `interpolate` with mode "nearest"."""
+    for axis in (2, 3):
+        before, after = x.shape[axis], size[axis - 2]
+        if before != after:
+            x = _take(x, np.arange(after) * before // after, axis)
+    return x
 
 
-def _interpolate(x: Tensor, axis: int, size: int) -> Tensor:
-    """Interpolate linearly along an axis. Positions are pixel centers and are clipped at the borders."""
-    before = x.shape[axis]
-    if before == size:
-        return x
-    position = np.maximum((np.arange(size) + 0.5) * (before / size) - 0.5, 0)
-    low = np.minimum(np.floor(position).astype(np.int64), before - 1)
-    high = np.minimum(low + 1, before - 1)
-    shape = [1, 1, 1, 1]
-    shape[axis] = size
-    weight = paddle.to_tensor((position - low).reshape(shape)).astype(x.dtype)
-    lower, upper = (paddle.index_select(x, paddle.to_tensor(index), axis) for index in (low, high))
-    return lower + weight * (upper - lower)
+def _take(x: Tensor, index: np.ndarray, axis: int) -> Tensor:
+    return paddle.index_select(x, paddle.to_tensor(index, dtype="int64"), axis)
 
 
 def _kaiming(conv: nn.Conv2D) -> None:

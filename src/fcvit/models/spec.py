@@ -51,19 +51,26 @@ class NoOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SemanticFPNOptions:
-    """The widths of Semantic FPN. The defaults are the authors'.
+    """The widths of Semantic FPN, and the size of its input. The defaults are the authors'.
 
     Args:
         neck: Channels of the feature pyramid.
         channels: Channels of the head.
+        long_side: Largest length of an image's longer side in pixels, after the keep-ratio resize.
+        short_side: Largest length of the shorter side.
+        divisor: Both sides are then resized up to multiples of this.
     """
 
     neck: int = 256
     channels: int = 128
+    long_side: int = 2048
+    short_side: int = 512
+    divisor: int = 32
 
     def __post_init__(self) -> None:
-        if not (1 <= self.neck <= 1 << 16 and 1 <= self.channels <= 1 << 16):
-            raise UsageError(f"neck {self.neck}, channels {self.channels}: expected numbers from 1 to 65,536")
+        for name, value in vars(self).items():
+            if not (isinstance(value, int) and 1 <= value <= 1 << 16):
+                raise UsageError(f"{name} = {value!r}: expected a whole number from 1 to 65,536")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ any error.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ from fcvit.weights.writing import differing_tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+_BLOCK = re.compile(r"network\.[0-9]+\.[0-9]+$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +143,9 @@ class Verification:
             rows.append((f"largest change from rounding to {self.stored_as}", f"{self.rounding_cost:.2e}"))
         right = ("measured", "limit")
         yield table("check", *right, "", rows=rows, title=f"verification of {self.spec}", right=right)
-        layers = [one for one in (self.synthetic or self.comparison).drift if self.blocks or one.name.count(".") != 2]
+        layers = [
+            one for one in (self.synthetic or self.comparison).drift if self.blocks or not _BLOCK.search(one.name)
+        ]
         rows = [(one.name, f"{one.drift:.1e}", verdict(one.drift <= FLOAT64_LIMIT)) for one in layers]
         title = "drift by stage (largest float64 difference / std)"
         yield table("layer", "drift", "", rows=rows, title=title, right=("drift",))

@@ -9,8 +9,11 @@ import numpy as np
 from fcvit.frameworks import import_framework, on_paddle_device
 from fcvit.weights.reading import Weights
 
-# Stem, stages and downsampling (`network.I`), blocks (`network.I.J`), and norms of the outputs.
-_TRACED = re.compile(r"patch_embed|network\.[0-9]+(\.[0-9]+)?|norm[0246]?")
+# Stem, stages and downsampling (`network.I`), blocks (`network.I.J`), norms of the outputs, neck and head.
+_TRACED = re.compile(
+    r"(backbone\.)?(patch_embed|network\.[0-9]+(\.[0-9]+)?|norm[0246]?)"
+    r"|neck\.(lateral|fpn)_convs\.[0-9]|decode_head(\.scale_heads\.[0-9])?"
+)
 
 
 def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fcvit.data.classes import Classes, ClassName, check_classes
+from fcvit.data.classes import Classes, ClassName, Palette, check_classes, check_palette
 from fcvit.errors import FcvitError, UnreadableFile
 from fcvit.models.spec import HEADS, ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing, Variant
@@ -36,6 +36,7 @@ class Header:
         counters: PyTorch's `num_batches_tracked` by the authors' tensor names.
         source_sha256: SHA-256 of the file that was converted.
         weights_sha256: SHA-256 of the weights file, if the header is stored in a separate file.
+        palette: Color of each class, or None.
     """
 
     spec: ModelSpec
@@ -45,6 +46,7 @@ class Header:
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     source_sha256: str = ""
     weights_sha256: str = ""
+    palette: Palette | None = None
 
     def to_json(self) -> str:
         """Serialize the header to one JSON object, with the fields of the variant by name."""
@@ -59,6 +61,7 @@ class Header:
                 "layout": self.layout,
                 "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
                 "classes": self.classes and [list(c) for c in self.classes],
+                "palette": self.palette and [list(color) for color in self.palette],
                 "counters": dict(self.counters),
                 "source_sha256": self.source_sha256,
                 "weights_sha256": self.weights_sha256,
@@ -97,6 +100,11 @@ class Header:
                 classes = check_classes(tuple(ClassName(str(i), str(n)) for i, n in classes), "header")
                 if len(classes) != spec.num_classes:
                     raise UnreadableFile(f"header has {len(classes)} classes for {spec.num_classes} outputs")
+            palette = fields.get("palette")
+            if palette is not None:
+                palette = check_palette(palette)
+                if len(palette) != spec.num_classes:
+                    raise UnreadableFile(f"header has {len(palette)} colors for {spec.num_classes} outputs")
             if fields["layout"] not in LAYOUTS:
                 raise UnreadableFile(f"header has the unknown layout {str(fields['layout'])[:40]!r}")
             return cls(
@@ -107,6 +115,7 @@ class Header:
                 {str(name): _whole(value) for name, value in fields["counters"].items()},
                 str(fields["source_sha256"]),
                 str(fields["weights_sha256"]),
+                palette,
             )
         except UnreadableFile:
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcvit.data.classes import Classes
+from fcvit.data.classes import Classes, ClassName, Palette, check_classes, check_palette
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.models.spec import (
     PADDLE_STATISTICS,
@@ -80,6 +80,7 @@ class Weights:
         classes: Class list in the file, or None.
         skipped: Entries of the file that are not weights of this network.
         notes: Notes for the user, for example about missing counters or removed prefixes.
+        palette: Color of each class in the file, or None.
     """
 
     spec: ModelSpec
@@ -90,6 +91,7 @@ class Weights:
     classes: Classes | None
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
+    palette: Palette | None = None
 
     def __repr__(self) -> str:
         return f"<Weights {self.source.path.name}: {self.spec}>"
@@ -154,7 +156,8 @@ def read_weights(
     problems = find_problems(wanted, tensors)
     if problems:
         raise WeightsDoNotFit(str(checkpoint.path), spec, problems)
-    preprocessing = _preprocessing(checkpoint, spec.variant, notes)
+    classes, palette = (header.classes, header.palette) if header else _described_classes(checkpoint, spec, notes)
+    preprocessing = _preprocessing(checkpoint, spec.variant, spec.task, notes)
     if backbone and spec.head == "classifier":
         skipped += [name for name in CLASSIFIER_ENDS if name in tensors]
         tensors = {name: t for name, t in tensors.items() if name not in CLASSIFIER_ENDS}
@@ -167,13 +170,35 @@ def read_weights(
         checkpoint,
         layout,
         preprocessing,
-        header.classes if header else None,
+        classes,
         tuple(skipped),
         tuple(notes),
+        palette,
     )
 
 
-def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -> Preprocessing | None:
+def _described_classes(
+    checkpoint: Checkpoint, spec: ModelSpec, notes: list[str]
+) -> tuple[Classes | None, Palette | None]:
+    """Return the class names and colors in the `meta` of a file of mmsegmentation or mmdetection, if they fit."""
+    meta = checkpoint.top.get("meta")
+    names, colors = (meta.get(key) if isinstance(meta, dict) else None for key in ("CLASSES", "PALETTE"))
+    if not spec.has_classes or names is None:
+        return None, None
+    try:
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the class names are not text")
+        classes = check_classes(tuple(ClassName(name.strip(), name.strip()) for name in names), "meta")
+        palette = check_palette(colors) if colors is not None else None
+        if len(classes) != spec.num_classes or (palette and len(palette) != spec.num_classes):
+            raise ValueError(f"{len(classes)} names for {spec.num_classes} outputs")
+    except ValueError as error:
+        notes.append(f"ignoring the classes in meta: {error!s:.120}")
+        return None, None
+    return classes, palette
+
+
+def _preprocessing(checkpoint: Checkpoint, variant: Variant, task: str, notes: list[str]) -> Preprocessing | None:
     """Return the preprocessing that the header or the training arguments in the file specify, or None.
 
     Raises:
@@ -196,7 +221,12 @@ def _preprocessing(checkpoint: Checkpoint, variant: Variant, notes: list[str]) -
     used = [f"{field} {value}" for field, value in change.items() if not _close(getattr(assumed, field), value)]
     if used:
         notes.append(f"using the preprocessing from the training arguments in the file: {', '.join(used)}")
-    if header is None and variant.name not in VARIANTS and not {"input_size", "crop_fraction"} <= change.keys():
+    if (
+        header is None
+        and task == "classification"
+        and variant.name not in VARIANTS
+        and not {"input_size", "crop_fraction"} <= change.keys()
+    ):
         notes.append(
             f"this is not a named variant, so the preprocessing is assumed (resize {chosen.resize} "
             f"{chosen.interpolation}, crop {chosen.input_size}); specify it with --input-size, --crop-fraction, "

@@ -73,6 +73,7 @@ def write_weights(path: Path, weights: Weights, layout: str | None = None) -> No
         weights.classes,
         {name: int(t) for name, t in weights.tensors.items() if is_counter(name)},
         weights.source.sha256,
+        palette=weights.palette,
     )
     if path.suffix not in SIDECAR_ENDINGS:
         # A single entry, because the library writes several entries in an order that changes from run to run.

@@ -14,7 +14,7 @@ from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_ge
 from fcvit.data.transforms.mixing import mix
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.frameworks import import_framework
-from fcvit.models.build import build_classifier, create_model, weights_of
+from fcvit.models.build import build_classifier, weights_of
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.recipe import ClassificationRecipe
@@ -75,7 +75,9 @@ class ClassificationTraining:
         """Build the classifier. Initialize a new head if the recipe requests it or the weights have no head."""
         recipe, weights, count = self.recipe, self.start, len(self.classes)
         if weights is None:
-            return create_model(recipe.network(), None, count, recipe.drop_path_rate, recipe.drop_rate)
+            from fcvit.models.classifier import FCViT
+
+            return FCViT(recipe.network(), count, recipe.drop_path_rate, recipe.drop_rate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning about the new head, which the recipe requests
             model = build_classifier(weights, None, recipe.drop_path_rate, recipe.drop_rate)
