@@ -1,4 +1,4 @@
-"""Import PaddlePaddle or PyTorch on demand, without side effects, or raise an error with the remedy.
+"""Import PaddlePaddle, PyTorch or OpenCV on demand, without side effects, or raise an error with the remedy.
 
 Only the modules that define networks import a framework at module level. Importing Paddle warns about
 a compiler cache and adds a handler to the root logger. Both are suppressed.
@@ -25,6 +25,7 @@ from fcvit.interrupts import held_back
 INSTALL = {
     "paddle": "pip install paddlepaddle (on a GPU: paddlepaddle-gpu from Paddle's own package index)",
     "torch": "pip install torch",
+    "cv2": "pip install 'fcvit[dense]'",
 }
 
 
@@ -43,7 +44,7 @@ def installed(framework: str) -> bool:
 
 
 def import_framework(framework: str) -> ModuleType:
-    """Import "paddle" or "torch".
+    """Import "paddle", "torch" or "cv2".
 
     Raises:
         MissingExtra: The framework is not installed, or does not load on this machine.

@@ -140,6 +140,18 @@ def test_workers_that_cannot_start_are_an_error(images, monkeypatch):
         list(batches(images, [0], 4, CROPS, 1))
 
 
+def count_opencv_threads(image, target, index):
+    import cv2
+
+    return np.zeros((3, 1, 1), np.uint8), cv2.getNumThreads()
+
+
+def test_opencv_uses_one_thread_in_a_worker(images):
+    """The workers already use all cores."""
+    (batch,) = batches(images, [0], 4, [count_opencv_threads], 1)
+    assert set(batch.targets[0]) == {1}
+
+
 def exit_immediately():
     os._exit(1)
 

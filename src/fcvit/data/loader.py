@@ -304,6 +304,7 @@ class Workers:
 def _begin_worker() -> None:
     """Ignore keyboard interrupts, which the parent process handles, and exit when the parent process dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # the processes already use all cores
     warnings.simplefilter("ignore")  # Pillow warns about unusual images
     parent = multiprocessing.parent_process()
     assert parent is not None

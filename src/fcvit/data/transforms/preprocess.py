@@ -42,11 +42,15 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
         return as_rgb(image)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, cut: bool = False) -> Image.Image:
     """Convert an image to RGB with 8 bits per channel, as torchvision does except for 16-bit gray images.
 
     16-bit gray images are converted to their upper 8 bits, as Pillow converts 16-bit color. Pillow would clip their
     values at 255, which makes most of a photograph white. An image whose maximum is at most 255 is not changed.
+
+    Args:
+        image: Image of any mode.
+        cut: Convert all 16-bit gray images to their upper 8 bits, also those whose maximum is at most 255.
 
     Raises:
         ValueError: The image has 32-bit or float values outside 0 to 255, or floats from 0 to 1. The value of white is
@@ -57,7 +61,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        if high > 255:
+        if cut or high > 255:
             return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     elif not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
         kind = "floats" if image.mode == "F" else "32-bit integers"
