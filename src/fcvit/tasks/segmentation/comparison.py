@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,12 +148,14 @@ def compare(
 
 
 def _check_same_images(one: SavedResult, other: SavedResult) -> None:
-    """Raise an error if the images, their labels or the number of classes are different."""
-    classes = [saved.metrics["classes"] for saved in (one, other)]
-    if classes[0] != classes[1]:
+    """Raise an error if the images, their labels or the classes are different."""
+    ids = [[row["id"] for row in saved.metrics["per_class"]] for saved in (one, other)]
+    if ids[0] != ids[1]:
+        pairs = itertools.zip_longest(*ids, fillvalue="no class")
+        first, second = next(pair for pair in pairs if pair[0] != pair[1])
         raise DoesNotFit(
-            f"{one.folder} has {classes[0]} classes and {other.folder} {classes[1]}; compare results with the same "
-            "classes"
+            f"{one.folder} and {other.folder} have different classes, for example {first} and {second}; compare "
+            "results with the same classes"
         )
     counts = [collections.Counter(saved.images) for saved in (one, other)]
     only = [counts[0] - counts[1], counts[1] - counts[0]]

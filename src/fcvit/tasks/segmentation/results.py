@@ -399,6 +399,9 @@ def read_result(folder: Path) -> SavedResult:
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")
         path = folder / CONFUSION
         pairs = _read_confusion(path, len(rows), len(classes))
+        labeled = sum(int(each["pixels"][each["label"] < len(classes)].sum()) for each in pairs)
+        if labeled != figures["pixels"]:
+            raise ValueError(f"{labeled} labeled pixels, expected {figures['pixels']}")
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, OverflowError, csv.Error, RecursionError) as error:
