@@ -1,4 +1,4 @@
-"""The outcome of an evaluation of any task: all records and the report computed from them."""
+"""The outcome of an evaluation of any task: all records, the report computed from them, and saved results."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from fcvit.errors import BadImages, UnreadableFile
+from fcvit.errors import BadImages, UnreadableFile, UsageError
 from fcvit.evaluation.journal import Frame
 from fcvit.evaluation.settings import Plan
 from fcvit.tasks.base import Report
+
+METRICS = "metrics.json"
+"""File with the result of a configuration. It is written last, so it marks a complete result."""
+_SETTINGS = ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +99,35 @@ class RunRecords:
             for position, chunk in enumerate(frame.chunks):
                 self.bytes_of[start + position % size, position // size] = chunk
             start += size
+
+
+def result_folder(folder: Path) -> Path:
+    """Return the folder of a finished result, which is this folder or the only result of this run.
+
+    Raises:
+        UnreadableFile: The folder does not contain a finished result.
+        UsageError: The run contains several results.
+    """
+    if (folder / METRICS).is_file():
+        return folder
+    folders = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+    if len(folders) > 1:
+        listed = ", ".join(str(path) for path in folders)
+        raise UsageError(f"{folder} contains several results; pass one of them: {listed}")
+    if not folders:
+        raise UnreadableFile(f"{folder}: {METRICS} does not exist; pass the folder of a finished run of fcvit eval")
+    return folders[0]
+
+
+def differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the settings that differ between two results, as text, from the contents of their `metrics.json`."""
+    sides = []
+    for metrics in (first, second):
+        side = {what: metrics.get(what) for what in _SETTINGS}
+        if isinstance(protocol := side["protocol"], dict):
+            pixels = protocol.get("preprocessing")
+            side |= {"protocol": protocol.get("name")} | (pixels if isinstance(pixels, dict) else {})
+        sides.append(side)
+    one, other = sides
+    differing = [what for what in one | other if one.get(what) != other.get(what)]
+    return {what: (str(one.get(what)), str(other.get(what))) for what in differing}

@@ -17,6 +17,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_CLASSES = 1000
 VALIDATION_IMAGES = 50_000  # in ImageNet-1K
+ADE20K_CLASSES = 150
+ADE20K_VALIDATION_IMAGES = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,8 @@ class Published:
         parameters: Counted trainable parameters of the classifier with 1,000 classes.
         gmac: Counted multiply-accumulates of convolutions and linear layers at 224 x 224, in 10^9.
         url: Folder with the authors' checkpoint, which must be downloaded manually.
+        ade20k_miou: mIoU in percent on ADE20K's validation images of Semantic FPN on this backbone after 40,000
+            iterations, at a single scale and without flips (README of the authors' `segmentation` folder), or None.
     """
 
     top1: float
@@ -195,6 +199,7 @@ class Published:
     parameters: int
     gmac: float
     url: str
+    ade20k_miou: float | None = None
 
 
 _DRIVE = "https://drive.google.com/drive/folders/"
@@ -206,7 +211,7 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
     ),
     (
         Variant("fcvit_b12", (2, 2, 6, 2), (64, 128, 320, 512), (8, 8, 4, 4)),
-        Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb"),
+        Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb", 43.3),
     ),
     (
         Variant(
@@ -216,7 +221,7 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
             (8, 8, 4, 4),
             preprocessing=Preprocessing(crop_fraction=0.95),
         ),
-        Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t"),
+        Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t", 45.5),
     ),
     (
         Variant(

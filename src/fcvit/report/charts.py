@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MATRIX_CLASSES = 30  # with more classes, the cells of a confusion matrix are too small to read
 WORST_PAIRS = 30
+LARGEST = 20  # classes in the confusion of pixels
 UNSURE, FAINT = "#56B4E9", "#d9d9d9"  # sky blue of the Okabe-Ito palette, and gray
 DPI = 160
 _WIDTH = 8.0  # inches
@@ -76,34 +77,76 @@ def confusion_chart(matrix: np.ndarray, classes: Classes, title: str) -> "Figure
 
 
 def _heat_map(matrix: np.ndarray, classes: Classes, title: str) -> "Figure":
+    names = _names(classes)
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = np.ma.masked_array(matrix / np.maximum(totals, 1), np.broadcast_to(totals == 0, matrix.shape))
+    texts = [[str(count) if count else "" for count in row] for row in matrix.tolist()]
+    note = "\nA gray row is a class without images." if (totals == 0).any() else ""
+    return _cells(shares, texts, names, names, title, _tally(matrix) + note, "images")
+
+
+@chart
+def pixel_confusion_chart(matrix: np.ndarray, classes: Classes, title: str, largest: int = LARGEST) -> "Figure":
+    """Draw the percentages of the pixels of the largest classes by predicted class.
+
+    Args:
+        matrix: Integers (C, C). Entry (i, j) is the number of pixels of class i predicted as class j.
+        classes: C classes. Names may repeat and contain any characters.
+        title: One line. It is shortened if it is too long.
+        largest: Maximum number of classes with pixels to show. All other predicted classes are added up in one column.
+    """
+    totals, names = matrix.sum(axis=1), _names(classes)
+    order = np.argsort(-totals, kind="stable")[: min(largest, max(1, np.count_nonzero(totals)))]
+    shares = matrix[order] / np.maximum(totals[order], 1)[:, None]
+    shown_shares = shares[:, order]
+    columns = [names[index] for index in order]
+    if len(order) < len(classes):
+        shown_shares = np.column_stack([shown_shares, 1 - shown_shares.sum(axis=1)])
+        columns.append("all other classes")
+    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shown_shares]
+    masked = np.ma.masked_array(shown_shares, np.broadcast_to(totals[order, None] == 0, shown_shares.shape))
+    extent = 100 * totals[order].sum() / max(1, totals.sum())
+    subtitle = (
+        f"Percentage of the pixels of each class. {counted(len(order), 'class')} with {extent:.1f}% of all pixels"
+    )
+    return _cells(masked, texts, columns[: len(order)], columns, title, subtitle, "pixels")
+
+
+def _cells(
+    shares: np.ma.MaskedArray,
+    texts: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    subtitle: str,
+    unit: str,
+) -> "Figure":
+    """Draw a confusion matrix: the fraction of each true class (row) as the color, and a text for each cell."""
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import PercentFormatter
 
-    names, count = _names(classes), len(classes)
-    totals = matrix.sum(axis=1, keepdims=True)
-    shares = np.ma.masked_array(matrix / np.maximum(totals, 1), np.broadcast_to(totals == 0, matrix.shape))
+    count = len(columns)
     cell = min(1.0, max(0.34, 5.5 / count))  # inches
-    width, height = max(_WIDTH, 2.5 + count * cell), 3.4 + count * min(cell, 0.6)
-    note = "\nA gray row is a class without images." if (totals == 0).any() else ""
-    figure = new_figure(width, height, title, _tally(matrix) + note)
+    width, height = max(_WIDTH, 2.5 + count * cell), 3.4 + len(rows) * min(cell, 0.6)
+    figure = new_figure(width, height, title, subtitle)
     axes = figure.subplots()
     # The square root makes small fractions, which are the errors, easier to distinguish.
     norm, colors = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad="#e6e6e6")
     cells = axes.pcolormesh(shares, cmap=colors, norm=norm, edgecolors=FAINT, linewidth=0.25)
     axes.invert_yaxis()
-    size = min(9.0, 100 * cell / max(4, len(str(matrix.max()))))
-    for row, column in zip(*np.nonzero(matrix), strict=True):
-        color = PAPER if shares[row, column] > 0.35 else INK
-        at = column + 0.5, row + 0.5
-        axes.text(*at, str(matrix[row, column]), color=color, fontsize=size, ha="center", va="center_baseline")
-    axes.set_xticks(np.arange(count) + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(np.arange(count) + 0.5, names)
+    size = min(9.0, 100 * cell / max(4, *(len(text) for row in texts for text in row)))
+    for (row, column), share in np.ndenumerate(shares.filled(0)):
+        if text := texts[row][column]:
+            color, at = PAPER if share > 0.35 else INK, (column + 0.5, row + 0.5)
+            axes.text(*at, text, color=color, fontsize=size, ha="center", va="center_baseline")
+    axes.set_xticks(np.arange(count) + 0.5, columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
     scale: dict[str, Any] = {"ticks": [0, 0.01, 0.1, 0.25, 0.5, 1], "format": PercentFormatter(1, 0)}
     layout: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.6}
-    bar = figure.colorbar(cells, ax=axes, label="percentage of the images of the true class", **scale, **layout)
+    bar = figure.colorbar(cells, ax=axes, label=f"percentage of the {unit} of the true class", **scale, **layout)
     bar.outline.set_visible(False)  # pyrefly: ignore
     return figure
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fcvit import run_folder as runs
 from fcvit.errors import DoesNotFit, UsageError, counted
+from fcvit.evaluation.results import differing_settings
 from fcvit.metrics import classification as metrics
 from fcvit.tasks.classification.results import SavedResult, read_result
 from fcvit.text import csv_text
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SHOWN, _CLASSES = 20, 10  # maximum number of rows in a table
-_SETTINGS = ("weights_sha256", "network", "protocol", "engine", "device", "precision", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
         first=labels[0],
         second=labels[1],
         folders=(one.folder, other.folder),
-        settings=_settings(one, other),
+        settings=differing_settings(one.metrics, other.metrics),
         images=len(truth),
         top1=(metrics.share(int(right[0].sum()), len(truth)), metrics.share(int(right[1].sum()), len(truth))),
         difference=paired.difference,
@@ -219,17 +219,3 @@ def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
         classes=tuple(sorted(changes, key=lambda change: (-change.gained, change.id))),
         differing=tuple(sorted(differing, key=lambda row: row.path)),
     )
-
-
-def _settings(one: SavedResult, other: SavedResult) -> dict[str, tuple[str, str]]:
-    """Return the settings that differ between two results, as text."""
-    sides = []
-    for saved in (one, other):
-        side = {what: saved.metrics.get(what) for what in _SETTINGS}
-        if isinstance(protocol := side["protocol"], dict):
-            pixels = protocol.get("preprocessing")
-            side |= {"protocol": protocol.get("name")} | (pixels if isinstance(pixels, dict) else {})
-        sides.append(side)
-    first, second = sides
-    differing = [what for what in first | second if first.get(what) != second.get(what)]
-    return {what: (str(first.get(what)), str(second.get(what))) for what in differing}

@@ -18,14 +18,15 @@ from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, UnreadableFile, UsageError
+from fcvit.errors import BadImages, UnreadableFile
 from fcvit.evaluation.protocols import Protocol
+from fcvit.evaluation.results import METRICS, result_folder
 from fcvit.metrics import classification as metrics
 from fcvit.report.image_grid import Tile, image_grid, png
 from fcvit.tasks.classification.published import PublishedComparison
 from fcvit.text import csv_text, csv_value
 
-METRICS, PREDICTIONS, PER_CLASS, PAGE = "metrics.json", "predictions.csv", "per_class.csv", "report.html"
+PREDICTIONS, PER_CLASS, PAGE = "predictions.csv", "per_class.csv", "report.html"
 _WORST = 24
 
 
@@ -279,14 +280,7 @@ def read_result(folder: Path) -> SavedResult:
         UnreadableFile: The folder does not contain a finished result, or its files are damaged.
         UsageError: The run contains several results.
     """
-    if not (folder / METRICS).is_file():
-        folders = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-        if len(folders) > 1:
-            listed = ", ".join(str(path) for path in folders)
-            raise UsageError(f"{folder} contains several results; pass one of them: {listed}")
-        if not folders:
-            raise UnreadableFile(f"{folder}: {METRICS} does not exist; pass the folder of a finished run of fcvit eval")
-        folder = folders[0]
+    folder = result_folder(folder)
     path = folder / METRICS
     try:
         figures = json.loads(path.read_bytes())

@@ -1,0 +1,1 @@
+"""Semantic segmentation: the implementation of the interface in `fcvit.tasks.base`."""
