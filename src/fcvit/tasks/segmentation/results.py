@@ -18,7 +18,7 @@ from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, UnreadableFile
+from fcvit.errors import BadImages, UnreadableFile, counted
 from fcvit.evaluation.protocols import Protocol
 from fcvit.evaluation.results import METRICS, result_folder
 from fcvit.metrics import segmentation as metrics
@@ -317,7 +317,7 @@ def write_result(
     order = scored[np.lexsort((sums.aacc[scored], sums.miou[scored]))]
     names = [named.name for named in records.classes]
     for file, chosen, which in ((WORST, order[:_SHOWN], "lowest"), (BEST, order[::-1][:_SHOWN], "highest")):
-        title = f"{len(chosen)} of {result.images:,} images with the {which} mIoU"
+        title = f"the {len(chosen)} of {counted(result.images, 'image')} with the {which} mIoU"
         images = _label_rows(chosen, records, sums, sample)
         runs.write_bytes(folder / file, png(label_grid(images, title, names, palette)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last, as it marks a complete result
