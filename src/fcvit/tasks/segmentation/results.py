@@ -37,21 +37,18 @@ RECORD = np.dtype([("pixels", "<i8"), ("differing", "<i8"), ("label", "u1", (_DI
 """The record of an image: its pixels, those predicted otherwise than by the reference, and a digest of its label."""
 
 
-def record(
-    prediction: np.ndarray, label: np.ndarray, reference: np.ndarray | None = None, ignore: int = metrics.IGNORE
-) -> tuple[np.ndarray, bytes]:
+def record(prediction: np.ndarray, label: np.ndarray, reference: np.ndarray | None = None) -> tuple[np.ndarray, bytes]:
     """Return the record of an image, a scalar of `RECORD`, and its encoded pairs (see `fcvit.metrics.segmentation`).
 
     Args:
         prediction: Predicted class of each pixel, uint8 (H, W), at the size of the label map.
-        label: Label of each pixel, uint8 (H, W), in the numbering of the network's classes.
+        label: Label of each pixel, uint8 (H, W), in the numbering of the network's classes, 255 where it is ignored.
         reference: Prediction of the reference configuration, or None for the reference itself.
-        ignore: Label of the pixels that are not counted.
 
     Raises:
         DoesNotFit: The sizes are different.
     """
-    content = metrics.encode(metrics.confusion(prediction, label, ignore))
+    content = metrics.encode(metrics.confusion(prediction, label))
     result = np.zeros((), RECORD)
     result["pixels"] = label.size
     result["differing"] = 0 if reference is None else np.count_nonzero(prediction != reference)
@@ -62,7 +59,7 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image (RGB) with its label map and the predicted classes, uint8 (H, W)."""
+    """An image (RGB) with its label map (255 where it is ignored) and the predicted classes, uint8 (H, W)."""
 
     image: Image.Image
     label: np.ndarray
