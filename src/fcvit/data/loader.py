@@ -38,9 +38,20 @@ Work = Callable[..., Result]
 class Dataset(Protocol):
     """A data set whose samples have a name, a location and a target, and are not read yet."""
 
-    root: Path
-    names: tuple[str, ...]
-    locations: tuple[Location, ...]
+    @property
+    def root(self) -> Path:
+        """The folder or tar archive, for messages."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each sample."""
+        ...
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """The location of each image."""
+        ...
 
     @property
     def targets(self) -> Sequence[Any]:
