@@ -8,6 +8,7 @@ processes, therefore gives the same results as an uninterrupted run in one proce
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -203,6 +204,8 @@ class _Run:
         """Compute the batches of this process that are not in the journal, and append them."""
         plan, processes, frames = self.plan, self.processes, self.journal.frames
         if self.folder is not None and plan.settings.save_logits:
+            if not plan.evaluator.outputs:
+                raise UsageError("--save-logits: the size of the logits differs between images; omit it for this task")
             folders = [self.folder / configuration.name for configuration in plan.configurations]
             self.logits = LogitFiles(folders, (len(plan.dataset), plan.evaluator.outputs), len(plan.batches))
         # Batches are assigned by their number: an assignment of the missing ones would differ between processes.
@@ -233,26 +236,30 @@ class _Run:
         records = np.zeros(len(batch.indices), plan.dtype)
         records["index"] = batch.indices
         seconds = [0.0] * len(engines)
-        outputs: list[np.ndarray] = []
-        chunks: list[bytes] = []
+        chunks: list[list[bytes]] = [[] for _ in engines]
         if len(records):
             records["digest"] = np.frombuffer(b"".join(batch.digests), np.uint8).reshape(-1, DIGEST)
+        step = plan.evaluator.at_once or max(len(records), 1)
+        for start in range(0, len(records), step):
+            some = slice(start, start + step)
+            outputs: list[np.ndarray] = []
             for position, (configuration, engine) in enumerate(zip(plan.configurations, engines, strict=True)):
+                pixels = batch.pixels[configuration.crop][some]
                 began = time.perf_counter()
-                output = engine(batch.pixels[configuration.crop])
-                seconds[position] = time.perf_counter() - began
-                self._check_finite(configuration, engine, output, batch.indices)
+                output = engine(np.stack(pixels) if isinstance(pixels, list) else pixels)
+                seconds[position] += time.perf_counter() - began
+                self._check_finite(configuration, engine, output, batch.indices[some])
                 if self.logits is not None:
-                    self.logits.write(position, batch.indices, output)
+                    self.logits.write(position, batch.indices[some], output)
                 outputs.append(output)
                 reference = None if configuration.reference is None else outputs[configuration.reference]
-                record, parts = plan.evaluator.record(output, batch.targets[configuration.crop], reference)
-                records["configurations"][:, position] = record
-                chunks += parts
+                record, parts = plan.evaluator.record(output, batch.targets[configuration.crop][some], reference)
+                records["configurations"][some, position] = record
+                chunks[position] += parts
         if self.logits is not None:
             self.logits.mark(batch.number)
         extra = {"bad": batch.bad, "seconds": seconds, "devices": [engine.device for engine in engines]}
-        return Frame(batch.number, records, extra, tuple(chunks))
+        return Frame(batch.number, records, extra, tuple(itertools.chain(*chunks)))
 
     def _check_finite(
         self, configuration: Configuration, engine: Engine, output: np.ndarray, indices: np.ndarray

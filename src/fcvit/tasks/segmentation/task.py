@@ -1,0 +1,24 @@
+"""The segmentation task for the registry in `fcvit.tasks.base`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fcvit.tasks.segmentation.comparison import ResultComparison, compare
+from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
+from fcvit.weights.reading import Weights
+
+
+class Segmentation:
+    """Semantic segmentation (see `fcvit.tasks.base.Task`)."""
+
+    name = "segmentation"
+    options = Options
+
+    def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> SegmentationEvaluator:
+        return SegmentationEvaluator(loaded, data, options)
+
+    def compare(self, first: Path, second: Path, folder: Path | None) -> ResultComparison:
+        return compare(first, second, folder)
+
+
+TASK = Segmentation()
