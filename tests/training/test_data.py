@@ -6,7 +6,7 @@ import pytest
 from fcvit.data.loader import Batch
 from fcvit.errors import UsageError
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.batches import MicroBatches, epoch_batches, steps_per_epoch
+from fcvit.training.batches import MicroBatches, epoch_batches, steps_in_pass
 
 
 def test_the_batch_size_must_be_divisible_by_the_micro_batches():
@@ -15,9 +15,9 @@ def test_the_batch_size_must_be_divisible_by_the_micro_batches():
         MicroBatches(8, 3)
     with pytest.raises(UsageError, match=r"batch_size 8 .* 1 image .*BatchNorm"):
         MicroBatches(8, 2, 0, 4)
-    assert steps_per_epoch(20, 8) == 2
+    assert steps_in_pass(20, 8) == 2
     with pytest.raises(UsageError, match=r"batch_size 8.* 7 training images"):
-        steps_per_epoch(7, 8)
+        steps_in_pass(7, 8)
 
 
 def epoch(recipe, number, micro_batches=None, workers=0):

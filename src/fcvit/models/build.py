@@ -128,12 +128,12 @@ def weights_of(
     tensors: "Mapping[str, Tensor] | None" = None,
     updates: int = 0,
 ) -> Weights:
-    """Return the weights of a classifier or segmentation network, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
+    """Return the weights of a network, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
 
     Args:
         model: The network.
         name: Name of the weights in messages and results.
-        head: A key of `fcvit.models.spec.HEADS`.
+        head: The network's head, a key of `fcvit.models.spec.HEADS`.
         preprocessing: Preprocessing to store in a file.
         classes: Class list to store in a file.
         palette: Color of each class to store in a file.

@@ -48,6 +48,8 @@ def _group(title: str) -> Callable[[str], Meta]:
 # Each function describes a field of its group: SCHEDULE("Lowest learning rate.").
 DATA, NETWORK, IMAGES, LOSS, SCHEDULE, OPTIMIZER, RUN = map(_group, GROUPS)
 
+_BATCHNORM = "Average statistics of processes each epoch, or sync each step; sync_head: the head's, on GPUs."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -105,7 +107,7 @@ class Recipe:
     ema_decay: Annotated[BelowOne | None, OPTIMIZER("Maximum decay of the EMA weights (default: no EMA).")] = None
 
     precision: Annotated[Precision, RUN("Mixed precision for 16-bit types, if the GPU supports it.")] = "float32"
-    batchnorm: Annotated[BatchNorm, RUN("Average statistics of processes each epoch, or sync each step.")] = "average"
+    batchnorm: Annotated[BatchNorm, RUN(_BATCHNORM)] = "average"
     report: Annotated[Literal["best", "last"], RUN("Weights that are the result of the run.")] = "best"
     operators: Annotated[Operators, RUN("CPU operators: native (this package), plain (Paddle) or auto.")] = "auto"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0

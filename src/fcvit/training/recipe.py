@@ -72,8 +72,8 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
 
 
 def fields_of_all_tasks() -> dict[str, RecipeField]:
-    """Return the recipe fields of all tasks by name."""
-    return {name: field for task in TASKS for name, field in recipe_fields(get_task(task).recipe).items()}
+    """Return the recipe fields of all tasks by name. For a name of several tasks, return the field of the first."""
+    return {n: field for task in reversed(TASKS) for n, field in recipe_fields(get_task(task).recipe).items()}
 
 
 def shipped() -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from fcvit.data.classes import balanced
 from fcvit.data.loader import Batch
 from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
@@ -137,15 +138,3 @@ def soft_cross_entropy(logits: "Tensor", targets: "Tensor", class_weights: "Tens
     if class_weights is not None:
         targets = targets * class_weights
     return -(targets * functional.log_softmax(logits, axis=1)).sum(axis=1).mean()
-
-
-def balanced(counts: np.ndarray) -> np.ndarray:
-    """Return class weights inversely proportional to the class frequency, with mean 1 over all images.
-
-    Returns:
-        float32 (classes,). The weight of a class without images is 0.
-    """
-    present = counts > 0
-    weights = np.zeros(len(counts), np.float32)
-    weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights
