@@ -192,7 +192,7 @@ def test_each_micro_batch_has_separate_running_statistics(model):
 
 
 def test_balanced_class_weights_give_each_class_the_same_total_weight():
-    from fcvit.tasks.classification.training import balanced
+    from fcvit.tasks.class_weights import balanced
 
     counts = np.array([30, 10, 0, 60])
     weights = balanced(counts)

@@ -30,7 +30,7 @@ class Preview:
 
 
 def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
-    """Draw training images next to their augmented versions in several epochs.
+    """Draw training images next to their augmented versions, with the labels of pixels, in several epochs.
 
     The images of the picture form one batch. Crops, operations, mixing and erasing are those of the recipe.
 
@@ -50,8 +50,9 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
     task = get_task(recipe.task).training(recipe, weights)
     positions = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
     chosen = task.train.take(positions.tolist())
+    read = getattr(task.transform(0), "decode", decode)
     originals = [
-        decode(io.BytesIO(location.read()), name) for name, location in zip(chosen.names, chosen.locations, strict=True)
+        read(io.BytesIO(location.read()), name) for name, location in zip(chosen.names, chosen.locations, strict=True)
     ]
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
     epochs = []
@@ -60,12 +61,13 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
         samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
         pixels, targets = zip(*samples, strict=True)
         batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
-        inputs, _ = task.inputs(batch, epoch)
+        inputs, targets = task.inputs(batch, epoch)
         visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise
-        epochs.append([Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible])
+        drawn = task.draw(np.ascontiguousarray(visible.transpose(0, 2, 3, 1)), targets)
+        epochs.append([*map(Image.fromarray, drawn)])
+        height, width = visible.shape[2:]
     rows = [*zip(chosen.names, originals, map(list, zip(*epochs, strict=True)), strict=True)]
-    size = task.preprocessing.input_size
-    grid = sample_grid(rows, f"{len(rows)} training images and the network inputs at {size} x {size} pixels")
+    grid = sample_grid(rows, f"{len(rows)} training images and the network inputs at {width} x {height} pixels")
     target = Path(path)
     with staged(target) as temporary:
         try:

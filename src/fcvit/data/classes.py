@@ -377,15 +377,3 @@ def check_classes(classes: Classes, source: str) -> Classes:
     if repeated := repeats(c.id for c in classes):
         raise DoesNotFit(f"{source}: class id {repeated[0]!r} occurs twice; use unique ids (names can repeat)")
     return classes
-
-
-def balanced(counts: np.ndarray) -> np.ndarray:
-    """Return class weights inversely proportional to the class frequency, with mean 1 over all images.
-
-    Returns:
-        float32 (classes,). The weight of a class without images is 0.
-    """
-    present = counts > 0
-    weights = np.zeros(len(counts), np.float32)
-    weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights

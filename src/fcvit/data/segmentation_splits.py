@@ -72,9 +72,10 @@ class MapSplits:
 def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
     """Find the images of a recipe, and compare their label maps with the classes.
 
-    The classes are those of the recipe's class list, of the data set (ADE20K or classes.csv), or of the weights if their
-    head is kept. Otherwise they are the values in the label maps. At most 2,000 label maps are examined, evenly sampled,
-    or all of them if no class list is given. Label maps that cannot be used are left out of the training and listed.
+    The classes are those of the recipe's class list, of the data set (ADE20K or classes.csv), or of the weights if
+    their head is kept. Otherwise they are the values in the label maps. At most 2,000 label maps are examined, evenly
+    sampled, or all of them if no classes are given. Label maps that cannot be used are left out of the training and
+    listed.
 
     Args:
         recipe: Fields that select images, label maps and classes.
@@ -97,7 +98,9 @@ def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
     reduced = recipe.reduce_zero_label
     if reduced is None and layout.is_ade20k:
         reduced = True
-        notes.append(f"{layout.source.path}: 0 is ignored, as in ADE20K (--reduce-zero-label false reads it as a class)")
+        notes.append(
+            f"{layout.source.path}: 0 is ignored, as in ADE20K (--reduce-zero-label false reads it as a class)"
+        )
     count = len(listed.classes) if listed else kept.spec.num_classes if kept else None
     described = LabelEncoding(
         count,
@@ -113,8 +116,8 @@ def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
     number = encoding.num_classes or 0
     if number < 2:
         raise DoesNotFit(
-            f"{layout.source.path}: the label maps contain only one class; training needs at least two (pixels of other "
-            "things, such as the background, are a class too)"
+            f"{layout.source.path}: the label maps contain only one class, but training needs at least two; the other "
+            "pixels, such as the background, must be a class too"
         )
     if kept is not None and kept.spec.num_classes != number:
         raise DoesNotFit(

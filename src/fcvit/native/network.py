@@ -46,7 +46,8 @@ def accelerate(model: FCViT | FCViTBackbone | SemanticFPN) -> None:
         UsageError: The model has another type.
     """
     if isinstance(model, SemanticFPN):
-        return accelerate(model.backbone)
+        accelerate(model.backbone)
+        return
     accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
         if isinstance(model, NativeFCViT | NativeFCViTBackbone):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fcvit.data.classes import balanced
 from fcvit.data.loader import Batch
 from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
@@ -17,6 +16,7 @@ from fcvit.data.transforms.preprocess import normalize
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_classifier, weights_of
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.tasks.class_weights import balanced
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.results import Result
@@ -108,6 +108,9 @@ class ClassificationTraining:
             generators = [pixel_generator(recipe.seed, epoch, int(index), "erase") for index in batch.indices]
             erase(images, recipe.erasing, generators)
         return images, targets
+
+    def draw(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return images
 
     def loss(self, outputs: "Tensor", targets: np.ndarray) -> "dict[str, Tensor]":
         paddle = import_framework("paddle")

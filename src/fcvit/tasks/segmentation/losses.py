@@ -21,7 +21,7 @@ def pixel_cross_entropy(
         labels: Class of each pixel, int64 (B, H, W). 255 marks ignored pixels.
         mean: "all" divides the sum by the number of all pixels, as mmsegmentation 0.19 does: an image with many ignored
             pixels counts less. "valid" divides by the number of labeled pixels. Without labeled pixels, both give 0.
-        class_weights: Weight of each class (C,), which multiplies the losses of its pixels. The divisor does not change.
+        class_weights: Weight of each class (C,), a factor for the losses of its pixels. The divisor does not change.
     """
     functional = import_framework("paddle").nn.functional
     losses = functional.cross_entropy(logits, labels, axis=1, ignore_index=IGNORED, reduction="none").reshape([-1])

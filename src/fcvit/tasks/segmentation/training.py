@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from fcvit.data.classes import balanced
 from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label
 from fcvit.data.loader import Batch
+from fcvit.data.painting import overlay
 from fcvit.data.segmentation_splits import find_map_splits
 from fcvit.data.transforms import segmentation as transforms
 from fcvit.data.transforms.augment import pixel_generator
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_segmenter, weights_of
 from fcvit.models.variants import resolve_preprocessing
-from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
+from fcvit.tasks.class_weights import balanced
+from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator, default_palette
 from fcvit.tasks.segmentation.losses import dice_loss, pixel_cross_entropy
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.tasks.segmentation.results import Result
@@ -111,6 +112,13 @@ class SegmentationTraining:
         """Normalize the crops. Return float32 (B, 3, H, W), 0 in the padding, and label maps, uint8 (B, H, W)."""
         labels, sizes = zip(*batch.targets[0], strict=True)
         return transforms.normalize(batch.pixels[0], self.preprocessing, sizes), np.stack(labels)
+
+    def draw(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Add each image with its label map painted over it. Ignored pixels and the padding are darker."""
+        palette = self.palette or default_palette(len(self.classes))
+        painted = np.stack([overlay(image, labels, palette) for image, labels in zip(images, targets, strict=True)])
+        height, width = targets.shape[1:]
+        return np.concatenate([images, painted], axis=1 if width > height else 2)
 
     def loss(self, outputs: "Tensor", targets: np.ndarray) -> "dict[str, Tensor]":
         paddle, recipe = import_framework("paddle"), self.recipe
