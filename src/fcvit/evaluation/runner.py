@@ -27,6 +27,7 @@ from fcvit.data.transforms.preprocess import decoders
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.evaluation.journal import Frame, Journal
 from fcvit.evaluation.logits import LogitFiles
+from fcvit.evaluation.protocols import AUTHORS
 from fcvit.evaluation.request import Request, sha256
 from fcvit.evaluation.results import Evaluation, NotWritten, RunRecords
 from fcvit.evaluation.settings import Configuration, Plan, Settings, absolute
@@ -72,6 +73,13 @@ def evaluate(
     task_options = task.options(**options)
     request = Request(paths, absolute(data), task.name, settings, task_options)
     evaluator = task.evaluator(loaded, Path(request.data), task_options)
+    if evaluator.fixed_preprocessing and (settings.protocol != AUTHORS or settings.preprocessing):
+        raise UsageError(
+            f"eval: the preprocessing of {task.name} is fixed by the weights; omit --protocol and the options of the "
+            "preprocessing"
+        )
+    if settings.save_logits and not evaluator.outputs:
+        raise UsageError(f"--save-logits: the size of the logits differs between images; omit it for {task.name}")
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
     for note in evaluator.notes:
         logger.info(note)
@@ -204,8 +212,6 @@ class _Run:
         """Compute the batches of this process that are not in the journal, and append them."""
         plan, processes, frames = self.plan, self.processes, self.journal.frames
         if self.folder is not None and plan.settings.save_logits:
-            if not plan.evaluator.outputs:
-                raise UsageError("--save-logits: the size of the logits differs between images; omit it for this task")
             folders = [self.folder / configuration.name for configuration in plan.configurations]
             self.logits = LogitFiles(folders, (len(plan.dataset), plan.evaluator.outputs), len(plan.batches))
         # Batches are assigned by their number: an assignment of the missing ones would differ between processes.

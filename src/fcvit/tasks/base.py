@@ -95,6 +95,7 @@ class Evaluator(Protocol):
         outputs: Number of outputs of the network per sample, or 0 if it varies.
         at_once: Number of samples for which outputs are computed and recorded together, or None for a whole batch. It
             must be 1 if the sizes of images differ.
+        fixed_preprocessing: Whether `--protocol` and the preprocessing options do not apply.
     """
 
     dataset: "Dataset"
@@ -103,6 +104,7 @@ class Evaluator(Protocol):
     dtype: np.dtype
     outputs: int
     at_once: int | None
+    fixed_preprocessing: bool
 
     def identity(self) -> dict[str, Any]:
         """Return values that determine the records, in addition to weights, engines and sample names, as JSON."""

@@ -1,12 +1,12 @@
 """The evaluation of segmentation networks: options, data, and the records of single images.
 
-The preprocessing is that of mmsegmentation 0.19 with the authors' configuration. Logits are resized twice: to the size of
-the network's input (in the network), then to the size of the label map.
+The preprocessing is that of mmsegmentation 0.19 with the authors' configuration. Logits are resized twice: to the size
+of the network's input (in the network), then to the size of the label map.
 """
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,6 +17,7 @@ from PIL import Image
 from fcvit.data.class_colors import ClassList, read_class_list
 from fcvit.data.classes import ClassName
 from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label, resolve_encoding, scan_labels
+from fcvit.data.loader import Dataset
 from fcvit.data.segmentation import LabeledMaps, find_maps, read_split
 from fcvit.data.sources import open_source
 from fcvit.data.transforms import segmentation as transforms
@@ -92,7 +93,7 @@ class SegmentationEvaluator:
         UnreadableFile, DoesNotFit, UsageError: Data, options and weights do not match.
     """
 
-    dtype, outputs, at_once = RECORD, 0, 1
+    dtype, outputs, at_once, fixed_preprocessing = RECORD, 0, 1, True
 
     def __init__(
         self,
@@ -111,7 +112,8 @@ class SegmentationEvaluator:
                     "input; evaluate them separately"
                 )
         self.options, self.scale = options, input_scale(first.spec.options)
-        ade20k = False
+        ade20k, notes = False, ()
+        self.dataset: Dataset
         if isinstance(data, LabeledMaps):
             self.dataset = data
         else:
@@ -124,7 +126,8 @@ class SegmentationEvaluator:
             split = options.split or _only(layout.named("val") or list(layout.splits), str(data))
             if split not in layout.splits:
                 raise UsageError(f"--split {split}: expected one of {', '.join(layout.splits)}")
-            self.dataset, ade20k = read_split(layout, split, options.label_suffix), layout.is_ade20k
+            maps = read_split(layout, split, options.label_suffix)
+            self.dataset, notes, ade20k = maps, maps.notes, layout.is_ade20k
             listed = listed or layout.class_list()
         if options.classes:
             listed = read_class_list(Path(options.classes))
@@ -143,10 +146,10 @@ class SegmentationEvaluator:
             sample = self.dataset.take(some.tolist())
             encoding = resolve_encoding(sample, list(scan_labels(sample, 0)), encoding, ["fcvit", "eval"])
         self.encoding = encoding
-        self.notes = self.dataset.notes
+        self.notes = notes
         self.rule = "0 is ignored, k is class k - 1" if encoding.reduce_zero_label else "values are class indices"
         self.validation = validation_of(self.dataset.names)
-        self.about = {"encoding": dataclasses.asdict(encoding)}
+        self.about: Mapping[str, Any] = {"encoding": dataclasses.asdict(encoding)}
         self._engines: dict[str, Engine] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def _neighbors(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return low, np.minimum(low + 1, before - 1), position - low
 
 
-def default_palette(count: int) -> list[tuple[int, int, int]]:
+def default_palette(count: int) -> list[list[int]]:
     """Return the colors of PASCAL VOC for classes without colors: the bits of the index, from the highest bit down."""
     colors = []
     for index in range(count):
@@ -222,7 +225,7 @@ def default_palette(count: int) -> list[tuple[int, int, int]]:
             for channel in range(3):
                 color[channel] |= (number >> channel & 1) << bit
             number >>= 3
-        colors.append(tuple(color))
+        colors.append(color)
     return colors
 
 
