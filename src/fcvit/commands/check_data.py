@@ -472,7 +472,10 @@ def _check_maps(
     for name, split in splits.items():
         checks[name] = check_labels(split, stats[start : start + len(split)], encoding)
         start += len(split)
-    unusable = (reason for check in checks.values() for _, reason in check.bad)
+    unusable: list[Unreadable] = []
+    for name, check in checks.items():
+        labels = [(splits[name].labels[index].name, reason) for index, reason in check.bad]
+        unusable += [Unreadable(label, reason.removeprefix(f"{label}: ")) for label, reason in labels]
     return MapsCheck(
         path,
         tuple(
@@ -491,7 +494,7 @@ def _check_maps(
         ),
         encoding,
         few,
-        (*unreadable, *(Unreadable(*reason.split(": ", 1)) for reason in unusable)),
+        (*unreadable, *unusable),
         odd,
         _modes(readable),
         _duplicates(readable),
