@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fcvit.tasks.segmentation.comparison import ResultComparison, compare
 from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
+from fcvit.tasks.segmentation.recipe import SegmentationRecipe
+from fcvit.tasks.segmentation.training import SegmentationTraining
 from fcvit.weights.reading import Weights
 
 
@@ -12,7 +14,11 @@ class Segmentation:
     """Semantic segmentation (see `fcvit.tasks.base.Task`)."""
 
     name = "segmentation"
+    recipe = SegmentationRecipe
     options = Options
+
+    def training(self, recipe: SegmentationRecipe, weights: Weights | None) -> SegmentationTraining:
+        return SegmentationTraining(recipe, weights)
 
     def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> SegmentationEvaluator:
         return SegmentationEvaluator(loaded, data, options)
