@@ -91,7 +91,7 @@ class Training:
 
 
 class Evaluator:
-    notes, rule, outputs, at_once = (), "brightness from the file names", 1, None
+    notes, rule, outputs = (), "brightness from the file names", 1
     dtype = np.dtype([("estimate", "<f8"), ("error", "<f8")])
 
     def __init__(self, dataset):

@@ -44,6 +44,18 @@ def build(dropout=0.0):
     return spec, model
 
 
+def test_the_learning_rate_of_the_authors_recipe_matches_mmcv():
+    from fcvit.training.recipe import read_recipe
+    from fcvit.training.schedule import learning_rate
+
+    recipe = read_recipe("segmentation_fcvit_b12")
+    steps = recipe.steps_per_epoch
+    assert GOLDEN["poly"]["max_iters"] == recipe.epochs * steps
+    for step, expected in GOLDEN["poly"]["lr"].items():
+        epoch, within = divmod(int(step), steps)
+        assert_close(learning_rate(recipe, epoch + within / steps), expected, step)
+
+
 def assert_close(actual, expected, label, absolute=0.0):
     difference = np.abs(np.asarray(actual) - np.asarray(expected))
     assert (difference <= np.maximum(1e-9 * np.abs(expected), absolute)).all(), (label, actual, expected)

@@ -60,9 +60,13 @@ class Recipe:
     """
 
     task: Annotated[str, DATA("Task of the network.")] = DEFAULT_TASK
-    data: Annotated[str, DATA("Class folders of training images, or a folder with both splits. May be a tar.")] = ""
+    data: Annotated[
+        str, DATA("Class folders, or images and label maps; or a folder with both splits. May be a tar.")
+    ] = ""
     val: Annotated[str | None, DATA("Validation images (default: the `val` split of `data`).")] = None
-    held_out: Annotated[BelowOne, DATA("Fraction of each class held out for validation if there is no split.")] = 0.0
+    held_out: Annotated[
+        BelowOne, DATA("Fraction of images (of each class) held out for validation if there is no split.")
+    ] = 0.0
     classes: Annotated[str | None, DATA("Class list: CSV with id and name, or one class per line.")] = None
     weights: Annotated[str | None, DATA("Initial checkpoint (default: the authors' initialization).")] = None
     ema: Annotated[bool | None, DATA("Use the EMA (true) or raw (false) weights if both exist.")] = None
