@@ -11,6 +11,7 @@ from fcvit.models.build import DENSE_LAYER_SCALE
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import Variant
 from fcvit.tasks.recipe import DATA, IMAGES, LOSS, NETWORK, BelowOne, NonNegative, Pixels, Positive, Recipe, Share
+from fcvit.tasks.segmentation.label_options import LabelOptions
 from fcvit.tasks.segmentation.losses import LossMean
 
 Values = tuple[Annotated[int, Meta(ge=0, le=65535)], ...]
@@ -60,6 +61,10 @@ class SegmentationRecipe(Recipe):
         """
         names = [field.name for field in dataclasses.fields(SegmentationAugmentation)]
         return SegmentationAugmentation(**{name: getattr(self, name) for name in names})
+
+    def label_options(self) -> LabelOptions:
+        """Return how label maps are found and read."""
+        return LabelOptions(self.label_suffix, self.reduce_zero_label, self.ignore_index, self.label_values)
 
     def head_options(self) -> SemanticFPNOptions:
         """Return the widths of the network and the size of its input in evaluation, which is that of `scale`."""

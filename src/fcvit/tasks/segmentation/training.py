@@ -10,7 +10,6 @@ from PIL import Image
 from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label
 from fcvit.data.loader import Batch
 from fcvit.data.painting import overlay
-from fcvit.data.segmentation_splits import find_map_splits
 from fcvit.data.transforms import segmentation as transforms
 from fcvit.data.transforms.augment import pixel_generator
 from fcvit.frameworks import import_framework
@@ -21,6 +20,7 @@ from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator, 
 from fcvit.tasks.segmentation.losses import dice_loss, pixel_cross_entropy
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.tasks.segmentation.results import Result
+from fcvit.tasks.segmentation.splits import find_map_splits
 from fcvit.weights.reading import Weights
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -14,36 +13,12 @@ from fcvit.data.segmentation import LabeledMaps, MapLayout, find_maps, join, rea
 from fcvit.data.sources import open_source
 from fcvit.data.splits import Role
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
+from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.text import some
 from fcvit.weights.reading import Weights
 
 _EXAMINED = 2000  # label maps that are examined before a training; the others are checked when they are read
 _COMMAND = ("fcvit", "train", "...")  # messages add options to it
-
-
-class MapFields(Protocol):
-    """The recipe fields that select images, label maps and classes. The recipe documents them."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def val(self) -> str | None: ...
-    @property
-    def classes(self) -> str | None: ...
-    @property
-    def held_out(self) -> float: ...
-    @property
-    def new_head(self) -> bool: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def label_suffix(self) -> str | None: ...
-    @property
-    def reduce_zero_label(self) -> bool | None: ...
-    @property
-    def ignore_index(self) -> tuple[int, ...] | None: ...
-    @property
-    def label_values(self) -> tuple[int, ...] | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +44,7 @@ class MapSplits:
     notes: tuple[str, ...]
 
 
-def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
+def find_map_splits(recipe: SegmentationRecipe, weights: Weights | None) -> MapSplits:
     """Find the images of a recipe, and compare their label maps with the classes.
 
     The classes are those of the recipe's class list, of the data set (ADE20K or classes.csv), or of the weights if
@@ -95,21 +70,12 @@ def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
     listed = read_class_list(Path(recipe.classes)) if recipe.classes else layout.class_list()
     if listed is None and kept is not None and kept.classes is not None:
         listed = ClassList(kept.classes, kept.palette)
-    reduced = recipe.reduce_zero_label
-    if reduced is None and layout.is_ade20k:
-        reduced = True
+    if recipe.reduce_zero_label is None and layout.is_ade20k:
         notes.append(
             f"{layout.source.path}: 0 is ignored, as in ADE20K (--reduce-zero-label false reads it as a class)"
         )
     count = len(listed.classes) if listed else kept.spec.num_classes if kept else None
-    described = LabelEncoding(
-        count,
-        bool(reduced),
-        recipe.ignore_index,
-        recipe.label_values,
-        listed.palette if listed else None,
-        listed.ignored_colors if listed else (),
-    )
+    described = recipe.label_options().encoding(count, listed, layout.is_ade20k)
     examined = [_sample(split, described) for split in (train, val) if split is not None]
     stats = [list(scan_labels(split, 0)) for split in examined]
     encoding = resolve_encoding(join(examined), [one for part in stats for one in part], described, _COMMAND)
@@ -154,7 +120,7 @@ def _layout(path: str | os.PathLike[str]) -> MapLayout:
     return layout
 
 
-def _splits(layout: MapLayout, recipe: MapFields) -> tuple[LabeledMaps, LabeledMaps | None, list[str]]:
+def _splits(layout: MapLayout, recipe: SegmentationRecipe) -> tuple[LabeledMaps, LabeledMaps | None, list[str]]:
     """Return the training and validation images, and notes on them."""
     path = layout.source.path
     train = read_split(layout, _only(layout, "train", "--data"), recipe.label_suffix)
