@@ -7,6 +7,7 @@ from conftest import golden_arrays, golden_json, needs_paddle, needs_torch
 from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, SemanticFPNOptions, multiply_accumulates, parameter_count, tensor_specs
 from fcvit.models.variants import VARIANTS
+from fcvit.tasks.segmentation.evaluation import label_map
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
@@ -55,15 +56,18 @@ def sampled(values):
 @pytest.mark.slow
 @frameworks
 @pytest.mark.parametrize("name", CASES)
-def test_every_part_equals_the_authors_numbers_in_float64(framework, name):
+def test_every_part_and_the_label_map_equal_the_authors_numbers_in_float64(framework, name):
     case, arrays = CASES[name], golden_arrays("segmentation/network.npz")
     spec = spec_of(case)
     images = synthetic_input(tuple(case["input_shape"]), case["salt"])
-    for part, values in run(framework, spec, synthetic_tensors(spec, case["salt"]), images).items():
+    outputs = run(framework, spec, synthetic_tensors(spec, case["salt"]), images)
+    for part, values in outputs.items():
         golden, about = arrays[f"{name}/{part}"], case["stages"][part]
         assert list(values.shape) == about["shape"]
         difference = np.abs(sampled(values) - golden.ravel()).max() / about["std"]
         assert difference <= FLOAT64_LIMIT, (part, difference)
+    for logits, expected in zip(outputs["resized"], arrays[f"{name}/prediction"], strict=True):
+        np.testing.assert_array_equal(label_map(logits, tuple(case["ori_shape"])), expected)
 
 
 @needs_paddle

@@ -15,7 +15,7 @@ from fcvit.data.classes import ClassName, imagenet
 from fcvit.errors import DoesNotFit, MissingExtra
 from fcvit.metrics.classification import Calibration, calibration
 from fcvit.report import charts
-from fcvit.report.charts import confusion_chart, reliability_chart
+from fcvit.report.charts import confusion_chart, pixel_confusion_chart, reliability_chart
 
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -97,6 +97,18 @@ def test_a_confusion_matrix_shows_its_classes_and_counts(figures):
         assert lines.count(name) == 2
     assert {"3", "1", "7", "14", "63"} <= set(lines)
     assert "0" not in lines
+
+
+def test_the_confusion_of_pixels_shows_percentages_of_the_largest_classes(figures):
+    matrix = np.diag(np.arange(10) * 10**9)  # more pixels than int32 can count, and none of the first class
+    matrix[9, 1], matrix[9, 8] = 10**9, 2 * 10**9
+    pixel_confusion_chart(matrix, TEN, "pixels", largest=2)
+    lines = text_lines(figures)
+    assert "Percentage of the pixels of each class. 2 classes with 41.7% of all pixels" in lines
+    assert {"100", "75", "17", "8", "all other classes"} <= set(lines)  # 9, 2 and 1 of 12 billion pixels
+    assert (lines.count("jay"), lines.count("ibis"), lines.count("hen")) == (2, 2, 0)
+    pixel_confusion_chart(np.zeros((10, 10), np.int64), TEN, "nothing")
+    assert any("0.0% of all pixels" in line for line in text_lines(figures))
 
 
 def test_for_many_classes_the_most_frequent_errors_are_shown(figures):

@@ -1,4 +1,4 @@
-"""Check a dataset of class folders before training: find unreadable images, duplicates and unusual images."""
+"""Check a data set before training: find unreadable images and label maps, duplicates and unusual images."""
 
 import collections
 import contextlib
@@ -16,9 +16,13 @@ import numpy as np
 from cyclopts import Parameter
 from PIL import ExifTags, Image
 
-from fcvit.commands.options import File, decoding_processes
+from fcvit.commands.options import File, LabelOptions, decoding_processes
+from fcvit.data.class_colors import ClassList, read_class_list
+from fcvit.data.classes import labels as class_labels
 from fcvit.data.folders import is_image
+from fcvit.data.label_maps import LabelCheck, LabelEncoding, check_labels, resolve_encoding, scan_labels
 from fcvit.data.loader import each, read_file
+from fcvit.data.segmentation import MapLayout, find_maps, join, read_split
 from fcvit.data.sources import Location, Source, Tree, open_source
 from fcvit.data.splits import find_layout
 from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
@@ -157,22 +161,7 @@ class DataCheck:
         yield counts
         if self.clean:
             return
-        rows: list[Sequence[Any]] = []
-        for what, names in self._findings():
-            if isinstance(names, Mapping):  # ending -> number of files
-                endings = [f"{ending or 'no extension'} ({count})" for ending, count in names.items()]
-                rows += [(what, str(sum(names.values())), ", ".join(endings))] if names else []
-            elif names:
-                rows.append((what, str(len(names)), some(names, _EXAMPLES)))
-        yield tables.table("finding", "number", "examples", rows=rows, right=("number",))
-        if self.duplicates:
-            rows = []
-            for group in self.duplicates:
-                others = len(group.images) - _EXAMPLES
-                shown = tables.lines([*group.images[:_EXAMPLES], *([f"... and {others} more"] if others > 0 else [])])
-                rows.append((group.match, shown, ", ".join(group.splits), ", ".join(group.classes)))
-            columns, more = ("same", "images", "splits", "classes"), ("", "... and {} more groups")
-            yield tables.table(*columns, rows=rows, title="duplicates", limit=_GROUPS, more=more)
+        yield from _finding_tables(self._findings(), self.duplicates)
 
     def _findings(self) -> Iterator[tuple[str, Sequence[str] | Mapping[str, int]]]:
         """Yield a description of each kind of finding with its items, which may be empty."""
@@ -194,6 +183,138 @@ class DataCheck:
         yield from ((what, self.odd.get(kind, ())) for kind, what in ODD.items())
         for split in self.splits:
             yield f"files that are not images{f', {split.name}' if several else ''}", split.other_files
+
+
+def _finding_tables(
+    findings: Iterable[tuple[str, Sequence[str] | Mapping[str, int]]], duplicates: Sequence[DuplicateGroup]
+) -> Iterator[Any]:
+    """Yield a table of the findings with examples, and a table of the duplicates."""
+    from fcvit.report import tables
+
+    rows: list[Sequence[Any]] = []
+    for what, names in findings:
+        if isinstance(names, Mapping):  # ending -> number of files
+            endings = [f"{ending or 'no extension'} ({count})" for ending, count in names.items()]
+            rows += [(what, str(sum(names.values())), ", ".join(endings))] if names else []
+        elif names:
+            rows.append((what, str(len(names)), some(names, _EXAMPLES)))
+    yield tables.table("finding", "number", "examples", rows=rows, right=("number",))
+    if duplicates:
+        rows = []
+        for group in duplicates:
+            others = len(group.images) - _EXAMPLES
+            shown = tables.lines([*group.images[:_EXAMPLES], *([f"... and {others} more"] if others > 0 else [])])
+            rows.append((group.match, shown, ", ".join(group.splits), ", ".join(group.classes)))
+        columns, more = ("same", "images", "splits", "classes"), ("", "... and {} more groups")
+        yield tables.table(*columns, rows=rows, title="duplicates", limit=_GROUPS, more=more)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapSplit:
+    """The images and label maps of one split.
+
+    Attributes:
+        name: Name of the split. "all" for a data set without splits.
+        images: Number of images with a label map.
+        unlabeled: Images without a label map.
+        unused: Label maps without an image.
+        pixels: Class -> number of pixels. 0 means that the class never occurs.
+        maps: Class -> number of label maps that contain it.
+        ignored: Number of ignored pixels.
+        unknown: Value or color without a class -> number of pixels.
+        kinds: Form of the label maps (see `fcvit.data.label_maps.Kind`) -> number of files.
+    """
+
+    name: str
+    images: int
+    unlabeled: tuple[str, ...]
+    unused: tuple[str, ...]
+    pixels: Mapping[str, int]
+    maps: Mapping[str, int]
+    ignored: int
+    unknown: Mapping[str, int]
+    kinds: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MapsCheck:
+    """The findings of `check_data` for images with label maps. Names are relative to the data set.
+
+    Attributes:
+        path: The data set.
+        splits: Counts of each split.
+        encoding: How the values in label maps were read.
+        few: Classes in fewer label maps than this are listed.
+        unreadable: Images and label maps that cannot be used.
+        odd, modes, duplicates: As in `DataCheck`. EXIF orientations are not listed, because they are applied.
+        hints: Likely errors in the label maps.
+    """
+
+    path: Path
+    splits: tuple[MapSplit, ...]
+    encoding: LabelEncoding
+    few: int
+    unreadable: tuple[Unreadable, ...]
+    odd: Mapping[str, tuple[str, ...]]
+    modes: Mapping[str, int]
+    duplicates: tuple[DuplicateGroup, ...]
+    hints: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Return whether there are no findings."""
+        return not any(names for _, names in self._findings())
+
+    @property
+    def exit_code(self) -> int:
+        return BadImages.exit_code if self.unreadable else 0
+
+    def tables(self) -> Iterator[Any]:
+        """Yield tables of the counts of each split, the pixels of each class, the findings and the duplicates."""
+        from fcvit.report import tables
+
+        columns = ("images", "classes", "classes without pixels", "ignored pixels")
+        title = counted(sum(split.images for split in self.splits), "image")
+        counts = tables.table("split", *columns, title=f"{title} with label maps", right=columns)
+        for split in self.splits:
+            absent, total = list(split.pixels.values()).count(0), sum(split.pixels.values()) + split.ignored
+            ignored = f"{split.ignored / total:.1%}" if total else ""
+            counts.add_row(split.name, str(split.images), str(len(split.pixels)), str(absent), ignored)
+        yield counts
+        names = [split.name for split in self.splits]
+        shares = tables.table("class", *names, title="share of labeled pixels", right=names)
+        for label in list(self.splits[0].pixels)[: tables.SHOWN]:
+            shares.add_row(label, *(_share(split, label) for split in self.splits))
+        if (more := len(self.splits[0].pixels) - tables.SHOWN) > 0:
+            shares.add_row(f"... and {more} more")
+        if self.clean:
+            shares.caption, shares.caption_justify = "no findings", "left"
+        yield shares
+        if not self.clean:
+            yield from _finding_tables(self._findings(), self.duplicates)
+        yield from (f"hint: {hint}" for hint in self.hints)
+
+    def _findings(self) -> Iterator[tuple[str, Sequence[str] | Mapping[str, int]]]:
+        """Yield a description of each kind of finding with its items, which may be empty."""
+        yield "images and label maps that cannot be used", [bad.image for bad in self.unreadable]
+        yield "groups of duplicates", [group.images[0] for group in self.duplicates]
+        several = [group.images[0] for group in self.duplicates if len(group.splits) > 1]
+        yield "groups of duplicates in more than one split", several
+        for split in self.splits:
+            of = f", {split.name}" if len(self.splits) > 1 else ""
+            yield f"images without a label map{of}", split.unlabeled
+            yield f"label maps without an image{of}", split.unused
+            yield f"classes without pixels{of}", [label for label, pixels in split.pixels.items() if not pixels]
+            few = [f"{label} ({count})" for label, count in split.maps.items() if 0 < count < self.few]
+            yield f"classes in fewer than {self.few} label maps{of}", few
+            unknown = [f"{value} ({counted(pixels, 'pixel')})" for value, pixels in split.unknown.items()]
+            yield f"values or colors without a class{of}", unknown
+        yield from ((what, self.odd.get(kind, ())) for kind, what in ODD.items())
+
+
+def _share(split: MapSplit, label: str) -> str:
+    pixels = split.pixels[label]
+    return f"{pixels / sum(split.pixels.values()):.2%}" if pixels else "no pixels"
 
 
 class Examined(NamedTuple):
@@ -218,20 +339,28 @@ def check_data(
     split: Annotated[Sequence[str] | None, Parameter(negative=())] = None,
     few: int = 10,
     workers: int | None = None,
+    classes: File | None = None,
+    labels: Annotated[LabelOptions | None, Parameter(name="*")] = None,
     near: Annotated[float | None, Parameter(show=False)] = None,
-) -> DataCheck:
-    """Check class folders before training: find unreadable images, duplicates and unusual images.
+) -> DataCheck | MapsCheck:
+    """Check a data set before training: find unreadable images and label maps, duplicates and unusual images.
 
     Args:
-        data: Folder of class folders, or of train, val and test folders with class folders. Also in a tar archive.
+        data: Folder of class folders, or of train, val and test folders with class folders; or folders images and
+            annotations with label maps, such as ADE20K. Also in a tar archive.
         split: A split in a different location, as NAME=PATH. Repeat the option for more splits.
-        few: List classes with fewer images than this. 0 disables the check.
+        few: List classes with fewer images (or label maps) than this. 0 disables the check.
         workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
+        classes: Class list of label maps, with the columns red, green and blue if they contain colors (default:
+            classes.csv in the data set, or ADE20K's classes).
+        labels: How label maps are read.
         near: Accepted for compatibility, but ignored.
 
     Raises:
-        UsageError: A number is invalid, no data is given, or two splits have the same name.
+        UsageError: An option is invalid, no data is given, two splits have the same name, or label maps contain only 0
+            and 255.
         UnreadableFile: A folder or tar archive does not exist or has no images. Unreadable images are in the result.
+        DoesNotFit: The label maps do not fit the class list.
     """
     if near:
         logger.info("--near has no effect: near duplicates are not searched; the next version will not accept it")
@@ -239,6 +368,16 @@ def check_data(
     for option, value in (("few", few), ("workers", workers)):
         if value < 0:
             raise UsageError(f"--{option} {value}: expected at least 0")
+    labels = labels or LabelOptions()
+    options = [*(("--classes", str(classes)) if classes is not None else ()), *labels.words()]
+    if data is not None and not split and (layout := find_maps(open_source(Path(data)))):
+        listed = read_class_list(Path(classes)) if classes is not None else None
+        return _check_maps(layout, listed, labels, few, workers, ["fcvit", "check-data", str(data), *options])
+    if options:
+        raise UsageError(
+            f"{options[0]} is for images with label maps, but {data or 'a split'} has no folders images and "
+            "annotations that contain image files"
+        )
     sources = {name: (source, source.tree()) for name, source in _split_sources(data, split or ()).items()}
     images = [
         _Image(f"{part}/{name}" if len(sources) > 1 else name, part, name.rpartition("/")[0].split("/")[0], location)
@@ -248,6 +387,23 @@ def check_data(
     ]
     if not images:
         raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images found")
+    unreadable, readable, odd = _examine_images(images, workers)
+    splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
+    return DataCheck(
+        splits,
+        few,
+        unreadable,
+        odd,
+        _modes(readable),
+        _duplicates(readable),
+        _missing(splits),
+    )
+
+
+def _examine_images(
+    images: Sequence[_Image], workers: int
+) -> tuple[tuple[Unreadable, ...], dict[_Image, Examined], dict[str, tuple[str, ...]]]:
+    """Return the unreadable images, the properties of the others, and the unusual images of each kind."""
     unreadable: list[Unreadable] = []
     readable: dict[_Image, Examined] = {}
     jobs = [(index, image.name, image.location) for index, image in enumerate(images)]
@@ -259,15 +415,87 @@ def check_data(
                 readable[image] = result
             advance(1)
     odd = {kind: tuple(image.name for image, examined in readable.items() if kind in examined.odd) for kind in ODD}
-    splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
-    return DataCheck(
-        splits,
+    return tuple(unreadable), readable, {kind: names for kind, names in odd.items() if names}
+
+
+def _modes(images: Mapping[_Image, Examined]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(examined.mode for examined in images.values()).items()))
+
+
+def _check_maps(
+    layout: MapLayout,
+    listed: ClassList | None,
+    options: LabelOptions,
+    few: int,
+    workers: int,
+    command: Sequence[str],
+) -> MapsCheck:
+    """Check images with label maps. `command` is the user's command line, for messages."""
+    path = layout.source.path
+    if listed is None and (listed := layout.class_list()):
+        origin = "ADE20K's classes" if layout.is_ade20k else f"the classes in {path / 'classes.csv'}"
+        logger.info(f"{path}: checked with {origin}")
+    reduced = options.reduce_zero_label
+    if reduced is None and layout.is_ade20k:
+        reduced = True
+        logger.info(f"{path}: 0 is ignored, as in ADE20K (--no-reduce-zero-label reads it as a class)")
+    splits = {name: read_split(layout, name, options.label_suffix) for name in layout.splits}
+    for note in (note for split in splits.values() for note in split.notes):
+        logger.info(note)
+    if layout.without_labels:
+        logger.info(f"{path}: not checked, because there are no label maps: {some(layout.without_labels)}")
+    images = [
+        _Image(name, part, "", location)
+        for part, split in splits.items()
+        for name, location in zip(split.names, split.locations, strict=True)
+    ]
+    unreadable, readable, odd = _examine_images(images, workers)
+    odd.pop("rotated", None)
+    everything = join(splits.values())
+    with progress("checking labels", len(images)) as advance:
+        stats = []
+        for result in scan_labels(everything, workers):
+            stats.append(result)
+            advance(1)
+    described = LabelEncoding(
+        len(listed.classes) if listed else None,
+        bool(reduced),
+        tuple(options.ignore_index) if options.ignore_index is not None else None,
+        tuple(options.label_values) if options.label_values is not None else None,
+        listed.palette if listed else None,
+        listed.ignored_colors if listed else (),
+    )
+    encoding = resolve_encoding(everything, stats, described, command)
+    names = class_labels(listed.classes) if listed else [str(index) for index in range(encoding.num_classes or 0)]
+    checks: dict[str, LabelCheck] = {}
+    start = 0
+    for name, split in splits.items():
+        checks[name] = check_labels(split, stats[start : start + len(split)], encoding)
+        start += len(split)
+    unusable = (reason for check in checks.values() for _, reason in check.bad)
+    return MapsCheck(
+        path,
+        tuple(
+            MapSplit(
+                name,
+                len(split),
+                split.unlabeled,
+                split.unused,
+                dict(zip(names, checks[name].pixels, strict=True)),
+                dict(zip(names, checks[name].maps, strict=True)),
+                checks[name].ignored,
+                checks[name].unknown,
+                checks[name].kinds,
+            )
+            for name, split in splits.items()
+        ),
+        encoding,
         few,
-        tuple(unreadable),
-        {kind: names for kind, names in odd.items() if names},
-        dict(sorted(collections.Counter(examined.mode for examined in readable.values()).items())),
+        (*unreadable, *(Unreadable(*reason.split(": ", 1)) for reason in unusable)),
+        odd,
+        _modes(readable),
         _duplicates(readable),
-        _missing(splits),
+        tuple(dict.fromkeys(hint for check in checks.values() for hint in check.hints)),
     )
 
 

@@ -29,7 +29,9 @@ Kind = Literal["index", "palette", "gray", "color"]
 """The form of a label file: one channel, palette, three equal channels, or three different channels."""
 
 _UNKNOWN = 254  # marks values without a class in the tables of `_table`
-_LOSSY = ("JPEG", "WEBP", "AVIF")
+# Formats that do not keep the values. GIF renumbers them: Pillow's writer drops values that do not occur.
+_LOSSY = {form: f"{form} compression changes label values" for form in ("JPEG", "WEBP", "AVIF")}
+_LOSSY["GIF"] = "GIF files can renumber label values"
 _LARGEST_VALUE = 65535
 _DISTINCT = 1024  # a file with more different values is not a label map
 
@@ -138,8 +140,8 @@ def read_label(label: LabelFile, encoding: LabelEncoding, size: tuple[int, int] 
         uint8 (H, W): class indices, and 255 for ignored pixels.
 
     Raises:
-        BadImages: The file cannot be read, is in a lossy format, has another size, or contains values or colors without
-            a class. The message starts with the name of the label file.
+        BadImages: The file cannot be read, its format does not keep values, it has another size, or it contains values
+            or colors without a class. The message starts with the name of the label file.
     """
     decoded = _decode(label)
     height, width = decoded.values.shape
@@ -213,7 +215,7 @@ def _decode(label: LabelFile) -> _Decoded:
     content = read_file(label.name, label.location)
     with opened(io.BytesIO(content), label.name) as image:
         if image.format in _LOSSY:
-            raise ValueError(f"{image.format} compression changes label values; save label maps as PNG")
+            raise ValueError(f"{_LOSSY[image.format]}; save label maps as PNG")
         deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         if image.mode in ("RGB", "RGBA", "RGBX", "LA") and deep:
             raise ValueError("several channels with 16 bits; save indices in one channel or colors with 8 bits")

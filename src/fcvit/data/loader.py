@@ -38,9 +38,20 @@ Work = Callable[..., Result]
 class Dataset(Protocol):
     """A data set whose samples have a name, a location and a target, and are not read yet."""
 
-    root: Path
-    names: tuple[str, ...]
-    locations: tuple[Location, ...]
+    @property
+    def root(self) -> Path:
+        """The folder or tar archive, for messages."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each sample."""
+        ...
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """The location of each image."""
+        ...
 
     @property
     def targets(self) -> Sequence[Any]:
@@ -64,6 +75,9 @@ class Transform(Protocol):
     It is called with the image, its target and its position in the data set. It returns the pixels, uint8 (3, H, W),
     and the target. The result must depend only on the arguments, so that it is the same for any number of workers.
     Each worker has its own copy of the transform.
+
+    A transform with a method `decode` decodes its images itself, like `fcvit.data.transforms.preprocess.decode`. All
+    transforms of a batch must use the same decoder.
     """
 
     def __call__(self, image: Image.Image, target: Any, index: int, /) -> tuple[np.ndarray, Any]: ...
@@ -111,7 +125,7 @@ def decode_file(
         BadImages: The image cannot be read.
     """
     content = read_file(name, location)
-    image = decode(io.BytesIO(content), name)
+    image = getattr(transforms[0], "decode", decode)(io.BytesIO(content), name)
     try:
         samples = [transform(image, target, index) for transform in transforms]
     except BadImages as error:

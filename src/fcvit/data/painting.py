@@ -54,18 +54,3 @@ def _colors(palette: Palette) -> np.ndarray:
     table = np.zeros((256, 3), np.uint8)
     table[: len(colors)] = colors
     return table
-
-
-def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Return different colors for classes without colors, those of PASCAL VOC without black.
-
-    The bits of class index + 1 are dealt to red, green and blue, from the highest bit of a color down.
-    """
-
-    def color(number: int) -> tuple[int, int, int]:
-        red, green, blue = (
-            sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8)) for channel in range(3)
-        )
-        return red, green, blue
-
-    return tuple(color(index + 1) for index in range(count))

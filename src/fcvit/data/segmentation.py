@@ -74,6 +74,17 @@ class LabeledMaps:
         )
 
 
+def join(splits: Iterable[LabeledMaps]) -> LabeledMaps:
+    """Return the images of several splits of a data set, in order, for checks of all label maps together."""
+    splits = tuple(splits)
+    return LabeledMaps(
+        splits[0].root,
+        tuple(name for split in splits for name in split.names),
+        tuple(location for split in splits for location in split.locations),
+        tuple(label for split in splits for label in split.labels),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class MapLayout:
     """The folders of a segmentation data set.

@@ -8,6 +8,7 @@ processes, therefore gives the same results as an uninterrupted run in one proce
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from fcvit.data.transforms.preprocess import decoders
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.evaluation.journal import Frame, Journal
 from fcvit.evaluation.logits import LogitFiles
+from fcvit.evaluation.protocols import AUTHORS
 from fcvit.evaluation.request import Request, sha256
 from fcvit.evaluation.results import Evaluation, NotWritten, RunRecords
 from fcvit.evaluation.settings import Configuration, Plan, Settings, absolute
@@ -71,6 +73,13 @@ def evaluate(
     task_options = task.options(**options)
     request = Request(paths, absolute(data), task.name, settings, task_options)
     evaluator = task.evaluator(loaded, Path(request.data), task_options)
+    if evaluator.fixed_preprocessing and (settings.protocol != AUTHORS or settings.preprocessing):
+        raise UsageError(
+            f"eval: the preprocessing of {task.name} is fixed by the weights; omit --protocol and the options of the "
+            "preprocessing"
+        )
+    if settings.save_logits and not evaluator.outputs:
+        raise UsageError(f"--save-logits: the size of the logits differs between images; omit it for {task.name}")
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
     for note in evaluator.notes:
         logger.info(note)
@@ -233,26 +242,30 @@ class _Run:
         records = np.zeros(len(batch.indices), plan.dtype)
         records["index"] = batch.indices
         seconds = [0.0] * len(engines)
-        outputs: list[np.ndarray] = []
-        chunks: list[bytes] = []
+        chunks: list[list[bytes]] = [[] for _ in engines]
         if len(records):
             records["digest"] = np.frombuffer(b"".join(batch.digests), np.uint8).reshape(-1, DIGEST)
+        step = plan.evaluator.at_once or max(len(records), 1)
+        for start in range(0, len(records), step):
+            some = slice(start, start + step)
+            outputs: list[np.ndarray] = []
             for position, (configuration, engine) in enumerate(zip(plan.configurations, engines, strict=True)):
+                pixels = batch.pixels[configuration.crop][some]
                 began = time.perf_counter()
-                output = engine(batch.pixels[configuration.crop])
-                seconds[position] = time.perf_counter() - began
-                self._check_finite(configuration, engine, output, batch.indices)
+                output = engine(np.stack(pixels) if isinstance(pixels, list) else pixels)
+                seconds[position] += time.perf_counter() - began
+                self._check_finite(configuration, engine, output, batch.indices[some])
                 if self.logits is not None:
-                    self.logits.write(position, batch.indices, output)
+                    self.logits.write(position, batch.indices[some], output)
                 outputs.append(output)
                 reference = None if configuration.reference is None else outputs[configuration.reference]
-                record, parts = plan.evaluator.record(output, batch.targets[configuration.crop], reference)
-                records["configurations"][:, position] = record
-                chunks += parts
+                record, parts = plan.evaluator.record(output, batch.targets[configuration.crop][some], reference)
+                records["configurations"][some, position] = record
+                chunks[position] += parts
         if self.logits is not None:
             self.logits.mark(batch.number)
         extra = {"bad": batch.bad, "seconds": seconds, "devices": [engine.device for engine in engines]}
-        return Frame(batch.number, records, extra, tuple(chunks))
+        return Frame(batch.number, records, extra, tuple(itertools.chain(*chunks)))
 
     def _check_finite(
         self, configuration: Configuration, engine: Engine, output: np.ndarray, indices: np.ndarray

@@ -43,6 +43,7 @@ PACKAGES = {
     "paddle-inference": ("paddlepaddle", "paddlepaddle-gpu"),
 }
 ENTRY = "entry.json"
+CHECKED_SIZES = ((96, 128), (97, 65))  # heights and widths with which an export for any size is checked
 LAYOUT = 1  # version of the layout of an entry
 
 
@@ -64,7 +65,7 @@ def exported(
 
     Args:
         weights: Weights of any network.
-        interface: Interface of the export, with a fixed image size.
+        interface: Interface of the export.
         runtime: A key of `RUNTIMES`.
         calibration: uint8 images to quantize to int8 with. The export is checked before it is quantized.
         use_cache: False writes the export to a temporary folder.
@@ -164,12 +165,10 @@ def _sources() -> str:
 
 def _write(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
     """Write an export and check it. With calibration images, quantize it afterwards."""
-    assert interface.size is not None
     write_export(weights, interface, FORMATS[runtime], path)
-    images = sample_images(weights.spec, interface.size)
-    check_export(
-        RUNTIMES[runtime](path, 1), weights, interface, images, f"{weights.source.path} exported for {runtime}"
-    )
+    network, name = RUNTIMES[runtime](path, 1), f"{weights.source.path} exported for {runtime}"
+    for size in (interface.size,) if interface.size else CHECKED_SIZES:
+        check_export(network, weights, interface, sample_images(weights.spec, size), name)
     if calibration is not None:
         quantize(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMATS[runtime])}

@@ -17,9 +17,10 @@ from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.inference import cache
 from fcvit.inference.interface import Interface, as_list
-from fcvit.inference.runtimes import INSTALL, RUNTIMES, Network
+from fcvit.inference.runtimes import DYNAMIC, INSTALL, RUNTIMES, Network
 from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
+from fcvit.models.spec import HEADS
 from fcvit.models.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
@@ -177,7 +178,10 @@ class TorchEngine(Engine):
 
 
 class ExportedEngine(Engine):
-    """An export of the network, run by a CPU runtime. Each image size and data type has its own export."""
+    """An export of the network, run by a CPU runtime.
+
+    Each image size and data type has its own export, unless the head accepts any size and the runtime supports it.
+    """
 
     def __init__(self, *arguments: Any, name: str, **options: Any):
         self.name = name
@@ -190,9 +194,13 @@ class ExportedEngine(Engine):
             raise UsageError(f"--device {device}: {self.name} runs only on the CPU; use --engine paddle")
         self.network = functools.cache(self._load)
         size = self.preprocessing.input_size
-        self.network((size, size), uint8=True)  # report missing packages and wrong numbers now
+        self.network(self._size(size, size), uint8=True)  # report missing packages and wrong numbers now
 
-    def _load(self, size: tuple[int, int], uint8: bool) -> Network:
+    def _size(self, height: int, width: int) -> tuple[int, int] | None:
+        any_size = HEADS[self.weights.spec.head].any_size and self.name in DYNAMIC
+        return None if any_size else (height, width)
+
+    def _load(self, size: tuple[int, int] | None, uint8: bool) -> Network:
         interface = Interface(size, uint8, False, self.preprocessing)
         export = (self.weights, interface, self.name, self.calibration)
         options = (self.threads or available_threads(), self.precision)
@@ -207,7 +215,7 @@ class ExportedEngine(Engine):
             return RUNTIMES[self.name](path, *options)
 
     def compute(self, images: np.ndarray) -> list[np.ndarray]:
-        return self.network((images.shape[2], images.shape[3]), uint8=images.dtype == np.uint8)(images)
+        return self.network(self._size(*images.shape[2:]), uint8=images.dtype == np.uint8)(images)
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {

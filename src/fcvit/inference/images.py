@@ -57,7 +57,7 @@ def predictions(
     read = functools.partial(preprocess, preprocessing=preprocessing)
     with ThreadPoolExecutor(available_threads()) as pool:
         while batch := list(itertools.islice(numbered, batch_size)):
-            pixels = list(pool.map(lambda image: _read(*image, read), batch))
+            pixels = list(pool.map(lambda numbered: _read(numbered[0], numbered[1], read), batch))
             good = {index: item for index, item in enumerate(pixels) if not isinstance(item, BadImages)}
             results: Iterator[Result] = iter(())
             if good:

@@ -140,6 +140,8 @@ RUNTIMES: dict[str, Callable[..., Network]] = {
     "paddle-inference": paddle_inference,
 }
 """Name -> function that loads a file, given its path, the number of threads and the precision (default float32)."""
+DYNAMIC = ("onnxruntime", "openvino")
+"""Runtimes of exports that accept images of any size."""
 
 
 def import_runtime(package: str) -> ModuleType:

@@ -88,6 +88,7 @@ class Head:
         prefix: Prefix of the trunk's tensors in the authors' files.
         options: Dataclass of the head's options.
         read_options: Function that returns the options of a network with tensors of the given shapes.
+        any_size: Whether the sizes of its images differ, so that exports for engines accept any size.
     """
 
     task: str
@@ -99,6 +100,7 @@ class Head:
     prefix: str = ""
     options: type = NoOptions
     read_options: "Callable[[Mapping[str, tuple[int, ...]]], Any]" = lambda _: NoOptions()
+    any_size: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +303,7 @@ HEADS = {
         "backbone.",
         options=SemanticFPNOptions,
         read_options=_semantic_fpn_options,
+        any_size=True,
     ),
 }
 """All heads by name. A new head needs a row here and in `NETWORKS` of `models.build` and `reference.build`."""

@@ -97,19 +97,18 @@ def pixel_confusion_chart(matrix: np.ndarray, classes: Classes, title: str, larg
     """
     totals, names = matrix.sum(axis=1), _names(classes)
     order = np.argsort(-totals, kind="stable")[: min(largest, max(1, np.count_nonzero(totals)))]
-    shares = matrix[order] / np.maximum(totals[order], 1)[:, None]
-    shown_shares = shares[:, order]
-    columns = [names[index] for index in order]
+    cells, columns = matrix[np.ix_(order, order)], [names[index] for index in order]
     if len(order) < len(classes):
-        shown_shares = np.column_stack([shown_shares, 1 - shown_shares.sum(axis=1)])
+        cells = np.column_stack([cells, totals[order] - cells.sum(axis=1)])
         columns.append("all other classes")
-    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shown_shares]
-    masked = np.ma.masked_array(shown_shares, np.broadcast_to(totals[order, None] == 0, shown_shares.shape))
+    empty = np.broadcast_to(totals[order, None] == 0, cells.shape)
+    shares = np.ma.masked_array(cells / np.maximum(totals[order, None], 1), empty)
+    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares.filled(0)]
     extent = 100 * totals[order].sum() / max(1, totals.sum())
     subtitle = (
         f"Percentage of the pixels of each class. {counted(len(order), 'class')} with {extent:.1f}% of all pixels"
     )
-    return _cells(masked, texts, columns[: len(order)], columns, title, subtitle, "pixels")
+    return _cells(shares, texts, columns[: len(order)], columns, title, subtitle, "pixels")
 
 
 def _cells(

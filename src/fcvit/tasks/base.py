@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from fcvit.tasks.recipe import Recipe
     from fcvit.weights.reading import Weights
 
-TASKS = {"classification": "fcvit.tasks.classification.task"}
+TASKS = {
+    "classification": "fcvit.tasks.classification.task",
+    "segmentation": "fcvit.tasks.segmentation.task",
+}
 DEFAULT_TASK = "classification"
 """The task of recipes and results without a task name."""
 
@@ -86,6 +89,9 @@ class Evaluator(Protocol):
         rule: A readable description of how targets were read.
         dtype: NumPy structure of the record of one sample and one configuration.
         outputs: Number of outputs of the network per sample, or 0 if it varies.
+        at_once: Number of samples for which outputs are computed and recorded together, or None for a whole batch. It
+            must be 1 if the sizes of images differ.
+        fixed_preprocessing: Whether `--protocol` and the preprocessing options do not apply.
     """
 
     dataset: "Dataset"
@@ -93,6 +99,8 @@ class Evaluator(Protocol):
     rule: str
     dtype: np.dtype
     outputs: int
+    at_once: int | None
+    fixed_preprocessing: bool
 
     def identity(self) -> dict[str, Any]:
         """Return values that determine the records, in addition to weights, engines and sample names, as JSON."""

@@ -71,6 +71,8 @@ class ClassificationEvaluator:
         UnreadableFile, DoesNotFit, UsageError: Data, lists, options and weights do not match.
     """
 
+    at_once, fixed_preprocessing = None, False
+
     def __init__(self, loaded: Sequence[Weights], data: Path | LabeledImages, options: Options):
         if options.seed is not None and options.subset is None:
             raise UsageError("eval: --seed is only used with --subset; add --subset or omit --seed")

@@ -38,11 +38,10 @@ def label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     the best class of the neighbors is the best class, because an interpolated logit is a weighted mean.
     """
     height, width = logits.shape[1:]
-    return label_map_of_view(View((height, width), (logits,)), size)
+    return _label_map(View((height, width), (logits,)), size)
 
 
-def label_map_of_view(view: View, size: tuple[int, int]) -> np.ndarray:
-    """Return the label map, uint8 (H, W), of one view that is not mirrored. See `label_map`."""
+def _label_map(view: View, size: tuple[int, int]) -> np.ndarray:
     rows, columns = map(_neighbors, view.size, size)
     source, result = _Rows(view.bands), np.empty(size, np.uint8)
     for part in _parts(size, _PIXELS):
@@ -64,8 +63,10 @@ def average_label_map(views: Sequence[View], size: tuple[int, int]) -> np.ndarra
     """Average the probabilities of views, and return the most probable class of each pixel, uint8 (H, W).
 
     Each view is resized, converted to probabilities and mirrored back, as in mmsegmentation's `aug_test`. The logits of
-    views with one band are kept in memory until the end.
+    views with one band are kept in memory until the end. For one view, the result is that of `label_map`.
     """
+    if len(views) == 1 and not views[0].mirrored:
+        return _label_map(views[0], size)
     axes = [tuple(map(_neighbors, view.size, size)) for view in views]
     sources, result = [_Rows(view.bands) for view in views], np.empty(size, np.uint8)
     for part in _parts(size, _PIXELS_OF_ALL_CLASSES):
@@ -111,16 +112,19 @@ def sliding_logits(
     height, width = pixels.shape[1:]
     (tops, high), (lefts, wide) = map(_windows, (height, width), window, stride)
     covered = [sum(start <= position < start + wide for start in lefts) for position in range(width)]
-    sums, times = np.zeros(0), np.zeros(height, np.int64)
+    sums: np.ndarray | None = None  # of the rows from `top`
+    times = np.zeros(height, np.int64)
     for top, following in zip(tops, [*tops[1:], height], strict=True):
         times[top : top + high] += 1
         for left in lefts:
             logits = compute(pixels[:, top : top + high, left : left + wide])
-            if left == lefts[0]:  # rows of this band that earlier windows did not reach
-                kept = sums.shape[1] if top else 0
+            kept = 0 if sums is None else sums.shape[1]
+            if kept < high:
                 missing = np.zeros((len(logits), high - kept, width), logits.dtype)
-                sums = np.concatenate([sums, missing], axis=1) if top else missing
+                sums = missing if sums is None else np.concatenate([sums, missing], axis=1)
+            assert sums is not None
             sums[:, :, left : left + wide] += logits
+        assert sums is not None
         done = following - top
         yield sums[:, :done] / (times[top:following, None] * np.array(covered)).astype(sums.dtype)
         sums = sums[:, done:]

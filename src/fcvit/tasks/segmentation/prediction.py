@@ -23,7 +23,8 @@ from fcvit.inference.images import ImageLike, collect, read_ahead, require_finit
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import ADE20K_CLASSES, Preprocessing
 from fcvit.report.image_grid import png
-from fcvit.tasks.segmentation.logits import View, average_label_map, label_map_of_view, sliding_logits
+from fcvit.tasks.segmentation.evaluation import default_palette
+from fcvit.tasks.segmentation.logits import View, average_label_map, sliding_logits
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -121,8 +122,10 @@ class SegmentedImage:
         """Return the classes in the label map, the one with the largest area first."""
         counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-        shares = counts / self.labels.size
-        return [ClassArea(int(index), *self.classes[index], float(shares[index])) for index in order]
+        return [
+            ClassArea(index, self.classes[index].id, self.classes[index].name, int(counts[index]) / self.labels.size)
+            for index in order.tolist()
+        ]
 
     def save(self, path: str | os.PathLike[str], one_based: bool | None = None) -> None:
         """Write the label map as a PNG file with a palette, whose pixels are class indices. A file is replaced.
@@ -217,8 +220,7 @@ class Segmenter:
 
             views = list(_views(pixels, self.weights.spec.options, options, compute))
             height, width = pixels.shape[:2]
-            together = label_map_of_view if len(views) == 1 else average_label_map
-            labels = together(views[0] if len(views) == 1 else views, (height, width))
+            labels = average_label_map(views, (height, width))
             yield SegmentedImage(labels, self.classes, self.palette, image, options.one_based)
 
     def rows(self, prediction: SegmentedImage) -> list[dict[str, Any]]:
@@ -272,7 +274,9 @@ def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, crea
         raise DoesNotFit(f"the class list has {len(given.classes)} classes, but the model has {count} outputs")
     numbered = ClassList(tuple(ClassName(str(index), f"class {index}") for index in range(count)))
     listed = given or own or (ade20k() if count == ADE20K_CLASSES else numbered)
-    palette = listed.palette or weights.palette or painting.default_palette(count)
+    palette = (
+        listed.palette or weights.palette or tuple((red, green, blue) for red, green, blue in default_palette(count))
+    )
     engine = create()
     if not given and not own and count == ADE20K_CLASSES:
         logger.info("the weights have no class names: ADE20K's are used; pass others with --classes FILE")

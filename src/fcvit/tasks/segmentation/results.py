@@ -18,7 +18,7 @@ from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, UnreadableFile
+from fcvit.errors import BadImages, UnreadableFile, counted
 from fcvit.evaluation.protocols import Protocol
 from fcvit.evaluation.results import METRICS, result_folder
 from fcvit.metrics import segmentation as metrics
@@ -37,21 +37,18 @@ RECORD = np.dtype([("pixels", "<i8"), ("differing", "<i8"), ("label", "u1", (_DI
 """The record of an image: its pixels, those predicted otherwise than by the reference, and a digest of its label."""
 
 
-def record(
-    prediction: np.ndarray, label: np.ndarray, reference: np.ndarray | None = None, ignore: int = metrics.IGNORE
-) -> tuple[np.ndarray, bytes]:
+def record(prediction: np.ndarray, label: np.ndarray, reference: np.ndarray | None = None) -> tuple[np.ndarray, bytes]:
     """Return the record of an image, a scalar of `RECORD`, and its encoded pairs (see `fcvit.metrics.segmentation`).
 
     Args:
         prediction: Predicted class of each pixel, uint8 (H, W), at the size of the label map.
-        label: Label of each pixel, uint8 (H, W), in the numbering of the network's classes.
+        label: Label of each pixel, uint8 (H, W), in the numbering of the network's classes, 255 where it is ignored.
         reference: Prediction of the reference configuration, or None for the reference itself.
-        ignore: Label of the pixels that are not counted.
 
     Raises:
         DoesNotFit: The sizes are different.
     """
-    content = metrics.encode(metrics.confusion(prediction, label, ignore))
+    content = metrics.encode(metrics.confusion(prediction, label))
     result = np.zeros((), RECORD)
     result["pixels"] = label.size
     result["differing"] = 0 if reference is None else np.count_nonzero(prediction != reference)
@@ -62,7 +59,7 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image (RGB) with its label map and the predicted classes, uint8 (H, W)."""
+    """An image (RGB) with its label map (255 where it is ignored) and the predicted classes, uint8 (H, W)."""
 
     image: Image.Image
     label: np.ndarray
@@ -317,7 +314,7 @@ def write_result(
     order = scored[np.lexsort((sums.aacc[scored], sums.miou[scored]))]
     names = [named.name for named in records.classes]
     for file, chosen, which in ((WORST, order[:_SHOWN], "lowest"), (BEST, order[::-1][:_SHOWN], "highest")):
-        title = f"{len(chosen)} of {result.images:,} images with the {which} mIoU"
+        title = f"the {len(chosen)} of {counted(result.images, 'image')} with the {which} mIoU"
         images = _label_rows(chosen, records, sums, sample)
         runs.write_bytes(folder / file, png(label_grid(images, title, names, palette)))
     runs.write_json(folder / METRICS, dataclasses.asdict(result) | dict(about))  # last, as it marks a complete result

@@ -1,0 +1,235 @@
+"""The evaluation of segmentation networks: options, data, and the records of single images.
+
+The preprocessing is that of mmsegmentation 0.19 with the authors' configuration. Logits are resized twice: to the size
+of the network's input (in the network), then to the size of the label map.
+"""
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from cyclopts import Parameter
+from PIL import Image
+
+from fcvit.data.class_colors import ClassList, read_class_list
+from fcvit.data.classes import ClassName
+from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label, resolve_encoding, scan_labels
+from fcvit.data.loader import Dataset
+from fcvit.data.segmentation import LabeledMaps, find_maps, read_split
+from fcvit.data.sources import open_source
+from fcvit.data.transforms import segmentation as transforms
+from fcvit.errors import DoesNotFit, UsageError
+from fcvit.evaluation.settings import MOVABLE, Configuration, absolute
+from fcvit.inference.engines import Engine, create_engine
+from fcvit.models.spec import SemanticFPNOptions
+from fcvit.models.variants import Preprocessing
+from fcvit.tasks.base import Evaluated
+from fcvit.tasks.segmentation.figures import SegmentationReport
+from fcvit.tasks.segmentation.published import validation_of
+from fcvit.tasks.segmentation.results import RECORD, Sample, record
+from fcvit.weights.reading import Weights
+
+_SAMPLE = 64  # label files that are examined before an evaluation
+_ROWS = 64  # rows of logits that are resized at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of `fcvit eval` for segmentation networks, in addition to `fcvit.evaluation.settings.Settings`.
+
+    Args:
+        classes: Class list of the model: CSV with id and name, or one class per line (default: from the weights file).
+        split: Folder of the split, for example val (default: the validation split).
+        label_suffix: End of the names of label maps, such as _mask (default: found from the names).
+        reduce_zero_label: 0 in a label map is ignored, and k is class k - 1 (default: only for ADE20K).
+        ignore_index: Values in label maps that are ignored (default: 255).
+        label_values: Value of each class in label maps, for example 0 255 (default: 0, 1, 2, ...).
+    """
+
+    classes: str | None = dataclasses.field(default=None, metadata=MOVABLE)
+    split: str | None = None
+    label_suffix: str | None = None
+    reduce_zero_label: bool | None = None
+    ignore_index: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None
+    label_values: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None
+
+    def __post_init__(self) -> None:
+        if self.classes:
+            object.__setattr__(self, "classes", absolute(self.classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabeledPixels:
+    """The transform of an evaluation: the pixels of the network's input, and the label map at its original size.
+
+    Args:
+        encoding: Meaning of the values in label files.
+        scale: Largest length of the longer and the shorter side.
+    """
+
+    encoding: LabelEncoding
+    scale: tuple[int, int]
+
+    decode: ClassVar = staticmethod(transforms.decode)
+
+    def __call__(self, image: Image.Image, target: LabelFile, index: int) -> tuple[np.ndarray, np.ndarray]:
+        label = read_label(target, self.encoding, image.size)
+        return transforms.preprocess(np.asarray(image), self.scale), label
+
+
+class SegmentationEvaluator:
+    """The evaluator of segmentation networks (see `fcvit.tasks.base.Evaluator`).
+
+    Args:
+        loaded: Weights of networks with the same classes.
+        data: Path of a data set (see `fcvit.data.segmentation.find_maps`), or images with label maps.
+        options: Options of this evaluation.
+        encoding: Meaning of the values in label files. None examines some of the files.
+
+    Raises:
+        UnreadableFile, DoesNotFit, UsageError: Data, options and weights do not match.
+    """
+
+    dtype, outputs, at_once, fixed_preprocessing = RECORD, 0, 1, True
+
+    def __init__(
+        self,
+        loaded: Sequence[Weights],
+        data: Path | LabeledMaps,
+        options: Options,
+        encoding: LabelEncoding | None = None,
+        listed: ClassList | None = None,
+    ):
+        first = loaded[0]
+        count = first.spec.num_classes
+        for weights in loaded:
+            if (weights.spec.num_classes, weights.spec.options) != (count, first.spec.options):
+                raise DoesNotFit(
+                    f"{weights.source.path} and {first.source.path} differ in their classes or in the size of their "
+                    "input; evaluate them separately"
+                )
+        self.options, self.scale = options, input_scale(first.spec.options)
+        ade20k, notes = False, ()
+        self.dataset: Dataset
+        if isinstance(data, LabeledMaps):
+            self.dataset = data
+        else:
+            layout = find_maps(open_source(data))
+            if layout is None:
+                raise DoesNotFit(
+                    f"{data}: no segmentation data set; expected the folders images and annotations in it, or in a "
+                    "folder for each split"
+                )
+            split = options.split or _only(layout.named("val") or list(layout.splits), str(data))
+            if split not in layout.splits:
+                raise UsageError(f"--split {split}: expected one of {', '.join(layout.splits)}")
+            maps = read_split(layout, split, options.label_suffix)
+            self.dataset, notes, ade20k = maps, maps.notes, layout.is_ade20k
+            listed = listed or layout.class_list()
+        if options.classes:
+            listed = read_class_list(Path(options.classes))
+        if listed and len(listed.classes) != count:
+            raise DoesNotFit(f"the class list has {len(listed.classes)} classes, but {first.source.path} has {count}")
+        known = listed.classes if listed else first.classes
+        self.classes = known or tuple(ClassName(str(index), f"class {index}") for index in range(count))
+        colors = first.palette or (listed.palette if listed else None)
+        self.palette = np.array(colors or default_palette(count), np.uint8)
+        if encoding is None:
+            reduce = ade20k if options.reduce_zero_label is None else options.reduce_zero_label
+            ignored = listed.ignored_colors if listed else ()
+            palette = listed.palette if listed else None
+            encoding = LabelEncoding(count, reduce, options.ignore_index, options.label_values, palette, ignored)
+            some = np.linspace(0, len(self.dataset) - 1, min(_SAMPLE, len(self.dataset))).round().astype(int)
+            sample = self.dataset.take(some.tolist())
+            encoding = resolve_encoding(sample, list(scan_labels(sample, 0)), encoding, ["fcvit", "eval"])
+        self.encoding = encoding
+        self.notes = notes
+        self.rule = "0 is ignored, k is class k - 1" if encoding.reduce_zero_label else "values are class indices"
+        self.validation = validation_of(self.dataset.names)
+        self.about: Mapping[str, Any] = {"encoding": dataclasses.asdict(encoding)}
+        self._engines: dict[str, Engine] = {}
+
+    def identity(self) -> dict[str, Any]:
+        encoding = {name: value for name, value in dataclasses.asdict(self.encoding).items() if name != "palette"}
+        return {"classes": [c.id for c in self.classes], "encoding": encoding, "scale": self.scale}
+
+    def transform(self, preprocessing: Preprocessing) -> LabeledPixels:
+        return LabeledPixels(self.encoding, self.scale)
+
+    def record(
+        self, outputs: np.ndarray, targets: Sequence[np.ndarray], reference: np.ndarray | None
+    ) -> tuple[np.ndarray, Sequence[bytes]]:
+        """Record the pixels of each pair of label and predicted class."""
+        (logits,), (label,) = outputs, targets
+        other = None if reference is None else label_map(reference[0], label.shape)
+        row, content = record(label_map(logits, label.shape), label, other)
+        return row[None], [content]
+
+    def report(self, evaluated: Evaluated) -> SegmentationReport:
+        return SegmentationReport(self, evaluated)
+
+    def sample(self, configuration: Configuration, index: int, /) -> Sample:
+        """Return an image of the data set with its label map and its prediction, which is computed again."""
+        name, location = self.dataset.names[index], self.dataset.locations[index]
+        image = transforms.decode(io.BytesIO(location.read()), name)
+        pixels, label = self.transform(configuration.protocol.preprocessing)(image, self.dataset.targets[index], index)
+        if configuration.name not in self._engines:
+            arguments = (configuration.weights, configuration.protocol.preprocessing, "auto", configuration.precision)
+            self._engines[configuration.name] = create_engine(configuration.engine, *arguments)
+        (logits,) = self._engines[configuration.name](pixels[None])
+        return Sample(image, label, label_map(logits, label.shape))
+
+
+def input_scale(options: SemanticFPNOptions) -> tuple[int, int]:
+    """Return the largest length of the longer and the shorter side of a network's input, in pixels."""
+    return options.long_side, options.short_side
+
+
+def label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize logits (C, h, w) to a height and width, and return the best class of each pixel, uint8 (H, W).
+
+    The resize is PyTorch's bilinear `interpolate` with align_corners=False. It is computed for some rows at a time,
+    because all logits of a large image need gigabytes.
+    """
+    if logits.shape[1:] == size:
+        return logits.argmax(0).astype(np.uint8)
+    (low, high, weight), (left, right, share) = (
+        _neighbors(before, after) for before, after in zip(logits.shape[1:], size, strict=True)
+    )
+    result = np.empty(size, np.uint8)
+    for start in range(0, size[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        lower, upper = logits[:, low[rows]], logits[:, high[rows]]
+        mixed = lower + weight[rows, None].astype(logits.dtype) * (upper - lower)
+        before, after = mixed[..., left], mixed[..., right]
+        result[rows] = (before + share.astype(logits.dtype) * (after - before)).argmax(0)
+    return result
+
+
+def _neighbors(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the indices of the two neighbors of each output pixel, and the weight of the second one."""
+    position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)
+    low = np.minimum(position.astype(np.int64), before - 1)
+    return low, np.minimum(low + 1, before - 1), position - low
+
+
+def default_palette(count: int) -> list[list[int]]:
+    """Return the colors of PASCAL VOC for classes without colors: the bits of the index, from the highest bit down."""
+    colors = []
+    for index in range(count):
+        number, color = index + 1, [0, 0, 0]
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                color[channel] |= (number >> channel & 1) << bit
+            number >>= 3
+        colors.append(color)
+    return colors
+
+
+def _only(names: Sequence[str], data: str) -> str:
+    if len(names) != 1:
+        raise UsageError(f"{data}: contains the splits {', '.join(names)}; select one with --split")
+    return names[0]
