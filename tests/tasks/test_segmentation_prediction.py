@@ -349,6 +349,7 @@ def test_classes_and_colors_come_from_the_list_the_weights_or_ade20k(weights, tm
     path.write_text("name,red,green,blue\n" + "".join(f"name {i},{i},0,9\n" for i in range(5)))
     listed = segmenter(weights, preprocessing, path, Colors)
     assert listed.classes[4].name == "name 4" and listed.palette[4] == (4, 0, 9)
+    assert segmenter(authors, preprocessing, ["x" * n for n in range(1, 151)], Colors).classes[1].name == "xx"
     named = segmenter(weights, preprocessing, ["a", "b", "c", "d", "e"], Colors)
     assert named.classes[0].name == "a" and named.palette[0] == (128, 0, 0)
     with pytest.raises(DoesNotFit, match="3 classes, but the model has 5"):
@@ -400,12 +401,13 @@ def run(capsys, tmp_path, monkeypatch, file):
 
 def test_the_command_prints_areas_and_writes_label_maps_and_overlays(run, predictor, photos):
     (photos[0].parent / "deeper").mkdir()
-    photos[2].rename(photos[0].parent / "deeper" / "1.JPG")
+    photos[1].rename(photos[0].parent / "b.png")
+    photos[2].rename(photos[0].parent / "deeper" / "B.JPG")  # the same name on some file systems
     (photos[0].parent / "bad.png").write_bytes(b"x")
     code, out, err = run("photos", "-o", "out")
     assert code == 6 and "bad.png" in err and "area (%)" in out and "written to out" in out
-    expected = {path: predictor.predict(path)[0] for path in ("photos/0.png", "photos/1.png", "photos/deeper/1.JPG")}
-    for (path, result), name in zip(expected.items(), ("0", "1", "1-2"), strict=True):
+    expected = {path: predictor.predict(path)[0] for path in ("photos/0.png", "photos/b.png", "photos/deeper/B.JPG")}
+    for (path, result), name in zip(expected.items(), ("0", "b", "B-2"), strict=True):
         with Image.open(f"out/labels/{name}.png") as image:
             np.testing.assert_array_equal(np.asarray(image), result.labels)
         with Image.open(f"out/overlays/{name}.jpg") as image:
