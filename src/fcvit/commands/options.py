@@ -74,7 +74,7 @@ def all_tasks(kind: str) -> Any:
     Args:
         kind: Attribute of a task, such as "options" (see `fcvit.tasks.base.Task`).
     """
-    classes = tuple(getattr(get_task(name), kind) for name in TASKS)
+    classes = tuple(getattr(get_task(name), kind) for name in reversed(TASKS))  # the fields of the last one are first
     fields = {"__module__": __name__, "__post_init__": lambda _: None}
     return dataclasses.dataclass(frozen=True)(type("TaskOptions", classes, fields))
 

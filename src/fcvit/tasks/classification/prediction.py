@@ -35,8 +35,8 @@ class PredictionOptions:
     """Options of `fcvit predict` for classification.
 
     Args:
-        top_k: Number of classes per image.
-        batch_size: Number of images per batch.
+        top_k: Classification: number of classes per image.
+        batch_size: Classification: number of images per batch.
     """
 
     top_k: int = 5

@@ -41,12 +41,15 @@ class PredictionOptions:
     """Options of `fcvit predict` for segmentation.
 
     Args:
-        flip: Average the probabilities with those of the mirrored image.
-        scales: Factors of the size of the network's input, separated by commas. Their probabilities are averaged.
-        window: Side of a sliding window in the network's input, in pixels. The logits of all windows are averaged.
-        stride: Step of the sliding window in pixels (default: two thirds of the window).
-        no_resize: Use images at their own size, not at the size of the training images. Large images need --window.
-        one_based: Write class k as k + 1, like the labels of ADE20K. Its server expects this numbering.
+        flip: Segmentation: average the probabilities with those of the mirrored image.
+        scales: Segmentation: factors of the size of the network's input, separated by commas. Their probabilities are
+            averaged.
+        window: Segmentation: side of a sliding window in the network's input, in pixels. The logits of all windows are
+            averaged.
+        stride: Segmentation: step of the sliding window in pixels (default: two thirds of the window).
+        no_resize: Segmentation: use images at their own size, not at the size of the training images. Large images need
+            --window.
+        one_based: Segmentation: write class k as k + 1 in label maps, as ADE20K's server expects it.
     """
 
     flip: Annotated[bool, Parameter(negative=())] = False
