@@ -1,7 +1,7 @@
 """Measure the images per second of the engines on this CPU, compared with PyTorch.
 
 Run:  .venv/bin/python benchmarks/inference.py [--variants NAME ...] [--batch-sizes N ...] [--threads N]
-          [--engines NAME ...] [--rounds N] [--json FILE]
+          [--engines NAME ...] [--task TASK] [--rounds N] [--json FILE]
 
 The script runs `fcvit bench` for several variants with synthetic weights. The contenders run alternately in separate
 processes. All engines take uint8 images and normalize them. The ratios to PyTorch in channels_last are medians over
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 1], help="images per batch")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=CONTENDERS)
+    parser.add_argument("--task", default="classification", choices=("classification", "segmentation"))
     parser.add_argument("--rounds", type=int, default=9, help="number of measurement rounds (default 9)")
     parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
@@ -32,6 +33,7 @@ def main() -> None:
     results = [
         bench(
             variant=variant,
+            task=arguments.task,
             engines=arguments.engines,
             batch_sizes=[batch],
             threads=[arguments.threads],

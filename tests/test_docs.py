@@ -72,6 +72,12 @@ def workplace(tmp_path, monkeypatch):
     few = train[labels[train] < 2]
     write_images(images[few], np.array(["rose", "tulip"])[labels[few]], tmp_path / "flowers")
     photos = [*(tmp_path / "imagenet" / "val").glob("*/*.png")][:4]
+    for root in ("ADEChallengeData2016", "streets"):
+        for split in ("training", "validation"):
+            for kind, pixels in (("images", images[0]), ("annotations", np.ones_like(images[0]))):
+                (tmp_path / root / kind / split).mkdir(parents=True)
+                Image.fromarray(pixels).save(tmp_path / root / kind / split / "1.png")
+    (tmp_path / "streets" / "classes.csv").write_text("index,name,red,green,blue\n0,road,128,64,128\n")
     (tmp_path / "photos").mkdir()
     for path in photos:
         shutil.copy(path, tmp_path / "photos")

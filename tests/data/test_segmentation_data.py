@@ -685,6 +685,11 @@ def test_problems_of_segmentation_data(data, capsys):
     save(data / "annotations/train/1.png", blocks(0, 9))
     (data / "annotations/val/2.png").unlink()
     save(data / "annotations/val/old.png", blocks(0, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    photo(data / "images/val/1.jpg").write_bytes(
+        save(data / "upside down.jpg", Image.open(data / "images/val/1.jpg"), exif=exif).read_bytes()
+    )
     for index in (0, 1):
         save(data / f"annotations/val/{index}.png", blocks(0, 1))
     (data / "images/val/0.jpg").write_bytes((data / "images/train/2.jpg").read_bytes())
@@ -704,6 +709,7 @@ def test_problems_of_segmentation_data(data, capsys):
         assert text in out
     assert "images/train/0.jpg: not a readable image" in err
     assert "annotations/train/1.png: values outside the classes (0 to 2)" in err
+    assert "EXIF" not in out  # the orientation is applied
     assert run(capsys, data, "--json")[0] == 6
 
 

@@ -6,7 +6,7 @@ import pytest
 from fcvit.data.loader import Batch
 from fcvit.errors import UsageError
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.batches import MicroBatches, epoch_batches, steps_per_epoch
+from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, steps_in_pass
 
 
 def test_the_batch_size_must_be_divisible_by_the_micro_batches():
@@ -15,9 +15,21 @@ def test_the_batch_size_must_be_divisible_by_the_micro_batches():
         MicroBatches(8, 3)
     with pytest.raises(UsageError, match=r"batch_size 8 .* 1 image .*BatchNorm"):
         MicroBatches(8, 2, 0, 4)
-    assert steps_per_epoch(20, 8) == 2
+    assert steps_in_pass(20, 8) == 2
     with pytest.raises(UsageError, match=r"batch_size 8.* 7 training images"):
-        steps_per_epoch(7, 8)
+        steps_in_pass(7, 8)
+
+
+def test_epochs_of_a_number_of_steps_use_all_images_equally_often():
+    orders = [epoch_order(10, 3, number, 4, steps=3) for number in range(5)]
+    assert [len(order) for order in orders] == [12] * 5
+    everything = np.concatenate(orders).reshape(6, 10)
+    assert (np.sort(everything, axis=1) == np.arange(10)).all(), "each pass uses every image once"
+    assert len({tuple(order) for order in everything}) == 6
+    short = np.concatenate([epoch_order(10, 3, number, 5, steps=1) for number in range(12)])
+    assert (short == np.concatenate(orders)).all()
+    one_pass = np.random.default_rng([3, 2]).permutation(10)
+    assert epoch_order(10, 3, 2, 4) == one_pass[:8].tolist()
 
 
 def epoch(recipe, number, micro_batches=None, workers=0):

@@ -43,6 +43,14 @@ def test_weight_decay_applies_only_to_matrices_and_kernels(model, small):
     assert all(moved[name] == pytest.approx(-0.01, abs=2e-7) for name in moved if name.endswith("layer_scale_1"))
 
 
+def test_weight_decay_can_apply_to_all_parameters(model, small):
+    from fcvit.training.optimizer import create_optimizer
+
+    moved, before = step(model, create_optimizer(model, small(lr=0.01, weight_decay=0.5, decay_all=True, eps=1e-12)))
+    for name, change in moved.items():
+        assert change == pytest.approx(-0.01 - 0.01 * 0.5 * before[name], abs=2e-7), name
+
+
 def test_layer_decay_reduces_the_learning_rate_of_lower_blocks(model, small):
     from fcvit.training.optimizer import create_optimizer, depth_of
 
@@ -192,7 +200,7 @@ def test_each_micro_batch_has_separate_running_statistics(model):
 
 
 def test_balanced_class_weights_give_each_class_the_same_total_weight():
-    from fcvit.tasks.classification.training import balanced
+    from fcvit.tasks.class_weights import balanced
 
     counts = np.array([30, 10, 0, 60])
     weights = balanced(counts)

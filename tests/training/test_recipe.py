@@ -172,7 +172,7 @@ def test_the_task_selects_the_fields(monkeypatch):
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
     with pytest.raises(UsageError, match=r"--crop: .*field 'crop'"):
         build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"crop": "padded"}, "file")
-    with pytest.raises(UsageError, match="task 'sorting': expected classification, mean"):
+    with pytest.raises(UsageError, match="task 'sorting': expected classification, segmentation, mean"):
         read_recipe("digits", {"task": "sorting"})
 
 

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -196,6 +196,7 @@ def bench(
     weights: Annotated[Any, Parameter()] = None,
     *,
     variant: Annotated[Any, Parameter()] = None,
+    task: Literal["classification", "segmentation"] | None = None,
     engines: Annotated[Sequence[str], _separated("--engine")] = (),
     batch_sizes: Annotated[Sequence[int], _separated("--batch-size", int)] = (1, 8),
     threads: Annotated[Sequence[int], _separated("--threads", int)] = (),
@@ -212,11 +213,12 @@ def bench(
     Args:
         weights: A checkpoint of any format (in Python also a `Weights` object) (default: synthetic weights).
         variant: Variant of the synthetic weights (default: fcvit_tiny).
+        task: Task of the synthetic weights (default: classification).
         engines: Engines, separated by commas (default: all installed engines, torch-channels-last, torch-compile).
         batch_sizes: Batch sizes, separated by commas (default: 1,8).
         threads: Numbers of CPU threads, separated by commas (default: one per core).
         precisions: float32 (default) and bfloat16, separated by commas. Engines without a precision are skipped.
-        size: Height and width of the images in pixels (default: the input size of the weights).
+        size: Height and width of the images in pixels (default: the input size of the weights, or the shorter side).
         rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
         reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
         folder: New folder for bench.json, bench.csv and bench.png.
@@ -246,9 +248,9 @@ def bench(
     if not possible:
         raise UsageError(f"--precision {','.join(precisions)}: not supported by {', '.join(names)}; add float32")
     skipped = [(str(job), f"{job.engine} has no {job.precision} on a CPU") for job in requested if job not in possible]
-    read = _weights(weights, variant, ema)
+    read = _weights(weights, variant, task, ema)
     pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
-    pixels = dataclasses.replace(pixels, input_size=size or pixels.input_size)
+    pixels = dataclasses.replace(pixels, input_size=size or read.spec.short_side or pixels.input_size)
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
         timings: dict[Contender, Timing | FcvitError] = {}
         load = functools.partial(_load, weights=read, pixels=pixels)
@@ -272,20 +274,23 @@ def bench(
     return result
 
 
-def _weights(source: Weights | File | None, variant: Variant | str | None, ema: bool | None) -> Weights:
+def _weights(
+    source: Weights | File | None, variant: Variant | str | None, task: str | None, ema: bool | None
+) -> Weights:
     """Return weights that can be sent to another process: arrays in memory instead of views of a file."""
     if source is None:
-        return synthetic_weights(get_variant(variant or "fcvit_tiny"))
-    if variant is not None:
-        raise UsageError("--variant applies to synthetic weights only; leave it out, the weights file defines it")
+        return synthetic_weights(get_variant(variant or "fcvit_tiny"), task or "classification")
+    for option, value in (("variant", variant), ("task", task)):
+        if value is not None:
+            raise UsageError(f"--{option} applies to synthetic weights only; leave it out, the weights file defines it")
     read = source if isinstance(source, Weights) else read_weights(source, ema)
     checkpoint = Checkpoint(read.source.path, MEMORY, {}, None, b"")
     return dataclasses.replace(read, tensors={n: np.array(t) for n, t in read.tensors.items()}, source=checkpoint)
 
 
-def synthetic_weights(variant: Variant) -> Weights:
+def synthetic_weights(variant: Variant, task: str = "classification") -> Weights:
     logger.info(f"no weights given: using {variant.name} with synthetic weights, which have the same speed")
-    spec = ModelSpec(variant, 1000)
+    spec = ModelSpec(variant, 150, "semantic_fpn") if task == "segmentation" else ModelSpec(variant, 1000)
     source = Checkpoint(Path(f"{variant.name} synthetic"), MEMORY, {}, None, b"")
     return Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ())
 

@@ -16,7 +16,7 @@ import numpy as np
 from cyclopts import Parameter
 from PIL import ExifTags, Image
 
-from fcvit.commands.options import File, LabelOptions, decoding_processes
+from fcvit.commands.options import File, decoding_processes
 from fcvit.data.class_colors import ClassList, read_class_list
 from fcvit.data.classes import labels as class_labels
 from fcvit.data.folders import is_image
@@ -28,6 +28,7 @@ from fcvit.data.splits import find_layout
 from fcvit.data.transforms.preprocess import DEEP, as_rgb, opened
 from fcvit.errors import BadImages, UnreadableFile, UsageError, counted
 from fcvit.report.progress import progress
+from fcvit.tasks.segmentation.label_options import LabelOptions
 from fcvit.text import some
 
 logger = logging.getLogger("fcvit")
@@ -435,9 +436,7 @@ def _check_maps(
     if listed is None and (listed := layout.class_list()):
         origin = "ADE20K's classes" if layout.is_ade20k else f"the classes in {path / 'classes.csv'}"
         logger.info(f"{path}: checked with {origin}")
-    reduced = options.reduce_zero_label
-    if reduced is None and layout.is_ade20k:
-        reduced = True
+    if options.reduce_zero_label is None and layout.is_ade20k:
         logger.info(f"{path}: 0 is ignored, as in ADE20K (--no-reduce-zero-label reads it as a class)")
     splits = {name: read_split(layout, name, options.label_suffix) for name in layout.splits}
     for note in (note for split in splits.values() for note in split.notes):
@@ -457,14 +456,7 @@ def _check_maps(
         for result in scan_labels(everything, workers):
             stats.append(result)
             advance(1)
-    described = LabelEncoding(
-        len(listed.classes) if listed else None,
-        bool(reduced),
-        tuple(options.ignore_index) if options.ignore_index is not None else None,
-        tuple(options.label_values) if options.label_values is not None else None,
-        listed.palette if listed else None,
-        listed.ignored_colors if listed else (),
-    )
+    described = options.encoding(len(listed.classes) if listed else None, listed, layout.is_ade20k)
     encoding = resolve_encoding(everything, stats, described, command)
     names = class_labels(listed.classes) if listed else [str(index) for index in range(encoding.num_classes or 0)]
     checks: dict[str, LabelCheck] = {}
@@ -472,7 +464,10 @@ def _check_maps(
     for name, split in splits.items():
         checks[name] = check_labels(split, stats[start : start + len(split)], encoding)
         start += len(split)
-    unusable = (reason for check in checks.values() for _, reason in check.bad)
+    unusable: list[Unreadable] = []
+    for name, check in checks.items():
+        labels = [(splits[name].labels[index].name, reason) for index, reason in check.bad]
+        unusable += [Unreadable(label, reason.removeprefix(f"{label}: ")) for label, reason in labels]
     return MapsCheck(
         path,
         tuple(
@@ -491,7 +486,7 @@ def _check_maps(
         ),
         encoding,
         few,
-        (*unreadable, *(Unreadable(*reason.split(": ", 1)) for reason in unusable)),
+        (*unreadable, *unusable),
         odd,
         _modes(readable),
         _duplicates(readable),

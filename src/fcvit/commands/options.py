@@ -87,32 +87,6 @@ def given_options(options: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if value != defaults[name]}
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelOptions:
-    """How label maps for segmentation are found and read.
-
-    Args:
-        label_suffix: End of the names of label maps, such as _mask (default: found from the names).
-        reduce_zero_label: 0 in a label map is ignored, and k is class k - 1 (default: only for ADE20K).
-        ignore_index: Values in label maps that are ignored (default: 255).
-        label_values: Value of each class in label maps, for example 0 255 (default: 0, 1, 2, ...).
-    """
-
-    label_suffix: str | None = None
-    reduce_zero_label: bool | None = None
-    ignore_index: Annotated[Sequence[int] | None, Parameter(consume_multiple=True, negative=())] = None
-    label_values: Annotated[Sequence[int] | None, Parameter(consume_multiple=True, negative=())] = None
-
-    def words(self) -> list[str]:
-        """Return the options that were given, as the words of a command line."""
-        words = [f"--label-suffix={self.label_suffix}"] if self.label_suffix is not None else []
-        if self.reduce_zero_label is not None:
-            words.append("--reduce-zero-label" if self.reduce_zero_label else "--no-reduce-zero-label")
-        for option, values in (("--ignore-index", self.ignore_index), ("--label-values", self.label_values)):
-            words += [option, *map(str, values)] if values is not None else []
-        return words
-
-
 def named_images(command: str, images: Sequence[str | os.PathLike[str]], output: File | None) -> list[Path]:
     """Find the images that the arguments of a command refer to.
 

@@ -3,17 +3,18 @@
 import dataclasses
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fcvit.data.loader import Batch
+from fcvit.data.loader import Batch, Dataset
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.report.sample_grid import sample_grid
-from fcvit.tasks.base import get_task
+from fcvit.tasks.base import TrainingTask, get_task
 from fcvit.tasks.recipe import Recipe
 from fcvit.weights.reading import read_weights
 from fcvit.weights.writing import staged
@@ -30,7 +31,7 @@ class Preview:
 
 
 def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 6, versions: int = 6) -> Preview:
-    """Draw training images next to their augmented versions in several epochs.
+    """Draw training images next to their augmented versions, with the labels of pixels, in several epochs.
 
     The images of the picture form one batch. Crops, operations, mixing and erasing are those of the recipe.
 
@@ -50,22 +51,15 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
     task = get_task(recipe.task).training(recipe, weights)
     positions = np.linspace(0, len(task.train) - 1, min(images, len(task.train))).round().astype(int)
     chosen = task.train.take(positions.tolist())
+    read = getattr(task.transform(0), "decode", decode)
     originals = [
-        decode(io.BytesIO(location.read()), name) for name, location in zip(chosen.names, chosen.locations, strict=True)
+        read(io.BytesIO(location.read()), name) for name, location in zip(chosen.names, chosen.locations, strict=True)
     ]
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
-    epochs = []
-    for epoch in range(versions):
-        transform = task.transform(epoch)
-        samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
-        pixels, targets = zip(*samples, strict=True)
-        batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
-        inputs, _ = task.inputs(batch, epoch)
-        visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise
-        epochs.append([Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in visible])
+    inputs = [_inputs(task, chosen, originals, epoch) for epoch in range(versions)]
+    height, width = inputs[0][0].shape[1:3]
+    epochs = [map(Image.fromarray, task.draw(*one)) for one in inputs]
     rows = [*zip(chosen.names, originals, map(list, zip(*epochs, strict=True)), strict=True)]
-    size = task.preprocessing.input_size
-    grid = sample_grid(rows, f"{len(rows)} training images and the network inputs at {size} x {size} pixels")
+    grid = sample_grid(rows, f"{len(rows)} training images and the network inputs at {width} x {height} pixels")
     target = Path(path)
     with staged(target) as temporary:
         try:
@@ -73,3 +67,17 @@ def draw_preview(recipe: Recipe, path: str | os.PathLike[str], *, images: int = 
         except (ValueError, KeyError) as error:
             raise UsageError(f"{target}: the extension is not a picture format; use for example .png") from error
     return Preview(target)
+
+
+def _inputs(
+    task: TrainingTask, chosen: Dataset, originals: Sequence[Image.Image], epoch: int
+) -> tuple[np.ndarray, Any]:
+    """Return the network's inputs of an epoch as visible pixels, uint8 (B, H, W, 3), and their targets."""
+    transform = task.transform(epoch)
+    samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
+    pixels, targets = zip(*samples, strict=True)
+    batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
+    inputs, targets = task.inputs(batch, epoch)
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
+    visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise
+    return np.ascontiguousarray(visible.transpose(0, 2, 3, 1)), targets

@@ -14,7 +14,7 @@ from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
 from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe
 from fcvit.training import run
-from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe
+from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe, several_values
 
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
 RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: new folder in runs/).")]
@@ -44,7 +44,9 @@ def recipe_options(*left_out: str, **defaults: object) -> Any:
         )
         if name == "options":
             about = Parameter.combine(about, Parameter("--option", metavar="NAME=VALUE", negative=()))
-        options[name] = Annotated[list[str] if name == "options" else str, about]
+        if several_values(field):
+            about = Parameter.combine(about, Parameter(consume_multiple=True, negative=()))
+        options[name] = Annotated[list[str] if name == "options" or several_values(field) else str, about]
     shown = {name: hint for name, hint in options.items() if name not in left_out}
     return Unpack[TypedDict("RecipeOptions", shown, total=False)]  # pyrefly: ignore
 

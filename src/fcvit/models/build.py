@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit.data.classes import Classes
+from fcvit.data.classes import Classes, Palette
 from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, SemanticFPNOptions, is_counter, paddle_name, tensor_specs
@@ -118,27 +118,29 @@ def build_classifier(
 
 
 def weights_of(
-    model: "FCViT",
+    model: "FCViT | SemanticFPN",
     *,
     name: str = "model",
     head: str = "classifier",
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
+    palette: Palette | None = None,
     tensors: "Mapping[str, Tensor] | None" = None,
     updates: int = 0,
 ) -> Weights:
-    """Return the weights of a classifier, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
+    """Return the weights of a network, for `fcvit.weights.writing.write_weights` or `fcvit.evaluate`.
 
     Args:
-        model: The classifier.
+        model: The network.
         name: Name of the weights in messages and results.
-        head: A key of `fcvit.models.spec.HEADS`.
+        head: The network's head, a key of `fcvit.models.spec.HEADS`.
         preprocessing: Preprocessing to store in a file.
         classes: Class list to store in a file.
+        palette: Color of each class to store in a file.
         tensors: Tensors to use instead of the model's `state_dict`, under the same names, such as EMA weights.
         updates: Number of updates of the BatchNorm statistics, which is PyTorch's `num_batches_tracked`.
     """
-    spec = ModelSpec(model.variant, model.num_classes, head)
+    spec = ModelSpec(model.variant, model.num_classes, head, getattr(model, "options", None))
     state = tensors or model.state_dict()
     stored: dict[str, np.ndarray] = {}
     for key, entry in tensor_specs(spec).items():
@@ -148,7 +150,7 @@ def weights_of(
             array = state[paddle_name(key)].numpy()
             stored[key] = array.T if entry.transposed_in_paddle else array
     source = Checkpoint(Path(name), MEMORY, {}, None, b"")
-    return Weights(spec, stored, source, "paddle", preprocessing, classes, (), ())
+    return Weights(spec, stored, source, "paddle", preprocessing, classes, (), (), palette)
 
 
 def build_network(weights: Weights, dtype: str = "float32") -> "nn.Layer":
@@ -206,27 +208,60 @@ def create_segmenter(
     ema: bool | None = None,
 ) -> "SemanticFPN":
     """Build a Semantic FPN in evaluation mode. See `create_model`."""
+    loaded = read_weights(weights, ema, get_variant(variant)) if weights is not None else None
+    dense, rates = _dense_variant(variant), (drop_path_rate, drop_rate)
+    model, new = build_segmenter(dense, loaded, num_classes, *rates, options=options)
+    if loaded is not None and new:
+        _warn(loaded, f"{new} are", stacklevel=4)
+    return model
+
+
+def build_segmenter(
+    variant: Variant,
+    weights: Weights | None,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    drop_rate: float = 0.0,
+    head_dropout: float = 0.1,
+    *,
+    options: SemanticFPNOptions | None = None,
+    new_head: bool = False,
+) -> "tuple[SemanticFPN, str]":
+    """Build a Semantic FPN in evaluation mode, from weights in memory or newly initialized.
+
+    Args:
+        variant: Architecture of the backbone.
+        weights: Weights of a Semantic FPN, a classifier or a backbone, or None.
+        num_classes: Number of classes. None uses that of the weights, or 150.
+        drop_path_rate, drop_rate: See `create_model`.
+        head_dropout: See `SemanticFPN`.
+        options: Widths of the network and size of its input. The weights of a Semantic FPN determine the widths.
+        new_head: Whether to initialize the last layer, also for the same number of classes.
+
+    Returns:
+        The network, and a readable list of the parts that the weights do not contain, or an empty string.
+    """
     from fcvit.models.semantic_fpn import SemanticFPN
 
-    loaded = read_weights(weights, ema, get_variant(variant)) if weights is not None else None
     tensors: Mapping[str, np.ndarray] = {}
     classes, new = ADE20K_CLASSES, "neck, decode_head and the four norms"
-    if loaded is not None and loaded.spec.head == "semantic_fpn":
-        classes, options, tensors = loaded.spec.num_classes, loaded.spec.options, paddle_tensors(loaded)
-        if num_classes not in (None, classes):
+    if weights is not None and weights.spec.head == "semantic_fpn":
+        known = weights.spec.options
+        options = dataclasses.replace(options or known, neck=known.neck, channels=known.channels)
+        classes, tensors = weights.spec.num_classes, paddle_tensors(weights)
+        if new_head or num_classes not in (None, classes):
             tensors = {name: tensor for name, tensor in tensors.items() if "conv_seg" not in name}
             new = f"the last layer for {num_classes} classes (the file has {classes})"
-    elif loaded is not None:
-        kept = paddle_tensors(loaded)
+    elif weights is not None:
+        kept = paddle_tensors(weights)
         tensors = {f"backbone.{name}": kept[name] for name in kept if not name.startswith(CLASSIFIER_ENDS)}
-        if loaded.spec.head == "backbone":
+        if weights.spec.head == "backbone":
             new = "neck and decode_head"
     classes = classes if num_classes is None else num_classes
-    model = SemanticFPN(_dense_variant(variant), classes, options, drop_path_rate, drop_rate)
-    if loaded is not None and _set_tensors(model, tensors):
-        _warn(loaded, f"{new} are", stacklevel=4)
+    model = SemanticFPN(variant, classes, options, drop_path_rate, drop_rate, head_dropout)
+    missing = _set_tensors(model, tensors)
     model.eval()
-    return model
+    return model, new if missing else ""
 
 
 def _dense_variant(variant: str | Variant) -> Variant:

@@ -132,6 +132,11 @@ class ModelSpec:
     def has_classes(self) -> bool:
         return self.num_classes > 0
 
+    @property
+    def short_side(self) -> int | None:
+        """Return the shorter side of the images that the head expects, or None if the preprocessing defines it."""
+        return getattr(self.options, "short_side", None)
+
     def outputs(self, height: int = 1, width: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the name and shape (without the batch dimension) of each output for images of the given size."""
         return HEADS[self.head].outputs(self, height, width)

@@ -11,6 +11,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.backbone import Block, ChannelMixer, FCViTBackbone, GlobalContext, TokenMixer
 from fcvit.models.classifier import FCViT
 from fcvit.models.layers import NORM_EPS, SIMILARITY_EPS, ConvNorm, DropPath, LayerNorm2D
+from fcvit.models.semantic_fpn import SemanticFPN
 from fcvit.native import build
 from fcvit.native.allocator import keep_memory
 from fcvit.native.operators import (
@@ -32,8 +33,10 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 
-def accelerate(model: FCViT | FCViTBackbone) -> None:
+def accelerate(model: FCViT | FCViTBackbone | SemanticFPN) -> None:
     """Make `model` use the native operators on a CPU, in training and evaluation. Results are equal up to rounding.
+
+    Of a Semantic FPN, only the backbone uses them.
 
     The parameters, their names and the random numbers of drop path do not change. From now on, this process keeps
     freed memory (`keep_memory`).
@@ -42,11 +45,14 @@ def accelerate(model: FCViT | FCViTBackbone) -> None:
         MissingExtra: The operators cannot be compiled on this machine.
         UsageError: The model has another type.
     """
+    if isinstance(model, SemanticFPN):
+        accelerate(model.backbone)
+        return
     accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
         if isinstance(model, NativeFCViT | NativeFCViTBackbone):
             return
-        raise UsageError(f"only FCViT and FCViTBackbone can be accelerated, not {type(model).__name__}")
+        raise UsageError(f"only FCViT, FCViTBackbone and SemanticFPN can be accelerated, not {type(model).__name__}")
     build.operators()
     keep_memory()
     model.__class__ = accelerated

@@ -63,6 +63,10 @@ class TrainingTask(Protocol):
         """Return the network's input, float32 (B, 3, H, W), and the targets for the loss."""
         ...
 
+    def draw(self, images: np.ndarray, targets: Any) -> np.ndarray:
+        """Return pictures for a preview, uint8 (B, H', W', 3), of network inputs as uint8 (B, H, W, 3) with targets."""
+        ...
+
     def loss(self, outputs: Any, targets: Any) -> "dict[str, Tensor]":
         """Return the named losses of a micro-batch, averaged over its images. Training minimizes their sum."""
         ...

@@ -36,7 +36,7 @@ Deviation = tuple[PositiveShare, PositiveShare, PositiveShare]
 Table = Mapping[str, Any]
 Precision = Literal["float32", "float16", "bfloat16"]
 Operators = Literal["auto", "native", "plain"]
-BatchNorm = Literal["average", "sync"]
+BatchNorm = Literal["average", "sync", "sync_head"]
 
 GROUPS = ("Data and weights", "Network", "Images", "Loss", "Schedule", "Optimizer", "Run")
 
@@ -48,6 +48,8 @@ def _group(title: str) -> Callable[[str], Meta]:
 # Each function describes a field of its group: SCHEDULE("Lowest learning rate.").
 DATA, NETWORK, IMAGES, LOSS, SCHEDULE, OPTIMIZER, RUN = map(_group, GROUPS)
 
+_BATCHNORM = "Average statistics of processes each epoch, or sync each step; sync_head: the head's, on GPUs."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -58,9 +60,13 @@ class Recipe:
     """
 
     task: Annotated[str, DATA("Task of the network.")] = DEFAULT_TASK
-    data: Annotated[str, DATA("Class folders of training images, or a folder with both splits. May be a tar.")] = ""
+    data: Annotated[
+        str, DATA("Class folders, or images and label maps; or a folder with both splits. May be a tar.")
+    ] = ""
     val: Annotated[str | None, DATA("Validation images (default: the `val` split of `data`).")] = None
-    held_out: Annotated[BelowOne, DATA("Fraction of each class held out for validation if there is no split.")] = 0.0
+    held_out: Annotated[
+        BelowOne, DATA("Fraction of images (of each class) held out for validation if there is no split.")
+    ] = 0.0
     classes: Annotated[str | None, DATA("Class list: CSV with id and name, or one class per line.")] = None
     weights: Annotated[str | None, DATA("Initial checkpoint (default: the authors' initialization).")] = None
     ema: Annotated[bool | None, DATA("Use the EMA (true) or raw (false) weights if both exist.")] = None
@@ -79,6 +85,7 @@ class Recipe:
     std: Annotated[Deviation | None, NETWORK("Standard deviation, as in `--std 0.5,0.5,0.5`.")] = None
 
     epochs: Annotated[Count, SCHEDULE("Number of epochs of the schedule, including the warm-up.")] = 300
+    steps_per_epoch: Annotated[Count | None, SCHEDULE("Steps per epoch (default: one pass over the images).")] = None
     warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; with lr_update = step any number.")] = 5.0
     cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Additional epochs at the final learning rate.")] = 10
     lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Peak learning rate for `lr_batch` images per step.")] = 1e-3
@@ -96,14 +103,16 @@ class Recipe:
     beta1: Annotated[BelowOne, OPTIMIZER("First beta of AdamW.")] = 0.9
     beta2: Annotated[BelowOne, OPTIMIZER("Second beta of AdamW.")] = 0.999
     eps: Annotated[Positive, OPTIMIZER("Epsilon of AdamW.")] = 1e-8
-    weight_decay: Annotated[NonNegative, OPTIMIZER("Weight decay. Not applied to one-dimensional parameters.")] = 0.05
+    weight_decay: Annotated[NonNegative, OPTIMIZER("Weight decay of AdamW.")] = 0.05
+    decay_all: Annotated[bool, OPTIMIZER("Apply weight decay to norms, biases and layer scales, too.")] = False
     layer_decay: Annotated[PositiveShare, OPTIMIZER("Layer-wise decay of the learning rate, per block.")] = 1.0
     freeze: Annotated[bool, OPTIMIZER("Train only the head, with a fixed backbone and running statistics.")] = False
     clip_norm: Annotated[Positive | None, OPTIMIZER("Maximum norm of the gradient (default: no clipping).")] = None
     ema_decay: Annotated[BelowOne | None, OPTIMIZER("Maximum decay of the EMA weights (default: no EMA).")] = None
 
     precision: Annotated[Precision, RUN("Mixed precision for 16-bit types, if the GPU supports it.")] = "float32"
-    batchnorm: Annotated[BatchNorm, RUN("Average statistics of processes each epoch, or sync each step.")] = "average"
+    batchnorm: Annotated[BatchNorm, RUN(_BATCHNORM)] = "average"
+    report: Annotated[Literal["best", "last"], RUN("Weights that are the result of the run.")] = "best"
     operators: Annotated[Operators, RUN("CPU operators: native (this package), plain (Paddle) or auto.")] = "auto"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None

@@ -52,8 +52,8 @@ class MicroBatches:
         return [step * self.total + number for step in range(steps) for number in mine]
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Return the number of steps per epoch.
+def steps_in_pass(images: int, batch_size: int) -> int:
+    """Return the number of steps in one pass over the images, which is an epoch unless the recipe sets its steps.
 
     The last, incomplete batch is dropped, as in the authors' training. Each epoch drops other images.
 
@@ -67,15 +67,40 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def epoch_batches(
-    dataset: Dataset, seed: int, epoch: int, transform: Transform, micro_batches: MicroBatches, workers: "int | Workers"
-) -> Generator[Batch]:
-    """Yield this process's micro-batches of an epoch.
+def epoch_order(images: int, seed: int, epoch: int, batch_size: int, steps: int | None = None) -> list[int]:
+    """Return the positions of an epoch's samples in the data set, in order.
 
-    The order of the samples is a permutation that follows from the seed and the epoch. A transform seeds its random
-    draws with the position of a sample in this order.
+    By default an epoch is one pass: a permutation that follows from the seed and the epoch. With a number of steps,
+    passes follow each other without a gap, and the epoch is its part of this sequence. An epoch can then be shorter or
+    longer than a pass, and all samples are used equally often.
+
+    Args:
+        images: Number of samples.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+        batch_size: Samples per step.
+        steps: Steps per epoch, or None for one pass.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
-    steps = steps_per_epoch(len(dataset), micro_batches.batch_size)
-    shuffled = dataset.take(order[: steps * micro_batches.batch_size].tolist())
-    yield from batches(shuffled, micro_batches.numbers(steps), micro_batches.images, [transform], workers)
+    used = (steps or steps_in_pass(images, batch_size)) * batch_size
+    first = epoch * used if steps else epoch * images
+    passes = range(first // images, -(-(first + used) // images))
+    order = np.concatenate([np.random.default_rng([seed, number]).permutation(images) for number in passes])
+    return order[first % images :][:used].tolist()
+
+
+def epoch_batches(
+    dataset: Dataset,
+    seed: int,
+    epoch: int,
+    transform: Transform,
+    micro_batches: MicroBatches,
+    workers: "int | Workers",
+    steps: int | None = None,
+) -> Generator[Batch]:
+    """Yield this process's micro-batches of an epoch, in the order of `epoch_order`.
+
+    A transform seeds its random draws with the position of a sample in this order.
+    """
+    shuffled = dataset.take(epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps))
+    numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
+    yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)

@@ -41,6 +41,7 @@ class Training:
         unreadable: Images that could not be read, with the reason.
         first: True in the process with rank 0, which reports the result (see `fcvit.processes`).
         seconds: Seconds since this process began.
+        report: Whether the "best" or the "last" weights are the result.
         shown: Columns of the log to show, with label and format.
     """
 
@@ -51,6 +52,7 @@ class Training:
     unreadable: tuple[str, ...]
     first: bool
     seconds: float
+    report: str = "best"
     shown: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
@@ -58,8 +60,8 @@ class Training:
 
     @property
     def weights(self) -> Path:
-        """Return the path of the best weights, or of the last weights if there was no validation."""
-        return self.folder / (BEST if self.best else LAST)
+        """Return the path of the weights that are the result. Without validation, these are always the last."""
+        return self.folder / (BEST if self.best and self.report == "best" else LAST)
 
     @property
     def exit_code(self) -> int:
@@ -115,6 +117,7 @@ def train_epochs(run: "Run") -> Training:
         tuple(loop.unreadable),
         run.processes.first,
         time.perf_counter() - run.began,
+        run.recipe.report,
         run.task.shown,
     )
 
@@ -189,7 +192,8 @@ class Loop:
         """Yield the inputs and targets of this process's micro-batches."""
         train, micro_batches, seed = self.task.train, self.run.micro_batches, self.recipe.seed
         transform, workers = self.task.transform(epoch), self.run.workers
-        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers)) as loaded:
+        steps = self.recipe.steps_per_epoch
+        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers, steps)) as loaded:
             for batch in loaded:
                 self._record_unreadable(reason for _, reason in batch.bad)
                 if len(batch.indices) < max(2, micro_batches.images / 2):

@@ -56,12 +56,12 @@ def depth_of(name: str, depths: Sequence[int]) -> int:
 def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
     """Create AdamW for the trained parameters of a model.
 
-    Parameters with fewer than two dimensions have no weight decay, as in timm, which the authors use. `layer_decay` d
-    multiplies the learning rate of a parameter at depth i (see `depth_of`) by d ** (L - i), where L is the depth of the
-    head.
+    Parameters with fewer than two dimensions have no weight decay, as in timm, which the authors use for
+    classification. `decay_all` applies it to all parameters, as in mmsegmentation. `layer_decay` d multiplies the
+    learning rate of a parameter at depth i (see `depth_of`) by d ** (L - i), where L is the depth of the head.
     """
     parameters = trained_parameters(model)
-    decayed = {p.name for p in parameters.values() if p.ndim >= 2}
+    decayed = {p.name for p in parameters.values() if recipe.decay_all or p.ndim >= 2}
     depths = model.variant.depths
     top = depth_of("head", depths)
     for name, parameter in parameters.items():

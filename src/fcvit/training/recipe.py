@@ -13,7 +13,7 @@ from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
 from fcvit.tasks.base import DEFAULT_TASK, TASKS, get_task
-from fcvit.tasks.recipe import Recipe, RecipeField, recipe_fields, suggestion
+from fcvit.tasks.recipe import GROUPS, Recipe, RecipeField, recipe_fields, suggestion
 
 
 def read_recipe(source: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Recipe:
@@ -72,8 +72,11 @@ def build_recipe(fields: Mapping[str, object], overrides: Mapping[str, object], 
 
 
 def fields_of_all_tasks() -> dict[str, RecipeField]:
-    """Return the recipe fields of all tasks by name."""
-    return {name: field for task in TASKS for name, field in recipe_fields(get_task(task).recipe).items()}
+    """Return the recipe fields of all tasks by name, ordered by group. A field of several tasks is the first task's."""
+    fields: dict[str, RecipeField] = {}
+    for task in TASKS:
+        fields = recipe_fields(get_task(task).recipe) | fields
+    return dict(sorted(fields.items(), key=lambda item: GROUPS.index(item[1].group)))
 
 
 def shipped() -> list[str]:
@@ -87,15 +90,27 @@ def shipped_text(name: str) -> str:
     return (importlib.resources.files("fcvit") / "recipes" / f"{name}.toml").read_text("utf-8")
 
 
+def several_values(field: RecipeField | None) -> bool:
+    """Return whether a field is a list of any length."""
+    return field is not None and typing.get_args(field.kind)[-1:] == (...,)
+
+
 def _parse(value: object, field: RecipeField | None) -> object:
-    """Parse an override from the command line: TOML, numbers separated by commas, or unchanged text."""
+    """Parse an override from the command line: TOML, numbers separated by commas, or unchanged text.
+
+    The value of a field with any number of values is a list of words, as in `--label-values 0 255`.
+    """
+    several = several_values(field)
+    if several and isinstance(value, list) and all(isinstance(word, str) for word in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if field is not None and value == "none" and value not in typing.get_args(field.kind):
         return None
     if "\n" in value or (field is not None and field.kind is str):  # a path such as "2024" also looks like a number
         return value
-    text = f"[{value}]" if re.fullmatch(r"[\d.eE+-]+(\s*,\s*[\d.eE+-]+)+", value) else value
+    numbers = r"[\d.eE+-]+(\s*,\s*[\d.eE+-]+)" + ("*" if several else "+")
+    text = f"[{value}]" if re.fullmatch(numbers, value) else value
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -26,7 +26,7 @@ from fcvit.processes import Processes, join
 from fcvit.tasks.base import get_task
 from fcvit.tasks.recipe import Recipe
 from fcvit.training import files
-from fcvit.training.batches import MicroBatches, steps_per_epoch
+from fcvit.training.batches import MicroBatches, steps_in_pass
 from fcvit.training.files import BEST, LAST, LAST_EMA
 from fcvit.training.loop import Training, train_epochs
 from fcvit.training.state import STATE, Progress, read_state, write_state
@@ -205,13 +205,15 @@ class Run:
                 f"the warm-up is as long as the schedule ({counted(recipe.epochs, 'epoch')}), so the learning rate "
                 f"does not reach {recipe.peak_lr:g}; choose a smaller --warmup-epochs"
             )
-        self.steps = steps_per_epoch(len(self.task.train), recipe.batch_size)
+        self.steps = recipe.steps_per_epoch or steps_in_pass(len(self.task.train), recipe.batch_size)
         if recipe.patience and self.task.val is None:
             raise UsageError(
                 f"patience = {recipe.patience}: early stopping needs validation images; set --val or --held-out"
             )
         if recipe.batchnorm == "sync":
             use_synchronized_batchnorm(model)
+        elif recipe.batchnorm == "sync_head" and processes.count > 1 and resolved_device != "cpu":
+            use_synchronized_batchnorm(model, head_only=True)
         self.operators = _accelerate(model, recipe, resolved_device)
         self.trainer = Trainer(model, recipe, self.micro_batches, self.task.loss)
         self.progress = Progress(first_updates=_updates(weights))

@@ -206,6 +206,11 @@ def _paddle_seed(seed: int, step: int, position: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def use_synchronized_batchnorm(model: nn.Layer) -> None:
-    """Normalize batches over all processes with Paddle's SyncBatchNorm. Its running variance is the biased variance."""
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def use_synchronized_batchnorm(model: nn.Layer, head_only: bool = False) -> None:
+    """Normalize batches over all processes with Paddle's SyncBatchNorm. Its running variance is the biased variance.
+
+    With `head_only`, the layers of the backbone are not changed, as in the authors' segmentation.
+    """
+    for name, layer in model.named_children():
+        if not head_only or (name != "backbone" and is_head(name)):
+            setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))

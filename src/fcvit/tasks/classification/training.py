@@ -16,6 +16,7 @@ from fcvit.data.transforms.preprocess import normalize
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_classifier, weights_of
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.tasks.class_weights import balanced
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.results import Result
@@ -108,6 +109,9 @@ class ClassificationTraining:
             erase(images, recipe.erasing, generators)
         return images, targets
 
+    def draw(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return images
+
     def loss(self, outputs: "Tensor", targets: np.ndarray) -> "dict[str, Tensor]":
         paddle = import_framework("paddle")
         return {"loss": soft_cross_entropy(outputs, paddle.to_tensor(targets), self.class_weights)}
@@ -137,15 +141,3 @@ def soft_cross_entropy(logits: "Tensor", targets: "Tensor", class_weights: "Tens
     if class_weights is not None:
         targets = targets * class_weights
     return -(targets * functional.log_softmax(logits, axis=1)).sum(axis=1).mean()
-
-
-def balanced(counts: np.ndarray) -> np.ndarray:
-    """Return class weights inversely proportional to the class frequency, with mean 1 over all images.
-
-    Returns:
-        float32 (classes,). The weight of a class without images is 0.
-    """
-    present = counts > 0
-    weights = np.zeros(len(counts), np.float32)
-    weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights

@@ -8,10 +8,9 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from cyclopts import Parameter
 from PIL import Image
 
 from fcvit.data.class_colors import ClassList, read_class_list
@@ -28,6 +27,7 @@ from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import Evaluated
 from fcvit.tasks.segmentation.figures import SegmentationReport
+from fcvit.tasks.segmentation.label_options import LabelOptions
 from fcvit.tasks.segmentation.published import validation_of
 from fcvit.tasks.segmentation.results import RECORD, Sample, record
 from fcvit.weights.reading import Weights
@@ -37,24 +37,16 @@ _ROWS = 64  # rows of logits that are resized at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(LabelOptions):
     """Options of `fcvit eval` for segmentation networks, in addition to `fcvit.evaluation.settings.Settings`.
 
     Args:
         classes: Class list of the model: CSV with id and name, or one class per line (default: from the weights file).
         split: Folder of the split, for example val (default: the validation split).
-        label_suffix: End of the names of label maps, such as _mask (default: found from the names).
-        reduce_zero_label: 0 in a label map is ignored, and k is class k - 1 (default: only for ADE20K).
-        ignore_index: Values in label maps that are ignored (default: 255).
-        label_values: Value of each class in label maps, for example 0 255 (default: 0, 1, 2, ...).
     """
 
     classes: str | None = dataclasses.field(default=None, metadata=MOVABLE)
     split: str | None = None
-    label_suffix: str | None = None
-    reduce_zero_label: bool | None = None
-    ignore_index: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None
-    label_values: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None
 
     def __post_init__(self) -> None:
         if self.classes:
@@ -138,13 +130,11 @@ class SegmentationEvaluator:
         colors = first.palette or (listed.palette if listed else None)
         self.palette = np.array(colors or default_palette(count), np.uint8)
         if encoding is None:
-            reduce = ade20k if options.reduce_zero_label is None else options.reduce_zero_label
-            ignored = listed.ignored_colors if listed else ()
-            palette = listed.palette if listed else None
-            encoding = LabelEncoding(count, reduce, options.ignore_index, options.label_values, palette, ignored)
+            encoding = options.encoding(count, listed, ade20k)
+            command = ["fcvit", "eval", str(first.source.path), *([str(data)] if isinstance(data, Path) else ())]
             some = np.linspace(0, len(self.dataset) - 1, min(_SAMPLE, len(self.dataset))).round().astype(int)
             sample = self.dataset.take(some.tolist())
-            encoding = resolve_encoding(sample, list(scan_labels(sample, 0)), encoding, ["fcvit", "eval"])
+            encoding = resolve_encoding(sample, list(scan_labels(sample, 0)), encoding, [*command, *options.words()])
         self.encoding = encoding
         self.notes = notes
         self.rule = "0 is ignored, k is class k - 1" if encoding.reduce_zero_label else "values are class indices"

@@ -9,6 +9,8 @@ from fcvit.models.variants import Preprocessing
 from fcvit.tasks.segmentation.comparison import ResultComparison, compare
 from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
 from fcvit.tasks.segmentation.prediction import PredictionOptions, Segmenter, segmenter
+from fcvit.tasks.segmentation.recipe import SegmentationRecipe
+from fcvit.tasks.segmentation.training import SegmentationTraining
 from fcvit.weights.reading import Weights
 
 
@@ -16,8 +18,12 @@ class Segmentation:
     """Semantic segmentation (see `fcvit.tasks.base.Task`)."""
 
     name = "segmentation"
+    recipe = SegmentationRecipe
     options = Options
     prediction = PredictionOptions
+
+    def training(self, recipe: SegmentationRecipe, weights: Weights | None) -> SegmentationTraining:
+        return SegmentationTraining(recipe, weights)
 
     def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> SegmentationEvaluator:
         return SegmentationEvaluator(loaded, data, options)

@@ -1,0 +1,199 @@
+"""Find the training and validation images with label maps of a run, their classes, and the meaning of the labels."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fcvit.data.class_colors import ClassList, read_class_list
+from fcvit.data.classes import Classes, ClassName, Palette
+from fcvit.data.label_maps import LabelEncoding, check_labels, resolve_encoding, scan_labels
+from fcvit.data.segmentation import LabeledMaps, MapLayout, find_maps, join, read_split
+from fcvit.data.sources import open_source
+from fcvit.data.splits import Role
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
+from fcvit.text import some
+from fcvit.weights.reading import Weights
+
+_EXAMINED = 2000  # label maps that are examined before a training; the others are checked when they are read
+_COMMAND = ("fcvit", "train", "...")  # messages add options to it
+
+
+class MapFields(Protocol):
+    """The recipe fields that select images, label maps and classes. The recipe documents them."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def val(self) -> str | None: ...
+    @property
+    def classes(self) -> str | None: ...
+    @property
+    def held_out(self) -> float: ...
+    @property
+    def new_head(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def label_suffix(self) -> str | None: ...
+    @property
+    def reduce_zero_label(self) -> bool | None: ...
+    @property
+    def ignore_index(self) -> tuple[int, ...] | None: ...
+    @property
+    def label_values(self) -> tuple[int, ...] | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MapSplits:
+    """The images with label maps of a run.
+
+    Attributes:
+        train: Training images.
+        val: Validation images, or None without validation.
+        classes: One class for each output, in the order of the indices.
+        palette: Color of each class, or None.
+        encoding: Meaning of the values in label files.
+        pixels: Number of pixels of each class in the examined training label maps, (classes,).
+        notes: Readable notes on how images, labels and classes were found.
+    """
+
+    train: LabeledMaps
+    val: LabeledMaps | None
+    classes: Classes
+    palette: Palette | None
+    encoding: LabelEncoding
+    pixels: np.ndarray
+    notes: tuple[str, ...]
+
+
+def find_map_splits(recipe: MapFields, weights: Weights | None) -> MapSplits:
+    """Find the images of a recipe, and compare their label maps with the classes.
+
+    The classes are those of the recipe's class list, of the data set (ADE20K or classes.csv), or of the weights if
+    their head is kept. Otherwise they are the values in the label maps. At most 2,000 label maps are examined, evenly
+    sampled, or all of them if no classes are given. Label maps that cannot be used are left out of the training and
+    listed.
+
+    Args:
+        recipe: Fields that select images, label maps and classes.
+        weights: Weights to start from, or None.
+
+    Raises:
+        UsageError: The recipe contains no data, the choice of the splits is ambiguous, or label maps contain only 0 and
+            255.
+        UnreadableFile: The images or the class list cannot be read, or no label map can be used.
+        DoesNotFit: The label maps, the class list and the weights do not match.
+    """
+    if not recipe.data:
+        raise UsageError("no data; set data in the recipe or pass --data with the folder or tar of images and labels")
+    layout = _layout(recipe.data)
+    train, val, notes = _splits(layout, recipe)
+    kept = weights if weights is not None and weights.spec.task == "segmentation" and not recipe.new_head else None
+    listed = read_class_list(Path(recipe.classes)) if recipe.classes else layout.class_list()
+    if listed is None and kept is not None and kept.classes is not None:
+        listed = ClassList(kept.classes, kept.palette)
+    reduced = recipe.reduce_zero_label
+    if reduced is None and layout.is_ade20k:
+        reduced = True
+        notes.append(
+            f"{layout.source.path}: 0 is ignored, as in ADE20K (--reduce-zero-label false reads it as a class)"
+        )
+    count = len(listed.classes) if listed else kept.spec.num_classes if kept else None
+    described = LabelEncoding(
+        count,
+        bool(reduced),
+        recipe.ignore_index,
+        recipe.label_values,
+        listed.palette if listed else None,
+        listed.ignored_colors if listed else (),
+    )
+    examined = [_sample(split, described) for split in (train, val) if split is not None]
+    stats = [list(scan_labels(split, 0)) for split in examined]
+    encoding = resolve_encoding(join(examined), [one for part in stats for one in part], described, _COMMAND)
+    number = encoding.num_classes or 0
+    if number < 2:
+        raise DoesNotFit(
+            f"{layout.source.path}: the label maps contain only one class, but training needs at least two; the other "
+            "pixels, such as the background, must be a class too"
+        )
+    if kept is not None and kept.spec.num_classes != number:
+        raise DoesNotFit(
+            f"{layout.source.path}: {counted(number, 'class')}, but the weights have {kept.spec.num_classes}; set "
+            "new_head = true to train a new last layer"
+        )
+    classes = listed.classes if listed else tuple(ClassName(str(i), f"class {i}") for i in range(number))
+    checks = [check_labels(split, part, encoding) for split, part in zip(examined, stats, strict=True)]
+    for split, check in zip(examined, checks, strict=True):
+        if len(check.bad) == len(split):
+            raise UnreadableFile(f"{split.root}: no label map can be used, for example {check.bad[0][1]}")
+        if check.bad:
+            reasons = some([reason for _, reason in check.bad], 3)
+            notes.append(f"{counted(len(check.bad), 'label map')} cannot be used, and are left out: {reasons}")
+        notes += check.hints
+    whole = len(examined[0]) == len(train)
+    if not whole:
+        notes.append(f"examined {len(examined[0]):,} of {len(train):,} label maps")
+    elif absent := [classes[index].name for index in checks[0].absent]:
+        notes.append(f"{len(absent)} of {counted(number, 'class')} have no training pixels: {some(absent)}")
+    validation = f", {counted(len(val), 'validation image')}" if val is not None else ""
+    notes.append(f"{counted(len(train), 'training image')}{validation}, {counted(number, 'class')}")
+    palette = listed.palette if listed else None
+    return MapSplits(train, val, classes, palette, encoding, np.array(checks[0].pixels, np.int64), tuple(notes))
+
+
+def _layout(path: str | os.PathLike[str]) -> MapLayout:
+    layout = find_maps(open_source(Path(path)))
+    if layout is None:
+        raise UnreadableFile(
+            f"{path}: no segmentation data set; expected the folders images and annotations in it, or in a folder for "
+            "each split"
+        )
+    return layout
+
+
+def _splits(layout: MapLayout, recipe: MapFields) -> tuple[LabeledMaps, LabeledMaps | None, list[str]]:
+    """Return the training and validation images, and notes on them."""
+    path = layout.source.path
+    train = read_split(layout, _only(layout, "train", "--data"), recipe.label_suffix)
+    notes = [*train.notes]
+    if recipe.val:
+        other = _layout(recipe.val)
+        val = read_split(other, _only(other, "val", "--val"), recipe.label_suffix)
+    elif layout.named("val"):
+        val = read_split(layout, _only(layout, "val", "--val"), recipe.label_suffix)
+    elif recipe.held_out:
+        count = round(recipe.held_out * len(train))
+        if not 1 <= count < len(train):
+            raise UsageError(f"held_out = {recipe.held_out} of {len(train)} images: too few images for both splits")
+        drawn = set(np.random.default_rng(recipe.seed).permutation(len(train))[:count].tolist())
+        notes.append(f"held out for validation: {count} of {len(train)} images (seed {recipe.seed})")
+        val = train.take(sorted(drawn))
+        return train.take([index for index in range(len(train)) if index not in drawn]), val, notes
+    else:
+        notes.append("no validation images, because neither val nor held_out is set")
+        return train, None, notes
+    if path == val.root and (same := set(train.names) & set(val.names)):
+        raise UsageError(f"--val {recipe.val}: its images are also training images ({some(sorted(same))})")
+    return train, val, [*notes, *val.notes]
+
+
+def _only(layout: MapLayout, wanted: Role, option: str) -> str:
+    """Return the name of the only split with this role, or of the split without a role."""
+    names = layout.named(wanted) or [name for name in layout.splits if name == "all"]
+    if len(names) != 1:
+        found = f"several ({', '.join(names)})" if names else f"only {', '.join(layout.splits)}"
+        kind = {"train": "training", "val": "validation", "test": "test"}[wanted]
+        raise UsageError(
+            f"{layout.source.path}: expected one {kind} split, found {found}; pass a data set with one with {option}"
+        )
+    return names[0]
+
+
+def _sample(images: LabeledMaps, described: LabelEncoding) -> LabeledMaps:
+    """Return the images whose label maps are examined: all, if the classes are counted, otherwise an even sample."""
+    if described.num_classes is None or len(images) <= _EXAMINED:
+        return images
+    return images.take(np.linspace(0, len(images) - 1, _EXAMINED).round().astype(int).tolist())

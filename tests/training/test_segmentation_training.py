@@ -1,0 +1,399 @@
+"""Training of segmentation networks on small made-up images: data, losses, files, resuming and starting weights."""
+
+import contextlib
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import needs_paddle
+from fcvit.commands.preview import draw_preview
+from fcvit.data.loader import Batch
+from fcvit.data.transforms.segmentation import IGNORED
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.models.spec import ModelSpec, SemanticFPNOptions
+from fcvit.tasks.segmentation.recipe import SegmentationRecipe
+from fcvit.tasks.segmentation.training import SegmentationTraining
+from fcvit.training.recipe import build_recipe, read_recipe
+from fcvit.training.run import resume, train
+from fcvit.training.state import read_state
+from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import synthetic_tensors
+
+pytestmark = needs_paddle
+OPTIONS = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "mlp_ratios": [1, 1, 1, 1]}
+SMALL = {
+    "variant": "fcvit_digits", "options": OPTIONS, "neck_channels": 8, "head_channels": 8, "drop_path_rate": 0.0,
+    "scale": (48, 40), "crop_size": (32, 32), "epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 1e-2,
+    "lr_batch": 0, "min_lr": 0, "warmup_lr": 0, "lr_update": "step", "schedule": "poly", "batch_size": 4,
+}  # fmt: skip
+
+
+def write_scenes(folder, split, count, size=(40, 48), seed=0):
+    """Write images of noise with a bright rectangle, and label maps: 0 background, 1 rectangle, 255 its left edge."""
+    generator = np.random.default_rng([seed, count])
+    for kind in ("images", "annotations"):
+        (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = generator.integers(0, 90, (*size, 3), np.uint8)
+        labels = np.zeros(size, np.uint8)
+        top, left = generator.integers(2, 16, 2)
+        pixels[top : top + 18, left : left + 22] += 150
+        labels[top : top + 18, left : left + 22] = 1
+        labels[top : top + 18, left] = IGNORED
+        Image.fromarray(pixels).save(folder / "images" / split / f"{index:02d}.png")
+        Image.fromarray(labels).save(folder / "annotations" / split / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A data set with 10 training and 3 validation images of two classes. No test changes it."""
+    folder = write_scenes(tmp_path_factory.mktemp("scenes") / "data", "train", 10)
+    (folder / "classes.csv").write_text("name,red,green,blue\nground,0,0,0\nbox,200,30,30\n")
+    return write_scenes(folder, "val", 3)
+
+
+@pytest.fixture
+def small(scenes):
+    def build(**fields):
+        return SegmentationRecipe(**{**SMALL, "data": str(scenes), **fields})
+
+    return build
+
+
+@contextlib.contextmanager
+def without_pictures():
+    """Leave out charts and pages, which take longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(scenes, tmp_path_factory):
+    """A run of two epochs of three steps with EMA weights and two micro-batches."""
+    recipe = SegmentationRecipe(**SMALL, data=str(scenes), **REGULARIZED)
+    with without_pictures():
+        return train(recipe, folder=tmp_path_factory.mktemp("run") / "run", device="cpu")
+
+
+REGULARIZED = {"steps_per_epoch": 3, "ema_decay": 0.9, "accumulate": 2, "drop_rate": 0.1, "dice_weight": 0.5}
+
+
+def test_a_run_writes_the_weights_of_a_segmentation_network(uninterrupted):
+    rows = uninterrupted.rows
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
+    assert {"miou", "macc", "aacc", "ema_miou", "loss_ce", "loss_dice"} <= set(rows[0])
+    assert rows[0]["loss"] == pytest.approx(rows[0]["loss_ce"] + rows[0]["loss_dice"])
+    assert rows[1]["lr"] == pytest.approx(1e-2 * (1 - 5 / 6) ** 0.9, rel=1e-12)
+    names = ("last", "last-ema", "best")
+    for weights in (read_weights(uninterrupted.folder / f"{name}.safetensors") for name in names):
+        assert weights.spec.task == "segmentation" and weights.spec.num_classes == 2
+        assert weights.spec.options == SemanticFPNOptions(8, 8, 48, 40)
+        assert [c.name for c in weights.classes] == ["ground", "box"] and weights.palette == ((0, 0, 0), (200, 30, 30))
+    assert uninterrupted.weights.name == "best.safetensors"
+    assert dataclasses.replace(uninterrupted, report="last").weights.name == "last.safetensors"
+
+
+def state_of(folder):
+    progress, tensors = read_state(folder)
+    rows = [
+        {key: value for key, value in row.items() if key in ("step", "lr", "loss", "miou")} for row in progress.rows
+    ]
+    return rows, {name: array.tobytes() for name, array in tensors.items()}
+
+
+def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, uninterrupted, tmp_path, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def failing(self, batches, rate):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return run(self, batches, rate)
+
+    with without_pictures():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "run", failing)
+            train(small(**REGULARIZED), folder=tmp_path / "run", device="cpu")
+        assert read_state(tmp_path / "run")[0].epoch == 1
+        resume(tmp_path / "run")
+    assert state_of(tmp_path / "run") == state_of(uninterrupted.folder)
+
+
+@pytest.mark.slow
+def test_training_learns_the_task(small, tmp_path):
+    with without_pictures():
+        done = train(small(epochs=4, steps_per_epoch=15, scale_ratio=(0.8, 1.2)), folder=tmp_path / "run", device="cpu")
+    assert done.rows[-1]["loss"] < 0.6 * done.rows[0]["loss"]
+    assert done.best["best_miou"] > 65, "the background alone gives 40"
+
+
+def test_the_networks_input_is_normalized_and_padded_with_the_mean_color(small):
+    task = SegmentationTraining(small(scale_ratio=(0.5, 0.5)), None)  # 24 x 20 pixels in a crop of 32 x 32
+    transform = task.transform(0)
+    image = transform.decode(io.BytesIO(task.train.locations[0].read()), "x")
+    pixels, target = transform(image, task.train.targets[0], 0)
+    assert target[1] == (20, 24)
+    again, _ = transform(image, task.train.targets[0], 0)
+    other, _ = transform(image, task.train.targets[0], 1)
+    assert (again == pixels).all() and (other != pixels).any()
+    batch = Batch(0, np.arange(2), (), (np.stack([pixels, other]),), ([target, target],), ())
+    inputs, labels = task.inputs(batch, 0)
+    assert (inputs.dtype, inputs.shape, labels.dtype, labels.shape) == (
+        np.float32,
+        (2, 3, 32, 32),
+        np.uint8,
+        (2, 32, 32),
+    )
+    assert not inputs[0, :, 20:].any() and not inputs[0, :, :, 24:].any() and inputs[0, :, :20, :24].any()
+    assert (labels[0, 20:] == IGNORED).all() and set(np.unique(labels[0, :20, :24])) >= {0, 1}
+    mean, std = (np.array(values)[:, None, None] for values in (task.preprocessing.mean, task.preprocessing.std))
+    expected = (pixels[:, :20, :24] / 255 - mean) / std
+    assert np.abs(inputs[0, :, :20, :24] - expected).max() < 1e-5
+
+
+def softmax(logits):
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def example():
+    """Logits of three classes and labels with ignored pixels, without class 2, as arrays and tensors."""
+    import paddle
+
+    generator = np.random.default_rng(0)
+    logits, labels = generator.standard_normal((2, 3, 4, 5)), generator.integers(0, 2, (2, 4, 5))
+    labels[0, :2], labels[1, 0, 0] = IGNORED, IGNORED
+    return logits, labels, paddle.to_tensor(logits), paddle.to_tensor(labels)
+
+
+def test_the_cross_entropy_is_averaged_over_all_or_valid_pixels(example):
+    import paddle
+
+    from fcvit.tasks.segmentation.losses import pixel_cross_entropy
+
+    logits, labels, x, y = example
+    valid = labels != IGNORED
+    chosen = np.take_along_axis(softmax(logits), np.where(valid, labels, 0)[:, None], 1)[:, 0]
+    losses = np.where(valid, -np.log(chosen), 0)
+    assert pixel_cross_entropy(x, y).item() == pytest.approx(losses.sum() / 40, rel=1e-12)
+    assert pixel_cross_entropy(x, y, "valid").item() == pytest.approx(losses.sum() / valid.sum(), rel=1e-12)
+    factors = np.array([0.5, 3.0, 7.0])
+    weighted = (losses * factors[np.where(valid, labels, 0)]).sum()
+    given = paddle.to_tensor(factors.astype(np.float32))
+    assert pixel_cross_entropy(x, y, "all", given).item() == pytest.approx(weighted / 40, rel=1e-12)
+    nothing = paddle.full([2, 4, 5], IGNORED, "int64")
+    assert [pixel_cross_entropy(x, nothing, mean, given).item() for mean in ("all", "valid")] == [0, 0]
+
+
+def test_the_dice_loss_counts_the_classes_that_occur(example):
+    import paddle
+
+    from fcvit.tasks.segmentation.losses import dice_loss
+
+    logits, labels, x, y = example
+    valid, probabilities = labels != IGNORED, softmax(logits)
+    losses = []
+    for index in (0, 1):
+        p, t = probabilities[:, index][valid], (labels == index)[valid]
+        losses.append(1 - 2 * (p * t).sum() / ((p**2).sum() + t.sum()))
+    assert dice_loss(x, y).item() == pytest.approx(np.mean(losses), rel=1e-12)
+    right = paddle.to_tensor(np.where(np.arange(3)[:, None, None] == labels[:, None], 50.0, -50.0))
+    assert dice_loss(right, y).item() == pytest.approx(0, abs=1e-12)
+    assert dice_loss(x, paddle.full([2, 4, 5], IGNORED, "int64")).item() == 0
+
+
+def test_balanced_class_weights_give_each_class_the_same_total_weight(small):
+    task = SegmentationTraining(small(class_weights="balanced"), None)
+    pixels = np.zeros(2)
+    for index in range(10):
+        labels = np.asarray(Image.open(f"{task.train.root}/annotations/train/{index:02d}.png"))
+        pixels += [(labels == value).sum() for value in (0, 1)]
+    weights = task.class_weights.numpy()
+    assert weights * pixels == pytest.approx([pixels.sum() / 2] * 2, rel=1e-6)
+
+
+def starting_weights(tmp_path, spec):
+    from fcvit.weights.checkpoint import MEMORY, Checkpoint
+    from fcvit.weights.reading import Weights
+    from fcvit.weights.writing import write_weights
+
+    source = Checkpoint(tmp_path / "x", MEMORY, {}, None, b"")
+    path = tmp_path / "start.safetensors"
+    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ()))
+    return path
+
+
+def test_training_starts_from_a_classifier(small, tmp_path):
+    variant = small().network()
+    assert variant.layer_scale == 1e-6
+    path = starting_weights(tmp_path, ModelSpec(dataclasses.replace(variant, layer_scale=1e-5), 10))
+    recipe = small(weights=str(path))
+    task = SegmentationTraining(recipe, read_weights(path, None, recipe.network()))
+    tensors = dict(task.network().named_parameters())
+    assert "neck, decode_head and the four norms" in task.notes[-1]
+    stored = read_weights(path).tensors
+    name = "network.0.0.layer_scale_1"
+    assert (tensors[f"backbone.{name}"].numpy() == stored[name]).all()
+    assert (tensors["backbone.norm0.weight"].numpy() == 1).all()
+    fresh = dict(SegmentationTraining(small(), None).network().named_parameters())
+    assert (fresh[f"backbone.{name}"].numpy() == np.float32(1e-6)).all()
+
+
+def test_the_head_of_a_segmentation_network_is_kept_or_new(small, tmp_path):
+    spec = ModelSpec(small().network(), 2, "semantic_fpn", SemanticFPNOptions(16, 24))
+    path = starting_weights(tmp_path, spec)
+    stored = read_weights(path)
+    for new_head in (False, True):
+        task = SegmentationTraining(small(weights=str(path), new_head=new_head), stored)
+        model = task.network()
+        assert (model.options.neck, model.options.channels, model.options.long_side) == (16, 24, 48)
+        same = model.decode_head.conv_seg.weight.numpy() == stored.tensors["decode_head.conv_seg.weight"]
+        assert same.all() != new_head
+        lateral = model.neck.lateral_convs[0].conv.bias.numpy()
+        assert (lateral == stored.tensors["neck.lateral_convs.0.conv.bias"]).all()
+    three = starting_weights(tmp_path / "..", dataclasses.replace(spec, num_classes=3))
+    with pytest.raises(DoesNotFit, match=r"2 classes, but the weights have 3; set new_head = true"):
+        SegmentationTraining(small(weights=str(three)), read_weights(three))
+
+
+def test_a_frozen_backbone_and_layer_decay_find_the_prefixed_names(small, tmp_path):
+    from fcvit.training.batches import MicroBatches
+    from fcvit.training.optimizer import depth_of, freeze_backbone
+    from fcvit.training.step import Trainer
+
+    recipe = small(weights="some", freeze=True, layer_decay=0.5)
+    task = SegmentationTraining(recipe, None)
+    model = task.network()
+    freeze_backbone(model)
+    trainer = Trainer(model, recipe, MicroBatches(4), task.loss)
+    trainer.train_mode()
+    before = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    images = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    labels = np.random.default_rng(1).integers(0, 2, (4, 32, 32)).astype(np.uint8)
+    trainer.run(iter([(images, labels)]), 0.01)
+    changed = {name for name, tensor in model.state_dict().items() if (tensor.numpy() != before[name]).any()}
+    assert changed == {name for name in before if not name.startswith("backbone.")}
+    depths = {name: depth_of(name, model.variant.depths) for name in before}
+    assert depths["backbone.patch_embed.proj.weight"] == 0 and depths["backbone.network.6.0.norm1.weight"] == 4
+    assert {depths[n] for n in before if n.startswith(("neck", "decode_head", "backbone.norm"))} == {5}
+
+
+def test_only_the_head_synchronizes_its_statistics(small):
+    from paddle import nn
+
+    from fcvit.training.step import use_synchronized_batchnorm
+
+    model = SegmentationTraining(small(), None).network()
+    before = list(model.state_dict())
+    use_synchronized_batchnorm(model, head_only=True)
+    kinds = {n: type(x) for n, x in model.named_sublayers() if isinstance(x, nn.SyncBatchNorm | nn.BatchNorm2D)}
+    assert {n.partition(".")[0] for n, kind in kinds.items() if kind is nn.SyncBatchNorm} == {"decode_head"}
+    assert {n.partition(".")[0] for n, kind in kinds.items() if kind is not nn.SyncBatchNorm} == {"backbone"}
+    assert list(model.state_dict()) == before
+
+
+def task_of(folder, **fields):
+    return SegmentationTraining(SegmentationRecipe(**{**SMALL, "data": str(folder), **fields}), None)
+
+
+def test_masks_of_0_and_255_are_not_guessed(tmp_path):
+    """The object would be ignored and never learned."""
+    folder = write_scenes(tmp_path / "data", "train", 4)
+    for path in (folder / "annotations" / "train").iterdir():
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels == 0, 0, 255).astype(np.uint8)).save(path)
+    with pytest.raises(UsageError, match=r"fcvit train \.\.\. --label-values 0 255;.* --ignore-index 255"):
+        task_of(folder)
+    task = task_of(folder, label_values=(0, 255))
+    assert len(task.classes) == 2 and task.encoding.mapping() == {0: 0, 255: 1}
+    with pytest.raises(DoesNotFit, match="only one class"):
+        task_of(folder, ignore_index=(255,))
+
+
+def test_label_maps_and_classes_are_compared_before_the_first_step(tmp_path):
+    folder = write_scenes(tmp_path / "data", "train", 4)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("box\n")
+    with pytest.raises(DoesNotFit, match=r"values 0 to 1 .*but 1 class need.*--reduce-zero-label"):
+        task_of(folder, classes=str(classes))
+    classes.write_text("ground\nbox\nsky\n")
+    task = task_of(folder, classes=str(classes))
+    assert task.notes[-2:] == ("1 of 3 classes have no training pixels: sky", "4 training images, 3 classes")
+    Image.fromarray(np.full((40, 48), 7, np.uint8)).save(folder / "annotations" / "train" / "01.png")
+    Image.fromarray(np.zeros((20, 48), np.uint8)).save(folder / "annotations" / "train" / "02.png")
+    (folder / "annotations" / "train" / "03.png").unlink()
+    notes = "\n".join(task_of(folder, classes=str(classes)).notes)
+    assert "left out 1 image without a label" in notes and "2 label maps cannot be used" in notes
+    assert "annotations/train/01.png: values outside the classes (0 to 2): 7" in notes
+    assert "annotations/train/02.png: 48 x 20 pixels, but its image has 48 x 40" in notes
+
+
+def test_validation_images_are_found_or_held_out(scenes, tmp_path):
+    assert (len(task_of(scenes).train), len(task_of(scenes).val)) == (10, 3)
+    plain = write_scenes(tmp_path / "data", ".", 10)
+    task = task_of(plain, held_out=0.3)
+    assert (len(task.train), len(task.val)) == (7, 3) and not set(task.train.names) & set(task.val.names)
+    assert task_of(plain, held_out=0.3).val.names == task.val.names != task_of(plain, held_out=0.3, seed=1).val.names
+    assert task_of(plain).val is None
+    other = write_scenes(tmp_path / "other", ".", 2)
+    assert len(task_of(plain, val=str(other)).val) == 2
+    with pytest.raises(UsageError, match="also training images"):
+        task_of(plain, val=str(plain))
+    with pytest.raises(UsageError, match="too few images"):
+        task_of(plain, held_out=0.01)
+    with pytest.raises(UnreadableFile, match="no segmentation data set"):
+        task_of(scenes / "images")
+    with pytest.raises(UsageError, match="no data"):
+        task_of("")
+
+
+@pytest.mark.parametrize(("name", "variant"), [(f"segmentation_{v}", v) for v in ("fcvit_b12", "fcvit_b24")])
+def test_the_recipe_matches_the_authors_configuration(name, variant):
+    recipe = read_recipe(name)
+    stated = {
+        "variant": variant, "lr": 2e-4, "peak_lr": 2e-4, "weight_decay": 1e-4, "decay_all": True, "beta1": 0.9,
+        "beta2": 0.999, "eps": 1e-8, "clip_norm": None, "schedule": "poly", "poly_power": 0.9, "lr_update": "step",
+        "min_lr": 0, "warmup_epochs": 0, "total_epochs": 10, "steps_per_epoch": 4000, "batch_size": 32,
+        "drop_path_rate": 0, "drop_rate": 0, "layer_decay": 1, "ema_decay": None, "precision": "float32",
+        "neck_channels": 256, "head_channels": 128, "head_dropout": 0.1, "scale": (2048, 512), "crop_size": (512, 512),
+        "scale_ratio": (0.5, 2.0), "max_class_share": 0.75, "flip": 0.5, "distortion": True, "loss_mean": "all",
+        "dice_weight": 0, "class_weights": "none", "report": "last", "batchnorm": "sync_head",
+    }  # fmt: skip
+    assert {key: getattr(recipe, key) for key in stated} == stated
+    assert recipe.network().layer_scale == 1e-6
+
+
+def test_fields_of_classification_are_rejected():
+    with pytest.raises(UsageError, match="input_size is for classification"):
+        read_recipe("segmentation", {"input_size": "64"})
+    with pytest.raises(UsageError, match="no field 'mixup'"):
+        read_recipe("segmentation", {"mixup": "0.1"})
+    with pytest.raises(UsageError, match="scale_ratio"):
+        read_recipe("segmentation", {"scale_ratio": "2,0.5"})
+    with pytest.raises(UsageError, match="neck_channels = 0"):
+        read_recipe("segmentation", {"neck_channels": "0"})
+
+
+def test_lists_are_read_as_words_of_the_command_line():
+    for words in (["0", "255"], "0,255", "[0, 255]", [0, 255]):
+        assert read_recipe("segmentation", {"label_values": words}).label_values == (0, 255)
+    assert read_recipe("segmentation", {"ignore_index": ["7"]}).ignore_index == (7,)
+    recipe = read_recipe("segmentation", {"label-values": ["none"], "ignore_index": "0"})
+    assert (recipe.label_values, recipe.ignore_index) == (None, (0,))
+    stored = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
+    assert build_recipe(stored, {}, "x") == recipe
+
+
+def test_a_preview_shows_images_with_their_labels(small, tmp_path):
+    preview = draw_preview(small(), tmp_path / "preview.png", images=2, versions=3)
+    with Image.open(preview.path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    reddish = (pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] - pixels[..., 2] > 60)
+    assert reddish.mean() > 0.005, "the color of the box is painted"
