@@ -92,6 +92,7 @@ class Training:
 
 class Evaluator:
     notes, rule, outputs = (), "brightness from the file names", 1
+    at_once, fixed_preprocessing = None, False
     dtype = np.dtype([("estimate", "<f8"), ("error", "<f8")])
 
     def __init__(self, dataset):
