@@ -166,7 +166,7 @@ def test_progress_is_shown_on_request(classifier, pictures, monkeypatch):
     def progress(what, total):
         yield lambda count: done.append((what, total, count))
 
-    monkeypatch.setattr("fcvit.tasks.classification.prediction.progress_of", progress)
+    monkeypatch.setattr("fcvit.inference.images.progress_of", progress)
     assert classifier.predict(pictures, progress=True) == classifier.predict(pictures)
     assert done == [("predicting", 3, 1)] * 3
 

@@ -148,12 +148,12 @@ class Estimator:
         return [{"brightness": prediction}]
 
     def table(self, pairs):
-        return "\n".join(f"{path.name}: {value:.2f}" for path, value in pairs)
+        return "\n".join(f"{path.name}: {rows[0]['brightness']:.2f}" for path, rows in pairs)
 
 
 class Brightness:
     name, recipe = "brightness", Recipe
-    options = dataclasses.make_dataclass("Options", [])
+    options = prediction = dataclasses.make_dataclass("Options", [])
 
     def training(self, recipe, weights):
         return Training(recipe, weights)

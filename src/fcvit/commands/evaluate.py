@@ -8,18 +8,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from fcvit.commands.options import PreprocessingOptions, decoding_processes
+from fcvit.commands.options import PreprocessingOptions, all_tasks, decoding_processes, given_options
 from fcvit.errors import UsageError
 from fcvit.evaluation import runner
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.settings import Settings
 from fcvit.models.variants import Preprocessing
-from fcvit.tasks.base import TASKS, get_task
 from fcvit.weights.reading import Weights
 
 # The command line accepts the options of all tasks. The task of the weights uses its own options.
-_options = tuple(get_task(name).options for name in TASKS)
-TaskOptions: Any = dataclasses.dataclass(frozen=True)(type("TaskOptions", _options, {"__module__": __name__}))
+TaskOptions: Any = all_tasks("options")
 _fields = (*dataclasses.fields(Settings), *dataclasses.fields(TaskOptions))
 _MOVABLE = [field.name for field in _fields if field.metadata.get("movable")]
 
@@ -55,7 +53,7 @@ def command(
     workers = decoding_processes(workers)
     changes = pixels.changes() if pixels else None
     if resume is not None:
-        given = {**_given(settings), **_given(options)}
+        given = {**given_options(settings), **given_options(options)}
         moved = {name: given.pop(name) for name in _MOVABLE if name in given}
         moved |= {"weights": weights} if weights else {}
         moved |= {"data": data} if data is not None else {}
@@ -67,7 +65,7 @@ def command(
     settings = settings or Settings()
     if changes:
         settings = dataclasses.replace(settings, preprocessing=dict(changes))
-    return runner.evaluate(weights, data, settings, _given(options), output, record, workers, strict)
+    return runner.evaluate(weights, data, settings, given_options(options), output, record, workers, strict)
 
 
 def evaluate(
@@ -114,11 +112,3 @@ def evaluate(
     settings = Settings(**chosen, preprocessing=preprocessing)
     target = Path(folder) if folder is not None else None
     return runner.evaluate(files, data, settings, options, target, record or target is not None, workers, strict)
-
-
-def _given(options: Any) -> dict[str, Any]:
-    """Return the options that differ from their defaults."""
-    if options is None:
-        return {}
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    return {name: value for name, value in vars(options).items() if value != defaults[name]}

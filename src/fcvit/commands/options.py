@@ -13,6 +13,7 @@ from fcvit.data.folders import find_images
 from fcvit.data.transforms.augment import Interpolation
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, three_channels
+from fcvit.tasks.base import TASKS, get_task
 
 File = Path | str
 Output = Parameter(name=["--output", "-o"])
@@ -65,6 +66,25 @@ class PreprocessingOptions:
             elif value is not None:
                 changes[name] = value
         return changes or None
+
+
+def all_tasks(kind: str) -> Any:
+    """Return a dataclass with the options of all tasks, for the command line. It does not check the values.
+
+    Args:
+        kind: Attribute of a task, such as "options" (see `fcvit.tasks.base.Task`).
+    """
+    classes = tuple(getattr(get_task(name), kind) for name in reversed(TASKS))  # the fields of the last one are first
+    fields = {"__module__": __name__, "__post_init__": lambda _: None}
+    return dataclasses.dataclass(frozen=True)(type("TaskOptions", classes, fields))
+
+
+def given_options(options: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    if options is None:
+        return {}
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    return {name: value for name, value in vars(options).items() if value != defaults[name]}
 
 
 def named_images(command: str, images: Sequence[str | os.PathLike[str]], output: File | None) -> list[Path]:

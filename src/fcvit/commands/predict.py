@@ -1,5 +1,6 @@
 """Predict images: the command `fcvit predict`, and in Python `fcvit.load(...).predict`."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -11,18 +12,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads
+from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads, all_tasks, given_options
 from fcvit.data.folders import find_images
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.engines import AUTO, CHOICES, Engine, create_engine
-from fcvit.inference.images import check_counts
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress
-from fcvit.tasks.base import task_of
+from fcvit.tasks.base import Task, task_of
 from fcvit.text import csv_text, printable
 from fcvit.weights.reading import Weights, read_weights
 
 _TABLES = (".csv", ".jsonl")
+PredictionOptions: Any = all_tasks("prediction")
 logger = logging.getLogger("fcvit")
 
 
@@ -32,14 +33,14 @@ class Predictions:
 
     Attributes:
         predictor: The predictor from `load`, which formats the predictions.
-        good: Path and prediction of each readable image, in the order of the images.
+        good: Path and rows of each readable image, in the order of the images.
         unreadable: Error messages of the images that could not be read.
         as_csv: Whether to print the predictions as CSV.
         written: The written file or folder, or None.
     """
 
     predictor: Any
-    good: tuple[tuple[Path, Any], ...]
+    good: tuple[tuple[Path, list[dict[str, Any]]], ...]
     unreadable: tuple[str, ...]
     as_csv: bool = False
     written: Path | None = None
@@ -54,12 +55,11 @@ class Predictions:
     def to_json(self) -> dict[str, Any]:
         if self.as_csv:
             raise UsageError("predict: --json and --csv exclude each other; choose one")
-        ranked = {str(path): self.predictor.rows(prediction) for path, prediction in self.good}
-        return {"predictions": ranked, "unreadable": self.unreadable}
+        return {"predictions": {str(path): rows for path, rows in self.good}, "unreadable": self.unreadable}
 
     def csv(self) -> str:
         """Return a CSV table with a line for each predicted class of each image."""
-        rows = [(path, *row) for path, prediction in self.good for row in enumerate(self.predictor.rows(prediction), 1)]
+        rows = [(path, *row) for path, of_image in self.good for row in enumerate(of_image, 1)]
         lines = [("path", "place", *rows[0][2])] if rows else []
         lines += [tuple(map(_cell, (str(path), rank, *row.values()))) for path, rank, row in rows]
         return csv_text(lines, "\n")
@@ -96,7 +96,8 @@ def load(
         preprocessing: Preprocessing to use instead of that of the weights.
 
     Returns:
-        The predictor for the task of the weights. For classification, this is a `fcvit.Classifier`.
+        The predictor for the task of the weights: a `fcvit.Classifier`, or for segmentation a
+        `fcvit.tasks.segmentation.prediction.Segmenter`.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: The file is invalid. See `fcvit.weights.reading.read_weights`.
@@ -116,62 +117,76 @@ def load(
 def predict(
     *images: str,
     weights: File,
-    top_k: int = 5,
+    options: Annotated[PredictionOptions | None, Parameter(name="*")] = None,
     engine: Annotated[str, Parameter(help=f"{CHOICES}.")] = AUTO,
     classes: Classes = None,
     device: Device = "auto",
-    batch_size: int = 32,
     threads: Threads = None,
     ema: Ema = None,
     csv: Flag = False,
     output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
-    """Predict images. For classification, return the classes with the highest probabilities.
+    """Predict images: the most probable classes of each image, or the areas of the classes in it.
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
         weights: A checkpoint of any format.
-        top_k: Number of classes per image.
-        batch_size: Batch size.
+        options: Options of the task of the weights.
         csv: Print the predictions as CSV.
-        output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions.
+        output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions. For
+            segmentation, the folder contains a label map and an overlay of each image.
 
     Raises:
         FcvitError: See `fcvit.load`.
     """
     if not images:
         raise UsageError("predict: expected at least one image, folder or pattern")
-    check_counts(top_k, batch_size)
     if output is not None and output.suffix not in ("", *_TABLES):
         raise UsageError(f"{output}: expected a file ({' or '.join(_TABLES)}), or a folder for pictures")
     if output is not None and output.exists():
         raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
-    predictor = load(weights, ema=ema, classes=classes, device=device, engine=engine, threads=threads)
-    good, bad = [], []
-    with progress("predicting", len(paths)) as advance:
-        for path, result in zip(paths, predictor.stream(paths, top_k, batch_size=batch_size), strict=True):
+    read = read_weights(weights, ema)
+    chosen = vars(_options_of(task_of([read]), given_options(options)))
+    predictor = load(read, classes=classes, device=device, engine=engine, threads=threads)
+    good: list[tuple[Path, list[dict[str, Any]]]] = []
+    bad: list[str] = []
+
+    def results() -> Iterator[tuple[Path, Any]]:
+        for path, result in zip(paths, predictor.stream(paths, **chosen), strict=True):
             if isinstance(result, BadImages):
                 bad.append(str(result))
             else:
-                good.append((path, result))
+                good.append((path, predictor.rows(result)))
+                yield path, result
             advance(1)
+
+    with progress("predicting", len(paths)) as advance:
+        if output is not None and not output.suffix:
+            with runs.run_folder(output, "predict") as folder:
+                predictor.draw(results(), folder)
+        else:
+            collections.deque(results(), maxlen=0)
     predictions = Predictions(predictor, tuple(good), tuple(bad), csv, output)
-    if output is not None:
-        _write(predictions, output)
+    if output is not None and output.suffix == ".csv":
+        runs.write_text(output, predictions.csv())
+    elif output is not None and output.suffix == ".jsonl":
+        lines = ({"path": str(path), "predictions": rows} for path, rows in good)
+        runs.write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
     return predictions
 
 
-def _write(predictions: Predictions, output: Path) -> None:
-    if output.suffix == ".csv":
-        runs.write_text(output, predictions.csv())
-    elif output.suffix == ".jsonl":
-        rows = predictions.predictor.rows
-        lines = ({"path": str(path), "predictions": rows(prediction)} for path, prediction in predictions.good)
-        runs.write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
-    else:
-        with runs.run_folder(output, "predict") as folder:
-            predictions.predictor.draw(predictions.good, folder)
+def _options_of(task: Task, given: dict[str, Any]) -> Any:
+    """Return the prediction options of a task.
+
+    Raises:
+        UsageError: An option is not one of this task, or its value is invalid.
+    """
+    known = [field.name for field in dataclasses.fields(task.prediction)]
+    if unknown := [name for name in given if name not in known]:
+        listed, others = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (unknown, known))
+        raise UsageError(f"predict: {listed}: not an option for {task.name}; use {others}")
+    return task.prediction(**given)
 
 
 def _cell(value: Any) -> Any:

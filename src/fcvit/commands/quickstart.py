@@ -94,7 +94,7 @@ class Quickstart:
             ("float32 error ratio", "", f"{self.error_ratio:.2f}", near),
         ]
         yield table("", *right, "", rows=rows, title=f"the same {ours.images} held-out images", right=right)
-        yield predictions(self.predictions[:3])
+        yield predictions([(path, [dataclasses.asdict(row) for row in rows]) for path, rows in self.predictions[:3]])
         yield "This small network was trained on handwritten digits, not ImageNet. It only shows that all steps work."
         yield f"Picture: {self.sheet}"
         yield f"All files: {self.folder}   ({self.seconds:.0f} s)"

@@ -1,5 +1,8 @@
 """Read images, batch them, compute outputs and decode predictions, for any task."""
 
+import collections
+import contextlib
+import functools
 import io
 import itertools
 import os
@@ -17,6 +20,7 @@ from fcvit.inference.engines import Engine
 from fcvit.inference.interface import as_list, output_names
 from fcvit.machine import available_threads
 from fcvit.models.variants import Preprocessing
+from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights
 
 _READING = threading.Lock()  # threads must not read a PIL image, or two PIL images of one file, at once
@@ -50,20 +54,78 @@ def predictions(
         NumbersDisagree: The outputs are not finite.
     """
     numbered = enumerate(images, 1)
+    read = functools.partial(preprocess, preprocessing=preprocessing)
     with ThreadPoolExecutor(available_threads()) as pool:
         while batch := list(itertools.islice(numbered, batch_size)):
-            pixels = list(pool.map(lambda image: _pixels(image[0], image[1], preprocessing), batch))
+            pixels = list(pool.map(lambda numbered: _read(numbered[0], numbered[1], read), batch))
             good = {index: item for index, item in enumerate(pixels) if not isinstance(item, BadImages)}
             results: Iterator[Result] = iter(())
             if good:
                 outputs = engine(np.stack(list(good.values())))
-                _require_finite(outputs, weights, engine, [batch[index] for index in good])
+                require_finite(outputs, weights, engine, [batch[index] for index in good])
                 results = iter(decode(outputs))
             yield from (item if isinstance(item, BadImages) else next(results) for item in pixels)
 
 
-def _require_finite(outputs: Any, weights: Weights, engine: Engine, batch: Sequence[tuple[int, ImageLike]]) -> None:
+def read_ahead(
+    images: Iterable[ImageLike], read: Callable[[Any], Result]
+) -> Iterator[tuple[int, ImageLike, Result | BadImages]]:
+    """Yield the number of each image from 1, the image, and its content, or the error if it cannot be read.
+
+    A thread reads the next image meanwhile.
+
+    Args:
+        images: Images as `several` accepts them.
+        read: Function that reads a path or a loaded PIL image.
+
+    Raises:
+        UsageError: An object is not an image.
+    """
+    pending: collections.deque[Any] = collections.deque()
+    with ThreadPoolExecutor(1) as pool:
+        for number, image in enumerate(images, 1):
+            pending.append((number, image, pool.submit(_read, number, image, read)))
+            if len(pending) > 1:
+                first, earlier, content = pending.popleft()
+                yield first, earlier, content.result()
+        for number, image, content in pending:
+            yield number, image, content.result()
+
+
+def collect(
+    images: Any, stream: Callable[[Iterable[ImageLike]], Iterator[Result]], progress: bool = False
+) -> list[Result]:
+    """Return the results of a stream for a single image or several images.
+
+    Args:
+        images: Images as `several` accepts them.
+        stream: Function that yields one result per image.
+        progress: Show a progress bar on standard error, if the number of images is known.
+
+    Raises:
+        UsageError: An object is not an image.
+    """
+    images = several(images)
+    total = len(images) if isinstance(images, Sequence | np.ndarray) else 0
+    results: list[Result] = []
+    shown = progress_of("predicting", total) if progress and total else contextlib.nullcontext(lambda _: None)
+    with shown as advance:
+        for result in stream(images):
+            results.append(result)
+            advance(1)
+    return results
+
+
+def require_finite(outputs: Any, weights: Weights, engine: Engine, batch: Sequence[tuple[int, ImageLike]]) -> None:
+    """Check the outputs of an engine for a batch of numbered images.
+
+    Raises:
+        NumbersDisagree: An output is not finite.
+    """
     for name, output in zip(output_names(weights.spec), as_list(outputs), strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(output.sum()):  # faster than a check of every value
+                continue
         finite = np.isfinite(output).reshape(len(batch), -1).all(1)
         if not finite.all():
             number, image = batch[int(finite.argmin())]
@@ -74,8 +136,8 @@ def _require_finite(outputs: Any, weights: Weights, engine: Engine, batch: Seque
             )
 
 
-def _pixels(number: int, image: ImageLike, preprocessing: Preprocessing) -> np.ndarray | BadImages:
-    """Return the preprocessed image as uint8 (3, S, S), or the error if it cannot be read."""
+def _read(number: int, image: ImageLike, read: Callable[[Any], Result]) -> Result | BadImages:
+    """Return what a function reads from an image, or the error if it cannot be read."""
     check_image(image, number)
     try:
         if isinstance(image, np.ndarray):
@@ -83,7 +145,7 @@ def _pixels(number: int, image: ImageLike, preprocessing: Preprocessing) -> np.n
         elif isinstance(image, Image.Image):
             with _READING:
                 image.load()
-        return preprocess(image, preprocessing)
+        return read(image)
     except BadImages as error:
         if isinstance(image, str | os.PathLike) and os.path.isdir(image):  # noqa: PTH112 -- never raises
             return BadImages(f"{image!s:.200}: this is a folder; pass its images, for example from pathlib.Path.glob")

@@ -4,7 +4,7 @@ Texts from files and paths are shown literally. Rich markup and terminal control
 `console` and `table`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,10 @@ def unreadable(found: Sequence[str | BadImages]) -> Table:
     return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN)
 
 
-def predictions(rows: Sequence[tuple[Path, Any]]) -> Table:
+def predictions(rows: Sequence[tuple[Path, Sequence[Mapping[str, Any]]]]) -> Table:
     """Return a table of the most probable classes of each image."""
     cells = [
-        ("" if position else str(path), f"{100 * row.probability:.1f}", row.name, row.id)
+        ("" if position else str(path), f"{100 * row['probability']:.1f}", row["name"], row["id"])
         for path, ranked in rows
         for position, row in enumerate(ranked)
     ]

@@ -189,11 +189,13 @@ class Task(Protocol):
         name: Name in checkpoints, recipes and run folders.
         recipe: Dataclass of the task's recipes.
         options: Dataclass of the task's evaluation options, in addition to `fcvit.evaluation.settings.Settings`.
+        prediction: Dataclass of the task's prediction options. It raises `UsageError` if a value is invalid.
     """
 
     name: str
     recipe: "type[Recipe]"
     options: type
+    prediction: type
 
     def training(self, recipe: "Recipe", weights: "Weights | None") -> TrainingTask:
         """Prepare a training run."""
@@ -208,8 +210,9 @@ class Task(Protocol):
     ) -> Any:
         """Return the predictor that `fcvit.load` returns, with `predict` and `stream` (see `fcvit.inference.images`).
 
-        `fcvit predict` also calls `rows(prediction)` for JSON and CSV, `table(pairs)` and `draw(pairs, folder)`, where
-        `pairs` are paths with their predictions.
+        `fcvit predict` calls `stream` with the fields of `prediction`, `rows(prediction)` for JSON and CSV,
+        `table(pairs)` with paths and their rows, and `draw(pairs, folder)` with an iterator of paths and their
+        predictions.
 
         Args:
             weights, preprocessing: Weights and preprocessing of the network.

@@ -56,9 +56,18 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
         BadImages: The file does not exist, is damaged, is not an image or has more pixels than Pillow's limit.
     """
     with opened(source, name) as image:
-        rgb = as_rgb(image, cut=True)
-        transpose = _TRANSPOSES.get(_orientation(image))
-        return rgb if transpose is None else rgb.transpose(transpose)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as in `decode`.
+
+    Raises:
+        ValueError: The image has 32-bit or float values outside 0 to 255, or floats from 0 to 1.
+    """
+    rgb = as_rgb(image, cut=True)
+    transpose = _TRANSPOSES.get(_orientation(image))
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -82,9 +91,9 @@ def keep_ratio_size(size: tuple[int, int], scale: tuple[int, int] = SCALE) -> tu
     return height, width
 
 
-def aligned_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return the size with both sides rounded up to multiples of 32."""
-    height, width = (-(-length // STRIDE) * STRIDE for length in size)
+def aligned_size(size: tuple[int, int], divisor: int = STRIDE) -> tuple[int, int]:
+    """Return the size with both sides rounded up to multiples of a divisor."""
+    height, width = (-(-length // divisor) * divisor for length in size)
     return height, width
 
 
@@ -105,16 +114,16 @@ def _resize(array: np.ndarray, size: tuple[int, int], nearest: bool) -> np.ndarr
     return cv2.resize(array, size[::-1], interpolation=cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
 
 
-def preprocess(image: np.ndarray, scale: tuple[int, int] = SCALE) -> np.ndarray:
+def preprocess(image: np.ndarray, scale: tuple[int, int] = SCALE, divisor: int = STRIDE) -> np.ndarray:
     """Resize an image (H, W, 3) as in the authors' test: with `keep_ratio_size`, then to `aligned_size`.
 
-    The second resize stretches the image by up to 31 pixels per side.
+    The second resize stretches the image by less than `divisor` pixels per side.
 
     Returns:
-        uint8 (3, H', W'), where H' and W' are multiples of 32. `normalize` takes a batch of it.
+        uint8 (3, H', W'), where H' and W' are multiples of `divisor`. `normalize` takes a batch of it.
     """
     image = resize_image(image, keep_ratio_size(_size(image), scale))
-    return _planes(resize_image(image, aligned_size(_size(image))))
+    return _planes(resize_image(image, aligned_size(_size(image), divisor)))
 
 
 def _size(array: np.ndarray) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Predict the most probable classes of images with a classifier."""
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +15,10 @@ from fcvit.data.classes import Classes
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, DoesNotFit
 from fcvit.inference.engines import Engine, PaddleEngine
-from fcvit.inference.images import ImageLike, check_counts, predictions, several
+from fcvit.inference.images import ImageLike, check_counts, collect, predictions
 from fcvit.metrics.classification import softmax, top_classes
 from fcvit.models.variants import Preprocessing
 from fcvit.report.image_grid import Tile, image_grid, png
-from fcvit.report.progress import progress as progress_of
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -29,6 +28,22 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 _IMAGES_PER_GRID = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionOptions:
+    """Options of `fcvit predict` for classification.
+
+    Args:
+        top_k: Classification: number of classes per image.
+        batch_size: Classification: number of images per batch.
+    """
+
+    top_k: int = 5
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        check_counts(self.top_k, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +97,20 @@ class Classifier:
         """Return the predictions of an image as rows for JSON and CSV, one per class."""
         return [dataclasses.asdict(row) for row in prediction]
 
-    def table(self, predictions: Sequence[tuple[Path, list[Prediction]]]) -> Any:
-        """Return a table of images and predictions for the terminal."""
+    def table(self, predictions: Sequence[tuple[Path, list[dict[str, Any]]]]) -> Any:
+        """Return a table of images and their rows for the terminal."""
         from fcvit.report.tables import predictions as listing
 
         return listing(predictions)
 
-    def draw(self, predictions: Sequence[tuple[Path, list[Prediction]]], folder: Path) -> None:
+    def draw(self, predictions: Iterable[tuple[Path, list[Prediction]]], folder: Path) -> None:
         """Write image grids with the best class of each image as PNG files into a folder."""
-        for start in range(0, len(predictions), _IMAGES_PER_GRID):
-            part = predictions[start : start + _IMAGES_PER_GRID]
+        rest, first = iter(predictions), 1
+        while part := list(itertools.islice(rest, _IMAGES_PER_GRID)):
             tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
-            title = f"images {start + 1} to {start + len(part)} of {len(predictions)}"
-            name = f"predictions-{start // _IMAGES_PER_GRID + 1:03d}.png"
-            runs.write_bytes(folder / name, png(image_grid(tiles, title)))
+            grid = image_grid(tiles, f"images {first} to {first + len(part) - 1}")
+            runs.write_bytes(folder / f"predictions-{first // _IMAGES_PER_GRID + 1:03d}.png", png(grid))
+            first += len(part)
 
     @functools.cached_property
     def model(self) -> "FCViT":
@@ -126,15 +141,7 @@ class Classifier:
             UsageError: An image has an unsupported type, or a number is less than 1.
             NumbersDisagree: A logit is not finite.
         """
-        images = several(images)
-        total = len(images) if isinstance(images, Sequence | np.ndarray) else 0
-        results: list[list[Prediction] | BadImages] = []
-        shown = progress_of("predicting", total) if progress and total else contextlib.nullcontext(lambda _: None)
-        with shown as advance:
-            for result in self.stream(images, top_k, batch_size=batch_size):
-                results.append(result)
-                advance(1)
-        return results
+        return collect(images, lambda several: self.stream(several, top_k, batch_size=batch_size), progress)
 
     def stream(
         self, images: Iterable[ImageLike], top_k: int = 5, *, batch_size: int = BATCH_SIZE

@@ -10,7 +10,7 @@ from fcvit.inference.engines import Engine
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing
 from fcvit.tasks.classification.comparison import ResultComparison, compare
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
-from fcvit.tasks.classification.prediction import Classifier
+from fcvit.tasks.classification.prediction import Classifier, PredictionOptions
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.classification.training import ClassificationTraining
 from fcvit.weights.reading import Weights
@@ -24,6 +24,7 @@ class Classification:
     name = "classification"
     recipe = ClassificationRecipe
     options = Options
+    prediction = PredictionOptions
 
     def training(self, recipe: ClassificationRecipe, weights: Weights | None) -> ClassificationTraining:
         return ClassificationTraining(recipe, weights)

@@ -1,0 +1,321 @@
+"""Predict a label map for each image with a segmentation network."""
+
+import dataclasses
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from cyclopts import Parameter
+from PIL import Image
+
+from fcvit import run_folder as runs
+from fcvit.data import painting
+from fcvit.data.class_colors import ClassList, ade20k, read_class_list
+from fcvit.data.classes import Classes, ClassName, Palette, as_classes
+from fcvit.data.transforms.segmentation import decode, preprocess, resize_image, upright_rgb
+from fcvit.errors import BadImages, DoesNotFit, UsageError
+from fcvit.inference.engines import Engine
+from fcvit.inference.images import ImageLike, collect, read_ahead, require_finite
+from fcvit.models.spec import SemanticFPNOptions
+from fcvit.models.variants import ADE20K_CLASSES, Preprocessing
+from fcvit.report.image_grid import png
+from fcvit.tasks.segmentation.evaluation import default_palette
+from fcvit.tasks.segmentation.logits import View, average_label_map, sliding_logits
+from fcvit.weights.reading import Weights
+
+logger = logging.getLogger("fcvit")
+
+LABELS, OVERLAYS = "labels", "overlays"  # folders that `Segmenter.draw` writes
+_LABEL_VALUES = 256
+_LARGEST_SCALE = 16
+_SMALLEST_WINDOW = 32
+_SHOWN = 10  # classes of an image in the table
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionOptions:
+    """Options of `fcvit predict` for segmentation.
+
+    Args:
+        flip: Segmentation: average the probabilities with those of the mirrored image.
+        scales: Segmentation: factors of the size of the network's input, separated by commas. Their probabilities are
+            averaged.
+        window: Segmentation: side of a sliding window in the network's input, in pixels. The logits of all windows are
+            averaged.
+        stride: Segmentation: step of the sliding window in pixels (default: two thirds of the window).
+        no_resize: Segmentation: use images at their own size, not at the size of the training images. Large images need
+            --window.
+        one_based: Segmentation: write class k as k + 1 in label maps, as ADE20K's server expects it.
+    """
+
+    flip: Annotated[bool, Parameter(negative=())] = False
+    scales: Annotated[Any, Parameter()] = "1"
+    window: int | None = None
+    stride: int | None = None
+    no_resize: Annotated[bool, Parameter(negative=())] = False
+    one_based: Annotated[bool, Parameter(negative=())] = False
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise UsageError("--scales: expected at least one number, for example 0.75,1,1.25")
+        window, stride = self.window, self.stride
+        if window is not None and not (isinstance(window, int) and window >= _SMALLEST_WINDOW):
+            raise UsageError(f"--window {window!r:.40}: expected at least {_SMALLEST_WINDOW} pixels")
+        if stride is not None and not (window and isinstance(stride, int) and 1 <= stride <= window):
+            raise UsageError(f"--stride {stride!r:.40}: expected --window, and a stride from 1 to the window's side")
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Return the scales as numbers."""
+        words = self.scales.split(",") if isinstance(self.scales, str) else np.atleast_1d(self.scales)
+        try:
+            factors = tuple(float(word) for word in words)
+        except (TypeError, ValueError):
+            factors = (0.0,)
+        if not all(0 < factor <= _LARGEST_SCALE for factor in factors):
+            raise UsageError(f"--scales {self.scales!r:.60}: expected numbers above 0, at most {_LARGEST_SCALE}")
+        return factors
+
+    @property
+    def step(self) -> int:
+        """Return the stride, with its default."""
+        assert self.window is not None
+        return self.stride or self.window * 2 // 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassArea:
+    """A class in a label map: class index, class id, class name, and its share of the pixels, from 0 to 1."""
+
+    index: int
+    id: str
+    name: str
+    share: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class SegmentedImage:
+    """The label map of an image.
+
+    Attributes:
+        labels: Class index of each pixel, uint8 (H, W), at the size of the image. An orientation tag of the image is
+            applied.
+        classes: Classes, one per index.
+        palette: Color of each class.
+        image: The image as it was passed to `predict`. `overlay` reads it again.
+        one_based: Whether `save` writes class k as k + 1 by default.
+    """
+
+    labels: np.ndarray
+    classes: Classes
+    palette: Palette
+    image: ImageLike
+    one_based: bool = False
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        return f"<SegmentedImage {width} x {height}: {', '.join(f'{a.name} {a.share:.0%}' for a in self.areas[:3])}>"
+
+    @property
+    def areas(self) -> list[ClassArea]:
+        """Return the classes in the label map, the one with the largest area first."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        return [
+            ClassArea(index, self.classes[index].id, self.classes[index].name, int(counts[index]) / self.labels.size)
+            for index in order.tolist()
+        ]
+
+    def save(self, path: str | os.PathLike[str], one_based: bool | None = None) -> None:
+        """Write the label map as a PNG file with a palette, whose pixels are class indices. A file is replaced.
+
+        Args:
+            path: File name that ends in .png.
+            one_based: Whether to write class k as k + 1, as ADE20K's server expects it. 0 then means no class. None
+                uses the option of the prediction.
+
+        Raises:
+            UsageError: The file name does not end in .png, or there is no number for the last of 256 classes.
+            UnreadableFile: The file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: label maps are saved as PNG; use a name that ends in .png")
+        first = int(self.one_based if one_based is None else one_based)
+        if first + len(self.classes) > _LABEL_VALUES:
+            raise UsageError(f"{path}: 8 bits cannot number {len(self.classes)} classes from 1; omit one_based")
+        palette = [(0, 0, 0)] * first + list(self.palette)
+        runs.write_bytes(path, png(painting.palette_image(self.labels + np.uint8(first), palette)))
+
+    def overlay(self, opacity: float = 0.5) -> Image.Image:
+        """Return the image with the label map painted over it in the colors of the classes.
+
+        Args:
+            opacity: Weight of the colors, from 0 to 1.
+
+        Raises:
+            UsageError: The opacity is out of range, or the image file has another size now.
+            BadImages: The image file cannot be read any more.
+        """
+        image = Image.fromarray(self.image) if isinstance(self.image, np.ndarray) else self.image
+        return Image.fromarray(painting.overlay(_pixels(image), self.labels, self.palette, opacity))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Segmenter:
+    """A segmentation network with its preprocessing and class names.
+
+    Attributes:
+        weights: Weights of the network.
+        engine: Engine that computes the logits.
+        preprocessing: Mean and standard deviation of the images.
+        classes: Classes, one per output.
+        palette: Color of each class.
+    """
+
+    weights: Weights
+    engine: Engine
+    preprocessing: Preprocessing
+    classes: Classes
+    palette: Palette
+
+    def __repr__(self) -> str:
+        return f"<Segmenter {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
+
+    def predict(
+        self, images: "ImageLike | Iterable[ImageLike]", *, progress: bool = False, **options: Any
+    ) -> list[SegmentedImage | BadImages]:
+        """Return the label map of each image, or the error if it cannot be read.
+
+        Args:
+            images: A path, a PIL image or a uint8 array (height, width, 3) in RGB, or several of these. For a single
+                image, the list contains one result.
+            progress: Show a progress bar on standard error.
+            options: Fields of `PredictionOptions`, for example `flip=True` or `scales=(0.75, 1, 1.25)`.
+
+        Raises:
+            UsageError: An image has an unsupported type, or an option is invalid.
+            NumbersDisagree: A logit is not finite.
+            MissingExtra: OpenCV is not installed.
+        """
+        return collect(images, lambda several: self.stream(several, **options), progress)
+
+    def stream(self, images: Iterable[ImageLike], **options: Any) -> Iterator[SegmentedImage | BadImages]:
+        """Yield the results of `predict` one by one. At most two images are in memory."""
+        if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(PredictionOptions)}):
+            raise UsageError(f"predict: unknown options {', '.join(unknown)} of segmentation")
+        return self._results(images, PredictionOptions(**options))
+
+    def _results(self, images: Iterable[ImageLike], options: PredictionOptions) -> Iterator[SegmentedImage | BadImages]:
+        for number, image, pixels in read_ahead(images, _pixels):
+            if isinstance(pixels, BadImages):
+                yield pixels
+                continue
+
+            def compute(pixels: np.ndarray, numbered: tuple[int, ImageLike] = (number, image)) -> np.ndarray:
+                logits = self.engine(np.ascontiguousarray(pixels[None]))
+                require_finite(logits, self.weights, self.engine, [numbered])
+                return logits[0]
+
+            views = list(_views(pixels, self.weights.spec.options, options, compute))
+            height, width = pixels.shape[:2]
+            labels = average_label_map(views, (height, width))
+            yield SegmentedImage(labels, self.classes, self.palette, image, options.one_based)
+
+    def rows(self, prediction: SegmentedImage) -> list[dict[str, Any]]:
+        """Return the areas of a label map as rows for JSON and CSV, one per class."""
+        return [dataclasses.asdict(area) for area in prediction.areas]
+
+    def table(self, predictions: Sequence[tuple[Path, list[dict[str, Any]]]]) -> Any:
+        """Return a table of images and their rows for the terminal."""
+        from fcvit.report.tables import table
+
+        cells = []
+        for path, rows in predictions:
+            shown = [(f"{100 * row['share']:.1f}", row["name"], row["id"]) for row in rows[:_SHOWN]]
+            if rest := rows[_SHOWN:]:
+                shown.append((f"{100 * sum(row['share'] for row in rest):.1f}", f"... and {len(rest)} more", ""))
+            cells += [("" if position else str(path), *cell) for position, cell in enumerate(shown)]
+        return table("image", "area (%)", "class", "id", rows=cells, right=("area (%)",))
+
+    def draw(self, predictions: Iterable[tuple[Path, SegmentedImage]], folder: Path) -> None:
+        """Write the label map and the overlay of each image into the folders `labels` and `overlays`.
+
+        The files have the names of the images. If a name repeats, a number is added.
+        """
+        for name in (LABELS, OVERLAYS):
+            (folder / name).mkdir()
+        used: set[str] = set()
+        for path, prediction in predictions:
+            name, number = path.stem, 1
+            while name.casefold() in used:
+                number += 1
+                name = f"{path.stem}-{number}"
+            used.add(name.casefold())
+            prediction.save(folder / LABELS / f"{name}.png")
+            content = io.BytesIO()
+            prediction.overlay().save(content, "JPEG", quality=90)
+            runs.write_bytes(folder / OVERLAYS / f"{name}.jpg", content.getvalue())
+
+
+def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, create: Callable[[], Engine]) -> Segmenter:
+    """Return the predictor of a segmentation network. See `fcvit.tasks.base.Task.predictor`.
+
+    Raises:
+        DoesNotFit: The class list has another length, or the network has more classes than a label map can have.
+    """
+    count = weights.spec.num_classes
+    if count > _LABEL_VALUES:
+        raise DoesNotFit(f"{weights.source.path}: {count} classes; label maps with 8 bits have at most {_LABEL_VALUES}")
+    own = ClassList(weights.classes, weights.palette) if weights.classes else None
+    given = None if classes is None else _class_list(classes)
+    if given and len(given.classes) != count:
+        raise DoesNotFit(f"the class list has {len(given.classes)} classes, but the model has {count} outputs")
+    numbered = ClassList(tuple(ClassName(str(index), f"class {index}") for index in range(count)))
+    listed = given or own or (ade20k() if count == ADE20K_CLASSES else numbered)
+    palette = (
+        listed.palette or weights.palette or tuple((red, green, blue) for red, green, blue in default_palette(count))
+    )
+    engine = create()
+    if not given and not own and count == ADE20K_CLASSES:
+        logger.info("the weights have no class names: ADE20K's are used; pass others with --classes FILE")
+    return Segmenter(weights, engine, preprocessing, listed.classes, palette)
+
+
+def _class_list(classes: Any) -> ClassList:
+    if isinstance(classes, str | os.PathLike):
+        return read_class_list(Path(classes))
+    return ClassList(as_classes(classes))
+
+
+def _pixels(image: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
+    """Return the pixels of an image, uint8 (H, W, 3), from its path or a PIL image."""
+    return np.asarray(upright_rgb(image) if isinstance(image, Image.Image) else decode(image))
+
+
+def _views(
+    image: np.ndarray,
+    network: SemanticFPNOptions,
+    options: PredictionOptions,
+    compute: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[View]:
+    """Yield the views of an image, uint8 (H, W, 3), whose logits are computed when they are read."""
+    for factor in options.factors:
+        if options.no_resize:
+            height, width = (max(1, int(length * factor + 0.5)) for length in image.shape[:2])
+            pixels = resize_image(image, (height, width)).transpose(2, 0, 1)
+        else:
+            scale = int(network.long_side * factor), int(network.short_side * factor)
+            pixels = preprocess(image, scale, network.divisor)
+        for mirrored in (False, True)[: 1 + options.flip]:
+            view = pixels[:, :, ::-1] if mirrored else pixels
+            if options.window is None:
+                bands: Iterable[np.ndarray] = map(compute, (view,))
+            else:
+                side, step = options.window, options.step
+                bands = sliding_logits(compute, view, (side, side), (step, step))
+            yield View(pixels.shape[1:], bands, mirrored)
