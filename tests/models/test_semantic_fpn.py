@@ -7,7 +7,7 @@ from conftest import golden_arrays, golden_json, needs_paddle, needs_torch
 from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, SemanticFPNOptions, multiply_accumulates, parameter_count, tensor_specs
 from fcvit.models.variants import VARIANTS
-from fcvit.tasks.segmentation.evaluation import label_map
+from fcvit.tasks.segmentation.logits import label_map
 from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 

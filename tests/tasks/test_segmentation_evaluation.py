@@ -16,7 +16,8 @@ from fcvit.inference.engines import create_engine
 from fcvit.metrics import segmentation as metrics
 from fcvit.models.spec import ModelSpec, SemanticFPNOptions
 from fcvit.models.variants import VARIANTS
-from fcvit.tasks.segmentation.evaluation import LabeledPixels, Options, SegmentationEvaluator, label_map
+from fcvit.tasks.segmentation.evaluation import LabeledPixels, Options, SegmentationEvaluator
+from fcvit.tasks.segmentation.logits import label_map
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
 

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from fcvit.data.classes import Classes, ClassName, check_classes, read_classes
 from fcvit.data.sources import Location
 from fcvit.errors import DoesNotFit, UnreadableFile
+from fcvit.models.variants import ADE20K_CLASSES
 from fcvit.text import decode_text
+from fcvit.weights.reading import Weights
 
 IGNORED = 255
 """The class index of pixels that are ignored in loss and metrics."""
@@ -97,3 +99,37 @@ def parse_class_list(content: bytes, source: str) -> ClassList | None:
     classes = tuple(ClassName(n if times[n] == 1 else f"{n} ({index})", n) for index, n in enumerate(names))
     palette = tuple(entries[index][1] for index in range(len(entries)))
     return ClassList(check_classes(classes, source), palette, tuple(ignored))
+
+
+def classes_of(weights: Weights, listed: ClassList | None) -> ClassList:
+    """Return the classes of a segmentation network with their colors.
+
+    The classes are those of the list, else of the weights, else ADE20K's if the network has 150 classes, else numbers.
+    Colors are those of the list or the weights, or `default_palette`.
+
+    Raises:
+        DoesNotFit: The list has another number of classes than the network.
+    """
+    count = weights.spec.num_classes
+    if listed and len(listed.classes) != count:
+        raise DoesNotFit(f"the class list has {len(listed.classes)} classes, but {weights.source.path} has {count}")
+    if listed is None and weights.classes is not None:
+        listed = ClassList(weights.classes)
+    if listed is None and count == ADE20K_CLASSES:
+        return ade20k()
+    classes = listed.classes if listed else tuple(ClassName(str(index), f"class {index}") for index in range(count))
+    colors = (listed.palette if listed else None) or weights.palette or default_palette(count)
+    return ClassList(classes, colors)
+
+
+def default_palette(count: int) -> tuple[Color, ...]:
+    """Return the colors of PASCAL VOC for classes without colors: the bits of the index, from the highest bit down."""
+    colors = []
+    for index in range(count):
+        number, color = index + 1, [0, 0, 0]
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                color[channel] |= (number >> channel & 1) << bit
+            number >>= 3
+        colors.append((color[0], color[1], color[2]))
+    return tuple(colors)

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from fcvit.data.class_colors import ClassList, read_class_list
-from fcvit.data.classes import ClassName
+from fcvit.data.class_colors import ClassList, classes_of, read_class_list
 from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label, resolve_encoding, scan_labels
 from fcvit.data.loader import Dataset
 from fcvit.data.segmentation import LabeledMaps, find_maps, read_split
@@ -28,12 +27,12 @@ from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import Evaluated
 from fcvit.tasks.segmentation.figures import SegmentationReport
 from fcvit.tasks.segmentation.label_options import LabelOptions
+from fcvit.tasks.segmentation.logits import label_map
 from fcvit.tasks.segmentation.published import validation_of
 from fcvit.tasks.segmentation.results import RECORD, Sample, record
 from fcvit.weights.reading import Weights
 
 _SAMPLE = 64  # label files that are examined before an evaluation
-_ROWS = 64  # rows of logits that are resized at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +58,18 @@ class LabeledPixels:
 
     Args:
         encoding: Meaning of the values in label files.
-        scale: Largest length of the longer and the shorter side.
+        network: Options of the network, with the size of its input.
     """
 
     encoding: LabelEncoding
-    scale: tuple[int, int]
+    network: SemanticFPNOptions
 
     decode: ClassVar = staticmethod(transforms.decode)
 
     def __call__(self, image: Image.Image, target: LabelFile, index: int) -> tuple[np.ndarray, np.ndarray]:
         label = read_label(target, self.encoding, image.size)
-        return transforms.preprocess(np.asarray(image), self.scale), label
+        scale = self.network.long_side, self.network.short_side
+        return transforms.preprocess(np.asarray(image), scale, self.network.divisor), label
 
 
 class SegmentationEvaluator:
@@ -103,7 +103,7 @@ class SegmentationEvaluator:
                     f"{weights.source.path} and {first.source.path} differ in their classes or in the size of their "
                     "input; evaluate them separately"
                 )
-        self.options, self.scale = options, input_scale(first.spec.options)
+        self.options, self.network = options, first.spec.options
         ade20k, notes = False, ()
         self.dataset: Dataset
         if isinstance(data, LabeledMaps):
@@ -123,12 +123,8 @@ class SegmentationEvaluator:
             listed = listed or layout.class_list()
         if options.classes:
             listed = read_class_list(Path(options.classes))
-        if listed and len(listed.classes) != count:
-            raise DoesNotFit(f"the class list has {len(listed.classes)} classes, but {first.source.path} has {count}")
-        known = listed.classes if listed else first.classes
-        self.classes = known or tuple(ClassName(str(index), f"class {index}") for index in range(count))
-        colors = first.palette or (listed.palette if listed else None)
-        self.palette = np.array(colors or default_palette(count), np.uint8)
+        known = classes_of(first, listed)
+        self.classes, self.palette = known.classes, np.array(known.palette, np.uint8)
         if encoding is None:
             encoding = options.encoding(count, listed, ade20k)
             command = ["fcvit", "eval", str(first.source.path), *([str(data)] if isinstance(data, Path) else ())]
@@ -144,10 +140,10 @@ class SegmentationEvaluator:
 
     def identity(self) -> dict[str, Any]:
         encoding = {name: value for name, value in dataclasses.asdict(self.encoding).items() if name != "palette"}
-        return {"classes": [c.id for c in self.classes], "encoding": encoding, "scale": self.scale}
+        return {"classes": [c.id for c in self.classes], "encoding": encoding, **dataclasses.asdict(self.network)}
 
     def transform(self, preprocessing: Preprocessing) -> LabeledPixels:
-        return LabeledPixels(self.encoding, self.scale)
+        return LabeledPixels(self.encoding, self.network)
 
     def record(
         self, outputs: np.ndarray, targets: Sequence[np.ndarray], reference: np.ndarray | None
@@ -171,52 +167,6 @@ class SegmentationEvaluator:
             self._engines[configuration.name] = create_engine(configuration.engine, *arguments)
         (logits,) = self._engines[configuration.name](pixels[None])
         return Sample(image, label, label_map(logits, label.shape))
-
-
-def input_scale(options: SemanticFPNOptions) -> tuple[int, int]:
-    """Return the largest length of the longer and the shorter side of a network's input, in pixels."""
-    return options.long_side, options.short_side
-
-
-def label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize logits (C, h, w) to a height and width, and return the best class of each pixel, uint8 (H, W).
-
-    The resize is PyTorch's bilinear `interpolate` with align_corners=False. It is computed for some rows at a time,
-    because all logits of a large image need gigabytes.
-    """
-    if logits.shape[1:] == size:
-        return logits.argmax(0).astype(np.uint8)
-    (low, high, weight), (left, right, share) = (
-        _neighbors(before, after) for before, after in zip(logits.shape[1:], size, strict=True)
-    )
-    result = np.empty(size, np.uint8)
-    for start in range(0, size[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        lower, upper = logits[:, low[rows]], logits[:, high[rows]]
-        mixed = lower + weight[rows, None].astype(logits.dtype) * (upper - lower)
-        before, after = mixed[..., left], mixed[..., right]
-        result[rows] = (before + share.astype(logits.dtype) * (after - before)).argmax(0)
-    return result
-
-
-def _neighbors(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices of the two neighbors of each output pixel, and the weight of the second one."""
-    position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)
-    low = np.minimum(position.astype(np.int64), before - 1)
-    return low, np.minimum(low + 1, before - 1), position - low
-
-
-def default_palette(count: int) -> list[list[int]]:
-    """Return the colors of PASCAL VOC for classes without colors: the bits of the index, from the highest bit down."""
-    colors = []
-    for index in range(count):
-        number, color = index + 1, [0, 0, 0]
-        for bit in range(7, -1, -1):
-            for channel in range(3):
-                color[channel] |= (number >> channel & 1) << bit
-            number >>= 3
-        colors.append(color)
-    return colors
 
 
 def _only(names: Sequence[str], data: str) -> str:

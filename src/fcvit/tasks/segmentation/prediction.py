@@ -14,8 +14,8 @@ from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data import painting
-from fcvit.data.class_colors import ClassList, ade20k, read_class_list
-from fcvit.data.classes import Classes, ClassName, Palette, as_classes
+from fcvit.data.class_colors import ClassList, classes_of, read_class_list
+from fcvit.data.classes import Classes, Palette, as_classes
 from fcvit.data.transforms.segmentation import decode, preprocess, resize_image, upright_rgb
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.inference.engines import Engine
@@ -23,7 +23,6 @@ from fcvit.inference.images import ImageLike, collect, read_ahead, require_finit
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import ADE20K_CLASSES, Preprocessing
 from fcvit.report.image_grid import png
-from fcvit.tasks.segmentation.evaluation import default_palette
 from fcvit.tasks.segmentation.logits import View, average_label_map, sliding_logits
 from fcvit.weights.reading import Weights
 
@@ -271,19 +270,12 @@ def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, crea
     count = weights.spec.num_classes
     if count > _LABEL_VALUES:
         raise DoesNotFit(f"{weights.source.path}: {count} classes; label maps with 8 bits have at most {_LABEL_VALUES}")
-    own = ClassList(weights.classes, weights.palette) if weights.classes else None
-    given = None if classes is None else _class_list(classes)
-    if given and len(given.classes) != count:
-        raise DoesNotFit(f"the class list has {len(given.classes)} classes, but the model has {count} outputs")
-    numbered = ClassList(tuple(ClassName(str(index), f"class {index}") for index in range(count)))
-    listed = given or own or (ade20k() if count == ADE20K_CLASSES else numbered)
-    palette = (
-        listed.palette or weights.palette or tuple((red, green, blue) for red, green, blue in default_palette(count))
-    )
+    listed = classes_of(weights, None if classes is None else _class_list(classes))
     engine = create()
-    if not given and not own and count == ADE20K_CLASSES:
+    if classes is None and weights.classes is None and count == ADE20K_CLASSES:
         logger.info("the weights have no class names: ADE20K's are used; pass others with --classes FILE")
-    return Segmenter(weights, engine, preprocessing, listed.classes, palette)
+    assert listed.palette is not None
+    return Segmenter(weights, engine, preprocessing, listed.classes, listed.palette)
 
 
 def _class_list(classes: Any) -> ClassList:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from fcvit.data.class_colors import default_palette
 from fcvit.data.label_maps import LabelEncoding, LabelFile, read_label
 from fcvit.data.loader import Batch
 from fcvit.data.painting import overlay
@@ -16,7 +17,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.build import build_segmenter, weights_of
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.tasks.class_weights import balanced
-from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator, default_palette
+from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
 from fcvit.tasks.segmentation.losses import dice_loss, pixel_cross_entropy
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.tasks.segmentation.results import Result
