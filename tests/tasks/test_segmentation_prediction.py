@@ -352,7 +352,7 @@ def test_classes_and_colors_come_from_the_list_the_weights_or_ade20k(weights, tm
     assert segmenter(authors, preprocessing, ["x" * n for n in range(1, 151)], Colors).classes[1].name == "xx"
     named = segmenter(weights, preprocessing, ["a", "b", "c", "d", "e"], Colors)
     assert named.classes[0].name == "a" and named.palette[0] == (128, 0, 0)
-    with pytest.raises(DoesNotFit, match="3 classes, but the model has 5"):
+    with pytest.raises(DoesNotFit, match=r"3 classes, but .* has 5"):
         segmenter(weights, preprocessing, ["a", "b", "c"], Colors)
     many = dataclasses.replace(weights, spec=dataclasses.replace(SPEC, num_classes=257))
     with pytest.raises(DoesNotFit, match="257 classes; label maps with 8 bits have at most 256"):
