@@ -95,7 +95,7 @@ $(VENV)/bin/python:
 
 # One stamp per set of packages. They are installed again when the project's metadata, the versions or the settings change.
 $(VENV)/.cpu: pyproject.toml $(CONSTRAINTS) $(VENV)/.settings
-	$(PIP_INSTALL) --editable '.[cpu,report]'
+	$(PIP_INSTALL) --editable '.[cpu,dense,report]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.settings

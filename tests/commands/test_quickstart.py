@@ -24,6 +24,9 @@ def held_out():
 
 
 def test_included_files():
+    nuclei = [ASSETS / name for name in (quickstart.SEGMENTER, quickstart.NUCLEI)]
+    assert sum(path.stat().st_size for path in nuclei) <= 2 << 20
+    assert read_weights(nuclei[0]).spec.task == "segmentation" and len(read_weights(nuclei[0]).palette) == 3
     path = ASSETS / quickstart.CHECKPOINT
     assert path.stat().st_size <= 2 << 20
     weights = read_weights(path)
@@ -58,9 +61,11 @@ def test_all_steps_run(tmp_path, monkeypatch, live):
     assert result.passed and result.agreement == 100
     assert result.evaluation.results[0].top1 == pytest.approx(result.torch_top1) and result.torch_top1 >= 98
     assert 0 < result.mean_difference < result.max_difference < 1e-4
+    assert result.segmentation.results[0].miou > 70 and result.segmentation.results[0].images == 11
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("digits.pth.tar", "fcvit_digits.safetensors", "held-out", "eval"),
+        *("nuclei.safetensors", "nuclei.tar", "eval-segmentation", "segmentation.png"),
         *("predictions.png", "summary.json", "run.json"),
     }
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"

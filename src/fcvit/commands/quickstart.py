@@ -1,8 +1,8 @@
-"""Convert, verify, evaluate and predict with a small included checkpoint and real images, without internet access.
+"""Convert, verify, evaluate and predict with small included checkpoints and real images, without internet access.
 
-`scripts/make_digits_checkpoint.py` trained the checkpoint on scikit-learn's handwritten digits and wrote it in the
+`scripts/make_digits_checkpoint.py` trained the classifier on scikit-learn's handwritten digits and wrote it in the
 format of the authors' training script. The logits of PyTorch were recorded at the same time. If PyTorch is installed,
-they are computed again.
+they are computed again. `scripts/make_nuclei_checkpoint.py` trained the segmentation network on microscope images.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode, normalize, preprocess
 from fcvit.errors import NumbersDisagree
 from fcvit.evaluation.results import Evaluation
-from fcvit.frameworks import import_framework, installed
+from fcvit.frameworks import INSTALL, import_framework, installed
 from fcvit.inference.check import compute
 from fcvit.inference.engines import PaddleEngine
 from fcvit.models.variants import resolve_preprocessing
@@ -35,12 +35,15 @@ from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_rat
 from fcvit.weights.reading import Weights, read_weights
 
 CHECKPOINT, HELD_OUT = "digits.pth.tar", "digits_held_out.npz"
+SEGMENTER, NUCLEI = "nuclei.safetensors", "nuclei.tar"
+SEGMENTATION = "segmentation.png"
+_PARTS = ("conversion", "evaluation", "segmentation")  # written to summary.json with their own fields
 _TILES = 24  # images in the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """The result of a quickstart. All figures refer to the same held-out images.
+    """The result of a quickstart. All figures of the classifier refer to the same held-out images.
 
     Attributes:
         conversion: The conversion of the included checkpoint, with a verification if PyTorch is installed.
@@ -53,6 +56,7 @@ class Quickstart:
         float64_difference: Largest difference of the float64 logits, divided by their standard deviation.
         error_ratio: float32 error ratio of Paddle to PyTorch.
         predictions: The three best classes of every held-out image.
+        segmentation: The evaluation of the segmentation network with Paddle, or None if OpenCV is not installed.
         sheet: Path of the picture with predictions.
         folder: Folder with all files.
         seconds: Total time.
@@ -68,6 +72,7 @@ class Quickstart:
     float64_difference: float
     error_ratio: float
     predictions: tuple[tuple[Path, list[Prediction]], ...]
+    segmentation: Evaluation | None
     sheet: Path
     folder: Path
     seconds: float
@@ -95,8 +100,14 @@ class Quickstart:
         ]
         yield table("", *right, "", rows=rows, title=f"the same {ours.images} held-out images", right=right)
         yield predictions([(path, [dataclasses.asdict(row) for row in rows]) for path, rows in self.predictions[:3]])
-        yield "This small network was trained on handwritten digits, not ImageNet. It only shows that all steps work."
-        yield f"Picture: {self.sheet}"
+        if self.segmentation is None:
+            yield f"Segmentation is not shown, because OpenCV is not installed: {INSTALL['cv2']}"
+        else:
+            yield from itertools.islice(self.segmentation.tables(), 1)
+        yield "The small networks were trained on handwritten digits and nuclei. They only show that all steps work."
+        yield f"Pictures: {self.sheet}"
+        if self.segmentation is not None:
+            yield f"          {self.folder / SEGMENTATION}"
         yield f"All files: {self.folder}   ({self.seconds:.0f} s)"
 
     @property
@@ -105,7 +116,7 @@ class Quickstart:
 
 
 def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
-    """Convert, verify, evaluate and predict with a small included checkpoint and real images. Needs no internet access.
+    """Convert, verify, evaluate and predict with small included networks and real images. Needs no internet access.
 
     Args:
         folder: Folder of the run (default: runs/quickstart, or the first free one of runs/quickstart-2, ...).
@@ -150,13 +161,15 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
             float64_difference(ours_64, exact),
             error_ratio(logits, torch_32, exact),
             predictions,
+            segment(folder) if installed("cv2") else None,
             folder / "predictions.png",
             folder,
             time.perf_counter() - began,
         )
         _draw(predictions, held_out["labels"], result.sheet)
-        fields = {name: value for name, value in vars(result).items() if name not in ("evaluation", "conversion")}
+        fields = {name: value for name, value in vars(result).items() if name not in _PARTS}
         parts = {"conversion": dataclasses.asdict(conversion), "evaluation": evaluation.to_json()}
+        parts["segmentation"] = result.segmentation and result.segmentation.to_json()
         table = {"predictions": f"eval/{evaluation.results[0].name}/predictions.csv"}
         runs.write_json(folder / "summary.json", fields | parts | table)
         if not result.passed:
@@ -165,6 +178,17 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
                 f"float64 difference {result.float64_difference:.1e}, float32 error ratio {result.error_ratio:.2f}"
             )
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def segment(folder: Path) -> Evaluation:
+    """Evaluate the included segmentation network on its held-out images in a folder, and draw all of them."""
+    with importlib.resources.as_file(importlib.resources.files("fcvit") / "assets") as assets:
+        for name in (SEGMENTER, NUCLEI):
+            shutil.copyfile(assets / name, folder / name)
+    run = folder / "eval-segmentation"
+    evaluation = evaluate(folder / SEGMENTER, folder / NUCLEI, engines="paddle", device="cpu", folder=run)
+    shutil.copyfile(run / evaluation.results[0].name / "worst.png", folder / SEGMENTATION)
+    return evaluation
 
 
 def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Path]:
