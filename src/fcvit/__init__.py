@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from fcvit.models.variants import Variant as Variant
     from fcvit.tasks.classification.prediction import Classifier as Classifier
     from fcvit.tasks.classification.recipe import ClassificationRecipe as Recipe  # noqa: F401
+    from fcvit.tasks.segmentation.prediction import SegmentedImage as SegmentedImage
+    from fcvit.tasks.segmentation.prediction import Segmenter as Segmenter
+    from fcvit.tasks.segmentation.recipe import SegmentationRecipe as SegmentationRecipe
     from fcvit.training.recipe import read_recipe as read_recipe
     from fcvit.training.run import extend as extend
     from fcvit.weights.reading import read_weights as read_weights
@@ -54,6 +57,8 @@ _MODULES = {
     "read_weights": "weights.reading",
     "load": "commands.predict",
     "Classifier": "tasks.classification.prediction",
+    "Segmenter": "tasks.segmentation.prediction",
+    "SegmentedImage": "tasks.segmentation.prediction",
     "convert": "commands.convert",
     "verify": "commands.verify",
     "inspect": "commands.inspect",
@@ -63,6 +68,7 @@ _MODULES = {
     "bench": "commands.bench",
     "check_data": "commands.check_data",
     "Recipe": "tasks.classification.recipe:ClassificationRecipe",
+    "SegmentationRecipe": "tasks.segmentation.recipe",
     "read_recipe": "training.recipe",
     "train": "commands.train",
     "finetune": "commands.finetune",

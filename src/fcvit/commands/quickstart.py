@@ -168,8 +168,12 @@ def quickstart(folder: Annotated[Path | None, Output] = None) -> Quickstart:
         )
         _draw(predictions, held_out["labels"], result.sheet)
         fields = {name: value for name, value in vars(result).items() if name not in _PARTS}
-        parts = {"conversion": dataclasses.asdict(conversion), "evaluation": evaluation.to_json()}
-        parts["segmentation"] = result.segmentation and result.segmentation.to_json()
+        second = result.segmentation.to_json() if result.segmentation else None
+        parts = {
+            "conversion": dataclasses.asdict(conversion),
+            "evaluation": evaluation.to_json(),
+            "segmentation": second,
+        }
         table = {"predictions": f"eval/{evaluation.results[0].name}/predictions.csv"}
         runs.write_json(folder / "summary.json", fields | parts | table)
         if not result.passed:

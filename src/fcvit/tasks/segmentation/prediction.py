@@ -194,7 +194,8 @@ class Segmenter:
             images: A path, a PIL image or a uint8 array (height, width, 3) in RGB, or several of these. For a single
                 image, the list contains one result.
             progress: Show a progress bar on standard error.
-            options: Fields of `PredictionOptions`, for example `flip=True` or `scales=(0.75, 1, 1.25)`.
+            options: flip, scales, window, stride, no_resize and one_based, as in `fcvit predict`, for example
+                `flip=True` or `scales=(0.75, 1, 1.25)`.
 
         Raises:
             UsageError: An image has an unsupported type, or an option is invalid.
