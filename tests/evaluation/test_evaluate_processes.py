@@ -1,5 +1,6 @@
 """Tests of evaluation in separate processes: killed and resumed runs, interruptions, and several processes."""
 
+import importlib.resources
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from conftest import hide_charts, needs_paddle, write_pth
+from fcvit.commands import quickstart
 from fcvit.commands.evaluate import evaluate
 from fcvit.evaluation.journal import HEAD, frames
 
@@ -140,3 +142,27 @@ def test_several_processes_evaluate_every_image_once(work, count):
     logits = [np.load(folder / CONFIGURATION / "logits.npy") for folder in (run, work / "uninterrupted")]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     assert logs.count("written to") == 1  # only the first process reports
+
+
+@pytest.mark.ci
+def test_segmentation_in_a_killed_run_and_in_two_processes_gives_the_same_bytes(work):
+    pytest.importorskip("cv2")
+    assets = importlib.resources.files("fcvit") / "assets"
+    words = ["--weights", assets / quickstart.SEGMENTER, "--data", assets / quickstart.NUCLEI, "--batch-size", 2]
+    words += ["--engine", "paddle", "--device", "cpu", "--workers", 1, "-o"]
+    for run in ("whole", "cut"):
+        process = start(work, *words, work / f"maps-{run}")
+        while run == "cut" and not any(j.stat().st_size > 700 for j in (work / "maps-cut").glob("journals/*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        if run == "cut":
+            process.kill()
+        process.communicate(timeout=120)
+    resumed = start(work, "--resume", work / "maps-cut")
+    assert "already" in resumed.communicate(timeout=120)[1] and resumed.returncode == 0
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", 2, "--log_dir", work / "log-maps"]
+    start(work, *words, work / "maps-shared", launcher=launcher).communicate(timeout=180)
+    assert len(list((work / "maps-shared" / "journals").iterdir())) == 2
+    for name in ("predictions.csv", "per_class.csv", "confusion.csv", "worst.png"):
+        files = [(work / f"maps-{run}" / "nuclei-authors" / name).read_bytes() for run in ("whole", "cut", "shared")]
+        assert files[0] == files[1] == files[2], name
