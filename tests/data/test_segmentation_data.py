@@ -20,7 +20,6 @@ from PIL import Image
 
 from fcvit.cli import main
 from fcvit.commands import check_data as module
-from fcvit.commands.options import LabelOptions
 from fcvit.data.class_colors import ade20k, parse_class_list, read_class_list
 from fcvit.data.classes import ClassName
 from fcvit.data.label_maps import (
@@ -36,6 +35,7 @@ from fcvit.data.loader import batches
 from fcvit.data.segmentation import LabeledMaps, find_maps, join, pair, read_split
 from fcvit.data.sources import Location, open_source
 from fcvit.errors import BadImages, DoesNotFit, UnreadableFile, UsageError
+from fcvit.tasks.segmentation.label_options import LabelOptions
 
 check_data = functools.partial(module.check_data, workers=0)
 COLORS = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 128))
