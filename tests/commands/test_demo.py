@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,8 @@ from PIL import Image
 from conftest import DIGITS, needs_paddle, write_pth
 from fcvit.analysis.similarity import MapChoice, Viewer, picture
 from fcvit.commands import demo as task
+from fcvit.commands import quickstart
+from fcvit.commands.predict import load
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
@@ -149,9 +152,11 @@ def served(*words, **environment):
         program, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            line = process.stderr.readline()
-            match = re.search(r" (http://127\.0\.0\.1:\d+/) .*Ctrl-C", line)
-            assert match, line + process.stderr.read()
+            lines, match = [], None
+            while match is None:
+                lines.append(process.stderr.readline())
+                assert lines[-1], "".join(lines)
+                match = re.search(r" (http://127\.0\.0\.1:\d+/) .*Ctrl-C", lines[-1])
             yield process, match[1]
         finally:
             process.kill()
@@ -347,6 +352,35 @@ def test_two_checkpoints_are_shown_side_by_side(browser, shipped, three, tmp_pat
             until(lambda: page.text(f"#prediction-{number}").split("\n")[1] == name, name)  # noqa: B023
         if folder := os.environ.get("FCVIT_SCREENSHOTS"):
             browser.save_screenshot(str(Path(folder) / "demo.png"))
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_segmentation_networks_show_overlays(browser, tmp_path):
+    pytest.importorskip("cv2")
+    assets = resources.files("fcvit") / "assets"
+    weights = Path(str(assets / quickstart.SEGMENTER))
+    with tarfile.open(str(assets / quickstart.NUCLEI)) as archive:
+        member = next(name for name in archive.getnames() if name.startswith("images/"))
+        archive.extract(member, tmp_path, filter="data")
+    result = load(weights, device="cpu").predict(tmp_path / member)[0]
+    with served("--weights", weights) as (_, address):
+        page = Page(browser, address)
+        page.field.send_keys(str(tmp_path / member))
+        content = io.BytesIO()
+        result.overlay().save(content, "PNG")
+        page.shows(content.getvalue())
+        names = [area.name for area in result.areas]
+        until(lambda: set(names) <= set(page.text("#prediction-0").split("\n")), "the areas of the classes")
+        if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+            browser.save_screenshot(str(Path(folder) / "demo-segmentation.png"))
+
+
+def test_networks_for_different_tasks_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "_gradio", lambda: None)
+    with pytest.raises(UsageError, match="one network is for segmentation"):
+        task.build([shipped_file(), resources.files("fcvit") / "assets" / quickstart.SEGMENTER], tmp_path)
 
 
 def test_titles_include_folders_if_file_names_are_equal(tmp_path):

@@ -1,4 +1,4 @@
-"""Serve a local web page that shows predictions and similarity maps for uploaded images.
+"""Serve a local web page that shows predictions and similarity maps, or label maps, for uploaded images.
 
 The page uses Gradio. It is reachable only from this machine, and only requests from the page itself are answered (see
 `_Guard`). Nothing is shared or reported to others. Uploads are limited to `LIMIT` per file and `KEPT_BYTES` in total,
@@ -26,10 +26,12 @@ from PIL import Image
 
 from fcvit.analysis.similarity import FIRST, MapChoice, Scale, Seen, Viewer, Which, picture
 from fcvit.commands.options import Device, Ema, File
+from fcvit.commands.predict import load
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.models.maps import Place, choose, places
+from fcvit.tasks.segmentation.prediction import SegmentedImage, Segmenter
 from fcvit.weights.reading import read_weights
 
 logger = logging.getLogger("fcvit")
@@ -42,6 +44,7 @@ UPLOADS = 4  # maximum number of simultaneous requests with a body
 _SHIPPED = "assets/digits.pth.tar"
 _SHIPPED_NAME = "handwritten digits"
 _EXAMPLES = 6
+_BUTTONS = ["download", "fullscreen"]  # the default includes one that sends the image to an external server
 
 
 def demo(
@@ -52,16 +55,18 @@ def demo(
     ema: Ema = None,
     open_browser: Annotated[bool, Parameter(name="--open", negative=())] = False,
 ) -> None:
-    """Serve a local page that shows the predictions and similarity maps of uploaded images, by block and head.
+    """Serve a local page that shows predictions and similarity maps of uploaded images, or label maps as overlays.
 
     Args:
-        weights: A checkpoint of any format. Repeat the option to compare two (default: the included digits model).
+        weights: A checkpoint of any format, for classification or segmentation. Repeat the option to compare two
+            (default: the included digits model).
         port: Port of the page, which is reachable only from this machine (default: the first free one from 7860).
         open_browser: Open the page in the browser.
 
     Raises:
-        UsageError: More than two checkpoints are given, a network has no maps, or no port is free.
-        MissingExtra: Gradio, Matplotlib or Paddle is not installed.
+        UsageError: More than two checkpoints or checkpoints for different tasks are given, a network has no maps, or no
+            port is free.
+        MissingExtra: Gradio, Matplotlib, Paddle or OpenCV is not installed.
         UnreadableFile, DoesNotFit: A checkpoint cannot be read.
     """
     if port is not None:
@@ -97,8 +102,12 @@ def build(
     if len(weights) > 2:
         raise UsageError(f"--weights: expected one checkpoint, or two to compare, not {len(weights)}")
     if weights:
-        viewers = [Viewer(read_weights(path, ema), device=device) for path in weights]
-        return _page(gradio, viewers, titles(weights), [])
+        read = [read_weights(path, ema) for path in weights]
+        if (segmentation := {one.spec.task == "segmentation" for one in read}) == {True}:
+            return _overlay_page(gradio, [load(one, device=device) for one in read], titles(weights))
+        if len(segmentation) == 2:
+            raise UsageError("--weights: one network is for segmentation, the other is not; show them separately")
+        return _page(gradio, [Viewer(one, device=device) for one in read], titles(weights), [])
     with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
         viewers = [Viewer(read_weights(path), digits(), device=device)]
     return _page(gradio, viewers, [_SHIPPED_NAME], _examples(folder))
@@ -243,7 +252,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     known = places(viewers[0].variant)
     first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
-    def load(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
+    def see(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
         """Process a new image. Return the state, a message, the classes of each network, and the output of `show`."""
         seen, message = None, ""
         if path is not None:
@@ -294,16 +303,52 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
                     classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
-                    # The default buttons include one that sends the image to an external server.
-                    buttons = ["download", "fullscreen"]
                     static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
-                    pictures.append(gradio.Image(type="pil", format="png", buttons=buttons, **static))
+                    pictures.append(gradio.Image(type="pil", format="png", buttons=_BUTTONS, **static))
         settings = [depth, head, values, scale]
         # Matplotlib's settings and Paddle's device are global, so only one picture may be drawn at a time.
         serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
-        file.change(load, [file, *settings], [state, message, *classes, position, *pictures], **serial)
+        file.change(see, [file, *settings], [state, message, *classes, position, *pictures], **serial)
         for setting in settings:
             setting.change(show, [state, *settings], [position, *pictures], show_progress="hidden", **serial)
+    return page
+
+
+def _overlay_page(gradio: Any, segmenters: Sequence[Segmenter], titles: Sequence[str]) -> Any:
+    """Build the page of segmentation networks: label maps painted over the image, and the area of each class."""
+
+    def predict(path: str | None, opacity: float) -> list[Any]:
+        """Process a new image. Return the label maps, a message, the areas of each network, and the overlays."""
+        results = [segmenter.predict(path)[0] for segmenter in segmenters] if path is not None else []
+        bad = [result for result in results if isinstance(result, BadImages)]
+        maps = [result for result in results if not isinstance(result, BadImages)]
+        if len(maps) < len(segmenters):
+            message = f"**No label map:** {_plain(bad[0])}" if bad else ""
+            return [None, message, *[None] * (2 * len(segmenters))]
+        areas = [{area.name: area.share for area in result.areas} for result in maps]
+        return [maps, "", *areas, *paint(maps, opacity)]
+
+    def paint(results: list[SegmentedImage] | None, opacity: float) -> list[Image.Image | None]:
+        return [result.overlay(opacity) for result in results] if results else [None] * len(segmenters)
+
+    with gradio.Blocks(title="FCViT: segmentation", analytics_enabled=False) as page:
+        gradio.Markdown("# Segmentation\nThe color of each pixel is that of its class.")
+        state = gradio.State()
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=260):
+                file = gradio.File(label=f"Drop an image (up to {LIMIT})", type="filepath", elem_id="image")
+                message = gradio.Markdown(elem_id="message")
+                opacity = gradio.Slider(0, 1, 0.5, step=0.05, label="Opacity", elem_id="opacity")
+            areas, overlays = [], []
+            for number, name in enumerate(titles):
+                with gradio.Column(scale=2):
+                    gradio.Markdown(f"### {_plain(name)}")
+                    static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
+                    overlays.append(gradio.Image(type="pil", format="png", buttons=_BUTTONS, **static))
+                    areas.append(gradio.Label(label="Area", num_top_classes=10, elem_id=f"prediction-{number}"))
+        serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
+        file.change(predict, [file, opacity], [state, message, *areas, *overlays], **serial)
+        opacity.change(paint, [state, opacity], overlays, show_progress="hidden", **serial)
     return page
 
 

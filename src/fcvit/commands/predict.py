@@ -96,8 +96,7 @@ def load(
         preprocessing: Preprocessing to use instead of that of the weights.
 
     Returns:
-        The predictor for the task of the weights: a `fcvit.Classifier`, or for segmentation a
-        `fcvit.tasks.segmentation.prediction.Segmenter`.
+        The predictor for the task of the weights: a `fcvit.Classifier`, or a `fcvit.Segmenter` for segmentation.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: The file is invalid. See `fcvit.weights.reading.read_weights`.
