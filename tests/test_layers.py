@@ -31,7 +31,18 @@ USERS_OF_NATIVE = {"inference.engines", "commands.doctor"}
 PADDLE_NETWORKS = {"models.layers", "models.backbone", "models.classifier"}
 # Order of modules in packages that allow only one import direction.
 ORDER = {
-    "evaluation": ("journal", "protocols", "logits", "settings", "request", "results", "runner"),
+    "evaluation": (
+        "journal",
+        "protocols",
+        "published",
+        "logits",
+        "settings",
+        "request",
+        "results",
+        "report",
+        "comparison",
+        "runner",
+    ),
     "training": (
         "recipe",
         "schedule",

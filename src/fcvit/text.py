@@ -5,6 +5,7 @@ import collections
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -91,6 +92,11 @@ def strict_json(text: str | bytes) -> Any:
 def escape_json(text: str) -> str:
     """Escape the characters in JSON text that `printable` replaces. The parsed values stay the same."""
     return re.sub(_UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """Format an interval in percent or percentage points. Return an empty string if it is undefined (NaN)."""
+    return "" if math.isnan(bounds[0]) else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
 def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> str:

@@ -42,7 +42,7 @@ from fcvit.report import page
 from fcvit.report.progress import progress
 from fcvit.tasks.base import get_task
 from fcvit.tasks.classification.prediction import Prediction
-from fcvit.tasks.classification.results import MAPS, SavedResult, read_result
+from fcvit.tasks.classification.results import MAPS, SavedPredictions, read_result
 from fcvit.weights.reading import Weights, read_weights
 
 logger = logging.getLogger("fcvit")
@@ -215,7 +215,8 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     names = dict(zip((one.id for one in known), labels(known), strict=True))
     panels, done, bad = [], [], []
     for number in _most_confident(result):
-        (digest, name), truth, predicted = result.images[number], result.truth[number], result.predicted[number]
+        name, digest = result.names[number], result.images[number]
+        truth, predicted = result.truth[number], result.predicted[number]
         # Use the recorded prediction: with a class subset, it may differ from the best class of the network.
         best = Prediction(0, predicted, names[predicted], result.confidence[number])
         wrong = truth != predicted
@@ -245,7 +246,7 @@ def _of_run(run: Path, output: Path | None, context: int, choice: MapChoice, dev
     return DrawnMaps(folder, tuple(done), tuple(bad))
 
 
-def _most_confident(result: SavedResult) -> list[int]:
+def _most_confident(result: SavedPredictions) -> list[int]:
     """Return the image numbers of the most confident mistakes, followed by the most confident correct predictions."""
     order = sorted(range(len(result.images)), key=lambda number: -result.confidence[number])
     right = [result.truth[number] == result.predicted[number] for number in order]

@@ -83,11 +83,6 @@ def problems(found: Sequence[Any]) -> Table:
     return table(*columns, rows=rows, title=f"{len(found)} problem(s)", limit=SHOWN, more=more)
 
 
-def interval(bounds: tuple[float, float]) -> str:
-    """Format an interval in percent or percentage points."""
-    return f"{bounds[0]:.2f} to {bounds[1]:.2f}"
-
-
 def unreadable(found: Sequence[str | BadImages]) -> Table:
     """Return a table of unreadable images, which are excluded."""
     title = f"{counted(len(found), 'unreadable image')} excluded"

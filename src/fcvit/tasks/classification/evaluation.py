@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
@@ -15,11 +15,13 @@ from fcvit.data.class_indices import assign_classes
 from fcvit.data.classes import Classes, ClassName, imagenet, read_classes, resolve_classes
 from fcvit.data.transforms.preprocess import CenterCrop
 from fcvit.errors import DoesNotFit, UsageError
+from fcvit.evaluation.published import Validation
 from fcvit.evaluation.settings import MOVABLE, absolute
 from fcvit.metrics import classification as metrics
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing
 from fcvit.tasks.base import Evaluated
 from fcvit.tasks.classification.figures import ClassificationReport
+from fcvit.tasks.classification.results import file_and_hash
 from fcvit.weights.reading import Weights
 
 PRESENT = "present"  # value of --class-subset for the classes of the data
@@ -143,6 +145,19 @@ class ClassificationEvaluator:
         real = self.real and [sorted(classes) for classes in self.real]
         return {"classes": _sha256([c.id for c in self.candidates]), "real_labels": _sha256(real)}
 
+    @property
+    def about(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "list": file_and_hash(options.list_file),
+            "mapping": dict(self.dataset.mapping),
+            "subset": options.subset and {"images": options.subset, "seed": options.seed or 0},
+            "model_classes": len(self.classes),
+            "class_list": file_and_hash(options.classes),
+            "class_subset": file_and_hash(options.class_subset),
+            "real_labels": file_and_hash(options.real),
+        }
+
     def transform(self, preprocessing: Preprocessing) -> CenterCrop:
         return CenterCrop(preprocessing)
 
@@ -176,7 +191,7 @@ def _sha256(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _validation(images: LabeledImages) -> Literal["all", "part", "other"]:
+def _validation(images: LabeledImages) -> Validation:
     """Return whether the images are all or part of ImageNet's validation images, judged by their names."""
     numbers = images.validation_numbers()
     if numbers is None or len(set(numbers)) < len(numbers):

@@ -5,28 +5,26 @@ The folder of a configuration (weights, protocol, engine, precision) contains `m
 run folder contains `report.html`, which shows all results.
 """
 
-import csv
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, UnreadableFile
-from fcvit.evaluation.protocols import Protocol
+from fcvit.errors import BadImages
+from fcvit.evaluation.comparison import SavedResult, read_csv, read_metrics, reading
+from fcvit.evaluation.report import Agreement, ConfigurationResult
 from fcvit.evaluation.results import METRICS, result_folder
 from fcvit.metrics import classification as metrics
 from fcvit.report.image_grid import Tile, image_grid, png
-from fcvit.tasks.classification.published import PublishedComparison
 from fcvit.text import csv_text, csv_value
 
-PREDICTIONS, PER_CLASS, PAGE = "predictions.csv", "per_class.csv", "report.html"
+PREDICTIONS, PER_CLASS, MAPS = "predictions.csv", "per_class.csv", "maps.png"
 _WORST = 24
 
 
@@ -83,40 +81,20 @@ class Real:
     interval: tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The results of one configuration.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(ConfigurationResult):
+    """The results of one configuration, with the attributes of `fcvit.evaluation.report.ConfigurationResult`.
 
     Attributes:
-        name: Name of the configuration and its folder.
-        weights, weights_sha256, network: Path, SHA-256 and description of the evaluated weights.
-        engine, device, precision, batch_size: Engine, device, precision and batch size of the computation.
-        protocol: Preprocessing protocol.
-        images, unreadable: Number of evaluated images, and of unreadable images, which are excluded.
         classes: Number of candidate classes, to which predictions are restricted.
         top1, top_k: Top-1 and top-k accuracy in percent. `k` is 5, or `classes` if that is smaller.
         top1_interval, top_k_interval: 95% confidence intervals of the accuracies (Wilson score intervals), in percent.
         loss: Mean cross-entropy over the images.
         calibration: Expected calibration error and its bins (see `fcvit.metrics.classification.Calibration`).
         real: Accuracy with ImageNet-ReaL labels, or None if they were not given.
-        published: Comparison with the published figure, or None if there is none.
         per_class: Metrics of each class with images.
-        fingerprint: SHA-256 of the contents and classes of the images. It does not depend on their names and order.
-        seconds: Computing time of the engine over all processes, without image decoding.
-        hint: Warning about a likely wrong order of the classes, or an empty string.
     """
 
-    name: str
-    weights: str
-    weights_sha256: str
-    network: str
-    engine: str
-    device: str
-    precision: str
-    batch_size: int
-    protocol: Protocol
-    images: int
-    unreadable: int
     classes: int
     top1: float
     top_k: float
@@ -126,45 +104,22 @@ class Result:
     loss: float
     calibration: metrics.Calibration
     real: Real | None
-    published: PublishedComparison | None
     per_class: tuple[ClassFigures, ...]
-    fingerprint: str
-    seconds: float
-    hint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Agreement of two engines on the same images: equal top-1 predictions in percent, absolute logit differences."""
+class LogitAgreement(Agreement):
+    """Agreement of two engines: equal top-1 predictions in percent, and absolute logit differences."""
 
-    configurations: tuple[str, str]
-    engines: tuple[str, str]
+    COLUMNS: ClassVar = {
+        "top1_agreement": ("same top-1 prediction (%)", ".2f"),
+        "max_difference": ("largest logit difference", ".2e"),
+        "mean_difference": ("mean logit difference", ".2e"),
+    }
+
     top1_agreement: float
     max_difference: float
     mean_difference: float
-
-
-MAPS = "maps.png"
-EFFECTS = ("protocol", "precision")
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """The effect of the protocol or the precision on top-1 accuracy, for the same weights, engine and images.
-
-    Attributes:
-        of: The setting that differs between the two configurations, "protocol" or "precision".
-        configurations: Names of the two configurations.
-        difference, interval: Second minus first top-1 accuracy and its 95% confidence interval, in percentage points
-            (see `fcvit.metrics.classification.paired_difference`).
-        p_value: p-value of the exact McNemar test.
-    """
-
-    of: str
-    configurations: tuple[str, str]
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
 
 
 def class_figures(records: Records, k: int) -> tuple[ClassFigures, ...]:
@@ -250,28 +205,21 @@ def _predictions(records: Records) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedResult:
-    """A result that was read from its folder.
+class SavedPredictions(SavedResult):
+    """A result that was read from its folder. `truth` has the class id of each image.
 
     Attributes:
-        folder: Folder of the configuration.
-        metrics: Content of `metrics.json`.
-        images: First digits of the SHA-256, and name, of each image.
-        truth, predicted: True and predicted class id of each image.
+        predicted: Predicted class id of each image.
         confidence: Probability of the predicted class of each image.
-        names: Class names by class id.
+        class_names: Class names by class id.
     """
 
-    folder: Path
-    metrics: dict[str, Any]
-    images: tuple[tuple[str, str], ...]
-    truth: tuple[str, ...]
     predicted: tuple[str, ...]
     confidence: tuple[float, ...]
-    names: Mapping[str, str]
+    class_names: Mapping[str, str]
 
 
-def read_result(folder: Path) -> SavedResult:
+def read_result(folder: Path) -> SavedPredictions:
     """Read the result in a folder, or the only result of a run.
 
     Images are sorted by the SHA-256 of their content, then by class and path.
@@ -281,29 +229,18 @@ def read_result(folder: Path) -> SavedResult:
         UsageError: The run contains several results.
     """
     folder = result_folder(folder)
-    path = folder / METRICS
-    try:
-        figures = json.loads(path.read_bytes())
-        names = {row["id"]: row["name"] for row in figures["per_class"]} | dict(figures.get("predicted", {}))
-        if not isinstance(figures["fingerprint"], str) or not isinstance(figures["name"], str):
-            raise ValueError("fingerprint and name must be text")
-        path = folder / PREDICTIONS
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = sorted(csv.DictReader(file), key=lambda row: (row["image"], row["truth"], row["path"]))
-        columns = [
+    figures = read_metrics(folder)
+    with reading(folder / METRICS):
+        class_names = {row["id"]: row["name"] for row in figures["per_class"]} | dict(figures.get("predicted", {}))
+    with reading(folder / PREDICTIONS) as path:
+        rows = sorted(read_csv(path), key=lambda row: (row["image"], row["truth"], row["path"]))
+        images, names, truth, predicted = (
             tuple(row[key] and csv_value(row[key]) for row in rows) for key in ("image", "path", "truth", "class_1")
-        ]
+        )
         confidence = tuple(float(row["probability_1"]) for row in rows)
-        if not rows or None in columns[3] or figures["images"] != len(rows):
+        if not rows or None in predicted or figures["images"] != len(rows):
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")
-    except OSError as error:
-        raise UnreadableFile(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
-        raise UnreadableFile(
-            f"{path}: damaged or written by another version ({error!s:.80}); run fcvit eval again"
-        ) from error
-    images, paths, truth, predicted = columns
-    return SavedResult(folder, figures, tuple(zip(images, paths, strict=True)), truth, predicted, confidence, names)
+    return SavedPredictions(folder, figures, names, images, truth, predicted, confidence, class_names)
 
 
 def file_and_hash(path: str | None) -> "dict[str, str] | str | None":

@@ -8,7 +8,7 @@ from typing import Any
 from fcvit.data.classes import as_classes, resolve_classes
 from fcvit.inference.engines import Engine
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing
-from fcvit.tasks.classification.comparison import ResultComparison, compare
+from fcvit.tasks.classification.comparison import ClassifierComparison, compare
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.prediction import Classifier, PredictionOptions
 from fcvit.tasks.classification.recipe import ClassificationRecipe
@@ -42,7 +42,7 @@ class Classification:
             logger.info("the weights have no class names: ImageNet classes are used; pass others with --classes FILE")
         return Classifier(weights, engine, preprocessing, names)
 
-    def compare(self, first: Path, second: Path, folder: Path | None) -> ResultComparison:
+    def compare(self, first: Path, second: Path, folder: Path | None) -> ClassifierComparison:
         return compare(first, second, folder)
 
 

@@ -1,6 +1,5 @@
 """Compare two segmentation results on the same images: mIoU with its interval, classes and images that differ."""
 
-import collections
 import dataclasses
 import itertools
 import os
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcvit import run_folder as runs
-from fcvit.errors import DoesNotFit, UsageError, counted
-from fcvit.evaluation.results import differing_settings
+from fcvit.errors import DoesNotFit
+from fcvit.evaluation.comparison import ResultComparison, check_different, check_same_images, common
 from fcvit.metrics import segmentation as metrics
-from fcvit.tasks.segmentation.results import SavedResult, bounds, read_result
-from fcvit.text import csv_text
+from fcvit.tasks.segmentation.results import SavedCounts, bounds, read_result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,53 +45,33 @@ class ImageChange:
     difference: float
 
 
-@dataclasses.dataclass(frozen=True)
-class ResultComparison:
-    """The comparison of two results on the same images and labels.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationComparison(ResultComparison):
+    """The comparison of two results on the same images and labels, with the attributes of
+    `fcvit.evaluation.comparison.ResultComparison`. The difference is that of the mIoU, with an interval by bootstrap
+    over images, with the same draws for both.
 
     Attributes:
-        first, second: Names of the two results.
-        folders: Folders of the two results.
-        settings: Settings that differ: name -> (first, second).
-        images: Number of images.
         miou, aacc: Both values in percent.
-        difference, interval: Second minus first mIoU and its 95% confidence interval, in percentage points (bootstrap
-            over images, with the same draws for both).
         classes: Change of each class, from the largest gain to the largest loss.
         changed: Images with different counts, from the largest gain to the largest loss.
-        folder: Folder of the written comparison, or None.
     """
 
-    first: str
-    second: str
-    folders: tuple[Path, Path]
-    settings: dict[str, tuple[str, str]]
-    images: int
     miou: tuple[float, float]
     aacc: tuple[float, float]
-    difference: float
-    interval: tuple[float, float]
     classes: tuple[ClassChange, ...]
     changed: tuple[ImageChange, ...]
-    folder: Path | None = None
-
-    def __repr__(self) -> str:
-        return f"<ResultComparison: {self.difference:+.2f} percentage points on {counted(self.images, 'image')}>"
 
     def tables(self) -> "Iterator[Table | str]":
         """Yield tables of the difference, classes with gains and losses, and images with gains and losses."""
-        from fcvit.report.tables import interval, table
+        from fcvit.report.tables import table
 
-        if self.settings:
-            rows = [(name.replace("_", " "), *values) for name, values in self.settings.items()]
-            yield table("setting", "first", "second", title="settings that differ", rows=rows)
-        title = f"{self.first} (first) and {self.second} (second) on the same {counted(self.images, 'image')}"
-        figures = table(title=title)
+        yield from self.settings_tables()
+        figures = table(title=self.title)
         for name, values in (("mIoU", self.miou), ("pixel accuracy", self.aacc)):
             for which, value in zip(("first", "second"), values, strict=True):
                 figures.add_row(f"{name}, {which}", f"{metrics.printed(value)}%")
-        difference = f"{self.difference:+.2f} percentage points (95% confidence interval {interval(self.interval)})"
-        figures.add_row("mIoU, second minus first", difference)
+        figures.add_row("mIoU, second minus first", self.difference_text)
         figures.add_row("images with other counts", f"{len(self.changed):,}")
         yield figures
         for kind, changes, shown in (("classes", self.classes, _CLASSES), ("images", self.changed, _SHOWN)):
@@ -119,7 +96,7 @@ def _label(change: ClassChange | ImageChange) -> str:
 
 def compare(
     first: str | os.PathLike[str], second: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None
-) -> ResultComparison:
+) -> SegmentationComparison:
     """Compare two results of `fcvit eval`.
 
     Images are matched by the content of image and label, so results on a tar and on a folder can be compared.
@@ -134,48 +111,21 @@ def compare(
         DoesNotFit: The images, their labels or the classes are different.
     """
     one, other = read_result(Path(first)), read_result(Path(second))
-    if one.folder.resolve() == other.folder.resolve():
-        raise UsageError(f"{one.folder}: both arguments are this result; pass two different results")
-    _check_same_images(one, other)
-    comparison = _compare(one, other)
-    if folder is not None:
-        with runs.run_folder(Path(folder), "compare") as target:
-            runs.write_json(target / "comparison.json", dataclasses.asdict(comparison))
-            header = [field.name for field in dataclasses.fields(ImageChange)]
-            rows = [header, *map(dataclasses.astuple, comparison.changed)]
-            runs.write_text(target / "images.csv", csv_text(rows), "surrogateescape")
-    return dataclasses.replace(comparison, folder=None if folder is None else Path(folder))
-
-
-def _check_same_images(one: SavedResult, other: SavedResult) -> None:
-    """Raise an error if the images, their labels or the classes are different."""
+    check_different(one, other)
     ids = [[row["id"] for row in saved.metrics["per_class"]] for saved in (one, other)]
     if ids[0] != ids[1]:
         pairs = itertools.zip_longest(*ids, fillvalue="no class")
-        first, second = next(pair for pair in pairs if pair[0] != pair[1])
+        differing = next(pair for pair in pairs if pair[0] != pair[1])
         raise DoesNotFit(
-            f"{one.folder} and {other.folder} have different classes, for example {first} and {second}; compare "
-            "results with the same classes"
+            f"{one.folder} and {other.folder} have different classes, for example {differing[0]} and {differing[1]}; "
+            "compare results with the same classes"
         )
-    counts = [collections.Counter(saved.images) for saved in (one, other)]
-    only = [counts[0] - counts[1], counts[1] - counts[0]]
-    if any(only):
-        side = 0 if only[0] else 1
-        saved = (one, other)[side]
-        example = next(name for name, image in zip(saved.names, saved.images, strict=True) if image in only[side])
-        raise DoesNotFit(
-            f"{one.folder} and {other.folder} have different images: {only[0].total()} are only in the first and "
-            f"{only[1].total()} only in the second, for example {example}; evaluate both on the same images"
-        )
-    for name, label, theirs in zip(one.names, one.labels, other.labels, strict=True):
-        if label != theirs:
-            raise DoesNotFit(
-                f"{name}: the label map is not the same in {one.folder} and {other.folder}; compare results with the "
-                "same labels"
-            )
+    check_same_images(one, other, "SHA-256 of the label map")
+    comparison = _compare(one, other)
+    return comparison.write(folder, "images.csv", comparison.changed, ImageChange)
 
 
-def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
+def _compare(one: SavedCounts, other: SavedCounts) -> SegmentationComparison:
     classes, images = one.metrics["classes"], len(one.names)
     counts = [np.stack([metrics.class_counts(pairs, classes) for pairs in saved.pairs]) for saved in (one, other)]
     first, second = (metrics.figures(each.sum(axis=0)) for each in counts)
@@ -199,15 +149,8 @@ def _compare(one: SavedResult, other: SavedResult) -> ResultComparison:
         for row, name in enumerate(one.names)
         if (counts[0][row] != counts[1][row]).any()
     ]
-    labels = [str(saved.metrics["name"]) for saved in (one, other)]
-    if labels[0] == labels[1]:
-        labels = [str(saved.folder) for saved in (one, other)]
-    return ResultComparison(
-        first=labels[0],
-        second=labels[1],
-        folders=(one.folder, other.folder),
-        settings=differing_settings(one.metrics, other.metrics),
-        images=images,
+    return SegmentationComparison(
+        **common(one, other),
         miou=(float(first.miou), float(second.miou)),
         aacc=(float(first.aacc), float(second.aacc)),
         difference=float(second.miou - first.miou),

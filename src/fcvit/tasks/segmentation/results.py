@@ -5,31 +5,28 @@ The folder of a configuration (weights, protocol, engine, precision) contains `m
 and `best.png`. With the `report` extra it also contains `confusion.png`, and the run folder contains `report.html`.
 """
 
-import csv
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.errors import BadImages, UnreadableFile, counted
-from fcvit.evaluation.protocols import Protocol
+from fcvit.errors import BadImages, counted
+from fcvit.evaluation.comparison import SavedResult, read_csv, read_metrics, reading
+from fcvit.evaluation.report import Agreement, ConfigurationResult
 from fcvit.evaluation.results import METRICS, result_folder
 from fcvit.metrics import segmentation as metrics
 from fcvit.report.image_grid import png
 from fcvit.report.label_grid import LabelRow, label_grid
-from fcvit.tasks.segmentation.published import PublishedComparison
 from fcvit.text import csv_text, csv_value
 
-PREDICTIONS, PER_CLASS, CONFUSION, PAGE = "predictions.csv", "per_class.csv", "confusion.csv", "report.html"
+PREDICTIONS, PER_CLASS, CONFUSION = "predictions.csv", "per_class.csv", "confusion.csv"
 WORST, BEST = "worst.png", "best.png"
-EFFECTS = ("protocol", "precision")
 _DIGEST = 8  # bytes
 _SHOWN = 6  # images in worst.png and in best.png
 
@@ -162,40 +159,22 @@ class ClassFigures:
     mistaken: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The results of one configuration. Undefined values are NaN, and null in `metrics.json`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(ConfigurationResult):
+    """The results of one configuration, with the attributes of `fcvit.evaluation.report.ConfigurationResult`.
+
+    Undefined values are NaN, and null in `metrics.json`.
 
     Attributes:
-        name: Name of the configuration and its folder.
-        weights, weights_sha256, network: Path, SHA-256 and description of the evaluated weights.
-        engine, device, precision, batch_size: Engine, device, precision and batch size of the computation.
-        protocol: Preprocessing protocol.
-        images, unreadable: Number of evaluated images, and of unreadable images, which are excluded.
         pixels: Number of labeled pixels.
         outside: Number of pixels whose label is neither a class nor ignored, by label.
         classes, absent: Number of classes, and of those that are neither labeled nor predicted. Absent classes are left
             out of the mIoU.
         miou, macc, aacc: mIoU, mean class accuracy and pixel accuracy in percent, as mmsegmentation computes them.
         miou_interval, macc_interval, aacc_interval: 95% confidence intervals in percent (bootstrap over images).
-        published: Comparison with the published figure, or None if there is none.
         per_class: Metrics of each class.
-        fingerprint: SHA-256 of the contents and labels of the images. It does not depend on their names and order.
-        seconds: Computing time of the engine over all processes, without image decoding.
-        hint: Warning about likely errors in the labels, or an empty string.
     """
 
-    name: str
-    weights: str
-    weights_sha256: str
-    network: str
-    engine: str
-    device: str
-    precision: str
-    batch_size: int
-    protocol: Protocol
-    images: int
-    unreadable: int
     pixels: int
     outside: Mapping[int, int]
     classes: int
@@ -206,37 +185,16 @@ class Result:
     miou_interval: tuple[float, float]
     macc_interval: tuple[float, float]
     aacc_interval: tuple[float, float]
-    published: PublishedComparison | None
     per_class: tuple[ClassFigures, ...]
-    fingerprint: str
-    seconds: float
-    hint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Agreement of two engines on the same images: pixels with the same predicted class, in percent."""
+class PixelAgreement(Agreement):
+    """Agreement of two engines: pixels with the same predicted class, in percent."""
 
-    configurations: tuple[str, str]
-    engines: tuple[str, str]
+    COLUMNS: ClassVar = {"pixel_agreement": ("pixels with the same predicted class (%)", ".4f")}
+
     pixel_agreement: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """The effect of the protocol or the precision on the mIoU, for the same weights, engine and images.
-
-    Attributes:
-        of: The setting that differs between the two configurations, "protocol" or "precision".
-        configurations: Names of the two configurations.
-        difference, interval: Second minus first mIoU and its 95% confidence interval, in percentage points (bootstrap
-            over images, with the same draws for both).
-    """
-
-    of: str
-    configurations: tuple[str, str]
-    difference: float
-    interval: tuple[float, float]
 
 
 def bounds(values: np.ndarray) -> tuple[float, float]:
@@ -353,25 +311,17 @@ def _confusion(records: Records) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedResult:
-    """A result that was read from its folder.
+class SavedCounts(SavedResult):
+    """A result that was read from its folder. `truth` has the first digits of the SHA-256 of each label map.
 
     Attributes:
-        folder: Folder of the configuration.
-        metrics: Content of `metrics.json`.
-        names, images, labels: Name, and first digits of the SHA-256 of the file and of the label map, of each image.
         pairs: Array of `fcvit.metrics.segmentation.PAIR` of each image.
     """
 
-    folder: Path
-    metrics: dict[str, Any]
-    names: tuple[str, ...]
-    images: tuple[str, ...]
-    labels: tuple[str, ...]
     pairs: tuple[np.ndarray, ...]
 
 
-def read_result(folder: Path) -> SavedResult:
+def read_result(folder: Path) -> SavedCounts:
     """Read the result in a folder, or the only result of a run.
 
     Images are sorted by the SHA-256 of their content, then by label and path.
@@ -381,33 +331,23 @@ def read_result(folder: Path) -> SavedResult:
         UsageError: The run contains several results.
     """
     folder = result_folder(folder)
-    path = folder / METRICS
-    try:
-        figures = json.loads(path.read_bytes())
-        if not isinstance(figures["fingerprint"], str) or not isinstance(figures["name"], str):
-            raise ValueError("fingerprint and name must be text")
+    figures = read_metrics(folder)
+    with reading(folder / METRICS):
         classes = [(row["index"], row["id"], row["name"]) for row in figures["per_class"]]
         if [index for index, *_ in classes] != list(range(figures["classes"])):
             raise ValueError(f"{len(classes)} rows for {figures['classes']} classes")
-        path = folder / PREDICTIONS
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [(row["image"], row["label"], csv_value(row["path"])) for row in csv.DictReader(file)]
+    with reading(folder / PREDICTIONS) as path:
+        rows = [(row["image"], row["label"], csv_value(row["path"])) for row in read_csv(path)]
         if not rows or figures["images"] != len(rows):
             raise ValueError(f"{len(rows)} rows for {figures['images']} images")
-        path = folder / CONFUSION
+    with reading(folder / CONFUSION) as path:
         pairs = _read_confusion(path, len(rows), len(classes))
         labeled = sum(int(each["pixels"][each["label"] < len(classes)].sum()) for each in pairs)
         if labeled != figures["pixels"]:
             raise ValueError(f"{labeled} labeled pixels, expected {figures['pixels']}")
-    except OSError as error:
-        raise UnreadableFile(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, OverflowError, csv.Error, RecursionError) as error:
-        raise UnreadableFile(
-            f"{path}: damaged or written by another version ({error!s:.80}); run fcvit eval again"
-        ) from error
     order = sorted(range(len(rows)), key=rows.__getitem__)
     images, labels, names = zip(*(rows[row] for row in order), strict=True)
-    return SavedResult(folder, figures, names, images, labels, tuple(pairs[row] for row in order))
+    return SavedCounts(folder, figures, names, images, labels, tuple(pairs[row] for row in order))
 
 
 def _read_confusion(path: Path, images: int, classes: int) -> list[np.ndarray]:
@@ -417,10 +357,9 @@ def _read_confusion(path: Path, images: int, classes: int) -> list[np.ndarray]:
         ValueError, KeyError, TypeError: The file is damaged.
     """
     table: list[list[tuple[int, int, int]]] = [[] for _ in range(images)]
-    with path.open(encoding="ascii", newline="") as file:
-        for row in csv.DictReader(file):
-            image, label, predicted, pixels = (int(row[key]) for key in ("row", "label", "predicted", "pixels"))
-            if not (0 <= image < images and 0 <= label < 256 and 0 <= predicted < classes and 0 < pixels < 1 << 32):
-                raise ValueError(f"row {image}, label {label}, class {predicted}, {pixels} pixels are out of range")
-            table[image].append((label, predicted, pixels))
+    for row in read_csv(path):
+        image, label, predicted, pixels = (int(row[key]) for key in ("row", "label", "predicted", "pixels"))
+        if not (0 <= image < images and 0 <= label < 256 and 0 <= predicted < classes and 0 < pixels < 1 << 32):
+            raise ValueError(f"row {image}, label {label}, class {predicted}, {pixels} pixels are out of range")
+        table[image].append((label, predicted, pixels))
     return [np.array(pairs, metrics.PAIR) for pairs in table]

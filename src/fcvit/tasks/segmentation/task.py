@@ -6,7 +6,7 @@ from typing import Any
 
 from fcvit.inference.engines import Engine
 from fcvit.models.variants import Preprocessing
-from fcvit.tasks.segmentation.comparison import ResultComparison, compare
+from fcvit.tasks.segmentation.comparison import SegmentationComparison, compare
 from fcvit.tasks.segmentation.evaluation import Options, SegmentationEvaluator
 from fcvit.tasks.segmentation.prediction import PredictionOptions, Segmenter, segmenter
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
@@ -33,7 +33,7 @@ class Segmentation:
     ) -> Segmenter:
         return segmenter(weights, preprocessing, classes, create)
 
-    def compare(self, first: Path, second: Path, folder: Path | None) -> ResultComparison:
+    def compare(self, first: Path, second: Path, folder: Path | None) -> SegmentationComparison:
         return compare(first, second, folder)
 
 
