@@ -174,6 +174,14 @@ SMALL = {
 }
 
 
+SMALL_SEGMENTATION = {
+    "variant": "fcvit_digits", "options": SMALL["options"], "neck_channels": 8, "head_channels": 8,
+    "scale": (48, 40), "crop_size": (32, 32), "epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 1e-2,
+    "lr_batch": 0, "min_lr": 0, "warmup_lr": 0, "lr_update": "step", "schedule": "poly", "batch_size": 4,
+    "drop_path_rate": 0.0,
+}  # fmt: skip
+
+
 def write_squares(folder: Path, classes: dict[str, int], size: int = 36) -> Path:
     """Write images of noise with a bright square. The class determines the position of the square.
 
@@ -189,6 +197,23 @@ def write_squares(folder: Path, classes: dict[str, int], size: int = 36) -> Path
             pixels = generator.integers(0, 90, (size, size, 3), np.uint8)
             pixels[position * 8 : position * 8 + 10, position * 8 : position * 8 + 10] += 160
             Image.fromarray(pixels).save(folder / name / f"{index:02d}.png")
+    return folder
+
+
+def write_scenes(folder, split, count, size=(40, 48), seed=0):
+    """Write images of noise with a bright rectangle, and label maps: 0 background, 1 rectangle, 255 its left edge."""
+    generator = np.random.default_rng([seed, count])
+    for kind in ("images", "annotations"):
+        (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = generator.integers(0, 90, (*size, 3), np.uint8)
+        labels = np.zeros(size, np.uint8)
+        top, left = generator.integers(2, 16, 2)
+        pixels[top : top + 18, left : left + 22] += 150
+        labels[top : top + 18, left : left + 22] = 1
+        labels[top : top + 18, left] = 255
+        Image.fromarray(pixels).save(folder / "images" / split / f"{index:02d}.png")
+        Image.fromarray(labels).save(folder / "annotations" / split / f"{index:02d}.png")
     return folder
 
 

@@ -29,6 +29,7 @@ SHORT = {
     "head-stats": {"--max-images": "2"},
     "faithfulness": {"--max-images": "10"},
 }
+SHORT_STREETS = {"--scale": "32,32", "--neck-channels": "8", "--head-channels": "8"}
 SHORT_RECIPES = {"--variant": "fcvit_digits", "--input-size": "32", "--precision": "float32"}
 
 
@@ -52,6 +53,8 @@ def shortened(words):
         options |= SHORT_RECIPES
     if words[0] == "train" and {"--resume", "--preview"} & {*words}:
         options = {}
+    if words[0] == "finetune" and "streets" in words:
+        options |= SHORT_STREETS
     for name, value in options.items():
         if name in words and value:
             words[words.index(name) + 1] = value
@@ -74,10 +77,12 @@ def workplace(tmp_path, monkeypatch):
     photos = [*(tmp_path / "imagenet" / "val").glob("*/*.png")][:4]
     for root in ("ADEChallengeData2016", "streets"):
         for split in ("training", "validation"):
-            for kind, pixels in (("images", images[0]), ("annotations", np.ones_like(images[0]))):
+            for kind, pixels in (("images", images[0]), ("annotations", 1 + (images[0] > 99))):
                 (tmp_path / root / kind / split).mkdir(parents=True)
-                Image.fromarray(pixels).save(tmp_path / root / kind / split / "1.png")
-    (tmp_path / "streets" / "classes.csv").write_text("index,name,red,green,blue\n0,road,128,64,128\n")
+                for name in ("1.png", "2.png"):
+                    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / root / kind / split / name)
+    colors = "index,name,red,green,blue\n0,road,128,64,128\n1,car,0,0,142\n"
+    (tmp_path / "streets" / "classes.csv").write_text(colors)
     (tmp_path / "photos").mkdir()
     for path in photos:
         shutil.copy(path, tmp_path / "photos")
@@ -102,6 +107,7 @@ def workplace(tmp_path, monkeypatch):
 @needs_torch
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fcvit.errors.FreshWeights")  # a backbone from a classifier
+@pytest.mark.filterwarnings("ignore:No ccache found")  # a page imports Paddle before the package does
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash") or blocks(page, "python")])
 def test_the_code_blocks_of_a_page_run_in_order(page, workplace, monkeypatch, capsys):
     monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")

@@ -525,8 +525,8 @@ def test_masks_of_0_and_255_are_never_guessed(tmp_path, values, three_channels):
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ((0, 1, 2, 3), {}, "values 0 to 3 .*3 classes need 0 to 2.*--reduce-zero-label; if 0 is a class"),
-        ((1, 2, 3, 255), {}, "values 1 to 3 .*3 in annotations/a.png.*--reduce-zero-label$"),
+        ((0, 1, 2, 3), {}, "values 0 to 3 .*3 classes need 0 to 2.*--reduce-zero-label=true; if 0 is a class"),
+        ((1, 2, 3, 255), {}, "values 1 to 3 .*3 in annotations/a.png.*--reduce-zero-label=true$"),
         ((0,), {"reduce_zero_label": True}, r"all pixels of the label maps are ignored \(values 0\)"),
         ((7,), {"ignore_index": (7,)}, "all pixels"),
     ],
@@ -726,8 +726,8 @@ def test_the_command_line_reduces_the_zero_label(data, capsys):
     for name in ("train/0", "train/1", "val/0"):
         save(data / f"annotations/{name}.png", blocks(0, 1, 2, 3))
     code, _, err = run(capsys, data)
-    assert code == 4 and f"run: fcvit check-data {data} --reduce-zero-label" in err
-    assert run(capsys, data, "--reduce-zero-label")[0] == 0
+    assert code == 4 and f"run: fcvit check-data {data} --reduce-zero-label=true" in err
+    assert run(capsys, data, "--reduce-zero-label=true")[0] == 0
 
 
 def test_options_of_label_maps_need_label_maps(tmp_path):

@@ -31,6 +31,7 @@ from fcvit.training.recipe import build_recipe, read_recipe, shipped, shipped_te
 
 ROOT = Path(__file__).parents[2]
 FIELDS = recipe_fields(ClassificationRecipe)
+AUTOMATIC = {"new_head": "automatic", "task": "automatic"}
 DROP_PATH = {"fcvit_tiny": 0.1, "fcvit_b12": 0.1, "fcvit_b24": 0.1, "fcvit_b48": 0.2}
 
 
@@ -128,7 +129,7 @@ def test_recipe_and_augmentation_have_the_same_defaults():
 
 def test_the_help_lists_every_field_with_its_values_and_default(capsys):
     console = rich.console.Console(width=1000, legacy_windows=False)
-    for command, defaults in ((train, {}), (finetune, {**DEFAULTS, "new_head": "automatic"})):
+    for command, defaults in ((train, {}), (finetune, {**DEFAULTS, **AUTOMATIC})):
         app = cyclopts.App(help_format="plaintext", console=console)
         app.default(command)
         app.help_print([])

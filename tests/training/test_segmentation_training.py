@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import needs_paddle
+from conftest import SMALL_SEGMENTATION, needs_paddle, write_scenes
+from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
+from fcvit.data.classes import ClassName
 from fcvit.data.loader import Batch
 from fcvit.data.transforms.segmentation import IGNORED
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
@@ -21,31 +23,9 @@ from fcvit.training.run import resume, train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
+from fcvit.weights.writing import write_weights
 
 pytestmark = needs_paddle
-OPTIONS = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "mlp_ratios": [1, 1, 1, 1]}
-SMALL = {
-    "variant": "fcvit_digits", "options": OPTIONS, "neck_channels": 8, "head_channels": 8, "drop_path_rate": 0.0,
-    "scale": (48, 40), "crop_size": (32, 32), "epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 1e-2,
-    "lr_batch": 0, "min_lr": 0, "warmup_lr": 0, "lr_update": "step", "schedule": "poly", "batch_size": 4,
-}  # fmt: skip
-
-
-def write_scenes(folder, split, count, size=(40, 48), seed=0):
-    """Write images of noise with a bright rectangle, and label maps: 0 background, 1 rectangle, 255 its left edge."""
-    generator = np.random.default_rng([seed, count])
-    for kind in ("images", "annotations"):
-        (folder / kind / split).mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        pixels = generator.integers(0, 90, (*size, 3), np.uint8)
-        labels = np.zeros(size, np.uint8)
-        top, left = generator.integers(2, 16, 2)
-        pixels[top : top + 18, left : left + 22] += 150
-        labels[top : top + 18, left : left + 22] = 1
-        labels[top : top + 18, left] = IGNORED
-        Image.fromarray(pixels).save(folder / "images" / split / f"{index:02d}.png")
-        Image.fromarray(labels).save(folder / "annotations" / split / f"{index:02d}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +39,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def small(scenes):
     def build(**fields):
-        return SegmentationRecipe(**{**SMALL, "data": str(scenes), **fields})
+        return SegmentationRecipe(**{**SMALL_SEGMENTATION, "data": str(scenes), **fields})
 
     return build
 
@@ -75,7 +55,7 @@ def without_pictures():
 @pytest.fixture(scope="module")
 def uninterrupted(scenes, tmp_path_factory):
     """A run of two epochs of three steps with EMA weights and two micro-batches."""
-    recipe = SegmentationRecipe(**SMALL, data=str(scenes), **REGULARIZED)
+    recipe = SegmentationRecipe(**SMALL_SEGMENTATION, data=str(scenes), **REGULARIZED)
     with without_pictures():
         return train(recipe, folder=tmp_path_factory.mktemp("run") / "run", device="cpu")
 
@@ -219,14 +199,13 @@ def test_balanced_class_weights_give_each_class_the_same_total_weight(small):
     assert weights * pixels == pytest.approx([pixels.sum() / 2] * 2, rel=1e-6)
 
 
-def starting_weights(tmp_path, spec):
+def starting_weights(tmp_path, spec, classes=None):
     from fcvit.weights.checkpoint import MEMORY, Checkpoint
     from fcvit.weights.reading import Weights
-    from fcvit.weights.writing import write_weights
 
     source = Checkpoint(tmp_path / "x", MEMORY, {}, None, b"")
     path = tmp_path / "start.safetensors"
-    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ()))
+    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, classes, (), ()))
     return path
 
 
@@ -261,6 +240,79 @@ def test_the_head_of_a_segmentation_network_is_kept_or_new(small, tmp_path):
     three = starting_weights(tmp_path / "..", dataclasses.replace(spec, num_classes=3))
     with pytest.raises(DoesNotFit, match=r"2 classes, but the weights have 3; set new_head = true"):
         SegmentationTraining(small(weights=str(three)), read_weights(three))
+
+
+def test_finetuning_keeps_the_head_for_the_same_class_list(uninterrupted, scenes, tmp_path, notes):
+    words = {"epochs": "1", "freeze": "true", "device": "cpu", "workers": 0}
+    with without_pictures():
+        done = finetune(uninterrupted.weights, scenes, **words, lr="1e-9", warmup_lr="0", folder=tmp_path / "run")
+    assert any("class list matches" in note and "--new-head true" in note for note in notes)
+    assert {"batch_size 2: a quarter of the training images", "crop_size 40: the shorter side of scale"} <= {*notes}
+    before, after = read_weights(uninterrupted.weights), read_weights(done.folder / "last.safetensors")
+    assert (after.spec, after.classes, after.palette) == (before.spec, before.classes, before.palette)
+    last = "decode_head.conv_seg.weight"
+    assert np.abs(before.tensors[last] - after.tensors[last]).max() < 1e-6
+    assert "miou" in done.rows[0]
+
+
+def test_finetuning_for_other_classes_has_a_new_last_layer(uninterrupted, tmp_path):
+    """The order of the classes matters, because it gives the values in the label maps."""
+    data = write_scenes(tmp_path / "data", ".", 10)
+    for names in (("box", "ground"), ("ground", "car"), None):
+        if names:
+            (data / "classes.csv").write_text("\n".join(names))
+        else:
+            (data / "classes.csv").unlink()
+        recipe, notes = finetune_recipe(uninterrupted.weights, data)
+        assert recipe.new_head and any("--new-head false" in note for note in notes) == (names is None)
+        assert (recipe.neck_channels, recipe.head_channels, recipe.scale) == (8, 8, (48, 40))
+        assert (recipe.schedule, recipe.layer_decay, recipe.held_out) == ("poly", 0.9, 0.2), "the recipe segmentation"
+    words = {"new-head": "false", "crop-size": "64,64", "ignore-index": ["7", "255"], "label_suffix": ""}
+    recipe, notes = finetune_recipe(uninterrupted.weights, data, words)
+    assert (recipe.new_head, recipe.crop_size, recipe.ignore_index) == (False, (64, 64), (7, 255))
+    assert not any("class list" in note or "crop" in note for note in notes)
+
+
+@pytest.fixture
+def classifier(small, tmp_path):
+    return starting_weights(tmp_path, ModelSpec(small().network(), 2))
+
+
+def test_finetuning_a_classifier_on_label_maps_creates_neck_and_head(classifier, scenes, tmp_path, notes):
+    fields = {"epochs": 1, "scale": (48, 40), "neck_channels": 8, "device": "cpu", "workers": 0}
+    with without_pictures():
+        done = finetune(classifier, scenes, **fields, folder=tmp_path / "run")
+    assert any("images/train and annotations/train" in note and "--task classification" in note for note in notes)
+    assert any("newly initialized: neck, decode_head and the four norms" in note for note in notes)
+    kept = read_weights(done.weights)
+    assert kept.spec.task == "segmentation" and [c.name for c in kept.classes] == ["ground", "box"]
+
+
+@pytest.mark.parametrize("change", ["other names", "two folders", "classes of the weights"])
+def test_finetuning_a_classifier_never_guesses_the_task(classifier, tmp_path, change):
+    """Folders with these names can be classes, too."""
+    data = write_scenes(tmp_path / "data", ".", 8)
+    if change == "other names":
+        for path in sorted((data / "annotations").iterdir())[1:]:
+            path.rename(path.with_name(f"1{path.name}"))
+    elif change == "two folders":
+        write_scenes(data / "masks", ".", 1)
+        (data / "masks" / "images" / "00.png").rename(data / "masks" / "00.png")
+    else:
+        names = tuple(ClassName(name, name) for name in ("annotations", "images"))
+        starting_weights(tmp_path, read_weights(classifier).spec, names)
+    with pytest.raises(UsageError) as error:
+        finetune_recipe(classifier, data)
+    command = f"fcvit finetune --weights {classifier} --data {data} --task"
+    assert f"for label maps, run: {command} segmentation; for classes, run: {command} classification" in str(
+        error.value
+    )
+    assert error.value.exit_code == 2
+    recipe, _ = finetune_recipe(classifier, data, {"task": "classification"})
+    assert recipe.task == "classification" and recipe.layer_decay == 0.75
+    if change == "classes of the weights":
+        assert not recipe.new_head
+        assert finetune_recipe(classifier, data, {"task": "segmentation"})[0].task == "segmentation"
 
 
 def test_a_frozen_backbone_and_layer_decay_find_the_prefixed_names(small, tmp_path):
@@ -300,7 +352,7 @@ def test_only_the_head_synchronizes_its_statistics(small):
 
 
 def task_of(folder, **fields):
-    return SegmentationTraining(SegmentationRecipe(**{**SMALL, "data": str(folder), **fields}), None)
+    return SegmentationTraining(SegmentationRecipe(**{**SMALL_SEGMENTATION, "data": str(folder), **fields}), None)
 
 
 def test_masks_of_0_and_255_are_not_guessed(tmp_path):
@@ -309,7 +361,7 @@ def test_masks_of_0_and_255_are_not_guessed(tmp_path):
     for path in (folder / "annotations" / "train").iterdir():
         labels = np.array(Image.open(path))
         Image.fromarray(np.where(labels == 0, 0, 255).astype(np.uint8)).save(path)
-    with pytest.raises(UsageError, match=r"fcvit train \.\.\. --label-values 0 255;.* --ignore-index 255"):
+    with pytest.raises(UsageError, match=r"fcvit \.\.\. --label-values 0 255;.* --ignore-index 255"):
         task_of(folder)
     task = task_of(folder, label_values=(0, 255))
     assert len(task.classes) == 2 and task.encoding.mapping() == {0: 0, 255: 1}

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SMALL, needs_paddle, write_squares
+from conftest import SMALL, SMALL_SEGMENTATION, needs_paddle, write_scenes, write_squares
 from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.training.run import train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
@@ -35,10 +36,10 @@ def work(tmp_path_factory):
     return root
 
 
-def start(root, *words, launcher=()):
+def start(root, *words, launcher=(), script=None):
     # Paddle's launcher has no -m. It starts a program or a .py file.
-    program = [Path(sys.executable).with_name("fcvit")] if launcher else ["fcvit"]
-    command = list(map(str, [sys.executable, "-m", *launcher, *program, "train", *words]))
+    program = [script] if script else [Path(sys.executable).with_name("fcvit") if launcher else "fcvit", "train"]
+    command = list(map(str, [sys.executable, "-m", *launcher, *program, *words]))
     environment = {**os.environ, "PYTHONPATH": str(root / "hidden")}
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -55,8 +56,9 @@ def finish(process):
 def numbers(folder):
     """Return everything that training computes: losses, accuracies and the state."""
     progress, tensors = read_state(folder)
-    kept = ("epoch", "step", "lr", "loss", "val_loss", "top1", "ema_top1")
-    return [{key: row[key] for key in kept} for row in progress.rows], {n: t.tobytes() for n, t in tensors.items()}
+    kept = {"epoch", "step", "lr", "loss", "val_loss", "top1", "ema_top1", "miou", "ema_miou", "macc", "aacc"}
+    rows = [{key: value for key, value in row.items() if key in kept} for row in progress.rows]
+    return rows, {n: t.tobytes() for n, t in tensors.items()}
 
 
 def assert_same_weights(one, other):
@@ -120,9 +122,75 @@ def test_two_processes_match_one_process_that_accumulates(work, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert (one["top1"], one["ema_top1"]) == (other["top1"], other["ema_top1"])
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
-    (_, one), (_, other) = (read_state(tmp_path / name) for name in ("alone", "shared"))
+    assert_close_states(tmp_path / "alone", tmp_path / "shared")
+
+
+def assert_close_states(*folders):
+    (_, one), (_, other) = map(read_state, folders)
+    assert one.keys() == other.keys()
     for name in one:
         assert np.abs(one[name].astype(np.float64) - other[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()), name
+
+
+# Records the images that a process trains in each epoch and its weights afterwards. Without --resume it kills itself.
+RECORDING = """
+import hashlib, json, os, signal, sys
+from fcvit.cli import main
+from fcvit.tasks.segmentation.training import SegmentationTraining
+from fcvit.training.loop import Loop
+
+inputs, run_epoch, positions = SegmentationTraining.inputs, Loop.epoch, []
+
+def recorded(task, batch, epoch):
+    positions.extend(map(int, batch.indices))
+    if epoch == 1 and len(positions) > 2 and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inputs(task, batch, epoch)
+
+def epoch(loop, number, log):
+    positions.clear()
+    run_epoch(loop, number, log)
+    state = b"".join(tensor.numpy().tobytes() for tensor in loop.trainer.model.state_dict().values())
+    with open(f"{number}-{os.environ['PADDLE_TRAINER_ID']}.json", "w") as file:
+        json.dump([positions, hashlib.sha256(state).hexdigest()], file)
+
+SegmentationTraining.inputs, Loop.epoch = recorded, epoch
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.ci
+def test_segmentation_is_resumed_with_the_same_bytes_and_in_two_processes(work):
+    """Two processes that are killed in the second epoch and resumed match one process with two micro-batches."""
+    pytest.importorskip("cv2")
+    root = work / "segmentation"
+    write_scenes(write_scenes(root, "train", 10), "val", 3)
+    fields = {**SMALL_SEGMENTATION, "epochs": 3, "ema_decay": 0.9, "drop_path_rate": 0.3, "operators": "plain"}
+    (work / "maps.toml").write_text(SegmentationRecipe(**fields, data="segmentation").to_toml())
+    words = ["maps.toml", "--device", "cpu", "-o"]
+    finish(start(work, *words, "maps-whole", "--accumulate", 2))
+    whole, cut, shared = (work / f"maps-{name}" for name in ("whole", "cut", "shared"))
+    kill_when(process := start(work, *words, cut, "--accumulate", 2), lambda: epochs_done(cut) == 1)
+    assert process.returncode == -signal.SIGKILL and epochs_done(cut) == 1
+    finish(start(work, "--resume", cut))
+    assert numbers(cut) == numbers(whole)
+    assert_same_weights(cut, whole)
+
+    (work / "recording.py").write_text(RECORDING)
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", work / "maps-log"]
+    killed = start(work, *words, shared, launcher=launcher, script="recording.py")
+    killed.communicate(timeout=120)
+    assert killed.returncode != 0 and epochs_done(shared) == 1
+    finish(start(work, "--resume", shared, launcher=launcher, script="recording.py"))
+    for epoch in range(3):
+        (first, one), (second, other) = (json.loads((work / f"{epoch}-{rank}.json").read_text()) for rank in (0, 1))
+        assert sorted(first + second) == list(range(8)) and len(first) == 4, "the last two of 10 images are dropped"
+        assert one == other, "both processes have the same weights and statistics"
+    for one, other in zip(*(read_state(folder)[0].rows for folder in (whole, shared)), strict=True):
+        assert np.isfinite(one["loss"]) and one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        for score in ("miou", "macc", "aacc", "ema_miou"):
+            assert one[score] == pytest.approx(other[score], abs=0.1)
+    assert_close_states(whole, shared)
 
 
 @pytest.mark.ci

@@ -354,7 +354,7 @@ def resolve_encoding(
     mapping, count = encoding.mapping(), encoding.num_classes or 0
     outside = [value for value in present if value not in mapping]
     if outside == [count] and not encoding.reduce_zero_label and encoding.label_values is None:
-        remedy = f"if 0 means that a pixel has no class, run: {shlex.join([*command, '--reduce-zero-label'])}"
+        remedy = f"if 0 means that a pixel has no class, run: {shlex.join([*command, '--reduce-zero-label=true'])}"
         if 0 in first:
             remedy += "; if 0 is a class, such as the background, add it to the class list"
         raise DoesNotFit(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fcvit.text import some
 from fcvit.weights.reading import Weights
 
 _EXAMINED = 2000  # label maps that are examined before a training; the others are checked when they are read
-_COMMAND = ("fcvit", "train", "...")  # messages add options to it
+_COMMAND = ("fcvit", "...")  # messages add options to it; the user ran train or finetune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,37 @@ class MapSplits:
     notes: tuple[str, ...]
 
 
+class ListedMaps(NamedTuple):
+    """The images with label maps of a run, before a label map is read.
+
+    Attributes:
+        layout: Folders of the data set.
+        train, val: See `MapSplits`.
+        listed: Class list of the recipe or of the data set, or None.
+        notes: Readable notes on how images and labels were found.
+    """
+
+    layout: MapLayout
+    train: LabeledMaps
+    val: LabeledMaps | None
+    listed: ClassList | None
+    notes: list[str]
+
+
+def list_maps(recipe: SegmentationRecipe) -> ListedMaps:
+    """Find the images, label maps and class list of a recipe. No label map is read.
+
+    Raises:
+        UsageError, UnreadableFile, DoesNotFit: As in `find_map_splits`.
+    """
+    if not recipe.data:
+        raise UsageError("no data; set data in the recipe or pass --data with the folder or tar of images and labels")
+    layout = _layout(recipe.data)
+    train, val, notes = _splits(layout, recipe)
+    listed = read_class_list(Path(recipe.classes)) if recipe.classes else layout.class_list()
+    return ListedMaps(layout, train, val, listed, notes)
+
+
 def find_map_splits(recipe: SegmentationRecipe, weights: Weights | None) -> MapSplits:
     """Find the images of a recipe, and compare their label maps with the classes.
 
@@ -62,12 +94,8 @@ def find_map_splits(recipe: SegmentationRecipe, weights: Weights | None) -> MapS
         UnreadableFile: The images or the class list cannot be read, or no label map can be used.
         DoesNotFit: The label maps, the class list and the weights do not match.
     """
-    if not recipe.data:
-        raise UsageError("no data; set data in the recipe or pass --data with the folder or tar of images and labels")
-    layout = _layout(recipe.data)
-    train, val, notes = _splits(layout, recipe)
+    layout, train, val, listed, notes = list_maps(recipe)
     kept = weights if weights is not None and weights.spec.task == "segmentation" and not recipe.new_head else None
-    listed = read_class_list(Path(recipe.classes)) if recipe.classes else layout.class_list()
     if listed is None and kept is not None and kept.classes is not None:
         listed = ClassList(kept.classes, kept.palette)
     if recipe.reduce_zero_label is None and layout.is_ade20k:
