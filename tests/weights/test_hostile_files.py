@@ -1520,14 +1520,16 @@ def test_truncated_segmenters_are_rejected(tmp_path):
         reading_error(write(tmp_path, content[:length]))
 
 
-def test_mutated_segmenters_are_rejected_or_read(tmp_path):
+def test_segmenters_with_mutated_pickles_are_rejected_or_read(tmp_path):
     rng = random.Random("segmenter")
-    content, others = of_mmseg(), [make() for make in TINY_FILES.values()]
-    start = content.index(PROTOCOL_2)
-    stop = content.index(b"PK", start)
-    content = content.replace(struct.pack("<L", zlib.crc32(content[start:stop])), bytes(4))  # as above
-    results = [outcome(write(tmp_path, mutated(rng, content, others, stop)), SEGMENTER) for _ in range(60)]
-    assert any(results)
+    state, files = segmenter_files()
+    meta = mapping({"CLASSES": CLASSES, "PALETTE": COLORS})
+    content = pickled(mapping({"meta": meta, "state_dict": state}))
+    results = []
+    for _ in range(100):
+        changed_pickle = mutated(rng, content, [content], len(content))
+        results.append(outcome(write(tmp_path, zipped(**{**files, "data.pkl": changed_pickle})), SEGMENTER))
+    assert {UnreadableFile, DoesNotFit} <= {type(result) for result in results}
 
 
 values = st.recursive(st.sampled_from(PARTS), nested, max_leaves=8)
