@@ -218,7 +218,7 @@ class SegmentationReport:
             if row.hint:
                 about.add_row("", row.hint)
             if row.unreadable:
-                about.add_row("", f"{counted(row.unreadable, 'unreadable image')} excluded")
+                about.add_row("", f"{counted(row.unreadable, 'image')} excluded")
             if row.published:
                 about.add_row("", f"published by the authors: {row.published.reason}")
         yield result

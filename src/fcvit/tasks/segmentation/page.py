@@ -47,7 +47,7 @@ def write_page(
     assert isinstance(left_out, list) and isinstance(versions, dict)
     lead = (
         f"{first.images:,} images, {first.pixels:,} labeled pixels"
-        + (f", unreadable images excluded: {len(left_out)}" if left_out else "")
+        + (f", images excluded: {len(left_out)}" if left_out else "")
         + f". Labels: {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {first.fingerprint[:16]}."
     )
     summary = [_summary(outcomes)]
