@@ -372,7 +372,7 @@ def resolve_encoding(
     if outside == [count] and not encoding.reduce_zero_label and encoding.label_values is None:
         remedy = f"if 0 means that a pixel has no class, run: {shlex.join([*command, '--reduce-zero-label'])}"
         if 0 in first:
-            remedy += "; if 0 is a class, such as the background, add it to the class list"
+            remedy += f"; if 0 is a class, such as the background, class list and weights need {count + 1} classes"
         raise DoesNotFit(
             f"{images.root}: the label maps contain the values {present[0]} to {count} ({count} in {first[count]}), "
             f"but {counted(count, 'class')} need 0 to {count - 1}; {remedy}"
