@@ -609,7 +609,7 @@ def test_similarity_lists_drawn_and_unreadable_images(run, digits_pth, images, t
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, err = run("similarity", images, "--weights", digits_pth, "-o", "maps", *words)
     assert code == 6 and "written to maps" in out and "9.png" in out and "class" in out
-    assert "1 unreadable image" in err and "bad.png" in err
+    assert "1 image excluded" in err and "bad.png" in err
     assert drawn == [((3, 1, 1), MapChoice("mean", "rescaled", "head"))] * 10
     code, out, err = run("similarity", images / "0.png", "--weights", digits_pth, "--json", "-o", "one")
     (path, files, best) = json.loads(out)["images"][0]

@@ -97,6 +97,12 @@ def test_a_cycle_of_links_is_followed_once(tmp_path):
     assert images_below(tmp_path) == [tmp_path / "a/1.png", tmp_path / "b/2.png"]
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    make(tmp_path, "a/1.png")
+    (tmp_path / "a" / "2.png").symlink_to("2.png")
+    assert images_below(tmp_path) == [tmp_path / "a/1.png", tmp_path / "a/2.png"]
+
+
 def test_a_linked_folder_is_read_under_both_names(tmp_path):
     """Only a link to a folder that contains the link is not followed."""
     make(tmp_path, "3/1.png")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import os
 import pickle
 import re
 import struct
@@ -455,6 +456,40 @@ def test_hostile_label_files_are_reported_by_path(tmp_path, kind):
         assert bad[1].startswith("annotations/a.png: ")
 
 
+def circle(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (circle, "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+    ],
+    ids=["link to itself", "broken link", "device", "pipe"],
+)
+@pytest.mark.parametrize("folder", ["images", "annotations"])
+def test_files_that_are_not_files_are_listed_and_the_others_checked(tmp_path, capsys, folder, make, message):
+    path = next(plain(tmp_path, "a", "b").glob(f"{folder}/a.*"))
+    path.unlink()
+    make(path)
+    (tmp_path / "annotations" / "loop").symlink_to(tmp_path)
+    code, out, err = run(capsys, tmp_path)
+    assert code == 6 and f"{folder}/{path.name}: {message}" in err and "Traceback" not in err
+    assert "2 images with label maps" in out and "no pixels" not in out
+
+
+def test_a_folder_in_place_of_a_label_is_a_missing_label(tmp_path):
+    plain(tmp_path, "a", "b")
+    (tmp_path / "annotations/a.png").unlink()
+    (tmp_path / "annotations/a.png").mkdir()
+    images = all_of(tmp_path)
+    assert images.names == ("images/b.jpg",)
+    assert read_split(find_maps(open_source(tmp_path)), "all").unlabeled == ("images/a.jpg",)
+
+
 def test_missing_and_oversized_files_are_reported_by_path(tmp_path):
     with pytest.raises(BadImages, match=r"^gone\.png: No such file"):
         read_label(label_file(tmp_path / "gone.png"), LabelEncoding(4))
@@ -491,8 +526,9 @@ def test_a_label_map_has_the_size_of_its_upright_image(tmp_path):
     assert not check_labels(images, stats, encoding).bad
     save(tmp_path / "images/a.jpg", Image.new("RGB", (36, 40)))
     check = check_labels(images, list(scan_labels(images, 0)), encoding)
-    message = "annotations/a.png: 40 x 36 pixels, but its image has 36 x 40 (width x height)"
-    assert check.bad == ((0, message),) and not any(check.pixels)
+    message = "annotations/a.png: 40 x 36 pixels, but its image has 36 x 40 (width x height); check that they belong"
+    ((index, reason),) = check.bad
+    assert index == 0 and reason.startswith(message) and not any(check.pixels)
     with pytest.raises(BadImages, match=re.escape(message)):
         read_label(images.labels[0], encoding, (36, 40))
 
@@ -537,6 +573,29 @@ def test_the_label_range_is_compared_with_the_class_count(tmp_path, values, opti
         resolved(tmp_path, LabelEncoding(3, **options))
 
 
+def test_more_values_than_classes_can_be_are_reported_with_the_command_that_lists_them(tmp_path):
+    plain(tmp_path, "a", "b")
+    for name, values in (("a", (0, 1)), ("b", (0, 256, 512))):
+        save(tmp_path / f"annotations/{name}.png", blocks(*values, dtype=np.uint16))
+    with pytest.raises(DoesNotFit, match=r"^annotations/b\.png: contains the value 512.*--classes FILE") as error:
+        resolved(tmp_path, LabelEncoding(None))
+    command = "fcvit check-data 'my data' --label-values 0 1 256 512"
+    assert str(error.value).endswith(f"run: {command}")
+    assert not check_labels(*resolved(tmp_path, LabelEncoding(None, label_values=(0, 1, 256, 512)))).bad
+    save(tmp_path / "annotations/b.png", Image.fromarray(np.arange(300, dtype=np.uint16).reshape(10, 30)))
+    with pytest.raises(DoesNotFit, match=r"the value 299, .*--classes FILE$"):
+        resolved(tmp_path, LabelEncoding(None))
+
+
+def test_labels_that_start_at_1_are_a_hint(tmp_path):
+    plain(tmp_path, "a", "b", values=(1, 2, 3))
+    (hint,) = check_labels(*resolved(tmp_path, LabelEncoding(None))).hints
+    assert hint == "label 0 never occurs; if the first class is label 1, use --reduce-zero-label"
+    assert not check_labels(*resolved(tmp_path, LabelEncoding(None, reduce_zero_label=True))).hints
+    save(tmp_path / "annotations/b.png", blocks(0, 3))
+    assert not check_labels(*resolved(tmp_path, LabelEncoding(None))).hints
+
+
 def test_a_suspicious_reduce_zero_label_is_a_hint(tmp_path):
     plain(tmp_path, "a", values=(0, 1, 2))
     (hint,) = check_labels(*resolved(tmp_path, LabelEncoding(3, reduce_zero_label=True))).hints
@@ -579,6 +638,18 @@ def test_color_coded_labels_need_a_class_list_with_colors(tmp_path):
         resolved(tmp_path, dataclasses.replace(known, reduce_zero_label=True))
     save(tmp_path / "annotations/b.png", blocks(0, 1))
     assert "annotations/b.png: class indices in one channel" in check_labels(*resolved(tmp_path, known)).bad[0][1]
+
+
+@pytest.mark.parametrize("palette", [None, COLORS])
+def test_a_few_color_images_among_indices_are_listed(tmp_path, palette):
+    """One wrong file does not change how the others are read."""
+    plain(tmp_path, "a", "b", "c", "d", values=(0, 1, 2, 3))
+    (tmp_path / "annotations/b.png").write_bytes(encoded(blocks(0, 1), "color"))
+    images, stats, encoding = resolved(tmp_path, LabelEncoding(4 if palette else None, palette=palette))
+    assert encoding == LabelEncoding(4, palette=palette)
+    check = check_labels(images, stats, encoding)
+    assert [index for index, _ in check.bad] == [1] and check.pixels == (3 * 360,) * 4 and not check.hints
+    assert check.bad[0][1].startswith("annotations/b.png: colors instead of class indices; pass a class list")
 
 
 def test_gray_colors_in_a_color_coded_data_set_are_colors(tmp_path):
@@ -711,6 +782,14 @@ def test_problems_of_segmentation_data(data, capsys):
     assert "annotations/train/1.png: values outside the classes (0 to 2)" in err
     assert "EXIF" not in out  # the orientation is applied
     assert run(capsys, data, "--json")[0] == 6
+
+
+def test_classes_are_not_called_absent_if_no_label_map_can_be_used(data, capsys):
+    for path in data.glob("annotations/val/*.png"):
+        save(path, blocks(0, 9))
+    code, out, err = run(capsys, data)
+    assert code == 6 and err.count("values outside the classes") == 3 and "3 images excluded" in err
+    assert "no pixels" not in out and "classes without pixels, val" not in out
 
 
 def test_the_command_line_offers_two_meanings_of_255(tmp_path, capsys):

@@ -848,7 +848,7 @@ def test_a_data_set_without_readable_images_is_an_error(tmp_path, digits_pth):
     for label in range(10):
         (tmp_path / "data" / str(label)).mkdir(parents=True)
     (tmp_path / "data" / "3" / "x.png").touch()
-    with pytest.raises(BadImages, match=r"none of .*1 images can be read.*x.png"):
+    with pytest.raises(BadImages, match=r"none of .*1 images can be used.*x.png"):
         evaluate(digits_pth, tmp_path / "data", device="cpu", folder=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 

@@ -75,6 +75,22 @@ def test_counts_and_metrics_equal_mmsegmentation(case):
         assert printed(percent) == ("nan" if expected is None else f"{expected:.2f}")
 
 
+def test_a_class_that_is_neither_labeled_nor_predicted_is_left_out_of_the_mean():
+    """Counted as 0, the mean of 58.3% would be 29.2%. Counted as 1, as in PaddleSeg, it would be 79.2%."""
+    label, prediction = np.array([[0, 0, 2, 2]], np.uint8), np.array([[0, 2, 2, 2]], np.uint8)
+    computed = figures(class_counts(confusion(prediction, label), 4))
+    expected = np.array([100 / 2, np.nan, 200 / 3, np.nan])
+    np.testing.assert_allclose(computed.iou, expected, rtol=1e-14)
+    assert computed.miou == pytest.approx((100 / 2 + 200 / 3) / 2, rel=1e-14)
+    assert computed.macc == pytest.approx((50 + 100) / 2, rel=1e-14)
+
+
+def test_a_class_that_is_predicted_but_never_labeled_has_iou_0_and_no_accuracy():
+    label, prediction = np.array([[0, 0]], np.uint8), np.array([[0, 1]], np.uint8)
+    computed = figures(class_counts(confusion(prediction, label), 2))
+    assert computed.iou.tolist() == [50, 0] and (computed.miou, computed.macc) == (25, 50)
+
+
 def absent_as(value):
     """Return the mean with classes that are neither labeled nor predicted counted as 0 or 100%."""
     return lambda values: np.nan_to_num(values, nan=value).mean(axis=-1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from conftest import needs_paddle, write_pth
+from fcvit.cli import app
 from fcvit.commands.evaluate import evaluate
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.evaluation.runner import resume
@@ -137,6 +140,20 @@ def test_requests_that_do_not_fit_are_rejected(maps, segmenter, tmp_path):
     listed.write_text("one\ntwo\n")
     with pytest.raises(DoesNotFit, match=r"2 classes, but .* has 5"):
         evaluate(weights, maps, classes=str(listed))
+
+
+def test_the_commands_for_masks_of_0_and_255_are_valid_and_keep_the_options(maps, segmenter, tmp_path):
+    data, listed = shutil.copytree(maps, tmp_path / "my data"), tmp_path / "classes.txt"
+    for path in data.glob("annotations/val/*.png"):
+        Image.new("L", (3, 3), 255).save(path)
+    listed.write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(UsageError, match="only the values 0 and 255") as error:
+        evaluate(segmenter, data, split="val", classes=str(listed))
+    commands = [shlex.split(words) for words in re.findall(r"run: (fcvit [^;]*)", str(error.value))]
+    common = ["fcvit", "eval", "--weights", segmenter, "--data", data, "--classes", listed, "--split", "val"]
+    for command, option in zip(commands, (["--label-values", "0", "255"], ["--ignore-index", "255"]), strict=True):
+        assert command == [*map(str, common), *option]
+        app.parse_args(command[1:], exit_on_error=False, print_error=False)
 
 
 def test_the_training_split_can_be_selected(maps, segmenter):

@@ -172,6 +172,15 @@ def test_the_cross_entropy_is_averaged_over_all_or_valid_pixels(example):
     assert [pixel_cross_entropy(x, nothing, mean, given).item() for mean in ("all", "valid")] == [0, 0]
 
 
+@pytest.mark.parametrize("mean", ["all", "valid"])
+def test_a_training_averages_its_loss_over_the_pixels_that_the_recipe_names(small, example, mean):
+    from fcvit.tasks.segmentation.losses import pixel_cross_entropy
+
+    _, labels, x, y = example
+    loss = SegmentationTraining(small(loss_mean=mean), None).loss(x, labels)["loss_ce"].item()
+    assert loss == pytest.approx(pixel_cross_entropy(x, y, mean).item(), rel=1e-6)
+
+
 def test_the_dice_loss_counts_the_classes_that_occur(example):
     import paddle
 

@@ -34,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
-from fcvit.models.spec import ModelSpec, paddle_name, tensor_specs
+from fcvit.models.spec import ModelSpec, SemanticFPNOptions, paddle_name, tensor_specs
 from fcvit.models.variants import VARIANTS
 from fcvit.training.state import STATE, Progress, read_state, write_state
 from fcvit.weights import checkpoint, pdparams, safetensors_file, torch_file
@@ -1297,7 +1297,7 @@ def mutated(rng: random.Random, content: bytes, others: list[bytes], end: int) -
     return bytes(result)
 
 
-def outcome(path: Path) -> FcvitError | None:
+def outcome(path: Path, spec: ModelSpec = SPEC) -> FcvitError | None:
     """Return the error from reading a file, or None if it was read. Other exceptions fail the test."""
     try:
         tensors = read_weights(path).tensors
@@ -1306,7 +1306,7 @@ def outcome(path: Path) -> FcvitError | None:
         assert path.name in str(error)
         return error
     # An undetected change can only have changed numbers.
-    assert {key: value.shape for key, value in tensors.items()} == {k: e.shape for k, e in tensor_specs(SPEC).items()}
+    assert {key: value.shape for key, value in tensors.items()} == {k: e.shape for k, e in tensor_specs(spec).items()}
     return None
 
 
@@ -1373,6 +1373,177 @@ def test_well_formed_pickles_with_wrong_values_are_rejected(tmp_path_factory, va
     """Any value can be in the position of any other value."""
     path = write(tmp_path_factory.getbasetemp(), build(mapping({"w": value})))
     assert isinstance(outcome(path), FcvitError)
+
+
+# --- Checkpoints of mmsegmentation -----------------------------------------------------------------
+
+SEGMENTER = ModelSpec(VARIANTS["fcvit_digits"], 3, "semantic_fpn", SemanticFPNOptions(4, 4))
+CLASSES, COLORS = many(text("sky"), text("road"), text("car")), listed(*[listed(*map(number, (1, 2, 3)))] * 3)
+LOGITS = "decode_head.conv_seg.weight"
+
+
+@functools.cache
+def segmenter_tensors() -> Mapping[str, np.ndarray]:
+    return synthetic_tensors(SEGMENTER)
+
+
+@functools.cache
+def segmenter_files() -> tuple[bytes, Mapping[str, bytes]]:
+    return files_of(segmenter_tensors())
+
+
+def files_of(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, Mapping[str, bytes]]:
+    """Return the opcodes of the tensors, and the other files in a PyTorch file."""
+    with zipfile.ZipFile(io.BytesIO(good_zip(tensors))) as archive:
+        files = {key.removeprefix("archive/"): archive.read(key) for key in archive.namelist()}
+    return files.pop("data.pkl").removeprefix(PROTOCOL_2).removesuffix(b"."), files
+
+
+def of_mmseg(
+    meta: bytes = mapping({"CLASSES": CLASSES, "PALETTE": COLORS}),
+    changes: Mapping[str, np.ndarray | None] | None = None,
+    **entries: bytes,
+) -> bytes:
+    """Build a file as mmsegmentation writes it: `meta`, `state_dict` with changed or removed tensors, and entries."""
+    state, files = segmenter_files()
+    if changes:
+        tensors = {key: value for key, value in {**segmenter_tensors(), **changes}.items() if value is not None}
+        state, files = files_of(tensors)
+    return zipped(mapping({"meta": meta, "state_dict": state, **entries}), **{"data/x": SIXTEEN, **files})
+
+
+def same_segmenter(tensors: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(tensors[key], value) for key, value in segmenter_tensors().items() if value.ndim)
+
+
+def test_the_good_file_of_mmsegmentation_is_read(tmp_path):
+    weights = read_weights(write(tmp_path, of_mmseg(optimizer=mapping({"state": b"}"}))))
+    assert weights.spec == SEGMENTER and same_segmenter(weights.tensors) and not weights.notes
+    assert [c.name for c in weights.classes] == ["sky", "road", "car"] and weights.palette == ((1, 2, 3),) * 3
+
+
+@attacks
+def test_attacks_in_the_meta_of_a_segmenter_are_not_executed(attack, marker, tmp_path):
+    payload = ATTACKS[attack][0](marker)
+    for meta in (
+        payload,
+        mapping({"CLASSES": payload, "PALETTE": COLORS}),
+        mapping({"CLASSES": many(text("sky"), payload, text("car")), "PALETTE": COLORS}),
+        mapping({"CLASSES": CLASSES, "PALETTE": payload}),
+        mapping({"CLASSES": CLASSES, "PALETTE": listed(payload, payload, payload)}),
+        mapping({"config": payload, "hook_msgs": mapping({"last_ckpt": payload})}),
+    ):
+        weights = read_weights(write(tmp_path, of_mmseg(meta, optimizer=mapping({"state": payload}))))
+        assert same_segmenter(weights.tensors) and weights.classes is None
+        assert all(note.isprintable() and len(note) < 300 for note in weights.notes)
+    assert not marker.exists()
+    assert "hostile_trap" not in sys.modules
+
+
+# Kind -> CLASSES and PALETTE of the meta, and the note.
+WRONG_META: dict[str, tuple[bytes, bytes, str]] = {
+    "a number": (number(3), COLORS, "not text"),
+    "a text": (text("abc"), COLORS, "not text"),
+    "a dictionary": (mapping({"a": NONE}), COLORS, "not text"),
+    "numbers": (numbers(1, 2, 3), COLORS, "not text"),
+    "bytes": (many(*[b"C\x01a"] * 3), COLORS, "not text"),
+    "a tensor": (tensor(storage(key="x")), COLORS, "not text"),
+    "nested lists": (DOUBLING, COLORS, "not text"),
+    "a huge number": (HUGE_NUMBER, COLORS, "not text"),
+    "no names": (many(), COLORS, "no class"),
+    "an empty name": (many(text("a"), text(" "), text("c")), COLORS, "without an id"),
+    "a repeated name": (many(*[text("a\x1b[2J\nb")] * 3), COLORS, "repeat|more than once"),
+    "a surrogate": (many(text("a"), text("\ud800"), text("c")), COLORS, "surrogate"),
+    "too few names": (many(text("a")), COLORS, "1 names for 3 outputs"),
+    "many names": (many(*(text(str(i)) for i in range(100_000))), COLORS, "100000 names for 3 outputs"),
+    "too few colors": (CLASSES, listed(listed(*[number(1)] * 3)), "for 3 outputs"),
+    "a text as colors": (CLASSES, text("red"), "three integers"),
+    "colors with four numbers": (CLASSES, listed(*[numbers(1, 2, 3, 4)] * 3), "three integers"),
+    "fractions": (CLASSES, listed(*[many(*[b"G" + struct.pack(">d", 0.5)] * 3)] * 3), "three integers"),
+    "truth values": (CLASSES, listed(*[many(TRUE, TRUE, TRUE)] * 3), "three integers"),
+    "negative colors": (CLASSES, listed(*[numbers(-1, 2, 3)] * 3), "three integers"),
+    "huge colors": (CLASSES, listed(*[many(HUGE_NUMBER, NONE, NONE)] * 3), "three integers"),
+    "nested colors": (CLASSES, DOUBLING, "three integers"),
+    "an array of colors": (CLASSES, array(), "three integers"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_META)
+def test_wrong_classes_in_a_meta_are_one_note_and_the_weights_are_read(kind, tmp_path):
+    names, colors, fault = WRONG_META[kind]
+    weights = read_weights(write(tmp_path, of_mmseg(mapping({"CLASSES": names, "PALETTE": colors}))))
+    assert same_segmenter(weights.tensors) and weights.classes is None and weights.palette is None
+    (note,) = weights.notes
+    assert re.search(f"^ignoring the classes in meta: .*({fault})", note) and note.isprintable() and len(note) < 300
+
+
+@pytest.mark.parametrize("meta", [NONE, number(3), text("x"), listed(NONE), DOUBLING, tensor(storage(key="x")), many()])
+def test_a_meta_of_another_type_is_skipped(meta, tmp_path):
+    weights = read_weights(write(tmp_path, of_mmseg(meta)))
+    assert same_segmenter(weights.tensors) and weights.classes is None and not weights.notes
+
+
+def wide(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+# Kind -> tensors that are changed or missing, and the fault.
+WRONG_SEGMENTERS: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
+    "no classes": ({LOGITS: wide((0, 4, 1, 1))}, "conv_seg"),
+    "logits without dimensions": ({LOGITS: wide(())}, "conv_seg"),
+    "logits of another rank": ({LOGITS: wide((3, 4))}, "conv_seg"),
+    "more classes than biases": ({LOGITS: wide((100_000, 4, 1, 1))}, "conv_seg"),
+    "an empty neck": ({"neck.lateral_convs.0.conv.weight": wide((0, 16, 1, 1))}, "neck"),
+    "a neck without dimensions": ({"neck.lateral_convs.0.conv.weight": wide(())}, "neck"),
+    "a wide neck": ({"neck.lateral_convs.0.conv.weight": wide((1 << 20, 1, 1, 1))}, "neck"),
+    "an empty head": ({"decode_head.scale_heads.0.0.conv.weight": wide((0, 4, 3, 3))}, "scale_heads|head"),
+    "no logits": ({LOGITS: None}, "neck|decode_head|conv_seg"),
+    "no backbone": ({"backbone.network.0.0.norm1.weight": None}, "norm1"),
+    "no norm": ({"backbone.norm0.weight": None}, "norm0"),
+    "an auxiliary head": ({"auxiliary_head.conv_seg.weight": wide((3, 4, 1, 1))}, "auxiliary_head"),
+    "a negative variance": ({"decode_head.scale_heads.0.0.bn.running_var": np.full(4, -1, np.float32)}, "variances"),
+    "NaN": ({LOGITS: np.full((3, 4, 1, 1), np.nan, np.float32)}, "NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_SEGMENTERS)
+def test_wrong_tensors_of_a_segmenter_give_one_clear_error(kind, tmp_path):
+    changes, fault = WRONG_SEGMENTERS[kind]
+    message = reading_error(write(tmp_path, of_mmseg(changes=changes)), DoesNotFit)
+    assert re.search(fault, message), message
+
+
+@pytest.mark.slow
+def test_truncated_segmenters_are_rejected(tmp_path):
+    content = of_mmseg()
+    for length in range(0, len(content), 10_007):
+        reading_error(write(tmp_path, content[:length]))
+
+
+def test_segmenters_with_mutated_pickles_are_rejected_or_read(tmp_path):
+    rng = random.Random("segmenter")
+    state, files = segmenter_files()
+    meta = mapping({"CLASSES": CLASSES, "PALETTE": COLORS})
+    content = pickled(mapping({"meta": meta, "state_dict": state}))
+    results = []
+    for _ in range(100):
+        changed_pickle = mutated(rng, content, [content], len(content))
+        results.append(outcome(write(tmp_path, zipped(**{**files, "data.pkl": changed_pickle})), SEGMENTER))
+    assert {UnreadableFile, DoesNotFit} <= {type(result) for result in results}
+
+
+values = st.recursive(st.sampled_from(PARTS), nested, max_leaves=8)
+
+
+@settings(randomly, max_examples=100)
+@given(values, values)
+def test_any_values_can_be_the_classes_and_colors_of_a_meta(tmp_path_factory, names, colors):
+    """A file whose pickle is valid is read, with a short note about the classes."""
+    path = write(tmp_path_factory.getbasetemp(), of_mmseg(mapping({"CLASSES": names, "PALETTE": colors})))
+    if outcome(path, SEGMENTER) is None:
+        weights = read_weights(path)
+        assert same_segmenter(weights.tensors) and weights.classes is None
+        assert all(note.isprintable() and len(note) < 300 for note in weights.notes)
 
 
 # --- Memory and time -------------------------------------------------------------------------------

@@ -236,6 +236,12 @@ class MapSplit:
     unknown: Mapping[str, int]
     kinds: Mapping[str, int]
 
+    @property
+    def absent(self) -> list[str]:
+        """Return the classes without pixels. The list is empty if no label map of the split can be used."""
+        usable = any(self.pixels.values()) or self.ignored
+        return [label for label, pixels in self.pixels.items() if not pixels] if usable else []
+
 
 @dataclasses.dataclass(frozen=True)
 class MapsCheck:
@@ -278,9 +284,10 @@ class MapsCheck:
         title = counted(sum(split.images for split in self.splits), "image")
         counts = tables.table("split", *columns, title=f"{title} with label maps", right=columns)
         for split in self.splits:
-            absent, total = list(split.pixels.values()).count(0), sum(split.pixels.values()) + split.ignored
+            total = sum(split.pixels.values()) + split.ignored
             ignored = f"{split.ignored / total:.1%}" if total else ""
-            counts.add_row(split.name, str(split.images), str(len(split.pixels)), str(absent), ignored)
+            absent = str(len(split.absent)) if total else ""
+            counts.add_row(split.name, str(split.images), str(len(split.pixels)), absent, ignored)
         yield counts
         names = [split.name for split in self.splits]
         shares = tables.table("class", *names, title="share of labeled pixels", right=names)
@@ -305,7 +312,7 @@ class MapsCheck:
             of = f", {split.name}" if len(self.splits) > 1 else ""
             yield f"images without a label map{of}", split.unlabeled
             yield f"label maps without an image{of}", split.unused
-            yield f"classes without pixels{of}", [label for label, pixels in split.pixels.items() if not pixels]
+            yield f"classes without pixels{of}", split.absent
             few = [f"{label} ({count})" for label, count in split.maps.items() if 0 < count < self.few]
             yield f"classes in fewer than {self.few} label maps{of}", few
             unknown = [f"{value} ({counted(pixels, 'pixel')})" for value, pixels in split.unknown.items()]
@@ -315,7 +322,7 @@ class MapsCheck:
 
 def _share(split: MapSplit, label: str) -> str:
     pixels = split.pixels[label]
-    return f"{pixels / sum(split.pixels.values()):.2%}" if pixels else "no pixels"
+    return f"{pixels / sum(split.pixels.values()):.2%}" if pixels else "no pixels" if split.absent else ""
 
 
 class Examined(NamedTuple):
@@ -490,7 +497,7 @@ def _check_maps(
         odd,
         _modes(readable),
         _duplicates(readable),
-        tuple(dict.fromkeys(hint for check in checks.values() for hint in check.hints)),
+        check_labels(everything, stats, encoding).hints,
     )
 
 

@@ -97,10 +97,17 @@ def scan(folder: str | Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not left_out(entry.name):
-                    names[not entry.is_dir()].append(entry.name)
+                    names[not _is_folder(entry)].append(entry.name)
     except OSError as error:
         raise UnreadableFile(f"{folder}: {error.strerror}") from error
     return sorted(names[0]), sorted(names[1])
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself is like a broken link: a file that cannot be read
+        return False
 
 
 def contents(folder: Path) -> tuple[list[str], list[str]]:

@@ -33,6 +33,7 @@ _UNKNOWN = 254  # marks values without a class in the tables of `_table`
 _LOSSY = {form: f"{form} compression changes label values" for form in ("JPEG", "WEBP", "AVIF")}
 _LOSSY["GIF"] = "GIF files can renumber label values"
 _LARGEST_VALUE = 65535
+_LISTED = 20  # values that a message lists as an option
 _DISTINCT = 1024  # a file with more different values is not a label map
 
 
@@ -166,7 +167,10 @@ def _wrong_size(size: tuple[int, int], expected: tuple[int, int] | None) -> str:
     if expected is None or size == expected:
         return ""
     (width, height), (image_width, image_height) = size, expected
-    return f"{width} x {height} pixels, but its image has {image_width} x {image_height} (width x height)"
+    return (
+        f"{width} x {height} pixels, but its image has {image_width} x {image_height} (width x height); check that "
+        "they belong together, or resize the label map with nearest-neighbor interpolation"
+    )
 
 
 def _wrong_kind(kind: Kind, encoding: LabelEncoding) -> str:
@@ -313,7 +317,8 @@ def resolve_encoding(
 ) -> LabelEncoding:
     """Decide whether label files contain colors or indices, and compare their values with the number of classes.
 
-    The label files contain colors if one of them has three different channels. Otherwise they contain indices.
+    The label files contain colors if at least as many of them have three different channels as have one. Otherwise they
+    contain indices.
 
     Args:
         images: Images with label files.
@@ -329,9 +334,11 @@ def resolve_encoding(
         DoesNotFit: The files contain colors without a class list with colors, or the indices do not fit the classes.
     """
     read = [(label.name, one) for label, one in zip(images.targets, stats, strict=True) if isinstance(one, LabelStats)]
-    for name, one in read:
-        if one.kind == "color":
-            return _resolve_colors(name, read, dataclasses.replace(encoding, color_coded=True))
+    colored = [name for name, one in read if one.kind == "color"]
+    indexed = sum(one.kind == "index" or (one.kind == "palette" and encoding.palette is None) for _, one in read)
+    if colored and len(colored) >= indexed:
+        return _resolve_colors(colored[0], read, dataclasses.replace(encoding, color_coded=True))
+    read = [(name, one) for name, one in read if one.kind != "color"]  # `check_labels` reports the others
     first: dict[int, str] = {}  # value -> the first file that contains it
     for name, one in read:
         for value in one.counts:
@@ -348,15 +355,24 @@ def resolve_encoding(
         )
     present = sorted(first.keys() - encoding.ignored)
     if encoding.num_classes is None:
-        highest = max(present, default=0) - encoding.reduce_zero_label
-        values = encoding.label_values or range(min(max(highest, 0) + 1, MOST_CLASSES))
+        highest = max(present, default=0)
+        values = encoding.label_values or range(max(highest - encoding.reduce_zero_label, 0) + 1)
+        if len(values) > MOST_CLASSES:
+            remedy = "pass the class list with --classes FILE"
+            if len(present) <= _LISTED and highest <= _LARGEST_VALUE and not encoding.reduce_zero_label:
+                words = shlex.join([*command, "--label-values", *map(str, present)])
+                remedy += f"; if each value is a class, run: {words}"
+            raise DoesNotFit(
+                f"{first[highest]}: contains the value {highest}, but at most {MOST_CLASSES} classes are possible; "
+                f"{remedy}"
+            )
         encoding = dataclasses.replace(encoding, num_classes=len(values))
     mapping, count = encoding.mapping(), encoding.num_classes or 0
     outside = [value for value in present if value not in mapping]
     if outside == [count] and not encoding.reduce_zero_label and encoding.label_values is None:
         remedy = f"if 0 means that a pixel has no class, run: {shlex.join([*command, '--reduce-zero-label=true'])}"
         if 0 in first:
-            remedy += "; if 0 is a class, such as the background, add it to the class list"
+            remedy += f"; if 0 is a class, such as the background, class list and weights need {count + 1} classes"
         raise DoesNotFit(
             f"{images.root}: the label maps contain the values {present[0]} to {count} ({count} in {first[count]}), "
             f"but {counted(count, 'class')} need 0 to {count - 1}; {remedy}"
@@ -467,7 +483,9 @@ def check_labels(images: Dataset, stats: Sequence[LabelStats | BadImages], encod
 def _hints(
     images: Dataset, stats: Sequence[LabelStats | BadImages], encoding: LabelEncoding, pixels: Sequence[int]
 ) -> Iterator[str]:
-    read = [(label.name, one) for label, one in zip(images.targets, stats, strict=True) if isinstance(one, LabelStats)]
+    usable = ("index", "palette", "gray", *(["color"] if encoding.color_coded else []))
+    pairs = zip(images.targets, stats, strict=True)
+    read = [(label.name, one) for label, one in pairs if isinstance(one, LabelStats) and one.kind in usable]
     if (
         encoding.reduce_zero_label
         and len(pixels) > 1
@@ -479,7 +497,12 @@ def _hints(
             f"label 0 is ignored and the last class (label {len(pixels)}) never occurs; if label 0 is the first class, "
             "do not use --reduce-zero-label"
         )
-    if encoding.color_coded or encoding.palette is None:
+    if encoding.color_coded:
+        return
+    plain = not encoding.reduce_zero_label and encoding.label_values is None and 0 not in encoding.ignored
+    if plain and any(pixels) and not any(0 in one.counts for _, one in read):
+        yield "label 0 never occurs; if the first class is label 1, use --reduce-zero-label"
+    if encoding.palette is None:
         return
     mapping = encoding.mapping()
     for name, one in read:

@@ -263,7 +263,7 @@ class EvaluationReport(abc.ABC):
         if result.hint:
             yield result.hint
         if result.unreadable:
-            yield f"{counted(result.unreadable, 'unreadable image')} excluded"
+            yield f"{counted(result.unreadable, 'image')} excluded"
         if result.published:
             yield f"published by {result.published.whose}: {result.published.reason}"
 
@@ -297,8 +297,8 @@ class EvaluationReport(abc.ABC):
             listings.append(_listing("agreement of engines, same images", columns, rows))
         if left_out := about["left_out"]:
             rows = tuple((image["path"], image["reason"]) for image in left_out)
-            listings.append(Listing("Excluded images (unreadable)", ("image", "reason"), rows))
-            lead += f", unreadable images excluded: {len(left_out)}"
+            listings.append(Listing("Excluded images", ("image", "reason"), rows))
+            lead += f", images excluded: {len(left_out)}"
         fingerprint = self.results[0].fingerprint[:16]
         lead += f". Labels: {about['rule']}. Data: {Path(str(about['data'])).name}, fingerprint {fingerprint}."
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -87,7 +87,7 @@ class RunRecords:
         ]
         if not len(rows):
             first = ": ".join(self.left_out[0])
-            raise BadImages(f"{plan.dataset.root}: none of the {len(names)} images can be read, for example {first}")
+            raise BadImages(f"{plan.dataset.root}: none of the {len(names)} images can be used, for example {first}")
         count = range(len(plan.configurations))
         self.seconds = [sum(frame.extra["seconds"][i] for frame in frames) for i in count]
         devices = [{frame.extra["devices"][i] for frame in frames if len(frame.records)} for i in count]

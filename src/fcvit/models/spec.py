@@ -25,6 +25,7 @@ LAST_NAMES = {"weight", "bias", "layer_scale_1", "layer_scale_2", "rescale_weigh
 }
 """Last parts of tensor names in an FCViT, in both frameworks."""
 TORCH_STATISTICS = {paddle: torch for torch, paddle in PADDLE_STATISTICS.items()}
+MOST_CHANNELS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,8 @@ class SemanticFPNOptions:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, int) and 1 <= value <= 1 << 16):
-                raise UsageError(f"{name} = {value!r}: expected a whole number from 1 to 65,536")
+            if not (isinstance(value, int) and 1 <= value <= MOST_CHANNELS):
+                raise UsageError(f"{name} = {value!r}: expected a whole number from 1 to {MOST_CHANNELS:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +274,15 @@ def _semantic_fpn(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
 
 def _semantic_fpn_options(shapes: Mapping[str, tuple[int, ...]]) -> SemanticFPNOptions:
     names = ("neck.lateral_convs.0.conv.weight", "decode_head.scale_heads.0.0.conv.weight")
-    widths = [(shapes.get(name) or (0,))[0] for name in names]
-    if not all(widths):
-        raise DoesNotFit(f"not a Semantic FPN: {names[widths.index(0)]} is missing")
-    return SemanticFPNOptions(*widths)
+    for name in names:
+        shape = shapes.get(name)
+        if not shape or not 1 <= shape[0] <= MOST_CHANNELS:
+            state = "is missing" if shape is None else f"has shape {list(shape)}"
+            raise DoesNotFit(
+                f"not a Semantic FPN: {name} {state}, expected 1 to {MOST_CHANNELS:,} channels; the file must use the "
+                "names of mmsegmentation (see docs/guides/convert.md)"
+            )
+    return SemanticFPNOptions(*(shapes[name][0] for name in names))
 
 
 def _logits(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -427,7 +433,7 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
         next(block for block in itertools.count() if f"network.{2 * stage}.{block}.norm1.weight" not in shapes)
         for stage in range(4)
     ]
-    if max(widths) > 1 << 16:
+    if max(widths) > MOST_CHANNELS:
         raise DoesNotFit(f"not an FCViT: widths {widths}")
     hidden = lengths("channel_mixer.fc1.weight", 4)
     context, attention, pooled = "token_mixer.gc1", "token_mixer.spatial_att.spatial_att", "channel_mixer.channel_att"

@@ -84,8 +84,8 @@ def problems(found: Sequence[Any]) -> Table:
 
 
 def unreadable(found: Sequence[str | BadImages]) -> Table:
-    """Return a table of unreadable images, which are excluded."""
-    title = f"{counted(len(found), 'unreadable image')} excluded"
+    """Return a table of images that are excluded because they, or their label maps, cannot be used."""
+    title = f"{counted(len(found), 'image')} excluded"
     return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN)
 
 

@@ -127,7 +127,9 @@ class SegmentationEvaluator:
         self.classes, self.palette = known.classes, np.array(known.palette, np.uint8)
         if encoding is None:
             encoding = options.encoding(count, listed, ade20k)
-            command = ["fcvit", "eval", str(first.source.path), *([str(data)] if isinstance(data, Path) else ())]
+            named = [("--data", data if isinstance(data, Path) else None), ("--classes", options.classes)]
+            named = [*(("--weights", weights.source.path) for weights in loaded), *named, ("--split", options.split)]
+            command = ["fcvit", "eval", *(word for option in named if option[1] for word in map(str, option))]
             some = np.linspace(0, len(self.dataset) - 1, min(_SAMPLE, len(self.dataset))).round().astype(int)
             sample = self.dataset.take(some.tolist())
             encoding = resolve_encoding(sample, list(scan_labels(sample, 0)), encoding, [*command, *options.words()])

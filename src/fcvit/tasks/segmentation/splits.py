@@ -106,7 +106,8 @@ def find_map_splits(recipe: SegmentationRecipe, weights: Weights | None) -> MapS
     described = recipe.label_options().encoding(count, listed, layout.is_ade20k)
     examined = [_sample(split, described) for split in (train, val) if split is not None]
     stats = [list(scan_labels(split, 0)) for split in examined]
-    encoding = resolve_encoding(join(examined), [one for part in stats for one in part], described, _COMMAND)
+    everything = join(examined), [one for part in stats for one in part]
+    encoding = resolve_encoding(*everything, described, _COMMAND)
     number = encoding.num_classes or 0
     if number < 2:
         raise DoesNotFit(
@@ -126,7 +127,7 @@ def find_map_splits(recipe: SegmentationRecipe, weights: Weights | None) -> MapS
         if check.bad:
             reasons = some([reason for _, reason in check.bad], 3)
             notes.append(f"{counted(len(check.bad), 'label map')} cannot be used, and are left out: {reasons}")
-        notes += check.hints
+    notes += check_labels(*everything, encoding).hints
     whole = len(examined[0]) == len(train)
     if not whole:
         notes.append(f"examined {len(examined[0]):,} of {len(train):,} label maps")
