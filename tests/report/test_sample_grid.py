@@ -34,7 +34,7 @@ def test_each_row_shows_the_original_and_its_augmented_versions():
 @pytest.mark.parametrize(("size", "shown"), [((64, 32), (2 * TILE, TILE)), ((32, 48), (TILE, TILE * 3 // 2))])
 def test_augmented_versions_with_labels_are_as_large_as_the_original(size, shown):
     grid = sample_grid([("", flat(RED), [flat(GREEN, size)] * 2)] * 2, "")
-    (left, top, right, bottom), count = bounding_box(grid, GREEN)
+    (left, _, right, bottom), count = bounding_box(grid, GREEN)
     assert count == 4 * shown[0] * shown[1] and bounding_box(grid, RED)[1] == 2 * TILE * TILE
     assert right - left == 2 * shown[0] + GAP and bottom == grid.height - GAP
 
