@@ -46,6 +46,7 @@ DEFAULTS = {
     "classification": {"variants": ["fcvit_tiny", "fcvit_b12"], "size": [32], "batch": 32, "classes": 1000},
     "segmentation": {"variants": ["fcvit_tiny"], "size": [96, 128], "batch": 8, "classes": 11},
 }
+RANDOM = ("Block", "DropPath", "Dropout", "Dropout2D", "Dropout2d")
 TOLERANCE = 1e-3  # relative difference of the losses of two contenders, in float32
 
 
@@ -145,7 +146,8 @@ def measure(contenders: list[str], setting: Setting, rounds: int) -> dict[str, l
 def load_step(contender: str, setting: Setting) -> tuple[Callable[[], list[float]], list[float]]:
     """Return a function that runs a step and returns its times, and the losses of the first steps."""
     step, layers = (torch_step if contender.startswith("torch") else paddle_step)(contender, setting)
-    random = [layer for layer in layers if "Drop" in type(layer).__name__]  # drop path and dropout
+    # Dropout, and drop path, which is a layer in Paddle and part of the block in PyTorch.
+    random = [layer for layer in layers if type(layer).__name__ in RANDOM]
     for layer in random:
         layer.training = False
     losses = [step()[1].item() for _ in range(3)]
