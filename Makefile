@@ -8,6 +8,8 @@
 #   make lint                  style and types
 #   make docs                  the documentation site, in docs/_build/html; warnings are errors
 #   make notebook              execute docs/tutorial.ipynb and store its outputs
+#   make pictures              draw the pictures of docs/guides/segmentation.md (needs Chromium and its driver);
+#                              RUN=FOLDER also draws the curves of a run of scripts/make_nuclei_checkpoint.py
 #   make constraints           write the newest versions to constraints.txt if lint and all tests pass with them
 # Extra options for pip, for example to get PyTorch's CPU build:
 #   make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -30,7 +32,7 @@ CONSTRAIN = $(if $(CONSTRAINTS),PIP_CONSTRAINT='$(CONSTRAINTS)' PIP_BUILD_CONSTR
 PIP_INSTALL = $(CONSTRAIN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
   $(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
 
-.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint docs notebook constraints clean FORCE
+.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint docs notebook pictures constraints clean FORCE
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
@@ -70,6 +72,10 @@ docs: $(VENV)/.dev
 
 notebook: $(VENV)/.dev
 	cd docs && JUPYTER_PREFER_ENV_PATH=1 ../$(BIN)/jupyter execute --inplace tutorial.ipynb
+
+pictures: $(VENV)/.dev
+	FCVIT_ALL_TESTS=1 FCVIT_SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/commands/test_demo.py -k overlays
+	$(BIN)/python scripts/draw_pictures.py $(if $(RUN),--run '$(RUN)')
 
 # One version for all Python versions and systems, with wheels for each Python version on Linux. PyTorch and the
 # packages that it pins are left out: TORCH selects them.

@@ -1,17 +1,22 @@
 """Measure images per second of decoding, of the model and of the evaluation, and the peak memory.
 
-Run:  .venv/bin/python benchmarks/evaluate.py [--photos FOLDER] [--variant NAME] [--engine NAME] [--repeat N]
-          [--json FILE]
+Run:  .venv/bin/python benchmarks/evaluate.py [--task TASK] [--photos FOLDER] [--variant NAME] [--engine NAME]
+          [--repeat N] [--json FILE]
 
-The images are copies of the photographs in FOLDER, or generated JPEG files of ImageNet's usual sizes. The weights are
-synthetic, for 224 x 224 images. fcvit_digits is so small that decoding takes a large share of the time.
-Rates are measured from the end of the first batch, so the start of processes is not included. Decoding workers and the
-model share the same cores, so with decoding rate d and model rate m the best rate is 1 / (1/d + 1/m). The model is
-measured before and after each evaluation, and plain Pillow before and after decoding. Peak memory is measured for
-evaluations in separate processes and includes the decoding workers. The ratios are printed last.
+The weights are synthetic. For classification, the images are copies of the photographs in FOLDER, or generated JPEG
+files of ImageNet's usual sizes, and the network takes 224 x 224 pixels. fcvit_digits is so small that decoding takes a
+large share of the time. For segmentation, the images are generated JPEG files of 683 x 512 pixels with label maps of
+150 classes.
+
+Rates are measured from the end of the first batch, so the start of processes and the report are not included. Decoding
+workers and the model share the same cores, so with decoding rate d and model rate m the best rate is 1 / (1/d + 1/m).
+The model is measured before and after each evaluation. For classification, plain Pillow is measured before and after
+decoding, and the peak memory of evaluations in separate processes, with their decoding workers. The ratios are printed
+last.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -23,26 +28,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fcvit import evaluate
-from fcvit.data.class_folders import read_dataset
+from fcvit.commands.bench import synthetic_weights
 from fcvit.data.loader import batches
-from fcvit.data.transforms.preprocess import CenterCrop
+from fcvit.data.transforms.preprocess import decode
 from fcvit.evaluation.journal import Journal
 from fcvit.inference.engines import create_engine
 from fcvit.machine import processor_name
-from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS, Preprocessing
-from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import synthetic_tensors
+from fcvit.tasks.base import get_task
+from fcvit.weights.reading import Weights
 from fcvit.weights.torch_file import write_zip
 
-BATCH = 16
-PIXELS = Preprocessing()  # the authors' preprocessing, 224 x 224
+CORES = os.cpu_count() or 1
+BATCH = {"classification": 16, "segmentation": 1}
+ENGINE = {"classification": "torch", "segmentation": "onnxruntime"}
+PIXELS = Preprocessing()  # of classification: the authors' preprocessing, 224 x 224
+HEIGHT, WIDTH, CLASSES = 512, 683, 150  # of segmentation
 PEAK = """
 import resource, sys
 from fcvit import evaluate
@@ -55,61 +63,106 @@ print(own + 2 * child)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="classification", choices=tuple(BATCH))
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: generated images)")
-    parser.add_argument("--engine", default="torch", choices=("torch", "paddle"))
-    parser.add_argument(
-        "--variant", default="fcvit_tiny", choices=("fcvit_tiny", "fcvit_digits"), help="default fcvit_tiny"
-    )
+    parser.add_argument("--engine", help="default torch, for segmentation onnxruntime")
+    parser.add_argument("--variant", default="fcvit_tiny", choices=VARIANTS, help="default fcvit_tiny")
     parser.add_argument("--repeat", type=int, default=5, help="number of repetitions (default 5)")
     parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
-    cores = os.cpu_count() or 1
+    engine = arguments.engine or ENGINE[arguments.task]
+    weights = synthetic_weights(VARIANTS[arguments.variant], arguments.task)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        photographs(root / "data", arguments.photos, 200)
-        count = 200 if arguments.variant == "fcvit_digits" else 80
-        photographs(root / "few", arguments.photos, count)
-        photographs(root / "many", arguments.photos, 2000)
-        weights = root / "weights.pth"
-        with weights.open("wb") as file:
-            write_zip(file, synthetic_tensors(ModelSpec(VARIANTS[arguments.variant], 1000)))
-        rates: dict[str, list[float]] = {}
-        for _ in range(arguments.repeat):  # alternate, so that background load affects all measurements
-            for what, measure in (
-                ("plain before", lambda: plain(root / "many", cores)),
-                ("decode", lambda: decode(root / "many", cores)),
-                ("plain after", lambda: plain(root / "many", cores)),
-                ("before", lambda: model(weights, arguments.engine)),
-                ("whole", lambda: evaluation(weights, root / "few", arguments.engine, cores)),
-                ("after", lambda: model(weights, arguments.engine)),
-            ):
-                rates.setdefault(what, []).append(measure())
-        peaks = [peak(weights, root / data, arguments.engine, root / f"run-{data}") for data in ("data", "many")]
-    for what, before, after in (("model", "before", "after"), ("plain", "plain before", "plain after")):
-        rates[what] = [2 / (1 / b + 1 / a) for b, a in zip(rates.pop(before), rates.pop(after), strict=True)]
-    medians = {what: statistics.median(values) for what, values in rates.items()}
+        if arguments.task == "segmentation":
+            write_images(root, 24)
+            rates = measure(weights, engine, root, root, arguments.repeat)
+            extra = {}
+        else:
+            few = 200 if arguments.variant == "fcvit_digits" else 80
+            for folder, count in (("data", 200), ("few", few), ("many", 2000)):
+                photographs(root / folder, arguments.photos, count)
+            rates = measure(weights, engine, root / "few", root / "many", arguments.repeat)
+            file = root / "weights.pth"
+            with file.open("wb") as opened:
+                write_zip(opened, weights.tensors)
+            peaks = [peak(file, root / data, engine, root / f"run-{data}") for data in ("data", "many")]
+            extra = {"memory_2000_over_200": peaks[1] / peaks[0]}
     # The median of ratios of measurements that are adjacent in time.
-    sides = list(zip(*(rates[what] for what in ("plain", "decode", "model", "whole")), strict=True))
-    ratios = {
-        "decode_over_plain": statistics.median(d / p for p, d, _, _ in sides),
-        "whole_over_bound": statistics.median(w * (1 / d + 1 / m) for _, d, m, w in sides),
-        "memory_2000_over_200": peaks[1] / peaks[0],
-    }
-    machine = f"{processor_name()}, {cores} cores, Python {platform.python_version()}"
-    results = {"machine": machine, "engine": arguments.engine, "variant": arguments.variant}
-    results |= {"images_per_second": rates, "peak_bytes": peaks}
+    sides = list(zip(*(rates[what] for what in ("decode", "model", "whole")), strict=True))
+    ratios = {"whole_over_bound": statistics.median(w * (1 / d + 1 / m) for d, m, w in sides)} | extra
+    if "plain" in rates:
+        adjacent = zip(rates["decode"], rates["plain"], strict=True)
+        ratios["decode_over_plain"] = statistics.median(d / p for d, p in adjacent)
+    machine = f"{processor_name()}, {CORES} cores, Python {platform.python_version()}"
     if arguments.json:
-        arguments.json.write_text(json.dumps(results | {"ratios": ratios}, indent=2) + "\n")
+        setting = {"task": arguments.task, "variant": arguments.variant, "engine": engine}
+        content = {"machine": machine, **setting, "images_per_second": rates, "ratios": ratios}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     print(machine)
-    print(f"{arguments.variant}, engine {arguments.engine}, batch size {BATCH}, median of {arguments.repeat} runs")
+    batch = f"batch size {BATCH[arguments.task]}, median of {arguments.repeat} runs"
+    print(f"{arguments.task}, {arguments.variant}, engine {engine}, {batch}")
     print("images per second:")
-    print(f"plain Pillow, {cores} processes: {medians['plain']:.0f}")
-    print(f"decoding and transforms, {cores} workers: {medians['decode']:.0f}")
-    print(f"model only: {medians['model']:.1f}")
-    print(f"evaluation: {medians['whole']:.1f}")
-    print(f"peak memory with 200 and 2,000 images: {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
+    for what, text in TEXTS.items():
+        if what in rates:
+            print(f"{text.format(CORES)}: {statistics.median(rates[what]):.1f}")
+    if extra:
+        print(f"peak memory with 200 and 2,000 images: {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.3f}")
+
+
+TEXTS = {
+    "plain": "plain Pillow, {} processes",
+    "decode": "decoding and transforms, {} workers",
+    "model": "model only",
+    "whole": "evaluation",
+}
+
+
+def measure(weights: Weights, engine: str, folder: Path, decoded: Path, repeat: int) -> dict[str, list[float]]:
+    """Return the images per second of each part, of the images in `folder`, and for decoding of those in `decoded`."""
+    task = get_task(weights.spec.task)
+    batch = BATCH[task.name]
+    preprocessing = weights.spec.variant.preprocessing if task.name == "segmentation" else PIXELS
+    evaluator = task.evaluator([weights], decoded, task.options())
+    transform, images = evaluator.transform(preprocessing), evaluator.dataset
+    compute = create_engine(engine, weights, preprocessing, "cpu")
+    image = getattr(transform, "decode", decode)(images.locations[0].path)
+    pixels = np.stack([transform(image, images.targets[0], 0)[0]] * batch)
+    options = {} if evaluator.fixed_preprocessing else {"preprocessing": preprocessing}
+    rates: dict[str, list[float]] = {}
+    for _ in range(repeat):  # alternate, so that background load affects all measurements
+        read = functools.partial(decoding, evaluator.dataset, transform, batch)
+        if task.name == "segmentation":
+            decoded_per_second = read()
+        else:
+            pillow, decoded_per_second = around(lambda: plain(decoded), read)
+            rates.setdefault("plain", []).append(pillow)
+        whole = functools.partial(evaluation, weights, folder, engine, batch, options)
+        alone, evaluated = around(lambda: model(compute, pixels), whole)
+        for what, rate in (("decode", decoded_per_second), ("model", alone), ("whole", evaluated)):
+            rates.setdefault(what, []).append(rate)
+    return rates
+
+
+def around(outer: Callable[[], float], inner: Callable[[], float]) -> tuple[float, float]:
+    """Return the mean rate of `outer`, measured before and after `inner`, and the rate of `inner`."""
+    before, rate, after = outer(), inner(), outer()
+    return 2 / (1 / before + 1 / after), rate
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Write images and label maps of large blocks with noise."""
+    generator = np.random.default_rng(0)
+    for name in ("images", "annotations"):
+        (folder / name).mkdir()
+    for index in range(count):
+        blocks = generator.integers(0, CLASSES, (HEIGHT // 64, WIDTH // 64 + 1), np.uint8)
+        label = blocks.repeat(64, 0).repeat(64, 1)[:, :WIDTH]
+        noise = generator.integers(0, 60, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(label[..., None] + noise).save(folder / "images" / f"{index:03d}.jpg", quality=90)
+        Image.fromarray(label).save(folder / "annotations" / f"{index:03d}.png")
 
 
 def photographs(folder: Path, source: Path | None, count: int) -> None:
@@ -144,38 +197,36 @@ def decode_with_pillow(paths: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def plain(folder: Path, cores: int) -> float:
+def plain(folder: Path) -> float:
     paths = sorted(map(str, folder.rglob("*.jpg")))
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(decode_with_pillow, [paths[:4]] * cores, 1)  # warm-up
+    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+        pool.map(decode_with_pillow, [paths[:4]] * CORES, 1)  # warm-up
         began = time.perf_counter()
-        pool.map(decode_with_pillow, [paths[core::cores] for core in range(cores)], 1)
+        pool.map(decode_with_pillow, [paths[core::CORES] for core in range(CORES)], 1)
         return len(paths) / (time.perf_counter() - began)
 
 
-def decode(folder: Path, cores: int) -> float:
-    images = read_dataset(folder, None, None, 1000)
+def decoding(images, transform, batch: int) -> float:
+    """Return the images per second of reading images and targets in all worker processes."""
     count, began = 0, 0.0
-    for batch in batches(images, range(-(-len(images) // BATCH)), BATCH, [CenterCrop(PIXELS)], cores):
+    for read in batches(images, range(-(-len(images) // batch)), batch, [transform], CORES):
         if began:
-            count += len(batch.indices)
+            count += len(read.indices)
         else:
             began = time.perf_counter()
     return count / (time.perf_counter() - began)
 
 
-def model(weights: Path, engine: str) -> float:
-    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, 3, 224, 224), np.uint8)
-    compute = create_engine(engine, read_weights(weights), PIXELS, "cpu")
+def model(compute, pixels: np.ndarray) -> float:
     compute(pixels)
     began, rounds = time.perf_counter(), 0
     while time.perf_counter() - began < 6:
         compute(pixels)
         rounds += 1
-    return rounds * BATCH / (time.perf_counter() - began)
+    return rounds * len(pixels) / (time.perf_counter() - began)
 
 
-def evaluation(weights: Path, folder: Path, engine: str, cores: int) -> float:
+def evaluation(weights: Weights, folder: Path, engine: str, batch: int, options: dict) -> float:
     """Return the images per second of an evaluation, from the end of its first batch to the end of its last."""
     times: list[float] = []
     append = Journal.append
@@ -186,12 +237,10 @@ def evaluation(weights: Path, folder: Path, engine: str, cores: int) -> float:
 
     Journal.append = timed
     try:
-        done = evaluate(
-            weights, folder, engines=engine, device="cpu", workers=cores, batch_size=BATCH, preprocessing=PIXELS
-        )
+        done = evaluate(weights, folder, engines=engine, device="cpu", workers=CORES, batch_size=batch, **options)
     finally:
         Journal.append = append
-    return (done.results[0].images - BATCH) / (times[-1] - times[0])
+    return (done.results[0].images - batch) / (times[-1] - times[0])
 
 
 def peak(weights: Path, folder: Path, engine: str, run: Path) -> int:

@@ -27,10 +27,11 @@ from fcvit.analysis.similarity import MapChoice, Viewer, picture
 from fcvit.commands import demo as task
 from fcvit.commands import quickstart
 from fcvit.commands.predict import load
-from fcvit.data.classes import digits
+from fcvit.data.classes import ClassName, digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.models.spec import ModelSpec
+from fcvit.tasks.segmentation.prediction import SegmentedImage
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
 
@@ -54,6 +55,13 @@ def test_more_than_two_checkpoints_are_rejected(monkeypatch, tmp_path):
 
 def test_markup_in_file_names_is_escaped():
     assert task._plain("<b>[x](y)*") == r"\<b\>\[x\]\(y\)\*"
+
+
+def test_markup_in_class_names_is_escaped():
+    classes = (ClassName("a", "<b>${x}{{y}}"),)
+    image = Image.new("RGB", (2, 2))
+    shown = task._legend(SegmentedImage(np.zeros((2, 2), np.uint8), classes, ((1, 2, 3),), image))
+    assert "&lt;b&gt;&#36;&#123;x}&#123;&#123;y}}" in shown and "rgb(1, 2, 3)" in shown and "100.0%" in shown
 
 
 class Application:
@@ -372,8 +380,9 @@ def test_segmentation_networks_show_overlays(browser, tmp_path):
         result.overlay().save(content, "PNG")
         page.shows(content.getvalue())
         names = [area.name for area in result.areas]
-        until(lambda: set(names) <= set(page.text("#prediction-0").split("\n")), "the areas of the classes")
+        until(lambda: all(name in page.text("#prediction-0") for name in names), "the areas of the classes")
         if folder := os.environ.get("FCVIT_SCREENSHOTS"):
+            browser.set_window_size(1100, 820)
             browser.save_screenshot(str(Path(folder) / "demo-segmentation.png"))
 
 

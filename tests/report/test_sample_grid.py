@@ -31,6 +31,14 @@ def test_each_row_shows_the_original_and_its_augmented_versions():
     assert left - (GAP + TILE) == 2 * GAP and right == grid.width - GAP and grid.height == bottom + GAP
 
 
+@pytest.mark.parametrize(("size", "shown"), [((64, 32), (2 * TILE, TILE)), ((32, 48), (TILE, TILE * 3 // 2))])
+def test_augmented_versions_with_labels_are_as_large_as_the_original(size, shown):
+    grid = sample_grid([("", flat(RED), [flat(GREEN, size)] * 2)] * 2, "")
+    (left, _, right, bottom), count = bounding_box(grid, GREEN)
+    assert count == 4 * shown[0] * shown[1] and bounding_box(grid, RED)[1] == 2 * TILE * TILE
+    assert right - left == 2 * shown[0] + GAP and bottom == grid.height - GAP
+
+
 def test_images_are_enlarged_without_smoothing():
     board = np.indices((4, 4)).sum(axis=0) % 2 * 255
     image = Image.fromarray(np.repeat(board.astype(np.uint8)[:, :, None], 3, axis=2))

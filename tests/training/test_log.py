@@ -77,4 +77,6 @@ def test_curves_have_a_panel_for_each_kind_of_value():
     minimal = [{"epoch": 1, "loss": 2.0, "lr": 1e-3}]
     assert height(ROWS) > height(minimal)
     assert height([{**row, "ema_top1": 1.0} for row in ROWS]) == height(ROWS)
+    masks = [{**minimal[0], "miou": 40.0, "aacc": 80.0}]  # of segmentation
+    assert height(masks) > height([{**minimal[0], "miou": 40.0}]) > height(minimal)
     assert training_curves(ROWS, "run") == training_curves(ROWS, "run")

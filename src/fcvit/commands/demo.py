@@ -6,6 +6,7 @@ and are deleted when the server stops. The maps are computed with `fcvit.analysi
 """
 
 import contextlib
+import html
 import importlib
 import io
 import logging
@@ -32,6 +33,7 @@ from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.models.maps import Place, choose, places
 from fcvit.tasks.segmentation.prediction import SegmentedImage, Segmenter
+from fcvit.text import printable
 from fcvit.weights.reading import read_weights
 
 logger = logging.getLogger("fcvit")
@@ -325,8 +327,7 @@ def _overlay_page(gradio: Any, segmenters: Sequence[Segmenter], titles: Sequence
         if len(maps) < len(segmenters):
             message = f"**No label map:** {_plain(bad[0])}" if bad else ""
             return [None, message, *[None] * (2 * len(segmenters))]
-        areas = [{area.name: area.share for area in result.areas} for result in maps]
-        return [maps, "", *areas, *paint(maps, opacity)]
+        return [maps, "", *map(_legend, maps), *paint(maps, opacity)]
 
     def paint(results: list[SegmentedImage] | None, opacity: float) -> list[Image.Image | None]:
         return [result.overlay(opacity) for result in results] if results else [None] * len(segmenters)
@@ -345,11 +346,27 @@ def _overlay_page(gradio: Any, segmenters: Sequence[Segmenter], titles: Sequence
                     gradio.Markdown(f"### {_plain(name)}")
                     static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
                     overlays.append(gradio.Image(type="pil", format="png", buttons=_BUTTONS, **static))
-                    areas.append(gradio.Label(label="Area", num_top_classes=10, elem_id=f"prediction-{number}"))
+                    areas.append(gradio.HTML(elem_id=f"prediction-{number}"))
         serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
         file.change(predict, [file, opacity], [state, message, *areas, *overlays], **serial)
         opacity.change(paint, [state, opacity], overlays, show_progress="hidden", **serial)
     return page
+
+
+def _legend(result: SegmentedImage) -> str:
+    """Return the color, the name and the share of the area of each class that occurs, as HTML."""
+    swatch = "display: inline-block; width: 1em; height: 1em; margin-right: 0.5em; border: 1px solid #888"
+    rows = [
+        f'<tr><td><span style="{swatch}; background: rgb{tuple(map(int, result.palette[area.index]))}"></span>'
+        f"{_escaped(area.name)}</td><td style='text-align: right'>{100 * area.share:.1f}%</td></tr>"
+        for area in result.areas
+    ]
+    return f"<table><tr><th>class</th><th>area</th></tr>{''.join(rows)}</table>"
+
+
+def _escaped(text: str) -> str:
+    """Escape the characters that HTML or Gradio's templates interpret."""
+    return html.escape(printable(text)).replace("$", "&#36;").replace("{", "&#123;")
 
 
 def _gallery(gradio: Any, examples: Sequence[str], file: Any) -> None:

@@ -73,7 +73,7 @@ class FPN(nn.Layer):
         maps = [self.lateral_convs[level](stage) for level, stage in enumerate(stages)]
         for level in range(len(maps) - 1, 0, -1):
             # To the size of the finer map, which is not always the double.
-            maps[level - 1] = maps[level - 1] + resize_nearest(maps[level], maps[level - 1].shape[2:])
+            maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], maps[level - 1].shape[2:], mode="nearest")
         return [self.fpn_convs[level](x) for level, x in enumerate(maps)]
 
 
@@ -141,33 +141,25 @@ class Doubling(nn.Layer):
 def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (B, C, H, W) to a height and width, like PyTorch's bilinear `interpolate` with align_corners=False.
 
-    Paddle's `F.interpolate` computes its weights in float32, also for float64 maps. Here they are computed in float64.
+    Paddle's `F.interpolate` computes its weights in float32, also for float64 maps. Here they are computed in float64,
+    and each axis is one matrix product. On a CPU, selecting the neighbors by their indices takes ten times as long.
     """
     for axis in (2, 3):
         before, after = x.shape[axis], size[axis - 2]
-        if before == after:
-            continue
-        position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)  # centers of pixels
-        low = np.minimum(np.floor(position).astype(np.int64), before - 1)
-        shape = [1, 1, 1, 1]
-        shape[axis] = after
-        weight = paddle.to_tensor((position - low).reshape(shape), dtype="float64").astype(x.dtype)
-        lower, upper = _take(x, low, axis), _take(x, np.minimum(low + 1, before - 1), axis)
-        x = lower + weight * (upper - lower)
-    return x
-
-
-def resize_nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps (B, C, H, W) to a height and width, like PyTorch's `interpolate` with mode "nearest"."""
-    for axis in (2, 3):
-        before, after = x.shape[axis], size[axis - 2]
         if before != after:
-            x = _take(x, np.arange(after) * before // after, axis)
+            weights = paddle.to_tensor(_bilinear_weights(before, after), dtype="float64").astype(x.dtype)
+            x = weights @ x if axis == 2 else paddle.matmul(x, weights, transpose_y=True)
     return x
 
 
-def _take(x: Tensor, index: np.ndarray, axis: int) -> Tensor:
-    return paddle.index_select(x, paddle.to_tensor(index, dtype="int64"), axis)
+def _bilinear_weights(before: int, after: int) -> np.ndarray:
+    """Return the weight of each input pixel in each output pixel of an axis, float64 (after, before)."""
+    position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)  # centers of pixels
+    low = np.minimum(np.floor(position).astype(np.int64), before - 1)
+    weights = np.zeros((after, before))
+    weights[np.arange(after), low] = 1 - (position - low)
+    weights[np.arange(after), np.minimum(low + 1, before - 1)] += position - low
+    return weights
 
 
 def _kaiming(conv: nn.Conv2D) -> None:

@@ -235,26 +235,29 @@ _CURVES = (  # panels: (name, ((column, label, color), ...))
         ),
     ),
     ("top-1 accuracy (%)", (("top1", "validation", RIGHT), ("ema_top1", "validation, EMA weights", WRONG))),
+    ("mIoU (%)", (("miou", "validation", RIGHT), ("ema_miou", "validation, EMA weights", WRONG))),
+    ("pixel accuracy (%)", (("aacc", "validation", RIGHT), ("ema_aacc", "validation, EMA weights", WRONG))),
     ("learning rate", (("lr", "at the end of the epoch", INK),)),
 )
 
 
 @chart
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Draw loss, top-1 accuracy and learning rate over the epochs of a training run, in panels.
+    """Draw loss, metrics and learning rate over the epochs of a training run, in panels.
 
     Args:
-        rows: One row per epoch with `epoch`, `loss` and `lr`. After a validation also `val_loss` and `top1` (percent),
-            and for EMA weights `ema_val_loss` and `ema_top1`.
+        rows: One row per epoch with `epoch`, `loss` and `lr`. After a validation also `val_loss` and `top1`, or `miou`
+            and `aacc` (percent), and the same for EMA weights, such as `ema_top1`.
         title: One line. It is shortened if it is too long.
     """
     from matplotlib.ticker import MaxNLocator
 
     panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
     subtitle = counted(len(rows), "epoch")
-    if scored := [row for row in rows if "top1" in row]:
-        best = max(scored, key=lambda row: row["top1"])
-        subtitle += f", best top-1 accuracy {best['top1']:.2f}% after epoch {best['epoch']}"
+    for key, metric in (("top1", "top-1 accuracy"), ("miou", "mIoU")):
+        if scored := [row for row in rows if key in row]:
+            best = max(scored, key=lambda row, key=key: row[key])
+            subtitle += f", best {metric} {best[key]:.2f}% after epoch {best['epoch']}"
     figure = new_figure(_WIDTH, 1 + 2.2 * len(panels), title, subtitle)
     for axes, (name, lines) in zip(_column(figure, len(panels), sharex=True), panels, strict=True):
         for key, label, color in lines:

@@ -53,13 +53,13 @@ def image_grid(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Ima
     return grid
 
 
-def paste_tile(grid: Image.Image, image: Image.Image, x: int, y: int) -> None:
+def paste_tile(grid: Image.Image, image: Image.Image, x: int, y: int, tile: tuple[int, int] = (TILE, TILE)) -> None:
     """Draw an image centered in the tile with the upper left corner (x, y), scaled to fit."""
-    scale = TILE / max(image.size)
+    scale = min(tile[0] / image.width, tile[1] / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Small images are enlarged without smoothing, so that their pixels stay visible.
     resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    grid.paste(image.resize(size, resampling), (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
+    grid.paste(image.resize(size, resampling), (x + (tile[0] - size[0]) // 2, y + (tile[1] - size[1]) // 2))
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:

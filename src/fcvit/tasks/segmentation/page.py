@@ -77,12 +77,14 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
 
 def _classes(result: Result) -> Listing:
     figures = ("images", "labeled pixels (%)", "IoU (%)", "95% confidence interval", "accuracy (%)")
-    columns = ("class", "name", *figures, "most frequent wrong prediction", "share (%)")
+    named = any(row.id != row.name for row in result.per_class)
+    columns = ("class", *(("name",) if named else ()), *figures, "most frequent wrong prediction", "share (%)")
     names = {row.id: row.name for row in result.per_class}
     ranked = sorted(result.per_class, key=lambda c: (math.isnan(c.iou), c.iou, c.index))
     rows = tuple(
         (
-            *(c.id, c.name, f"{c.images:,}" if c.labeled else "no pixels"),
+            *((c.id, c.name) if named else (c.name,)),
+            f"{c.images:,}" if c.labeled else "no pixels",
             f"{100 * c.labeled / result.pixels:.2f}" if c.labeled else "",
             *scores(c.iou, c.iou_interval, c.acc),
             *(names.get(c.mistaken_for, ""), f"{c.mistaken:.1f}" if c.mistaken_for else ""),
