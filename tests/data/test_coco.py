@@ -330,13 +330,13 @@ def test_categories_of_the_same_name_keep_their_ids(tmp_path):
     assert images.classes == (ClassName("cat (1)", "cat"), ClassName("cat (3)", "cat"))
 
 
-@pytest.mark.parametrize("corners", [False, True])
-def test_boxes_as_corners_are_recognized(tmp_path, corners):
-    """Boxes over the border alone are no reason, and neither are a few boxes that fit as corners."""
+@pytest.mark.parametrize(("corners", "scale"), [(False, 1), (False, 2), (True, 1)])
+def test_boxes_as_corners_are_recognized(tmp_path, corners, scale):
+    """Boxes of another scale reach over the border too, but do not fit as corners."""
     generator = np.random.default_rng(0)
     low = generator.uniform(0, 50, (40, 2)) * [1.2, 0.8]
     high = low + generator.uniform(2, 20, (40, 2))
-    boxes = np.concatenate([low, high if corners else high - low], 1).tolist()
+    boxes = (scale * np.concatenate([low, high if corners else high - low], 1)).tolist()
     value = content(annotations=[annotation(i, bbox=box) for i, box in enumerate(boxes)])
     images = read(write(tmp_path, value))
     assert images.corners == corners and bool(images.hints) == corners
@@ -380,13 +380,13 @@ def test_only_images_with_usable_annotations_are_trained_on(tmp_path):
         annotation(7, 4, **small, segmentation=[]),
         annotation(8, 6, area=0),
         annotation(9, 6, bbox=[80, 1, 5, 5]),
-        annotation(10, 6, bbox=[75.5, 1, 5, 5], category_id=7),
+        annotation(10, 6, bbox=[75.5, 1, 1, 5], category_id=7),
     ]
     images = read_content(tmp_path, [image(n, width=w, height=h) for n, (w, h) in sizes.items()], entries)
     trained, notes = training_images(images, with_masks=False)
     assert {n: len(t.boxes) for n, t in zip(trained.ids, trained.targets, strict=True)} == reference_filter(images)
     assert trained.ids == (1, 3, 4, 6) and trained.landscape.tolist() == [True, False, False, True]
-    assert trained.targets[3].labels.tolist() == [1] and trained.targets[3].corners().tolist() == [[75.5, 1, 80.5, 6]]
+    assert trained.targets[3].labels.tolist() == [1] and trained.targets[3].corners().tolist() == [[75.5, 1, 76.5, 6]]
     assert trained.targets[0].corners().dtype == np.float32
     assert notes == tuple(
         f"{images.file}: left out 1 image {why}"
