@@ -96,7 +96,7 @@ def by_hand(truth, results, kind, max_detections, keep_boxes=False):
     from pycocotools.cocoeval import COCOeval
 
     api = COCO()
-    api.dataset = copy.deepcopy(truth)
+    api.dataset = {"info": {}, **copy.deepcopy(truth)}
     results = copy.deepcopy(results)
     if kind == "segm" and not keep_boxes:
         for row in results:

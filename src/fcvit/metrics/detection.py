@@ -155,7 +155,8 @@ def evaluate(
     rows = [{key: value for key, value in row.items() if key not in omitted} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
         expected = coco()
-        expected.dataset = {**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]}
+        copies = [dict(annotation) for annotation in truth["annotations"]]
+        expected.dataset = {"info": {}, **truth, "annotations": copies}  # pycocotools 2.0.10 needs `info`
         expected.createIndex()
         if rows:
             found = expected.loadRes(rows)
