@@ -372,9 +372,7 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float, margins: Margins
     return torch.cat(parts)[order.argsort()]
 
 
-def axis_weights(
-    start: Tensor, end: Tensor, size: int, length: int, margins: Margins | None
-) -> tuple[Tensor, Tensor]:
+def axis_weights(start: Tensor, end: Tensor, size: int, length: int, margins: Margins | None) -> tuple[Tensor, Tensor]:
     """Return the weights (n, size, window) of the positions along an axis, and the first position (n) of each window.
 
     Args:
