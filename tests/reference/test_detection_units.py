@@ -55,19 +55,15 @@ def assert_close(values, golden):
     assert np.abs(values.detach().numpy() - golden).max() <= FLOAT64_LIMIT * golden.std()
 
 
-def network(part="", classes=3, **options):
-    """Return a reference network. Its parameters under `part` have the values of the goldens, in float64."""
+@pytest.fixture(scope="module")
+def network():
+    """A reference network with three classes and synthetic weights, in float64."""
     import torch
 
-    from fcvit.reference.mask_rcnn import MaskRCNN
+    from fcvit.reference.build import build_reference
 
-    spec = ModelSpec(VARIANTS["fcvit_tiny"], classes, "mask_rcnn", MaskRCNNOptions(**options))
-    with torch.device("meta"):
-        model = MaskRCNN(spec).double()
-    if part:
-        tensors = synthetic_tensors(spec, SALT, part)
-        model.load_state_dict({n: torch.from_numpy(t).double() for n, t in tensors.items()}, strict=False, assign=True)
-    return model
+    spec = ModelSpec(VARIANTS["fcvit_tiny"], 3, "mask_rcnn", MaskRCNNOptions())
+    return build_reference(spec, synthetic_tensors(spec, SALT), torch.float64)
 
 
 @pytest.mark.parametrize("level", range(5))
@@ -136,31 +132,27 @@ def test_roi_align_of_no_boxes_is_empty():
     assert pyramid_align(maps, torch.zeros(0, 5), 7, 56).shape == (0, 3, 7, 7)
 
 
-def test_neck_and_rpn_head():
-    model = network("neck.")
+def test_neck_and_rpn_head(network):
     widths = VARIANTS["fcvit_tiny"].widths
     stages = [
         draw(f"neck/in{i}", (1, width, *size)) for i, (width, size) in enumerate(zip(widths, SIZES, strict=False))
     ]
-    for values, about in zip(model.neck(stages), ABOUT["neck"], strict=True):
+    for values, about in zip(network.neck(stages), ABOUT["neck"], strict=True):
         assert_summary(values, about)
-    model = network("rpn_head.")
     maps = [draw(f"rpn/in{i}", (1, 256, *size)) for i, size in enumerate(SIZES)]
-    for outputs, name in zip(model.rpn_head(maps), ("rpn_cls", "rpn_bbox"), strict=True):
+    for outputs, name in zip(network.rpn_head(maps), ("rpn_cls", "rpn_bbox"), strict=True):
         for values, about in zip(outputs, ABOUT[name], strict=True):
             assert_summary(values, about)
 
 
 @pytest.mark.parametrize(("case", "before", "after"), [("test", 1000, 1000), ("small", 100, 60), ("train", 2000, 1000)])
-def test_proposals(case, before, after):
-    import torch
+def test_proposals(network, case, before, after):
 
     scores = [draw(f"proposals/cls{i}", (2, 3, *size), 2) for i, size in enumerate(SIZES)]
     deltas = [draw(f"proposals/reg{i}", (2, 12, *size), 0.3) for i, size in enumerate(SIZES)]
     margins = {}
-    results = network().proposals(scores, deltas, torch.tensor(FACES), before, after, margins)
-    for image, (boxes, score) in enumerate(results):
-        rows = torch.cat([boxes, score[:, None]], 1)
+    results = network.propose(scores, deltas, np.array(FACES), before, after, margins)
+    for image, rows in enumerate(results):
         if case == "train":
             assert_summary(rows, ABOUT["proposals.train"]["rows"][image])
         else:
@@ -184,8 +176,8 @@ def test_nms_within_groups(monkeypatch, split, threshold):
     np.testing.assert_array_equal(kept, ARRAYS[f"nms.{threshold}"])
 
 
-def test_box_head_and_mask_head():
-    head = network("roi_head.").roi_head
+def test_box_head_and_mask_head(network):
+    head = network.roi_head
     logits, deltas = head.bbox_head(draw("boxhead/in", (6, 256, 7, 7)))
     assert_close(logits, ARRAYS["boxhead.cls_score"])
     assert_close(deltas, ARRAYS["boxhead.bbox_pred"])

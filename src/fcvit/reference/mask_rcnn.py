@@ -9,8 +9,10 @@ Shapes: B images, C channels, N boxes. A box is x1, y1, x2, y2 in pixels of the 
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import ModelSpec
+from fcvit.models.spec import MaskRCNNOptions, ModelSpec
 from fcvit.reference.backbone import FCViTBackbone
 from fcvit.reference.semantic_fpn import ConvOnly, FeaturePyramid
 
@@ -51,7 +53,7 @@ class MaskRCNN(nn.Module):
         self.rpn_head = RPNHead(spec.options.neck, spec.options.rpn)
         self.roi_head = RoIHead(spec)
 
-    def forward(self, x: Tensor, image_sizes: Tensor, scale_factors: Tensor | None = None) -> list[Detections]:
+    def forward(self, x: Tensor, image_sizes: np.ndarray, scale_factors: np.ndarray | None = None) -> list[Detections]:
         """Detect the objects in padded images (B, 3, H, W).
 
         Args:
@@ -61,22 +63,23 @@ class MaskRCNN(nn.Module):
                 pixels of the original images.
         """
         maps = self.neck(self.backbone(x))
-        proposals = [boxes for boxes, _ in self.proposals(*self.rpn_head(maps), image_sizes)]
-        return self.detections(maps, proposals, image_sizes, scale_factors)
+        logits, deltas = self.rpn_head(maps)
+        proposals = self.propose(logits, deltas, image_sizes)
+        return self.detect(maps, proposals, image_sizes, scale_factors)
 
-    def proposals(
+    def propose(
         self,
-        scores: list[Tensor],
+        logits: list[Tensor],
         deltas: list[Tensor],
-        image_sizes: Tensor,
+        image_sizes: np.ndarray,
         before: int | None = None,
         after: int | None = None,
         margins: Margins | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return the proposals of each image, sorted by score: boxes (N, 4) and scores (N).
+    ) -> list[Tensor]:
+        """Return the proposals (N, 5) of each image, sorted by score: x1, y1, x2, y2 and the score.
 
         Args:
-            scores: RPN logits of each level, (B, 3, H, W).
+            logits: RPN logits of each level, (B, 3, H, W).
             deltas: RPN deltas of each level, (B, 12, H, W).
             image_sizes: See `forward`.
             before: Largest number of boxes per level before NMS. None selects that of the options.
@@ -88,13 +91,13 @@ class MaskRCNN(nn.Module):
         after = options.max_proposals if after is None else after
         anchors = [
             grid_anchors(stride, level.shape[-2:], options.anchor_scale, level)
-            for stride, level in zip(STRIDES, scores, strict=True)
+            for stride, level in zip(STRIDES, logits, strict=True)
         ]
         results = []
         for image, size in enumerate(image_sizes.tolist()):
             parts = []
             for level, anchor in enumerate(anchors):
-                score = scores[level][image].detach().permute(1, 2, 0).flatten().sigmoid()
+                score = logits[level][image].detach().permute(1, 2, 0).flatten().sigmoid()
                 delta = deltas[level][image].detach().permute(1, 2, 0).reshape(-1, 4)
                 if len(score) > before:
                     note_gap(margins, f"proposals before NMS, level {level}", score, before)
@@ -108,24 +111,25 @@ class MaskRCNN(nn.Module):
             boxes, score, group = boxes[filled], score[filled], group[filled]
             kept = batched_nms(boxes, score, group, options.proposal_iou, margins, "proposal NMS")
             note_gap(margins, "number of proposals", score[kept], after)
-            results.append((boxes[kept[:after]], score[kept[:after]]))
+            results.append(torch.cat([boxes, score[:, None]], 1)[kept[:after]])
         return results
 
-    def detections(
+    def detect(
         self,
         maps: list[Tensor],
         proposals: list[Tensor],
-        image_sizes: Tensor,
-        scale_factors: Tensor | None = None,
+        image_sizes: np.ndarray,
+        scale_factors: np.ndarray | None = None,
         margins: Margins | None = None,
     ) -> list[Detections]:
-        """Return the detections of each image for its proposals (N, 4)."""
+        """Return the detections of each image for its proposals (N, 4) or (N, 5)."""
         head, options = self.roi_head, self.options
+        proposals = [one[:, :4] for one in proposals]
         logits, deltas = head.bbox_head(head.box_features(maps, to_rois(proposals), margins))
         counts = [len(boxes) for boxes in proposals]
         found = []
         for image, parts in enumerate(zip(proposals, logits.split(counts), deltas.split(counts), strict=True)):
-            scale = None if scale_factors is None else scale_factors[image].to(logits)
+            scale = None if scale_factors is None else torch.as_tensor(scale_factors[image]).to(logits)
             found.append((*select(*parts, image_sizes[image].tolist(), options, scale, margins), scale))
         if not options.masks:
             return [Detections(boxes, scores, labels, None) for boxes, scores, labels, _ in found]
@@ -168,11 +172,11 @@ class RoIHead(nn.Module):
         if spec.options.masks:
             self.mask_head = MaskHead(spec)
 
-    def box_features(self, maps: list[Tensor], rois: Tensor, margins: Margins | None = None) -> Tensor:
+    def box_features(self, maps: list[Tensor], rois: Tensor | np.ndarray, margins: Margins | None = None) -> Tensor:
         """Return features (N, C, 7, 7) of RoIs on the first four maps."""
         return pyramid_align(maps, rois, 7, self.options.finest_scale, margins)
 
-    def mask_features(self, maps: list[Tensor], rois: Tensor, margins: Margins | None = None) -> Tensor:
+    def mask_features(self, maps: list[Tensor], rois: Tensor | np.ndarray, margins: Margins | None = None) -> Tensor:
         """Return features (N, C, 14, 14) of RoIs on the first four maps."""
         return pyramid_align(maps, rois, 14, self.options.finest_scale, margins)
 
@@ -301,7 +305,7 @@ def select(
     logits: Tensor,
     deltas: Tensor,
     image_size: list[int],
-    options,  # noqa: ANN001 -- MaskRCNNOptions
+    options: MaskRCNNOptions,
     scale: Tensor | None = None,
     margins: Margins | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,10 +337,10 @@ def roi_levels(rois: Tensor, finest_scale: float, margins: Margins | None = None
 
 
 def pyramid_align(
-    maps: list[Tensor], rois: Tensor, size: int, finest_scale: float, margins: Margins | None = None
+    maps: list[Tensor], rois: Tensor | np.ndarray, size: int, finest_scale: float, margins: Margins | None = None
 ) -> Tensor:
     """Return RoIAlign (N, C, size, size) of each RoI on the map of its level."""
-    rois = rois.detach()
+    rois = torch.as_tensor(rois).detach().to(maps[0])
     levels = roi_levels(rois, finest_scale, margins)
     indices, parts = [], [maps[0].new_zeros(0, maps[0].shape[1], size, size)]
     for level in levels.unique().tolist():
@@ -379,7 +383,7 @@ def axis_weights(start: Tensor, end: Tensor, size: int, length: int, margins: Ma
         start, end: Extent of each RoI in positions of the map, (n).
         size: Number of bins.
         length: Length of the map along this axis.
-        margins: See `MaskRCNN.proposals`.
+        margins: See `MaskRCNN.propose`.
     """
     width = ((end - start) / size)[:, None, None]
     note(margins, "samples per bin", (width - width.round()).abs()[width != 0])

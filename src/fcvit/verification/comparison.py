@@ -28,7 +28,7 @@ from fcvit.verification.equivalence import (
     float64_difference,
     images_needed,
 )
-from fcvit.verification.objects import ObjectComparison, compare_objects
+from fcvit.verification.objects import LIMITS, ObjectComparison, compare_objects
 from fcvit.verification.traces import Trace, trace_paddle, trace_torch
 from fcvit.weights.reading import Weights, cast
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_input, synthetic_tensors
@@ -160,10 +160,11 @@ class Verification:
                 rows.append((name, f"{same.unmatched} of {same.count}", str(same.limit), verdict(same.passed)))
         rows.append(("largest float32 difference", f"{self.comparison.float32_max:.2e}"))
         rows.append(("mean float32 difference", f"{self.comparison.float32_mean:.2e}"))
-        for same in self.comparison.objects:
-            of = f"of the {same.name} in {same.dtype}"
-            rows.append((f"largest difference {of}: score", f"{same.score_difference:.1e}"))
-            rows.append((f"largest difference {of}: box", f"{same.box_difference:.1e} pixels"))
+        for dtype in LIMITS if self.comparison.objects else ():
+            same = [one for one in self.comparison.objects if one.dtype == dtype]
+            score, box = max(one.score_difference for one in same), max(one.box_difference for one in same)
+            rows.append((f"largest {dtype} difference of a score", f"{score:.1e}"))
+            rows.append((f"largest {dtype} difference of a box", f"{box:.1e} pixels"))
         for same in self.comparison.objects[:1]:
             rows.append((f"smallest margin of a decision: {same.decision}", f"{same.margin:.1e}"))
         if self.rounding_cost:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def trace_paddle(weights: Weights, images: np.ndarray, dtype: str) -> Trace:
     with on_paddle_device("cpu"):
         model = build_network(weights, dtype)
         with _hooks(dict(model.named_sublayers()), "register_forward_post_hook", values), paddle.no_grad():
-            return _run(model, weights.spec, images, values, lambda array: paddle.to_tensor(array, dtype=dtype))
+            return _run(model, weights.spec, paddle.to_tensor(images.astype(dtype)), values)
 
 
 def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> Trace:
@@ -55,15 +55,12 @@ def trace_torch(weights: Weights, images: np.ndarray, dtype: str) -> Trace:
     torch = import_framework("torch")
     from fcvit.reference.build import build_reference
 
-    kind = getattr(torch, dtype)
-    model = build_reference(weights.spec, weights.tensors, kind)
+    model = build_reference(weights.spec, weights.tensors, getattr(torch, dtype))
     values: dict[str, np.ndarray] = {}
-    margins: dict[str, float] = {}
+    margins = {"margins": {}} if weights.spec.task == "detection" else {}
     with _hooks(dict(model.named_modules()), "register_forward_hook", values), torch.inference_mode():
-        trace = _run(
-            model, weights.spec, images, values, lambda array: torch.from_numpy(array).to(kind), margins=margins
-        )
-    trace.margins = margins
+        trace = _run(model, weights.spec, torch.from_numpy(images.astype(dtype)), values, **margins)
+    trace.margins = margins.get("margins", {})
     return trace
 
 
@@ -81,18 +78,10 @@ def _hooks(layers: Mapping[str, object], register: str, values: dict[str, np.nda
         handle.remove()  # type: ignore[attr-defined]
 
 
-def _run(
-    model: Any,
-    spec: ModelSpec,
-    images: np.ndarray,
-    layers: dict[str, np.ndarray],
-    tensor: Callable[[np.ndarray], Any],
-    **margins: Any,
-) -> Trace:
-    """Run the network. `layers` are the outputs that its hooks record, `tensor` converts an array."""
-    x = tensor(images)
+def _run(model: Any, spec: ModelSpec, x: Any, layers: dict[str, np.ndarray], **margins: Any) -> Trace:
+    """Run the network on a tensor. Its hooks record the outputs of the layers in `layers`."""
     if spec.task == "detection":
-        return _run_detector(model, images.shape, x, layers, tensor, **margins)
+        return _run_detector(model, x, layers, **margins)
     output = model(x)
     outputs = output if isinstance(output, list | tuple) else [output]
     named = {f"output{index if len(outputs) > 1 else ''}": value.numpy() for index, value in enumerate(outputs)}
@@ -101,18 +90,15 @@ def _run(
     return trace
 
 
-def _run_detector(
-    model: Any,
-    shape: tuple[int, ...],
-    x: Any,
-    layers: dict[str, np.ndarray],
-    tensor: Callable[[np.ndarray], Any],
-    **margins: Any,
-) -> Trace:
-    """Run the stages of a detector, those after the proposals with given RoIs, and then the whole."""
+def _run_detector(model: Any, x: Any, layers: dict[str, np.ndarray], **margins: Any) -> Trace:
+    """Run the stages of a detector, those after the proposals with given RoIs, and then the whole.
+
+    `margins` is passed to the methods of the reference, which record the margins of their decisions in it.
+    """
+    shape = tuple(x.shape)
     maps = model.neck(model.backbone(x))
     scores, deltas = model.rpn_head(maps)
-    head, rois = model.roi_head, tensor(given_rois(shape))
+    head, rois = model.roi_head, given_rois(shape)
     features = head.box_features(maps, rois)
     stages = {f"neck.{level}": one for level, one in enumerate(maps)}
     stages |= {f"rpn_head.rpn_cls.{level}": one for level, one in enumerate(scores)}
@@ -123,14 +109,14 @@ def _run_detector(
         stages["roi_head.mask_features"] = head.mask_features(maps, rois)
         stages["roi_head.mask_head"] = head.mask_head(stages["roi_head.mask_features"])
     sizes, scales = given_sizes(shape)
-    proposals = model.proposals(scores, deltas, sizes, **margins)
-    detections = model.detections(maps, [boxes for boxes, _ in proposals], sizes, tensor(scales), **margins)
+    proposals = model.propose(scores, deltas, sizes, **margins)
+    detections = model.detect(maps, proposals, sizes, scales, **margins)
     trace = Trace(layers | {name: value.numpy() for name, value in stages.items()})
     norms = [name for name in layers if name.startswith("backbone.norm")]
     trace.outputs = [*norms, *stages]
     trace.objects = {
-        "proposals": [Objects(boxes.numpy(), scores.numpy()) for boxes, scores in proposals],
-        "detections": [Objects(*(part if part is None else part.numpy() for part in one)) for one in detections],
+        "proposals": [Objects(rows[:, :4], rows[:, 4]) for rows in map(np.asarray, proposals)],
+        "detections": [Objects.of(one) for one in detections],
     }
     return trace
 
@@ -138,7 +124,7 @@ def _run_detector(
 def given_rois(shape: tuple[int, ...], count: int = 24) -> np.ndarray:
     """Return RoIs (4 * count, 5) for images of the given shape: `count` for each level, in turn for each image.
 
-    The shortest side is 2 pixels. RoIs may be larger than the image, and the last one is empty.
+    RoIs may be larger than the image, and the last one is empty.
     """
     generator = np.random.default_rng(0)
     area = 112.0 * 2 ** (np.arange(4 * count) // count - generator.uniform(0.05, 0.95, 4 * count))
