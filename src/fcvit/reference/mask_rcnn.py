@@ -283,7 +283,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, margins: Margins | None
     boxes, scores = boxes[order], scores[order]
     low, high = boxes[:, :2], boxes[:, 2:]
     areas = (high - low).prod(1)
-    alive = [True] * len(boxes)
+    alive = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     kept = []
     for index in range(len(boxes)):
         if not alive[index]:
@@ -292,9 +292,8 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, margins: Margins | None
         rest = slice(index + 1, None)
         overlap = (torch.minimum(high[index], high[rest]) - torch.maximum(low[index], low[rest])).clamp(min=0).prod(1)
         iou = overlap / (areas[index] + areas[rest] - overlap)
-        note(margins, f"{name}: IoU", (iou - threshold).abs()[overlap > 0])
-        for other in (iou > threshold).nonzero()[:, 0].tolist():
-            alive[index + 1 + other] = False
+        note(margins, f"{name}: IoU", (iou - threshold).abs()[alive[rest] & (overlap > 0)])
+        alive[rest] &= ~(iou > threshold)  # the IoU of two empty boxes is NaN
     different = (boxes[1:] != boxes[:-1]).any(1)  # equal boxes may change places without an effect
     note(margins, f"{name}: order", (scores[:-1] - scores[1:])[different])
     return order[torch.tensor(kept, device=order.device)]
