@@ -32,14 +32,22 @@ class Objects(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Largest accepted differences of equal objects, and the largest margin of a decision that rounding may flip."""
+    """Largest accepted differences of equal objects, and the largest margin of a decision that rounding may flip.
+
+    Attributes:
+        score: Difference of two scores.
+        pixels: Difference of two coordinates of a box.
+        probability: Difference of two probabilities in a mask.
+        margin: Margin of a decision.
+    """
 
     score: float
     pixels: float
+    probability: float
     margin: float
 
 
-LIMITS = {"float64": Limits(1e-10, 1e-8, 1e-10), "float32": Limits(1e-4, 1e-2, 1e-4)}
+LIMITS = {"float64": Limits(1e-10, 1e-8, 1e-9, 1e-10), "float32": Limits(1e-4, 1e-2, 1e-3, 1e-4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +88,12 @@ class ObjectComparison:
 
     @property
     def passed(self) -> bool:
-        return self.unmatched <= self.limit and self.mask_difference <= LIMITS[self.dtype].score
+        return self.unmatched <= self.limit and self.mask_difference <= LIMITS[self.dtype].probability
 
     def __str__(self) -> str:
-        margin = f"smallest margin of a decision {self.margin:.1e} ({self.decision})" if self.decision else ""
-        return f"{self.unmatched} of {self.count} {self.name} differ in {self.dtype}, limit {self.limit}; {margin}"
+        text = f"{self.unmatched} of {self.count} {self.name} differ in {self.dtype}, limit {self.limit}"
+        text += f", and their masks by {self.mask_difference:.1e}" if self.mask_difference else ""
+        return f"{text} (smallest margin of a decision: {self.margin:.1e} in {self.decision or 'none'})"
 
 
 def compare_objects(
