@@ -44,7 +44,7 @@ def test_every_tensor_has_the_stored_values():
 
 
 def test_an_older_file_without_the_stages_is_refused():
-    with pytest.raises(DoesNotFit, match=r"mmcv_checkpoint_legacy.pth: .*backbone\.network\.0\.0\.norm1\.weight is missing"):
+    with pytest.raises(DoesNotFit, match=r"backbone\.network\.0\.0\.norm1\.weight is missing"):
         read_weights(LEGACY)
     with pytest.raises(WeightsDoNotFit) as error:
         read_weights(LEGACY, variant=read_weights(FILE).spec.variant)

@@ -554,7 +554,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
 
 
 def _read_variant(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Variant:
-    """Return the variant with tensors of these shapes, which are named without the prefix that they have in the file."""
+    """Return the variant with these tensors, whose names have lost the prefix that they have in the file."""
 
     def has(name: str) -> bool:
         return f"network.0.0.{name}" in shapes
