@@ -43,7 +43,18 @@ def _semantic_fpn(spec: ModelSpec) -> "nn.Layer":
     return SemanticFPN(spec.variant, spec.num_classes, spec.options)
 
 
-NETWORKS = {"classifier": _classifier, "backbone": _backbone, "semantic_fpn": _semantic_fpn}
+def _mask_rcnn(spec: ModelSpec) -> "nn.Layer":
+    from fcvit.models.mask_rcnn.network import MaskRCNN
+
+    return MaskRCNN(spec.variant, spec.num_classes, spec.options)
+
+
+NETWORKS = {
+    "classifier": _classifier,
+    "backbone": _backbone,
+    "semantic_fpn": _semantic_fpn,
+    "mask_rcnn": _mask_rcnn,
+}
 """Head of a spec -> function that builds the network with new weights."""
 DENSE_LAYER_SCALE = 1e-6  # initial value in the authors' dense-prediction backbones
 ADE20K_CLASSES = 150

@@ -9,12 +9,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from fcvit.errors import DoesNotFit, UsageError, counted
 from fcvit.models.variants import VARIANTS, Variant, published
 
 CONV, LINEAR, NORM, BATCHNORM, SCALE = "conv", "linear", "norm", "batchnorm", "scale"
+TRANSPOSED_CONV = "transposed_conv"  # its weight is [in, out, height, width] in both frameworks
 COUNTER = "num_batches_tracked"
 
 # Paddle's names of BatchNorm statistics. All other names are the same in both frameworks.
@@ -74,6 +75,68 @@ class SemanticFPNOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskRCNNOptions:
+    """The widths and limits of Mask R-CNN, and the size of its input. The defaults are the authors'.
+
+    A fraction is a score or an IoU from 0 to 1.
+
+    Args:
+        neck: Channels of the feature pyramid.
+        rpn: Channels of the region proposal network (RPN).
+        box_channels: Channels of the two fully connected layers of the box head.
+        mask_channels: Channels of the mask head.
+        masks: Whether there is a mask head. Without it, the network is a Faster R-CNN.
+        anchor_scale: Side of the square anchor, in strides of its feature map.
+        finest_scale: Boxes with a mean side of less than twice this length use the first feature map. The limit
+            doubles with each map. In pixels of the input.
+        proposals_before_nms: Largest number of boxes per feature map before NMS.
+        proposal_iou: Largest IoU of two proposals of a feature map.
+        max_proposals: Largest number of proposals per image.
+        score_threshold: Detections have a higher score than this.
+        detection_iou: Largest IoU of two detections of a class.
+        max_detections: Largest number of detections per image.
+        long_side: Largest length of an image's longer side in pixels, after the keep-ratio resize.
+        short_side: Largest length of the shorter side.
+        divisor: Both sides are then padded to multiples of this.
+    """
+
+    neck: int = 256
+    rpn: int = 256
+    box_channels: int = 1024
+    mask_channels: int = 256
+    masks: bool = True
+    anchor_scale: float = 8.0
+    finest_scale: float = 56.0
+    proposals_before_nms: int = 1000
+    proposal_iou: float = 0.7
+    max_proposals: int = 1000
+    score_threshold: float = 0.05
+    detection_iou: float = 0.5
+    max_detections: int = 100
+    long_side: int = 1333
+    short_side: int = 800
+    divisor: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "masks":
+                valid, expected = isinstance(value, bool), "true or false"
+            elif name in ("proposal_iou", "detection_iou", "score_threshold"):
+                valid, expected = _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
+            elif name in ("anchor_scale", "finest_scale"):
+                valid, expected = _is_number(value) and 1e-3 <= value <= 1 << 16, "a number from 0.001 to 65,536"
+            else:
+                valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 16
+                expected = "a whole number from 1 to 65,536"
+            if not valid:
+                raise UsageError(f"{name} = {value!r}: expected {expected}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class Head:
     """The part of a network after the stages.
 
@@ -82,6 +145,7 @@ class Head:
         tensors: Function that yields the head's tensors (authors' names, in order).
         marker: Tensor that identifies the head in a file.
         logits: Tensor with the number of classes as its first dimension, or "" if the head has no classes.
+        background: Number of rows of `logits` that belong to no class.
         outputs: Function of spec, height and width that returns the name and shape (without the batch dimension) of
             each output.
         description: Description of the head, if the number of classes is not sufficient.
@@ -101,6 +165,7 @@ class Head:
     options: type = NoOptions
     read_options: "Callable[[Mapping[str, tuple[int, ...]]], Any]" = lambda _: NoOptions()
     any_size: bool = False
+    background: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,23 +262,39 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
-    """Count the multiply-accumulates of all convolutions and linear layers for an image of the given size in pixels."""
+    """Count the multiply-accumulates of all convolutions and linear layers for an image of the given size in pixels.
+
+    For a detector, they include the heads for the largest numbers of proposals and detections.
+    """
     positions = []
-    for stage in range(4):
-        height, width = (-(-side // (2 if stage else 4)) for side in (height, width))
+    for stride in (4, 2, 2, 2, 2):
+        height, width = -(-height // stride), -(-width // stride)
         positions.append(height * width)
     total = 0
     for name, entry in tensor_specs(spec).items():
         weights = math.prod(entry.shape)
-        if not name.endswith(".weight") or entry.layer not in (CONV, LINEAR):
+        if not name.endswith(".weight") or entry.layer not in (CONV, TRANSPOSED_CONV, LINEAR):
             continue
-        if entry.layer == LINEAR:
+        name = name.removeprefix(HEADS[spec.head].prefix)
+        if name.startswith("rpn_head."):
+            total += weights * sum(positions)
+        elif name.startswith("roi_head."):
+            total += weights * _roi_positions(spec, name)
+        elif entry.layer == LINEAR:
             total += weights  # in the context and the head, computed once per image
         elif len(entry.shape) == 3:  # a convolution along the channels
-            total += weights * spec.variant.widths[_stage(name.removeprefix(HEADS[spec.head].prefix))]
+            total += weights * spec.variant.widths[_stage(name)]
         else:
-            total += weights * positions[_stage(name.removeprefix(HEADS[spec.head].prefix))]
+            total += weights * positions[_stage(name)]
     return total
+
+
+def _roi_positions(spec: ModelSpec, name: str) -> int:
+    """Return how often a layer of the second stage of a detector is computed for an image."""
+    if name.startswith("roi_head.bbox_head."):
+        return spec.options.max_proposals
+    # The last convolution follows the transposed one, which doubles 14 x 14 positions.
+    return spec.options.max_detections * (28 * 28 if "conv_logits" in name else 14 * 14)
 
 
 def _stage(name: str) -> int:
@@ -255,14 +336,20 @@ def _backbone_norms(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
         yield from _layer(f"norm{2 * stage}", NORM, (width,))
 
 
-def _semantic_fpn(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
-    """Yield the tensors of mmsegmentation's FPN and FPNHead, in the order of its files."""
-    neck, channels = spec.options.neck, spec.options.channels
+def _backbone_and_neck(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the norms of a backbone and the tensors of mmsegmentation's and mmdetection's FPN."""
+    neck = spec.options.neck
     yield from ((f"backbone.{name}", entry) for name, entry in _backbone_norms(spec))
     for stage, width in enumerate(spec.variant.widths):
         yield from _layer(f"neck.lateral_convs.{stage}.conv", CONV, (neck, width, 1, 1))
     for stage in range(4):
         yield from _layer(f"neck.fpn_convs.{stage}.conv", CONV, (neck, neck, 3, 3))
+
+
+def _semantic_fpn(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the tensors of mmsegmentation's FPN and FPNHead, in the order of its files."""
+    neck, channels = spec.options.neck, spec.options.channels
+    yield from _backbone_and_neck(spec)
     yield from _layer("decode_head.conv_seg", CONV, (spec.num_classes, channels, 1, 1))
     for stage in range(4):
         for index in range(max(stage, 1)):
@@ -279,12 +366,59 @@ def _semantic_fpn_options(shapes: Mapping[str, tuple[int, ...]]) -> SemanticFPNO
     return SemanticFPNOptions(*widths)
 
 
+def _mask_rcnn(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the tensors of mmdetection's Mask R-CNN, in the order of its files."""
+    options, classes = spec.options, spec.num_classes
+    neck, hidden, masks = options.neck, options.box_channels, options.mask_channels
+    yield from _backbone_and_neck(spec)
+    yield from _layer("rpn_head.rpn_conv", CONV, (options.rpn, neck, 3, 3))
+    yield from _layer("rpn_head.rpn_cls", CONV, (3, options.rpn, 1, 1))
+    yield from _layer("rpn_head.rpn_reg", CONV, (12, options.rpn, 1, 1))
+    yield from _layer("roi_head.bbox_head.fc_cls", LINEAR, (classes + 1, hidden))
+    yield from _layer("roi_head.bbox_head.fc_reg", LINEAR, (4 * classes, hidden))
+    yield from _layer("roi_head.bbox_head.shared_fcs.0", LINEAR, (hidden, 7 * 7 * neck))
+    yield from _layer("roi_head.bbox_head.shared_fcs.1", LINEAR, (hidden, hidden))
+    if options.masks:
+        for index in range(4):
+            shape = (masks, masks if index else neck, 3, 3)
+            yield from _layer(f"roi_head.mask_head.convs.{index}.conv", CONV, shape)
+        yield from _layer("roi_head.mask_head.upsample", TRANSPOSED_CONV, (masks, masks, 2, 2))
+        yield from _layer("roi_head.mask_head.conv_logits", CONV, (classes, masks, 1, 1))
+
+
+def _mask_rcnn_options(shapes: Mapping[str, tuple[int, ...]]) -> MaskRCNNOptions:
+    names = {
+        "neck": "neck.lateral_convs.0.conv.weight",
+        "rpn": "rpn_head.rpn_conv.weight",
+        "box_channels": "roi_head.bbox_head.shared_fcs.1.weight",
+    }
+    masks = any(name.startswith("roi_head.mask_head.") for name in shapes)
+    if masks:
+        names["mask_channels"] = "roi_head.mask_head.conv_logits.weight"
+    widths: dict[str, Any] = {}
+    for field, name in names.items():
+        shape = shapes.get(name) or ()
+        axis = 1 if field == "mask_channels" else 0
+        if len(shape) <= axis or not 1 <= shape[axis] <= 1 << 16:
+            state = f"has shape {list(shape)}" if name in shapes else "is missing"
+            raise DoesNotFit(f"not a Mask R-CNN: {name} {state}")
+        widths[field] = shape[axis]
+    return MaskRCNNOptions(**widths, masks=masks)
+
+
 def _logits(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
     return {"logits": (spec.num_classes,)} if spec.num_classes else {"embeddings": (spec.variant.widths[-1],)}
 
 
 def _pixel_logits(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
     return {"logits": (spec.num_classes, height, width)}
+
+
+def _detections(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the outputs for an image with the largest number of detections."""
+    count = spec.options.max_detections
+    shapes: dict[str, tuple[int, ...]] = {"boxes": (count, 4), "scores": (count,), "labels": (count,)}
+    return shapes | ({"mask_logits": (count, 28, 28)} if spec.options.masks else {})
 
 
 def _features(spec: ModelSpec, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -309,6 +443,19 @@ HEADS = {
         options=SemanticFPNOptions,
         read_options=_semantic_fpn_options,
         any_size=True,
+    ),
+    "mask_rcnn": Head(
+        "detection",
+        _mask_rcnn,
+        "roi_head.bbox_head.fc_cls.weight",
+        "roi_head.bbox_head.fc_cls.weight",
+        _detections,
+        "Mask R-CNN",
+        "backbone.",
+        options=MaskRCNNOptions,
+        read_options=_mask_rcnn_options,
+        any_size=True,
+        background=1,
     ),
 }
 """All heads by name. A new head needs a row here and in `NETWORKS` of `models.build` and `reference.build`."""
@@ -389,7 +536,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     """
     name = next((name for name, head in HEADS.items() if head.marker in shapes), "classifier")
     head = HEADS[name]
-    num_classes = (shapes.get(head.logits) or (0,))[0]
+    num_classes = max((shapes.get(head.logits) or (0,))[0] - head.background, 0)
     options = head.read_options(shapes)
     if expected is not None:
         return ModelSpec(expected, num_classes, name, options)

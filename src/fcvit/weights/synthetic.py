@@ -13,6 +13,14 @@ import numpy as np
 from fcvit.models.spec import COUNTER, ModelSpec, tensor_specs
 
 NEAR_ZERO_SCALE = 1e-3  # a smaller layer scale hides its block from the logits
+_GAINS = {
+    "rpn_head.rpn_cls.weight": 2.0,
+    "rpn_head.rpn_reg.weight": 0.25,
+    "roi_head.bbox_head.fc_cls.weight": 4.0,
+    "roi_head.bbox_head.fc_reg.weight": 2.0,
+    "roi_head.mask_head.conv_logits.weight": 3.0,
+}
+"""Factors of a detector's last layers. Without them, almost all scores, boxes and masks would be the same."""
 
 
 def synthetic_tensors(spec: ModelSpec, salt: str = "") -> dict[str, np.ndarray]:
@@ -55,5 +63,5 @@ def _tensor(name: str, shape: tuple[int, ...], salt: str) -> np.ndarray:
     elif len(shape) == 1:
         value = 1 + 0.1 * z
     else:
-        value = z / math.sqrt(math.prod(shape[1:]))
+        value = z / math.sqrt(math.prod(shape[1:])) * _GAINS.get(name, 1.0)
     return value.astype(np.float32)

@@ -1,0 +1,1 @@
+"""Mask R-CNN in PaddlePaddle, and its selection of boxes and masks in NumPy, which every engine uses."""
