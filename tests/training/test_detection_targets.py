@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from conftest import golden_arrays, golden_json, needs_paddle
+from fcvit.data.transforms.detection import DetectionTarget
 from fcvit.frameworks import import_framework
 from fcvit.tasks.detection import targets
-from fcvit.tasks.detection.targets import Objects, anchor_samples, assign, drawn_from, mask_targets, roi_samples, sample
+from fcvit.tasks.detection.targets import anchor_samples, assign, drawn_from, mask_targets, roi_samples, sample
 
 GOLDEN, ARRAYS = golden_json("detection/units.json"), golden_arrays("detection/units.npz")
 HEIGHT, WIDTH = GOLDEN["numbers"]["image"]
 CLASSES = GOLDEN["numbers"]["classes"]
-STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 def drawn(tag, shape, scale=1.0):
@@ -32,6 +32,10 @@ def all_anchors():
         y, x = np.mgrid[:height, :width] * 2.0 ** (level + 2)
         levels.append((np.stack([x, y, x, y], -1)[:, :, None] + ARRAYS["anchors.base"][level]).reshape(-1, 4))
     return np.concatenate(levels)
+
+
+def target(boxes, labels, masks):
+    return DetectionTarget((HEIGHT, WIDTH), boxes, labels, masks)
 
 
 def ellipses(boxes, height=HEIGHT, width=WIDTH):
@@ -67,15 +71,15 @@ def test_proposals_are_assigned_and_sampled_after_the_objects():
     labels = np.arange(len(objects)) % CLASSES
     masks = ellipses(objects)
     assert masks.sum((1, 2)).tolist() == GOLDEN["masktarget"]["mask_pixels"]
-    rois = roi_samples(boxes, Objects(objects, labels, masks), CLASSES, STDS, first_come, GOLDEN["numbers"]["sample"])
+    rois = roi_samples(boxes, target(objects, labels, masks), CLASSES, first_come, GOLDEN["numbers"]["sample"])
     positive, negative = ARRAYS["sample.pos_inds"], ARRAYS["sample.neg_inds"]
     everything = np.concatenate([objects, boxes])
     assert (rois.rois == everything[np.concatenate([positive, negative])]).all()
     assert rois.labels.tolist() == [*ARRAYS["sample.pos_gt_labels"], *[CLASSES] * len(negative)]
     assert np.packbits(rois.masks).tolist() == ARRAYS["masktarget.bits"].tolist()
     matched = ARRAYS["sample.pos_assigned_gt_inds"]
-    soft = [targets.mask_in_roi(masks[m], everything[p], 28) for m, p in zip(matched, positive, strict=True)]
-    assert np.abs(np.array(soft)[:3] - ARRAYS["masktarget.soft"]).max() < 1e-14
+    soft = targets.masks_in_rois(masks, matched, everything[positive], 28)
+    assert np.abs(soft[:3] - ARRAYS["masktarget.soft"]).max() < 1e-14
 
 
 def test_an_object_takes_its_best_boxes_in_order_and_boxes_between_the_limits_are_ignored():
@@ -88,29 +92,9 @@ def test_an_object_takes_its_best_boxes_in_order_and_boxes_between_the_limits_ar
 def test_the_type_of_the_targets_is_that_of_the_boxes():
     objects, boxes = (ARRAYS[f"assign.{name}"].astype(np.float32) for name in ("gt", "boxes"))
     assert targets.overlaps(objects[0], boxes).dtype == np.float32
-    rois = roi_samples(boxes, Objects(objects, np.zeros(6, np.int64), ellipses(objects)), 1, STDS, first_come)
+    rois = roi_samples(boxes, target(objects, np.zeros(6, np.int64), ellipses(objects)), 1, first_come)
     assert rois.deltas.dtype == rois.rois.dtype == np.float32
-    assert targets.mask_in_roi(ellipses(objects)[0], objects[0], 28).dtype == np.float32
-
-
-def test_deltas_match_mmdetection():
-    for kind, stds in (("rpn", (1, 1, 1, 1)), ("roi", STDS)):
-        expected = ARRAYS[f"coder.{kind}.encode"]
-        source, target = coder_boxes()
-        assert np.abs(targets.encode(source, target, stds) - expected).max() <= 1e-12 * expected.std()
-
-
-def coder_boxes():
-    boxes = []
-    for tag in ("coder/src", "coder/dst"):
-        generator = np.random.Generator(np.random.PCG64(zlib.crc32((GOLDEN["salt"] + tag).encode())))
-        u = generator.random((40, 4))
-        x, y = u[:, 0] * WIDTH, u[:, 1] * HEIGHT
-        width, height = 4 * (WIDTH / 4) ** u[:, 2], 4 * (HEIGHT / 4) ** u[:, 3]
-        corners = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1)
-        limits = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT])
-        boxes.append(np.clip(corners, 0, limits).astype(np.float32).astype(np.float64))
-    return boxes
+    assert targets.masks_in_rois(ellipses(objects), np.arange(6), objects, 28).dtype == np.float32
 
 
 def test_samples_are_sorted_distinct_and_repeatable():

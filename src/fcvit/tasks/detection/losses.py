@@ -1,15 +1,108 @@
 """Losses of Mask R-CNN with the divisors of mmdetection 2.19.0. All are float32 or float64 scalars."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fcvit.data.transforms.detection import DetectionTarget
+from fcvit.data.transforms.segmentation import aligned_size
 from fcvit.frameworks import import_framework
-from fcvit.tasks.detection.targets import Samples
+from fcvit.models.mask_rcnn.anchors import grid_anchors
+from fcvit.models.mask_rcnn.boxes import to_rois
+from fcvit.models.mask_rcnn.detections import propose
+from fcvit.tasks.detection.targets import (
+    ROI_SAMPLES,
+    RPN_SAMPLES,
+    Choose,
+    Samples,
+    anchor_samples,
+    roi_samples,
+    valid_anchors,
+)
 
 if TYPE_CHECKING:
     from paddle import Tensor
+
+    from fcvit.models.mask_rcnn.network import MaskRCNN
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Numbers of samples per image. The defaults are the authors'.
+
+    Attributes:
+        anchors: Anchors in the losses of the RPN.
+        rois: RoIs in the losses of the heads.
+        proposals_before_nms: Largest number of boxes per feature map before NMS.
+    """
+
+    anchors: int = RPN_SAMPLES
+    rois: int = ROI_SAMPLES
+    proposals_before_nms: int = 2000
+
+
+def detection_losses(
+    model: "MaskRCNN",
+    outputs: Any,
+    targets: Sequence[DetectionTarget],
+    draws: Sequence[Choose],
+    sampling: Sampling,
+    precision: Callable[[], Any] = contextlib.nullcontext,
+) -> "dict[str, Tensor]":
+    """Return the losses of the RPN and the heads, under mmdetection's names.
+
+    Args:
+        model: The network.
+        outputs: Its feature maps, RPN logits and RPN deltas for a batch of images.
+        targets: Objects of each image, at least one.
+        draws: For each image, the function that draws its samples: anchors first, then RoIs.
+        sampling: Numbers of samples.
+        precision: Function that returns the context in which the heads are computed.
+    """
+    paddle = import_framework("paddle")
+    maps, logits, deltas = outputs[0], *([_full_precision(x) for x in levels] for levels in outputs[1:])
+    sizes = [(x.shape[2], x.shape[3]) for x in logits]
+    arrays = [[x.numpy() for x in levels] for levels in (logits, deltas)]
+    targets = [target._replace(boxes=target.boxes.astype(arrays[0][0].dtype)) for target in targets]
+
+    anchors = np.concatenate(grid_anchors(sizes, model.options.anchor_scale, arrays[0][0].dtype))
+    samples = [
+        anchor_samples(anchors, valid_anchors(sizes, aligned_size(target.size)), target.boxes, choose, sampling.anchors)
+        for target, choose in zip(targets, draws, strict=True)
+    ]
+    flat = [
+        paddle.concat([x.transpose([0, 2, 3, 1]).reshape([len(targets), -1, *shape]) for x in levels], 1)
+        for levels, shape in ((logits, []), (deltas, [4]))
+    ]
+    losses = dict(zip(("loss_rpn_cls", "loss_rpn_bbox"), anchor_losses(*flat, samples), strict=True))
+
+    options = dataclasses.replace(model.options, proposals_before_nms=sampling.proposals_before_nms)
+    proposals = propose(options, *arrays, np.array([target.size for target in targets]))
+    regions = [
+        roi_samples(proposed[:, :4], target, model.num_classes, choose, sampling.rois)
+        for proposed, target, choose in zip(proposals, targets, draws, strict=True)
+    ]
+    with precision():
+        outputs = model.roi_head.bbox_head(model.roi_head.box_features(maps, to_rois([r.rois for r in regions])))
+    labels = np.concatenate([r.labels for r in regions])
+    given = labels, np.concatenate([r.deltas for r in regions])
+    losses |= zip(("loss_cls", "loss_bbox"), box_losses(*map(_full_precision, outputs), *given), strict=True)
+
+    if model.options.masks:
+        with precision():
+            positive = to_rois([r.rois[: len(r.deltas)] for r in regions])
+            masks = model.roi_head.mask_head(model.roi_head.mask_features(maps, positive))
+        wanted = np.concatenate([r.masks for r in regions if r.masks is not None])
+        losses["loss_mask"] = mask_loss(_full_precision(masks), labels[labels < model.num_classes], wanted)
+    return losses
+
+
+def _full_precision(x: "Tensor") -> "Tensor":
+    """Convert the outputs of mixed precision to float32."""
+    return x if "64" in str(x.dtype) else x.astype("float32")
 
 
 def anchor_losses(logits: "Tensor", deltas: "Tensor", samples: Sequence[Samples]) -> tuple["Tensor", "Tensor"]:

@@ -1,7 +1,7 @@
 """Training targets of Mask R-CNN in NumPy: assignment, sampling, box deltas and mask targets.
 
-Ported from the behavior of mmdetection 2.19.0 (`MaxIoUAssigner`, `RandomSampler`, `DeltaXYWHBBoxCoder`, `mask_target`)
-and mmcv 1.4.0 (`RoIAlign`). The order of all operations is theirs, because rounding decides ties between anchors.
+Ported from the behavior of mmdetection 2.19.0 (`MaxIoUAssigner`, `RandomSampler`, `BitmapMasks`).
+The order of all operations is theirs, because rounding decides ties between anchors.
 Boxes are x1, y1, x2, y2 in pixels of the network's input, (N, 4). Results have the type of the boxes.
 
 A `Choose` function draws the given number of positions from an array without replacement. `drawn_from` gives one for a
@@ -13,25 +13,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fcvit.data.transforms.detection import DetectionTarget
+from fcvit.models.mask_rcnn.anchors import RATIOS, STRIDES
+from fcvit.models.mask_rcnn.boxes import BOX_STDS, RPN_STDS, encode
+from fcvit.models.mask_rcnn.detections import MASK_SIDE
+from fcvit.models.mask_rcnn.roi_align import axis_weights
+
 Choose = Callable[[np.ndarray, int], np.ndarray]
 
 RPN_SAMPLES, ROI_SAMPLES = 256, 512  # samples of an image in the authors' configuration
 RPN_POSITIVES, ROI_POSITIVES = 0.5, 0.25  # largest share of positive samples
-
-
-@dataclasses.dataclass(frozen=True)
-class Objects:
-    """The objects of an image.
-
-    Attributes:
-        boxes: Boxes, (N, 4).
-        labels: Class of each object from 0, int64 (N,).
-        masks: Masks at the size of the image with its own padding, bool or uint8 (N, H, W), or None without masks.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    masks: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +127,19 @@ def _at_most(candidates: np.ndarray, count: int, choose: Choose) -> np.ndarray:
     return np.sort(choose(candidates, count)) if len(candidates) > count else candidates
 
 
-def encode(boxes: np.ndarray, objects: np.ndarray, stds: Sequence[float] = (1, 1, 1, 1)) -> np.ndarray:
-    """Return the deltas (N, 4) from boxes (N, 4) to objects (N, 4), divided by `stds`.
+def valid_anchors(sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> np.ndarray:
+    """Return which anchors of all levels belong to a cell inside the image with its own padding, bool (N,).
 
-    They are the shifts of the center in units of the box's size, and the logarithms of the ratios of the sizes.
+    Args:
+        sizes: Height and width of each feature map.
+        padded: Height and width of the image with its own padding. The batch can be larger.
     """
-    (center, size), (target_center, target_size) = _center_and_size(boxes), _center_and_size(objects)
-    deltas = np.concatenate([(target_center - center) / size, np.log(target_size / size)], axis=1)
-    return deltas / np.array(stds, boxes.dtype)
-
-
-def _center_and_size(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return (boxes[:, :2] + boxes[:, 2:]) * boxes.dtype.type(0.5), boxes[:, 2:] - boxes[:, :2]
+    levels = []
+    for stride, (height, width) in zip(STRIDES, sizes, strict=True):
+        inside = np.zeros((height, width, len(RATIOS)), bool)
+        inside[: -(-padded[0] // stride), : -(-padded[1] // stride)] = True
+        levels.append(inside.ravel())
+    return np.concatenate(levels)
 
 
 def anchor_samples(
@@ -166,24 +158,21 @@ def anchor_samples(
     assigned, _ = assign(objects, anchors[inside], 0.7, 0.3, 0.3)
     positive, negative = sample(assigned, count, RPN_POSITIVES, choose)
     matched = assigned[positive] - 1
-    deltas = encode(anchors[inside[positive]], objects[matched])
+    deltas = encode(anchors[inside[positive]], objects[matched], RPN_STDS)
     return Samples(inside[positive], inside[negative], matched, deltas)
 
 
 def roi_samples(
-    proposals: np.ndarray, objects: Objects, classes: int, stds: Sequence[float], choose: Choose,
-    count: int = ROI_SAMPLES, mask_size: int = 28,
-) -> RoISamples:  # fmt: skip
+    proposals: np.ndarray, objects: DetectionTarget, classes: int, choose: Choose, count: int = ROI_SAMPLES
+) -> RoISamples:
     """Assign and sample the proposals of an image. The objects themselves are prepended to the proposals.
 
     Args:
         proposals: Proposals, (N, 4).
         objects: Objects of the image.
         classes: Number of classes, which is the label of the background.
-        stds: Divisors of the deltas.
         choose: Draws the samples.
         count: Number of samples.
-        mask_size: Height and width of the mask targets.
     """
     assigned, _ = assign(objects.boxes, proposals, 0.5, 0.5, 0.5)
     assigned = np.concatenate([np.arange(len(objects.boxes)) + 1, assigned])
@@ -193,12 +182,12 @@ def roi_samples(
     labels = np.concatenate([objects.labels[matched], np.full(len(negative), classes)])
     masks = None
     if objects.masks is not None:
-        masks = mask_targets(objects.masks, matched, boxes[positive], mask_size)
-    deltas = encode(boxes[positive], objects.boxes[matched], stds)
+        masks = mask_targets(objects.masks, matched, boxes[positive])
+    deltas = encode(boxes[positive], objects.boxes[matched], BOX_STDS)
     return RoISamples(boxes[np.concatenate([positive, negative])], labels, deltas, masks)
 
 
-def mask_targets(masks: np.ndarray, matched: np.ndarray, rois: np.ndarray, size: int = 28) -> np.ndarray:
+def mask_targets(masks: np.ndarray, matched: np.ndarray, rois: np.ndarray, size: int = MASK_SIDE) -> np.ndarray:
     """Return the part of its object's mask in each RoI as bool (P, size, size).
 
     Args:
@@ -207,31 +196,24 @@ def mask_targets(masks: np.ndarray, matched: np.ndarray, rois: np.ndarray, size:
         rois: RoIs, (P, 4).
         size: Height and width of the result.
     """
-    return np.array([mask_in_roi(masks[m], roi, size) >= 0.5 for m, roi in zip(matched, rois, strict=True)], bool)
+    return masks_in_rois(masks, matched, rois, size) >= 0.5
 
 
-def mask_in_roi(mask: np.ndarray, roi: np.ndarray, size: int) -> np.ndarray:
-    """Return the mean of a mask (H, W) in each of size x size cells of a RoI, as mmcv's RoIAlign computes it.
+def masks_in_rois(masks: np.ndarray, matched: np.ndarray, rois: np.ndarray, size: int) -> np.ndarray:
+    """Return the mean of its object's mask in each of size x size bins of each RoI, as RoIAlign computes it.
 
-    The mean of bilinear samples on a grid is the product of two matrices with the mask.
+    The RoIs are cut at the border of the masks before. The arguments are those of `mask_targets`.
     """
-    height, width = mask.shape
-    x1, y1, x2, y2 = np.clip(roi, 0, np.array([width, height, width, height], roi.dtype))
-    rows, row_weights = _sample_weights(y1, y2, height, size)
-    columns, column_weights = _sample_weights(x1, x2, width, size)
-    return row_weights @ mask[rows, columns].astype(roi.dtype) @ column_weights.T
-
-
-def _sample_weights(start: np.floating, end: np.floating, length: int, size: int) -> tuple[slice, np.ndarray]:
-    """Return the pixels that one axis of a RoI touches, and their weights in each cell, (size, pixels)."""
-    half = start.dtype.type(0.5)
-    start, end = start - half, end - half
-    count = max(int(np.ceil(np.float32((end - start) / size))), 1)  # mmcv rounds the quotient to float32
-    cell = (end - start) / size
-    cells, samples = np.arange(size, dtype=start.dtype)[:, None], np.arange(count, dtype=start.dtype)
-    # The RoI is inside the image, so no sample is more than half a pixel outside.
-    positions = np.clip(start + cells * cell + (samples + half) * cell / count, 0, length - 1)
-    first, last = int(positions.min()), min(int(positions.max()) + 1, length - 1)
-    pixels = np.arange(first, last + 1, dtype=start.dtype)
-    weights = np.maximum(1 - np.abs(positions[:, :, None] - pixels), 0)
-    return slice(first, last + 1), weights.mean(axis=1)
+    height, width = masks.shape[1:]
+    limits = np.array([width, height, width, height], rois.dtype)
+    x1, y1, x2, y2 = (np.clip(rois, 0, limits) - rois.dtype.type(0.5)).astype(np.float64).T
+    means = np.empty((len(rois), size, size), rois.dtype)
+    if not len(rois):
+        return means
+    top, bottom, down = axis_weights(y1, y2, np.full(len(rois), height), size, rois.dtype)
+    left, right, across = axis_weights(x1, x2, np.full(len(rois), width), size, rois.dtype)
+    for index, number in enumerate(matched):
+        window = masks[number, top[index] : bottom[index], left[index] : right[index]].astype(rois.dtype)
+        rows, columns = window.shape
+        means[index] = down[index, :, :rows] @ window @ across[index, :, :columns].T
+    return means
