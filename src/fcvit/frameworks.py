@@ -1,4 +1,4 @@
-"""Import PaddlePaddle, PyTorch or OpenCV on demand, without side effects, or raise an error with the remedy.
+"""Import PaddlePaddle, PyTorch, OpenCV or pycocotools without side effects, or raise an error with the remedy.
 
 Only the modules that define networks import a framework at module level. Importing Paddle warns about
 a compiler cache and adds a handler to the root logger. Both are suppressed.
@@ -26,6 +26,7 @@ INSTALL = {
     "paddle": "pip install paddlepaddle (on a GPU: paddlepaddle-gpu from Paddle's own package index)",
     "torch": "pip install torch",
     "cv2": "pip install 'fcvit[dense]'",
+    "pycocotools": "pip install 'fcvit[dense]'",
 }
 
 
@@ -44,7 +45,7 @@ def installed(framework: str) -> bool:
 
 
 def import_framework(framework: str) -> ModuleType:
-    """Import "paddle", "torch" or "cv2".
+    """Import "paddle", "torch", "cv2", or a module of pycocotools.
 
     Raises:
         MissingExtra: The framework is not installed, or does not load on this machine.
@@ -66,12 +67,13 @@ def import_framework(framework: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(framework)
     except ImportError as error:
-        if error.name == framework:
-            reason = f"{framework} is not installed; install it with: {INSTALL[framework]}"
+        package = framework.partition(".")[0]
+        if error.name == package:
+            reason = f"{package} is not installed; install it with: {INSTALL[package]}"
         elif "libgomp" in str(error):
             reason = f"{framework} does not load ({error}); install the system package libgomp1"
         else:
-            reason = f"{framework} does not load ({error}); reinstall it with: {INSTALL[framework]}"
+            reason = f"{framework} does not load ({error}); reinstall it with: {INSTALL[package]}"
         raise MissingExtra(reason) from error
     finally:
         root.handlers[:], root.level = handlers, level

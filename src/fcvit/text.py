@@ -70,8 +70,10 @@ def parse_json(text: str | bytes) -> tuple[Any, list[str]]:
     repeated: list[str] = []
 
     def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        repeated.extend(repeats(key for key, _ in pairs))
-        return dict(pairs)
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            repeated.extend(repeats(key for key, _ in pairs))
+        return value
 
     return json.loads(text, object_pairs_hook=build), repeated
 

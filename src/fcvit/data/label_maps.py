@@ -279,7 +279,7 @@ def examine_label(_: int, __: str, location: Location, label: LabelFile) -> Labe
         image_size = None
         try:
             with opened(io.BytesIO(read_file(label.name, location)), label.name) as image:
-                image_size = _upright_size(image)
+                image_size = upright_size(image)
         except BadImages:
             pass  # the reader of the images reports it
     counts = dict(zip(values.tolist(), pixels.tolist(), strict=True))
@@ -288,7 +288,7 @@ def examine_label(_: int, __: str, location: Location, label: LabelFile) -> Labe
     return LabelStats(decoded.kind, (width, height), image_size, counts, colors)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height after the EXIF orientation is applied."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -18,13 +18,12 @@ from fcvit.data.class_colors import ClassList, ade20k, parse_class_list, read_cl
 from fcvit.data.folders import is_image
 from fcvit.data.label_maps import LabelFile
 from fcvit.data.sources import Location, Source
-from fcvit.data.splits import Role, role
+from fcvit.data.splits import Role, by_role, role, with_role
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.text import some
 
 _IMAGES = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 _LABELS = ("annotations", "annotation", "labels", "label", "masks", "mask", "gt", "gtfine", "segmentationclass")
-_ROLES: tuple[Role, ...] = ("train", "val", "test")
 _WRAPPERS = 4  # maximum number of folders around a data set
 _IMAGE_SUFFIX = re.compile(r"[_-](leftImg8bit|image|img|sat|rgb)$", re.IGNORECASE)
 _SUFFIX_START = re.compile(r"[_. -](?=[A-Za-z])")
@@ -102,7 +101,7 @@ class MapLayout:
 
     def named(self, wanted: Role) -> list[str]:
         """Return the names of the training, validation or test splits."""
-        return [name for name in self.splits if (named := role(name)) and named[0] == wanted]
+        return with_role(self.splits, wanted)
 
     @property
     def is_ade20k(self) -> bool:
@@ -143,7 +142,7 @@ def find_maps(source: Source) -> MapLayout | None:
     for _ in range(_WRAPPERS):
         if folders := _folder_pair(source):
             return _with_splits_inside(source, *folders)
-        names = _by_role(source.folders())
+        names = by_role(filter(role, source.folders()))
         around = {name: folders for name in names if (folders := _folder_pair(source.child(name)))}
         if around:
             splits = {name: (f"{name}/{images}", f"{name}/{labels}") for name, (images, labels) in around.items()}
@@ -172,14 +171,9 @@ def _folder_pair(source: Source) -> tuple[str, str] | None:
     return images[0], labels[0]
 
 
-def _by_role(names: Iterable[str]) -> list[str]:
-    named = {name: found for name in names if (found := role(name))}
-    return sorted(named, key=lambda name: (_ROLES.index(named[name][0]), name))
-
-
 def _with_splits_inside(source: Source, images: str, labels: str) -> MapLayout:
     inside = source.child(images)
-    names = [] if inside.has_images() else _by_role(inside.folders())
+    names = [] if inside.has_images() else by_role(filter(role, inside.folders()))
     if not names:
         return MapLayout(source, {"all": (images, labels)})
     others = source.child(labels).folders()

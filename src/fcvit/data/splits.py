@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 from fcvit.data.sources import Source
@@ -36,6 +36,17 @@ def role(name: str) -> tuple[Role, tuple[str, ...]] | None:
     return roles[0], tuple(word for word in words if word not in _WORDS and not re.fullmatch(_FILLER, word))
 
 
+def with_role(names: Iterable[str], wanted: Role) -> list[str]:
+    """Return the names that name a training, validation or test split."""
+    return [name for name in names if (named := role(name)) and named[0] == wanted]
+
+
+def by_role(names: Iterable[str]) -> list[str]:
+    """Return the names of splits: training, validation and test splits, and the others, each sorted by name."""
+    order = [*_NAMES]
+    return sorted(names, key=lambda name: (order.index(named[0]) if (named := role(name)) else len(order), name))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The splits or class folders of a data set.
@@ -57,7 +68,7 @@ class Layout:
 
     def named(self, wanted: Role) -> list[str]:
         """Return the names of the training, validation or test splits."""
-        return [name for name in self.splits if (named := role(name)) and named[0] == wanted]
+        return with_role(self.splits, wanted)
 
 
 def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:

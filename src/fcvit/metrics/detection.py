@@ -1,0 +1,194 @@
+"""Compute the metrics of object detection and instance segmentation with pycocotools.
+
+pycocotools matches and counts. Here its input is built, and its arrays are reduced to the figures of COCO.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fcvit.frameworks import import_framework
+
+MAX_DETECTIONS = 100
+Kind = Literal["bbox", "segm"]
+"""What is compared: boxes or masks."""
+_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # pycocotools' order of areas
+_IOU50, _IOU75 = 0, 5  # positions in 0.50, 0.55, ..., 0.95
+
+
+class Detections(NamedTuple):
+    """The detections in an image, in pixels of the original image.
+
+    Attributes:
+        boxes: x1, y1, x2, y2, float (k, 4).
+        scores: float (k).
+        labels: Class index, integer (k).
+        masks: Compressed run lengths of each mask from `encode_masks`, or None.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: Sequence[Mapping[str, Any]] | None = None
+
+
+def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
+    """Encode masks, bool or uint8 (n, H, W), as compressed run lengths: `size` (height, width) and `counts`, text.
+
+    Raises:
+        MissingExtra: pycocotools is not installed.
+    """
+    tools = import_framework("pycocotools.mask")
+    columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)
+    return [{**one, "counts": one["counts"].decode()} for one in tools.encode(columns)]
+
+
+def decode_masks(masks: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Decode compressed run lengths of equal size, which this package has encoded, to uint8 (n, H, W).
+
+    `fcvit.data.masks` reads masks from other sources.
+
+    Raises:
+        MissingExtra: pycocotools is not installed.
+    """
+    if not masks:
+        return np.zeros((0, 0, 0), np.uint8)
+    return import_framework("pycocotools.mask").decode([*masks]).transpose(2, 0, 1)
+
+
+def entries(
+    detections: Sequence[Detections], image_ids: Sequence[int | str], category_ids: Sequence[int], kind: Kind
+) -> list[dict[str, Any]]:
+    """Return detections in COCO's format for results, which `evaluate` and JSON files take.
+
+    Boxes are x, y, width and height. With masks, `bbox` is included, as in mmdetection's files.
+
+    Args:
+        detections: Detections of each image.
+        image_ids: Id of each image.
+        category_ids: Category id of each label.
+        kind: Whether to include the masks.
+    """
+    rows: list[dict[str, Any]] = []
+    for image, one in zip(image_ids, detections, strict=True):
+        corners = np.asarray(one.boxes, np.float64)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+        for index, (box, score, label) in enumerate(zip(boxes, one.scores, one.labels, strict=True)):
+            row = {"image_id": image, "bbox": box, "score": float(score), "category_id": category_ids[label]}
+            if kind == "segm":
+                assert one.masks is not None
+                row["segmentation"] = dict(one.masks[index])
+            rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The metrics of COCO in percent. NaN marks a metric without ground truth, which pycocotools marks with -1.
+
+    Attributes:
+        kind: Boxes or masks.
+        max_detections: Number of detections of each class in an image that count, the most confident ones.
+        ap: Average precision, mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes.
+        ap50, ap75: Average precision at the IoU thresholds 0.50 and 0.75.
+        ap_small, ap_medium, ap_large: Average precision of objects under 32 x 32, under 96 x 96 and of larger pixels.
+        ar: Average recall at `max_detections`, mean over the IoU thresholds and the classes.
+        ar_small, ar_medium, ar_large: Average recall by size.
+        class_ap: Average precision of each class, in the order of the labels, (C).
+        class_ap50: The same at the IoU threshold 0.50, (C).
+        precision: Interpolated precision, a fraction, at each IoU threshold and at recall 0, 0.01, ..., 1 of each
+            class, (10, 101, C). 0 beyond the largest recall that is reached.
+        scores: Score at which this recall is reached, (10, 101, C).
+    """
+
+    kind: Kind
+    max_detections: int
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar: float
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    class_ap: np.ndarray
+    class_ap50: np.ndarray
+    precision: np.ndarray
+    scores: np.ndarray
+
+
+def evaluate(
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int],
+    kind: Kind,
+    max_detections: int = MAX_DETECTIONS,
+) -> Figures:
+    """Compute the metrics of detections with pycocotools. It prints nothing and does not change its arguments.
+
+    For masks, the boxes of the results are not used, so that the masks' areas decide between small, medium and large
+    detections, as in mmdetection.
+
+    Args:
+        truth: Ground truth in COCO's format, from `fcvit.data.coco.CocoImages.ground_truth`, which checks it.
+        results: Detections in COCO's format, from `entries`. All images must be in the ground truth.
+        category_ids: Category id of each label. Other categories do not count.
+        kind: Boxes or masks.
+        max_detections: Number of detections of each class in an image that count.
+
+    Raises:
+        MissingExtra: pycocotools is not installed.
+    """
+    coco = import_framework("pycocotools.coco").COCO
+    cocoeval = import_framework("pycocotools.cocoeval").COCOeval
+    omitted = ("bbox",) if kind == "segm" else ("segmentation",)
+    rows = [{key: value for key, value in row.items() if key not in omitted} for row in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = coco()
+        expected.dataset = {**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]}
+        expected.createIndex()
+        if rows:
+            found = expected.loadRes(rows)
+        else:  # `loadRes` fails without rows
+            found = coco()
+            found.dataset = {**truth, "annotations": []}
+            found.createIndex()
+        evaluation = cocoeval(expected, found, kind)
+        evaluation.params.catIds = [*category_ids]
+        evaluation.params.maxDets = [max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # thresholds, recalls (for precision and scores), sorted categories, areas
+    precision, recall, scores = (evaluation.eval[name][..., 0] for name in ("precision", "recall", "scores"))
+    labels = np.searchsorted(evaluation.params.catIds, category_ids)
+    curves, scores = precision[:, :, labels, _ALL], scores[:, :, labels, _ALL]
+    return Figures(
+        kind=kind,
+        max_detections=max_detections,
+        ap=_percent(precision[..., _ALL]),
+        ap50=_percent(precision[_IOU50, ..., _ALL]),
+        ap75=_percent(precision[_IOU75, ..., _ALL]),
+        ap_small=_percent(precision[..., _SMALL]),
+        ap_medium=_percent(precision[..., _MEDIUM]),
+        ap_large=_percent(precision[..., _LARGE]),
+        ar=_percent(recall[..., _ALL]),
+        ar_small=_percent(recall[..., _SMALL]),
+        ar_medium=_percent(recall[..., _MEDIUM]),
+        ar_large=_percent(recall[..., _LARGE]),
+        class_ap=np.array([_percent(curves[..., label]) for label in range(len(labels))]),
+        class_ap50=np.array([_percent(curves[_IOU50, :, label]) for label in range(len(labels))]),
+        precision=np.where(curves < 0, np.nan, curves),
+        scores=np.where(curves < 0, np.nan, scores),
+    )
+
+
+def _percent(values: np.ndarray) -> float:
+    """Return the mean in percent of the values that pycocotools did not mark with -1, in its order of summation."""
+    known = values[values > -1]
+    return 100 * float(np.mean(known)) if len(known) else np.nan
