@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_detection_targets import ellipses, first_come
 
 from conftest import golden_json, needs_paddle
 from detection_goldens import MINI
@@ -10,7 +11,6 @@ from fcvit.frameworks import import_framework
 from fcvit.models.spec import MaskRCNNOptions, ModelSpec, is_counter, paddle_name, tensor_specs
 from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
-from test_detection_targets import ellipses, first_come
 
 pytestmark = [needs_paddle, pytest.mark.slow]
 GOLDEN = golden_json("detection/train_step.json")
