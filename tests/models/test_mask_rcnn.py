@@ -58,7 +58,8 @@ def test_every_stage_and_all_detections_equal_the_authors_numbers_in_float64(nam
     values, proposals, detections = stages(name)
     golden, arrays = case(name).golden, case(name).arrays
     for stage, value in values.items():
-        for one, summary in zip(*((value, golden[stage]) if isinstance(value, list) else ([value], [golden[stage]]))):
+        levels = (value, golden[stage]) if isinstance(value, list) else ([value], [golden[stage]])
+        for one, summary in zip(*levels, strict=True):
             assert_summary(one, summary)
     for image, (found, proposed) in enumerate(zip(detections, proposals, strict=True)):
         assert_close(proposed, arrays[f"proposals{image}"])

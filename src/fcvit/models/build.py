@@ -12,7 +12,15 @@ import numpy as np
 from fcvit.data.classes import Classes, Palette
 from fcvit.errors import DoesNotFit, FreshWeights, UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.spec import ModelSpec, SemanticFPNOptions, is_counter, paddle_name, tensor_specs
+from fcvit.models.spec import (
+    HEADS,
+    MaskRCNNOptions,
+    ModelSpec,
+    SemanticFPNOptions,
+    is_counter,
+    paddle_name,
+    tensor_specs,
+)
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing, Variant, get_variant
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
 from fcvit.weights.reading import CLASSIFIER_ENDS, Weights, paddle_tensors, read_weights
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
     from fcvit.models.backbone import FCViTBackbone
     from fcvit.models.classifier import FCViT
+    from fcvit.models.mask_rcnn.network import MaskRCNN
     from fcvit.models.semantic_fpn import SemanticFPN
 
 
@@ -58,6 +67,7 @@ NETWORKS = {
 """Head of a spec -> function that builds the network with new weights."""
 DENSE_LAYER_SCALE = 1e-6  # initial value in the authors' dense-prediction backbones
 ADE20K_CLASSES = 150
+COCO_CLASSES = 80
 
 
 def create_model(
@@ -69,19 +79,19 @@ def create_model(
     *,
     task: str = "classification",
     ema: bool | None = None,
-) -> "FCViT | SemanticFPN":
-    """Build an FCViT classifier or segmentation network in evaluation mode.
+) -> "FCViT | SemanticFPN | MaskRCNN":
+    """Build an FCViT classifier, segmentation network or detector in evaluation mode.
 
     Args:
         variant: A name in `fcvit.VARIANTS`, or your own `Variant`.
         weights: A checkpoint of any format and layout. None initializes the weights like the authors' code.
-        num_classes: Number of classes. None uses the file's number, or 1,000 without a file. 0 removes the head, and
-            the model returns pooled embeddings. If the number differs from the file's, the head is newly initialized
-            and a warning is issued.
+        num_classes: Number of classes. None uses the file's number, or the number of the authors' data set without a
+            file. 0 removes a classifier's head, and the model returns pooled embeddings. If the number differs from the
+            file's, the last layers are newly initialized and a warning is issued.
         drop_path_rate: Stochastic depth rate for training, 0 <= rate < 1.
         drop_rate: Dropout rate for training, 0 <= rate < 1.
-        task: "classification", or "segmentation" for Semantic FPN. With the weights of a classifier or backbone, the
-            neck and the head are newly initialized and a warning is issued.
+        task: "classification", "segmentation" for Semantic FPN, or "detection" for Mask R-CNN. With the weights of a
+            network for another task, only the backbone is used, and a warning is issued.
         ema: True selects the EMA weights and False the raw weights of a file that contains both.
 
     Raises:
@@ -93,8 +103,10 @@ def create_model(
 
     if task == "segmentation":
         return create_segmenter(variant, weights, num_classes, drop_path_rate, drop_rate, ema=ema)
+    if task == "detection":
+        return create_detector(variant, weights, num_classes, drop_path_rate, drop_rate, ema=ema)
     if task != "classification":
-        raise UsageError(f"task {task!r}: expected classification or segmentation")
+        raise UsageError(f"task {task!r}: expected classification, segmentation or detection")
     variant = get_variant(variant)
     if weights is None:
         model = FCViT(variant, IMAGENET_CLASSES if num_classes is None else num_classes, drop_path_rate, drop_rate)
@@ -129,7 +141,7 @@ def build_classifier(
 
 
 def weights_of(
-    model: "FCViT | SemanticFPN",
+    model: "FCViT | SemanticFPN | MaskRCNN",
     *,
     name: str = "model",
     head: str = "classifier",
@@ -254,25 +266,119 @@ def build_segmenter(
     """
     from fcvit.models.semantic_fpn import SemanticFPN
 
-    tensors: Mapping[str, np.ndarray] = {}
-    classes, new = ADE20K_CLASSES, "neck, decode_head and the four norms"
+    classes = ADE20K_CLASSES
     if weights is not None and weights.spec.head == "semantic_fpn":
-        known = weights.spec.options
+        known, classes = weights.spec.options, weights.spec.num_classes
         options = dataclasses.replace(options or known, neck=known.neck, channels=known.channels)
-        classes, tensors = weights.spec.num_classes, paddle_tensors(weights)
-        if new_head or num_classes not in (None, classes):
-            tensors = {name: tensor for name, tensor in tensors.items() if "conv_seg" not in name}
-            new = f"the last layer for {num_classes} classes (the file has {classes})"
-    elif weights is not None:
-        kept = paddle_tensors(weights)
-        tensors = {f"backbone.{name}": kept[name] for name in kept if not name.startswith(CLASSIFIER_ENDS)}
-        if weights.spec.head == "backbone":
-            new = "neck and decode_head"
     classes = classes if num_classes is None else num_classes
     model = SemanticFPN(variant, classes, options, drop_path_rate, drop_rate, head_dropout)
-    missing = _set_tensors(model, tensors)
+    return model, _load_dense(model, weights, "semantic_fpn", "decode_head", ("decode_head.conv_seg.",), new_head)
+
+
+def create_detector(
+    variant: str | Variant,
+    weights: str | os.PathLike[str] | None,
+    num_classes: int | None,
+    drop_path_rate: float,
+    drop_rate: float,
+    options: MaskRCNNOptions | None = None,
+    *,
+    ema: bool | None = None,
+) -> "MaskRCNN":
+    """Build a Mask R-CNN in evaluation mode. See `create_model`."""
+    loaded = read_weights(weights, ema, get_variant(variant)) if weights is not None else None
+    dense, rates = _dense_variant(variant), (drop_path_rate, drop_rate)
+    model, new = build_detector(dense, loaded, num_classes, *rates, options=options)
+    if loaded is not None and new:
+        _warn(loaded, f"{new} are", stacklevel=4)
+    return model
+
+
+def build_detector(
+    variant: Variant,
+    weights: Weights | None,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    drop_rate: float = 0.0,
+    *,
+    options: MaskRCNNOptions | None = None,
+    new_head: bool = False,
+) -> "tuple[MaskRCNN, str]":
+    """Build a Mask R-CNN in evaluation mode, from weights in memory or newly initialized.
+
+    Args:
+        variant: Architecture of the backbone.
+        weights: Weights of any FCViT, or None. Of a network for another task, only the backbone is used.
+        num_classes: Number of classes. None uses that of the weights of a Mask R-CNN, or 80.
+        drop_path_rate, drop_rate: See `create_model`.
+        options: Widths and limits. The weights of a Mask R-CNN determine the widths.
+        new_head: Whether to initialize the last layers, also for the same number of classes.
+
+    Returns:
+        The network, and a readable list of the parts that the weights do not contain, or an empty string.
+    """
+    from fcvit.models.mask_rcnn.network import MaskRCNN
+
+    classes = COCO_CLASSES
+    if weights is not None and weights.spec.head == "mask_rcnn":
+        known, classes = weights.spec.options, weights.spec.num_classes
+        widths = {"neck": known.neck, "rpn": known.rpn, "box_channels": known.box_channels}
+        if known.masks:
+            widths["mask_channels"] = known.mask_channels
+        options = dataclasses.replace(options or known, **widths)
+    classes = classes if num_classes is None else num_classes
+    if classes < 1:
+        raise UsageError(f"num_classes = {classes}: expected at least 1 for detection")
+    model = MaskRCNN(variant, classes, options, drop_path_rate, drop_rate)
+    last = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "roi_head.mask_head.conv_logits.")
+    return model, _load_dense(model, weights, "mask_rcnn", "heads", last, new_head)
+
+
+def _load_dense(
+    model: "SemanticFPN | MaskRCNN",
+    weights: Weights | None,
+    head: str,
+    parts: str,
+    last: tuple[str, ...],
+    new_head: bool,
+) -> str:
+    """Copy the tensors that fit into a dense-prediction network in evaluation mode.
+
+    Args:
+        model: The network.
+        weights: Weights of any FCViT, or None. Of a network with another head, only the backbone is used.
+        head: Head of the network, a key of `HEADS`.
+        parts: Readable name of the parts behind the neck.
+        last: Beginnings of the names of the last layers, whose shapes depend on the number of classes.
+        new_head: Whether to leave out the last layers, also for the same number of classes.
+
+    Returns:
+        A readable list of the parts that the weights do not contain, or an empty string.
+    """
     model.eval()
-    return model, new if missing else ""
+    if weights is None:
+        return f"neck, {parts} and the four norms"
+    tensors, wanted = paddle_tensors(weights), model.state_dict()
+    if weights.spec.head != head:
+        prefix = HEADS[weights.spec.head].prefix
+        tensors = {
+            f"backbone.{name.removeprefix(prefix)}": tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix) and not name.startswith(CLASSIFIER_ENDS)
+        }
+        _set_tensors(model, tensors)
+        has_norms = "backbone.norm0.weight" in tensors
+        return f"neck and {parts}" if has_norms else f"neck, {parts} and the four norms"
+    new, known = [], weights.spec.num_classes
+    if new_head or model.num_classes != known:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(last)}
+        new.append(
+            f"the last {'layer' if len(last) == 1 else 'layers'} for {model.num_classes} classes (the file has {known})"
+        )
+    missing = _set_tensors(model, {name: tensor for name, tensor in tensors.items() if name in wanted})
+    if any(not name.startswith(last) for name in missing):
+        new.append("the mask head")
+    return " and ".join(new)
 
 
 def _dense_variant(variant: str | Variant) -> Variant:

@@ -401,7 +401,10 @@ def _mask_rcnn_options(shapes: Mapping[str, tuple[int, ...]]) -> MaskRCNNOptions
         axis = 1 if field == "mask_channels" else 0
         if len(shape) <= axis or not 1 <= shape[axis] <= 1 << 16:
             state = f"has shape {list(shape)}" if name in shapes else "is missing"
-            raise DoesNotFit(f"not a Mask R-CNN: {name} {state}")
+            raise DoesNotFit(
+                f"not a Mask R-CNN: {name} {state}, expected 1 to 65,536 channels; the file must use the names of "
+                "mmdetection (see docs/guides/convert.md)"
+            )
         widths[field] = shape[axis]
     return MaskRCNNOptions(**widths, masks=masks)
 

@@ -11,6 +11,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.backbone import Block, ChannelMixer, FCViTBackbone, GlobalContext, TokenMixer
 from fcvit.models.classifier import FCViT
 from fcvit.models.layers import NORM_EPS, SIMILARITY_EPS, ConvNorm, DropPath, LayerNorm2D
+from fcvit.models.mask_rcnn.network import MaskRCNN
 from fcvit.models.semantic_fpn import SemanticFPN
 from fcvit.native import build
 from fcvit.native.allocator import keep_memory
@@ -33,10 +34,10 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 
-def accelerate(model: FCViT | FCViTBackbone | SemanticFPN) -> None:
+def accelerate(model: FCViT | FCViTBackbone | SemanticFPN | MaskRCNN) -> None:
     """Make `model` use the native operators on a CPU, in training and evaluation. Results are equal up to rounding.
 
-    Of a Semantic FPN, only the backbone uses them.
+    Of a Semantic FPN or Mask R-CNN, only the backbone uses them.
 
     The parameters, their names and the random numbers of drop path do not change. From now on, this process keeps
     freed memory (`keep_memory`).
@@ -45,14 +46,15 @@ def accelerate(model: FCViT | FCViTBackbone | SemanticFPN) -> None:
         MissingExtra: The operators cannot be compiled on this machine.
         UsageError: The model has another type.
     """
-    if isinstance(model, SemanticFPN):
+    if isinstance(model, SemanticFPN | MaskRCNN):
         accelerate(model.backbone)
         return
     accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
         if isinstance(model, NativeFCViT | NativeFCViTBackbone):
             return
-        raise UsageError(f"only FCViT, FCViTBackbone and SemanticFPN can be accelerated, not {type(model).__name__}")
+        known = "FCViT, FCViTBackbone, SemanticFPN and MaskRCNN"
+        raise UsageError(f"only {known} can be accelerated, not {type(model).__name__}")
     build.operators()
     keep_memory()
     model.__class__ = accelerated

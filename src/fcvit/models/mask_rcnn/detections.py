@@ -121,9 +121,9 @@ def detect(
     results = [Detections(one[:0], one[:0, 0], np.zeros(0, np.int64)) for one in boxes]
     rois = to_rois(boxes)
     if len(rois):
-        outputs = zip(*(_by_image(values, boxes) for values in box_head(rois)), strict=True)
-        parts = zip(boxes, outputs, image_sizes, scales, strict=True)
-        results = [select_detections(options, one, *output, size, scale) for one, output, size, scale in parts]
+        logits, deltas = (_by_image(values, boxes) for values in box_head(rois))
+        parts = zip(boxes, logits, deltas, image_sizes, scales, strict=True)
+        results = [select_detections(options, *part) for part in parts]
     if not options.masks:
         return results
     # RoIs are in pixels of the input.

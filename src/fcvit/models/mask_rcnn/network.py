@@ -4,7 +4,8 @@ Ported from the behavior of mmdetection 2.19.0 (`FPN`, `RPNHead`, `Shared2FCBBox
 configure it in their `detection/` folder. The parameter names are those of their checkpoints. The selection of boxes is
 done in NumPy, outside the gradient.
 
-Shapes: B images, C channels, N regions of interest (RoIs). A RoI is (image index, x1, y1, x2, y2) in pixels of the input.
+Shapes: B images, C channels, N regions of interest (RoIs). A RoI is the index of the image and x1, y1, x2, y2 in pixels
+of the input.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
+PyLayer: Any = paddle.autograd.PyLayer  # its type stubs do not accept specific arguments
 BOX_BINS, MASK_BINS = 7, 14  # RoIAlign's bins per axis for the two heads
 
 
@@ -77,13 +79,14 @@ class MaskRCNN(nn.Layer):
             return maps, *self.rpn_head(maps)
         with paddle.no_grad():
             maps = self.neck(self.backbone(images))
-            proposals = self.propose(*self.rpn_head(maps), image_sizes)
+            logits, deltas = self.rpn_head(maps)
+            proposals = self.propose(logits, deltas, image_sizes)
             return self.detect(maps, proposals, image_sizes, scale_factors)
 
     def propose(self, logits: list[Tensor], deltas: list[Tensor], image_sizes: np.ndarray) -> list[np.ndarray]:
         """Return the proposals of each image, (N, 5) with x1, y1, x2, y2 and the score, from the outputs of the RPN."""
-        arrays = ([level.numpy() for level in levels] for levels in (logits, deltas))
-        return propose(self.options, *arrays, np.asarray(image_sizes))
+        scores, shifts = ([level.numpy() for level in levels] for levels in (logits, deltas))
+        return propose(self.options, scores, shifts, np.asarray(image_sizes))
 
     def detect(
         self,
@@ -220,18 +223,22 @@ def roi_features(maps: list[Tensor], rois: np.ndarray, size: int, finest_scale: 
     return align_on_device(levels, rois, size, finest_scale)
 
 
-class _RoIAlign(paddle.autograd.PyLayer):
-    """RoIAlign on a CPU. Paddle's CPU operator has a wrong gradient for boxes with a side of less than one cell."""
+class _RoIAlign(PyLayer):
+    """RoIAlign on a CPU.
+
+    Paddle's CPU operator has a wrong gradient for boxes with a side of less than one cell, divides by zero for empty
+    boxes, and takes four times as long.
+    """
 
     @staticmethod
-    def forward(ctx, *maps: Tensor, rois: np.ndarray, size: int, finest_scale: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, *maps: Tensor, rois: np.ndarray, size: int, finest_scale: float) -> Tensor:
         arrays = [_channels_last(x) for x in maps]
         ctx.shapes = [array.shape for array in arrays]
         ctx.windows = roi_windows(rois, [shape[1:3] for shape in ctx.shapes], size, finest_scale, arrays[0].dtype)
         return paddle.to_tensor(roi_align(arrays, ctx.windows, size))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         maps = roi_align_gradient(gradient.numpy(), ctx.windows, ctx.shapes)
         return tuple(paddle.to_tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2))) for x in maps)
 
@@ -253,5 +260,5 @@ def align_on_device(maps: list[Tensor], rois: np.ndarray, size: int, finest_scal
             given = paddle.to_tensor(own[:, 1:]), paddle.to_tensor(counts)
             parts.append(paddle.vision.ops.roi_align(x, *given, size, 1 / STRIDES[level], -1, aligned=True))
     features = paddle.concat(parts).index_select(paddle.to_tensor(np.argsort(order)))
-    empty = (rois[:, 3:] <= rois[:, 1:3]).any(axis=1)  # the operator divides by zero
-    return paddle.where(paddle.to_tensor(empty[:, None, None, None]), paddle.zeros_like(features), features)
+    empty = np.any(rois[:, 3:] <= rois[:, 1:3], axis=1, keepdims=True)  # the operator divides by zero
+    return paddle.where(paddle.to_tensor(empty[:, :, None, None]), paddle.zeros_like(features), features)
