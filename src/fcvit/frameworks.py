@@ -68,7 +68,7 @@ def import_framework(framework: str) -> ModuleType:
             return importlib.import_module(framework)
     except ImportError as error:
         package = framework.partition(".")[0]
-        if error.name == package:
+        if error.name in (framework, package):
             reason = f"{package} is not installed; install it with: {INSTALL[package]}"
         elif "libgomp" in str(error):
             reason = f"{framework} does not load ({error}); install the system package libgomp1"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fcvit.cli import main
 from fcvit.commands import check_data as module
+from fcvit.commands.image_checks import ODD
 from fcvit.data.sources import Source
 from fcvit.errors import UnreadableFile, UsageError
 
@@ -325,7 +326,7 @@ def test_long_lists_are_shortened_in_tables_but_not_in_json(train, capsys):
 
 
 def test_every_kind_of_unusual_image_has_a_description(train):
-    check = dataclasses.replace(check_data(train), odd=dict.fromkeys(module.ODD, ("x.png",)))
+    check = dataclasses.replace(check_data(train), odd=dict.fromkeys(ODD, ("x.png",)))
     _, listing = check.tables()
     shown = [*listing.columns[0].cells]
-    assert shown == list(module.ODD.values())
+    assert shown == list(ODD.values())

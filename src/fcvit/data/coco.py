@@ -70,6 +70,8 @@ BAD_MASK = "masks that cannot be read, so that the annotation has only a box"
 SHORT_POLYGON = "polygons of fewer than three points, left out"
 NO_MASK = "annotations without a mask, left out where masks are trained or evaluated"
 UNUSED = "categories that are never used, which have no AP"
+UNUSABLE_IMAGES = (NO_FILE_NAME, MISSING, AMBIGUOUS, SAME_IMAGE_ID, BAD_SIZE)
+"""The problems for which images are left out."""
 
 
 class Instances(NamedTuple):
@@ -156,7 +158,12 @@ class CocoImages:
     def notes(self) -> tuple[str, ...]:
         """Return a readable note for each kind of problem."""
         notes = [f"{self.file}: {len(items):,} {kind}: {some(items, 3)}" for kind, items in self.problems.items()]
-        return (*notes, *([f"{self.file}: {_CORNERS}"] if self.corners else []))
+        return (*notes, *self.hints)
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Return likely errors that concern all annotations."""
+        return (f"{self.file}: {_CORNERS}",) if self.corners else ()
 
     @property
     def landscape(self) -> np.ndarray:
@@ -272,8 +279,8 @@ def training_images(images: CocoImages, with_masks: bool) -> tuple[CocoImages, t
     Raises:
         DoesNotFit: The boxes are corners, or no image can be used.
     """
-    if images.corners:
-        raise DoesNotFit(f"{images.file}: {_CORNERS}")
+    if images.hints:
+        raise DoesNotFit(images.hints[0])
     targets = [target.take(target.trainable(with_masks)) for target in images.targets]
     large = [min(target.size) >= MIN_SIDE for target in targets]
     chosen = [index for index, target in enumerate(targets) if large[index] and len(target.boxes)]
@@ -726,3 +733,11 @@ def _are_corners(targets: Sequence[Instances]) -> bool:
     beyond = (low + high > limit).any(1)
     fit = ((low <= high) & (high <= limit)).all(1)
     return bool(beyond.mean() > 0.5 and fit.mean() > 0.95)
+
+
+def different_size(size: tuple[int, int], listed: tuple[int, int]) -> str:
+    """Return a message for an image whose size is not that of its annotations. Sizes are (height, width)."""
+    return (
+        f"{size[1]} x {size[0]} pixels after the EXIF orientation, but the annotations are for "
+        f"{listed[1]} x {listed[0]} (width x height); correct width and height in the JSON file, or use the original image"
+    )

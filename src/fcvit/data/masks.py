@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fcvit.frameworks import import_framework
+from fcvit.metrics.detection import decode_masks
 
 Segmentation = tuple[np.ndarray, ...] | np.ndarray
 """The mask of an instance: polygons, float64 (2k,) with x, y, x, y, ...; or run lengths, uint32 (r,), columns first."""
@@ -101,7 +102,7 @@ def _compressed(counts: Any, pixels: int) -> np.ndarray:
         raise ValueError("the run lengths are neither a list nor text")
     if len(counts) > 7 * (pixels + 1):
         raise ValueError("there are more run lengths than pixels")
-    codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     (last,) = np.nonzero(codes & 32 == 0)
     starts = np.concatenate([[0], last[:-1] + 1])
     if not len(last) or last[-1] != len(codes) - 1 or codes.min() < 0 or codes.max() > 63:
@@ -159,4 +160,4 @@ def decode_segmentation(segmentation: Segmentation, size: tuple[int, int]) -> np
     Raises:
         MissingExtra: pycocotools is not installed.
     """
-    return import_framework("pycocotools.mask").decode(encode_segmentation(segmentation, size))
+    return decode_masks([encode_segmentation(segmentation, size)])[0]

@@ -6,6 +6,7 @@ pycocotools matches and counts. Here its input is built, and its arrays are redu
 import contextlib
 import dataclasses
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,10 @@ def decode_masks(masks: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """
     if not masks:
         return np.zeros((0, 0, 0), np.uint8)
-    return import_framework("pycocotools.mask").decode([*masks]).transpose(2, 0, 1)
+    tools = import_framework("pycocotools.mask")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 has an old form of `__array__`
+        return tools.decode([*masks]).transpose(2, 0, 1)
 
 
 def entries(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fcvit.data.coco import Instances
+from fcvit.data.coco import Instances, different_size
 from fcvit.data.masks import decode_segmentation
 from fcvit.data.transforms.segmentation import aligned_size, keep_ratio_size, resize_image, resize_labels
 from fcvit.errors import BadImages, UsageError
@@ -192,8 +192,4 @@ def check_size(image: np.ndarray, instances: Instances) -> None:
         BadImages: The sizes are different.
     """
     if _size(image) != instances.size:
-        (height, width), (listed_height, listed_width) = _size(image), instances.size
-        raise BadImages(
-            f"{width} x {height} pixels after the EXIF orientation, but the annotations are for {listed_width} x "
-            f"{listed_height} (width x height); correct width and height in the JSON file, or use the original image"
-        )
+        raise BadImages(different_size(_size(image), instances.size))
