@@ -270,7 +270,7 @@ def test_every_image_has_different_random_numbers():
         for key in keys
         for purpose in ("augment", "erase", "mix", "sample")
     }
-    assert len(first) == 3 * len(keys)
+    assert len(first) == 4 * len(keys)
     assert pixel_generator(3 + (9 << 32), 4, 5, "erase").random() == np.random.default_rng([9, 3, 4, 5, 1]).random()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
-from fcvit.tasks.recipe import Recipe
+from fcvit.tasks.recipe import Precision, Recipe
 from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
     EMA,
@@ -199,7 +199,7 @@ class Trainer:
         return result
 
 
-def mixed_precision(precision: str) -> Any:
+def mixed_precision(precision: Precision) -> Any:
     """Return the context in which a network computes with a precision: "float32", "float16" or "bfloat16"."""
     half = precision != "float32"
     return paddle.amp.auto_cast(enable=half, dtype=precision if half else "float16")

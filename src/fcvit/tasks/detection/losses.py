@@ -77,19 +77,21 @@ def detection_losses(
         paddle.concat([x.transpose([0, 2, 3, 1]).reshape([len(targets), -1, *shape]) for x in levels], 1)
         for levels, shape in ((logits, []), (deltas, [4]))
     ]
-    losses = dict(zip(("loss_rpn_cls", "loss_rpn_bbox"), anchor_losses(*flat, samples), strict=True))
+    losses: dict[str, Tensor] = {}
+    losses["loss_rpn_cls"], losses["loss_rpn_bbox"] = anchor_losses(flat[0], flat[1], samples)
 
     options = dataclasses.replace(model.options, proposals_before_nms=sampling.proposals_before_nms)
-    proposals = propose(options, *arrays, np.array([target.size for target in targets]))
+    proposals = propose(options, arrays[0], arrays[1], np.array([target.size for target in targets]))
     regions = [
         roi_samples(proposed[:, :4], target, model.num_classes, choose, sampling.rois)
         for proposed, target, choose in zip(proposals, targets, draws, strict=True)
     ]
     with precision():
-        outputs = model.roi_head.bbox_head(model.roi_head.box_features(maps, to_rois([r.rois for r in regions])))
+        features = model.roi_head.box_features(maps, to_rois([r.rois for r in regions]))
+        scores, shifts = (_full_precision(x) for x in model.roi_head.bbox_head(features))
     labels = np.concatenate([r.labels for r in regions])
-    given = labels, np.concatenate([r.deltas for r in regions])
-    losses |= zip(("loss_cls", "loss_bbox"), box_losses(*map(_full_precision, outputs), *given), strict=True)
+    wanted = np.concatenate([r.deltas for r in regions])
+    losses["loss_cls"], losses["loss_bbox"] = box_losses(scores, shifts, labels, wanted)
 
     if model.options.masks:
         with precision():
