@@ -1,5 +1,6 @@
 """Targets and losses of Mask R-CNN compared with mmdetection's assigner, sampler, coder, mask targets and losses."""
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -9,7 +10,15 @@ from conftest import golden_arrays, golden_json, needs_paddle
 from fcvit.data.transforms.detection import DetectionTarget
 from fcvit.frameworks import import_framework
 from fcvit.tasks.detection import targets
-from fcvit.tasks.detection.targets import anchor_samples, assign, drawn_from, mask_targets, roi_samples, sample
+from fcvit.tasks.detection.targets import (
+    anchor_samples,
+    assign,
+    drawn_from,
+    mask_targets,
+    roi_samples,
+    sample,
+    valid_anchors,
+)
 
 GOLDEN, ARRAYS = golden_json("detection/units.json"), golden_arrays("detection/units.npz")
 HEIGHT, WIDTH = GOLDEN["numbers"]["image"]
@@ -111,6 +120,20 @@ def test_samples_are_sorted_distinct_and_repeatable():
     assert counts[100:200].min() > 5 and counts[300:].min() > 5, "all positive boxes are drawn equally often"
     few = sample(np.array([1, 0, 0, -1, 0]), 60, 0.5, first_come)
     assert [part.tolist() for part in few] == [[0], [1, 2, 4]]
+
+
+def test_anchors_outside_the_padded_image_are_not_valid():
+    golden = GOLDEN["anchors.valid"]
+    valid = valid_anchors(GOLDEN["anchors.sizes"], golden["pad_shape"])
+    levels = np.split(valid, np.cumsum([3 * height * width for height, width in GOLDEN["anchors.sizes"]])[:-1])
+    assert [int(level.sum()) for level in levels] == golden["count"]
+    assert [hashlib.sha256(level.tobytes()).hexdigest() for level in levels] == golden["sha256"]
+
+
+def test_half_covered_cells_belong_to_the_mask_target():
+    mask = np.zeros((1, 56, 56), np.uint8)
+    mask[0, ::2] = 1
+    assert mask_targets(mask, np.zeros(1, int), np.array([[0.0, 0, 56, 56]])).all()
 
 
 def test_mask_targets_of_rois_at_the_border_are_clipped():

@@ -167,9 +167,9 @@ def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, unint
 def test_training_learns_the_task(small, tmp_path):
     """The losses of the second stage are not compared, because they rise while the proposals become better."""
     with without_pictures():
-        done = train(small(epochs=12, warmup_steps=5), folder=tmp_path / "run", device="cpu")
+        done = train(small(epochs=8, lr=1e-2, warmup_steps=3), folder=tmp_path / "run", device="cpu")
     first, last = done.rows[0], done.rows[-1]
-    assert last["loss_rpn_cls"] < 0.6 * first["loss_rpn_cls"] and last["loss_mask"] < 0.8 * first["loss_mask"]
+    assert last["loss_rpn_cls"] < 0.5 * first["loss_rpn_cls"] and last["loss_mask"] < 0.8 * first["loss_mask"]
 
 
 def inputs_of(task, positions, epoch=0):
