@@ -53,7 +53,11 @@ COMMANDS = {
         "train": ("train:train", "RECIPE", "Train a network with a recipe. Options override its fields."),
         "finetune": ("finetune:finetune", "--weights FILE --data FOLDER", "Fine-tune weights on your own images."),
         "recipes": ("recipes:recipes", "", "List the included recipes, or print one."),
-        "check-data": ("check_data:check_data", "FOLDER", "Check class folders or label maps before training."),
+        "check-data": (
+            "check_data:check_data",
+            "FOLDER",
+            "Check class folders, label maps or COCO annotations before training.",
+        ),
         "resume": ("resume:resume", "RUN", "Resume an interrupted evaluation or training run."),
     },
     "Analyze": {

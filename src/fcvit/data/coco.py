@@ -539,7 +539,8 @@ class _Finder:
     """Finds the file of an image by its `file_name`, which can contain folders, backslashes or a URL.
 
     The file whose path has the most last parts in common is taken. Among equals, a file in a folder with the split's
-    name comes first, then in a folder of the same role, and last in that of another role.
+    name comes first, then in a folder of the same role. A file in the folder of another split is taken only if
+    `file_name` contains this folder.
     """
 
     def __init__(self, source: Source, split: str, relative: str):
@@ -547,9 +548,11 @@ class _Finder:
         self.words = {split, posixpath.splitext(posixpath.basename(relative))[0].removeprefix(_PREFIX)}
         self.role = next((named[0] for word in self.words if (named := role(word))), None)
         self.beside = posixpath.dirname(relative)
-        self.by_name: dict[str, list[str]] = {}
+        self.by_tail: dict[str, list[str]] = {}  # last part and last two parts of the path -> files
         for file in self.files:
-            self.by_name.setdefault(posixpath.basename(file), []).append(file)
+            parts = file.rsplit("/", 2)
+            for tail in {parts[-1], "/".join(parts[-2:])}:
+                self.by_tail.setdefault(tail, []).append(file)
         self.rank = functools.cache(self._rank)
 
     def _rank(self, folder: str) -> tuple[int, bool]:
@@ -563,11 +566,12 @@ class _Finder:
         if "://" in file_name:
             file_name = urllib.parse.unquote(urllib.parse.urlsplit(file_name).path)
         parts = [part for part in file_name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        candidates = self.by_name.get(parts[-1], []) if parts else []
-        if len(candidates) < 2:
-            return candidates
-        keys = {file: (_common_tail(file.split("/"), parts), self.rank(posixpath.dirname(file))) for file in candidates}
-        best = max(keys.values())
+        keys: dict[str, tuple[int, tuple[int, bool]]] = {}
+        for file in self.by_tail.get("/".join(parts[-2:])) or self.by_tail.get(parts[-1] if parts else "", ()):
+            common, rank = _common_tail(file.split("/"), parts), self.rank(posixpath.dirname(file))
+            if rank[0] >= 0 or any(map(role, parts[-common:-1])):
+                keys[file] = common, rank
+        best = max(keys.values(), default=None)
         return [file for file, key in keys.items() if key == best]
 
 
@@ -649,7 +653,7 @@ def _add_annotations(
 ) -> None:
     """Add the annotations that can be used to their images."""
     as_text = any(isinstance(number, str) for number in (*images, *left_out))
-    added = 0
+    added = skipped = 0
     seen: set[Any] = set()
     for index, entry in enumerate(entries):
         number = _id(entry.get("image_id"), "annotations", problems) if isinstance(entry, dict) else None
@@ -663,10 +667,12 @@ def _add_annotations(
                 if key in seen:
                     problems.add(SAME_ID, shown)
                 seen.add(key)
-        elif identity not in left_out:
+        elif identity in left_out:
+            skipped += 1
+        else:
             problems.add(UNKNOWN_IMAGE, f"annotation {entry.get('id', index)!s:.20} of image {number!s:.40}")
-    if entries and not added:
-        kind, items = next(iter(problems.found.items()))
+    if entries and not added and not skipped:
+        kind, items = [*problems.found.items()][-1]
         raise UnreadableFile(
             f"{path}: none of the {counted(len(entries), 'annotation')} can be used ({kind}: {items[0]}); expected "
             "boxes of instances in COCO's format"
@@ -739,5 +745,6 @@ def different_size(size: tuple[int, int], listed: tuple[int, int]) -> str:
     """Return a message for an image whose size is not that of its annotations. Sizes are (height, width)."""
     return (
         f"{size[1]} x {size[0]} pixels after the EXIF orientation, but the annotations are for "
-        f"{listed[1]} x {listed[0]} (width x height); correct width and height in the JSON file, or use the original image"
+        f"{listed[1]} x {listed[0]} (width x height); correct width and height in the JSON file, or use the "
+        "original image"
     )
