@@ -266,9 +266,11 @@ def test_the_result_does_not_depend_on_the_order_of_the_images():
 def test_every_image_has_different_random_numbers():
     keys = [(seed, epoch, index) for seed in (0, 1, 1 << 32, 1 + (1 << 32)) for epoch in (0, 1) for index in (0, 1, 2)]
     first = {
-        pixel_generator(*key, purpose).integers(1 << 62) for key in keys for purpose in ("augment", "erase", "mix")
+        pixel_generator(*key, purpose).integers(1 << 62)
+        for key in keys
+        for purpose in ("augment", "erase", "mix", "sample")
     }
-    assert len(first) == 3 * len(keys)
+    assert len(first) == 4 * len(keys)
     assert pixel_generator(3 + (9 << 32), 4, 5, "erase").random() == np.random.default_rng([9, 3, 4, 5, 1]).random()
 
 

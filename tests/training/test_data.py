@@ -6,7 +6,7 @@ import pytest
 from fcvit.data.loader import Batch
 from fcvit.errors import UsageError
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, steps_in_pass
+from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, grouped, steps_in_pass
 
 
 def test_the_batch_size_must_be_divisible_by_the_micro_batches():
@@ -90,3 +90,9 @@ def test_the_networks_input_is_mixed_normalized_and_erased(small):
     )
     _, mixed = network_input([0, 0, 1, 1], mixup=1.0)
     assert mixed.sum(1) == pytest.approx(1) and 0 < mixed[0, 0] < 1
+
+
+def test_a_micro_batch_has_samples_of_one_group():
+    order, groups = [5, 0, 3, 1, 4, 2, 7, 6], [0, 0, 1, 1, 0, 1, 0, 1]
+    assert grouped(order, groups, 2) == [5, 3, 0, 1, 2, 7, 4, 6]
+    assert grouped([5, 0, 3, 1, 4, 2], [0, 0, 0, 1, 1, 1], 2) == [5, 3, 0, 1, 4, 2], "only the last one is mixed"

@@ -46,3 +46,17 @@ def test_poly_and_step_schedules_match_mmcv():
     )
     with_warmup = ClassificationRecipe(**{**common, "warmup_epochs": 2, "warmup_lr": 0}, epochs=10, schedule="poly")
     assert learning_rate(with_warmup, 1) == pytest.approx(5e-3)
+
+
+def test_a_warmup_in_steps_matches_mmcv():
+    """The learning rates of mmdetection's 1x schedule with 3,665 steps per epoch."""
+    steps, base = 3665, 2e-4
+    recipe = ClassificationRecipe(
+        variant="fcvit_tiny", lr=base, lr_batch=0, epochs=12, cooldown_epochs=0, min_lr=0, warmup_lr=base * 0.001,
+        warmup_steps=500, lr_update="step", schedule="step", step_epochs=(8, 11),
+    )  # fmt: skip
+    for step in (0, 1, 250, 499):
+        expected = base * (1 - (1 - step / 500) * (1 - 0.001))
+        assert learning_rate(recipe, step / steps, steps) == pytest.approx(expected, rel=1e-12)
+    rates = [learning_rate(recipe, step / steps, steps) for step in (500, 8 * steps - 1, 8 * steps, 11 * steps)]
+    assert rates == pytest.approx([base, base, base / 10, base / 100], rel=1e-12)

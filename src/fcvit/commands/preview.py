@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fcvit.data.loader import Batch, Dataset
+from fcvit.data.loader import Batch, Dataset, stack
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import UsageError
 from fcvit.report.sample_grid import sample_grid
@@ -76,7 +76,7 @@ def _inputs(
     transform = task.transform(epoch)
     samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
     pixels, targets = zip(*samples, strict=True)
-    batch = Batch(0, np.arange(len(originals)), (), (np.stack(pixels),), ([*targets],), ())
+    batch = Batch(0, np.arange(len(originals)), (), (stack(pixels),), ([*targets],), ())
     inputs, targets = task.inputs(batch, epoch)
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
     visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise

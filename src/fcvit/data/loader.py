@@ -260,14 +260,14 @@ def _assemble(
                 number,
                 np.array([index for index, *_ in good], np.int64),
                 tuple(digest for _, digest, _ in good),
-                tuple(_stack([pixels for pixels, _ in pairs]) for pairs in samples),
+                tuple(stack([pixels for pixels, _ in pairs]) for pairs in samples),
                 tuple([target for _, target in pairs] for pairs in samples),
                 tuple(bad),
             )
             good, bad = [], []
 
 
-def _stack(pixels: list[np.ndarray]) -> Any:
+def stack(pixels: Sequence[np.ndarray]) -> Any:
     """Stack images of equal size into one array, or return the list if their sizes differ."""
     if len({image.shape for image in pixels}) > 1:
         return pixels

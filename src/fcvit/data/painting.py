@@ -1,9 +1,9 @@
-"""Draw label maps in the colors of a palette."""
+"""Draw label maps and boxes in the colors of a palette."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fcvit.errors import UsageError
 
@@ -30,6 +30,25 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: fl
     if not 0 <= opacity <= 1:
         raise UsageError(f"opacity {opacity!r}: expected a number from 0 to 1")
     return (image * (1 - opacity) + _colors(palette)[labels] * opacity).astype(np.uint8)
+
+
+def outline_boxes(image: np.ndarray, boxes: np.ndarray, colors: Palette, width: int = 1) -> np.ndarray:
+    """Draw the outlines of boxes.
+
+    Args:
+        image: Image, uint8 (H, W, 3).
+        boxes: x1, y1, x2, y2 of each box in pixels, (N, 4).
+        colors: Color of each box.
+        width: Width of the lines in pixels.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    drawn = Image.fromarray(image)
+    draw = ImageDraw.Draw(drawn)
+    for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors, strict=True):
+        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=tuple(color), width=width)
+    return np.asarray(drawn)
 
 
 def palette_image(labels: np.ndarray, palette: Palette) -> Image.Image:

@@ -87,6 +87,7 @@ class Recipe:
     epochs: Annotated[Count, SCHEDULE("Number of epochs of the schedule, including the warm-up.")] = 300
     steps_per_epoch: Annotated[Count | None, SCHEDULE("Steps per epoch (default: one pass over the images).")] = None
     warmup_epochs: Annotated[NonNegative, SCHEDULE("Epochs of linear warm-up; with lr_update = step any number.")] = 5.0
+    warmup_steps: Annotated[CountOrZero, SCHEDULE("Steps of linear warm-up. 0: warmup_epochs.")] = 0
     cooldown_epochs: Annotated[CountOrZero, SCHEDULE("Additional epochs at the final learning rate.")] = 10
     lr: Annotated[float, Meta(gt=0, lt=1000), SCHEDULE("Peak learning rate for `lr_batch` images per step.")] = 1e-3
     lr_batch: Annotated[CountOrZero, SCHEDULE("Scale `lr` by `batch_size / lr_batch`. 0: no scaling.")] = 1024
@@ -141,6 +142,10 @@ class Recipe:
     def total_epochs(self) -> int:
         return self.epochs + self.cooldown_epochs
 
+    def warmup(self, steps: int) -> float:
+        """Return the length of the warm-up in epochs, each of the given number of steps."""
+        return self.warmup_steps / steps if self.warmup_steps else self.warmup_epochs
+
     def network(self) -> Variant:
         """Return the variant with the architecture options of the recipe.
 
@@ -174,7 +179,11 @@ class Recipe:
 _UP_TO_PEAK = "from 0 to the peak learning rate ({r.peak_lr:g})"
 # Conditions between fields: (field, condition, expected value).
 _CHECKS: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (
-    ("warmup_epochs", lambda r: r.warmup_epochs <= r.epochs, "from 0 to epochs ({r.epochs}); set --warmup-epochs"),
+    (
+        "warmup_epochs",
+        lambda r: r.warmup_steps or r.warmup_epochs <= r.epochs,
+        "from 0 to epochs ({r.epochs}); set --warmup-epochs",
+    ),
     ("min_lr", lambda r: r.min_lr <= r.peak_lr, _UP_TO_PEAK),
     ("warmup_lr", lambda r: r.warmup_lr <= r.peak_lr, _UP_TO_PEAK),
     ("step_epochs", lambda r: [*r.step_epochs] == sorted(set(r.step_epochs)), "epochs in ascending order"),

@@ -1,7 +1,7 @@
 """Split an optimizer step into micro-batches over processes, and order the samples of an epoch."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -88,6 +88,28 @@ def epoch_order(images: int, seed: int, epoch: int, batch_size: int, steps: int 
     return order[first % images :][:used].tolist()
 
 
+def grouped(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:
+    """Reorder the samples of an epoch so that each micro-batch has samples of one group, such as one orientation.
+
+    Samples of a group stay in their order, and so do the micro-batches by their last sample. Samples that do not fill a
+    micro-batch of their group are at the end. mmdetection's GroupSampler repeats samples instead.
+
+    Args:
+        order: Positions of the samples in the data set (see `epoch_order`).
+        groups: Group of each sample of the data set.
+        size: Number of samples in a micro-batch.
+    """
+    waiting: dict[int, list[int]] = {}
+    complete: list[int] = []
+    for position in order:
+        members = waiting.setdefault(groups[position], [])
+        members.append(position)
+        if len(members) == size:
+            complete += members
+            members.clear()
+    return complete + [position for members in waiting.values() for position in members]
+
+
 def epoch_batches(
     dataset: Dataset,
     seed: int,
@@ -99,8 +121,13 @@ def epoch_batches(
 ) -> Generator[Batch]:
     """Yield this process's micro-batches of an epoch, in the order of `epoch_order`.
 
-    A transform seeds its random draws with the position of a sample in this order.
+    If the data set has `landscape`, which tells for each image whether it is wider than high, the order is changed by
+    `grouped`. A transform seeds its random draws with the position of a sample in this order.
     """
-    shuffled = dataset.take(epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps))
+    order = epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps)
+    landscape = getattr(dataset, "landscape", None)
+    if landscape is not None:
+        order = grouped(order, landscape, micro_batches.images)
+    shuffled = dataset.take(order)
     numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)

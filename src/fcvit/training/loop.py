@@ -146,7 +146,7 @@ class Loop:
             advance = stack.enter_context(shown) if shown else lambda _: None
             batches = stack.enter_context(contextlib.closing(self._batches(epoch)))
             for step in range(run.steps):
-                rate = learning_rate(recipe, epoch + step / run.steps)
+                rate = learning_rate(recipe, epoch + step / run.steps, run.steps)
                 losses.append(trainer.run(batches, rate))
                 check()
                 advance(recipe.batch_size)

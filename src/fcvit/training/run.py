@@ -200,12 +200,13 @@ class Run:
             freeze_backbone(model)
         for note in (*(weights.notes if weights is not None and start is None else ()), *self.task.notes):
             logger.info(note)
-        if recipe.warmup_epochs >= recipe.epochs:
+        self.steps = recipe.steps_per_epoch or steps_in_pass(len(self.task.train), recipe.batch_size)
+        if recipe.warmup(self.steps) >= recipe.epochs:
+            field = "steps" if recipe.warmup_steps else "epochs"
             logger.info(
                 f"the warm-up is as long as the schedule ({counted(recipe.epochs, 'epoch')}), so the learning rate "
-                f"does not reach {recipe.peak_lr:g}; choose a smaller --warmup-epochs"
+                f"does not reach {recipe.peak_lr:g}; choose a smaller --warmup-{field}"
             )
-        self.steps = recipe.steps_per_epoch or steps_in_pass(len(self.task.train), recipe.batch_size)
         if recipe.patience and self.task.val is None:
             raise UsageError(
                 f"patience = {recipe.patience}: early stopping needs validation images; set --val or --held-out"

@@ -12,7 +12,7 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
-from fcvit.tasks.recipe import Recipe
+from fcvit.tasks.recipe import Precision, Recipe
 from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
     EMA,
@@ -104,8 +104,7 @@ class Trainer:
             return self._timed("optimizer", lambda: self._update(totals))
 
     def _losses(self, images: np.ndarray, targets: Any) -> dict[str, Tensor]:
-        half = self.recipe.precision != "float32"
-        with paddle.amp.auto_cast(enable=half, dtype=self.recipe.precision if half else "float16"):
+        with mixed_precision(self.recipe.precision):
             outputs = self.model(paddle.to_tensor(images))
         return self.task_loss(outputs, targets)
 
@@ -198,6 +197,12 @@ class Trainer:
         result = work()
         self.seconds[phase] += time.perf_counter() - began
         return result
+
+
+def mixed_precision(precision: Precision) -> Any:
+    """Return the context in which a network computes with a precision: "float32", "float16" or "bfloat16"."""
+    half = precision != "float32"
+    return paddle.amp.auto_cast(enable=half, dtype=precision if half else "float16")
 
 
 def _paddle_seed(seed: int, step: int, position: int) -> int:

@@ -27,7 +27,7 @@ HIGHEST_LEVEL = 10.0
 Crop = Literal["resized", "padded", "centre"]
 Interpolation = Literal["bilinear", "bicubic"]
 RandomInterpolation = Literal["random", Interpolation]
-Purpose = Literal["augment", "erase", "mix"]
+Purpose = Literal["augment", "erase", "mix", "sample"]
 
 _INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -87,7 +87,8 @@ def pixel_generator(seed: int, epoch: int, index: int, purpose: Purpose) -> np.r
         seed: Seed of the training run, from 0 to 2^63 - 1.
         epoch: Number of the epoch, from 0 to 2^32 - 1.
         index: Position of the image in the data set, or of the batch in the epoch for "mix", from 0 to 2^32 - 1.
-        purpose: "augment", "erase" or "mix". The generators of different purposes are independent.
+        purpose: "augment", "erase", "mix", or "sample" for a detector. The generators of different purposes are
+            independent.
 
     Raises:
         UsageError: A number is out of range, or the purpose is unknown.

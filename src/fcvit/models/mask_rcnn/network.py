@@ -62,22 +62,26 @@ class MaskRCNN(nn.Layer):
         self.rpn_head = RPNHead(self.options.neck, self.options.rpn)
         self.roi_head = RoIHead(num_classes, self.options)
 
-    @paddle.no_grad()
     def forward(
-        self, images: Tensor, image_sizes: np.ndarray, scale_factors: np.ndarray | None = None
-    ) -> list[Detections]:
-        """Return the detections in each image, as arrays.
+        self, images: Tensor, image_sizes: np.ndarray | None = None, scale_factors: np.ndarray | None = None
+    ) -> Any:
+        """Return the detections in each image as arrays, a list of `Detections`.
 
         Args:
             images: Normalized images (B, 3, H, W) of any size, padded with zeros on the right and at the bottom.
-            image_sizes: Height and width of each image without its padding, (B, 2).
+            image_sizes: Height and width of each image without its padding, (B, 2). In training it is None, and the
+                result is the five feature maps, and the logits and the deltas of the RPN for each of them.
             scale_factors: New over old width, height, width and height of each image, (B, 4). The boxes are then in
                 pixels of the original images, otherwise in pixels of the input.
         """
-        maps = self.neck(self.backbone(images))
-        logits, deltas = self.rpn_head(maps)
-        proposals = self.propose(logits, deltas, image_sizes)
-        return self.detect(maps, proposals, image_sizes, scale_factors)
+        if image_sizes is None:
+            maps = self.neck(self.backbone(images))
+            return maps, *self.rpn_head(maps)
+        with paddle.no_grad():
+            maps = self.neck(self.backbone(images))
+            logits, deltas = self.rpn_head(maps)
+            proposals = self.propose(logits, deltas, image_sizes)
+            return self.detect(maps, proposals, image_sizes, scale_factors)
 
     def propose(self, logits: list[Tensor], deltas: list[Tensor], image_sizes: np.ndarray) -> list[np.ndarray]:
         """Return the proposals of each image, (N, 5) with x1, y1, x2, y2 and the score, from the outputs of the RPN."""

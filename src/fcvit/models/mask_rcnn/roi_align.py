@@ -51,8 +51,8 @@ def roi_windows(
     levels = pyramid_levels(rois[:, 1:], finest_scale)
     corners = rois[:, 1:] / np.array(STRIDES)[levels, None] - 0.5
     lengths = np.array(sizes)[levels]
-    top, bottom, down = _axis_weights(corners[:, 1], corners[:, 3], lengths[:, 0], size, dtype)
-    left, right, across = _axis_weights(corners[:, 0], corners[:, 2], lengths[:, 1], size, dtype)
+    top, bottom, down = axis_weights(corners[:, 1], corners[:, 3], lengths[:, 0], size, dtype)
+    left, right, across = axis_weights(corners[:, 0], corners[:, 2], lengths[:, 1], size, dtype)
     return [
         Window(
             int(levels[index]),
@@ -64,7 +64,7 @@ def roi_windows(
     ]
 
 
-def _axis_weights(
+def axis_weights(
     start: np.ndarray, end: np.ndarray, length: np.ndarray, size: int, dtype: np.dtype | type
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first position of each window, the one after its last, and the weights (N, size, longest window).

@@ -1,6 +1,7 @@
 """Find the training and validation images with label maps of a run, their classes, and the meaning of the labels."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from fcvit.data.classes import Classes, ClassName, Palette
 from fcvit.data.label_maps import LabelEncoding, check_labels, resolve_encoding, scan_labels
 from fcvit.data.segmentation import LabeledMaps, MapLayout, find_maps, join, read_split
 from fcvit.data.sources import open_source
-from fcvit.data.splits import Role
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
+from fcvit.tasks.dense import find_splits
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.text import some
 from fcvit.weights.reading import Weights
@@ -71,7 +72,8 @@ def list_maps(recipe: SegmentationRecipe) -> ListedMaps:
     if not recipe.data:
         raise UsageError("no data; set data in the recipe or pass --data with the folder or tar of images and labels")
     layout = _layout(recipe.data)
-    train, val, notes = _splits(layout, recipe)
+    read = functools.partial(read_split, label_suffix=recipe.label_suffix)
+    train, val, notes = find_splits(recipe, layout, _layout, read)
     listed = read_class_list(Path(recipe.classes)) if recipe.classes else layout.class_list()
     return ListedMaps(layout, train, val, listed, notes)
 
@@ -147,44 +149,6 @@ def _layout(path: str | os.PathLike[str]) -> MapLayout:
             "each split"
         )
     return layout
-
-
-def _splits(layout: MapLayout, recipe: SegmentationRecipe) -> tuple[LabeledMaps, LabeledMaps | None, list[str]]:
-    """Return the training and validation images, and notes on them."""
-    path = layout.source.path
-    train = read_split(layout, _only(layout, "train", "--data"), recipe.label_suffix)
-    notes = [*train.notes]
-    if recipe.val:
-        other = _layout(recipe.val)
-        val = read_split(other, _only(other, "val", "--val"), recipe.label_suffix)
-    elif layout.named("val"):
-        val = read_split(layout, _only(layout, "val", "--val"), recipe.label_suffix)
-    elif recipe.held_out:
-        count = round(recipe.held_out * len(train))
-        if not 1 <= count < len(train):
-            raise UsageError(f"held_out = {recipe.held_out} of {len(train)} images: too few images for both splits")
-        drawn = set(np.random.default_rng(recipe.seed).permutation(len(train))[:count].tolist())
-        notes.append(f"held out for validation: {count} of {len(train)} images (seed {recipe.seed})")
-        val = train.take(sorted(drawn))
-        return train.take([index for index in range(len(train)) if index not in drawn]), val, notes
-    else:
-        notes.append("no validation images, because neither val nor held_out is set")
-        return train, None, notes
-    if path == val.root and (same := set(train.names) & set(val.names)):
-        raise UsageError(f"--val {recipe.val}: its images are also training images ({some(sorted(same))})")
-    return train, val, [*notes, *val.notes]
-
-
-def _only(layout: MapLayout, wanted: Role, option: str) -> str:
-    """Return the name of the only split with this role, or of the split without a role."""
-    names = layout.named(wanted) or [name for name in layout.splits if name == "all"]
-    if len(names) != 1:
-        found = f"several ({', '.join(names)})" if names else f"only {', '.join(layout.splits)}"
-        kind = {"train": "training", "val": "validation", "test": "test"}[wanted]
-        raise UsageError(
-            f"{layout.source.path}: expected one {kind} split, found {found}; pass a data set with one with {option}"
-        )
-    return names[0]
 
 
 def _sample(images: LabeledMaps, described: LabelEncoding) -> LabeledMaps:

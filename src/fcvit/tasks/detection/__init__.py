@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: training, evaluation and prediction of Mask R-CNN."""

@@ -1,0 +1,337 @@
+"""Training of detectors on small made-up images: data, files, resuming, starting weights and recipes."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import needs_paddle
+from fcvit.commands.preview import draw_preview
+from fcvit.data.loader import Batch
+from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
+from fcvit.models.spec import MaskRCNNOptions, ModelSpec
+from fcvit.tasks import base
+from fcvit.tasks.detection.recipe import DetectionRecipe
+from fcvit.tasks.detection.training import DetectionTraining
+from fcvit.training.recipe import read_recipe
+from fcvit.training.run import resume, train
+from fcvit.training.state import read_state
+from fcvit.weights.reading import read_weights
+from fcvit.weights.synthetic import synthetic_tensors
+
+pytest.importorskip("cv2")
+pytest.importorskip("pycocotools")
+pytestmark = needs_paddle
+OPTIONS = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "mlp_ratios": [1, 1, 1, 1], "layer_scale": 0.1}
+SMALL = {
+    "variant": "fcvit_digits", "options": OPTIONS, "drop_path_rate": 0.0, "neck_channels": 8, "rpn_channels": 8,
+    "box_channels": 16, "mask_channels": 8, "anchor_scale": 4.0, "finest_scale": 28.0, "proposals_before_nms": 50,
+    "max_proposals": 40, "max_detections": 10, "training_before_nms": 50, "rpn_samples": 32, "roi_samples": 16,
+    "scale": (64, 48), "epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 2e-3, "lr_batch": 0, "min_lr": 0,
+    "warmup_lr": 0, "lr_update": "step", "batch_size": 4,
+}  # fmt: skip
+LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
+
+
+class Task:
+    """The detection task without validation."""
+
+    name, recipe = "detection", DetectionRecipe
+
+    def training(self, recipe, weights):
+        return DetectionTraining(recipe, weights)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        module = types.ModuleType("detection_of_the_tests")
+        module.TASK = Task()
+        patch.setitem(sys.modules, module.__name__, module)
+        patch.setitem(base.TASKS, "detection", module.__name__)
+        yield
+
+
+def write_shapes(folder, split, sizes, categories=("disc", "square"), seed=0):
+    """Write images of noise with a bright disc and a bright square, and their annotations."""
+    generator = np.random.default_rng([seed, len(sizes)])
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for index, (height, width) in enumerate(sizes):
+        pixels = generator.integers(0, 90, (height, width, 3), np.uint8)
+        y, x = np.mgrid[:height, :width]
+        for category in range(2):
+            side = int(generator.integers(14, 22))
+            left, top = (int(generator.integers(0, length - side)) for length in (width, height))
+            corners = [left, top, left + side, top, left + side, top + side, left, top + side]
+            inside = (x >= left) & (x < left + side) & (y >= top) & (y < top + side)
+            if category == 0:
+                inside = (x + 0.5 - left - side / 2) ** 2 + (y + 0.5 - top - side / 2) ** 2 <= (side / 2) ** 2
+                angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+                center = np.array([left, top]) + side / 2
+                corners = (center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)).ravel().tolist()
+            pixels[inside] = pixels[inside] + np.array([[150, 0, 150], [0, 150, 0]], np.uint8)[category]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": index, "category_id": 3 + 4 * category, "iscrowd": 0,
+                    "bbox": [left, top, side, side], "area": int(inside.sum()), "segmentation": [corners],
+                }
+            )  # fmt: skip
+        name = f"{index:02d}.png"
+        Image.fromarray(pixels).save(folder / split / name)
+        images.append({"id": index, "file_name": name, "height": height, "width": width})
+    listed = [{"id": 3 + 4 * index, "name": name} for index, name in enumerate(categories)]
+    content = {"images": images, "annotations": annotations, "categories": listed}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A data set with 7 wide and 5 high training images of two classes. No test changes it."""
+    sizes = [(48, 64), (64, 48)] * 5 + [(40, 64)] * 2
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "data", "train", sizes)
+
+
+@pytest.fixture(scope="module")
+def small(shapes):
+    def build(**fields):
+        return DetectionRecipe(**{**SMALL, "data": str(shapes), **fields})
+
+    return build
+
+
+@contextlib.contextmanager
+def without_pictures():
+    """Leave out charts, which take longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
+        yield
+
+
+REGULARIZED = {"ema_decay": 0.9, "accumulate": 2, "drop_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory):
+    """A run of two epochs of three steps with EMA weights and two micro-batches."""
+    with without_pictures():
+        return train(small(**REGULARIZED), folder=tmp_path_factory.mktemp("run") / "run", device="cpu")
+
+
+def test_a_run_logs_five_losses_and_writes_the_weights_of_a_detector(uninterrupted):
+    rows = uninterrupted.rows
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
+    assert [name for name in rows[0] if name.startswith("loss_")] == [*LOSSES]
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][name] for name in LOSSES))
+    for name in ("last", "last-ema"):
+        weights = read_weights(uninterrupted.folder / f"{name}.safetensors")
+        assert (weights.spec.task, weights.spec.num_classes) == ("detection", 2)
+        assert weights.spec.options == DetectionRecipe(**SMALL).head_options()
+        assert [c.name for c in weights.classes] == ["disc", "square"]
+
+
+def state_of(folder):
+    progress, tensors = read_state(folder)
+    rows = [{key: row[key] for key in ("step", "lr", "loss", *LOSSES)} for row in progress.rows]
+    return rows, {name: array.tobytes() for name, array in tensors.items()}
+
+
+def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, uninterrupted, tmp_path, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def failing(self, batches, rate):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return run(self, batches, rate)
+
+    with without_pictures():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "run", failing)
+            train(small(**REGULARIZED), folder=tmp_path / "run", device="cpu")
+        assert read_state(tmp_path / "run")[0].epoch == 1
+        resume(tmp_path / "run")
+    assert state_of(tmp_path / "run") == state_of(uninterrupted.folder)
+
+
+@pytest.mark.slow
+def test_training_learns_the_task(small, tmp_path):
+    """The losses of the second stage are not compared, because they rise while the proposals become better."""
+    with without_pictures():
+        done = train(small(epochs=8, lr=1e-2, warmup_steps=3), folder=tmp_path / "run", device="cpu")
+    first, last = done.rows[0], done.rows[-1]
+    assert last["loss_rpn_cls"] < 0.5 * first["loss_rpn_cls"] and last["loss_mask"] < 0.8 * first["loss_mask"]
+
+
+def inputs_of(task, positions, epoch=0):
+    """Return a batch of training images as the loop builds it, and the network's inputs."""
+    images, transform = task.train.take(positions), task.transform(epoch)
+    samples = []
+    for index, (location, target) in enumerate(zip(images.locations, images.targets, strict=True)):
+        samples.append(transform(transform.decode(io.BytesIO(location.read()), "x"), target, index))
+    pixels, targets = zip(*samples, strict=True)
+    batch = Batch(0, np.arange(len(samples)), (), ([*pixels],), ([*targets],), ())
+    return batch, task.inputs(batch, epoch)
+
+
+def test_images_are_padded_to_the_largest_and_their_objects_travel_with_them(small):
+    task = DetectionTraining(small(flip=0.0), None)
+    batch, (images, (targets, _)) = inputs_of(task, [0, 10])
+    assert images.shape == (2, 3, 64, 64) and [target.size for target in targets] == [(48, 64), (40, 64)]
+    assert (images[0, :, 48:] == 0).all() and (images[1, :, 40:] == 0).all()
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
+    pixels = images[1, :, :40] * std + mean
+    assert np.abs(pixels * 255 - batch.pixels[0][1]).max() < 1e-3
+    for target, original in zip(targets, [task.train.targets[0], task.train.targets[10]], strict=True):
+        assert target.boxes.tolist() == original.corners().tolist() and target.labels.tolist() == [0, 1]
+        areas = target.masks.sum((1, 2))
+        assert np.abs(areas - original.areas).max() <= 0.1 * original.areas.max()
+
+
+def test_the_samples_of_an_image_follow_from_seed_epoch_and_position(small):
+    def draws(seed, epoch):
+        _, (_, (_, generators)) = inputs_of(DetectionTraining(small(seed=seed), None), [0, 1], epoch)
+        return [generator.random() for generator in generators]
+
+    assert draws(0, 0) == draws(0, 0)
+    assert len({*draws(0, 0), *draws(1, 0), *draws(0, 1)}) == 6
+
+
+def test_wide_and_high_images_are_not_mixed(small):
+    from fcvit.training.batches import MicroBatches, epoch_batches
+
+    task = DetectionTraining(small(), None)
+    for epoch in range(3):
+        batches = epoch_batches(task.train, 0, epoch, task.transform(epoch), MicroBatches(2), 0)
+        wide = [{width > height for height, width in (t.size for t in batch.targets[0])} for batch in batches]
+        assert len(wide) == 6 and sum(len(kinds) == 2 for kinds in wide) == 1, "7 and 5 images: one pair is mixed"
+
+
+def test_a_preview_shows_images_with_boxes_and_masks(small, tmp_path):
+    preview = draw_preview(small(flip=0.5), tmp_path / "preview.png", images=3, versions=2)
+    with Image.open(preview.path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    task = DetectionTraining(small(flip=0.0), None)
+    image = np.full((1, 64, 64, 3), 100, np.uint8)
+    _, (_, targets) = inputs_of(task, [0])
+    drawn = task.draw(image, targets)[0]
+    x1, y1, x2, y2 = targets[0][0].boxes[1].astype(int)
+    assert drawn[y1, x1].tolist() == drawn[y2 - 1, x2 - 1].tolist() == [0, 128, 0], "the color of the second class"
+    assert drawn[y1 + 3, x1 + 3].tolist() != [100, 100, 100] and (drawn[60, 60:] == 100).all()
+    assert pixels.std() > 0
+
+
+def starting_weights(path, spec):
+    from fcvit.weights.checkpoint import MEMORY, Checkpoint
+    from fcvit.weights.reading import Weights
+    from fcvit.weights.writing import write_weights
+
+    source = Checkpoint(path, MEMORY, {}, None, b"")
+    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ()))
+    return read_weights(path)
+
+
+def test_training_starts_from_a_classifier_or_a_detector(small, tmp_path):
+    weights = starting_weights(tmp_path / "classifier.safetensors", ModelSpec(small().network(), 10))
+    task = DetectionTraining(small(weights=str(weights.source.path)), weights)
+    model = task.network()
+    assert "newly initialized" in task.notes[-1]
+    name = "network.0.0.layer_scale_1"
+    assert (dict(model.named_parameters())[f"backbone.{name}"].numpy() == weights.tensors[name]).all()
+
+    spec = ModelSpec(small().network(), 2, "mask_rcnn", small().head_options())
+    weights = starting_weights(tmp_path / "detector.safetensors", spec)
+    for new_head in (False, True):
+        model = DetectionTraining(small(weights="x", new_head=new_head), weights).network()
+        same = model.roi_head.bbox_head.fc_cls.bias.numpy() == weights.tensors["roi_head.bbox_head.fc_cls.bias"]
+        assert same.all() != new_head
+    weights = starting_weights(tmp_path / "three.safetensors", dataclasses.replace(spec, num_classes=3))
+    with pytest.raises(DoesNotFit, match=r"2 classes, but the weights have 3; set new_head = true"):
+        DetectionTraining(small(weights="x"), weights)
+
+
+def test_a_frozen_backbone_does_not_change(small):
+    from fcvit.training.batches import MicroBatches
+    from fcvit.training.optimizer import freeze_backbone
+    from fcvit.training.step import Trainer
+
+    recipe = small(weights="some", freeze=True)
+    task = DetectionTraining(recipe, None)
+    model = task.network()
+    freeze_backbone(model)
+    trainer = Trainer(model, recipe, MicroBatches(4), task.loss)
+    trainer.train_mode()
+    before = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    trainer.run(iter([inputs_of(task, [0, 2, 4, 6])[1]]), 0.01)
+    changed = {name for name, tensor in model.state_dict().items() if (tensor.numpy() != before[name]).any()}
+    assert changed == {name for name in before if not name.startswith("backbone.")}
+
+
+def test_without_masks_the_network_is_a_faster_rcnn(small, tmp_path):
+    recipe = small(masks=False)
+    task = DetectionTraining(recipe, None)
+    model = task.network()
+    assert (task.score, "mask_ap" in task.shown) == ("box_ap", False)
+    assert not any("mask_head" in name for name in model.state_dict())
+    _, (images, targets) = inputs_of(task, [0, 2])
+    assert targets[0][0].masks is None
+    import paddle
+
+    losses = task.loss(model(paddle.to_tensor(images)), targets)
+    assert [*losses] == [*LOSSES[:4]]
+    assert DetectionTraining(small(), None).score == "mask_ap"
+
+
+def test_splits_and_classes_are_compared_before_the_first_step(shapes, small, tmp_path):
+    assert DetectionTraining(small(), None).val is None
+    held_out = DetectionTraining(small(held_out=0.25), None)
+    assert (len(held_out.train), len(held_out.val)) == (9, 3)
+    assert not set(held_out.train.names) & set(held_out.val.names)
+    write_shapes(tmp_path / "both", "train", [(48, 64)] * 2)
+    folder = write_shapes(tmp_path / "both", "val", [(48, 64)] * 3, ("square", "disc"))
+    task = DetectionTraining(small(data=str(folder)), None)
+    assert (len(task.train), len(task.val)) == (2, 3)
+    assert [c.name for c in task.val.classes] == ["disc", "square"], "the order of the training images"
+    assert task.val.targets[0].labels.tolist() == [1, 0]
+    names = tmp_path / "classes.txt"
+    names.write_text("square\n")
+    task = DetectionTraining(small(classes=str(names)), None)
+    assert [len(target.labels) for target in task.train.targets] == [1] * 12
+    with pytest.raises(UsageError, match="no data"):
+        DetectionTraining(small(data=""), None)
+    with pytest.raises(UnreadableFile, match=r"no annotations in COCO's format; expected"):
+        DetectionTraining(small(data=str(shapes / "train")), None)
+
+
+@pytest.mark.parametrize("variant", ["fcvit_b12", "fcvit_b24"])
+def test_the_recipe_matches_the_authors_configuration(variant):
+    recipe = read_recipe(f"detection_{variant}")
+    stated = {
+        "variant": variant, "lr": 2e-4, "peak_lr": 2e-4, "weight_decay": 1e-4, "decay_all": True, "beta1": 0.9,
+        "beta2": 0.999, "eps": 1e-8, "clip_norm": None, "schedule": "step", "step_epochs": (8, 11), "step_factor": 0.1,
+        "warmup_steps": 500, "warmup_lr": 2e-7, "lr_update": "step", "min_lr": 0, "total_epochs": 12,
+        "steps_per_epoch": None, "batch_size": 32, "drop_path_rate": 0, "drop_rate": 0, "layer_decay": 1,
+        "ema_decay": None, "masks": True, "scale": (1333, 800), "flip": 0.5, "vertical_flip": 0, "report": "last",
+        "training_before_nms": 2000, "rpn_samples": 256, "roi_samples": 512,
+    }  # fmt: skip
+    assert {key: getattr(recipe, key) for key in stated} == stated
+    assert recipe.head_options() == MaskRCNNOptions()
+    assert recipe.network().layer_scale == 1e-6
+
+
+def test_fields_of_other_tasks_are_rejected():
+    with pytest.raises(UsageError, match="input_size is for classification"):
+        read_recipe("detection", {"input_size": "64"})
+    with pytest.raises(UsageError, match="no field 'crop_size'"):
+        read_recipe("detection", {"crop_size": "64,64"})
+    with pytest.raises(UsageError, match="anchor_scale"):
+        read_recipe("detection", {"anchor_scale": "0"})
