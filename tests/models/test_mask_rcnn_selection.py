@@ -293,11 +293,11 @@ def test_pasted_masks_equal_those_of_mmdetection():
 
 
 def test_a_mask_is_pasted_without_rounding_its_box():
-    logits = np.full((28, 28), 20.0)
-    # Pixels are on where their centers are in the box.
-    for low, high, on in ((2.6, 5.4, [3, 4]), (2.4, 5.6, [2, 3, 4, 5])):
-        pasted = paste_mask(logits, np.array([low, low, high, high]), (8, 8))
-        assert np.flatnonzero(pasted.any(axis=0)).tolist() == np.flatnonzero(pasted.any(axis=1)).tolist() == on
+    logits = np.broadcast_to(np.where(np.arange(28) < 7, 20.0, -20.0), (28, 28))
+    # The first quarter of the box ends at 2.4 + 1.25. In a box from 2 to 7 or from 3 to 8, it would have one pixel.
+    for mask, axis in ((logits, 0), (logits.T, 1)):
+        pasted = paste_mask(mask, np.array([2.4, 2.4, 7.4, 7.4]), (10, 10))
+        assert np.flatnonzero(pasted.any(axis=axis)).tolist() == [2, 3]
 
 
 def test_a_mask_outside_the_image_is_empty():

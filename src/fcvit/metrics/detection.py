@@ -197,3 +197,44 @@ def _percent(values: np.ndarray) -> float:
     """Return the mean in percent of the values that pycocotools did not mark with -1, in its order of summation."""
     known = values[values > -1]
     return 100 * float(np.mean(known)) if len(known) else np.nan
+
+
+def matches(
+    found: Detections, boxes: np.ndarray, labels: np.ndarray, iou: float = 0.5, crowd: np.ndarray | None = None
+) -> np.ndarray:
+    """Match detections with objects of the same class by their boxes, the most confident detection first.
+
+    This is the rule of COCO at one IoU threshold, for pictures and counts. `evaluate` computes the metrics.
+
+    Args:
+        found: Detections in an image.
+        boxes, labels: x1, y1, x2, y2 and class of each object, (m, 4) and (m).
+        iou: Smallest IoU of a match.
+        crowd: Which objects are crowds, bool (m). A crowd matches any number of detections, if `iou` of their area is
+            inside of it.
+
+    Returns:
+        Index of the object of each detection, or -1, integer (k).
+    """
+    tools = import_framework("pycocotools.mask")
+    crowd = np.zeros(len(boxes), bool) if crowd is None else crowd
+    result = np.full(len(found.scores), -1)
+    if not len(boxes) or not len(result):
+        return result
+
+    def sides(corners: np.ndarray) -> np.ndarray:
+        corners = np.asarray(corners, np.float64)
+        return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+
+    overlaps = np.array(tools.iou(sides(found.boxes), sides(boxes), crowd.astype(np.uint8)))
+    overlaps[found.labels[:, None] != labels] = -1
+    free = np.ones(len(boxes), bool)
+    for index in np.argsort(-found.scores, kind="stable"):
+        # An object is preferred to a crowd.
+        for group in (~crowd, crowd):
+            candidates = np.where(free & group, overlaps[index], -1)
+            best = int(candidates.argmax())
+            if candidates[best] >= iou:
+                result[index], free[best] = best, crowd[best]
+                break
+    return result

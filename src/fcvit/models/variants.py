@@ -191,6 +191,8 @@ class Published:
         url: Folder with the authors' checkpoint, which must be downloaded manually.
         ade20k_miou: mIoU in percent on ADE20K's validation images of Semantic FPN on this backbone after 40,000
             iterations, at a single scale and without flips (README of the authors' `segmentation` folder), or None.
+        coco_ap: Box AP and mask AP in percent on COCO's val2017 of Mask R-CNN on this backbone after 12 epochs (README
+            of the authors' `detection` folder), or None.
     """
 
     top1: float
@@ -200,6 +202,7 @@ class Published:
     gmac: float
     url: str
     ade20k_miou: float | None = None
+    coco_ap: tuple[float, float] | None = None
 
 
 _DRIVE = "https://drive.google.com/drive/folders/"
@@ -211,7 +214,7 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
     ),
     (
         Variant("fcvit_b12", (2, 2, 6, 2), (64, 128, 320, 512), (8, 8, 4, 4)),
-        Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb", 43.3),
+        Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb", 43.3, (42.3, 38.6)),
     ),
     (
         Variant(
@@ -221,7 +224,7 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
             (8, 8, 4, 4),
             preprocessing=Preprocessing(crop_fraction=0.95),
         ),
-        Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t", 45.5),
+        Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t", 45.5, (44.1, 39.9)),
     ),
     (
         Variant(
