@@ -1,5 +1,6 @@
 """Test that the verification of a detector detects planted errors, and accepts only ties as differences."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -132,6 +133,16 @@ def test_a_detector_equals_the_reference_in_every_stage(monkeypatch):
     assert found.passed and len(found.objects) == 4
     assert min(one.count for one in found.objects) == 200
     assert not any(one.unmatched for one in found.objects if one.dtype == "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "count"), [({"masks": False}, 200), ({"score_threshold": 1.0}, 0)])
+def test_detectors_without_masks_or_detections_are_compared(change, count):
+    spec = dataclasses.replace(SPEC, options=dataclasses.replace(SPEC.options, **change))
+    given = dataclasses.replace(weights(), spec=spec, tensors=synthetic_tensors(spec, "a"))
+    found = comparison.compare(given, given)
+    assert found.passed and found.objects[1].count == count
+    assert ("roi_head.mask_head" in [layer.name for layer in found.drift]) == spec.options.masks
 
 
 def test_the_given_rois_belong_to_all_levels_and_images():

@@ -242,6 +242,16 @@ def test_every_stage_and_all_detections_equal_the_authors_numbers(name):
     )
 
 
+def test_an_image_without_proposals_has_no_detections(network):
+    import torch
+
+    maps = [torch.zeros(2, 256, *size, dtype=torch.float64) for size in SIZES]
+    proposals = [torch.zeros(0, 5, dtype=torch.float64), draw_boxes("post/boxes", 3)]
+    empty, other = network.detect(maps, proposals, IMAGE_SIZES, np.ones((2, 4), np.float32))
+    assert empty.boxes.shape == (0, 4) and empty.mask_logits.shape == (0, 28, 28) and len(other.boxes) > 0
+    assert len(network.detect(maps, [proposals[0]] * 2, IMAGE_SIZES)[1].labels) == 0
+
+
 def test_the_whole_network_without_masks_returns_detections_in_pixels_of_the_input():
     import torch
 

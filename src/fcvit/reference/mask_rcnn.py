@@ -240,7 +240,7 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...]) -> Tensor:
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], image_size: list[int] | None) -> Tensor:
     """Move boxes (N, 4) by deltas (N, 4 * K), and clip them to the image (height, width). Return (N, 4 * K)."""
     center, size = center_size(boxes[:, None])
-    deltas = deltas.reshape(len(deltas), -1, 4) * deltas.new_tensor(stds)
+    deltas = deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stds)
     center = center + size * deltas[..., :2]
     half = size * deltas[..., 2:].clamp(-LOG_LIMIT, LOG_LIMIT).exp() * 0.5
     result = torch.cat([center - half, center + half], -1)
