@@ -104,6 +104,9 @@ class Evaluator:
     def transform(self, preprocessing):
         return transform
 
+    def compute(self, engine, images, targets):
+        return engine(np.stack(images))
+
     def record(self, outputs, targets, reference):
         record = np.zeros(len(outputs), self.dtype)
         record["estimate"], record["error"] = outputs[:, 0], np.abs(outputs[:, 0] - targets)

@@ -78,7 +78,7 @@ class ResultComparison:
         settings: Settings that differ: name -> (first, second).
         images: Number of images.
         difference, interval: Second minus first value of the main metric and its 95% confidence interval, in percentage
-            points.
+            points. The interval is NaN if the task has none.
         folder: Folder of the written comparison, or None.
     """
 
@@ -119,7 +119,8 @@ class ResultComparison:
 
     @property
     def difference_text(self) -> str:
-        return f"{self.difference:+.2f} percentage points (95% confidence interval {interval(self.interval)})"
+        bounds = interval(self.interval)
+        return f"{self.difference:+.2f} percentage points" + (f" (95% confidence interval {bounds})" if bounds else "")
 
 
 def check_different(one: SavedResult, other: SavedResult) -> None:

@@ -108,7 +108,8 @@ class Effect:
     Attributes:
         of: The setting that differs between the two configurations, "protocol" or "precision".
         configurations: Names of the two configurations.
-        difference, interval: Second minus first value and its 95% confidence interval, in percentage points.
+        difference, interval: Second minus first value and its 95% confidence interval, in percentage points. The
+            interval is NaN if the task has none.
         p_value: p-value of the exact McNemar test, or None for a task to which it does not apply.
     """
 
@@ -139,7 +140,7 @@ class EvaluationReport(abc.ABC):
         hints: Warnings about likely errors in the labels.
     """
 
-    metric: ClassVar[str]
+    metric: str
 
     def __init__(self, evaluator: Any, evaluated: Evaluated):
         self.evaluator, self.evaluated = evaluator, evaluated
@@ -248,10 +249,9 @@ class EvaluationReport(abc.ABC):
         from fcvit.report.tables import table
 
         for effect in self.effects:
-            rows = [
-                (effect.names, f"{effect.difference:+.2f} percentage points"),
-                ("95% confidence interval", interval(effect.interval)),
-            ]
+            rows = [(effect.names, f"{effect.difference:+.2f} percentage points")]
+            if bounds := interval(effect.interval):
+                rows.append(("95% confidence interval", bounds))
             if effect.p_value is not None:
                 rows.append(("exact McNemar test", f"p = {effect.p_value:.2g}"))
             yield table(rows=rows, title=_EFFECT.format(effect.of, self.metric))

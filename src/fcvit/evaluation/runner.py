@@ -40,6 +40,7 @@ from fcvit.weights.reading import Weights, read_weights
 
 JOURNALS = "journals"
 _SAMPLE = 64  # number of images whose content is checked when a run is resumed with moved data
+_READ_TOGETHER = 16  # images of a batch whose sizes differ
 logger = logging.getLogger("fcvit")
 
 
@@ -248,13 +249,14 @@ class _Run:
         step = plan.evaluator.at_once or max(len(records), 1)
         for start in range(0, len(records), step):
             some = slice(start, start + step)
-            outputs: list[np.ndarray] = []
+            outputs: list[Any] = []
             for position, (configuration, engine) in enumerate(zip(plan.configurations, engines, strict=True)):
                 pixels = batch.pixels[configuration.crop][some]
                 began = time.perf_counter()
-                output = engine(np.stack(pixels) if isinstance(pixels, list) else pixels)
+                output = plan.evaluator.compute(engine, pixels, batch.targets[configuration.crop][some])
                 seconds[position] += time.perf_counter() - began
-                self._check_finite(configuration, engine, output, batch.indices[some])
+                if isinstance(output, np.ndarray):
+                    self._check_finite(configuration, engine, output, batch.indices[some])
                 if self.logits is not None:
                     self.logits.write(position, batch.indices[some], output)
                 outputs.append(output)
@@ -330,7 +332,10 @@ def _fit_batch_size(plan: Plan, processes: Processes) -> None:
     """Replace "auto" by a batch size that fits in memory."""
     if plan.settings.batch_size != "auto":
         return
-    fitting = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
+    if plan.evaluator.at_once == 1:
+        fitting = (_READ_TOGETHER, f"{_READ_TOGETHER} images are read together, and computed one by one")
+    else:
+        fitting = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
     size, reason = json.loads(processes.broadcast(json.dumps(fitting).encode()))
     plan.settings = dataclasses.replace(plan.settings, batch_size=size)
     logger.info(f"batch size: {reason}")

@@ -19,6 +19,8 @@ IMAGENET_CLASSES = 1000
 VALIDATION_IMAGES = 50_000  # in ImageNet-1K
 ADE20K_CLASSES = 150
 ADE20K_VALIDATION_IMAGES = 2_000
+COCO_CLASSES = 80
+COCO_VALIDATION_IMAGES = 5_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,9 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
     ),
     (
         Variant("fcvit_b12", (2, 2, 6, 2), (64, 128, 320, 512), (8, 8, 4, 4)),
-        Published(80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb", 43.3, (42.3, 38.6)),
+        Published(
+            80.9, 80.5, "14M", 14_701_832, 2.643, _DRIVE + "1QuyalIGhJeD2pxcVxR0_gJNrk2mZ8WEb", 43.3, (42.3, 38.6)
+        ),
     ),
     (
         Variant(
@@ -224,7 +228,9 @@ _TABLE: tuple[tuple[Variant, Published | None], ...] = (
             (8, 8, 4, 4),
             preprocessing=Preprocessing(crop_fraction=0.95),
         ),
-        Published(82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t", 45.5, (44.1, 39.9)),
+        Published(
+            82.5, 81.5, "25.7M", 26_960_232, 5.055, _DRIVE + "1II2v1rhNe9sgLJtoSR-cgSh2mpPQMt4t", 45.5, (44.1, 39.9)
+        ),
     ),
     (
         Variant(

@@ -237,8 +237,35 @@ _CURVES = (  # panels: (name, ((column, label, color), ...))
     ("top-1 accuracy (%)", (("top1", "validation", RIGHT), ("ema_top1", "validation, EMA weights", WRONG))),
     ("mIoU (%)", (("miou", "validation", RIGHT), ("ema_miou", "validation, EMA weights", WRONG))),
     ("pixel accuracy (%)", (("aacc", "validation", RIGHT), ("ema_aacc", "validation, EMA weights", WRONG))),
+    ("box AP (%)", (("box_ap", "validation", RIGHT), ("ema_box_ap", "validation, EMA weights", WRONG))),
+    ("mask AP (%)", (("mask_ap", "validation", RIGHT), ("ema_mask_ap", "validation, EMA weights", WRONG))),
     ("learning rate", (("lr", "at the end of the epoch", INK),)),
 )
+
+
+@chart
+def precision_recall_chart(curves: Mapping[str, np.ndarray], title: str) -> "Figure":
+    """Draw the mean precision of all classes by recall, for the IoU thresholds 0.50 and 0.75 and as the mean of all.
+
+    Args:
+        curves: Name of a panel -> precision (10, 101, C) at the IoU thresholds 0.50, 0.55, ..., 0.95 and at recall 0,
+            0.01, ..., 1, NaN for classes without objects.
+        title: One line. It is shortened if it is too long.
+    """
+    figure = new_figure(_WIDTH, 4.6, title)
+    recall = np.linspace(0, 1, 101)
+    for axes, (name, precision) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        known = precision[:, :, ~np.isnan(precision[0, 0])]
+        if known.shape[2]:
+            means = known.mean(axis=2)
+            lines = ((means[0], "IoU 0.50", RIGHT), (means[5], "IoU 0.75", WRONG), (means.mean(axis=0), "mean", INK))
+            for values, label, color in lines:
+                axes.plot(recall, values, color=color, label=f"{label} (AP {100 * values.mean():.1f}%)")
+            axes.legend(frameon=False, loc="upper right")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+        axes.set_title(name, loc="left")
+        axes.grid(color=FAINT, linewidth=0.5)
+    return figure
 
 
 @chart
@@ -254,7 +281,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
 
     panels = [panel for panel in _CURVES if any(key in row for row in rows for key, *_ in panel[1])]
     subtitle = counted(len(rows), "epoch")
-    for key, metric in (("top1", "top-1 accuracy"), ("miou", "mIoU")):
+    for key, metric in (("top1", "top-1 accuracy"), ("miou", "mIoU"), ("box_ap", "box AP"), ("mask_ap", "mask AP")):
         if scored := [row for row in rows if key in row]:
             best = max(scored, key=lambda row, key=key: row[key])
             subtitle += f", best {metric} {best[key]:.2f}% after epoch {best['epoch']}"

@@ -114,13 +114,15 @@ class Evaluator(Protocol):
         """Return the transform of an image and its target. It is pickled for the workers."""
         ...
 
-    def record(
-        self, outputs: np.ndarray, targets: Sequence[Any], reference: np.ndarray | None
-    ) -> tuple[np.ndarray, Sequence[bytes]]:
+    def compute(self, engine: "Engine", images: Sequence[np.ndarray], targets: Sequence[Any]) -> Any:
+        """Return the outputs of an engine for a batch. An array (B, ...) is checked for NaN and infinity."""
+        ...
+
+    def record(self, outputs: Any, targets: Sequence[Any], reference: Any) -> tuple[np.ndarray, Sequence[bytes]]:
         """Return the records of a batch, as an array of `dtype` and byte strings of any length.
 
         Args:
-            outputs: Outputs of the network, (B, ...).
+            outputs: Result of `compute`.
             targets: Targets of the samples.
             reference: Outputs of the reference configuration, or None for the reference itself.
         """

@@ -1,4 +1,4 @@
-"""Recipe fields and data splits of segmentation and detection."""
+"""Recipe fields, evaluation options and data splits of segmentation and detection."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -10,6 +10,7 @@ from msgspec import Meta
 from fcvit.data.sources import Source
 from fcvit.data.splits import Role
 from fcvit.errors import UsageError
+from fcvit.evaluation.settings import MOVABLE, absolute
 from fcvit.models.build import DENSE_LAYER_SCALE
 from fcvit.models.variants import Variant
 from fcvit.tasks.recipe import IMAGES, NETWORK, Pixels, Recipe, Share
@@ -42,6 +43,40 @@ class DenseRecipe(Recipe):
         if "layer_scale" in self.options or variant.layer_scale is None:
             return variant
         return dataclasses.replace(variant, layer_scale=DENSE_LAYER_SCALE)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitOptions:
+    """Options of `fcvit eval` for data sets in splits.
+
+    Args:
+        classes: Class list of the model: CSV with id and name, or one class per line (default: from the weights file).
+        split: Name of the split, for example val (default: the validation split).
+    """
+
+    classes: str | None = dataclasses.field(default=None, metadata=MOVABLE)
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.classes:
+            object.__setattr__(self, "classes", absolute(self.classes))
+
+    def chosen(self, layout: "Layout") -> str:
+        """Return the name of the split to evaluate: the given one, the validation split, or the only one.
+
+        Raises:
+            UsageError: The given split does not exist, or several are possible.
+        """
+        names = list(layout.splits)
+        if self.split is not None:
+            if self.split not in names:
+                raise UsageError(f"--split {self.split}: expected one of {', '.join(names)}")
+            return self.split
+        names = layout.named("val") or names
+        if len(names) != 1:
+            path = layout.source.path
+            raise UsageError(f"{path}: contains the splits {', '.join(names)}; select one with --split")
+        return names[0]
 
 
 class Layout(Protocol):

@@ -17,6 +17,7 @@ from fcvit.data.transforms.preprocess import CenterCrop
 from fcvit.errors import DoesNotFit, UsageError
 from fcvit.evaluation.published import Validation
 from fcvit.evaluation.settings import MOVABLE, absolute
+from fcvit.inference.engines import Engine
 from fcvit.metrics import classification as metrics
 from fcvit.models.variants import VALIDATION_IMAGES, Preprocessing
 from fcvit.tasks.base import Evaluated
@@ -160,6 +161,9 @@ class ClassificationEvaluator:
 
     def transform(self, preprocessing: Preprocessing) -> CenterCrop:
         return CenterCrop(preprocessing)
+
+    def compute(self, engine: Engine, images: Sequence[np.ndarray], targets: Sequence[Any]) -> np.ndarray:
+        return engine(np.asarray(images))
 
     def record(
         self, outputs: np.ndarray, targets: Sequence[int], reference: np.ndarray | None

@@ -24,11 +24,11 @@ from fcvit.evaluation.comparison import SavedResult, read_csv, read_metrics, rea
 from fcvit.evaluation.published import PublishedComparison
 from fcvit.evaluation.report import Agreement, ConfigurationResult
 from fcvit.evaluation.results import METRICS, result_folder
-from fcvit.metrics.detection import Detections, Figures, matches
+from fcvit.metrics.detection import Detections, Figures, Kind, matches
 from fcvit.text import csv_text, csv_value
 
 PREDICTIONS, PER_CLASS = "predictions.csv", "per_class.csv"
-DETECTIONS = {"bbox": "detections.bbox.json", "segm": "detections.segm.json"}
+DETECTIONS: dict[Kind, str] = {"bbox": "detections.bbox.json", "segm": "detections.segm.json"}
 FALSE_POSITIVES, MISSES, BEST = "false_positives.png", "misses.png", "best.png"
 SAME = 0.95
 """IoU from which detections of two engines are the same object."""

@@ -18,6 +18,8 @@ from fcvit.data.transforms.segmentation import decode, normalize
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_detector, weights_of
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.tasks.dense import SplitOptions
+from fcvit.tasks.detection.evaluation import DetectionEvaluator
 from fcvit.tasks.detection.losses import detection_losses
 from fcvit.tasks.detection.recipe import DetectionRecipe
 from fcvit.tasks.detection.splits import find_coco_splits
@@ -126,11 +128,9 @@ class DetectionTraining:
     def weights(self, model: "MaskRCNN", **options: Any) -> Weights:
         return weights_of(model, head="mask_rcnn", preprocessing=self.preprocessing, classes=self.classes, **options)
 
-    def evaluator(self, loaded: Sequence[Weights]) -> Any:
-        from fcvit.tasks.detection.evaluation import DetectionEvaluator, Options
-
+    def evaluator(self, loaded: Sequence[Weights]) -> DetectionEvaluator:
         assert self.val is not None
-        return DetectionEvaluator(loaded, self.val, Options())
+        return DetectionEvaluator(loaded, self.val, SplitOptions())
 
     def row(self, result: Any) -> dict[str, float]:
         """Return box AP and mask AP in percent."""

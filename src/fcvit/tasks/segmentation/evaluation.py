@@ -19,12 +19,13 @@ from fcvit.data.loader import Dataset
 from fcvit.data.segmentation import LabeledMaps, find_maps, read_split
 from fcvit.data.sources import open_source
 from fcvit.data.transforms import segmentation as transforms
-from fcvit.errors import DoesNotFit, UsageError
-from fcvit.evaluation.settings import MOVABLE, Configuration, absolute
+from fcvit.errors import DoesNotFit
+from fcvit.evaluation.settings import Configuration
 from fcvit.inference.engines import Engine, create_engine
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import Evaluated
+from fcvit.tasks.dense import SplitOptions
 from fcvit.tasks.segmentation.figures import SegmentationReport
 from fcvit.tasks.segmentation.label_options import LabelOptions
 from fcvit.tasks.segmentation.logits import label_map
@@ -36,20 +37,8 @@ _SAMPLE = 64  # label files that are examined before an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(LabelOptions):
-    """Options of `fcvit eval` for segmentation networks, in addition to `fcvit.evaluation.settings.Settings`.
-
-    Args:
-        classes: Class list of the model: CSV with id and name, or one class per line (default: from the weights file).
-        split: Folder of the split, for example val (default: the validation split).
-    """
-
-    classes: str | None = dataclasses.field(default=None, metadata=MOVABLE)
-    split: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.classes:
-            object.__setattr__(self, "classes", absolute(self.classes))
+class Options(SplitOptions, LabelOptions):
+    """Options of `fcvit eval` for segmentation networks, in addition to `fcvit.evaluation.settings.Settings`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +104,7 @@ class SegmentationEvaluator:
                     f"{data}: no segmentation data set; expected the folders images and annotations in it, or in a "
                     "folder for each split"
                 )
-            split = options.split or _only(layout.named("val") or list(layout.splits), str(data))
-            if split not in layout.splits:
-                raise UsageError(f"--split {split}: expected one of {', '.join(layout.splits)}")
-            maps = read_split(layout, split, options.label_suffix)
+            maps = read_split(layout, options.chosen(layout), options.label_suffix)
             self.dataset, notes, ade20k = maps, maps.notes, layout.is_ade20k
             listed = listed or layout.class_list()
         if options.classes:
@@ -147,6 +133,9 @@ class SegmentationEvaluator:
     def transform(self, preprocessing: Preprocessing) -> LabeledPixels:
         return LabeledPixels(self.encoding, self.network)
 
+    def compute(self, engine: Engine, images: Sequence[np.ndarray], targets: Sequence[Any]) -> np.ndarray:
+        return engine(np.asarray(images))
+
     def record(
         self, outputs: np.ndarray, targets: Sequence[np.ndarray], reference: np.ndarray | None
     ) -> tuple[np.ndarray, Sequence[bytes]]:
@@ -169,9 +158,3 @@ class SegmentationEvaluator:
             self._engines[configuration.name] = create_engine(configuration.engine, *arguments)
         (logits,) = self._engines[configuration.name](pixels[None])
         return Sample(image, label, label_map(logits, label.shape))
-
-
-def _only(names: Sequence[str], data: str) -> str:
-    if len(names) != 1:
-        raise UsageError(f"{data}: contains the splits {', '.join(names)}; select one with --split")
-    return names[0]
