@@ -111,8 +111,8 @@ def compare(
 
     changes = []
     for rows in zip(*sides, strict=True):
-        aps = [_number(row[f"{kind}_ap"]) for row in rows]
-        changes.append(ClassChange(rows[0]["id"], rows[0]["name"], rows[0]["objects"], *aps, aps[1] - aps[0]))
+        before, after = (_number(row[f"{kind}_ap"]) for row in rows)
+        changes.append(ClassChange(rows[0]["id"], rows[0]["name"], rows[0]["objects"], before, after, after - before))
     before, after = both(kind)
     comparison = DetectionComparison(
         **common(one, other),
