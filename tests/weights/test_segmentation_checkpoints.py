@@ -111,8 +111,8 @@ def test_a_segmentation_network_is_created_from_any_weights(tmp_path):
     expected = read_weights(classifier).tensors["patch_embed.proj.weight"]
     np.testing.assert_array_equal(model.backbone.patch_embed.proj.weight.numpy(), expected)
     assert fcvit.create_model("fcvit_digits", task="segmentation").num_classes == 150
-    with pytest.raises(ValueError, match="task 'detection'"):
-        fcvit.create_model("fcvit_digits", task="detection")
+    with pytest.raises(ValueError, match="task 'depth'"):
+        fcvit.create_model("fcvit_digits", task="depth")
 
 
 @needs_paddle

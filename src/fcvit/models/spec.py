@@ -543,7 +543,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     options = head.read_options(shapes)
     if expected is not None:
         return ModelSpec(expected, num_classes, name, options)
-    read = _read_variant({tensor.removeprefix(head.prefix): shape for tensor, shape in shapes.items()})
+    read = _read_variant({tensor.removeprefix(head.prefix): shape for tensor, shape in shapes.items()}, head.prefix)
     # Prefer a named variant with exactly the same tensors.
     architecture = tensor_specs(ModelSpec(read, num_classes, name, options))
     for known in sorted(VARIANTS.values(), key=lambda v: published(v) is None):
@@ -553,7 +553,9 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], expected: Variant | None = 
     return ModelSpec(read, num_classes, name, options)
 
 
-def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
+def _read_variant(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Variant:
+    """Return the variant with these tensors, whose names have lost the prefix that they have in the file."""
+
     def has(name: str) -> bool:
         return f"network.0.0.{name}" in shapes
 
@@ -564,7 +566,7 @@ def _read_variant(shapes: Mapping[str, tuple[int, ...]]) -> Variant:
         if shape is None or len(shape) != rank or not all(shape):
             state = "is missing" if shape is None else f"has shape {list(shape)}"
             raise DoesNotFit(
-                f"not an FCViT: {name} {state}, expected a tensor with {rank} dimension(s); "
+                f"not an FCViT: {prefix}{name} {state}, expected a tensor with {rank} dimension(s); "
                 "the file must use the authors' names (see docs/guides/convert.md)"
             )
         return shape[axis]

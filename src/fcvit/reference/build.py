@@ -8,6 +8,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.reference.backbone import FCViTBackbone
 from fcvit.reference.classifier import FCViT
+from fcvit.reference.mask_rcnn import MaskRCNN
 from fcvit.reference.semantic_fpn import SemanticFPN
 
 import_framework("torch")  # reports how to install it if it is missing
@@ -19,6 +20,7 @@ NETWORKS = {
     "classifier": lambda spec: FCViT(spec.variant, spec.num_classes),
     "backbone": lambda spec: FCViTBackbone(spec.variant),
     "semantic_fpn": SemanticFPN,
+    "mask_rcnn": MaskRCNN,
 }
 """Head of a spec -> function that builds the network with new weights."""
 

@@ -5,6 +5,9 @@ standard deviation. The float32 error ratio tests the rounding: the rms error of
 reference must be at most 3 times that of PyTorch's float32. In addition, every tensor is compared bit for bit, and the
 first layer that exceeds the limit is reported. Top-1 agreement is not used, because on a few images it detects hardly
 any error.
+
+A detector is compared stage by stage: backbone, neck, RPN outputs, and the features and outputs of the second stage for
+given RoIs. Then its proposals and detections are compared as sets (`fcvit.verification.objects`).
 """
 
 import dataclasses
@@ -17,8 +20,16 @@ import numpy as np
 from fcvit.errors import DoesNotFit, NumbersDisagree
 from fcvit.models.spec import ModelSpec
 from fcvit.report.progress import progress
-from fcvit.verification.equivalence import FLOAT64_LIMIT, RATIO_LIMIT, error_ratio, float64_difference, images_needed
-from fcvit.verification.traces import trace_paddle, trace_torch
+from fcvit.verification.equivalence import (
+    FLOAT64_LIMIT,
+    MIN_OUTPUTS,
+    RATIO_LIMIT,
+    error_ratio,
+    float64_difference,
+    images_needed,
+)
+from fcvit.verification.objects import LIMITS, ObjectComparison, compare_objects
+from fcvit.verification.traces import Trace, trace_paddle, trace_torch
 from fcvit.weights.reading import Weights, cast
 from fcvit.weights.synthetic import has_near_zero_scale, synthetic_input, synthetic_tensors
 from fcvit.weights.writing import differing_tensors
@@ -37,10 +48,13 @@ class LayerDrift:
     Attributes:
         name: Name of the layer.
         drift: Largest difference, divided by the standard deviation of the reference.
+        error_ratio: float32 error ratio of an output of the network or of a detector's stage. It is None for other
+            layers, and for outputs with too few values.
     """
 
     name: str
     drift: float
+    error_ratio: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +64,13 @@ class Comparison:
     Attributes:
         input_shape: Shape of the standard normal inputs, (B, 3, H, W).
         float64_difference: Largest difference of the float64 outputs, divided by their standard deviation.
-        error_ratio: Rms error of Paddle's float32 outputs, divided by that of PyTorch's. Both are against float64.
+        error_ratio: Rms error of Paddle's float32 outputs, divided by that of PyTorch's. Both are against float64. If
+            there are several outputs, it is the largest of their ratios.
         float32_max: Largest absolute difference of the two float32 outputs.
         float32_mean: Mean absolute difference of the two float32 outputs.
         output_std: Standard deviation of the reference outputs.
         drift: Difference after each layer, in the order of the forward pass. The last layer is the output.
+        objects: Comparisons of a detector's proposals and detections in float64 and float32.
     """
 
     input_shape: tuple[int, ...]
@@ -64,6 +80,7 @@ class Comparison:
     float32_mean: float
     output_std: float
     drift: tuple[LayerDrift, ...]
+    objects: tuple[ObjectComparison, ...] = ()
 
     @property
     def first_over(self) -> LayerDrift | None:
@@ -72,7 +89,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.float64_difference <= FLOAT64_LIMIT and self.error_ratio <= RATIO_LIMIT and self.first_over is None
+        close = self.float64_difference <= FLOAT64_LIMIT and self.error_ratio <= RATIO_LIMIT
+        return close and self.first_over is None and all(one.passed for one in self.objects)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +155,18 @@ class Verification:
             rows.append((f"largest float64 difference / std{note}", difference, limit, verdict(close)))
             ratio, limit = f"{one.error_ratio:.2f}", f"{RATIO_LIMIT:.0f}"
             rows.append((f"float32 error ratio{note}", ratio, limit, verdict(near)))
+            for same in one.objects:
+                name = f"{same.name} that differ in {same.dtype}{note}"
+                rows.append((name, f"{same.unmatched} of {same.count}", str(same.limit), verdict(same.passed)))
         rows.append(("largest float32 difference", f"{self.comparison.float32_max:.2e}"))
         rows.append(("mean float32 difference", f"{self.comparison.float32_mean:.2e}"))
+        for dtype in LIMITS if self.comparison.objects else ():
+            same = [one for one in self.comparison.objects if one.dtype == dtype]
+            score, box = max(one.score_difference for one in same), max(one.box_difference for one in same)
+            rows.append((f"largest {dtype} difference of a score", f"{score:.1e}"))
+            rows.append((f"largest {dtype} difference of a box", f"{box:.1e} pixels"))
+        for same in self.comparison.objects[:1]:
+            rows.append((f"smallest margin of a decision: {same.decision}", f"{same.margin:.1e}"))
         if self.rounding_cost:
             rows.append((f"largest change from rounding to {self.stored_as}", f"{self.rounding_cost:.2e}"))
         right = ("measured", "limit")
@@ -146,9 +174,14 @@ class Verification:
         layers = [
             one for one in (self.synthetic or self.comparison).drift if self.blocks or not _BLOCK.search(one.name)
         ]
-        rows = [(one.name, f"{one.drift:.1e}", verdict(one.drift <= FLOAT64_LIMIT)) for one in layers]
+        rows = [
+            (one.name, f"{one.drift:.1e}", verdict(one.drift <= FLOAT64_LIMIT), _ratio(one.error_ratio))
+            for one in layers
+        ]
         title = "drift by stage (largest float64 difference / std)"
-        yield table("layer", "drift", "", rows=rows, title=title, right=("drift",))
+        yield table(
+            "layer", "drift", "", "float32 error ratio", rows=rows, title=title, right=("drift", "float32 error ratio")
+        )
 
     def failure(self) -> str:
         """Return the reason for the failure in one line."""
@@ -158,6 +191,8 @@ class Verification:
         if comparison.first_over:
             layer = comparison.first_over
             return f"the first difference is in {layer.name}: drift {layer.drift:.1e}, limit {FLOAT64_LIMIT:.0e}"
+        if different := [one for one in comparison.objects if not one.passed]:
+            return str(different[0])
         return (
             f"float64 difference {comparison.float64_difference:.1e} (limit {FLOAT64_LIMIT:.0e}), "
             f"float32 error ratio {comparison.error_ratio:.2f} (limit {RATIO_LIMIT})"
@@ -218,26 +253,43 @@ def compare(ours: Weights, reference: Weights) -> Comparison:
             traces.append(trace(weights, images, dtype))
             advance(1)
     expected, computed, *single = traces
-    drift = tuple(LayerDrift(name, float64_difference(computed[name], value)) for name, value in expected.items())
-    outputs = [name for name in expected if name.startswith("output")]
-    paddle_32, torch_32 = (np.concatenate([run[name].ravel() for name in outputs]) for run in single)
-    exact = np.concatenate([expected[name].ravel() for name in outputs])
+    single_ours, single_reference = single
+    drift = tuple(
+        LayerDrift(
+            name,
+            float64_difference(computed[name], value),
+            error_ratio(single_ours[name], single_reference[name], value)
+            if name in expected.outputs and (value.size >= MIN_OUTPUTS or len(expected.outputs) == 1)
+            else None,
+        )
+        for name, value in expected.items()
+    )
+    paddle_32, torch_32, exact = (_joined(run) for run in (single_ours, single_reference, expected))
+    objects = tuple(
+        compare_objects(name, dtype, run.objects[name], reference, expected.margins)
+        for dtype, run in (("float64", computed), ("float32", single_ours))
+        for name, reference in expected.objects.items()
+    )
     return Comparison(
         images.shape,
-        max(layer.drift for layer in drift if layer.name in outputs),
-        error_ratio(paddle_32, torch_32, exact),
+        max(layer.drift for layer in drift if layer.name in expected.outputs),
+        max(layer.error_ratio for layer in drift if layer.error_ratio is not None),
         float(np.abs(paddle_32.astype(np.float64) - torch_32).max()),
         float(np.abs(paddle_32.astype(np.float64) - torch_32).mean()),
         float(exact.std()),
         drift,
+        objects,
     )
 
 
 def input_shape(spec: ModelSpec) -> tuple[int, int, int, int]:
     """Return the input shape for a comparison, at the network's input size.
 
-    It contains two images, or more if the images are small and the network has few outputs.
+    It contains two images, or more if the images are small and the network has few outputs. A detector gets two images
+    with odd sizes of its maps.
     """
+    if spec.task == "detection":
+        return 2, 3, 200, 264
     size = spec.variant.preprocessing.input_size
     return images_needed(spec.num_classes or spec.variant.widths[-1], size * size), 3, size, size
 
@@ -251,4 +303,12 @@ def _round(source: Weights, converted: Weights) -> Weights:
 def _rounding_cost(source: Weights, rounded: Weights, shape: tuple[int, ...]) -> float:
     images = synthetic_input(shape, "verify/")
     before, after = (trace_torch(weights, images, "float64") for weights in (source, rounded))
-    return max(float(np.abs(before[n] - after[n]).max()) for n in before if n.startswith("output"))
+    return max(float(np.abs(before[name] - after[name]).max()) for name in before.outputs)
+
+
+def _joined(trace: Trace) -> np.ndarray:
+    return np.concatenate([trace[name].ravel() for name in trace.outputs])
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

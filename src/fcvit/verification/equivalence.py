@@ -10,7 +10,7 @@ import numpy as np
 
 FLOAT64_LIMIT = 1e-10
 RATIO_LIMIT = 3.0
-_MIN_OUTPUTS = 256  # with fewer outputs the error ratio is mostly chance
+MIN_OUTPUTS = 256  # with fewer outputs the error ratio is mostly chance
 
 
 def float64_difference(computed: np.ndarray, reference: np.ndarray) -> float:
@@ -47,4 +47,4 @@ def images_needed(outputs: int, pixels: int) -> int:
         pixels: Number of pixels per image.
     """
     affordable = 2 * 224 * 224 // pixels
-    return max(2, min(math.ceil(_MIN_OUTPUTS / outputs), affordable))
+    return max(2, min(math.ceil(MIN_OUTPUTS / outputs), affordable))
