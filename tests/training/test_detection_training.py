@@ -210,8 +210,9 @@ def test_wide_and_high_images_are_not_mixed(small):
     from fcvit.training.batches import MicroBatches, epoch_batches
 
     task = DetectionTraining(small(), None)
+    assert DetectionTraining(small(one_orientation=False), None).groups is None
     for epoch in range(3):
-        batches = epoch_batches(task.train, 0, epoch, task.transform(epoch), MicroBatches(2), 0)
+        batches = epoch_batches(task.train, 0, epoch, task.transform(epoch), MicroBatches(2), 0, None, task.groups)
         wide = [{width > height for height, width in (t.size for t in batch.targets[0])} for batch in batches]
         assert len(wide) == 6 and sum(len(kinds) == 2 for kinds in wide) == 1, "7 and 5 images: one pair is mixed"
 
@@ -320,7 +321,8 @@ def test_the_recipe_matches_the_authors_configuration(variant):
         "beta2": 0.999, "eps": 1e-8, "clip_norm": None, "schedule": "step", "step_epochs": (8, 11), "step_factor": 0.1,
         "warmup_steps": 500, "warmup_lr": 2e-7, "lr_update": "step", "min_lr": 0, "total_epochs": 12,
         "steps_per_epoch": None, "batch_size": 32, "drop_path_rate": 0, "drop_rate": 0, "layer_decay": 1,
-        "ema_decay": None, "masks": True, "scale": (1333, 800), "flip": 0.5, "vertical_flip": 0, "report": "last",
+        "ema_decay": None, "masks": True, "scale": (1333, 800), "flip": 0.5, "vertical_flip": 0,
+        "one_orientation": True, "report": "last",
         "training_before_nms": 2000, "rpn_samples": 256, "roi_samples": 512,
     }  # fmt: skip
     assert {key: getattr(recipe, key) for key in stated} == stated

@@ -34,6 +34,9 @@ DEFAULT_TASK = "classification"
 class TrainingTask(Protocol):
     """The data, network and loss of one training run.
 
+    A task with `groups`, the group of each training image, gets micro-batches of one group (see
+    `fcvit.training.batches.grouped`).
+
     Attributes:
         train, val: Training and validation splits. `val` is None if there is no validation.
         notes: Readable notes on how the splits were read.

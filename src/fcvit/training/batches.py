@@ -118,16 +118,16 @@ def epoch_batches(
     micro_batches: MicroBatches,
     workers: "int | Workers",
     steps: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Generator[Batch]:
     """Yield this process's micro-batches of an epoch, in the order of `epoch_order`.
 
-    If the data set has `landscape`, which tells for each image whether it is wider than high, the order is changed by
-    `grouped`. A transform seeds its random draws with the position of a sample in this order.
+    With `groups`, the group of each sample of the data set, the order is changed by `grouped`. A transform seeds its
+    random draws with the position of a sample in this order.
     """
     order = epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps)
-    landscape = getattr(dataset, "landscape", None)
-    if landscape is not None:
-        order = grouped(order, landscape, micro_batches.images)
+    if groups is not None:
+        order = grouped(order, groups, micro_batches.images)
     shuffled = dataset.take(order)
     numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)

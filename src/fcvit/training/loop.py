@@ -193,7 +193,8 @@ class Loop:
         train, micro_batches, seed = self.task.train, self.run.micro_batches, self.recipe.seed
         transform, workers = self.task.transform(epoch), self.run.workers
         steps = self.recipe.steps_per_epoch
-        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers, steps)) as loaded:
+        order = (steps, getattr(self.task, "groups", None))
+        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers, *order)) as loaded:
             for batch in loaded:
                 self._record_unreadable(reason for _, reason in batch.bad)
                 if len(batch.indices) < max(2, micro_batches.images / 2):

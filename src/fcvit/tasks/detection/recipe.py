@@ -29,6 +29,9 @@ class DetectionRecipe(DenseRecipe):
     max_detections: Annotated[Count, NETWORK("Largest number of detections per image.")] = 100
 
     scale: Annotated[Size, IMAGES("Largest longer and shorter side after the resize, in pixels.")] = SCALE
+    one_orientation: Annotated[bool, IMAGES("Do not mix images that are wider than high with others in a batch.")] = (
+        True
+    )
     vertical_flip: Annotated[Share, IMAGES("Probability of a vertical flip.")] = 0.0
 
     training_before_nms: Annotated[Count, LOSS("Boxes per feature map before NMS, in training.")] = 2000

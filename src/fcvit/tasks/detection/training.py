@@ -69,6 +69,7 @@ class DetectionTraining:
         import_framework("pycocotools")
         self.train, self.val, self.notes = find_coco_splits(recipe, weights)
         self.classes = self.train.classes
+        self.groups = self.train.landscape.tolist() if recipe.one_orientation else None
         self.identity = {"classes": [c.id for c in self.classes], "opencv": opencv.__version__}
         known = weights.preprocessing if weights is not None else None
         self.preprocessing = resolve_preprocessing(recipe.preprocessing(), known, recipe.network())
