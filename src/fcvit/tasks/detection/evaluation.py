@@ -96,7 +96,7 @@ class DetectionEvaluator:
         if listed is None and first.classes is None:
             if len(images.classes) != first.spec.num_classes:
                 raise DoesNotFit(
-                    f"{images.file}: {counted(len(images.classes), 'category')}, but {first.source.path} has "
+                    f"{images.file}: {len(images.classes)} categories, but {first.source.path} has "
                     f"{counted(first.spec.num_classes, 'class')} without names; pass the class list with --classes FILE"
                 )
             known = classes_of(first, None)._replace(classes=images.classes)
