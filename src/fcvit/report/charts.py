@@ -261,7 +261,7 @@ def precision_recall_chart(curves: Mapping[str, np.ndarray], title: str) -> "Fig
             lines = ((means[0], "IoU 0.50", RIGHT), (means[5], "IoU 0.75", WRONG), (means.mean(axis=0), "mean", INK))
             for values, label, color in lines:
                 axes.plot(recall, values, color=color, label=f"{label} (AP {100 * values.mean():.1f}%)")
-            axes.legend(frameon=False, loc="upper right")
+            axes.legend(loc="lower left", framealpha=0.9, edgecolor="none")
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         axes.set_title(name, loc="left")
         axes.grid(color=FAINT, linewidth=0.5)
