@@ -137,6 +137,11 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def composed_ids(classes: Classes | None) -> list[str]:
+    """Return the ids of classes in composed form, or an empty list without classes."""
+    return [composed(name.id) for name in classes or ()]
+
+
 def _tables(classes: Classes | None) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the tables "id" and "name", which map the ids and the unique names of the classes to indices."""
     if classes:

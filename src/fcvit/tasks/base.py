@@ -8,7 +8,7 @@ A task is a module with a `TASK` object, registered here by name. The name is st
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -188,23 +188,63 @@ class Report(Protocol):
         ...
 
 
+class OwnData(NamedTuple):
+    """The data of a user, as far as fine-tuning needs it.
+
+    Attributes:
+        images: Number of training images.
+        same_classes: Whether its classes are those of the weights, so that their head can be kept.
+        listed: What was compared, with a verb, for example "class folders match".
+        fields: Recipe fields that follow from the data or the recipe.
+        notes: Readable notes.
+    """
+
+    images: int
+    same_classes: bool
+    listed: str
+    fields: Mapping[str, Any] = {}
+    notes: Sequence[str] = ()
+
+
 class Task(Protocol):
     """A task, such as image classification.
 
     Attributes:
         name: Name in checkpoints, recipes and run folders.
+        own_images: Name of the shipped recipe for fine-tuning on own images.
         recipe: Dataclass of the task's recipes.
         options: Dataclass of the task's evaluation options, in addition to `fcvit.evaluation.settings.Settings`.
         prediction: Dataclass of the task's prediction options. It raises `UsageError` if a value is invalid.
     """
 
     name: str
+    own_images: str
     recipe: "type[Recipe]"
     options: type
     prediction: type
 
     def training(self, recipe: "Recipe", weights: "Weights | None") -> TrainingTask:
         """Prepare a training run."""
+        ...
+
+    def known_fields(self, weights: "Weights") -> Mapping[str, Any]:
+        """Return the recipe fields that follow from weights of this task."""
+        ...
+
+    def own_data(self, recipe: "Recipe", weights: "Weights") -> OwnData:
+        """Read the data of a recipe for fine-tuning weights of any task. The recipe has a new head."""
+        ...
+
+    def recognize(self, data: Path, weights: "Weights", fields: Mapping[str, Any]) -> str | None:
+        """Return a description of data in the format of this task, "" if this is not certain, or None for other data.
+
+        The default task is chosen if no other task recognizes the data. Its method returns None.
+
+        Args:
+            data: Path of the data.
+            weights: Weights of the default task or without a head.
+            fields: Recipe fields that the user passed.
+        """
         ...
 
     def evaluator(self, loaded: "Sequence[Weights]", data: Path, options: Any) -> Evaluator:

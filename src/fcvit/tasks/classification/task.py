@@ -1,13 +1,16 @@
 """The classification task for the registry in `fcvit.tasks.base`."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fcvit.data.class_indices import composed_ids
 from fcvit.data.classes import as_classes, resolve_classes
+from fcvit.data.training_splits import find_splits
 from fcvit.inference.engines import Engine
 from fcvit.models.variants import IMAGENET_CLASSES, Preprocessing
+from fcvit.tasks.base import OwnData
 from fcvit.tasks.classification.comparison import ClassifierComparison, compare
 from fcvit.tasks.classification.evaluation import ClassificationEvaluator, Options
 from fcvit.tasks.classification.prediction import Classifier, PredictionOptions
@@ -22,12 +25,25 @@ class Classification:
     """Image classification (see `fcvit.tasks.base.Task`)."""
 
     name = "classification"
+    own_images = "finetune"
     recipe = ClassificationRecipe
     options = Options
     prediction = PredictionOptions
 
     def training(self, recipe: ClassificationRecipe, weights: Weights | None) -> ClassificationTraining:
         return ClassificationTraining(recipe, weights)
+
+    def known_fields(self, weights: Weights) -> dict[str, Any]:
+        return {}
+
+    def own_data(self, recipe: ClassificationRecipe, weights: Weights) -> OwnData:
+        splits = find_splits(recipe, weights)
+        # The order does not matter, because the head keeps the order of the weights.
+        same = {*composed_ids(splits.classes)} == {*composed_ids(weights.classes)}
+        return OwnData(len(splits.train), same, "class folders match")
+
+    def recognize(self, data: Path, weights: Weights, fields: Mapping[str, Any]) -> None:
+        return None
 
     def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> ClassificationEvaluator:
         return ClassificationEvaluator(loaded, data, options)

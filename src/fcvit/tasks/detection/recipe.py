@@ -1,7 +1,7 @@
 """Recipe fields of detection and instance segmentation."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 from fcvit.data.transforms.detection import SCALE, DetectionAugmentation
 from fcvit.models.spec import MaskRCNNOptions
@@ -62,3 +62,14 @@ class DetectionRecipe(DenseRecipe):
             long_side=max(self.scale),
             short_side=min(self.scale),
         )
+
+
+def head_fields(options: MaskRCNNOptions) -> dict[str, Any]:
+    """Return the recipe fields that give these options, the inverse of `DetectionRecipe.head_options`."""
+    same = (
+        *("box_channels", "mask_channels", "masks", "anchor_scale", "finest_scale"),
+        *("proposals_before_nms", "max_proposals", "max_detections"),
+    )
+    scale = (options.long_side, options.short_side)
+    fields = {"neck_channels": options.neck, "rpn_channels": options.rpn, "scale": scale}
+    return fields | {name: getattr(options, name) for name in same}

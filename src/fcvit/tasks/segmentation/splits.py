@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fcvit.data.class_colors import ClassList, read_class_list
+from fcvit.data.class_indices import composed_ids
 from fcvit.data.classes import Classes, ClassName, Palette
 from fcvit.data.label_maps import LabelEncoding, check_labels, resolve_encoding, scan_labels
 from fcvit.data.segmentation import LabeledMaps, MapLayout, find_maps, join, read_split
 from fcvit.data.sources import open_source
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
+from fcvit.tasks.base import OwnData
 from fcvit.tasks.dense import find_splits
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
 from fcvit.text import some
@@ -156,3 +158,41 @@ def _sample(images: LabeledMaps, described: LabelEncoding) -> LabeledMaps:
     if described.num_classes is None or len(images) <= _EXAMINED:
         return images
     return images.take(np.linspace(0, len(images) - 1, _EXAMINED).round().astype(int).tolist())
+
+
+def own_maps(recipe: SegmentationRecipe, weights: Weights) -> OwnData:
+    """Return what fine-tuning needs to know about images with label maps. No label map is read.
+
+    Raises:
+        UsageError, UnreadableFile, DoesNotFit: As in `find_map_splits`.
+    """
+    maps, fields, notes, same = list_maps(recipe), {}, [], False
+    if weights.spec.task == "segmentation" and maps.listed:
+        # The order matters, because it gives the values in the label maps.
+        same = composed_ids(maps.listed.classes) == composed_ids(weights.classes)
+    elif weights.spec.task == "segmentation":
+        notes.append("no class list, so the last layer is new (--new-head false keeps the classes of the weights)")
+    if max(recipe.crop_size) > min(recipe.scale):
+        fields["crop_size"] = (min(recipe.scale),) * 2
+        notes.append(f"crop_size {min(recipe.scale)}: the shorter side of scale")
+    return OwnData(len(maps.train), same, "class list matches", fields, notes)
+
+
+def recognize_maps(data: Path, weights: Weights, label_suffix: str | None) -> str | None:
+    """Return the names of the folders of images and label maps in data, "" if they can also be classes, or None.
+
+    Folders with these names are label maps if most of them have the names of images. Class folders could also be named
+    like this. Whether the files are label maps is checked before the first step.
+    """
+    try:
+        layout = find_maps(open_source(data))
+        if layout is None:
+            return None
+        splits = [read_split(layout, name, label_suffix) for name in layout.splits]
+        paired = all(len(split.unused) < len(split) for split in splits)
+        folders = next(iter(layout.splits.values()))
+        if paired and not {*composed_ids(weights.classes)} & {part for name in folders for part in Path(name).parts}:
+            return f"images with label maps ({folders[0]} and {folders[1]})"
+    except (UsageError, DoesNotFit, UnreadableFile):
+        pass  # such folders are not clearly label maps; the command for label maps reports the reason
+    return ""
