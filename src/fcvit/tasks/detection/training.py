@@ -111,7 +111,7 @@ class DetectionTraining:
         """Paint the masks over the images, and draw the boxes, in the colors of the classes."""
         palette = default_palette(len(self.classes))
         drawn = []
-        for image, target in zip(images, targets[0], strict=True):
+        for image, target in zip(images.copy(), targets[0], strict=True):
             if target.masks is not None:
                 for mask, label in zip(target.masks.astype(bool), target.labels, strict=True):
                     height, width = mask.shape
