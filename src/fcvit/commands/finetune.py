@@ -77,7 +77,9 @@ def finetune_recipe(
     given = {key.replace("-", "_"): value for key, value in (overrides or {}).items()}
     loaded = read_weights(weights, {"true": True, "false": False}.get(str(given.get("ema")).lower()))
     notes = []
-    name = given.get("task") or (loaded.spec.task if loaded.spec.task in TASKS else DEFAULT_TASK)
+    name = (
+        str(given["task"]) if given.get("task") else (loaded.spec.task if loaded.spec.task in TASKS else DEFAULT_TASK)
+    )
     if name == DEFAULT_TASK and "task" not in given:
         name, what = _task_of_data(weights, data, loaded, given)
         if what:
