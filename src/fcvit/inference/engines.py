@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from fcvit.models.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
+
+if TYPE_CHECKING:
+    from fcvit.models.mask_rcnn.detections import Detections
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -93,6 +96,16 @@ class Engine:
             outputs = [np.zeros((0, *shape), np.float32) for shape in shapes.values()]
         return outputs[0] if len(outputs) == 1 else outputs
 
+    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
+        """Return the detections in each image of a batch. Only for detectors.
+
+        Args:
+            images: Normalized images with a padding of zeros on the right and below, float32 (B, 3, H, W).
+            image_sizes: Height and width of each image without its padding, (B, 2).
+            scale_factors: New over old width, height, width and height of each image, (B, 4).
+        """
+        raise NotImplementedError
+
     def normalized(self, images: np.ndarray) -> np.ndarray:
         return normalize(images, self.preprocessing) if images.dtype == np.uint8 else images
 
@@ -124,6 +137,10 @@ class PaddleEngine(Engine):
         with held_back(), on_paddle_device(self.device), self.paddle.no_grad(), cast:
             outputs = as_list(self.model(self.paddle.to_tensor(batch)))
             return [output.astype("float32").numpy() for output in outputs]
+
+    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
+        with held_back(), on_paddle_device(self.device):
+            return self.model(self.paddle.to_tensor(images), np.asarray(image_sizes), np.asarray(scale_factors))
 
 
 class NativeEngine(PaddleEngine):
@@ -175,6 +192,15 @@ class TorchEngine(Engine):
         with self.torch.inference_mode(), cast:
             outputs = as_list(self.model(self.torch.from_numpy(self.normalized(images)).to(self.device)))
             return [output.float().cpu().numpy() for output in outputs]
+
+    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
+        from fcvit.models.mask_rcnn.detections import Detections
+
+        with self.torch.inference_mode():
+            batch = self.torch.from_numpy(images).to(self.device)
+            results = self.model(batch, np.asarray(image_sizes), np.asarray(scale_factors))
+        parts: Any = [[part if part is None else part.cpu().numpy() for part in one] for one in results]
+        return [Detections(*one) for one in parts]
 
 
 class ExportedEngine(Engine):

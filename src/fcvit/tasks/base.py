@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TASKS = {
     "classification": "fcvit.tasks.classification.task",
     "segmentation": "fcvit.tasks.segmentation.task",
+    "detection": "fcvit.tasks.detection.task",
 }
 DEFAULT_TASK = "classification"
 """The task of recipes and results without a task name."""
