@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fcvit.models.variants import Variant as Variant
     from fcvit.tasks.classification.prediction import Classifier as Classifier
     from fcvit.tasks.classification.recipe import ClassificationRecipe as Recipe  # noqa: F401
+    from fcvit.tasks.detection.prediction import DetectedImage as DetectedImage
+    from fcvit.tasks.detection.prediction import Detector as Detector
     from fcvit.tasks.segmentation.prediction import SegmentedImage as SegmentedImage
     from fcvit.tasks.segmentation.prediction import Segmenter as Segmenter
     from fcvit.tasks.segmentation.recipe import SegmentationRecipe as SegmentationRecipe
@@ -59,6 +61,8 @@ _MODULES = {
     "Classifier": "tasks.classification.prediction",
     "Segmenter": "tasks.segmentation.prediction",
     "SegmentedImage": "tasks.segmentation.prediction",
+    "Detector": "tasks.detection.prediction",
+    "DetectedImage": "tasks.detection.prediction",
     "convert": "commands.convert",
     "verify": "commands.verify",
     "inspect": "commands.inspect",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from conftest import needs_paddle
 from fcvit.commands.preview import draw_preview
+from fcvit.data.class_colors import bright_colors
 from fcvit.data.loader import Batch
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.models.spec import MaskRCNNOptions, ModelSpec
@@ -225,9 +226,12 @@ def test_a_preview_shows_images_with_boxes_and_masks(small, tmp_path):
     image = np.full((1, 64, 64, 3), 100, np.uint8)
     _, (_, targets) = inputs_of(task, [0])
     drawn = task.draw(image, targets)[0]
-    x1, y1, x2, y2 = targets[0][0].boxes[1].astype(int)
-    assert drawn[y1, x1].tolist() == drawn[y2 - 1, x2 - 1].tolist() == [0, 128, 0], "the color of the second class"
-    assert drawn[y1 + 3, x1 + 3].tolist() != [100, 100, 100] and (drawn[60, 60:] == 100).all()
+    factor = len(drawn) // 64
+    x1, y1, x2, y2 = (factor * targets[0][0].boxes[1]).astype(int)
+    color = list(bright_colors(2)[1])
+    assert drawn[y1, x1].tolist() == drawn[y2 - 1, x2 - 1].tolist() == color, "the color of the second class"
+    inside = drawn[y1 + 3 * factor, x1 + 3 * factor].tolist()
+    assert inside not in ([100, 100, 100], color) and (drawn[60 * factor :, 60 * factor :] == 100).all()
     assert pixels.std() > 0
 
 

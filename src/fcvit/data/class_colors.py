@@ -1,14 +1,17 @@
 """Read class lists with colors, such as ADE20K's."""
 
 import collections
+import colorsys
 import csv
 import functools
 import importlib.resources
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fcvit.data.classes import Classes, ClassName, check_classes, read_classes
+from fcvit.data.classes import Classes, ClassName, as_classes, check_classes, read_classes
 from fcvit.data.sources import Location
 from fcvit.errors import DoesNotFit, UnreadableFile
 from fcvit.models.variants import ADE20K_CLASSES
@@ -44,6 +47,17 @@ def ade20k() -> ClassList:
     listed = parse_class_list(content, "the bundled list")
     assert listed is not None
     return listed
+
+
+def class_list(given: "Sequence[ClassName | tuple[str, str] | str] | str | os.PathLike[str]") -> ClassList:
+    """Return a class list from its path, from (id, name) pairs or from names.
+
+    Raises:
+        UnreadableFile, DoesNotFit: As in `read_class_list`.
+    """
+    if isinstance(given, str | os.PathLike):
+        return read_class_list(Path(given))
+    return ClassList(as_classes(given))
 
 
 def read_class_list(path: Path) -> ClassList:
@@ -102,24 +116,24 @@ def parse_class_list(content: bytes, source: str) -> ClassList | None:
 
 
 def classes_of(weights: Weights, listed: ClassList | None) -> ClassList:
-    """Return the classes of a segmentation network with their colors.
+    """Return the classes of a segmentation network or a detector with their colors.
 
-    The classes are those of the list, else of the weights, else ADE20K's if the network has 150 classes, else numbers.
-    Colors are those of the list or the weights, or `default_palette`.
+    The classes are those of the list, else of the weights, else ADE20K's for segmentation with 150 classes, else
+    numbers. Colors are those of the list or the weights, else `default_palette`, or `bright_colors` for detection.
 
     Raises:
         DoesNotFit: The list has another number of classes than the network.
     """
-    count = weights.spec.num_classes
+    count, segmentation = weights.spec.num_classes, weights.spec.task == "segmentation"
     if listed and len(listed.classes) != count:
         raise DoesNotFit(f"the class list has {len(listed.classes)} classes, but {weights.source.path} has {count}")
     if listed is None and weights.classes is not None:
         listed = ClassList(weights.classes)
-    if listed is None and count == ADE20K_CLASSES:
+    if listed is None and segmentation and count == ADE20K_CLASSES:
         return ade20k()
     classes = listed.classes if listed else tuple(ClassName(str(index), f"class {index}") for index in range(count))
-    colors = (listed.palette if listed else None) or weights.palette or default_palette(count)
-    return ClassList(classes, colors)
+    colors = (listed.palette if listed else None) or weights.palette
+    return ClassList(classes, colors or (default_palette if segmentation else bright_colors)(count))
 
 
 def default_palette(count: int) -> tuple[Color, ...]:
@@ -133,3 +147,13 @@ def default_palette(count: int) -> tuple[Color, ...]:
             number >>= 3
         colors.append((color[0], color[1], color[2]))
     return tuple(colors)
+
+
+def bright_colors(count: int) -> tuple[Color, ...]:
+    """Return colors that are visible as lines on dark photographs. Neighbors in the list differ clearly.
+
+    The hue advances by the golden section of the circle.
+    """
+    shades = ((0.85, 1.0), (0.55, 1.0), (0.7, 0.85))  # saturation and value
+    colors = (colorsys.hsv_to_rgb((0.04 + index * 0.618034) % 1, *shades[index % 3]) for index in range(count))
+    return tuple((round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors)

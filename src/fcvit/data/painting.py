@@ -1,11 +1,13 @@
-"""Draw label maps and boxes in the colors of a palette."""
+"""Paint label maps and masks in the colors of a palette."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from fcvit.errors import UsageError
+from fcvit.frameworks import import_framework
 
 Palette = Sequence[Sequence[int]]  # (red, green, blue) of each label, from 0 to 255
 
@@ -32,23 +34,47 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: fl
     return (image * (1 - opacity) + _colors(palette)[labels] * opacity).astype(np.uint8)
 
 
-def outline_boxes(image: np.ndarray, boxes: np.ndarray, colors: Palette, width: int = 1) -> np.ndarray:
-    """Draw the outlines of boxes.
+def paint_masks(
+    image: np.ndarray, masks: Iterable[np.ndarray], colors: Palette, opacity: float, widths: Sequence[int]
+) -> np.ndarray:
+    """Paint the masks of objects over an image, each with an outline inside of it.
+
+    Each pixel has the color of the first of the masks that contain it, so that the image stays visible where many
+    masks overlap. Outlines are drawn over all masks.
 
     Args:
         image: Image, uint8 (H, W, 3).
-        boxes: x1, y1, x2, y2 of each box in pixels, (N, 4).
-        colors: Color of each box.
-        width: Width of the lines in pixels.
+        masks: Mask of each object, bool (H, W), the most important one first. One is in memory at a time.
+        colors: Color of each object.
+        opacity: Weight of the colors, from 0 to 1.
+        widths: Width of each outline in pixels.
 
     Returns:
         uint8 (H, W, 3).
+
+    Raises:
+        MissingExtra: OpenCV is not installed.
     """
-    drawn = Image.fromarray(image)
-    draw = ImageDraw.Draw(drawn)
-    for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors, strict=True):
-        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=tuple(color), width=width)
-    return np.asarray(drawn)
+    cv2 = import_framework("cv2")
+    border: Any = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
+    owner, outline = (np.zeros(image.shape[:2], np.uint16) for _ in range(2))  # number of an object from 1, or 0
+    for number, (mask, width) in enumerate(zip(masks, widths, strict=True), 1):
+        (rows,) = np.nonzero(mask.any(1))
+        if len(rows):
+            (columns,) = np.nonzero(mask[rows[0] : rows[-1] + 1].any(0))
+            window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            inside = mask[window]
+            kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+            inner = cv2.erode(inside.astype(np.uint8), kernel, **border).astype(bool)
+            for target, pixels in ((owner, inside), (outline, inside & ~inner)):
+                part = target[window]
+                part[pixels & (part == 0)] = number
+    table = np.array([(0, 0, 0), *colors], np.uint8)
+    tinted = cv2.addWeighted(image, 1 - opacity, table[owner], opacity, 0)
+    painted = np.where(owner[..., None] > 0, tinted, image)
+    drawn = outline > 0
+    painted[drawn] = table[outline[drawn]]
+    return painted
 
 
 def palette_image(labels: np.ndarray, palette: Palette) -> Image.Image:

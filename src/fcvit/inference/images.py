@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -154,6 +155,18 @@ def _read(number: int, image: ImageLike, read: Callable[[Any], Result]) -> Resul
         if not isinstance(image, Image.Image):
             raise
         return BadImages(f"image {number}: {str(error)[:120]}")
+
+
+def with_unique_names(results: Iterable[tuple[Path, Result]]) -> Iterator[tuple[str, Path, Result]]:
+    """Yield a name for the files of each result, its path and the result. A repeated name gets a number."""
+    used: set[str] = set()
+    for path, result in results:
+        name, number = path.stem, 1
+        while name.casefold() in used:
+            number += 1
+            name = f"{path.stem}-{number}"
+        used.add(name.casefold())
+        yield name, path, result
 
 
 def several(images: Any) -> Iterable[ImageLike]:

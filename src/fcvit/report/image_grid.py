@@ -71,6 +71,13 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return text[: max(0, fitting - 1)] + "..."
 
 
+def jpeg(image: Image.Image) -> bytes:
+    """Encode an image as a JPEG file."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
 def png(image: Image.Image) -> bytes:
     """Encode an image as a PNG file."""
     content = io.BytesIO()

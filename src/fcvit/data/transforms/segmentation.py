@@ -70,6 +70,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
+def rgb_pixels(image: "str | os.PathLike[str] | Image.Image | np.ndarray") -> np.ndarray:
+    """Return the pixels of an image, uint8 (H, W, 3), from its path, a PIL image or an array.
+
+    Raises:
+        BadImages, ValueError: See `decode` and `upright_rgb`.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+    return np.asarray(upright_rgb(image) if isinstance(image, Image.Image) else decode(image))
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 if it is missing or unreadable. Pillow itself applies it to TIFF files."""
     exif = Image.Exif()

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from fcvit.data.class_colors import default_palette
+from fcvit.data.class_colors import bright_colors
 from fcvit.data.coco import Instances
 from fcvit.data.loader import Batch
-from fcvit.data.painting import outline_boxes, overlay
 from fcvit.data.transforms.augment import pixel_generator
 from fcvit.data.transforms.detection import DetectionAugmentation, DetectionTarget, augment, pad_batch
 from fcvit.data.transforms.segmentation import decode, normalize
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_detector, weights_of
 from fcvit.models.variants import resolve_preprocessing
+from fcvit.report.instances import draw_instances, instance_colors
 from fcvit.tasks.dense import SplitOptions
 from fcvit.tasks.detection.evaluation import DetectionEvaluator
 from fcvit.tasks.detection.losses import detection_losses
@@ -109,15 +109,15 @@ class DetectionTraining:
 
     def draw(self, images: np.ndarray, targets: Targets) -> np.ndarray:
         """Paint the masks over the images, and draw the boxes, in the colors of the classes."""
-        palette = default_palette(len(self.classes))
+        palette = bright_colors(len(self.classes))
         drawn = []
-        for image, target in zip(images.copy(), targets[0], strict=True):
+        for image, target in zip(images, targets[0], strict=True):
+            masks = None
             if target.masks is not None:
-                for mask, label in zip(target.masks.astype(bool), target.labels, strict=True):
-                    height, width = mask.shape
-                    part = image[:height, :width]
-                    part[mask] = overlay(part, np.zeros(mask.shape, np.uint8), [palette[label]])[mask]
-            drawn.append(outline_boxes(image, target.boxes, [palette[label] for label in target.labels]))
+                rest = [(0, whole - own) for whole, own in zip(image.shape[:2], target.masks.shape[1:], strict=True)]
+                masks = (np.pad(mask.astype(bool), rest) for mask in target.masks)
+            colors = instance_colors(target.labels, palette)
+            drawn.append(np.asarray(draw_instances(Image.fromarray(image), target.boxes, colors, masks=masks)))
         return np.stack(drawn)
 
     def loss(self, outputs: Any, targets: Targets) -> "dict[str, Tensor]":

@@ -1,7 +1,6 @@
 """Predict a label map for each image with a segmentation network."""
 
 import dataclasses
-import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,15 +13,15 @@ from PIL import Image
 
 from fcvit import run_folder as runs
 from fcvit.data import painting
-from fcvit.data.class_colors import ClassList, classes_of, read_class_list
-from fcvit.data.classes import Classes, Palette, as_classes
-from fcvit.data.transforms.segmentation import decode, preprocess, resize_image, upright_rgb
+from fcvit.data.class_colors import class_list, classes_of
+from fcvit.data.classes import Classes, Palette
+from fcvit.data.transforms.segmentation import preprocess, resize_image, rgb_pixels
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.inference.engines import Engine
-from fcvit.inference.images import ImageLike, collect, read_ahead, require_finite
+from fcvit.inference.images import ImageLike, collect, read_ahead, require_finite, with_unique_names
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import ADE20K_CLASSES, Preprocessing
-from fcvit.report.image_grid import png
+from fcvit.report.image_grid import jpeg, png
 from fcvit.tasks.segmentation.logits import View, average_label_map, sliding_logits
 from fcvit.weights.reading import Weights
 
@@ -160,8 +159,8 @@ class SegmentedImage:
             UsageError: The opacity is out of range, or the image file has another size now.
             BadImages: The image file cannot be read any more.
         """
-        image = Image.fromarray(self.image) if isinstance(self.image, np.ndarray) else self.image
-        return Image.fromarray(painting.overlay(_pixels(image), self.labels, self.palette, opacity))
+        pixels = rgb_pixels(self.image)
+        return Image.fromarray(painting.overlay(pixels, self.labels, self.palette, opacity))
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -211,7 +210,7 @@ class Segmenter:
         return self._results(images, PredictionOptions(**options))
 
     def _results(self, images: Iterable[ImageLike], options: PredictionOptions) -> Iterator[SegmentedImage | BadImages]:
-        for number, image, pixels in read_ahead(images, _pixels):
+        for number, image, pixels in read_ahead(images, rgb_pixels):
             if isinstance(pixels, BadImages):
                 yield pixels
                 continue
@@ -249,17 +248,9 @@ class Segmenter:
         """
         for name in (LABELS, OVERLAYS):
             (folder / name).mkdir()
-        used: set[str] = set()
-        for path, prediction in predictions:
-            name, number = path.stem, 1
-            while name.casefold() in used:
-                number += 1
-                name = f"{path.stem}-{number}"
-            used.add(name.casefold())
+        for name, _, prediction in with_unique_names(predictions):
             prediction.save(folder / LABELS / f"{name}.png")
-            content = io.BytesIO()
-            prediction.overlay().save(content, "JPEG", quality=90)
-            runs.write_bytes(folder / OVERLAYS / f"{name}.jpg", content.getvalue())
+            runs.write_bytes(folder / OVERLAYS / f"{name}.jpg", jpeg(prediction.overlay()))
 
 
 def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, create: Callable[[], Engine]) -> Segmenter:
@@ -271,23 +262,12 @@ def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, crea
     count = weights.spec.num_classes
     if count > _LABEL_VALUES:
         raise DoesNotFit(f"{weights.source.path}: {count} classes; label maps with 8 bits have at most {_LABEL_VALUES}")
-    listed = classes_of(weights, None if classes is None else _class_list(classes))
+    listed = classes_of(weights, None if classes is None else class_list(classes))
     engine = create()
     if classes is None and weights.classes is None and count == ADE20K_CLASSES:
         logger.info("the weights have no class names: ADE20K's are used; pass others with --classes FILE")
     assert listed.palette is not None
     return Segmenter(weights, engine, preprocessing, listed.classes, listed.palette)
-
-
-def _class_list(classes: Any) -> ClassList:
-    if isinstance(classes, str | os.PathLike):
-        return read_class_list(Path(classes))
-    return ClassList(as_classes(classes))
-
-
-def _pixels(image: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
-    """Return the pixels of an image, uint8 (H, W, 3), from its path or a PIL image."""
-    return np.asarray(upright_rgb(image) if isinstance(image, Image.Image) else decode(image))
 
 
 def _views(
