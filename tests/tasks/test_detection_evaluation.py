@@ -20,9 +20,8 @@ from fcvit.metrics.detection import Detections, encode_masks, matches
 from fcvit.models.mask_rcnn.detections import Detections as Found
 from fcvit.models.spec import MaskRCNNOptions
 from fcvit.models.variants import VARIANTS, Preprocessing
-from fcvit.tasks.dense import SplitOptions
 from fcvit.tasks.detection.comparison import compare
-from fcvit.tasks.detection.evaluation import DetectionEvaluator, Placement
+from fcvit.tasks.detection.evaluation import DetectionEvaluator, Options, Placement
 from fcvit.tasks.detection.published import compare_with_published, validation_of
 from fcvit.tasks.detection.results import RECORD, decode, encode, record
 
@@ -84,14 +83,17 @@ def data(tmp_path_factory):
 
 def weights_of(name="det.pth", classes=CLASSES, **options):
     spec = SimpleNamespace(
-        num_classes=len(classes or CLASSES), options=MaskRCNNOptions(**options), variant=VARIANTS["fcvit_b12"]
+        num_classes=len(classes or CLASSES),
+        options=MaskRCNNOptions(**options),
+        task="detection",
+        variant=VARIANTS["fcvit_b12"],
     )
     source = SimpleNamespace(path=Path(name), sha256="0" * 64)
     return SimpleNamespace(spec=spec, source=source, classes=classes, palette=None)
 
 
 def evaluator_of(data, *loaded):
-    return DetectionEvaluator(loaded or [weights_of()], data, SplitOptions())
+    return DetectionEvaluator(loaded or [weights_of()], data, Options())
 
 
 def detected(dataset, seed=0, noise=2.0, wrong=0.2):

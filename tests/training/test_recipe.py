@@ -114,7 +114,7 @@ def test_text_fields_are_not_parsed_as_toml(tmp_path):
 
 
 def test_unreadable_recipes_are_rejected(tmp_path):
-    with pytest.raises(UnreadableFile, match=r"nothing\.toml: .*cifar10-7k, digits"):
+    with pytest.raises(UnreadableFile, match=r"nothing\.toml: .*cifar10-7k, detection"):
         read_recipe(str(tmp_path / "nothing.toml"))
     with pytest.raises(UnreadableFile, match=r"recipe\.toml: .*TOML"):
         read_recipe(toml(tmp_path, "variant fcvit"))
@@ -173,7 +173,7 @@ def test_the_task_selects_the_fields(monkeypatch):
     assert build_recipe(tomllib.loads(recipe.to_toml()), {}, "stored") == recipe
     with pytest.raises(UsageError, match=r"--crop: .*field 'crop'"):
         build_recipe({"task": "mean", "variant": "fcvit_tiny"}, {"crop": "padded"}, "file")
-    with pytest.raises(UsageError, match="task 'sorting': expected classification, segmentation, mean"):
+    with pytest.raises(UsageError, match="task 'sorting': expected classification, segmentation, detection, mean"):
         read_recipe("digits", {"task": "sorting"})
 
 

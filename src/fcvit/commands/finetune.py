@@ -93,7 +93,7 @@ def finetune_recipe(
     source = "fcvit finetune"
     own = task.own_data(build_recipe({**defaults, "new_head": True}, given, source), loaded)
     defaults |= own.fields
-    notes += own.notes
+    notes += [note for field, note in own.notes.items() if field not in given]
     if "new_head" not in given and own.same_classes:
         notes.append(f"the {own.listed} the classes of the weights: their head is kept (--new-head true replaces it)")
     recipe = build_recipe({**defaults, "new_head": not own.same_classes}, given, source)

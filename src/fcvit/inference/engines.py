@@ -138,13 +138,14 @@ class Engine:
     def normalized(
         self, images: np.ndarray, image_sizes: np.ndarray | Sequence[tuple[int, int]] | None = None
     ) -> np.ndarray:
-        """Normalize uint8 images. For a detector, round like the authors, and set the padding to 0."""
+        """Normalize uint8 images. With image sizes, round like the authors, and set the padding to 0."""
         if images.dtype != np.uint8:
             return images
-        if self.weights.spec.task != "detection":
+        if image_sizes is None:
             return normalize(images, self.preprocessing)
-        sizes = None if image_sizes is None else [(int(height), int(width)) for height, width in image_sizes]
-        return normalize_padded(images, self.preprocessing, sizes)
+        return normalize_padded(
+            images, self.preprocessing, [(int(height), int(width)) for height, width in image_sizes]
+        )
 
 
 def _require_images(images: np.ndarray) -> None:

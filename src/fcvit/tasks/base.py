@@ -196,14 +196,14 @@ class OwnData(NamedTuple):
         same_classes: Whether its classes are those of the weights, so that their head can be kept.
         listed: What was compared, with a verb, for example "class folders match".
         fields: Recipe fields that follow from the data or the recipe.
-        notes: Readable notes.
+        notes: Recipe field -> readable note, which is shown unless the user passes this field.
     """
 
     images: int
     same_classes: bool
     listed: str
     fields: Mapping[str, Any] = {}
-    notes: Sequence[str] = ()
+    notes: Mapping[str, str] = {}
 
 
 class Task(Protocol):

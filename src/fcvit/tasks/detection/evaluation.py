@@ -33,6 +33,11 @@ _SHARED = ("masks", "max_detections", "long_side", "short_side", "divisor")
 """Options of the network that weights of one evaluation have in common."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(SplitOptions):
+    """Options of `fcvit eval` for detectors, in addition to `fcvit.evaluation.settings.Settings`."""
+
+
 class Placement(NamedTuple):
     """The size of an image, (height, width), and the scale factors of the network's input (see `preprocess`)."""
 
@@ -73,7 +78,7 @@ class DetectionEvaluator:
 
     dtype, outputs, at_once, fixed_preprocessing = RECORD, 0, 1, True
 
-    def __init__(self, loaded: Sequence[Weights], data: Path | CocoImages, options: SplitOptions):
+    def __init__(self, loaded: Sequence[Weights], data: Path | CocoImages, options: Options):
         first = loaded[0]
         for weights in loaded:
             if _shared(weights) != _shared(first):

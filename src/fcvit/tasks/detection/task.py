@@ -8,9 +8,8 @@ from fcvit.data.coco import find_coco
 from fcvit.inference.engines import Engine
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.base import OwnData
-from fcvit.tasks.dense import SplitOptions
 from fcvit.tasks.detection.comparison import DetectionComparison, compare
-from fcvit.tasks.detection.evaluation import DetectionEvaluator
+from fcvit.tasks.detection.evaluation import DetectionEvaluator, Options
 from fcvit.tasks.detection.prediction import Detector, PredictionOptions, detector
 from fcvit.tasks.detection.recipe import DetectionRecipe, head_fields
 from fcvit.tasks.detection.splits import find_coco_splits
@@ -23,7 +22,7 @@ class Detection:
 
     name = own_images = "detection"
     recipe = DetectionRecipe
-    options = SplitOptions
+    options = Options
     prediction = PredictionOptions
 
     def training(self, recipe: DetectionRecipe, weights: Weights | None) -> DetectionTraining:
@@ -42,7 +41,7 @@ class Detection:
         layout = find_coco(data)
         return f"annotations in COCO's format ({next(iter(layout.splits.values()))})" if layout else None
 
-    def evaluator(self, loaded: Sequence[Weights], data: Path, options: SplitOptions) -> DetectionEvaluator:
+    def evaluator(self, loaded: Sequence[Weights], data: Path, options: Options) -> DetectionEvaluator:
         return DetectionEvaluator(loaded, data, options)
 
     def predictor(

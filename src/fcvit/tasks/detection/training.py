@@ -18,8 +18,7 @@ from fcvit.frameworks import import_framework
 from fcvit.models.build import build_detector, weights_of
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.report.instances import draw_instances, instance_colors
-from fcvit.tasks.dense import SplitOptions
-from fcvit.tasks.detection.evaluation import DetectionEvaluator
+from fcvit.tasks.detection.evaluation import DetectionEvaluator, Options
 from fcvit.tasks.detection.losses import detection_losses
 from fcvit.tasks.detection.recipe import DetectionRecipe
 from fcvit.tasks.detection.splits import find_coco_splits
@@ -131,7 +130,7 @@ class DetectionTraining:
 
     def evaluator(self, loaded: Sequence[Weights]) -> DetectionEvaluator:
         assert self.val is not None
-        return DetectionEvaluator(loaded, self.val, SplitOptions())
+        return DetectionEvaluator(loaded, self.val, Options())
 
     def row(self, result: Any) -> dict[str, float]:
         """Return box AP and mask AP in percent."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -166,15 +166,19 @@ def own_maps(recipe: SegmentationRecipe, weights: Weights) -> OwnData:
     Raises:
         UsageError, UnreadableFile, DoesNotFit: As in `find_map_splits`.
     """
-    maps, fields, notes, same = list_maps(recipe), {}, [], False
+    maps, same = list_maps(recipe), False
+    fields: dict[str, Any] = {}
+    notes: dict[str, str] = {}
     if weights.spec.task == "segmentation" and maps.listed:
         # The order matters, because it gives the values in the label maps.
         same = composed_ids(maps.listed.classes) == composed_ids(weights.classes)
     elif weights.spec.task == "segmentation":
-        notes.append("no class list, so the last layer is new (--new-head false keeps the classes of the weights)")
+        notes["new_head"] = (
+            "no class list, so the last layer is new (--new-head false keeps the classes of the weights)"
+        )
     if max(recipe.crop_size) > min(recipe.scale):
         fields["crop_size"] = (min(recipe.scale),) * 2
-        notes.append(f"crop_size {min(recipe.scale)}: the shorter side of scale")
+        notes["crop_size"] = f"crop_size {min(recipe.scale)}: the shorter side of scale"
     return OwnData(len(maps.train), same, "class list matches", fields, notes)
 
 
