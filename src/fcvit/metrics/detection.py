@@ -90,27 +90,18 @@ def entries(
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
     """The metrics of COCO in percent. NaN marks a metric without ground truth, which pycocotools marks with -1.
 
     Attributes:
-        kind: Boxes or masks.
-        max_detections: Number of detections of each class in an image that count, the most confident ones.
-        ap: Average precision, mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes.
-        ap50, ap75: Average precision at the IoU thresholds 0.50 and 0.75.
-        ap_small, ap_medium, ap_large: Average precision of objects under 32 x 32, under 96 x 96 and of larger pixels.
-        ar: Average recall at `max_detections`, mean over the IoU thresholds and the classes.
-        ar_small, ar_medium, ar_large: Average recall by size.
-        class_ap: Average precision of each class, in the order of the labels, (C).
-        class_ap50: The same at the IoU threshold 0.50, (C).
-        precision: Interpolated precision, a fraction, at each IoU threshold and at recall 0, 0.01, ..., 1 of each
-            class, (10, 101, C). 0 beyond the largest recall that is reached.
-        scores: Score at which this recall is reached, (10, 101, C).
+        ap: Average precision (AP), mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes.
+        ap50, ap75: AP at the IoU thresholds 0.50 and 0.75.
+        ap_small, ap_medium, ap_large: AP of objects under 32 x 32, under 96 x 96 and of larger pixels.
+        ar: Average recall (AR), mean over the IoU thresholds and the classes.
+        ar_small, ar_medium, ar_large: AR by size.
     """
 
-    kind: Kind
-    max_detections: int
     ap: float
     ap50: float
     ap75: float
@@ -121,10 +112,33 @@ class Figures:
     ar_small: float
     ar_medium: float
     ar_large: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures(Precision):
+    """The metrics of COCO, with those of each class.
+
+    Attributes:
+        kind: Boxes or masks.
+        max_detections: Number of detections of each class in an image that count, the most confident ones.
+        class_ap: AP of each class, in the order of the labels, (C).
+        class_ap50: The same at the IoU threshold 0.50, (C).
+        precision: Interpolated precision, a fraction, at each IoU threshold and at recall 0, 0.01, ..., 1 of each
+            class, (10, 101, C). 0 beyond the largest recall that is reached.
+        scores: Score at which this recall is reached, (10, 101, C).
+    """
+
+    kind: Kind
+    max_detections: int
     class_ap: np.ndarray
     class_ap50: np.ndarray
     precision: np.ndarray
     scores: np.ndarray
+
+    @property
+    def means(self) -> Precision:
+        """Return the metrics without those of each class."""
+        return Precision(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Precision)})
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from fcvit.metrics.detection import Detections, Figures, entries, evaluate, matc
 from fcvit.tasks.base import Evaluated
 from fcvit.tasks.detection import page, pictures, results
 from fcvit.tasks.detection.published import compare_with_published
-from fcvit.tasks.detection.results import DETECTIONS, DetectionAgreement, Precision, Result
+from fcvit.tasks.detection.results import DETECTIONS, DetectionAgreement, Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,8 +80,8 @@ class DetectionReport(EvaluationReport):
             classes=len(classes),
             absent=sum(not row.objects for row in per_class),
             max_detections=box.max_detections,
-            box=Precision.of(box),
-            mask=Precision.of(mask) if mask is not None else None,
+            box=box.means,
+            mask=mask.means if mask is not None else None,
             published=published,
             published_mask=published_mask,
             per_class=per_class,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from fcvit import run_folder as runs
 from fcvit.evaluation.report import published_cells, published_columns
+from fcvit.metrics.detection import Precision
 from fcvit.report import charts, page
 from fcvit.report.page import Listing, Picture, Section
 from fcvit.tasks.detection import results
-from fcvit.tasks.detection.results import ClassFigures, Precision, Result
+from fcvit.tasks.detection.results import ClassFigures, Result
 
 if TYPE_CHECKING:
     from fcvit.tasks.detection.figures import DetectionReport

@@ -24,7 +24,7 @@ from fcvit.evaluation.comparison import SavedResult, read_csv, read_metrics, rea
 from fcvit.evaluation.published import PublishedComparison
 from fcvit.evaluation.report import Agreement, ConfigurationResult
 from fcvit.evaluation.results import METRICS, result_folder
-from fcvit.metrics.detection import Detections, Figures, Kind, matches
+from fcvit.metrics.detection import Detections, Figures, Kind, Precision, matches
 from fcvit.text import csv_text, csv_value
 
 PREDICTIONS, PER_CLASS = "predictions.csv", "per_class.csv"
@@ -67,34 +67,6 @@ def decode(content: bytes) -> Detections:
     boxes, scores, labels, masks = json.loads(zlib.decompress(content))
     rows = None if masks is None else [{"size": [height, width], "counts": text} for height, width, text in masks]
     return Detections(np.array(boxes, float).reshape(-1, 4), np.array(scores, float), np.array(labels, int), rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """The metrics of COCO for boxes or for masks, in percent. NaN without annotated objects.
-
-    Attributes:
-        ap: Average precision (AP), mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes.
-        ap50, ap75: AP at the IoU thresholds 0.50 and 0.75.
-        ap_small, ap_medium, ap_large: AP of objects under 32 x 32, under 96 x 96 and of larger pixels.
-        ar: Average recall (AR), mean over the IoU thresholds and the classes.
-        ar_small, ar_medium, ar_large: AR by size.
-    """
-
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
-    ar: float
-    ar_small: float
-    ar_medium: float
-    ar_large: float
-
-    @classmethod
-    def of(cls, figures: Figures) -> "Precision":
-        return cls(**{field.name: getattr(figures, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
