@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from cyclopts import Parameter
 
-from fcvit.commands.options import Ema, File, Flag, Output
+from fcvit.commands.options import Ema, File, Flag, Output, parse_size
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import NumbersDisagree, UsageError, counted
@@ -93,20 +93,6 @@ class Export:
         yield table(rows=rows, title=f"{self.network} exported as {self.format}, {self.precision}")
 
 
-def _size(value: Any) -> tuple[int, int] | None:
-    """Parse an image size (224, "240x320", or a pair) and return height and width.
-
-    Raises:
-        UsageError: The value is not an image size.
-    """
-    if value is None or isinstance(value, tuple):
-        return value
-    sides = str(value).lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
-        raise UsageError(f"--size {value}: expected 1 to 4096 pixels, for example 224 or 240x320 (height x width)")
-    return int(sides[0]), int(sides[-1])
-
-
 def export(
     weights: Annotated[Any, Parameter()],
     output: Annotated[File, Output],
@@ -147,7 +133,7 @@ def export(
         BadImages: An image cannot be read.
         NumbersDisagree: The outputs of the runtime are wrong. Nothing is written.
     """
-    size, paths = _size(size), find_images(images) if images else ()
+    size, paths = parse_size(size), find_images(images) if images else ()
     path = Path(output)
     target: str = format or infer_format(path)
     if precision not in get_args(Precision) or (precision == "int8" and target != "onnx"):
