@@ -50,7 +50,7 @@ def fake(monkeypatch):
 
     setting = Setting()
 
-    def interleave(load, jobs, rounds, advance):
+    def interleave(load, jobs, rounds, calls, advance):
         setting.groups.append([job.engine for job in jobs])
         results = {}
         for job in jobs:
@@ -177,7 +177,7 @@ def test_csv_and_json_files(fake, tmp_path):
     assert [row["engine"] for row in rows] == ["torch-channels-last", "onnxruntime", "openvino"]
     assert rows[1]["median_ms"] == "100.5" and rows[1]["batch_size"] == "2"
     assert set(rows[0]) == {
-        *("engine", "precision", "batch_size", "threads", "calls", "median_ms"),
+        *("engine", "precision", "batch_size", "threads", "part", "calls", "median_ms"),
         *("images_per_second", "gflops", "of_reference", "difference", "wrong"),
     }
     stored = json.loads((tmp_path / "run" / "bench.json").read_text())

@@ -1,6 +1,7 @@
 """Tests of the check of an export: how it pools images, and which faults it detects."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fcvit.weights.reading import read_weights
 
 INTERFACE = Interface((32, 32), uint8=True, probabilities=False, preprocessing=DIGITS.variant.preprocessing)
 IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 3, 32, 32), np.uint8)
+WEIGHTS = types.SimpleNamespace(spec=DIGITS)
 EXACT = np.random.default_rng(0).normal(size=(6, 10))
 
 
@@ -30,7 +32,7 @@ def outputs(images, off=1e-7):
 
 
 def test_a_small_reference_error_on_one_image_does_not_fail_the_check(yardstick):
-    result = check.check_export(outputs, None, INTERFACE, IMAGES, "it")
+    result = check.check_export(outputs, WEIGHTS, INTERFACE, IMAGES, "it")
     assert result.passed and result.ratio == pytest.approx(1.1, abs=0.01) and result.largest == pytest.approx(1e-7)
 
 
@@ -40,13 +42,13 @@ def test_errors_in_a_batch_or_for_a_single_image_are_detected(yardstick, wrong):
         return outputs(images, 1e-6 if (wrong == "together") == (len(images) > 1) else 1e-7)
 
     with pytest.raises(NumbersDisagree, match=rf"it: .* times .*torch \(limit {RATIO_LIMIT}\)"):
-        check.check_export(faulty, None, INTERFACE, IMAGES, "it")
+        check.check_export(faulty, WEIGHTS, INTERFACE, IMAGES, "it")
 
 
 @pytest.mark.parametrize("give", [lambda o: o[:1], lambda o: o[:, :5], lambda o: o[None], lambda o: o * np.nan])
 def test_outputs_with_a_wrong_shape_or_nan_are_rejected(yardstick, give):
     with pytest.raises(NumbersDisagree, match=rf"it: .*limit {RATIO_LIMIT}"):
-        check.check_export(lambda images: [give(outputs(images)[0])], None, INTERFACE, IMAGES, "it")
+        check.check_export(lambda images: [give(outputs(images)[0])], WEIGHTS, INTERFACE, IMAGES, "it")
 
 
 @needs_torch

@@ -21,7 +21,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
-from fcvit.inference.onnx_graph import INPUT, onnx_model  # noqa: E402
+from fcvit.inference.onnx_graph import onnx_model  # noqa: E402
 
 OPTIONS = golden_json("options.json")
 PIXELS = Preprocessing()
@@ -47,7 +47,7 @@ class Gelu(OpRun):
 
 def run(model, images):
     images = images if images.dtype == np.uint8 else images.astype(np.float64)
-    return ReferenceEvaluator(model, new_ops=[Gelu]).run(None, {INPUT: images})
+    return ReferenceEvaluator(model, new_ops=[Gelu]).run(None, {model.graph.input[0].name: images})
 
 
 @pytest.mark.parametrize(

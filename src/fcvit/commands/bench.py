@@ -19,8 +19,11 @@ import numpy as np
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.commands.options import Ema, File, Output
+from fcvit.commands.options import Ema, File, Output, parse_size
+from fcvit.data.transforms.detection import pad_batch
+from fcvit.data.transforms.segmentation import aligned_size
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
+from fcvit.inference.detector import TRUNK
 from fcvit.inference.engines import ENGINES, create_engine
 from fcvit.inference.interface import as_list
 from fcvit.inference.interleave import Timing, interleave, median_ratio, timed
@@ -41,21 +44,23 @@ REFERENCES = ("torch", "torch-channels-last", "torch-compile")
 CONTENDERS = (*REFERENCES, *(name for name in ENGINES if name != "torch"))
 PRECISIONS = ("float32", "bfloat16")
 WRONG = 1e-2  # a larger difference of a float32 output cannot be a rounding error
+_BOX_SPREAD = 4  # factor of the deltas of the proposals
 _HAVE_BFLOAT16 = (*REFERENCES, "openvino")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A configuration to measure. `engine` is one of `CONTENDERS`."""
+    """A configuration to measure. `engine` is one of `CONTENDERS`. `part` is "trunk" for a detector's trunk alone."""
 
     engine: str
     precision: str
     batch_size: int
     threads: int
+    part: str = ""
 
     @property
     def label(self) -> str:
-        return self.engine if self.precision == "float32" else f"{self.engine}, {self.precision}"
+        return ", ".join(filter(None, (self.engine, self.precision.removeprefix("float32"), self.part)))
 
     def __str__(self) -> str:
         return f"{self.label.replace(',', '')}, batch {self.batch_size}, {self.threads} thread(s)"
@@ -72,9 +77,10 @@ class Speed:
         rounds_ms: Median time per batch in each round, in milliseconds.
         images_per_second: Throughput, computed from the median time.
         gflops: GFLOP/s of the network. A multiply-accumulate counts as two operations.
-        of_reference: Speed relative to the reference with the same batch size and threads. Median of the ratios of
-            the rounds. None without a reference.
-        difference: Largest absolute difference between the outputs and the reference outputs. None without a reference.
+        of_reference: Speed relative to the reference with the same batch size, threads and part. Median of the ratios
+            of the rounds. None without a reference.
+        difference: Largest absolute difference between the outputs and the reference outputs, for a detector between
+            the sorted scores. None without a reference.
     """
 
     contender: Contender
@@ -98,7 +104,7 @@ class Bench:
 
     Attributes:
         network: Description of the network.
-        size: Height and width of the images in pixels.
+        size: Height and width of the images in pixels, without padding.
         machine: Description of the machine.
         versions: Versions of Python and the packages.
         gmac: Multiply-accumulates for one image, in 10^9.
@@ -109,7 +115,7 @@ class Bench:
     """
 
     network: str
-    size: int
+    size: tuple[int, int]
     machine: str
     versions: dict[str, str]
     gmac: float
@@ -120,6 +126,10 @@ class Bench:
 
     def __repr__(self) -> str:
         return f"<Bench {self.network}: {len(self.speeds)} contenders, ratios to {self.reference}>"
+
+    @property
+    def _title(self) -> str:
+        return f"{self.network} at {self.size[0]} x {self.size[1]}"
 
     @property
     def exit_code(self) -> int:
@@ -148,7 +158,7 @@ class Bench:
             cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
             cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
             rows.append(cells)
-        title = f"{self.network} at {self.size} x {self.size}, {self.machine}; ratios to {self.reference}"
+        title = f"{self._title}, {self.machine}; ratios to {self.reference}"
         yield table("engine", *columns, rows=rows, title=title, right=columns)
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         image = f"{self.gmac:.3g} GMAC, uint8, time includes normalization"
@@ -166,7 +176,8 @@ class Bench:
             batch, threads = contender.batch_size, contender.threads
             low, high = (1e3 * batch / extreme(speed.rounds_ms) for extreme in (max, min))
             reference = contender.engine == self.reference and contender.precision == "float32"
-            group = groups.setdefault(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", [])
+            title = f"{contender.part and f'{contender.part}, '}batch {batch}, {threads} thread{'s' * (threads > 1)}"
+            group = groups.setdefault(title, [])
             group.append(Bar(contender.label, speed.images_per_second, low, high, reference))
         return [(name, sorted(bars, key=lambda bar: -bar.rate)) for name, bars in groups.items()]
 
@@ -176,7 +187,7 @@ class Bench:
         runs.write_text(folder / "bench.csv", self.to_csv())
         about = f"{self.machine}; images per second including normalization (lines: range of the rounds)"
         try:
-            picture = speed_chart(self.bars(), f"{self.network} at {self.size} x {self.size}", about)
+            picture = speed_chart(self.bars(), self._title, about)
         except MissingExtra as error:
             logger.info(f"bench.png is not written: {error}")
         else:
@@ -196,12 +207,12 @@ def bench(
     weights: Annotated[Any, Parameter()] = None,
     *,
     variant: Annotated[Any, Parameter()] = None,
-    task: Literal["classification", "segmentation"] | None = None,
+    task: Literal["classification", "segmentation", "detection"] | None = None,
     engines: Annotated[Sequence[str], _separated("--engine")] = (),
-    batch_sizes: Annotated[Sequence[int], _separated("--batch-size", int)] = (1, 8),
+    batch_sizes: Annotated[Sequence[int] | None, _separated("--batch-size", int)] = None,
     threads: Annotated[Sequence[int], _separated("--threads", int)] = (),
     precisions: Annotated[Sequence[str], _separated("--precision")] = ("float32",),
-    size: int | None = None,
+    size: Annotated[Any, Parameter()] = None,
     rounds: int = 7,
     reference: str | None = None,
     ema: Ema = None,
@@ -215,10 +226,11 @@ def bench(
         variant: Variant of the synthetic weights (default: fcvit_tiny).
         task: Task of the synthetic weights (default: classification).
         engines: Engines, separated by commas (default: all installed engines, torch-channels-last, torch-compile).
-        batch_sizes: Batch sizes, separated by commas (default: 1,8).
+        batch_sizes: Batch sizes, separated by commas (default: 1,8, for a detector 1).
         threads: Numbers of CPU threads, separated by commas (default: one per core).
         precisions: float32 (default) and bfloat16, separated by commas. Engines without a precision are skipped.
-        size: Height and width of the images in pixels (default: the input size of the weights, or the shorter side).
+        size: Image size, for example 224 or 800x1333 (height x width; default: the input size of the weights, the
+            shorter side for segmentation, and the largest size for detection).
         rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
         reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
         folder: New folder for bench.json, bench.csv and bench.png.
@@ -238,33 +250,39 @@ def bench(
                 raise UsageError(f"--{option} {value!r}: expected {', '.join(known)}")
     if reference and reference not in names:
         raise UsageError(f"--reference {reference}: not among the measured engines; add it to --engine")
-    if not batch_sizes or min(rounds, *batch_sizes, *counts, 1 if size is None else size) < 1:
-        raise UsageError("--rounds, --batch-size, --threads and --size: expected at least 1")
+    size = parse_size(size)
+    if (batch_sizes is not None and not batch_sizes) or min(rounds, *(batch_sizes or ()), *counts) < 1:
+        raise UsageError("--rounds, --batch-size and --threads: expected at least 1")
     if csv is not None and not Path(csv).absolute().parent.is_dir():
         raise UsageError(f"--csv {csv}: the folder {Path(csv).absolute().parent} does not exist; create it first")
-    settings = itertools.product(counts, dict.fromkeys(batch_sizes), dict.fromkeys(precisions), names)
-    requested = [Contender(name, precision, batch, count) for count, batch, precision, name in settings]
+    read = _weights(weights, variant, task, ema)
+    detector = read.spec.task == "detection"
+    batches = dict.fromkeys(batch_sizes or ((1,) if detector else (1, 8)))
+    settings = itertools.product(counts, batches, ("", TRUNK) if detector else ("",), dict.fromkeys(precisions), names)
+    requested = [Contender(name, precision, batch, count, part) for count, batch, part, precision, name in settings]
     possible = [job for job in requested if job.precision == "float32" or job.engine in _HAVE_BFLOAT16]
     if not possible:
         raise UsageError(f"--precision {','.join(precisions)}: not supported by {', '.join(names)}; add float32")
     skipped = [(str(job), f"{job.engine} has no {job.precision} on a CPU") for job in requested if job not in possible]
-    read = _weights(weights, variant, task, ema)
     pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
-    pixels = dataclasses.replace(pixels, input_size=size or read.spec.short_side or pixels.input_size)
+    short = read.spec.short_side or pixels.input_size
+    size = size or (short, read.spec.options.long_side if detector else short)
+    pixels = dataclasses.replace(pixels, input_size=size[0])
     with contextlib.nullcontext() if folder is None else runs.run_folder(Path(folder), "bench") as target:
         timings: dict[Contender, Timing | FcvitError] = {}
-        load = functools.partial(_load, weights=read, pixels=pixels)
+        load = functools.partial(_load, weights=read, pixels=pixels, size=size)
+        calls = 1 if detector else 3  # a detection takes seconds
         with progress("measuring", (1 + rounds) * len(possible), "measurements") as advance:  # loading counts as one
             # To save memory, only contenders that are compared with each other are loaded at the same time.
-            for _, group in itertools.groupby(possible, key=lambda job: (job.threads, job.batch_size)):
-                timings |= interleave(load, list(group), rounds, advance=advance)
+            for _, group in itertools.groupby(possible, key=lambda job: (job.threads, job.batch_size, job.part)):
+                timings |= interleave(load, list(group), rounds, calls=calls, advance=advance)
         errors = {job: error for job, error in timings.items() if isinstance(error, FcvitError)}
         if len(errors) == len(timings):
             job, error = next(iter(errors.items()))
             raise type(error)(f"no engine could be measured: {job}: {error}")
         skipped += [(str(job), str(error)) for job, error in errors.items()]
         measured = {job: timing for job, timing in timings.items() if isinstance(timing, Timing)}
-        result = dataclasses.replace(_bench(measured, read, pixels, reference, skipped), folder=target)
+        result = dataclasses.replace(_bench(measured, read, size, reference, skipped), folder=target)
         if reference and result.reference != reference:
             logger.info(f"{reference} could not be measured, so ratios refer to {result.reference}")
         if target is not None:
@@ -290,12 +308,23 @@ def _weights(
 
 def synthetic_weights(variant: Variant, task: str = "classification") -> Weights:
     logger.info(f"no weights given: using {variant.name} with synthetic weights, which have the same speed")
-    spec = ModelSpec(variant, 150, "semantic_fpn") if task == "segmentation" else ModelSpec(variant, 1000)
+    heads = {"segmentation": (150, "semantic_fpn"), "detection": (80, "mask_rcnn")}
+    classes, head = heads.get(task, (1000, "classifier"))
+    spec = ModelSpec(variant, classes, head)
+    tensors = synthetic_tensors(spec)
+    if task == "detection":
+        # Proposals of different sizes, so that RoIs are on all feature maps.
+        tensors["rpn_head.rpn_reg.weight"] *= np.float32(_BOX_SPREAD)
     source = Checkpoint(Path(f"{variant.name} synthetic"), MEMORY, {}, None, b"")
-    return Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ())
+    return Weights(spec, tensors, source, "torch", None, None, (), ())
 
 
-def _load(job: Contender, weights: Weights, pixels: Preprocessing) -> tuple[Callable[[], float], list[np.ndarray]]:
+def _load(
+    job: Contender, weights: Weights, pixels: Preprocessing, size: tuple[int, int]
+) -> tuple[Callable[[], float], list[np.ndarray]]:
+    detector = weights.spec.task == "detection"
+    if detector and job.engine == "torch-compile":
+        raise UsageError("torch-compile cannot compile the selection of boxes")
     if job.engine in REFERENCES:
         # Import PyTorch directly to keep its default, where waiting threads spin. `import_framework` makes them sleep,
         # which helps when other processes run, but is up to twice as slow on an idle machine.
@@ -307,22 +336,29 @@ def _load(job: Contender, weights: Weights, pixels: Preprocessing) -> tuple[Call
         engine.model = engine.model.to(memory_format=engine.torch.channels_last)  # activations follow the weights
     if job.engine == "torch-compile":
         engine.model = engine.torch.compile(engine.model)
-    shape = (job.batch_size, 3, pixels.input_size, pixels.input_size)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return timed(lambda: engine(images)), as_list(engine(images))
+    images = np.random.default_rng(0).integers(0, 256, (job.batch_size, 3, *size), np.uint8)
+    if not detector:
+        return timed(lambda: engine(images)), as_list(engine(images))
+    padded, sizes = pad_batch(list(images))
+    if job.part:
+        return timed(lambda: engine(padded)), engine(padded)
+    results = engine.detect(padded, sizes)
+    scores = [np.pad(one.scores, (0, weights.spec.options.max_detections - len(one.scores))) for one in results]
+    return timed(lambda: engine.detect(padded, sizes)), scores
 
 
 def _bench(
     timings: dict[Contender, Timing],
     weights: Weights,
-    pixels: Preprocessing,
+    size: tuple[int, int],
     reference: str | None,
     skipped: Sequence[tuple[str, str]],
 ) -> Bench:
     present = list(dict.fromkeys(contender.engine for contender in timings))
     if reference not in present:
         reference = "torch-channels-last" if "torch-channels-last" in present else present[0]
-    gmac = multiply_accumulates(weights.spec, pixels.input_size, pixels.input_size) / 1e9
+    padded = aligned_size(size) if weights.spec.task == "detection" else size
+    gmac, trunk_gmac = (multiply_accumulates(weights.spec, *padded, trunk=trunk) / 1e9 for trunk in (False, True))
     medians = {job: [1e3 * statistics.median(turn) for turn in timing.rounds] for job, timing in timings.items()}
     speeds = []
     for contender, timing in timings.items():
@@ -334,10 +370,11 @@ def _bench(
         if base in timings:
             ratio = median_ratio(medians[base], medians[contender])
             difference = _difference(timing.about, timings[base].about)
-        times = (len(samples), median, tuple(medians[contender]), rate, 2 * gmac * rate)
+        gflops = 2 * (trunk_gmac if contender.part else gmac) * rate
+        times = (len(samples), median, tuple(medians[contender]), rate, gflops)
         speeds.append(Speed(contender, *times, ratio, difference))
     machine = f"{processor_name()}, {available_threads()} cores"
-    about = (str(weights.spec), pixels.input_size, machine, runs.versions(), gmac, reference)
+    about = (str(weights.spec), size, machine, runs.versions(), gmac, reference)
     return Bench(*about, tuple(speeds), tuple(skipped))
 
 

@@ -11,16 +11,18 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from cyclopts import Parameter
 
-from fcvit.commands.options import Ema, File, Flag, Output
+from fcvit.commands.options import Ema, File, Flag, Output, parse_size
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import NumbersDisagree, UsageError, counted
-from fcvit.inference.check import Check, check_export, pixels, sample_images
-from fcvit.inference.export import ENDINGS, RUNTIME, files, infer_format, write_export
-from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.check import Check, check_export, pixels, sample_images, sample_inputs
+from fcvit.inference.detector import BINS, parts
+from fcvit.inference.export import ENDINGS, RUNTIME, files, infer_format, part_path, write_export
+from fcvit.inference.interface import Interface, output_shapes
 from fcvit.inference.quantize import calibration_images, quantize
 from fcvit.inference.runtimes import RUNTIMES
 from fcvit.machine import available_threads
+from fcvit.models.spec import HEADS
 from fcvit.models.variants import resolve_preprocessing
 from fcvit.run_folder import staged_files
 from fcvit.verification.equivalence import RATIO_LIMIT
@@ -39,13 +41,14 @@ class Export:
     Attributes:
         network: Description of the network.
         format: Format of the export: onnx, paddle or openvino.
-        files: Paths of the written files. The last one is the file that the runtime loads.
+        files: Paths of the written files. The last one is the file that the runtime loads, for a detector its trunk.
         bytes: Size of all files together.
         input: Type and shape of the input. None in the shape means any size.
-        outputs: Names of the outputs.
+        outputs: Names of the outputs, for a detector those of its trunk.
         runtime: The runtime that checked the export. `fcvit doctor` shows its version.
         precision: float32 or int8.
-        checks: float32 error ratio of the exported weights at each checked size. For int8, before quantization.
+        checks: float32 error ratio of the exported weights at each checked size, and of each part of a detector. For
+            int8, before quantization.
         synthetic: The same checks on an export of synthetic weights, if the weights have a near-zero layer scale that
             hides errors in the blocks. Otherwise empty.
         seconds: Time to write the files, without the checks.
@@ -80,27 +83,14 @@ class Export:
         for what, checks in (("", self.checks), ("synthetic weights, ", self.synthetic)):
             for check in checks:
                 count, height, width = check.images
-                where = f"{what}{counted(count, 'image')} of {height} x {width}, run by {self.runtime}"
+                inputs = f"{check.part}: {count} RoIs" if check.part in BINS else counted(count, "image")
+                where = f"{what}{inputs} of {height} x {width}, run by {self.runtime}"
                 rows.append((f"error ratio ({check.yardstick})", verdict(check.passed, f"{RATIO_LIMIT}")))
                 rows.append(("", f"{check.ratio:.2f}, largest difference {check.largest:.1e}; {where}"))
         if self.precision == "int8":
             note = "checked before quantization; use fcvit eval --precision int8 to measure the loss of accuracy"
             rows.append(("int8", note))
         yield table(rows=rows, title=f"{self.network} exported as {self.format}, {self.precision}")
-
-
-def _size(value: Any) -> tuple[int, int] | None:
-    """Parse an image size (224, "240x320", or a pair) and return height and width.
-
-    Raises:
-        UsageError: The value is not an image size.
-    """
-    if value is None or isinstance(value, tuple):
-        return value
-    sides = str(value).lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
-        raise UsageError(f"--size {value}: expected 1 to 4096 pixels, for example 224 or 240x320 (height x width)")
-    return int(sides[0]), int(sides[-1])
 
 
 def export(
@@ -123,9 +113,11 @@ def export(
 
     Args:
         weights: A checkpoint of any format (in Python also a `Weights` object).
-        output: Output file: .onnx, .json (paddle, also writes .pdiparams) or .xml (openvino, also writes .bin).
+        output: Output file: .onnx, .json (paddle, also writes .pdiparams) or .xml (openvino, also writes .bin). The
+            heads of a detector are written beside it, for example NAME.boxes.onnx and NAME.masks.onnx.
         format: onnx, paddle or openvino (default: by the extension of the output).
-        size: Image size, for example 224 or 240x320 (height x width; default: the input size of the weights).
+        size: Image size, for example 224 or 240x320 (height x width; default: the input size of a classifier or
+            backbone, and otherwise any size, with paddle 224).
         dynamic: Accept images of any size (onnx, openvino).
         uint8: Accept uint8 RGB images and normalize them in the exported network.
         probabilities: Return probabilities instead of logits.
@@ -141,10 +133,9 @@ def export(
         BadImages: An image cannot be read.
         NumbersDisagree: The outputs of the runtime are wrong. Nothing is written.
     """
-    size, paths = _size(size), find_images(images) if images else ()
+    size, paths = parse_size(size), find_images(images) if images else ()
     path = Path(output)
     target: str = format or infer_format(path)
-    names = files(path, target)
     if precision not in get_args(Precision) or (precision == "int8" and target != "onnx"):
         raise UsageError(f"--precision {precision}: expected float32, or int8 with --format onnx")
     if (precision == "int8") != (calibration is not None):
@@ -153,11 +144,16 @@ def export(
         raise UsageError("--dynamic accepts any image size; leave out --size")
     if dynamic and precision == "int8":
         raise UsageError("--precision int8 is calibrated for one image size; leave out --dynamic")
+    files(path, target)  # reports a wrong name before the weights are read
     read = weights if isinstance(weights, Weights) else read_weights(weights, ema)
+    if read.spec.task == "detection":
+        _require_plain(uint8, probabilities, precision)
+    dynamic = dynamic or (HEADS[read.spec.head].any_size and size is None and target != "paddle" and not calibration)
     chosen = resolve_preprocessing(preprocessing, read.preprocessing, read.spec.variant)
     size = size or (chosen.input_size, chosen.input_size)
-    interface = Interface(None if dynamic else size, uint8, probabilities, chosen)
-    output_names(read.spec, probabilities)
+    first, *heads = parts(read.spec)
+    interface = Interface(None if dynamic else size, uint8, probabilities, chosen, first)
+    shapes = output_shapes(read.spec, interface)
     if paths:
         square = dataclasses.replace(chosen, input_size=max(size))
         batch = np.stack([preprocess(image, square) for image in paths])[:, :, : size[0], : size[1]]
@@ -168,13 +164,18 @@ def export(
     scales = None
     if calibration is not None:
         scales = calibration_images(Path(calibration), dataclasses.replace(chosen, input_size=size[0]))
+    interfaces = [*(dataclasses.replace(interface, part=head) for head in heads), interface]
+    names = [name for one in interfaces for name in files(part_path(path, one.part), target)]
     with staged_files(names, overwrite) as folder:
-        began = time.perf_counter()
-        write_export(read, interface, target, folder / path.name)
-        seconds = time.perf_counter() - began
-        logger.info(f"checking {path.name} with {RUNTIME[target]}")
-        checks = _checks(read, interface, target, folder / path.name, batch)
-        synthetic_checks: tuple[Check, ...] = ()
+        seconds, checks = 0.0, []
+        for one in interfaces:
+            written = folder / part_path(path, one.part).name
+            began = time.perf_counter()
+            write_export(read, one, target, written)
+            seconds += time.perf_counter() - began
+            logger.info(f"checking {written.name} with {RUNTIME[target]}")
+            checks += _checks(read, one, target, written, batch)
+        synthetic_checks: list[Check] = []
         if has_near_zero_scale(read.tensors):
             logger.info(
                 "the near-zero layer scale of the weights hides errors in the blocks: also checking synthetic weights"
@@ -200,18 +201,34 @@ def export(
             "type": "uint8" if uint8 else "float32, normalized",
             "shape": [None, 3, *((None, None) if dynamic else size)],
         },
-        outputs=tuple(output_names(read.spec, probabilities)),
+        outputs=tuple(shapes),
         runtime=RUNTIME[target],
         precision=precision,
-        checks=checks,
-        synthetic=synthetic_checks,
+        checks=tuple(checks),
+        synthetic=tuple(synthetic_checks),
         seconds=seconds,
     )
 
 
-def _checks(weights: Weights, interface: Interface, target: str, path: Path, images: np.ndarray) -> tuple[Check, ...]:
-    """Check the export at its image size. A dynamic export is also checked at a smaller, odd and non-square size."""
+def _require_plain(uint8: bool, probabilities: bool, precision: str) -> None:
+    """Report options that an export of a detector does not have."""
+    if uint8:
+        reason = "the padding of its images must be 0 after the normalization"
+        raise UsageError(f"--uint8 is not available for detectors: {reason}; leave it out and normalize the images")
+    if probabilities or precision != "float32":
+        option = "--probabilities" if probabilities else f"--precision {precision}"
+        raise UsageError(f"{option} is not available for detectors; leave it out")
+
+
+def _checks(weights: Weights, interface: Interface, target: str, path: Path, images: np.ndarray) -> list[Check]:
+    """Check the export at its image size. A dynamic export is also checked at a smaller, odd and non-square size.
+
+    A head of a detector is checked with features.
+    """
     network = RUNTIMES[RUNTIME[target]](path, available_threads())
+    if interface.part in BINS:
+        batches = sample_inputs(weights.spec, interface)
+        return [check_export(network, weights, interface, batch, path.name) for batch in batches]
     height, width = images.shape[2:]
     smaller = [images[:, :, : (height * 3 // 4) | 1, : (width // 2) | 1]] if interface.size is None else []
-    return tuple(check_export(network, weights, interface, batch, path.name) for batch in (images, *smaller))
+    return [check_export(network, weights, interface, batch, path.name) for batch in (images, *smaller)]

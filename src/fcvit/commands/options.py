@@ -113,3 +113,17 @@ def decoding_processes(workers: int | None) -> int:
         return workers
     sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # processes of Paddle's launcher on this machine
     return max(1, min(8, (os.cpu_count() or 1) // sharing))
+
+
+def parse_size(value: Any) -> tuple[int, int] | None:
+    """Parse the option --size (224, "240x320", or a pair) and return height and width.
+
+    Raises:
+        UsageError: The value is not an image size.
+    """
+    if value is None or isinstance(value, tuple):
+        return value
+    sides = str(value).lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides):
+        raise UsageError(f"--size {value}: expected 1 to 4096 pixels, for example 224 or 240x320 (height x width)")
+    return int(sides[0]), int(sides[-1])

@@ -25,7 +25,7 @@ import numpy as np
 
 from fcvit import __version__
 from fcvit.errors import FcvitError
-from fcvit.inference.check import check_export, require_reference, sample_images
+from fcvit.inference.check import check_export, require_reference, sample_inputs
 from fcvit.inference.export import ENDINGS, files, require_writer, write_export
 from fcvit.inference.interface import Interface
 from fcvit.inference.quantize import quantize
@@ -43,7 +43,6 @@ PACKAGES = {
     "paddle-inference": ("paddlepaddle", "paddlepaddle-gpu"),
 }
 ENTRY = "entry.json"
-CHECKED_SIZES = ((96, 128), (97, 65))  # heights and widths with which an export for any size is checked
 LAYOUT = 1  # version of the layout of an entry
 
 
@@ -84,7 +83,8 @@ def exported(
     require_reference()
     write = functools.partial(_write, weights, interface, runtime, calibration)
     with contextlib.ExitStack() as stack:
-        path = _publish(write, entry, main, f"{weights.spec} for {runtime}", stack) if use_cache else None
+        what = f"{_what(weights.spec, interface)} for {runtime}"
+        path = _publish(write, entry, main, what, stack) if use_cache else None
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fcvit-"))) / main
             write(path)
@@ -156,7 +156,7 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
 def _sources() -> str:
     """Return a hash of the modules that write an export, because they can also change between two releases."""
     here = Path(__file__).parent
-    writers = [here / name for name in ("algebra.py", "export.py", "onnx_graph.py", "quantize.py")]
+    writers = [here / name for name in ("algebra.py", "detector.py", "export.py", "onnx_graph.py", "quantize.py")]
     digest = hashlib.sha256()
     for path in (*writers, *sorted((here.parent / "models").glob("*.py"))):
         digest.update(path.read_bytes())
@@ -166,13 +166,18 @@ def _sources() -> str:
 def _write(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None, path: Path) -> None:
     """Write an export and check it. With calibration images, quantize it afterwards."""
     write_export(weights, interface, FORMATS[runtime], path)
-    network, name = RUNTIMES[runtime](path, 1), f"{weights.source.path} exported for {runtime}"
-    for size in (interface.size,) if interface.size else CHECKED_SIZES:
-        check_export(network, weights, interface, sample_images(weights.spec, size), name)
+    network, name = RUNTIMES[runtime](path, 1), f"{_what(weights.source.path, interface)} exported for {runtime}"
+    for inputs in sample_inputs(weights.spec, interface):
+        check_export(network, weights, interface, inputs, name)
     if calibration is not None:
         quantize(path, calibration, interface)
     hashes = {file.name: _sha256(file) for file in files(path, FORMATS[runtime])}
     (path.parent / ENTRY).write_text(json.dumps(hashes), "utf-8")
+
+
+def _what(network: object, interface: Interface) -> str:
+    """Return a readable name of an export."""
+    return f"{interface.part} of {network}" if interface.part else str(network)
 
 
 def _intact(entry: Path, main: str) -> bool:

@@ -4,30 +4,41 @@
 export, which is written and checked at the first use (`fcvit.inference.cache`).
 """
 
+import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fcvit.data.transforms.preprocess import normalize
+from fcvit.data.transforms.segmentation import normalize as normalize_padded
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.inference import cache
-from fcvit.inference.interface import Interface, as_list
+from fcvit.inference.detector import (
+    BINS,
+    TRUNK,
+    checked,
+    detect_with_parts,
+    detector_layers,
+    part_outputs,
+    parts,
+    run_part,
+)
+from fcvit.inference.interface import Interface
 from fcvit.inference.runtimes import DYNAMIC, INSTALL, RUNTIMES, Network
 from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
+from fcvit.models.mask_rcnn.detections import Detections
 from fcvit.models.spec import HEADS
 from fcvit.models.variants import Preprocessing
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
-
-if TYPE_CHECKING:
-    from fcvit.models.mask_rcnn.detections import Detections
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -72,8 +83,14 @@ class Engine:
         """Return all outputs for a batch of at least one image, in one of the formats of `__call__`."""
         raise NotImplementedError
 
+    def find(
+        self, images: np.ndarray, image_sizes: np.ndarray, scale_factors: np.ndarray | None
+    ) -> Sequence[Detections]:
+        """Return the detections in at least one image, normalized float32. See `detect`."""
+        raise NotImplementedError
+
     def __call__(self, images: np.ndarray) -> Any:
-        """Compute the outputs of the network for a batch.
+        """Compute the outputs of the network for a batch. For a detector, these are the outputs of its trunk.
 
         Args:
             images: uint8 RGB or normalized float32, (B, 3, H, W). B may be 0.
@@ -85,29 +102,56 @@ class Engine:
         Raises:
             UsageError: The images have another type or shape.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
-            raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
-        if images.dtype not in (np.uint8, np.float32):
-            raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalized)")
+        _require_images(images)
         if len(images):
             outputs = self.compute(images)
         else:
-            shapes = self.weights.spec.outputs(images.shape[2], images.shape[3])
+            spec = self.weights.spec
+            shapes = part_outputs(spec, parts(spec)[0], images.shape[2], images.shape[3])
             outputs = [np.zeros((0, *shape), np.float32) for shape in shapes.values()]
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
-        """Return the detections in each image of a batch. Only for detectors.
+    def detect(
+        self,
+        images: np.ndarray,
+        image_sizes: np.ndarray | Sequence[tuple[int, int]],
+        scale_factors: np.ndarray | Sequence[np.ndarray] | None = None,
+    ) -> list[Detections]:
+        """Return the detections in each image. The network must be a detector.
 
         Args:
-            images: Normalized images with a padding of zeros on the right and below, float32 (B, 3, H, W).
-            image_sizes: Height and width of each image without its padding, (B, 2).
-            scale_factors: New over old width, height, width and height of each image, (B, 4).
-        """
-        raise NotImplementedError
+            images: uint8 RGB, or float32 that is normalized and 0 in the padding, (B, 3, H, W). B may be 0.
+            image_sizes: Height and width of each image without its padding on the right and below, (B, 2).
+            scale_factors: New over old width, height, width and height of each image, (B, 4). The boxes are then in
+                pixels of the original images, otherwise in pixels of the input.
 
-    def normalized(self, images: np.ndarray) -> np.ndarray:
-        return normalize(images, self.preprocessing) if images.dtype == np.uint8 else images
+        Raises:
+            UsageError: The images have another type or shape.
+            NumbersDisagree: The outputs of the network are not finite.
+        """
+        _require_images(images)
+        if not len(images):
+            return []
+        scales = None if scale_factors is None else np.asarray(scale_factors)
+        return list(self.find(self.normalized(images, image_sizes), np.asarray(image_sizes), scales))
+
+    def normalized(
+        self, images: np.ndarray, image_sizes: np.ndarray | Sequence[tuple[int, int]] | None = None
+    ) -> np.ndarray:
+        """Normalize uint8 images. For a detector, round like the authors, and set the padding to 0."""
+        if images.dtype != np.uint8:
+            return images
+        if self.weights.spec.task != "detection":
+            return normalize(images, self.preprocessing)
+        sizes = None if image_sizes is None else [(int(height), int(width)) for height, width in image_sizes]
+        return normalize_padded(images, self.preprocessing, sizes)
+
+
+def _require_images(images: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
+        raise UsageError(f"images of shape {images.shape}: expected (batch, 3, height, width)")
+    if images.dtype not in (np.uint8, np.float32):
+        raise UsageError(f"images of type {images.dtype}: expected uint8 (RGB) or float32 (normalized)")
 
 
 class PaddleEngine(Engine):
@@ -129,18 +173,28 @@ class PaddleEngine(Engine):
             self.paddle.base.core.set_num_threads(self.threads)
         with on_paddle_device(self.device):
             self.model: Any = build_network(self.weights)
+        for name, layer in detector_layers(self.model, self.weights.spec).items():
+            layer.register_forward_post_hook(checked(name, lambda x: x.astype("float32")))
 
-    def compute(self, images: np.ndarray) -> list[np.ndarray]:
-        batch = self.normalized(images)
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute on the device, in the precision and without gradients."""
         half = self.precision != "float32"
         cast = self.paddle.amp.auto_cast(enable=half, dtype=self.precision if half else "float16")
         with held_back(), on_paddle_device(self.device), self.paddle.no_grad(), cast:
-            outputs = as_list(self.model(self.paddle.to_tensor(batch)))
+            yield
+
+    def compute(self, images: np.ndarray) -> list[np.ndarray]:
+        batch = self.normalized(images)
+        with self.running():
+            outputs = run_part(self.model, parts(self.weights.spec)[0], self.paddle.to_tensor(batch))
             return [output.astype("float32").numpy() for output in outputs]
 
-    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
-        with held_back(), on_paddle_device(self.device):
-            return self.model(self.paddle.to_tensor(images), np.asarray(image_sizes), np.asarray(scale_factors))
+    def find(
+        self, images: np.ndarray, image_sizes: np.ndarray, scale_factors: np.ndarray | None
+    ) -> Sequence[Detections]:
+        with self.running():
+            return self.model(self.paddle.to_tensor(images), image_sizes, scale_factors)
 
 
 class NativeEngine(PaddleEngine):
@@ -184,23 +238,30 @@ class TorchEngine(Engine):
         if self.threads is not None and self.device == "cpu":
             self.torch.set_num_threads(self.threads)
         self.model: Any = build_reference(self.weights.spec, self.weights.tensors).to(self.device)
+        for name, layer in detector_layers(self.model, self.weights.spec).items():
+            layer.register_forward_hook(checked(name, lambda x: x.float()))
 
-    def compute(self, images: np.ndarray) -> list[np.ndarray]:
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute in the precision and without gradients."""
         half = self.precision != "float32"
         dtype = getattr(self.torch, self.precision) if half else self.torch.bfloat16
-        cast = self.torch.autocast(self.device.partition(":")[0], dtype, enabled=half)
-        with self.torch.inference_mode(), cast:
-            outputs = as_list(self.model(self.torch.from_numpy(self.normalized(images)).to(self.device)))
+        with self.torch.inference_mode(), self.torch.autocast(self.device.partition(":")[0], dtype, enabled=half):
+            yield
+
+    def compute(self, images: np.ndarray) -> list[np.ndarray]:
+        batch = self.torch.from_numpy(self.normalized(images)).to(self.device)
+        with self.running():
+            outputs = run_part(self.model, parts(self.weights.spec)[0], batch)
             return [output.float().cpu().numpy() for output in outputs]
 
-    def detect(self, images: np.ndarray, image_sizes: Any, scale_factors: Any) -> "list[Detections]":
-        from fcvit.models.mask_rcnn.detections import Detections
-
-        with self.torch.inference_mode():
-            batch = self.torch.from_numpy(images).to(self.device)
-            results = self.model(batch, np.asarray(image_sizes), np.asarray(scale_factors))
-        parts: Any = [[part if part is None else part.cpu().numpy() for part in one] for one in results]
-        return [Detections(*one) for one in parts]
+    def find(
+        self, images: np.ndarray, image_sizes: np.ndarray, scale_factors: np.ndarray | None
+    ) -> Sequence[Detections]:
+        with self.running():
+            results = self.model(self.torch.from_numpy(images).to(self.device), image_sizes, scale_factors)
+        arrays = [[x if x is None else x.cpu().numpy() for x in result] for result in results]
+        return list(itertools.starmap(Detections, arrays))
 
 
 class ExportedEngine(Engine):
@@ -219,17 +280,23 @@ class ExportedEngine(Engine):
         if device not in ("auto", "cpu"):
             raise UsageError(f"--device {device}: {self.name} runs only on the CPU; use --engine paddle")
         self.network = functools.cache(self._load)
-        size = self.preprocessing.input_size
-        self.network(self._size(size, size), uint8=True)  # report missing packages and wrong numbers now
+        size = self._size(*2 * (self.preprocessing.input_size,))
+        names = parts(self.weights.spec)
+        if names != ("",) and (size or self.calibration is not None):
+            problem = "int8" if size is None else f"--engine {self.name}"
+            raise UsageError(f"{problem} is not available for detectors; use onnxruntime or openvino in float32")
+        for part in names:  # report missing packages and wrong numbers now
+            self.network(size, uint8=not part, part=part)
 
     def _size(self, height: int, width: int) -> tuple[int, int] | None:
         any_size = HEADS[self.weights.spec.head].any_size and self.name in DYNAMIC
         return None if any_size else (height, width)
 
-    def _load(self, size: tuple[int, int] | None, uint8: bool) -> Network:
-        interface = Interface(size, uint8, False, self.preprocessing)
+    def _load(self, size: tuple[int, int] | None, uint8: bool, part: str) -> Network:
+        interface = Interface(size, uint8, False, self.preprocessing, part)
         export = (self.weights, interface, self.name, self.calibration)
-        options = (self.threads or available_threads(), self.precision)
+        # All RoIs of a head are computed at once, because many weights are read for each batch.
+        options = (self.threads or available_threads(), self.precision, part not in BINS)
         with cache.exported(*export) as path:
             try:
                 return RUNTIMES[self.name](path, *options)
@@ -241,7 +308,16 @@ class ExportedEngine(Engine):
             return RUNTIMES[self.name](path, *options)
 
     def compute(self, images: np.ndarray) -> list[np.ndarray]:
-        return self.network(self._size(*images.shape[2:]), uint8=images.dtype == np.uint8)(images)
+        if parts(self.weights.spec) != ("",):
+            return self.network(None, uint8=False, part=TRUNK)(self.normalized(images))
+        return self.network(self._size(*images.shape[2:]), uint8=images.dtype == np.uint8, part="")(images)
+
+    def find(
+        self, images: np.ndarray, image_sizes: np.ndarray, scale_factors: np.ndarray | None
+    ) -> Sequence[Detections]:
+        spec = self.weights.spec
+        networks = {part: self.network(None, uint8=False, part=part) for part in parts(spec)}
+        return detect_with_parts(networks, spec.options, images, image_sizes, scale_factors)
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {

@@ -6,6 +6,8 @@
 | paddle   | NAME.json (program), NAME.pdiparams (weights), NAME.json.fcvit.json | Paddle Inference      |
 | openvino | NAME.xml (network), NAME.bin (weights), NAME.xml.fcvit.json   | OpenVINO                   |
 
+A detector has a graph for each part (see `fcvit.inference.detector`): NAME.EXT, NAME.boxes.EXT, NAME.masks.EXT.
+
 Paddle 2 wrote NAME.pdmodel instead of NAME.json. A JSON description (variant, preprocessing, class names, input
 and outputs) is stored under `fcvit` in the metadata of an ONNX file, and otherwise in NAME.EXT.fcvit.json.
 """
@@ -20,9 +22,11 @@ from typing import Any
 from fcvit import __version__
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework, on_paddle_device
-from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.detector import BINS, BOX_HEAD, MASK_HEAD, TRUNK
+from fcvit.inference.interface import Interface, input_shape, output_shapes
 from fcvit.inference.runtimes import import_runtime
 from fcvit.models.build import build_network
+from fcvit.models.spec import ModelSpec
 from fcvit.weights.reading import Weights
 
 ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
@@ -31,10 +35,16 @@ RUNTIME = {"onnx": "onnxruntime", "paddle": "paddle-inference", "openvino": "ope
 """Format -> the runtime that checks an export."""
 SIDECAR = ".fcvit.json"  # appended to the name of the file that the runtime loads
 KEY = "fcvit"
+_PART_NAMES = {"": "", TRUNK: "", BOX_HEAD: ".boxes", MASK_HEAD: ".masks"}
+
+
+def part_path(path: Path, part: str) -> Path:
+    """Return the path of a part: `path` for a network or a trunk, otherwise such as NAME.boxes.onnx."""
+    return path.with_name(f"{path.stem}{_PART_NAMES[part]}{path.suffix}")
 
 
 def files(path: Path, target: str) -> list[Path]:
-    """Return the paths of all files of an export. The last is `path`, the file that the runtime loads.
+    """Return the paths of all files of a graph. The last is `path`, the file that the runtime loads.
 
     Raises:
         UsageError: The format is unknown, or the extension of `path` does not match it.
@@ -113,20 +123,29 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "task": spec.task,
         "head": spec.head,
-        "input": {
-            "layout": "batch, RGB, height, width",
-            "type": "uint8" if interface.uint8 else "float32",
-            "values": "0 to 255" if interface.uint8 else "(pixel / 255 - mean) / std",
-            "size": interface.size and list(interface.size),
-        },
-        "outputs": output_names(spec, interface.probabilities),
+        "options": dataclasses.asdict(spec.options),
+        "part": interface.part,
+        "input": _input(spec, interface),
+        "outputs": list(output_shapes(spec, interface)),
         "preprocessing": dataclasses.asdict(interface.preprocessing),
         "classes": weights.classes and [list(c) for c in weights.classes],
         "source_sha256": weights.source.sha256,
     }
 
 
+def _input(spec: ModelSpec, interface: Interface) -> dict[str, Any]:
+    if interface.part in BINS:
+        _, (_, *size) = input_shape(spec, interface)
+        layout, values = "region, channel, row, column", "RoIAlign of the maps"
+    else:
+        size = interface.size and list(interface.size)
+        layout, values = "batch, RGB, height, width", "0 to 255" if interface.uint8 else "(pixel / 255 - mean) / std"
+    return {"layout": layout, "type": "uint8" if interface.uint8 else "float32", "values": values, "size": size}
+
+
 def _write_paddle(weights: Weights, interface: Interface, path: Path) -> None:
+    if interface.part:
+        raise UsageError("--format paddle does not support detectors; use --format onnx or openvino")
     if interface.size is None:
         raise UsageError("--format paddle supports only a fixed image size; omit --dynamic or use --format onnx")
     paddle = import_framework("paddle")

@@ -18,7 +18,7 @@ from PIL import Image
 from fcvit.data.transforms.preprocess import preprocess
 from fcvit.errors import BadImages, NumbersDisagree, UsageError
 from fcvit.inference.engines import Engine
-from fcvit.inference.interface import as_list, output_names
+from fcvit.inference.interface import as_list
 from fcvit.machine import available_threads
 from fcvit.models.variants import Preprocessing
 from fcvit.report.progress import progress as progress_of
@@ -123,7 +123,7 @@ def require_finite(outputs: Any, weights: Weights, engine: Engine, batch: Sequen
     Raises:
         NumbersDisagree: An output is not finite.
     """
-    for name, output in zip(output_names(weights.spec), as_list(outputs), strict=True):
+    for name, output in zip(weights.spec.outputs(), as_list(outputs), strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(output.sum()):  # faster than a check of every value
                 continue

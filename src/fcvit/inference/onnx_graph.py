@@ -15,7 +15,8 @@ import numpy as np
 
 from fcvit.errors import MissingExtra
 from fcvit.inference import algebra
-from fcvit.inference.interface import Interface, output_names
+from fcvit.inference.detector import BOX_HEAD, MASK_HEAD
+from fcvit.inference.interface import Interface, input_shape, output_shapes
 from fcvit.models.spec import HEADS, is_counter
 from fcvit.weights.reading import Weights
 
@@ -28,7 +29,6 @@ except ImportError as error:
 OPSET = 20
 IR_VERSION = 9  # the oldest version with this opset, because old runtimes reject new versions
 PRODUCER = "fcvit"
-INPUT = "images"
 EPS = 1e-5  # for all norms and for the similarity's standard deviation
 _SPATIAL = np.array([1, 2, 3], np.int64)
 _CHANNELS = np.array([1], np.int64)
@@ -70,21 +70,19 @@ class _Writer:
         self.shape = ""  # name of the value that contains (H, W), if they are not known
 
     def model(self) -> "onnx.ModelProto":
-        size, kind = self.interface.size, helper.np_dtype_to_tensor_dtype(self.dtype)
-        results = self.network(INPUT)
-        names = output_names(self.spec, self.interface.probabilities)
-        shapes: list[list] = [["batch", *shape] for shape in self.spec.outputs(*(size or (1, 1))).values()]
-        for stage, (name, result, sides) in enumerate(zip(names, results, shapes, strict=True)):
+        kind = helper.np_dtype_to_tensor_dtype(self.dtype)
+        given, shape = input_shape(self.spec, self.interface)
+        writer = PART_WRITERS.get(self.interface.part)
+        results = writer(self, given) if writer else self.network(given)
+        shapes = output_shapes(self.spec, self.interface)
+        for result, name in zip(results, shapes, strict=True):
             self.rename(result, name)
-            if size is None and len(sides) == 4:
-                sides[2:] = [f"height_{stage}", f"width_{stage}"]
         pixels = TensorProto.UINT8 if self.interface.uint8 else kind
-        shape = ["batch", 3, *(size or ("height", "width"))]
         graph = helper.make_graph(
             self.nodes,
             self.v.name,
-            [helper.make_tensor_value_info(INPUT, pixels, shape)],
-            [helper.make_tensor_value_info(name, kind, sides) for name, sides in zip(names, shapes, strict=True)],
+            [_value(given, pixels, shape)],
+            [_value(name, kind, shape) for name, shape in shapes.items()],
             self.initializers,
         )
         opsets = [helper.make_opsetid("", OPSET)]
@@ -162,18 +160,8 @@ class _Writer:
         return HEAD_WRITERS[self.spec.head](self, maps)
 
     def semantic_fpn(self, maps: list[str]) -> list[str]:
-        levels = [
-            self.conv(x, self.pair(f"neck.lateral_convs.{level}.conv"))
-            for level, x in enumerate(self.backbone_norms(maps))
-        ]
-        for level in (3, 2, 1):
-            self.layer_name = f"neck.lateral_convs.{level - 1}"
-            above = self.resize(levels[level], levels[level - 1], "nearest")
-            levels[level - 1] = self.op("Add", levels[level - 1], above)
         total = ""
-        for level, x in enumerate(levels):
-            self.layer_name = f"neck.fpn_convs.{level}"
-            x = self.conv(x, self.pair(f"{self.layer_name}.conv"))
+        for level, x in enumerate(self.fpn(maps)):
             for index in range(max(level, 1)):
                 self.layer_name = f"decode_head.scale_heads.{level}.{2 * index}"
                 x = self.op("Relu", self.conv(x, self.folded_conv(self.layer_name)))
@@ -183,6 +171,50 @@ class _Writer:
         self.layer_name = "decode_head.conv_seg"
         logits = self.resize(self.conv(total, self.pair(self.layer_name)), self.image, "linear")
         return [self.op("Softmax", logits, axis=1) if self.interface.probabilities else logits]
+
+    def fpn(self, maps: list[str]) -> list[str]:
+        """Write the norms of the stages and the four levels of the feature pyramid."""
+        levels = [
+            self.conv(x, self.pair(f"neck.lateral_convs.{level}.conv"))
+            for level, x in enumerate(self.backbone_norms(maps))
+        ]
+        for level in (3, 2, 1):
+            self.layer_name = f"neck.lateral_convs.{level - 1}"
+            above = self.resize(levels[level], levels[level - 1], "nearest")
+            levels[level - 1] = self.op("Add", levels[level - 1], above)
+        for level, x in enumerate(levels):
+            self.layer_name = f"neck.fpn_convs.{level}"
+            levels[level] = self.conv(x, self.pair(f"{self.layer_name}.conv"))
+        return levels
+
+    def detector_trunk(self, maps: list[str]) -> list[str]:
+        """Write the feature pyramid, whose maps are returned channels last, and the RPN on five levels."""
+        levels = self.fpn(maps)
+        features = [self.op("Transpose", x, perm=[0, 2, 3, 1]) for x in levels]
+        self.layer_name = "neck"
+        levels.append(self.op("MaxPool", levels[-1], kernel_shape=[1, 1], strides=[2, 2]))
+        self.layer_name = "rpn_head.rpn_conv"
+        hidden = [self.op("Relu", self.conv(x, self.pair(self.layer_name))) for x in levels]
+        outputs = []
+        for self.layer_name in ("rpn_head.rpn_cls", "rpn_head.rpn_reg"):
+            outputs += [self.conv(x, self.pair(self.layer_name)) for x in hidden]
+        return features + outputs
+
+    def box_head(self, x: str) -> list[str]:
+        self.layer_name = "roi_head.bbox_head"
+        x = self.op("Flatten", x)
+        for index in range(2):
+            self.layer_name = f"roi_head.bbox_head.shared_fcs.{index}"
+            x = self.op("Relu", self.linear(x, self.pair(self.layer_name)))
+        return [self.linear(x, self.pair(f"roi_head.bbox_head.{name}")) for name in ("fc_cls", "fc_reg")]
+
+    def mask_head(self, x: str) -> list[str]:
+        for index in range(4):
+            self.layer_name = f"roi_head.mask_head.convs.{index}"
+            x = self.op("Relu", self.conv(x, self.pair(f"{self.layer_name}.conv")))
+        self.layer_name = "roi_head.mask_head.upsample"
+        x = self.op("Relu", self.op("ConvTranspose", x, *self.pair(self.layer_name), strides=[2, 2]))
+        return [self.conv(x, self.pair("roi_head.mask_head.conv_logits"))]
 
     def folded_conv(self, name: str) -> algebra.Pair:
         """Return a convolution without bias with its BatchNorm folded in."""
@@ -354,8 +386,17 @@ HEAD_WRITERS = {
     "classifier": _Writer.classifier,
     "backbone": _Writer.backbone_norms,
     "semantic_fpn": _Writer.semantic_fpn,
+    "mask_rcnn": _Writer.detector_trunk,
 }
-"""Head of a spec -> the method that writes the head."""
+"""Head of a spec -> the method that writes the head. That of a detector is written as separate graphs."""
+PART_WRITERS = {BOX_HEAD: _Writer.box_head, MASK_HEAD: _Writer.mask_head}
+"""Part of a detector without its backbone -> the method that writes the part."""
+
+
+def _value(name: str, kind: int, shape: tuple[int | None, ...]) -> "onnx.ValueInfoProto":
+    """Describe an input or output with any batch size. Unknown lengths get names."""
+    lengths = [f"{name}_{axis}" if length is None else length for axis, length in enumerate(shape, 1)]
+    return helper.make_tensor_value_info(name, kind, ["batch", *lengths])
 
 
 def _column(vector: np.ndarray) -> np.ndarray:

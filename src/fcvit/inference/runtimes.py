@@ -38,11 +38,14 @@ class _Parallel:
     stay in the cache of one core.
     """
 
-    def __init__(self, load: Callable[[bool], Network], threads: int, largest: int):
-        """Load the network with `load(one_thread)`, which is True for pieces and False for single images."""
+    def __init__(self, load: Callable[[bool], Network], threads: int, largest: int, split: bool):
+        """Load the network with `load(one_thread)`, which is True for pieces and False for single images.
+
+        Without `split`, a batch is computed at once with all threads.
+        """
         self.load, self.threads, self.largest = load, threads, largest
         self.all_threads = load(False)
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 and split else None
 
     @functools.cached_property
     def one_thread(self) -> Network:
@@ -55,7 +58,7 @@ class _Parallel:
         return [np.concatenate(outputs) for outputs in zip(*self.pool.map(self.one_thread, parts), strict=True)]
 
 
-def onnxruntime(path: Path, threads: int, precision: str = "float32") -> Network:
+def onnxruntime(path: Path, threads: int, precision: str = "float32", split: bool = True) -> Network:
     """Load a float32 or int8 .onnx file with ONNX Runtime's CPU provider."""
     if precision not in ("float32", "int8"):
         raise UsageError(f"--precision {precision}: ONNX Runtime supports only float32 and int8 on a CPU")
@@ -70,13 +73,13 @@ def onnxruntime(path: Path, threads: int, precision: str = "float32") -> Network
         name = session.get_inputs()[0].name
         return lambda images: session.run(None, {name: images})
 
-    return _Parallel(load, threads, largest=2)  # larger pieces exceed the cache (benchmarks/inference.py)
+    return _Parallel(load, threads, 2, split)  # larger pieces exceed the cache (benchmarks/inference.py)
 
 
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # an int8 file is already quantized
 
 
-def openvino(path: Path, threads: int, precision: str = "float32") -> Network:
+def openvino(path: Path, threads: int, precision: str = "float32", split: bool = True) -> Network:
     """Load an .onnx file or OpenVINO's IR (.xml) on the CPU, in float32, bfloat16 or int8."""
     if precision not in _OPENVINO_TYPES:
         raise UsageError(f"--precision {precision}: OpenVINO supports only float32, bfloat16 and int8 on a CPU")
@@ -103,11 +106,11 @@ def openvino(path: Path, threads: int, precision: str = "float32") -> Network:
 
         return infer
 
-    return _Parallel(load, threads, largest=8)
+    return _Parallel(load, threads, 8, split)
 
 
-def paddle_inference(path: Path, threads: int, precision: str = "float32") -> Network:
-    """Load a .json file and its .pdiparams file with Paddle Inference and oneDNN."""
+def paddle_inference(path: Path, threads: int, precision: str = "float32", split: bool = True) -> Network:
+    """Load a .json file and its .pdiparams file with Paddle Inference and oneDNN, which never splits a batch."""
     if precision != "float32":
         raise UsageError(f"--precision {precision}: Paddle Inference supports only float32 in this package")
     import_framework("paddle")
@@ -139,7 +142,8 @@ RUNTIMES: dict[str, Callable[..., Network]] = {
     "openvino": openvino,
     "paddle-inference": paddle_inference,
 }
-"""Name -> function that loads a file, given its path, the number of threads and the precision (default float32)."""
+"""Name -> function that loads a file, given its path, the number of threads, the precision (default float32), and
+whether a batch is computed in pieces (default True)."""
 DYNAMIC = ("onnxruntime", "openvino")
 """Runtimes of exports that accept images of any size."""
 

@@ -262,10 +262,11 @@ def parameter_count(spec: ModelSpec) -> int:
     return total
 
 
-def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
+def multiply_accumulates(spec: ModelSpec, height: int, width: int, trunk: bool = False) -> int:
     """Count the multiply-accumulates of all convolutions and linear layers for an image of the given size in pixels.
 
-    For a detector, they include the heads for the largest numbers of proposals and detections.
+    For a detector, they include the heads for the largest numbers of proposals and detections, unless only its `trunk`
+    with the RPN is counted.
     """
     positions = []
     for stride in (4, 2, 2, 2, 2):
@@ -280,7 +281,7 @@ def multiply_accumulates(spec: ModelSpec, height: int, width: int) -> int:
         if name.startswith("rpn_head."):
             total += weights * sum(positions)
         elif name.startswith("roi_head."):
-            total += weights * _roi_positions(spec, name)
+            total += 0 if trunk else weights * _roi_positions(spec, name)
         elif entry.layer == LINEAR:
             total += weights  # in the context and the head, computed once per image
         elif len(entry.shape) == 3:  # a convolution along the channels

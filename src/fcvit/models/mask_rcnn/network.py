@@ -18,7 +18,7 @@ from fcvit.models.backbone import FCViTBackbone
 from fcvit.models.mask_rcnn.anchors import RATIOS, STRIDES
 from fcvit.models.mask_rcnn.boxes import pyramid_levels
 from fcvit.models.mask_rcnn.detections import Detections, detect, propose
-from fcvit.models.mask_rcnn.roi_align import roi_align, roi_align_gradient, roi_windows
+from fcvit.models.mask_rcnn.roi_align import BOX_BINS, MASK_BINS, roi_align, roi_align_gradient, roi_windows
 from fcvit.models.semantic_fpn import FPN, PlainConv
 from fcvit.models.spec import MaskRCNNOptions
 from fcvit.models.variants import Variant
@@ -30,7 +30,6 @@ import paddle.nn.functional as F  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 PyLayer: Any = paddle.autograd.PyLayer  # its type stubs do not accept specific arguments
-BOX_BINS, MASK_BINS = 7, 14  # RoIAlign's bins per axis for the two heads
 
 
 class MaskRCNN(nn.Layer):

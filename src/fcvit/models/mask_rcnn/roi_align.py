@@ -16,6 +16,9 @@ import numpy as np
 from fcvit.models.mask_rcnn.anchors import STRIDES
 from fcvit.models.mask_rcnn.boxes import pyramid_levels
 
+BOX_BINS, MASK_BINS = 7, 14
+"""Bins per axis for the box head and the mask head."""
+
 
 class Window(NamedTuple):
     """The part of the feature pyramid that a RoI covers, and the weights of its rows and columns.
