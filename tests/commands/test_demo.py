@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import shutil
@@ -30,10 +31,14 @@ from fcvit.commands.predict import load
 from fcvit.data.classes import ClassName, digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
-from fcvit.models.spec import ModelSpec
+from fcvit.models.spec import MaskRCNNOptions, ModelSpec
+from fcvit.report.image_grid import png
+from fcvit.report.instances import enlarged
+from fcvit.tasks.detection.prediction import DetectedImage
 from fcvit.tasks.segmentation.prediction import SegmentedImage
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
+from fcvit.weights.writing import write_weights
 
 pytestmark = needs_paddle
 
@@ -59,9 +64,24 @@ def test_markup_in_file_names_is_escaped():
 
 def test_markup_in_class_names_is_escaped():
     classes = (ClassName("a", "<b>${x}{{y}}"),)
-    image = Image.new("RGB", (2, 2))
-    shown = task._legend(SegmentedImage(np.zeros((2, 2), np.uint8), classes, ((1, 2, 3),), image))
+    result = SegmentedImage(np.zeros((2, 2), np.uint8), classes, ((1, 2, 3),), Image.new("RGB", (2, 2)))
+    _, rows, _ = task._segmented(result, 0.5)
+    shown = task._legend(rows, "area")
     assert "&lt;b&gt;&#36;&#123;x}&#123;&#123;y}}" in shown and "rgb(1, 2, 3)" in shown and "100.0%" in shown
+
+
+def test_the_page_of_a_detector_shows_objects_above_the_threshold():
+    classes, palette = (ClassName("a", "cat"), ClassName("b", "dog")), ((1, 2, 3), (4, 5, 6))
+    boxes = np.array([[2, 2, 5, 5], [1, 1, 9, 9], [3, 3, 6, 6]], np.float32)
+    found = boxes, np.array([0.9, 0.5, 0.2]), np.array([1, 0, 1]), None
+    result = DetectedImage(*found, (10, 10), classes, palette, Image.new("RGB", (10, 10)))
+    for threshold, expected in ((0.1, [("dog", "2"), ("cat", "1")]), (0.5, [("dog", "1"), ("cat", "1")]), (1, [])):
+        picture, rows, chosen = task._detected(result, threshold)
+        assert [row[1:] for row in rows] == expected and picture.size == (720, 720)
+        assert [row[0] for row in rows] == [palette[row[1] == "dog"] for row in rows]
+        assert (chosen.scores >= threshold).all() and len(chosen) == sum(int(row[2]) for row in rows)
+    one = dataclasses.replace(result, classes=classes[:1], palette=palette[:1], labels=0 * result.labels)
+    assert task._detected(one, 0)[1] == [(None, "cat", "3")], "no single color"
 
 
 class Application:
@@ -210,6 +230,7 @@ def browser(tmp_path):
         options.add_argument(f"--{word}")
     options.add_argument("--window-size=1500,1100")
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
     browser = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
     yield browser
     browser.quit()
@@ -248,30 +269,36 @@ class Page:
         buttons = [e for e in self.find(f"#{group} input[type=radio]") if e.get_attribute("value") == value]
         self.browser.execute_script("arguments[0].click()", buttons[0])
 
-    def depth(self, number):
+    def slide(self, name, number):
         self.browser.execute_script(
             "const s = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
             "s.call(arguments[0], arguments[1]);"
             "for (const n of ['input', 'change', 'blur']) arguments[0].dispatchEvent(new Event(n, {bubbles: true}));",
-            self.find("#depth input[type=number]")[0],
+            self.find(f"#{name} input[type=number]")[0],
             str(number),
         )
 
-    def pictures(self):
+    def pictures(self, css="[id^=maps-] img"):
         """Return the pixels of the displayed pictures."""
-        sources = [image.get_attribute("src") for image in self.find("[id^=maps-] img")]
+        sources = [image.get_attribute("src") for image in self.find(css)]
         pictures = []
         for source in sources:
             with urllib.request.urlopen(source, timeout=20) as answer:
                 pictures.append(np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")))
         return pictures
 
-    def shows(self, *expected):
-        """Wait until the page shows the expected pictures."""
+    def download(self, folder):
+        """Click the download button, and return the content of the file."""
+        self.find("#download-0")[0].click()
+        file = until(lambda: [p for p in folder.iterdir() if p.suffix in (".png", ".json")], "the download")[0]
+        return file.read_bytes()
+
+    def shows(self, *expected, css="[id^=maps-] img"):
+        """Wait until the page shows the expected pictures, PNG files."""
         pixels = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in expected]
 
         def same():
-            shown = self.pictures()
+            shown = self.pictures(css)
             return len(shown) == len(pixels) and all(map(np.array_equal, shown, pixels))
 
         until(same, "the expected picture")
@@ -289,6 +316,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     until(lambda: page.text("#place") == "stage 3, block 2, context 1", "the last context with a map")
     page.field.send_keys(str(three))
     page.shows(expected((3, 2, 1), "each", "standardized"))
+    page.shows(png(enlarged(decode(three))), css="#shown img")
     label = until(lambda: page.text("#prediction-0").split("\n")[1:], "the classes")
     assert label[0] == "digit 3" and sum(text.endswith("%") for text in label) == 5
     page.choose("head", "mean")
@@ -297,7 +325,7 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page.shows(expected((3, 2, 1), "8", "standardized"))
     page.choose("values", "rescaled")
     page.shows(expected((3, 2, 1), "8", "rescaled"))
-    page.depth(1)
+    page.slide("depth", 1)
     page.shows(expected((1, 1, 1), "8", "rescaled"))
     until(lambda: page.text("#place") == "stage 1, block 1, context 1", "the name of the context")
     page.choose("head", "each")
@@ -322,9 +350,9 @@ def test_the_page_in_a_browser(address, browser, shipped, three, tmp_path):
     page = Page(browser, address)
     page.field.send_keys(str(tmp_path / "bad.png"))
     until(lambda: "No maps: bad.png: " in page.text("#message"), "a message about the bad file")
-    assert not page.pictures()
+    assert not page.pictures() and not page.find("#shown img")
     page.choose("head", "mean")
-    page.depth(2)
+    page.slide("depth", 2)
     until(lambda: page.text("#place") == "stage 1, block 1, context 2", "settings work without an image")
 
 
@@ -353,7 +381,7 @@ def test_two_checkpoints_are_shown_side_by_side(browser, shipped, three, tmp_pat
         page.shows(*expected((3, 2, 1), (4, 1, 1)))
         both = "stage 3, block 2, context 1 · stage 4, block 1, context 1"
         until(lambda: page.text("#place") == both, "both contexts")
-        page.depth(1)
+        page.slide("depth", 1)
         page.shows(*expected((1, 1, 1), (1, 1, 1)))
         for number, one in enumerate(seen):
             name = one.predictions[0].name
@@ -376,19 +404,54 @@ def test_segmentation_networks_show_overlays(browser, tmp_path):
     with served("--weights", weights) as (_, address):
         page = Page(browser, address)
         page.field.send_keys(str(tmp_path / member))
-        content = io.BytesIO()
-        result.overlay().save(content, "PNG")
-        page.shows(content.getvalue())
+        page.shows(png(enlarged(result.overlay())))
         names = [area.name for area in result.areas]
         until(lambda: all(name in page.text("#prediction-0") for name in names), "the areas of the classes")
+        result.save(tmp_path / "labels.png")
+        assert page.download(tmp_path / "downloads") == (tmp_path / "labels.png").read_bytes()
+        page.slide("slider", 0)
+        page.shows(png(enlarged(result.overlay(0))))
+        page.slide("slider", 0.5)
+        page.shows(png(enlarged(result.overlay())))
         if folder := os.environ.get("FCVIT_SCREENSHOTS"):
             browser.set_window_size(1100, 820)
             browser.save_screenshot(str(Path(folder) / "demo-segmentation.png"))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_detectors_show_objects(browser, tmp_path):
+    pytest.importorskip("cv2")
+    pytest.importorskip("pycocotools")
+    options = MaskRCNNOptions(8, 8, 16, 8, proposals_before_nms=50, max_proposals=20, long_side=128, short_side=64)
+    spec = ModelSpec(DIGITS.variant, 2, "mask_rcnn", options)
+    read = read_weights(write_pth(tmp_path / "det.pth", synthetic_tensors(spec)))
+    write_weights(tmp_path / "det.safetensors", dataclasses.replace(read, spec=spec))
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    result = load(tmp_path / "det.safetensors", device="cpu").predict(tmp_path / "noise.png", score_threshold=0)[0]
+    with served("--weights", tmp_path / "det.safetensors") as (_, address):
+        page = Page(browser, address)
+        page.field.send_keys(str(tmp_path / "noise.png"))
+        for threshold in (0.3, 0):
+            page.slide("slider", threshold)
+            chosen = result.take(result.scores >= threshold)
+            page.shows(png(chosen.draw()))
+            count = sum(map(int, re.findall(r"[0-9]+$", page.text("#prediction-0"), re.MULTILINE)))
+            assert count == len(chosen)
+        content = json.loads(page.download(tmp_path / "downloads"))
+        assert [a["score"] for a in content["annotations"]] == result.scores.tolist()
+        (tmp_path / "bad.png").write_bytes(b"this is no image")
+        page = Page(browser, address)
+        page.field.send_keys(str(tmp_path / "bad.png"))
+        until(lambda: "No result: " in page.text("#message"), "a message about the bad file")
+        assert not page.pictures() and not page.text("#prediction-0")
+
+
 def test_networks_for_different_tasks_are_not_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "_gradio", lambda: None)
-    with pytest.raises(UsageError, match="one network is for segmentation"):
+    with pytest.raises(UsageError, match="networks for classification and segmentation; show them separately"):
         task.build([shipped_file(), resources.files("fcvit") / "assets" / quickstart.SEGMENTER], tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Serve a local web page that shows predictions and similarity maps, or label maps, for uploaded images.
+"""Serve a local web page that shows predictions and similarity maps, label maps, or objects, in uploaded images.
 
 The page uses Gradio. It is reachable only from this machine, and only requests from the page itself are answered (see
 `_Guard`). Nothing is shared or reported to others. Uploads are limited to `LIMIT` per file and `KEPT_BYTES` in total,
@@ -9,6 +9,7 @@ import contextlib
 import html
 import importlib
 import io
+import itertools
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ import webbrowser
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -32,7 +33,9 @@ from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.models.maps import Place, choose, places
-from fcvit.tasks.segmentation.prediction import SegmentedImage, Segmenter
+from fcvit.report.instances import enlarged
+from fcvit.tasks.detection.prediction import DetectedImage
+from fcvit.tasks.segmentation.prediction import SegmentedImage
 from fcvit.text import printable
 from fcvit.weights.reading import read_weights
 
@@ -57,18 +60,18 @@ def demo(
     ema: Ema = None,
     open_browser: Annotated[bool, Parameter(name="--open", negative=())] = False,
 ) -> None:
-    """Serve a local page that shows predictions and similarity maps of uploaded images, or label maps as overlays.
+    """Serve a local page that shows predictions and similarity maps of uploaded images, label maps, or objects.
 
     Args:
-        weights: A checkpoint of any format, for classification or segmentation. Repeat the option to compare two
-            (default: the included digits model).
+        weights: A checkpoint of any format, for classification, segmentation or detection. Repeat the option to compare
+            two (default: the included digits model).
         port: Port of the page, which is reachable only from this machine (default: the first free one from 7860).
         open_browser: Open the page in the browser.
 
     Raises:
         UsageError: More than two checkpoints or checkpoints for different tasks are given, a network has no maps, or no
             port is free.
-        MissingExtra: Gradio, Matplotlib, Paddle or OpenCV is not installed.
+        MissingExtra: Gradio, Matplotlib, Paddle, OpenCV or pycocotools is not installed.
         UnreadableFile, DoesNotFit: A checkpoint cannot be read.
     """
     if port is not None:
@@ -105,10 +108,11 @@ def build(
         raise UsageError(f"--weights: expected one checkpoint, or two to compare, not {len(weights)}")
     if weights:
         read = [read_weights(path, ema) for path in weights]
-        if (segmentation := {one.spec.task == "segmentation" for one in read}) == {True}:
-            return _overlay_page(gradio, [load(one, device=device) for one in read], titles(weights))
-        if len(segmentation) == 2:
-            raise UsageError("--weights: one network is for segmentation, the other is not; show them separately")
+        if len(tasks := {one.spec.task for one in read}) == 2:
+            raise UsageError(f"--weights: networks for {' and '.join(sorted(tasks))}; show them separately")
+        if overlay := _OVERLAYS.get(read[0].spec.task):
+            predictors = [load(one, device=device) for one in read]
+            return _overlay_page(gradio, overlay, predictors, titles(weights), folder)
         return _page(gradio, [Viewer(one, device=device) for one in read], titles(weights), [])
     with resources.as_file(resources.files("fcvit").joinpath(_SHIPPED)) as path:
         viewers = [Viewer(read_weights(path), digits(), device=device)]
@@ -255,17 +259,19 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
     first = known.index(choose(known, viewers[0].stage, -1, FIRST)) + 1
 
     def see(path: str | None, depth: float | None, head: str, values: Which, scale: Scale) -> list[Any]:
-        """Process a new image. Return the state, a message, the classes of each network, and the output of `show`."""
-        seen, message = None, ""
+        """Process a new image. Return the state, a message, the image, the classes and the output of `show`."""
+        seen, message, image = None, "", None
         if path is not None:
             try:
                 image = decode(path, Path(path).name)
                 seen = Path(path).name, [viewer.see(image) for viewer in viewers]
             except (BadImages, NumbersDisagree) as error:
+                image = None
                 message = f"**No maps:** {_plain(error)}"
         rows = [one.predictions for one in seen[1]] if seen else [()] * len(viewers)
         classes = [{row.name: row.probability for row in best} or None for best in rows]
-        return [seen, message, *classes, *show(seen, depth, head, values, scale)]
+        shown = gradio.Image(value=enlarged(image) if image else None, visible=bool(image))
+        return [seen, message, shown, *classes, *show(seen, depth, head, values, scale)]
 
     def show(
         seen: tuple[str, list[Seen]] | None, depth: float | None, head: str, values: Which, scale: Scale
@@ -291,6 +297,7 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
             with gradio.Column(scale=1, min_width=260):
                 file = gradio.File(label=f"Drop an image (up to {LIMIT})", type="filepath", elem_id="image")
                 message = gradio.Markdown(elem_id="message")
+                shown = _picture(gradio, "shown", visible=False)
                 if examples:
                     _gallery(gradio, examples, file)
                 depth = gradio.Slider(1, contexts, first, step=1, label="Depth", elem_id="depth")
@@ -305,63 +312,126 @@ def _page(gradio: Any, viewers: Sequence[Viewer], titles: Sequence[str], example
                 with gradio.Column(scale=2):
                     gradio.Markdown(f"### {_plain(name)}")
                     classes.append(gradio.Label(label="Prediction", num_top_classes=5, elem_id=f"prediction-{number}"))
-                    static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
-                    pictures.append(gradio.Image(type="pil", format="png", buttons=_BUTTONS, **static))
+                    pictures.append(_picture(gradio, f"maps-{number}"))
         settings = [depth, head, values, scale]
         # Matplotlib's settings and Paddle's device are global, so only one picture may be drawn at a time.
         serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
-        file.change(see, [file, *settings], [state, message, *classes, position, *pictures], **serial)
+        file.change(see, [file, *settings], [state, message, shown, *classes, position, *pictures], **serial)
         for setting in settings:
             setting.change(show, [state, *settings], [position, *pictures], show_progress="hidden", **serial)
     return page
 
 
-def _overlay_page(gradio: Any, segmenters: Sequence[Segmenter], titles: Sequence[str]) -> Any:
-    """Build the page of segmentation networks: label maps painted over the image, and the area of each class."""
+class _Overlay(NamedTuple):
+    """The parts of the page that only one task has.
 
-    def predict(path: str | None, opacity: float) -> list[Any]:
-        """Process a new image. Return the label maps, a message, the areas of each network, and the overlays."""
-        results = [segmenter.predict(path)[0] for segmenter in segmenters] if path is not None else []
+    Attributes:
+        title, text: Heading of the page and the sentence below it.
+        slider: Label and default of the slider, which goes from 0 to 1.
+        column: Title of the numbers in the legend.
+        suffix: End of the name of the file to download.
+        show: Function from a result and the value of the slider to the picture, the rows of the legend (color or None,
+            name, number) and the result to download.
+        options: Options of the prediction.
+    """
+
+    title: str
+    text: str
+    slider: tuple[str, float]
+    column: str
+    suffix: str
+    show: Callable[[Any, float], tuple[Image.Image, list[tuple[Sequence[int] | None, str, str]], Any]]
+    options: dict[str, Any]
+
+
+def _segmented(result: SegmentedImage, opacity: float) -> Any:
+    legend = [(result.palette[area.index], area.name, f"{100 * area.share:.1f}%") for area in result.areas]
+    return enlarged(result.overlay(opacity)), legend, result
+
+
+def _detected(result: DetectedImage, threshold: float) -> Any:
+    chosen = result.take(result.scores >= threshold)
+    colors = result.palette if len(result.palette) > 1 else [None]  # the objects of a single class have several colors
+    legend = [(colors[label], result.classes[label].name, str(count)) for label, count in chosen.counts.items()]
+    return chosen.draw(), legend, chosen
+
+
+_OVERLAYS = {
+    "segmentation": _Overlay(
+        "Segmentation", "The color of each pixel is that of its class.",
+        ("Opacity", 0.5), "area", ".png", _segmented, {},
+    ),
+    "detection": _Overlay(
+        "Detection", "Each object has a box with its class and its score.",
+        ("Score threshold", 0.3), "objects", ".json", _detected, {"score_threshold": 0},
+    ),
+}  # fmt: skip
+
+
+def _overlay_page(gradio: Any, task: _Overlay, predictors: Sequence[Any], titles: Sequence[str], folder: Path) -> Any:
+    """Build the page of a task that draws its results over the image."""
+
+    def predict(path: str | None, value: float) -> list[Any]:
+        """Process a new image. Return the results, a message, and the output of `show`."""
+        results = [predictor.predict(path, **task.options)[0] for predictor in predictors] if path is not None else []
         bad = [result for result in results if isinstance(result, BadImages)]
-        maps = [result for result in results if not isinstance(result, BadImages)]
-        if len(maps) < len(segmenters):
-            message = f"**No label map:** {_plain(bad[0])}" if bad else ""
-            return [None, message, *[None] * (2 * len(segmenters))]
-        return [maps, "", *map(_legend, maps), *paint(maps, opacity)]
+        message = f"**No result:** {_plain(bad[0])}" if bad else ""
+        state = None if bad or not results else results
+        return [state, message, *show(state, value)]
 
-    def paint(results: list[SegmentedImage] | None, opacity: float) -> list[Image.Image | None]:
-        return [result.overlay(opacity) for result in results] if results else [None] * len(segmenters)
+    def show(results: list[Any] | None, value: float) -> list[Any]:
+        """Return the picture, the legend and the button with the file to download of each network."""
+        outputs: list[Any] = []
+        for result in results or ():
+            picture, legend, chosen = task.show(result, value)
+            file = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(result.image).stem}{task.suffix}"
+            chosen.save(file)
+            outputs += [picture, _legend(legend, task.column), gradio.DownloadButton(value=str(file), visible=True)]
+        return outputs or [None, None, gradio.DownloadButton(visible=False)] * len(predictors)
 
-    with gradio.Blocks(title="FCViT: segmentation", analytics_enabled=False) as page:
-        gradio.Markdown("# Segmentation\nThe color of each pixel is that of its class.")
+    with gradio.Blocks(title=f"FCViT: {task.title.lower()}", analytics_enabled=False) as page:
+        gradio.Markdown(f"# {task.title}\n{task.text}")
         state = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
                 file = gradio.File(label=f"Drop an image (up to {LIMIT})", type="filepath", elem_id="image")
                 message = gradio.Markdown(elem_id="message")
-                opacity = gradio.Slider(0, 1, 0.5, step=0.05, label="Opacity", elem_id="opacity")
-            areas, overlays = [], []
+                label, default = task.slider
+                slider = gradio.Slider(0, 1, default, step=0.05, label=label, elem_id="slider")
+                legends, buttons = [], []
+                for number, name in enumerate(titles):
+                    if len(titles) > 1:
+                        gradio.Markdown(f"### {_plain(name)}")
+                    legends.append(gradio.HTML(elem_id=f"prediction-{number}"))
+                    text = f"Download {task.suffix[1:].upper()}"
+                    buttons.append(gradio.DownloadButton(text, visible=False, elem_id=f"download-{number}"))
+            pictures = []
             for number, name in enumerate(titles):
-                with gradio.Column(scale=2):
+                with gradio.Column(scale=3):
                     gradio.Markdown(f"### {_plain(name)}")
-                    static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": f"maps-{number}"}
-                    overlays.append(gradio.Image(type="pil", format="png", buttons=_BUTTONS, **static))
-                    areas.append(gradio.HTML(elem_id=f"prediction-{number}"))
+                    pictures.append(_picture(gradio, f"maps-{number}"))
+        outputs = [*itertools.chain(*zip(pictures, legends, buttons, strict=True))]
         serial: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_name": False}
-        file.change(predict, [file, opacity], [state, message, *areas, *overlays], **serial)
-        opacity.change(paint, [state, opacity], overlays, show_progress="hidden", **serial)
+        file.change(predict, [file, slider], [state, message, *outputs], **serial)
+        last: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **serial}
+        slider.change(show, [state, slider], outputs, **last)
     return page
 
 
-def _legend(result: SegmentedImage) -> str:
-    """Return the color, the name and the share of the area of each class that occurs, as HTML."""
+def _picture(gradio: Any, name: str, visible: bool = True) -> Any:
+    """Return an empty place for a picture."""
+    static: dict[str, Any] = {"show_label": False, "interactive": False, "elem_id": name}
+    return gradio.Image(type="pil", format="png", buttons=_BUTTONS, visible=visible, **static)
+
+
+def _legend(rows: Sequence[tuple[Sequence[int] | None, str, str]], column: str) -> str:
+    """Return the color, the name and the number of each class as HTML."""
     swatch = "display: inline-block; width: 1em; height: 1em; margin-right: 0.5em; border: 1px solid #888"
-    rows = [
-        f'<tr><td><span style="{swatch}; background: rgb{tuple(map(int, result.palette[area.index]))}"></span>'
-        f"{_escaped(area.name)}</td><td style='text-align: right'>{100 * area.share:.1f}%</td></tr>"
-        for area in result.areas
-    ]
-    return f"<table><tr><th>class</th><th>area</th></tr>{''.join(rows)}</table>"
+    lines = [f"<tr><th>class</th><th>{column}</th></tr>"]
+    for color, name, number in rows:
+        mark = f'<span style="{swatch}; background: rgb{tuple(map(int, color))}"></span>' if color else ""
+        lines.append(f"<tr><td>{mark}{_escaped(name)}</td><td style='text-align: right'>{number}</td></tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _escaped(text: str) -> str:

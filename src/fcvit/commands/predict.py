@@ -96,7 +96,8 @@ def load(
         preprocessing: Preprocessing to use instead of that of the weights.
 
     Returns:
-        The predictor for the task of the weights: a `fcvit.Classifier`, or a `fcvit.Segmenter` for segmentation.
+        The predictor for the task of the weights: a `fcvit.Classifier`, a `fcvit.Segmenter` for segmentation, or
+        a `fcvit.Detector` for detection.
 
     Raises:
         UnreadableFile, DoesNotFit, UsageError: The file is invalid. See `fcvit.weights.reading.read_weights`.
@@ -125,7 +126,7 @@ def predict(
     csv: Flag = False,
     output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
-    """Predict images: the most probable classes of each image, or the areas of the classes in it.
+    """Predict images: the most probable classes of each image, the areas of the classes in it, or its objects.
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
@@ -133,7 +134,8 @@ def predict(
         options: Options of the task of the weights.
         csv: Print the predictions as CSV.
         output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions. For
-            segmentation, the folder contains a label map and an overlay of each image.
+            segmentation, the folder contains a label map and an overlay of each image, and for detection a picture
+            with the objects of each image, and a JSON file in COCO's format.
 
     Raises:
         FcvitError: See `fcvit.load`.

@@ -189,7 +189,7 @@ def _write_coco(path: Path, images: Iterable[tuple[str, DetectedImage]], classes
             masks = []
             for index in range(len(one)):
                 mask = one.mask(index)
-                areas[index] = np.count_nonzero(mask)
+                areas[index] = int(mask.sum())
                 masks += encode_masks(mask[None])
         detections = Detections(one.boxes, one.scores, one.labels, masks)
         kind = "bbox" if masks is None else "segm"
@@ -269,7 +269,7 @@ class Detector:
             row = {"index": label, "id": self.classes[label].id, "name": self.classes[label].name}
             row |= {"score": float(prediction.scores[index]), **dict(zip(_CORNERS, box, strict=True))}
             if prediction.mask_logits is not None:
-                row["area"] = np.count_nonzero(prediction.mask(index))
+                row["area"] = int(prediction.mask(index).sum())
             rows.append(row)
         return rows
 
