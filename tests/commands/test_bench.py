@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from conftest import DIGITS, PUBLISHED, needs_paddle, needs_torch
+from detection_goldens import MINI, synthetic_weights
 from fcvit.cli import main
 from fcvit.commands import bench as task
 from fcvit.commands.bench import bench
 from fcvit.errors import MissingExtra, UsageError
 from fcvit.inference.interleave import Timing, interleave
-from fcvit.models.spec import ModelSpec, multiply_accumulates
+from fcvit.models.spec import MaskRCNNOptions, ModelSpec, multiply_accumulates
 from fcvit.models.variants import VARIANTS, published
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
@@ -214,6 +215,7 @@ def test_the_chart_shows_the_fastest_engine_first(fake, tmp_path):
         {"batch_sizes": []},
         {"threads": [0]},
         {"size": 0},
+        {"size": "800x"},
         {"reference": "paddle"},
         {"precisions": ["int8"]},
         {"precisions": ["bfloat16"], "engines": ["native", "onnxruntime"]},
@@ -236,6 +238,37 @@ def test_real_engines_with_several_outputs_are_measured(digits_pth, monkeypatch)
     result = bench(weights, engines=["torch", "torch-channels-last"], batch_sizes=[2], threads=[1], rounds=1)
     assert [speed.contender.engine for speed in result.speeds] == ["torch", "torch-channels-last"]
     assert result.speeds[0].calls >= 3 and result.speeds[0].difference < 1e-4 and result.skipped == ()
+
+
+def test_a_detector_and_its_trunk_are_measured_at_the_largest_size(fake):
+    result = run(task="detection", variant="fcvit_tiny", batch_sizes=None)
+    kinds = [(s.contender.part, s.contender.engine, s.contender.batch_size) for s in result.speeds]
+    engines = ("torch-channels-last", "onnxruntime", "openvino")
+    assert kinds == [(part, engine, 1) for part in ("", "trunk") for engine in engines]
+    assert result.size == (800, 1333) and [len(group) for group in fake.groups] == [3, 3]
+    spec = ModelSpec(VARIANTS["fcvit_tiny"], 80, "mask_rcnn")
+    assert result.gmac * 1e9 == multiply_accumulates(spec, 800, 1344)
+    whole, trunk = result.speeds[1], result.speeds[4]
+    assert trunk.gflops / whole.gflops == pytest.approx(
+        multiply_accumulates(spec, 800, 1344, trunk=True) / 1e9 / result.gmac
+    )
+    assert [name for name, _ in result.bars()] == ["batch 1, 1 thread", "trunk, batch 1, 1 thread"]
+
+
+@needs_torch
+@pytest.mark.slow
+def test_real_engines_detect_the_same_objects(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(task, "interleave", functools.partial(interleave, seconds=0, pause=0))
+    given = synthetic_weights(ModelSpec(MINI, 3, "mask_rcnn", MaskRCNNOptions(8, 8, 16, 8)))
+    engines = ["torch", "onnxruntime", "torch-compile"]
+    result = bench(given, engines=engines, threads=[1], rounds=1, size="60x90", reference="torch")
+    assert [(s.contender.engine, s.contender.part) for s in result.speeds] == [
+        *(("torch", ""), ("onnxruntime", "")),
+        *(("torch", "trunk"), ("onnxruntime", "trunk")),
+    ]
+    assert not any(speed.wrong for speed in result.speeds) and result.size == (60, 90)
+    assert {reason for _, reason in result.skipped} == {"torch-compile cannot compile the selection of boxes"}
 
 
 @needs_paddle

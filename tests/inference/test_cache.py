@@ -70,6 +70,8 @@ def test_the_key_depends_on_everything_that_affects_the_numbers(weights, monkeyp
     assert_new_key(dataclasses.replace(weights, tensors=tensors))
     assert_new_key(interface=dataclasses.replace(INTERFACE, uint8=False))
     assert_new_key(interface=dataclasses.replace(INTERFACE, size=(32, 40)))
+    assert_new_key(interface=dataclasses.replace(INTERFACE, part="trunk"))
+    assert_new_key(interface=dataclasses.replace(INTERFACE, part="box_head"))
     mean = dataclasses.replace(DIGITS.variant.preprocessing, mean=(0.1, 0.2, 0.3))
     assert_new_key(interface=dataclasses.replace(INTERFACE, preprocessing=mean))
     assert_new_key(runtime="openvino")
