@@ -17,7 +17,7 @@ from fcvit import run_folder as runs
 from fcvit.data.class_colors import class_list, classes_of
 from fcvit.data.classes import Classes, Palette
 from fcvit.data.transforms.detection import pad_batch, preprocess
-from fcvit.data.transforms.segmentation import normalize, rgb_pixels
+from fcvit.data.transforms.segmentation import rgb_pixels
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.engines import Engine
 from fcvit.inference.images import ImageLike, collect, read_ahead, with_unique_names
@@ -234,6 +234,7 @@ class Detector:
 
         Raises:
             UsageError: An image has an unsupported type, or an option is invalid.
+            NumbersDisagree: An output of the network is not finite.
             MissingExtra: OpenCV is not installed.
         """
         return collect(images, lambda several: self.stream(several, **options), progress)
@@ -256,8 +257,7 @@ class Detector:
             size = (pixels.shape[0], pixels.shape[1])
             resized, factors = preprocess(pixels, (options.long_side, options.short_side))
             padded, sizes = pad_batch([resized])
-            batch = normalize(padded, self.preprocessing, sizes)
-            (found,) = self.engine.detect(batch, np.array(sizes), factors[None])
+            (found,) = self.engine.detect(padded, sizes, [factors])
             parts = found.boxes, found.scores, found.labels, found.mask_logits
             result = DetectedImage(*parts, size, self.classes, self.palette, image)
             yield result.take((result.scores >= threshold) & np.isin(result.labels, labels))
