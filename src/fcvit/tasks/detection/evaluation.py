@@ -16,7 +16,7 @@ from PIL import Image
 from fcvit.data.class_colors import classes_of, read_class_list
 from fcvit.data.coco import CocoImages, Instances, find_coco, read_coco
 from fcvit.data.transforms.detection import check_size, pad_batch, preprocess
-from fcvit.data.transforms.segmentation import decode, normalize
+from fcvit.data.transforms.segmentation import decode
 from fcvit.errors import DoesNotFit, counted
 from fcvit.inference.engines import Engine
 from fcvit.metrics.detection import Detections, encode_masks
@@ -130,8 +130,7 @@ class DetectionEvaluator:
     def compute(self, engine: Engine, images: Sequence[np.ndarray], targets: Sequence[Placement]) -> list[Detections]:
         """Return the detections in each image, in pixels of the original image."""
         batch, sizes = pad_batch(images)
-        pixels = normalize(batch, engine.preprocessing, sizes)
-        found = engine.detect(pixels, np.array(sizes), np.stack([target.factors for target in targets]))
+        found = engine.detect(batch, np.array(sizes), np.stack([target.factors for target in targets]))
         results = []
         for one, target in zip(found, targets, strict=True):
             masks = None
