@@ -414,7 +414,7 @@ def test_segmentation_networks_show_overlays(browser, tmp_path):
         page.slide("slider", 0.5)
         page.shows(png(enlarged(result.overlay())))
         if folder := os.environ.get("FCVIT_SCREENSHOTS"):
-            browser.set_window_size(1100, 820)
+            browser.set_window_size(1100, 920)
             browser.save_screenshot(str(Path(folder) / "demo-segmentation.png"))
 
 

@@ -94,14 +94,15 @@ def test_the_first_of_overlapping_masks_is_on_top_and_the_image_stays_visible():
     for mask in masks:
         mask[100:800, 100:800] = True
     colors = [(255, 0, 0)] + [(0, 255, 0)] * 29
-    boxes = np.tile([100.0, 100, 800, 800], (30, 1))
+    boxes = np.tile([90.0, 90, 810, 810], (30, 1))
     drawn = np.asarray(draw_instances(gray(900, 900), boxes, colors, masks=masks))
     assert drawn[400, 400].tolist() == [156, 54, 54]
-    assert drawn[100, 400].tolist() == drawn[400, 100].tolist() == [255, 0, 0], "its box and its outline, too"
+    assert drawn[100, 400].tolist() == drawn[400, 100].tolist() == [255, 0, 0], "its outline, too"
+    assert drawn[90, 400].tolist() == [255, 0, 0], "its box, too"
     small = np.zeros((900, 900), bool)
     small[300:400, 300:400] = True
     drawn = np.asarray(
-        draw_instances(gray(900, 900), np.array([[100, 100, 800, 800], [300, 300, 400, 400]]), colors[:2],
+        draw_instances(gray(900, 900), np.array([[100, 100, 800, 800], [290, 290, 410, 410]]), colors[:2],
                        masks=[masks[0], small])
     )  # fmt: skip
     assert drawn[300, 350].tolist() == [0, 255, 0], "the outline of a hidden mask is visible"

@@ -178,6 +178,7 @@ def test_a_saved_file_is_read_back_with_the_same_boxes_and_masks(predictor, phot
     assert target.areas.tolist() == result.masks.sum((1, 2)).tolist()
     content = json.loads((photos[0].parent / "detections.json").read_text())
     assert [a["score"] for a in content["annotations"]] == SCORES[:3].tolist()
+    assert [c["id"] for c in content["categories"]] == [1, 2, 3]
     assert content["images"] == [{"id": 1, "file_name": str(photos[0]), "height": 50, "width": 54}]
     with pytest.raises(UsageError, match=r"x\.png: .* ends in .json"):
         result.save("x.png")
@@ -277,7 +278,8 @@ def test_the_command_writes_pictures_and_one_coco_file(run, predictor, photos):
         assert path in out
     report = json.loads(run("photos", "--json")[1])
     assert report["predictions"] == {path: predictor.rows(result) for path, result in expected.items()}
-    row = report["predictions"]["photos/0.png"][0]
+    row, second, _ = report["predictions"]["photos/0.png"]
+    assert second["score"] == float(SCORES[1]) and second["area"] == expected["photos/0.png"].masks[1].sum()
     assert list(row) == ["index", "id", "name", "score", "x1", "y1", "x2", "y2", "area"] and row["name"] == "cow"
     listed = list(csv.DictReader(io.StringIO(run("photos", "--csv")[1])))
     assert listed[0]["x1"] == "2.500000" and listed[3]["path"] == "photos/b.png" and len(listed) == 9
