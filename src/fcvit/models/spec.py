@@ -98,7 +98,6 @@ class MaskRCNNOptions:
         max_detections: Largest number of detections per image.
         long_side: Largest length of an image's longer side in pixels, after the keep-ratio resize.
         short_side: Largest length of the shorter side.
-        divisor: Both sides are then padded to multiples of this.
     """
 
     neck: int = 256
@@ -116,7 +115,6 @@ class MaskRCNNOptions:
     max_detections: int = 100
     long_side: int = 1333
     short_side: int = 800
-    divisor: int = 32
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

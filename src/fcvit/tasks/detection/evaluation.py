@@ -29,7 +29,7 @@ from fcvit.tasks.detection.published import validation_of
 from fcvit.tasks.detection.results import RECORD, record
 from fcvit.weights.reading import Weights
 
-_SHARED = ("masks", "max_detections", "long_side", "short_side", "divisor")
+_SHARED = ("masks", "max_detections", "long_side", "short_side")
 """Options of the network that weights of one evaluation have in common."""
 
 
