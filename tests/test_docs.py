@@ -11,9 +11,13 @@ import pytest
 from PIL import Image
 
 from conftest import needs_paddle, needs_torch, training_checkpoint
+from detection_goldens import synthetic_weights
 from fcvit.cli import app, main
 from fcvit.commands.quickstart import write_images
 from fcvit.errors import INTERRUPTED, FcvitError
+from fcvit.models.spec import MaskRCNNOptions, ModelSpec
+from fcvit.models.variants import VARIANTS
+from fcvit.weights.writing import write_weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]}
@@ -98,6 +102,9 @@ def workplace(tmp_path, monkeypatch):
     for name in ("fcvit_b12.pth.tar", "detector.pth"):
         shutil.copy(DIGITS, tmp_path / name)
     assert main(["convert", "fcvit_b12.pth.tar", "-o", "fcvit_b12.safetensors", "--no-verify", "-q"]) == 0
+    options = MaskRCNNOptions(neck=8, rpn=8, box_channels=16, mask_channels=8)
+    detector = synthetic_weights(ModelSpec(VARIANTS["fcvit_digits"], 3, "mask_rcnn", options))
+    write_weights(tmp_path / "det.safetensors", detector)
     for name in ("a", "b"):
         shutil.copy("fcvit_b12.safetensors", f"{name}.safetensors")
     return tmp_path
