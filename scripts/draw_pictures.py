@@ -37,7 +37,7 @@ from fcvit.training.recipe import read_recipe
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS, IMAGES = ROOT / "src" / "fcvit" / "assets", ROOT / "docs" / "images"
 LARGEST = 250_000  # bytes of a picture
-WIDTH, HEIGHT = 1000, 9000  # pixels of the window for a report page, which is cut to its content
+WIDTH, HEIGHT = 1000, 6000  # pixels of the window for a report page, which is cut to its content
 PANEL = 512  # pixels: side of a picture of one task
 DIGITS = (3, 101, 185, 214)  # held-out digits in the picture of the tasks
 FEW, MANY = 8, 50  # objects in the two pictures of detections, about
@@ -84,7 +84,7 @@ def draw_detection(folder: Path, weights: Path, data: Path) -> list[Path]:
     names = [IMAGES / f"{name}.png" for name in ("tasks", "detection", *map("detection-{}".format, PARTS))]
     tasks, detection, report, preview, training = names
     evaluate(weights, data, folder=folder / "detection")
-    photograph(folder / "detection" / "report.html", report, hidden="figure:nth-last-child(-n+2)")
+    photograph(folder / "detection" / "report.html", report, hidden="figure:nth-last-child(-n+2)", height=2000)
     preview.unlink(missing_ok=True)
     draw_preview(read_recipe("nuclei-instances", {"data": str(data)}), preview, images=4, versions=3)
     draw_curves(weights.parent, "nuclei-instances", training)
@@ -131,8 +131,9 @@ def draw_tasks(nuclei: Path, detected: DetectedImage) -> Image.Image:
     segmented = load(ASSETS / SEGMENTER).predict(sorted(nuclei.iterdir())[0])[0].overlay()
     colors = instance_colors(detected.labels, detected.palette)
     objects = draw_instances(detected.image, detected.boxes, colors, masks=map(detected.mask, range(len(detected))))
+    grid = image_grid(tiles, "", columns=2)
     panels = [
-        ("Classification", image_grid(tiles, "", columns=2)),
+        ("Classification", grid.crop(content(grid))),
         ("Semantic segmentation", segmented),
         ("Detection and instance segmentation", objects),
     ]
@@ -151,7 +152,7 @@ def panel(title: str, picture: Image.Image) -> Image.Image:
     return drawn
 
 
-def photograph(page: Path, picture: Path, hidden: str) -> None:
+def photograph(page: Path, picture: Path, hidden: str, height: int = HEIGHT) -> None:
     """Take a screenshot of a report page, without the pictures of a CSS selector and the empty part at its end."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
@@ -161,9 +162,14 @@ def photograph(page: Path, picture: Path, hidden: str) -> None:
     subprocess.run([browser, *options, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True)
     with Image.open(picture) as image:
         shown = image.convert("RGB")
-    empty = Image.new("RGB", shown.size, shown.getpixel((0, HEIGHT - 1)))
-    bottom = ImageChops.difference(shown, empty).getbbox()[3]
-    shown.crop((0, 0, WIDTH, min(bottom + 20, HEIGHT))).save(picture)
+    bottom = content(shown)[3]
+    shown.crop((0, 0, WIDTH, min(bottom + 20, height))).save(picture)
+
+
+def content(picture: Image.Image) -> tuple[int, int, int, int]:
+    """Return the box of a picture around all pixels that differ from its lower left corner."""
+    empty = Image.new("RGB", picture.size, picture.getpixel((0, picture.height - 1)))
+    return ImageChops.difference(picture, empty).getbbox()
 
 
 if __name__ == "__main__":
