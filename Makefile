@@ -9,7 +9,8 @@
 #   make docs                  the documentation site, in docs/_build/html; warnings are errors
 #   make notebook              execute docs/tutorial.ipynb and store its outputs
 #   make pictures              draw the pictures of docs/guides/segmentation.md (needs Chromium and its driver);
-#                              RUN=FOLDER also draws the curves of a run of scripts/make_nuclei_checkpoint.py
+#                              RUN=FOLDER also draws the curves of a run of scripts/make_nuclei_checkpoint.py;
+#                              DETECTOR=FILE INSTANCES=DATA also draws the pictures of detection (see the script)
 #   make constraints           write the newest versions to constraints.txt if lint and all tests pass with them
 # Extra options for pip, for example to get PyTorch's CPU build:
 #   make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -75,7 +76,8 @@ notebook: $(VENV)/.dev
 
 pictures: $(VENV)/.dev
 	FCVIT_ALL_TESTS=1 FCVIT_SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/commands/test_demo.py -k overlays
-	$(BIN)/python scripts/draw_pictures.py $(if $(RUN),--run '$(RUN)')
+	$(BIN)/python scripts/draw_pictures.py $(if $(RUN),--run '$(RUN)') \
+	  $(if $(DETECTOR),--detector '$(DETECTOR)' --instances '$(INSTANCES)')
 
 # One version for all Python versions and systems, with wheels for each Python version on Linux. PyTorch and the
 # packages that it pins are left out: TORCH selects them.

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fcvit.tasks.classification.recipe import ClassificationRecipe as Recipe  # noqa: F401
     from fcvit.tasks.detection.prediction import DetectedImage as DetectedImage
     from fcvit.tasks.detection.prediction import Detector as Detector
+    from fcvit.tasks.detection.recipe import DetectionRecipe as DetectionRecipe
     from fcvit.tasks.segmentation.prediction import SegmentedImage as SegmentedImage
     from fcvit.tasks.segmentation.prediction import Segmenter as Segmenter
     from fcvit.tasks.segmentation.recipe import SegmentationRecipe as SegmentationRecipe
@@ -73,6 +74,7 @@ _MODULES = {
     "check_data": "commands.check_data",
     "Recipe": "tasks.classification.recipe:ClassificationRecipe",
     "SegmentationRecipe": "tasks.segmentation.recipe",
+    "DetectionRecipe": "tasks.detection.recipe",
     "read_recipe": "training.recipe",
     "train": "commands.train",
     "finetune": "commands.finetune",

@@ -56,6 +56,10 @@ def percent(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.1f}"
 
 
+def _with_sign(value: float) -> str:
+    return percent(value) if math.isnan(value) else f"{percent(value)}%"
+
+
 def _kinds(result: Result) -> list[tuple[str, Precision]]:
     return [("box", result.box), *([("mask", result.mask)] if result.mask is not None else [])]
 
@@ -92,12 +96,12 @@ def _summary(outcomes: Sequence[Result]) -> Listing:
 
 def _facts(result: Result) -> Iterator[tuple[str, str]]:
     for kind, figures in _kinds(result):
-        values = ", ".join(f"{name} {percent(getattr(figures, field))}%" for name, field in _METRICS)
-        yield f"{kind} AP".capitalize(), values
+        values = ", ".join(f"{name} {_with_sign(getattr(figures, field))}" for name, field in _METRICS)
+        yield f"{kind.capitalize()} AP", values
         for what in ("ap", "ar"):
-            sizes = ", ".join(f"{size} {percent(getattr(figures, f'{what}_{size}'))}%" for size in _SIZES)
-            mean = "" if what == "ap" else f"{percent(figures.ar)}%, "
-            yield f"{kind} {what.upper()} by size".capitalize(), f"{mean}{sizes}"
+            sizes = ", ".join(f"{size} {_with_sign(getattr(figures, f'{what}_{size}'))}" for size in _SIZES)
+            mean = "" if what == "ap" else f"{_with_sign(figures.ar)}, "
+            yield f"{kind.capitalize()} {what.upper()} by size", f"{mean}{sizes}"
     yield "Detections that count", f"{result.max_detections} per class and image, of {result.detections:,} in all"
     if result.absent:
         yield "Classes without objects", f"{result.absent:,} of {result.classes:,}: no AP, left out of the means"
