@@ -1,4 +1,4 @@
-"""Tests of the evaluation of detectors with real networks: engines, images that are left out, and where data is found."""
+"""Tests of the evaluation of detectors with real networks: engines, excluded images, and where data is found."""
 
 import json
 import shutil
