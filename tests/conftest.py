@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fcvit.data.classes import Classes
 from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.weights import pdparams, torch_file
+from fcvit.weights.checkpoint import MEMORY, Checkpoint
+from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_tensors
+from fcvit.weights.writing import write_weights
 
 # The networks in the tests are small, and tests run in parallel, so more threads would only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -124,6 +128,13 @@ def write_pth(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def write_synthetic(path: Path, spec: ModelSpec, classes: Classes | None = None) -> Path:
+    """Write synthetic weights with a header, which has the spec and the classes."""
+    source = Checkpoint(path, MEMORY, {}, None, b"")
+    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, classes, (), ()))
+    return path
+
+
 def write_pdparams(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     with path.open("wb") as file:
         pdparams.write(file, tensors)
@@ -182,6 +193,16 @@ SMALL_SEGMENTATION = {
 }  # fmt: skip
 
 
+SMALL_DETECTION = {
+    "variant": "fcvit_digits", "options": {**SMALL["options"], "layer_scale": 0.1}, "drop_path_rate": 0.0,
+    "neck_channels": 8, "rpn_channels": 8, "box_channels": 16, "mask_channels": 8, "anchor_scale": 4.0,
+    "finest_scale": 28.0, "proposals_before_nms": 50, "max_proposals": 40, "max_detections": 10,
+    "training_before_nms": 50, "rpn_samples": 32, "roi_samples": 16, "scale": (64, 48), "epochs": 2,
+    "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 2e-3, "lr_batch": 0, "min_lr": 0, "warmup_lr": 0,
+    "lr_update": "step", "batch_size": 4,
+}  # fmt: skip
+
+
 def write_squares(folder: Path, classes: dict[str, int], size: int = 36) -> Path:
     """Write images of noise with a bright square. The class determines the position of the square.
 
@@ -214,6 +235,41 @@ def write_scenes(folder, split, count, size=(40, 48), seed=0):
         labels[top : top + 18, left] = 255
         Image.fromarray(pixels).save(folder / "images" / split / f"{index:02d}.png")
         Image.fromarray(labels).save(folder / "annotations" / split / f"{index:02d}.png")
+    return folder
+
+
+def write_shapes(folder, split, sizes, categories=("disc", "square"), seed=0):
+    """Write images of noise with a bright disc and a bright square, and their annotations."""
+    generator = np.random.default_rng([seed, len(sizes)])
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for index, (height, width) in enumerate(sizes):
+        pixels = generator.integers(0, 90, (height, width, 3), np.uint8)
+        y, x = np.mgrid[:height, :width]
+        for category in range(2):
+            side = int(generator.integers(14, 22))
+            left, top = (int(generator.integers(0, length - side)) for length in (width, height))
+            corners = [left, top, left + side, top, left + side, top + side, left, top + side]
+            inside = (x >= left) & (x < left + side) & (y >= top) & (y < top + side)
+            if category == 0:
+                inside = (x + 0.5 - left - side / 2) ** 2 + (y + 0.5 - top - side / 2) ** 2 <= (side / 2) ** 2
+                angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+                center = np.array([left, top]) + side / 2
+                corners = (center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)).ravel().tolist()
+            pixels[inside] = pixels[inside] + np.array([[150, 0, 150], [0, 150, 0]], np.uint8)[category]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": index, "category_id": 3 + 4 * category, "iscrowd": 0,
+                    "bbox": [left, top, side, side], "area": int(inside.sum()), "segmentation": [corners],
+                }
+            )  # fmt: skip
+        name = f"{index:02d}.png"
+        Image.fromarray(pixels).save(folder / split / name)
+        images.append({"id": index, "file_name": name, "height": height, "width": width})
+    listed = [{"id": 3 + 4 * index, "name": name} for index, name in enumerate(categories)]
+    content = {"images": images, "annotations": annotations, "categories": listed}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
 
 

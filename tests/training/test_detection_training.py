@@ -3,95 +3,28 @@
 import contextlib
 import dataclasses
 import io
-import json
-import sys
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import needs_paddle
+from conftest import SMALL_DETECTION, needs_paddle, write_shapes, write_synthetic
 from fcvit.commands.preview import draw_preview
 from fcvit.data.class_colors import bright_colors
 from fcvit.data.loader import Batch
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
 from fcvit.models.spec import MaskRCNNOptions, ModelSpec
-from fcvit.tasks import base
 from fcvit.tasks.detection.recipe import DetectionRecipe
 from fcvit.tasks.detection.training import DetectionTraining
 from fcvit.training.recipe import read_recipe
 from fcvit.training.run import resume, train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import synthetic_tensors
 
 pytest.importorskip("cv2")
 pytest.importorskip("pycocotools")
 pytestmark = needs_paddle
-OPTIONS = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "mlp_ratios": [1, 1, 1, 1], "layer_scale": 0.1}
-SMALL = {
-    "variant": "fcvit_digits", "options": OPTIONS, "drop_path_rate": 0.0, "neck_channels": 8, "rpn_channels": 8,
-    "box_channels": 16, "mask_channels": 8, "anchor_scale": 4.0, "finest_scale": 28.0, "proposals_before_nms": 50,
-    "max_proposals": 40, "max_detections": 10, "training_before_nms": 50, "rpn_samples": 32, "roi_samples": 16,
-    "scale": (64, 48), "epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 2e-3, "lr_batch": 0, "min_lr": 0,
-    "warmup_lr": 0, "lr_update": "step", "batch_size": 4,
-}  # fmt: skip
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
-
-
-class Task:
-    """The detection task without validation."""
-
-    name, recipe = "detection", DetectionRecipe
-
-    def training(self, recipe, weights):
-        return DetectionTraining(recipe, weights)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with pytest.MonkeyPatch.context() as patch:
-        module = types.ModuleType("detection_of_the_tests")
-        module.TASK = Task()
-        patch.setitem(sys.modules, module.__name__, module)
-        patch.setitem(base.TASKS, "detection", module.__name__)
-        yield
-
-
-def write_shapes(folder, split, sizes, categories=("disc", "square"), seed=0):
-    """Write images of noise with a bright disc and a bright square, and their annotations."""
-    generator = np.random.default_rng([seed, len(sizes)])
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
-    for index, (height, width) in enumerate(sizes):
-        pixels = generator.integers(0, 90, (height, width, 3), np.uint8)
-        y, x = np.mgrid[:height, :width]
-        for category in range(2):
-            side = int(generator.integers(14, 22))
-            left, top = (int(generator.integers(0, length - side)) for length in (width, height))
-            corners = [left, top, left + side, top, left + side, top + side, left, top + side]
-            inside = (x >= left) & (x < left + side) & (y >= top) & (y < top + side)
-            if category == 0:
-                inside = (x + 0.5 - left - side / 2) ** 2 + (y + 0.5 - top - side / 2) ** 2 <= (side / 2) ** 2
-                angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-                center = np.array([left, top]) + side / 2
-                corners = (center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)).ravel().tolist()
-            pixels[inside] = pixels[inside] + np.array([[150, 0, 150], [0, 150, 0]], np.uint8)[category]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1, "image_id": index, "category_id": 3 + 4 * category, "iscrowd": 0,
-                    "bbox": [left, top, side, side], "area": int(inside.sum()), "segmentation": [corners],
-                }
-            )  # fmt: skip
-        name = f"{index:02d}.png"
-        Image.fromarray(pixels).save(folder / split / name)
-        images.append({"id": index, "file_name": name, "height": height, "width": width})
-    listed = [{"id": 3 + 4 * index, "name": name} for index, name in enumerate(categories)]
-    content = {"images": images, "annotations": annotations, "categories": listed}
-    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +37,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(shapes):
     def build(**fields):
-        return DetectionRecipe(**{**SMALL, "data": str(shapes), **fields})
+        return DetectionRecipe(**{**SMALL_DETECTION, "data": str(shapes), **fields})
 
     return build
 
@@ -117,25 +50,25 @@ def without_pictures():
         yield
 
 
-REGULARIZED = {"ema_decay": 0.9, "accumulate": 2, "drop_rate": 0.1}
+REGULARIZED = {"ema_decay": 0.9, "accumulate": 2, "drop_rate": 0.1, "held_out": 0.25}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(small, tmp_path_factory):
-    """A run of two epochs of three steps with EMA weights and two micro-batches."""
+    """A run of two epochs of two steps with EMA weights, two micro-batches and a validation on three images."""
     with without_pictures():
         return train(small(**REGULARIZED), folder=tmp_path_factory.mktemp("run") / "run", device="cpu")
 
 
 def test_a_run_logs_five_losses_and_writes_the_weights_of_a_detector(uninterrupted):
     rows = uninterrupted.rows
-    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (2, 4)]
     assert [name for name in rows[0] if name.startswith("loss_")] == [*LOSSES]
     assert rows[0]["loss"] == pytest.approx(sum(rows[0][name] for name in LOSSES))
     for name in ("last", "last-ema"):
         weights = read_weights(uninterrupted.folder / f"{name}.safetensors")
         assert (weights.spec.task, weights.spec.num_classes) == ("detection", 2)
-        assert weights.spec.options == DetectionRecipe(**SMALL).head_options()
+        assert weights.spec.options == DetectionRecipe(**SMALL_DETECTION).head_options()
         assert [c.name for c in weights.classes] == ["disc", "square"]
 
 
@@ -151,7 +84,7 @@ def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, unint
     run = Trainer.run
 
     def failing(self, batches, rate):
-        if self.step == 4:
+        if self.step == 3:
             raise KeyboardInterrupt
         return run(self, batches, rate)
 
@@ -235,18 +168,8 @@ def test_a_preview_shows_images_with_boxes_and_masks(small, tmp_path):
     assert pixels.std() > 0
 
 
-def starting_weights(path, spec):
-    from fcvit.weights.checkpoint import MEMORY, Checkpoint
-    from fcvit.weights.reading import Weights
-    from fcvit.weights.writing import write_weights
-
-    source = Checkpoint(path, MEMORY, {}, None, b"")
-    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, None, (), ()))
-    return read_weights(path)
-
-
 def test_training_starts_from_a_classifier_or_a_detector(small, tmp_path):
-    weights = starting_weights(tmp_path / "classifier.safetensors", ModelSpec(small().network(), 10))
+    weights = read_weights(write_synthetic(tmp_path / "classifier.safetensors", ModelSpec(small().network(), 10)))
     task = DetectionTraining(small(weights=str(weights.source.path)), weights)
     model = task.network()
     assert "newly initialized" in task.notes[-1]
@@ -254,12 +177,12 @@ def test_training_starts_from_a_classifier_or_a_detector(small, tmp_path):
     assert (dict(model.named_parameters())[f"backbone.{name}"].numpy() == weights.tensors[name]).all()
 
     spec = ModelSpec(small().network(), 2, "mask_rcnn", small().head_options())
-    weights = starting_weights(tmp_path / "detector.safetensors", spec)
+    weights = read_weights(write_synthetic(tmp_path / "detector.safetensors", spec))
     for new_head in (False, True):
         model = DetectionTraining(small(weights="x", new_head=new_head), weights).network()
         same = model.roi_head.bbox_head.fc_cls.bias.numpy() == weights.tensors["roi_head.bbox_head.fc_cls.bias"]
         assert same.all() != new_head
-    weights = starting_weights(tmp_path / "three.safetensors", dataclasses.replace(spec, num_classes=3))
+    weights = read_weights(write_synthetic(tmp_path / "three.safetensors", dataclasses.replace(spec, num_classes=3)))
     with pytest.raises(DoesNotFit, match=r"2 classes, but the weights have 3; set new_head = true"):
         DetectionTraining(small(weights="x"), weights)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL_SEGMENTATION, needs_paddle, write_scenes
+from conftest import SMALL_SEGMENTATION, needs_paddle, write_scenes, write_synthetic
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.classes import ClassName
@@ -22,8 +22,6 @@ from fcvit.training.recipe import build_recipe, read_recipe
 from fcvit.training.run import resume, train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
-from fcvit.weights.synthetic import synthetic_tensors
-from fcvit.weights.writing import write_weights
 
 pytestmark = needs_paddle
 
@@ -208,20 +206,12 @@ def test_balanced_class_weights_give_each_class_the_same_total_weight(small):
     assert weights * pixels == pytest.approx([pixels.sum() / 2] * 2, rel=1e-6)
 
 
-def starting_weights(tmp_path, spec, classes=None):
-    from fcvit.weights.checkpoint import MEMORY, Checkpoint
-    from fcvit.weights.reading import Weights
-
-    source = Checkpoint(tmp_path / "x", MEMORY, {}, None, b"")
-    path = tmp_path / "start.safetensors"
-    write_weights(path, Weights(spec, synthetic_tensors(spec), source, "torch", None, classes, (), ()))
-    return path
-
-
 def test_training_starts_from_a_classifier(small, tmp_path):
     variant = small().network()
     assert variant.layer_scale == 1e-6
-    path = starting_weights(tmp_path, ModelSpec(dataclasses.replace(variant, layer_scale=1e-5), 10))
+    path = write_synthetic(
+        tmp_path / "start.safetensors", ModelSpec(dataclasses.replace(variant, layer_scale=1e-5), 10)
+    )
     recipe = small(weights=str(path))
     task = SegmentationTraining(recipe, read_weights(path, None, recipe.network()))
     tensors = dict(task.network().named_parameters())
@@ -236,7 +226,7 @@ def test_training_starts_from_a_classifier(small, tmp_path):
 
 def test_the_head_of_a_segmentation_network_is_kept_or_new(small, tmp_path):
     spec = ModelSpec(small().network(), 2, "semantic_fpn", SemanticFPNOptions(16, 24))
-    path = starting_weights(tmp_path, spec)
+    path = write_synthetic(tmp_path / "start.safetensors", spec)
     stored = read_weights(path)
     for new_head in (False, True):
         task = SegmentationTraining(small(weights=str(path), new_head=new_head), stored)
@@ -246,7 +236,7 @@ def test_the_head_of_a_segmentation_network_is_kept_or_new(small, tmp_path):
         assert same.all() != new_head
         lateral = model.neck.lateral_convs[0].conv.bias.numpy()
         assert (lateral == stored.tensors["neck.lateral_convs.0.conv.bias"]).all()
-    three = starting_weights(tmp_path / "..", dataclasses.replace(spec, num_classes=3))
+    three = write_synthetic(tmp_path / "three.safetensors", dataclasses.replace(spec, num_classes=3))
     with pytest.raises(DoesNotFit, match=r"2 classes, but the weights have 3; set new_head = true"):
         SegmentationTraining(small(weights=str(three)), read_weights(three))
 
@@ -284,7 +274,7 @@ def test_finetuning_for_other_classes_has_a_new_last_layer(uninterrupted, tmp_pa
 
 @pytest.fixture
 def classifier(small, tmp_path):
-    return starting_weights(tmp_path, ModelSpec(small().network(), 2))
+    return write_synthetic(tmp_path / "start.safetensors", ModelSpec(small().network(), 2))
 
 
 def test_finetuning_a_classifier_on_label_maps_creates_neck_and_head(classifier, scenes, tmp_path, notes):
@@ -309,7 +299,7 @@ def test_finetuning_a_classifier_never_guesses_the_task(classifier, tmp_path, ch
         (data / "masks" / "images" / "00.png").rename(data / "masks" / "00.png")
     else:
         names = tuple(ClassName(name, name) for name in ("annotations", "images"))
-        starting_weights(tmp_path, read_weights(classifier).spec, names)
+        write_synthetic(tmp_path / "start.safetensors", read_weights(classifier).spec, names)
     with pytest.raises(UsageError) as error:
         finetune_recipe(classifier, data)
     command = f"fcvit finetune --weights {classifier} --data {data} --task"
