@@ -235,7 +235,8 @@ def test_the_head_drops_whole_channels_in_training_and_none_in_evaluation(framew
         dropout.train()
         sums = [model.decode_head(maps).numpy()[0, 1] for _ in range(40)]
     assert all(np.ptp(values) < 1e-5 for values in sums), "a channel is dropped at all positions"
-    assert {round(float(values[0, 0]), 3) for values in sums} > {2.0, 4.0, 6.0}  # kept channels / 0.5
+    # Kept channels / 0.5. Without a seed, one of these values is missing in one of 50,000 runs.
+    assert {round(float(values[0, 0]), 3) for values in sums} >= {2.0, 4.0, 6.0}
 
 
 @frameworks
