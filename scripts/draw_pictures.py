@@ -147,7 +147,7 @@ def panel(title: str, picture: Image.Image) -> Image.Image:
     ImageDraw.Draw(drawn).text((0, 0), title, INK, font)
     resampling = Image.Resampling.NEAREST if PANEL % picture.height == 0 else Image.Resampling.LANCZOS
     scaled = picture.resize((width, PANEL), resampling)
-    drawn.paste(scaled.quantize(192, dither=Image.Dither.NONE).convert("RGB"), (0, 44))  # for a smaller file
+    drawn.paste(scaled.quantize(144, dither=Image.Dither.NONE).convert("RGB"), (0, 44))  # for a smaller file
     return drawn
 
 
