@@ -16,6 +16,7 @@ release = version = __version__
 
 extensions = ["cyclopts.ext.sphinx", "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+myst_enable_extensions = ["html_image"]  # copies the images of `<img>`, which sets their width
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # The notebook is stored with its outputs, which a test checks.
 autodoc_member_order = "bysource"

@@ -39,8 +39,9 @@ ASSETS, IMAGES = ROOT / "src" / "fcvit" / "assets", ROOT / "docs" / "images"
 LARGEST = 250_000  # bytes of a picture
 WIDTH, HEIGHT = 1000, 6000  # pixels of the window for a report page, which is cut to its content
 PANEL = 512  # pixels: side of a picture of one task
-DIGITS = (3, 101, 185, 214)  # held-out digits in the picture of the tasks
-FEW, MANY = 8, 50  # objects in the two pictures of detections, about
+DIGITS = (0, 1, 2, 10)  # held-out digits in the picture of the tasks: four different classes
+DETECTED = ("0acd2c223d300ea5.png", "e81c758e1ca177b0.png")  # validation images with few and with many objects
+MOST_VISIBLE = "573a657d5e5fcb95.png"  # validation image with large objects, in the picture of the tasks
 
 
 def main() -> None:
@@ -88,10 +89,9 @@ def draw_detection(folder: Path, weights: Path, data: Path) -> list[Path]:
     preview.unlink(missing_ok=True)
     draw_preview(read_recipe("nuclei-instances", {"data": str(data)}), preview, images=4, versions=3)
     draw_curves(weights.parent, "nuclei-instances", training)
-    images = detect(load(weights), data)
-    few, many = (min(images, key=lambda one, count=count: abs(len(one) - count)) for count in (FEW, MANY))
-    side_by_side([one.draw() for one in (few, many)]).save(detection)
-    draw_tasks(folder / "nuclei" / "images", many).save(tasks)
+    *detected, visible = detect(load(weights), data, (*DETECTED, MOST_VISIBLE))
+    side_by_side([one.draw() for one in detected]).save(detection)
+    draw_tasks(folder / "nuclei" / "images", visible).save(tasks)
     return names
 
 
@@ -104,12 +104,11 @@ def draw_curves(run: Path, title: str, picture: Path) -> None:
     picture.write_bytes(training_curves(rows, title))
 
 
-def detect(detector: Detector, data: Path) -> list[DetectedImage]:
-    """Return the detections in the validation images of a data set."""
-    layout = find_coco(data)
-    images = read_coco(layout, "val")
-    pixels = (decode(io.BytesIO(location.read())) for location in images.locations)
-    return list(detector.stream(pixels, score_threshold=0.5))
+def detect(detector: Detector, data: Path, chosen: tuple[str, ...]) -> list[DetectedImage]:
+    """Return the detections in validation images of a data set."""
+    images = read_coco(find_coco(data), "val")
+    locations = {Path(name).name: location for name, location in zip(images.names, images.locations, strict=True)}
+    return list(detector.stream(decode(io.BytesIO(locations[name].read())) for name in chosen))
 
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:
@@ -146,9 +145,9 @@ def panel(title: str, picture: Image.Image) -> Image.Image:
     width = round(PANEL * picture.width / picture.height)
     drawn = Image.new("RGB", (width, PANEL + 44), PAPER)
     ImageDraw.Draw(drawn).text((0, 0), title, INK, font)
-    enlarge = PANEL % picture.height == 0
-    resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-    drawn.paste(picture.resize((width, PANEL), resampling), (0, 44))
+    resampling = Image.Resampling.NEAREST if PANEL % picture.height == 0 else Image.Resampling.LANCZOS
+    scaled = picture.resize((width, PANEL), resampling)
+    drawn.paste(scaled.quantize(144, dither=Image.Dither.NONE).convert("RGB"), (0, 44))  # for a smaller file
     return drawn
 
 
