@@ -42,7 +42,7 @@ COMMANDS = {
         "models": ("models:models", "", "List the variants and links to the authors' checkpoints."),
     },
     "Use": {
-        "predict": ("predict:predict", "IMAGE... --weights FILE", "Classify or segment images."),
+        "predict": ("predict:predict", "IMAGE... --weights FILE", "Classify images, segment them, or detect objects."),
         "eval": ("evaluate:command", "--weights FILE --data FOLDER", "Measure accuracy on labeled images."),
         "compare": ("compare:compare", "FIRST SECOND", "Compare two evaluations on the same images."),
         "export": ("export:export", "FILE -o FILE.onnx", "Export to ONNX, Paddle Inference or OpenVINO, and check it."),
