@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcvit.data.classes import Classes
+from fcvit.data.classes import Classes, ClassName
 from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.tasks.detection.recipe import DetectionRecipe
 from fcvit.weights import pdparams, torch_file
 from fcvit.weights.checkpoint import MEMORY, Checkpoint
 from fcvit.weights.reading import Weights
@@ -201,6 +202,13 @@ SMALL_DETECTION = {
     "warmup_epochs": 0, "cooldown_epochs": 0, "lr": 2e-3, "lr_batch": 0, "min_lr": 0, "warmup_lr": 0,
     "lr_update": "step", "batch_size": 4,
 }  # fmt: skip
+
+
+def write_detector(path: Path, **fields: object) -> Path:
+    """Write synthetic weights of a detector for the classes of `write_shapes`."""
+    recipe = DetectionRecipe(**{**SMALL_DETECTION, **fields})
+    spec = ModelSpec(recipe.network(), 2, "mask_rcnn", recipe.head_options())
+    return write_synthetic(path, spec, tuple(ClassName(name, name) for name in ("disc", "square")))
 
 
 def write_squares(folder: Path, classes: dict[str, int], size: int = 36) -> Path:

@@ -8,15 +8,12 @@ import pytest
 from PIL import Image
 
 import fcvit
-from conftest import SMALL_DETECTION, needs_paddle, write_shapes, write_synthetic
+from conftest import needs_paddle, write_detector, write_shapes
 from fcvit.cli import main
 from fcvit.commands.evaluate import evaluate
-from fcvit.data.classes import ClassName
 from fcvit.evaluation.runner import resume
 from fcvit.frameworks import installed
-from fcvit.models.spec import ModelSpec
 from fcvit.models.variants import VARIANTS
-from fcvit.tasks.detection.recipe import DetectionRecipe
 
 pytest.importorskip("cv2")
 pytest.importorskip("pycocotools")
@@ -34,10 +31,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    recipe = DetectionRecipe(**SMALL_DETECTION)
-    spec = ModelSpec(recipe.network(), 2, "mask_rcnn", recipe.head_options())
-    classes = tuple(ClassName(name, name) for name in ("disc", "square"))
-    return write_synthetic(tmp_path_factory.mktemp("weights") / "shapes.safetensors", spec, classes)
+    return write_detector(tmp_path_factory.mktemp("weights") / "shapes.safetensors")
 
 
 @pytest.fixture(scope="module")

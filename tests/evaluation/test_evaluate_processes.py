@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import hide_charts, needs_paddle, write_pth
+from conftest import hide_charts, needs_paddle, write_detector, write_pth, write_shapes
 from fcvit.commands import quickstart
 from fcvit.commands.evaluate import evaluate
 from fcvit.evaluation.journal import HEAD, frames
+from fcvit.tasks.detection.results import BEST, DETECTIONS, FALSE_POSITIVES, MISSES, PER_CLASS, PREDICTIONS
 
 pytestmark = [pytest.mark.slow, needs_paddle]
 CONFIGURATION = "digits-custom"
@@ -144,25 +145,45 @@ def test_several_processes_evaluate_every_image_once(work, count):
     assert logs.count("written to") == 1  # only the first process reports
 
 
-@pytest.mark.ci
-def test_segmentation_in_a_killed_run_and_in_two_processes_gives_the_same_bytes(work):
-    pytest.importorskip("cv2")
+def nuclei(work):
+    """Return weights, data and result files of a segmentation."""
     assets = importlib.resources.files("fcvit") / "assets"
-    words = ["--weights", assets / quickstart.SEGMENTER, "--data", assets / quickstart.NUCLEI, "--batch-size", 2]
+    names = ("predictions.csv", "per_class.csv", "confusion.csv", "worst.png")
+    return assets / quickstart.SEGMENTER, assets / quickstart.NUCLEI, names
+
+
+def shapes(work):
+    """Return weights, data and result files of a detection."""
+    pytest.importorskip("pycocotools")
+    data = write_shapes(work / "shapes", "val", [(96, 128), (128, 96)] * 20)
+    detector = write_detector(work / "shapes.safetensors", scale=(256, 192), max_detections=50)
+    return detector, data, (*DETECTIONS.values(), PREDICTIONS, PER_CLASS, FALSE_POSITIVES, MISSES, BEST)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("task", [nuclei, shapes])
+def test_a_dense_task_in_a_killed_run_and_in_two_processes_gives_the_same_bytes(work, task):
+    pytest.importorskip("cv2")
+    weights, data, names = task(work)
+    words = ["--weights", weights, "--data", data, "--batch-size", 2]
     words += ["--engine", "paddle", "--device", "cpu", "--workers", 1, "-o"]
-    for run in ("whole", "cut"):
-        process = start(work, *words, work / f"maps-{run}")
-        while run == "cut" and not any(j.stat().st_size > 700 for j in (work / "maps-cut").glob("journals/*")):
+    whole, cut, shared = (work / f"{task.__name__}-{run}" for run in ("whole", "cut", "shared"))
+    for run in (whole, cut):
+        process = start(work, *words, run)
+        while run == cut and not any(journal.stat().st_size > 700 for journal in cut.glob("journals/*")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        if run == "cut":
+        if run == cut:
             process.kill()
         process.communicate(timeout=120)
-    resumed = start(work, "--resume", work / "maps-cut")
+    assert process.returncode == -signal.SIGKILL and not list(cut.glob("*/metrics.json"))
+    resumed = start(work, "--resume", cut)
     assert "already" in resumed.communicate(timeout=120)[1] and resumed.returncode == 0
-    launcher = ["paddle.distributed.launch", "--nproc_per_node", 2, "--log_dir", work / "log-maps"]
-    start(work, *words, work / "maps-shared", launcher=launcher).communicate(timeout=180)
-    assert len(list((work / "maps-shared" / "journals").iterdir())) == 2
-    for name in ("predictions.csv", "per_class.csv", "confusion.csv", "worst.png"):
-        files = [(work / f"maps-{run}" / "nuclei-authors" / name).read_bytes() for run in ("whole", "cut", "shared")]
+    log = work / f"log-{task.__name__}"
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", 2, "--log_dir", log]
+    start(work, *words, shared, launcher=launcher).communicate(timeout=180)
+    assert len(list((shared / "journals").iterdir())) == 2
+    (result,) = (path.name for path in whole.iterdir() if (path / "metrics.json").exists())
+    for name in names:
+        files = [(run / result / name).read_bytes() for run in (whole, cut, shared)]
         assert files[0] == files[1] == files[2], name

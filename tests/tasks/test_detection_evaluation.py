@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detection_goldens import Case
 from fcvit.data.classes import ClassName
 from fcvit.data.coco import find_coco, read_coco
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError
@@ -191,6 +192,58 @@ def test_the_figures_equal_those_of_pycocotools_on_the_written_files(written, da
     metrics = json.loads((folder / "det-0" / "metrics.json").read_text())
     assert metrics["box"]["ap"] == report.results[0].box_ap and metrics["mask"]["ap_large"] is None
     assert metrics["task"] == "detection" and metrics["max_detections"] == 100 and metrics["with_masks"] is True
+
+
+@pytest.fixture(scope="module")
+def goldens(tmp_path_factory):
+    """mmdetection's detections in three images, and a data set in which every second one, a little moved, is an object.
+
+    The detections are also written as result files, without our code.
+    """
+    from pycocotools.mask import area, encode
+
+    root, found, images, annotations = tmp_path_factory.mktemp("goldens"), [], [], []
+    rows = {"bbox": [], "segm": []}
+    for case, position in ((Case("e2e_mini_batch"), 0), (Case("e2e_mini_batch"), 1), (Case("e2e_odd"), 0)):
+        boxes, labels = (case.arrays[f"{name}{position}"] for name in ("boxes", "labels"))
+        masks, (height, width) = case.masks(position), case.original_sizes[position].tolist()
+        encoded = encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+        moved = encode(np.asfortranarray(np.roll(masks, 1, 2).transpose(1, 2, 0).astype(np.uint8)))
+        for rle in (*encoded, *moved):
+            rle["counts"] = rle["counts"].decode()
+        found.append(Detections(boxes[:, :4], boxes[:, 4], labels, encoded))
+        number = len(images) + 1
+        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+        for index, (x1, y1, x2, y2, score) in enumerate(boxes.tolist()):
+            row = {"image_id": number, "category_id": int(labels[index]) + 1}
+            rows["bbox"].append({**row, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+            rows["segm"].append({**row, "score": score, "bbox": [], "segmentation": encoded[index]})
+            box = [x1 + 1, y1, x2 - x1, y2 - y1]
+            if index % 2 == 0 and x2 + 1 <= width and area(moved[index]):
+                about = {"id": len(annotations) + 1, "iscrowd": 0, "area": int(area(moved[index]))}
+                annotations.append({**row, **about, "bbox": box, "segmentation": moved[index]})
+        (root / "val").mkdir(exist_ok=True)
+        Image.new("RGB", (width, height)).save(root / "val" / f"{number}.png")
+    categories = [{"id": label + 1, "name": c.name} for label, c in enumerate(CLASSES)]
+    (root / "annotations").mkdir()
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    for kind, listed in rows.items():
+        (root / f"detections.{kind}.json").write_text(json.dumps(listed))
+    return root, found
+
+
+def test_the_detections_of_mmdetection_get_the_figures_of_pycocotools(goldens, tmp_path, no_charts):
+    data, found = goldens
+    report = report_of(evaluator_of(data), found)
+    report.write(tmp_path)
+    (result,) = report.results
+    for kind, figures in (("bbox", result.box), ("segm", result.mask)):
+        stats = 100 * by_hand(data / "annotations" / "instances_val.json", data, kind)
+        assert 20 < stats[0] < stats[1] < 95
+        ours = (figures.ap, figures.ap50, figures.ap75, figures.ap_small, figures.ap_medium, figures.ar)
+        assert ours == (*stats[:5], stats[8])
+        assert (by_hand(data / "annotations" / "instances_val.json", tmp_path / "det-0", kind) * 100 == stats).all()
 
 
 def test_a_class_without_objects_has_no_ap_and_is_left_out_of_the_mean(written):

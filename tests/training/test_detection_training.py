@@ -72,9 +72,31 @@ def test_a_run_logs_five_losses_and_writes_the_weights_of_a_detector(uninterrupt
         assert [c.name for c in weights.classes] == ["disc", "square"]
 
 
+def test_each_epoch_is_validated_and_logged(uninterrupted):
+    for row in uninterrupted.rows:
+        assert all(0 <= row[name] <= 100 for name in ("box_ap", "mask_ap", "ema_box_ap", "ema_mask_ap"))
+    columns = (uninterrupted.folder / "log.csv").read_text().splitlines()[0].split(",")
+    assert columns[:10] == ["epoch", "step", "lr", *LOSSES, "loss", "box_ap"]
+    assert {"mask_ap", "ema_box_ap", "ema_mask_ap", "images_per_second"} < {*columns}
+    assert uninterrupted.weights.name == "best.safetensors" and "best_mask_ap" in uninterrupted.best
+
+
+@pytest.mark.parametrize(("masks", "best"), [(True, 1), (False, 2)])
+def test_the_best_weights_have_the_highest_mask_ap_or_box_ap_without_masks(small, tmp_path, monkeypatch, masks, best):
+    scores = iter([{"box_ap": 10.0, "mask_ap": 30.0}, {"box_ap": 20.0, "mask_ap": 25.0}])
+    monkeypatch.setattr(DetectionTraining, "row", lambda *_: next(scores))
+    with without_pictures():
+        done = train(small(held_out=0.25, steps_per_epoch=1, masks=masks), folder=tmp_path / "run", device="cpu")
+    assert done.best["epoch"] == best
+    tensors = [read_weights(tmp_path / "run" / f"{name}.safetensors").tensors for name in ("best", "last")]
+    assert (tensors[0]["neck.fpn_convs.0.conv.bias"] == tensors[1]["neck.fpn_convs.0.conv.bias"]).all() == (best == 2)
+
+
 def state_of(folder):
     progress, tensors = read_state(folder)
-    rows = [{key: row[key] for key in ("step", "lr", "loss", *LOSSES)} for row in progress.rows]
+    rows = [
+        {key: row[key] for key in ("step", "lr", "loss", *LOSSES, "box_ap", "ema_mask_ap")} for row in progress.rows
+    ]
     return rows, {name: array.tobytes() for name, array in tensors.items()}
 
 

@@ -12,15 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SMALL, SMALL_SEGMENTATION, needs_paddle, write_scenes, write_squares
+from conftest import SMALL, SMALL_DETECTION, SMALL_SEGMENTATION, needs_paddle, write_scenes, write_shapes, write_squares
 from fcvit.tasks.classification.recipe import ClassificationRecipe
+from fcvit.tasks.detection.recipe import DetectionRecipe
+from fcvit.tasks.detection.training import DetectionTraining
 from fcvit.tasks.segmentation.recipe import SegmentationRecipe
+from fcvit.tasks.segmentation.training import SegmentationTraining
 from fcvit.training.run import train
 from fcvit.training.state import read_state
 from fcvit.weights.reading import read_weights
 
 pytestmark = [pytest.mark.slow, needs_paddle]
 FIELDS = {**SMALL, "ema_decay": 0.9, "drop_path_rate": 0.3, "drop_rate": 0.1, "operators": "plain"}
+OF_DENSE = {"epochs": 3, "ema_decay": 0.9, "drop_path_rate": 0.3, "operators": "plain"}
+TIMES = ("images_per_second", "seconds", "data", "forward", "backward", "optimizer")
+SCORES = ("miou", "macc", "aacc", "box_ap", "mask_ap")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +62,7 @@ def finish(process):
 def numbers(folder):
     """Return everything that training computes: losses, accuracies and the state."""
     progress, tensors = read_state(folder)
-    kept = {"epoch", "step", "lr", "loss", "val_loss", "top1", "ema_top1", "miou", "ema_miou", "macc", "aacc"}
-    rows = [{key: value for key, value in row.items() if key in kept} for row in progress.rows]
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in progress.rows]
     return rows, {n: t.tobytes() for n, t in tensors.items()}
 
 
@@ -136,10 +141,10 @@ def assert_close_states(*folders):
 RECORDING = """
 import hashlib, json, os, signal, sys
 from fcvit.cli import main
-from fcvit.tasks.segmentation.training import SegmentationTraining
+from {module} import {training}
 from fcvit.training.loop import Loop
 
-inputs, run_epoch, positions = SegmentationTraining.inputs, Loop.epoch, []
+inputs, run_epoch, positions = {training}.inputs, Loop.epoch, []
 
 def recorded(task, batch, epoch):
     positions.extend(map(int, batch.indices))
@@ -151,33 +156,46 @@ def epoch(loop, number, log):
     positions.clear()
     run_epoch(loop, number, log)
     state = b"".join(tensor.numpy().tobytes() for tensor in loop.trainer.model.state_dict().values())
-    with open(f"{number}-{os.environ['PADDLE_TRAINER_ID']}.json", "w") as file:
+    with open(f"{{number}}-{{os.environ['PADDLE_TRAINER_ID']}}.json", "w") as file:
         json.dump([positions, hashlib.sha256(state).hexdigest()], file)
 
-SegmentationTraining.inputs, Loop.epoch = recorded, epoch
+{training}.inputs, Loop.epoch = recorded, epoch
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
+def scenes(folder):
+    """Write images for a segmentation, and return its training and a recipe."""
+    write_scenes(write_scenes(folder, "train", 10), "val", 3)
+    return SegmentationTraining, SegmentationRecipe(**SMALL_SEGMENTATION | OF_DENSE, data=str(folder))
+
+
+def shapes(folder):
+    """Write images for a detection, and return its training and a recipe."""
+    pytest.importorskip("pycocotools")
+    write_shapes(write_shapes(folder, "train", [(48, 64)] * 10), "val", [(48, 64), (64, 48), (40, 40)])
+    return DetectionTraining, DetectionRecipe(**SMALL_DETECTION | OF_DENSE, data=str(folder))
+
+
 @pytest.mark.ci
-def test_segmentation_is_resumed_with_the_same_bytes_and_in_two_processes(work):
+@pytest.mark.parametrize("task", [scenes, shapes])
+def test_a_dense_task_is_resumed_with_the_same_bytes_and_in_two_processes(work, task):
     """Two processes that are killed in the second epoch and resumed match one process with two micro-batches."""
     pytest.importorskip("cv2")
-    root = work / "segmentation"
-    write_scenes(write_scenes(root, "train", 10), "val", 3)
-    fields = {**SMALL_SEGMENTATION, "epochs": 3, "ema_decay": 0.9, "drop_path_rate": 0.3, "operators": "plain"}
-    (work / "maps.toml").write_text(SegmentationRecipe(**fields, data="segmentation").to_toml())
-    words = ["maps.toml", "--device", "cpu", "-o"]
-    finish(start(work, *words, "maps-whole", "--accumulate", 2))
-    whole, cut, shared = (work / f"maps-{name}" for name in ("whole", "cut", "shared"))
+    name = task.__name__
+    training, recipe = task(work / name)
+    (work / f"{name}.toml").write_text(recipe.to_toml())
+    words = [f"{name}.toml", "--device", "cpu", "-o"]
+    whole, cut, shared = (work / f"{name}-{run}" for run in ("whole", "cut", "shared"))
+    finish(start(work, *words, whole, "--accumulate", 2))
     kill_when(process := start(work, *words, cut, "--accumulate", 2), lambda: epochs_done(cut) == 1)
     assert process.returncode == -signal.SIGKILL and epochs_done(cut) == 1
     finish(start(work, "--resume", cut))
     assert numbers(cut) == numbers(whole)
     assert_same_weights(cut, whole)
 
-    (work / "recording.py").write_text(RECORDING)
-    launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", work / "maps-log"]
+    (work / "recording.py").write_text(RECORDING.format(module=training.__module__, training=training.__name__))
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", work / f"{name}-log"]
     killed = start(work, *words, shared, launcher=launcher, script="recording.py")
     killed.communicate(timeout=120)
     assert killed.returncode != 0 and epochs_done(shared) == 1
@@ -187,9 +205,12 @@ def test_segmentation_is_resumed_with_the_same_bytes_and_in_two_processes(work):
         assert sorted(first + second) == list(range(8)) and len(first) == 4, "the last two of 10 images are dropped"
         assert one == other, "both processes have the same weights and statistics"
     for one, other in zip(*(read_state(folder)[0].rows for folder in (whole, shared)), strict=True):
-        assert np.isfinite(one["loss"]) and one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        for score in ("miou", "macc", "aacc", "ema_miou"):
-            assert one[score] == pytest.approx(other[score], abs=0.1)
+        assert one.keys() == other.keys() and {"miou", "mask_ap"} & {*one}
+        for key, value in one.items():
+            if key.startswith("loss"):
+                assert np.isfinite(value) and value == pytest.approx(other[key], rel=1e-5)
+            elif key.removeprefix("ema_") in SCORES:
+                assert value == pytest.approx(other[key], abs=0.1)
     assert_close_states(whole, shared)
 
 
