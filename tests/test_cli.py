@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_pth
+from conftest import DIGITS, needs_paddle, needs_torch, training_checkpoint, write_detector, write_pth
 from fcvit import frameworks
 from fcvit.analysis.similarity import MapChoice
 from fcvit.cli import USAGE, app, main
@@ -363,6 +363,13 @@ def test_convert_requires_a_choice_between_ema_and_raw_weights(run, tmp_path, di
 
 def test_python_dash_m():
     assert command("--version").stdout.strip() == __import__("fcvit").__version__
+
+
+def test_inspecting_a_detector(run, tmp_path):
+    path = write_detector(tmp_path / "shapes.safetensors")
+    out = " ".join(run("inspect", path)[1].split())
+    assert "largest longer side 64" in out and "largest shorter side 48" in out and "classes disc, square" in out
+    assert "crop fraction" not in out and "input size" not in out
 
 
 def test_inspecting_a_dense_backbone(run, tmp_path):

@@ -200,7 +200,7 @@ def test_missing_images_are_left_out_with_their_annotations(tmp_path):
     assert images.ids == (2, 3) and [len(target.boxes) for target in images.targets] == [1, 0]
     assert images.problems[coco.MISSING] == ("1.png",)
     assert images.problems[coco.UNKNOWN_IMAGE] == ("annotation 3 of image 99",)
-    assert any("1 images that are listed but missing, left out: 1.png" in note for note in images.notes)
+    assert any("images that are listed but missing, left out (1): 1.png" in note for note in images.notes)
     with pytest.raises(
         UnreadableFile, match=r"none of the 2 images can be used \(.*missing.*: 1\.png\); the images are"
     ):

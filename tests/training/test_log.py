@@ -79,4 +79,6 @@ def test_curves_have_a_panel_for_each_kind_of_value():
     assert height([{**row, "ema_top1": 1.0} for row in ROWS]) == height(ROWS)
     masks = [{**minimal[0], "miou": 40.0, "aacc": 80.0}]  # of segmentation
     assert height(masks) > height([{**minimal[0], "miou": 40.0}]) > height(minimal)
+    boxes = [{**minimal[0], "box_ap": 40.0}]  # of detection
+    assert height([{**boxes[0], "loss_cls": 1.0, "loss_mask": 1.0}]) > height(boxes) > height(minimal)
     assert training_curves(ROWS, "run") == training_curves(ROWS, "run")

@@ -70,17 +70,20 @@ class CocoCheck(Check):
 
         columns = ("images", "without annotations", "annotations", "crowds", "with a mask")
         title = f"{counted(self.images, 'image')} with annotations in COCO's format"
-        counts = tables.table("split", *columns, title=title, right=columns)
+        listing = tables.table("split", *columns, title=title, right=columns)
         for split in self.splits:
             total = sum(split.annotations.values())
             numbers = (split.images, split.empty, total, split.crowds, split.masks)
-            counts.add_row(split.name, *(f"{number:,}" for number in numbers))
-        yield counts
+            listing.add_row(split.name, *(f"{number:,}" for number in numbers))
+        yield listing
         names = [split.name for split in self.splits]
         classes = dict.fromkeys(label for split in self.splits for label in split.annotations)
-        rows = [(label, *(f"{split.annotations.get(label, 0):,}" for split in self.splits)) for label in classes]
+        counts = {label: [split.annotations.get(label, 0) for split in self.splits] for label in classes}
+        ranked = sorted(counts.items(), key=lambda item: -sum(item[1]))
+        rows = [(label, *(f"{count:,}" for count in numbers)) for label, numbers in ranked]
+        title = "annotations, most first"
         yield from self.finding_tables(
-            tables.table("class", *names, title="annotations", right=names, rows=rows, limit=tables.SHOWN)
+            tables.table("class", *names, title=title, right=names, rows=rows, limit=tables.SHOWN)
         )
         yield from (f"hint: {hint}" for hint in self.hints)
 

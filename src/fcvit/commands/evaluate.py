@@ -39,8 +39,9 @@ def command(
 
     Args:
         weights: A checkpoint of any format. Repeat the option to evaluate several checkpoints in one pass.
-        data: Class folders, or any folder with --list; for segmentation, the folders images and annotations. Also a tar
-            archive, or a folder in a tar archive (x.tar/val).
+        data: Class folders, or any folder with --list; for segmentation, the folders images and annotations; for
+            detection, images with a JSON file in COCO's format, or that file. Also a tar archive, or a folder in a tar
+            archive (x.tar/val).
         settings: Options of all tasks.
         options: Options of the task of the weights.
         pixels: Changes to the preprocessing.

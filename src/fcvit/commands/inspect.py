@@ -5,12 +5,19 @@ from typing import Any
 
 from fcvit.commands.options import Ema, File, Flag
 from fcvit.errors import DoesNotFit
-from fcvit.models.spec import parameter_count
-from fcvit.models.variants import resolve_preprocessing
+from fcvit.models.spec import ModelSpec, parameter_count
+from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.reading import WeightsDoNotFit, read_weights
 
-_LABELS = {"form": "network", "described": "weights", "has_ema": "has EMA weights", "source_sha256": "source SHA-256"}
+_LABELS = {
+    "form": "network",
+    "described": "weights",
+    "has_ema": "has EMA weights",
+    "source_sha256": "source SHA-256",
+    "long_side": "largest longer side",
+    "short_side": "largest shorter side",
+}
 
 
 class Inspection(dict[str, Any]):
@@ -29,7 +36,10 @@ class Inspection(dict[str, Any]):
             if value in (None, [], "") or name == "entries":
                 continue
             if isinstance(value, list):
-                parts = [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value]
+                # A class whose id is its name is not written twice.
+                parts = [
+                    " ".join(dict.fromkeys(map(str, part))) if isinstance(part, list) else str(part) for part in value
+                ]
                 more = [f"... ({len(parts)})"] if len(parts) > SHOWN else []
                 shown = parts[:SHOWN] + more
                 value = lines(shown) if name == "problems" else ", ".join(shown)
@@ -91,9 +101,7 @@ def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | No
         "num_classes": spec.num_classes,
         "parameters": parameter_count(spec),
         "layout": weights.layout,
-        "input_size": preprocessing.input_size,
-        "crop_fraction": preprocessing.crop_fraction,
-        "interpolation": preprocessing.interpolation,
+        **_input(spec, preprocessing),
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),
         "preprocessing_from": "file" if weights.preprocessing else "variant",
@@ -102,6 +110,13 @@ def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | No
         "notes": list(weights.notes),
     }
     return result
+
+
+def _input(spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the size of the network's input: that of crops, or the largest sides of whole images."""
+    if spec.short_side:
+        return {"long_side": spec.options.long_side, "short_side": spec.short_side}
+    return {name: getattr(preprocessing, name) for name in ("input_size", "crop_fraction", "interpolation")}
 
 
 def _described(has_both: bool, chosen: bool | None, ema: bool | None, key: str | None) -> str:

@@ -24,7 +24,7 @@ class Recipes(dict[str, Any]):
             listing.add_row(name, variant, str(recipe.total_epochs), str(recipe.batch_size))
         yield listing
         yield "Print a recipe: fcvit recipes NAME. Train with it: fcvit train NAME --data FOLDER."
-        yield "The recipes finetune and segmentation are for fcvit finetune, which takes the variant from the weights."
+        yield "fcvit finetune takes the recipe finetune, segmentation or detection, with the variant of the weights."
 
 
 def recipes(name: str | None = None, /) -> Recipes:

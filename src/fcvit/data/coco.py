@@ -157,7 +157,7 @@ class CocoImages:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return a readable note for each kind of problem."""
-        notes = [f"{self.file}: {len(items):,} {kind}: {some(items, 3)}" for kind, items in self.problems.items()]
+        notes = [f"{self.file}: {kind} ({len(items):,}): {some(items, 3)}" for kind, items in self.problems.items()]
         return (*notes, *self.hints)
 
     @property

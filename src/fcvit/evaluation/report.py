@@ -255,8 +255,10 @@ class EvaluationReport(abc.ABC):
             if effect.p_value is not None:
                 rows.append(("exact McNemar test", f"p = {effect.p_value:.2g}"))
             yield table(rows=rows, title=_EFFECT.format(effect.of, self.metric))
+        engines = [both.engines for both in self.agreements]
         for both in self.agreements:
-            yield table(rows=both.figures(), title=_ENGINES.format(*both.engines))
+            names = both.engines if engines.count(both.engines) == 1 else both.configurations
+            yield table(rows=both.figures(), title=_ENGINES.format(*names))
 
     def notes_of(self, result: ConfigurationResult) -> Iterator[str]:
         """Yield the lines below a result in the terminal: hint, unreadable images, and the published figure."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MATRIX_CLASSES = 30  # with more classes, the cells of a confusion matrix are too small to read
 WORST_PAIRS = 30
 LARGEST = 20  # classes in the confusion of pixels
-UNSURE, FAINT = "#56B4E9", "#d9d9d9"  # sky blue of the Okabe-Ito palette, and gray
+UNSURE, GREEN, FAINT = "#56B4E9", "#009E73", "#d9d9d9"  # sky blue and green of the Okabe-Ito palette, and gray
 DPI = 160
 _WIDTH = 8.0  # inches
 _NAME = 20  # maximum width of a class name in columns
@@ -234,6 +234,16 @@ _CURVES = (  # panels: (name, ((column, label, color), ...))
             ("ema_val_loss", "validation, EMA weights", WRONG),
         ),
     ),
+    (
+        "terms of the loss",
+        (
+            ("loss_rpn_cls", "RPN, objects", UNSURE),
+            ("loss_rpn_bbox", "RPN, boxes", GREEN),
+            ("loss_cls", "classes", INK),
+            ("loss_bbox", "boxes", RIGHT),
+            ("loss_mask", "masks", WRONG),
+        ),
+    ),
     ("top-1 accuracy (%)", (("top1", "validation", RIGHT), ("ema_top1", "validation, EMA weights", WRONG))),
     ("mIoU (%)", (("miou", "validation", RIGHT), ("ema_miou", "validation, EMA weights", WRONG))),
     ("pixel accuracy (%)", (("aacc", "validation", RIGHT), ("ema_aacc", "validation, EMA weights", WRONG))),
@@ -273,8 +283,9 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """Draw loss, metrics and learning rate over the epochs of a training run, in panels.
 
     Args:
-        rows: One row per epoch with `epoch`, `loss` and `lr`. After a validation also `val_loss` and `top1`, or `miou`
-            and `aacc` (percent), and the same for EMA weights, such as `ema_top1`.
+        rows: One row per epoch with `epoch`, `loss` and `lr`, and for a detector the terms of the loss, such as
+            `loss_mask`. After a validation also `val_loss` and `top1`, or `miou` and `aacc`, or `box_ap` and `mask_ap`
+            (percent), and the same for EMA weights, such as `ema_top1`.
         title: One line. It is shortened if it is too long.
     """
     from matplotlib.ticker import MaxNLocator
@@ -292,8 +303,11 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
                 axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
         axes.set_title(name, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5)
         axes.grid(color=FAINT, linewidth=0.5)
-        if len(axes.lines) > 1:
+        if len(axes.lines) > 3:  # too many for a legend that hides no line
+            axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(axes.lines), borderpad=0)
+        elif len(axes.lines) > 1:
             axes.legend(frameon=False)
     figure.axes[-1].set_xlabel("epoch")
     return figure

@@ -18,11 +18,19 @@ _OPACITY = 0.4  # of masks
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """Objects in an image: x1, y1, x2, y2 of boxes (n, 4), which of them are right (n), and masks (n, H, W) or None."""
+    """Objects in an image.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 of each object, (n, 4).
+        right: Which objects are right, bool (n,).
+        masks: Mask of each object, (n, H, W), or None.
+        marked: Object that is drawn over the others with a white frame around it, or None.
+    """
 
     boxes: np.ndarray
     right: np.ndarray
     masks: np.ndarray | None
+    marked: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,7 @@ def _drawn(image: Image.Image, objects: Objects) -> Image.Image:
     scale = _SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     drawn = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-    order = np.argsort(~objects.right, kind="stable")
+    order = sorted(range(len(objects.right)), key=lambda index: (index == objects.marked, not objects.right[index]))
     colors = [Image.new("RGB", size, RIGHT if right else WRONG) for right in (True, False)]
     if objects.masks is not None:
         for index in order:
@@ -86,4 +94,8 @@ def _drawn(image: Image.Image, objects: Objects) -> Image.Image:
         x1, y1, x2, y2 = objects.boxes[index] * ratio
         color = RIGHT if objects.right[index] else WRONG
         draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=color, width=2)
+        if index == objects.marked:
+            for distance, shade in ((1, "white"), (2, "white"), (3, "black")):
+                frame = (x1 - distance, y1 - distance, max(x2 - 1, x1) + distance, max(y2 - 1, y1) + distance)
+                draw.rectangle(frame, outline=shade)
     return drawn

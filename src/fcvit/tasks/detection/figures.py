@@ -155,8 +155,8 @@ class DetectionReport(EvaluationReport):
             computed = f"engine {row.engine} ({row.device}), {row.precision}"
             about.add_row(row.name, f"protocol {row.protocol.name}, {computed}")
             counts = f"{counted(row.objects, 'object')}, {counted(row.detections, 'detection')}"
-            present = f"{counted(row.classes - row.absent, 'class')} of {row.classes:,} in the mean"
-            limit = "" if row.max_detections == 100 else f", {row.max_detections} detections per class and image"
+            present = f"{row.classes - row.absent:,} of {counted(row.classes, 'class')} in the mean"
+            limit = "" if row.max_detections == 100 else f", {row.max_detections} detections per class and image count"
             about.add_row("", f"{counts}, {present}{limit}")
             for note in self.notes_of(row):
                 about.add_row("", note)

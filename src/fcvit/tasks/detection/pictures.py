@@ -51,7 +51,7 @@ def write_pictures(folder: Path, report: "DetectionReport", position: int, match
         index = counts[row].worst
         assert index is not None
         name = report.evaluator.classes[report.outcomes[position].found[row].labels[index]].name
-        return f"{name}, score {counts[row].worst_score:.2f}"
+        return f"{name}, score {counts[row].worst_score:.2f} (white frame)"
 
     ranks = range(len(counts))
     wrong = sorted((row for row in ranks if counts[row].wrong), key=lambda row: -counts[row].worst_score)
@@ -64,7 +64,8 @@ def write_pictures(folder: Path, report: "DetectionReport", position: int, match
     ):
         captions = {row: most_confident(row) if rows is wrong else str(counts[row]) for row in rows[:_SHOWN]}
         title = f"{what} ({len(captions)} of {counted(len(counts), 'image')}, scores of at least {CONFIDENT})"
-        drawn = _rows(report, position, captions.items(), matched)
+        marked = [counts[row].worst if rows is wrong else None for row in captions]
+        drawn = _rows(report, position, captions.items(), marked, matched)
         runs.write_bytes(folder / file, png(object_grid(drawn, title)))
 
 
@@ -85,10 +86,14 @@ def _errors(counts: _Counts) -> tuple[float, int]:
 
 
 def _rows(
-    report: "DetectionReport", position: int, captions: Iterable[tuple[int, str]], matched: Sequence[np.ndarray]
+    report: "DetectionReport",
+    position: int,
+    captions: Iterable[tuple[int, str]],
+    marked: Iterable[int | None],
+    matched: Sequence[np.ndarray],
 ) -> Iterator[ObjectRow]:
     """Yield the rows of a picture. Images that can no longer be read are left out."""
-    for row, caption in captions:
+    for (row, caption), mark in zip(captions, marked, strict=True):
         try:
             image = report.evaluator.picture(int(report.evaluated.index[row]))
         except (OSError, BadImages):
@@ -103,5 +108,6 @@ def _rows(
                 if mask is not None:
                     own[index] = decode_segmentation(mask, target.size)
         hit = np.isin(np.arange(len(target.labels)), pairs) | target.crowd
-        truth, detected = Objects(target.corners(), hit, own), Objects(found.boxes[sure], pairs >= 0, masks)
+        framed = None if mark is None else int(np.searchsorted(sure, mark))
+        truth, detected = Objects(target.corners(), hit, own), Objects(found.boxes[sure], pairs >= 0, masks, framed)
         yield ObjectRow(f"{report.names[row]}: {caption}", image, truth, detected)

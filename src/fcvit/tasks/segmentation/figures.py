@@ -145,7 +145,7 @@ class SegmentationReport(EvaluationReport):
             result.add_row(row.name, f"{row.images:,}", *scores, *published_cells(row, published))
             computed = f"engine {row.engine} ({row.device}), {row.precision}, batch size {row.batch_size}"
             about.add_row(row.name, f"protocol {row.protocol.name}, {computed}")
-            present = f"{counted(row.classes - row.absent, 'class')} of {row.classes:,} in the mean"
+            present = f"{row.classes - row.absent:,} of {counted(row.classes, 'class')} in the mean"
             about.add_row("", f"{present}, {counted(row.pixels, 'labeled pixel')}")
             for note in self.notes_of(row):
                 about.add_row("", note)
