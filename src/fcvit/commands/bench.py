@@ -154,7 +154,8 @@ class Bench:
         for speed in self.speeds:
             contender = speed.contender
             cells = [contender.label, str(contender.batch_size), str(contender.threads)]
-            cells += [f"{speed.images_per_second:.1f}", f"{speed.median_ms:.1f}"]
+            rate = speed.images_per_second
+            cells += [f"{rate:.1f}" if rate >= 10 else f"{rate:.3g}", f"{speed.median_ms:.1f}"]
             cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
             cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
             rows.append(cells)
