@@ -161,8 +161,12 @@ def sample_rois(proposals: Tensor, objects: Tensor, count: int, choose: Choose) 
 
 
 def mask_targets(masks: Tensor, objects: Tensor, rois: Tensor) -> Tensor:
-    """Return the mask (P, 28, 28) of each positive RoI, from the bool masks (G, H, W) of the objects."""
+    """Return the mask (P, 28, 28) of each positive RoI, from the bool masks (G, H, W) of the objects.
+
+    It is computed in float64, because many cells of boxes at whole pixels are exactly half covered.
+    """
     height, width = masks.shape[1:]
+    rois = rois.double()
     clipped = torch.minimum(rois.clamp(min=0), rois.new_tensor([width, height, width, height]))
     regions = torch.cat([objects[:, None].to(rois), clipped], 1)
     return roi_align(masks[:, None].to(rois), regions, 28, 1.0)[:, 0] >= 0.5
