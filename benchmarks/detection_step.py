@@ -4,7 +4,7 @@ Run:  .venv/bin/python benchmarks/detection_step.py --data nuclei.tar [--recipe 
           [--one-thread]
 
 The contenders are the native operators (`accelerate`) as in `fcvit train`, and the PyTorch reference in its default
-memory format and in channels_last, with the same images, the same targets and the same losses. Weights of a trained
+memory format and in channels_last, with the same images, the same samples and the same losses. Weights of a trained
 detector give realistic numbers of positive samples. The contenders run alternately (`fcvit.inference.interleave`).
 Times are medians, and ratios are medians over steps that are adjacent in time. `--one-thread` measures the processor
 time of a single thread.
@@ -102,6 +102,7 @@ def torch_step(contender: str, task: Any, model: Any, recipe: Any, batches: Any)
     import torch
 
     from fcvit.reference.build import build_reference
+    from fcvit.reference.mask_rcnn_training import training_losses
     from fcvit.tasks.detection.targets import drawn_from
 
     weights, sampling = task.weights(model), recipe.sampling()
@@ -113,64 +114,16 @@ def torch_step(contender: str, task: Any, model: Any, recipe: Any, batches: Any)
         images, (targets, generators) = next(batches)
         images = torch.from_numpy(images).to(memory_format=memory_format)
         draws = [drawn_from(generator) for generator in generators]
-        sum(torch_losses(network, images, targets, draws, sampling)).backward()
+        losses = training_losses(
+            network, images, targets, draws, sampling.anchors, sampling.rois, sampling.proposals_before_nms
+        )
+        sum(losses.values()).backward()
         if recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def torch_losses(network: Any, images: Any, targets: Any, draws: Any, sampling: Any) -> list[Any]:
-    """Return the five losses of `fcvit.tasks.detection.losses`, computed by PyTorch."""
-    import torch
-    import torch.nn.functional as functional
-
-    from fcvit.data.transforms.segmentation import aligned_size
-    from fcvit.models.mask_rcnn.anchors import grid_anchors
-    from fcvit.models.mask_rcnn.boxes import to_rois
-    from fcvit.tasks.detection.targets import anchor_samples, roi_samples, valid_anchors
-
-    maps = network.neck(network.backbone(images))
-    logits, deltas = network.rpn_head(maps)
-    sizes = [tuple(level.shape[2:]) for level in logits]
-    anchors = np.concatenate(grid_anchors(sizes, network.options.anchor_scale, np.float32))
-    flat, shifts = (
-        torch.cat([x.permute(0, 2, 3, 1).reshape(len(images), -1, width) for x in levels], 1)
-        for levels, width in ((logits, 1), (deltas, 4))
-    )
-    count, classified, moved = 0, 0.0, 0.0
-    for image, (target, draw) in enumerate(zip(targets, draws, strict=True)):
-        valid = valid_anchors(sizes, aligned_size(target.size))
-        samples = anchor_samples(anchors, valid, target.boxes, draw, sampling.anchors)
-        chosen = flat[image, np.concatenate([samples.positive, samples.negative]), 0]
-        wanted = torch.arange(len(chosen)) < len(samples.positive)
-        classified += functional.binary_cross_entropy_with_logits(chosen, wanted.float(), reduction="sum")
-        moved += (shifts[image, samples.positive] - torch.from_numpy(samples.deltas)).abs().sum()
-        count += max(len(samples.positive), 1) + max(len(samples.negative), 1)
-    image_sizes = np.array([target.size for target in targets])
-    proposals = network.propose(logits, deltas, image_sizes, before=sampling.proposals_before_nms)
-    regions = [
-        roi_samples(proposed[:, :4].numpy(), target, network.num_classes, draw, sampling.rois)
-        for proposed, target, draw in zip(proposals, targets, draws, strict=True)
-    ]
-    labels = torch.from_numpy(np.concatenate([r.labels for r in regions]))
-    head = network.roi_head
-    scores, boxes = head.bbox_head(head.box_features(maps, to_rois([r.rois for r in regions])))
-    positive = (labels < network.num_classes).nonzero()[:, 0]
-    wanted = torch.from_numpy(np.concatenate([r.deltas for r in regions]))
-    own = boxes.reshape(len(labels), -1, 4)[positive, labels[positive]]
-    losses = [
-        classified / count,
-        moved / count,
-        functional.cross_entropy(scores, labels),
-        (own - wanted).abs().sum() / len(labels),
-    ]
-    masks = head.mask_head(head.mask_features(maps, to_rois([r.rois[: len(r.deltas)] for r in regions])))
-    targets = torch.from_numpy(np.concatenate([r.masks for r in regions])).float()
-    masks = masks[torch.arange(len(masks)), labels[positive]]
-    return [*losses, functional.binary_cross_entropy_with_logits(masks, targets)]
 
 
 if __name__ == "__main__":
