@@ -61,7 +61,7 @@ FAULTS = {
         "roi_head.box_features",
     ),
     "RoIAlign without aligned": (
-        *("roi_align", "_axis_weights"),
+        *("roi_align", "axis_weights"),
         lambda f, start, end, *rest: f(start + 0.5, end + 0.5, *rest),
         "roi_head.box_features",
     ),
