@@ -178,6 +178,7 @@ def test_convert_inspect_and_convert_back(run, digits_pth, tmp_path):
     assert run("convert", digits_pth, "-o", "out/x.safetensors", "--no-verify")[0] == 2  # already exists
 
 
+@pytest.mark.slow
 def test_preprocessing_can_be_stored(run, digits_pth):
     words = ["--input-size", 48, "--crop-fraction", 0.8, "--interpolation", "bilinear"]
     assert run("convert", digits_pth, "-o", "x.safetensors", "--no-verify", *words)[0] == 0
@@ -208,6 +209,7 @@ def test_verify(run, digits_pth, digits_tensors, tmp_path):
     assert not verification["passed"] and verification["different"] == ["head.bias"]
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_predict(run, digits_pth, image, tmp_path):
     code, out, err = run("predict", image, "--weights", digits_pth, "--top-k", 2)
@@ -413,6 +415,7 @@ sys.exit(main({words!r} + ["-o", "run"]))
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_names_from_files_cannot_control_the_terminal(run, digits_pth, image):
     """Names of classes, images and weights are escaped in tables, JSON, CSV, notes, errors and tracebacks."""
@@ -678,6 +681,7 @@ sys.exit(main())
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "fcvit: interrupted\n")
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_predictions_are_written_to_a_file_or_drawn(run, digits_pth, image):
     words = ("predict", image, "--weights", digits_pth, "--engine", "paddle", "-o")

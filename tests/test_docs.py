@@ -136,6 +136,7 @@ def test_the_code_blocks_of_a_page_run_in_order(page, workplace, monkeypatch, ca
             assert main(shortened(words)) == 0, (words, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "troubleshooting"])
 def test_the_command_lines_in_examples_of_output_are_valid(page):
     for text in blocks(page, "console"):

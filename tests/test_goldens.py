@@ -40,6 +40,7 @@ def assert_equal(computed: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(computed - expected).max() <= FLOAT64_LIMIT * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", NETWORKS)
 @PUBLISHED_VARIANTS
 def test_published_variants_match_in_float64(name, trace):
@@ -87,6 +88,7 @@ def test_the_backbone_matches_in_float64(trace):
         assert_equal(layers[f"output{stage.removeprefix('stage')}"], expected)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_goldens_detect_an_ignored_option():
     """The same tensors without the weighting of the context give different logits."""

@@ -108,6 +108,7 @@ def modules():
             yield ".".join(parts), path.read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "text"), list(modules()), ids=lambda value: value if "\n" not in value else "")
 def test_imports_follow_the_layers(module, text):
     assert not list(wrong_imports(module, text))
@@ -135,6 +136,7 @@ def test_a_planted_import_is_detected(module, text):
     assert list(wrong_imports(module, text))
 
 
+@pytest.mark.slow
 def test_only_the_reference_imports_pytorch():
     importers = set()
     for module, text in modules():
@@ -146,6 +148,7 @@ def test_only_the_reference_imports_pytorch():
     assert importers and all(name.startswith("reference.") for name in importers)
 
 
+@pytest.mark.slow
 def test_importing_and_converting_load_no_framework(tmp_path, digits_pth):
     code = f"""
 import sys, fcvit

@@ -297,6 +297,7 @@ def test_an_interruption_writes_the_results_so_far(after, digits_pth, photos, tm
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_the_expected_duration_is_logged_first(digits_pth, photos, monkeypatch, notes):
     """The note contains the exact number of forward passes."""

@@ -19,6 +19,7 @@ def figure_of(draw, *arguments):
         return inspect.unwrap(draw)(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.charts
 def test_the_depth_chart_draws_each_measure_for_first_and_second_contexts():
     names = ["stage1.block1.context1", "stage1.block1.context2", "stage2.block1.context1", "stage2.block1.context2"]
@@ -46,6 +47,7 @@ def curves(name, start):
     return Curves(name, *all_curves, *estimates)
 
 
+@pytest.mark.slow
 @pytest.mark.charts
 def test_the_faithfulness_chart_draws_each_curve_in_the_right_panel():
     one, other = curves("stage1.block1.context2", 0.0), curves("occlusion", 0.5)

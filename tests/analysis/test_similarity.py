@@ -244,6 +244,7 @@ def test_a_panel_shows_the_chosen_maps_of_the_last_block_of_each_stage(choice, o
     assert (title, label) == ("title", f"{shown.which} similarity, context {context}, {heads}")
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize(("size", "stage"), [(32, 3), (33, 4), (224, 4), (16, 2), (4, 4)])
 def test_the_default_stage_has_more_than_one_position(size, stage, digits_pth):

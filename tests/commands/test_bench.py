@@ -240,6 +240,7 @@ def test_real_engines_with_several_outputs_are_measured(digits_pth, monkeypatch)
     assert result.speeds[0].calls >= 3 and result.speeds[0].difference < 1e-4 and result.skipped == ()
 
 
+@pytest.mark.slow
 def test_a_detector_and_its_trunk_are_measured_at_the_largest_size(fake):
     result = run(task="detection", variant="fcvit_tiny", batch_sizes=None)
     kinds = [(s.contender.part, s.contender.engine, s.contender.batch_size) for s in result.speeds]

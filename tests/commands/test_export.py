@@ -97,6 +97,7 @@ def test_a_dynamic_export_is_checked_at_two_sizes(weights, tmp_path):
     assert load(exported)(np.zeros((2, 3, 50, 41), np.float32))[0].shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_the_image_size_can_be_chosen(weights, tmp_path):
     exported = export(weights, tmp_path / "wide.onnx", size=(40, 33))
     assert exported.checks[0].images[1:] == (40, 33) and exported.input["shape"] == [None, 3, 40, 33]
@@ -140,6 +141,7 @@ def spoil_batch(model):
     model.graph.node.insert(0, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [spoil_epsilon, spoil_weight, spoil_gelu, spoil_batch])
 def test_a_planted_error_is_detected_and_no_file_is_left(spoil, weights, tmp_path, monkeypatch):
     write = task.write_export

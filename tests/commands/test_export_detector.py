@@ -41,6 +41,7 @@ def network(path):
     return lambda x: session.run(None, {given.name: x})
 
 
+@pytest.mark.slow
 def test_the_files_of_a_detector_are_sufficient_to_run_it(tmp_path):
     exported = export(detector(), tmp_path / "det.onnx")
     assert names(tmp_path) == sorted(NAMES) and [file.rpartition("/")[2] for file in exported.files] == list(NAMES)
@@ -61,11 +62,13 @@ def test_the_files_of_a_detector_are_sufficient_to_run_it(tmp_path):
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_detector_without_masks_has_two_files(tmp_path):
     export(detector(masks=False), tmp_path / "det.onnx")
     assert names(tmp_path) == ["det.boxes.onnx", "det.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [BOX_HEAD, MASK_HEAD, TRUNK])
 def test_a_wrong_part_leaves_no_file_and_all_previous_ones(part, tmp_path, monkeypatch):
     write = task.write_export

@@ -50,6 +50,7 @@ def test_none_unsets_a_field(calls):
     assert command("train digits --data x --classes none --class-weights none --device cpu")[1][0].classes is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -28,6 +28,7 @@ def converted(tmp_path, digits_pth):
     return tmp_path / "digits.safetensors"
 
 
+@pytest.mark.slow
 def test_a_correct_conversion_passes(digits_pth, converted):
     verification = verify(converted, digits_pth)
     assert verification.passed and not verification.different and verification.synthetic is None
@@ -177,6 +178,7 @@ def test_an_error_in_the_tensors_is_detected_twice(tmp_path, fault, layer):
     assert verification.comparison.first_over.name == layer
 
 
+@pytest.mark.slow
 def test_a_changed_counter_is_detected_although_outputs_are_equal(digits_pth, converted):
     source, result = read_weights(digits_pth), read_weights(converted)
     name = "network.1.norm.num_batches_tracked"
@@ -185,6 +187,7 @@ def test_a_changed_counter_is_detected_although_outputs_are_equal(digits_pth, co
     assert verification.different == (name,) and verification.comparison.passed and not verification.passed
 
 
+@pytest.mark.slow
 def test_the_error_ratio_detects_reduced_precision(digits_pth, converted, monkeypatch):
     """The logic is correct, but one activation is rounded to half of the digits."""
     from fcvit.models import backbone as model

@@ -128,6 +128,7 @@ def test_swapped_axes_of_a_square_weight_are_detected(monkeypatch, name, place):
     assert compare(monkeypatch, weights_of(tensors)).first_over.name == place
 
 
+@pytest.mark.slow
 def test_a_detector_equals_the_reference_in_every_stage(monkeypatch):
     found = compare(monkeypatch)
     assert found.passed and len(found.objects) == 4

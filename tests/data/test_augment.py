@@ -114,6 +114,7 @@ def test_an_unknown_operation_or_invalid_level_is_rejected(name, level, message)
 # Random numbers
 
 
+@pytest.mark.slow
 def test_operations_have_the_distribution_of_the_recipe():
     generator = seeded(1)
     drawn = [operation for _ in range(6000) for operation in draw_operations(Augmentation(8), generator)]

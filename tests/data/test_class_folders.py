@@ -223,6 +223,7 @@ def valid_tar(tmp_path_factory):
     return make_tar(tmp_path_factory.mktemp("tar") / "x.tar", *FILES)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 10240))
 @settings(
     derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -455,6 +456,7 @@ def test_real_labels_are_found_by_the_number_in_the_image_name(tmp_path):
     assert validation([50_001]).validation_numbers() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "{}", "[[1]]", "[" * 100_000, json.dumps([[1000]] * 50_000), "[[true]]"])
 def test_an_invalid_file_of_real_labels_is_rejected(tmp_path, text):
     (tmp_path / "real.json").write_text(text)

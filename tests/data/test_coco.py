@@ -403,6 +403,7 @@ def test_only_images_with_usable_annotations_are_trained_on(tmp_path):
 boxes = st.tuples(*[st.integers(-3, 12)] * 2, *[st.sampled_from([0, 0.5, 1, 2, 9])] * 2)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(boxes, st.integers(0, 1), st.booleans(), st.sampled_from([0, 1, 50]), st.integers(1, 3))))
 @settings(max_examples=100, deadline=None)
 def test_the_filter_equals_the_rules_of_mmdetection(tmp_path_factory, rows):
@@ -534,6 +535,7 @@ def entries_of(example):
     )
 
 
+@pytest.mark.slow
 @given(entries_of(image(1)), entries_of(annotation(1, ignore=0)), entries_of(CATEGORIES[1]))
 @settings(max_examples=250, deadline=None)
 def test_any_json_is_read_or_an_error_of_the_package(tmp_path_factory, images, annotations, categories):

@@ -61,6 +61,7 @@ def tensor_of(case, image):
     return normalize(batch, Preprocessing(), sizes)[0]
 
 
+@pytest.mark.slow
 @CASES
 def test_preprocessed_images_equal_the_authors(case):
     image = image_of(case)

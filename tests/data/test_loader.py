@@ -65,6 +65,7 @@ def contents(loaded):
     return [(b.number, b.indices.tolist(), b.digests, [stack.tobytes() for stack in b.pixels], b.bad) for b in loaded]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [9, 40])
 def test_batches_are_equal_with_and_without_workers(images, size):
     numbers = [0, 1] if size == 40 else [3, 0, 4]
@@ -105,6 +106,7 @@ def test_prefetching_is_bounded(images, monkeypatch):
         assert len(submitted) == taken + 3
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced(images):
     """The system can kill workers when memory is low. No image may be missing or repeated."""
     running = batches(images, range(41), 1, CROPS, 1)
@@ -134,6 +136,7 @@ def test_an_image_that_crashes_its_process_is_reported_as_unreadable(images):
     assert (np.delete(expected.pixels[0], 9, axis=0) == loaded[0].pixels[0]).all()
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_are_an_error(images, monkeypatch):
     monkeypatch.setattr(loader, "_begin_worker", exit_immediately)
     with pytest.raises(FcvitError, match=r"end immediately .*__main__.*--workers 0"):
@@ -146,6 +149,7 @@ def count_opencv_threads(image, target, index):
     return np.zeros((3, 1, 1), np.uint8), cv2.getNumThreads()
 
 
+@pytest.mark.slow
 def test_opencv_uses_one_thread_in_a_worker(images):
     """The workers already use all cores."""
     (batch,) = batches(images, [0], 4, [count_opencv_threads], 1)

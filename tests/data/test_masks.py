@@ -42,6 +42,7 @@ def run_lengths(mask, generator=None):
     return {"size": [*mask.shape], "counts": counts}
 
 
+@pytest.mark.slow
 @given(bitmaps, st.integers(1, 90), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_both_forms_of_run_lengths_give_the_mask(mask, factor, seed):
@@ -53,6 +54,7 @@ def test_both_forms_of_run_lengths_give_the_mask(mask, factor, seed):
         assert encoded["counts"].decode() == compressed(mask)["counts"] and mask_area(read) == mask.sum()
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(max_codepoint=300), max_size=12), st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=500, deadline=None)
 def test_any_text_is_run_lengths_or_an_error(text, height, width):
@@ -65,6 +67,7 @@ def test_any_text_is_run_lengths_or_an_error(text, height, width):
     assert np.array_equal(decode_segmentation(read, (height, width)), expected)
 
 
+@pytest.mark.slow
 @given(bitmaps, st.integers(0, 50), st.characters(min_codepoint=40, max_codepoint=120))
 @settings(max_examples=300, deadline=None)
 def test_a_damaged_text_is_read_as_pycocotools_does_or_rejected(mask, position, character):
@@ -81,6 +84,7 @@ def test_a_damaged_text_is_read_as_pycocotools_does_or_rejected(mask, position, 
 polygons = st.lists(st.lists(st.floats(-30, 60, width=32), min_size=6, max_size=16), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(polygons)
 @settings(max_examples=200, deadline=None)
 def test_polygons_are_rasterized_and_merged_as_by_pycocotools(parts):

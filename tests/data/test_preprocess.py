@@ -19,6 +19,7 @@ PROTOCOLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", GOLDEN)
 def test_pixels_equal_the_authors(size):
     image = image_by_rule(*map(int, size.split("x")))

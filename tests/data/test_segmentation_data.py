@@ -215,6 +215,7 @@ stems = st.text("ab1_-.", min_size=1, max_size=5).filter(lambda text: not text.s
 names = st.builds("{}{}".format, st.sampled_from(["", "x/", "y/"]), stems)
 
 
+@pytest.mark.slow
 @given(
     st.sets(names, min_size=1, max_size=12),
     st.sets(names, max_size=12),
@@ -235,6 +236,7 @@ def test_every_image_gets_its_own_label_and_no_other(images, missing, suffix, ra
     assert {*pairing.unused} == {f"{name}{suffix}.png" for name in missing - images}
 
 
+@pytest.mark.slow
 @given(st.sets(st.from_regex(r"[a-z]{2}[0-9]{1,2}", fullmatch=True), min_size=2, max_size=9), st.data())
 @settings(max_examples=100, deadline=None)
 def test_the_suffix_is_found_from_the_names(images, data):
@@ -245,6 +247,7 @@ def test_the_suffix_is_found_from_the_names(images, data):
     assert {*pairing.pairs} == {(f"{name}.jpg", f"{name}{suffix}.png") for name in labeled}
 
 
+@pytest.mark.slow
 @given(st.lists(names, max_size=8, unique=True), st.lists(names, max_size=8, unique=True))
 @settings(max_examples=300, deadline=None)
 def test_no_file_is_lost_or_used_twice(images, labels):
@@ -316,6 +319,7 @@ def encoded(classes, form):
     return content.getvalue()
 
 
+@pytest.mark.slow
 @given(
     arrays.arrays(
         np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 1, 2, 3, 255])
@@ -334,6 +338,7 @@ def test_every_form_of_a_label_map_is_decoded_to_the_same_classes(tmp_path_facto
         assert stats.kind in ("color", "gray") and sum(stats.counts.values()) == classes.size
 
 
+@pytest.mark.slow
 @given(
     arrays.arrays(np.uint16, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.integers(0, 400)),
     st.integers(1, 254),
@@ -499,6 +504,7 @@ def test_missing_and_oversized_files_are_reported_by_path(tmp_path):
         read_label(label_file(tmp_path / "sparse.png"), LabelEncoding(4))
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=60), st.integers(8, 400), st.integers(0, 255))
 @settings(max_examples=300, deadline=None)
 def test_damaged_files_raise_only_bad_images(tmp_path_factory, insert, position, byte):

@@ -183,6 +183,7 @@ def test_the_comparison_detects_other_interpolations(monkeypatch, name, wrong):
 # Preprocessing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PREPROCESS["synthetic"])
 def test_preprocessed_pixels_equal_the_authors(name):
     kind, size = name.split()

@@ -98,6 +98,7 @@ def test_class_lists_give_the_documented_classes(text, expectations, encoding, t
     assert lines == expectations.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "expectations"), BLOCKS["archive"])
 def test_archives_give_the_documented_results(command, expectations, tmp_path):
     make(tmp_path, [f"flowers/{name}" for name in ("rose/1.jpg", "rose/2.jpg", "tulip/3.png", "tulip/4.png")])

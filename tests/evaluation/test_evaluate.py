@@ -139,6 +139,7 @@ def test_different_batch_sizes_give_the_same_metrics(folder, digits_pth, tmp_pat
         assert metrics["loss"] == pytest.approx(first["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_saved_logits_match_the_predictions(folder, digits_pth, tmp_path):
     (folder / "5" / "broken.png").touch()  # its row must be NaN
@@ -149,6 +150,7 @@ def test_saved_logits_match_the_predictions(folder, digits_pth, tmp_path):
     assert [row["class_1"] for row in rows(tmp_path / "run")] == [str(i) for i in logits[~left_out].argmax(1)]
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize("shared", [True, False])
 def test_zero_logits_are_kept_and_missing_logits_detected(folder, digits_tensors, tmp_path, monkeypatch, shared, notes):
@@ -168,6 +170,7 @@ def test_zero_logits_are_kept_and_missing_logits_detected(folder, digits_tensors
         assert logits.exists()
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_full_disk_at_the_end_loses_no_results(folder, digits_pth, tmp_path, monkeypatch, capsys):
     """The error contains the results, the file and the resume command. Resuming computes nothing again."""
@@ -192,6 +195,7 @@ def test_a_full_disk_at_the_end_loses_no_results(folder, digits_pth, tmp_path, m
     assert [r.top1 for r in resume(run).results] == [r.top1 for r in expected] and not calls
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize("what", ["journal", "logits", "page"])
 def test_a_full_disk_error_names_the_file_and_the_resume_command(folder, digits_pth, tmp_path, monkeypatch, what):
@@ -224,6 +228,7 @@ class FullFile(io.FileIO):
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_resuming_a_finished_run_only_writes_its_files_again(folder, digits_pth, tmp_path, monkeypatch):
     evaluate(digits_pth, folder, device="cpu", folder=tmp_path / "run")
@@ -268,6 +273,7 @@ def test_a_run_can_be_resumed_with_moved_images_and_weights(folder, digits_pth, 
     assert main(words[:3]) == 0, "the run must remember the new paths"
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_run_is_not_resumed_with_changed_inputs(folder, digits_pth, tmp_path, monkeypatch, digits_tensors):
     run = tmp_path / "run"
@@ -466,6 +472,7 @@ def test_unusual_class_names_survive_the_csv_file(folder, digits_pth, tmp_path):
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_class_folder_names_that_are_not_valid_text(tmp_path, folder):
     try:
@@ -515,6 +522,7 @@ def test_folder_names_are_the_class_names_if_the_weights_have_none(tmp_path, fol
     assert {row["truth"] for row in rows(tmp_path / "run", "three-authors")} == {"cat", "cow", "dog"}
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_run_folder_inside_the_data_is_rejected(folder, digits_pth):
     for run in (folder, folder / "run", folder / "3" / "run"):
@@ -523,6 +531,7 @@ def test_a_run_folder_inside_the_data_is_rejected(folder, digits_pth):
     assert sorted(path.name for path in folder.iterdir()) == [str(i) for i in range(10)]
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_run_cannot_be_resumed_twice_at_the_same_time(folder, digits_pth, tmp_path):
     import fcvit.run_folder
@@ -691,6 +700,7 @@ def test_weights_with_different_classes_are_rejected(folder, digits_pth, tmp_pat
 # Classes
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_a_class_list_maps_the_folders(folder, digits_pth, tmp_path):
     """With a reversed class list, the true class of every image changes."""
@@ -827,6 +837,7 @@ def test_the_comparison_with_the_published_figure(validation, thousand, tmp_path
 # Images
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_unreadable_images_are_listed_and_skipped(folder, digits_pth):
     (folder / "3" / "broken.png").write_bytes(b"not an image")
@@ -996,6 +1007,7 @@ def test_the_automatic_engine_is_chosen_once(folder, digits_pth, tmp_path, monke
     assert json.loads((tmp_path / "run" / "run.json").read_text())["request"]["settings"]["engines"] == "paddle"
 
 
+@pytest.mark.slow
 @needs_paddle
 def test_weights_in_memory_give_the_same_result_as_their_file(folder, digits_pth):
     from fcvit.weights.reading import read_weights

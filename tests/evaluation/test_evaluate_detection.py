@@ -62,6 +62,7 @@ def test_all_engines_give_the_same_detections(shapes, detector, no_charts):
         assert agreement.common == 100 and agreement.largest < 1e-4
 
 
+@pytest.mark.slow
 def test_batches_workers_and_a_cut_journal_do_not_change_the_files(shapes, detector, expected, tmp_path, no_charts):
     evaluate(detector, shapes, **{**CPU, "workers": 1}, folder=tmp_path / "workers", batch_size=2)
     assert files(tmp_path / "workers") == expected
@@ -74,6 +75,7 @@ def test_batches_workers_and_a_cut_journal_do_not_change_the_files(shapes, detec
     assert files(tmp_path / "cut") == expected
 
 
+@pytest.mark.slow
 def test_several_weights_in_one_pass_give_the_files_of_each(shapes, detector, expected, tmp_path, no_charts):
     other = shutil.copy(detector, tmp_path / "other.safetensors")
     evaluation = evaluate([detector, other], shapes, **CPU, folder=tmp_path / "run", batch_size=3)
@@ -81,6 +83,7 @@ def test_several_weights_in_one_pass_give_the_files_of_each(shapes, detector, ex
     assert files(tmp_path / "run") == files(tmp_path / "run", "other-authors") == expected
 
 
+@pytest.mark.slow
 def test_bad_images_and_images_of_another_size_are_left_out_by_name(shapes, detector, tmp_path, capsys, no_charts):
     data = shutil.copytree(shapes, tmp_path / "data")
     (data / "val" / "02.png").write_bytes(b"\x89PNG")
@@ -97,6 +100,7 @@ def test_bad_images_and_images_of_another_size_are_left_out_by_name(shapes, dete
     assert len(rows) == 6 and not any("02.png" in row or "04.png" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_the_data_is_a_split_or_a_json_file(shapes, detector, tmp_path, capsys, no_charts):
     listed = shapes / "annotations" / "instances_train.json"
     for run, words in (("split", [shapes, "--split", "train"]), ("file", [listed])):

@@ -87,6 +87,7 @@ def test_the_key_depends_on_everything_that_affects_the_numbers(weights, monkeyp
     assert_new_key()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     ["altered", "invalid json"]
@@ -114,6 +115,7 @@ def test_a_damaged_entry_is_written_again(weights, writes, damage):
     assert [p.name for p in path.parent.parent.iterdir()] == [path.parent.name]
 
 
+@pytest.mark.slow
 def test_an_entry_cannot_name_a_file_outside_its_folder(weights, tmp_path, writes):
     path, content = take(weights)
     (tmp_path / "other").write_bytes(b"x")
@@ -122,6 +124,7 @@ def test_an_entry_cannot_name_a_file_outside_its_folder(weights, tmp_path, write
     assert take(weights) == (path, content) and len(writes) == 2
 
 
+@pytest.mark.slow
 def test_without_a_writable_cache_each_use_exports_again(weights, tmp_path, monkeypatch, writes, notes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -140,6 +143,7 @@ def test_without_a_home_folder_exports_are_temporary(weights, monkeypatch, notes
     assert len(take(weights)[1]) > 1000 and "temporary folder" in notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["full", "deleted"])
 def test_a_cache_that_fails_during_an_export(weights, home, monkeypatch, fault, notes):
     """If the disk is full or the cache is deleted, the export is repeated in a temporary folder, with a note."""

@@ -95,6 +95,7 @@ def assert_equal_detections(found, expected):
         assert np.abs(one.mask_logits - other.mask_logits).max() <= 1e-2
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize(
     "name",
@@ -113,6 +114,7 @@ def test_all_engines_return_the_detections_of_the_paddle_network(name):
     assert_equal_detections(engine(name).detect(*odd), engine("paddle").detect(*odd))
 
 
+@pytest.mark.slow
 @needs_paddle
 @pytest.mark.parametrize("name", ["onnxruntime", "paddle"])
 def test_the_padding_of_uint8_images_is_0_after_the_normalization(name):
@@ -149,6 +151,7 @@ def test_called_engines_return_the_outputs_of_the_trunk(name):
         assert [x.shape for x in outputs] == [(len(batch), *shape) for shape in shapes]
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("name", [pytest.param("paddle", marks=needs_paddle), "torch"])
 @pytest.mark.parametrize("layer", ["rpn_head.rpn_cls", "roi_head.bbox_head.fc_cls"])
@@ -236,6 +239,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize(("part", "spoil"), FAULTS, ids=[f"{part} {spoil.__name__}" for part, spoil in FAULTS])
 def test_a_planted_error_in_a_part_is_detected(part, spoil, tmp_path):

@@ -240,6 +240,7 @@ def test_missing_packages_are_reported_before_an_export_is_logged(package, weigh
     assert not notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -260,6 +261,7 @@ def test_a_loaded_export_does_not_need_its_file(name, weights, images, tmp_path,
     assert "temporary folder" in note and "cannot be written (Not a directory)" in note and "XDG_CACHE_HOME" in note
 
 
+@pytest.mark.slow
 def test_an_entry_that_is_deleted_before_loading_is_exported_again(weights, images, monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -327,6 +329,7 @@ def test_uint8_and_normalized_images_give_equal_outputs(weights, images):
     assert np.allclose(engine(images), engine(normalize(images, engine.preprocessing)), atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("name", [pytest.param("paddle", marks=needs_paddle), "torch", "onnxruntime"])
 @pytest.mark.parametrize("head", ["classifier", "backbone"])

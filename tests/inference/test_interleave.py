@@ -39,6 +39,7 @@ def load(job):
     return function, f"about {name}"
 
 
+@pytest.mark.slow
 def test_every_contender_has_a_turn_in_each_round(tmp_path, notes):
     jobs = [(name, str(tmp_path / "log"), None, None) for name in "ab"]
     turns = []

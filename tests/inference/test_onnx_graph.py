@@ -136,6 +136,7 @@ def test_one_head_and_one_position_give_finite_outputs():
     assert np.isfinite(fixed).all() and float64_difference(dynamic, fixed) <= FLOAT64_LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), None])
 def test_the_graph_has_no_unnecessary_nodes(size):
     model = write(synthetic_weights(ModelSpec(VARIANTS["fcvit_tiny"], 1000)), size)

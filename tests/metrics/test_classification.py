@@ -128,6 +128,7 @@ def test_mcnemar_equals_scipy_and_statsmodels(first, second):
     assert p_value == mcnemar(second, first) and 0 <= p_value <= 1
 
 
+@pytest.mark.slow
 def test_mcnemar_is_exact_for_all_images_of_imagenet():
     """The integers have 50,000 bits, and the tail can be far below the smallest float."""
     assert mcnemar(25_000, 25_000) == 1

@@ -116,6 +116,7 @@ def ids_of(truth):
     return [image["id"] for image in truth["images"]], categories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("name", DATA)
 def test_figures_equal_pycocotools(name, kind):

@@ -68,6 +68,7 @@ def stages(name, dtype="float64"):
     return values, proposals, detections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_stage_and_all_detections_equal_the_authors_numbers_in_float64(name):
     values, proposals, detections = stages(name)
@@ -90,6 +91,7 @@ def test_every_stage_and_all_detections_equal_the_authors_numbers_in_float64(nam
     assert_close(logits[:6], arrays["mask_logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["e2e_mini", "e2e_mini_batch", pytest.param("e2e_odd", marks=pytest.mark.slow)])
 def test_float32_detections_are_those_of_float64(name):
     _, _, exact = stages(name)
@@ -106,6 +108,7 @@ def test_float32_detections_are_those_of_float64(name):
         assert different <= 10
 
 
+@pytest.mark.slow
 def test_the_network_returns_the_detections_of_its_stages():
     paddle, given = import_framework("paddle"), case("e2e_mini_batch")
     model = network(given.spec, given.salt)
@@ -129,6 +132,7 @@ def tensor(tag, shape, scale=1.0):
     return import_framework("paddle").to_tensor(numbers(tag, shape, scale))
 
 
+@pytest.mark.slow
 def test_neck_and_rpn_equal_those_of_mmdetection():
     model = unit_network()
     widths = VARIANTS["fcvit_tiny"].widths
@@ -139,6 +143,7 @@ def test_neck_and_rpn_equal_those_of_mmdetection():
             assert_summary(one.numpy(), summary)
 
 
+@pytest.mark.slow
 def test_both_heads_equal_those_of_mmdetection():
     head = unit_network().roi_head
     logits, deltas = head.bbox_head(tensor("boxhead/in", (6, 256, 7, 7)))
@@ -266,6 +271,7 @@ def test_a_missing_part_is_reported():
         recognize(shapes)
 
 
+@pytest.mark.slow
 def test_a_new_network_has_the_initial_values_of_mmdetection():
     from fcvit.models.build import create_model
 
@@ -316,6 +322,7 @@ def test_a_detector_is_built_from_its_file(tmp_path, recwarn):
             np.testing.assert_array_equal(stored.tensors[name], values)
 
 
+@pytest.mark.slow
 def test_new_parts_of_a_detector_are_reported(tmp_path):
     from fcvit.models.build import build_detector, create_model
 

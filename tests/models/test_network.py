@@ -48,6 +48,7 @@ def all_options():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -97,6 +98,7 @@ def test_a_model_without_a_head_returns_pooled_embeddings(fcvit, paddle, digits_
     np.testing.assert_allclose(full.head(bare(x)).numpy(), full(x).numpy(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_new_model_is_in_evaluation_mode_with_the_authors_initialization(fcvit, paddle):
     paddle.seed(0)
     model = fcvit.create_model("fcvit_tiny")
@@ -216,6 +218,7 @@ def test_our_layer_norm_agrees_with_paddles(paddle):
 tasks = pytest.mark.parametrize("task", ["classification", "segmentation"])
 
 
+@pytest.mark.slow
 @tasks
 @pytest.mark.filterwarnings("ignore::UserWarning:paddle")  # a warning of Paddle's BatchNorm in training
 def test_works_in_paddles_high_level_api(fcvit, paddle, task):
@@ -245,6 +248,7 @@ def test_works_in_paddles_high_level_api(fcvit, paddle, task):
     assert np.isfinite(result["loss"]).all()
 
 
+@pytest.mark.slow
 @tasks
 @pytest.mark.filterwarnings("ignore:The program will return to single-card operation")
 def test_works_with_summary_save_and_data_parallel(fcvit, paddle, tmp_path, capsys, task):
@@ -297,6 +301,7 @@ def test_a_single_head_at_a_single_position_is_finite(fcvit, paddle):
     assert np.isfinite(model(images(paddle, 1, 3, 32, 32)).numpy()).all()
 
 
+@pytest.mark.slow
 @needs_torch
 def test_a_single_head_at_a_single_position_is_equal_in_both_networks(tmp_path):
     from fcvit.commands.convert import convert

@@ -182,6 +182,7 @@ def test_the_neck_upsamples_to_the_size_of_the_finer_level_and_not_by_two(framew
         np.testing.assert_allclose(outputs[level].numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @frameworks
 @pytest.mark.parametrize("level", range(4))
 def test_the_head_doubles_a_level_and_then_resizes_it_between_the_centers_of_pixels(framework, level):
@@ -204,6 +205,7 @@ def test_doubling_does_not_align_the_corners(framework):
     np.testing.assert_allclose(row.numpy(), [[[[0, 0.25, 0.75, 1]] * 2]], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @frameworks
 @pytest.mark.parametrize("level", range(4))
 def test_the_batch_norms_of_the_head_have_an_epsilon_of_1e_5(framework, level):
@@ -214,6 +216,7 @@ def test_the_batch_norms_of_the_head_have_an_epsilon_of_1e_5(framework, level):
     np.testing.assert_allclose(logits[0, 0], (4e-5) ** (-len(SCALE_HEADS[level]) / 2), rtol=1e-6)
 
 
+@pytest.mark.slow
 @frameworks
 @pytest.mark.parametrize("level", range(4))
 def test_each_scale_head_reads_the_level_with_its_number(framework, level):

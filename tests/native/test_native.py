@@ -359,6 +359,7 @@ def test_results_are_identical_for_any_number_of_threads(library, dtype):
         assert all((other[1][name] == gradient).all() for name, gradient in results[0][1].items())
 
 
+@pytest.mark.slow
 def test_nan_and_infinity_are_propagated(library):
     model = accelerated(synthetic_model(SMALL, "float32")).eval()
     images = np.zeros((2, 3, 32, 32), np.float32)
@@ -373,6 +374,7 @@ def test_nan_and_infinity_are_propagated(library):
     assert not np.isfinite(huge(paddle.ones([2, 3, 32, 32])).numpy()).any()
 
 
+@pytest.mark.slow
 def test_a_published_variant_in_float32(library):
     """The float32 error of the logits is within the limit of the error ratio to PyTorch."""
     from fcvit.models.build import build_network
@@ -427,6 +429,7 @@ def compiled(folder):
     return (folder / "log").read_text().count("compiled")
 
 
+@pytest.mark.slow
 def test_the_library_is_compiled_once(copying_compiler):
     for _ in range(2):
         assert build.operators.__wrapped__().fcvit_pool_float32
@@ -447,6 +450,7 @@ def test_a_damaged_library_is_compiled_again(copying_compiler, damage):
     assert cached.read_bytes() == data
 
 
+@pytest.mark.slow
 def test_concurrent_processes_compile_once(copying_compiler):
     code = "from fcvit.native import build; build.operators()"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]

@@ -130,6 +130,7 @@ def test_neck_and_rpn_head(network):
             assert_summary(values.numpy(), about)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "before", "after"), [("test", 1000, 1000), ("small", 100, 60), ("train", 2000, 1000)])
 def test_proposals(network, case, before, after):
 
@@ -198,6 +199,7 @@ def test_pasted_masks():
     np.testing.assert_array_equal(np.packbits(pasted.numpy()), UNIT_ARRAYS["paste.bits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["e2e_mini", "e2e_mini_batch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("e2e_odd", "e2e_b12"))]
 )
@@ -242,6 +244,7 @@ def test_every_stage_and_all_detections_equal_the_authors_numbers(name):
     )
 
 
+@pytest.mark.slow
 def test_an_image_without_proposals_has_no_detections(network):
     import torch
 
@@ -252,6 +255,7 @@ def test_an_image_without_proposals_has_no_detections(network):
     assert len(network.detect(maps, [proposals[0]] * 2, IMAGE_SIZES)[1].labels) == 0
 
 
+@pytest.mark.slow
 def test_the_whole_network_without_masks_returns_detections_in_pixels_of_the_input():
     import torch
 

@@ -164,6 +164,7 @@ def structure_of_a_plain_page():
     return [(tag, within) for tag, _, within in check(render_page(make_page())).elements]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), min_size=1).filter(str.strip))
 @example("<script>alert(1)</script>")

@@ -193,6 +193,7 @@ def test_arguments_that_are_not_two_results_are_rejected(tmp_path):
         compare(one, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.csv"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", b'"path"\n1,2,3\n', b"[" * 100_000])
 def test_damaged_results_are_rejected(tmp_path, name, content):

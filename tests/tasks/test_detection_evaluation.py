@@ -233,6 +233,7 @@ def goldens(tmp_path_factory):
     return root, found
 
 
+@pytest.mark.slow
 def test_the_detections_of_mmdetection_get_the_figures_of_pycocotools(goldens, tmp_path, no_charts):
     data, found = goldens
     report = report_of(evaluator_of(data), found)

@@ -130,6 +130,7 @@ def test_wrong_options_are_rejected_before_the_first_image(predictor, photos, op
     assert PredictionOptions().score_threshold == 0.3 and not predictor.engine.inputs
 
 
+@pytest.mark.slow
 def test_all_forms_of_an_image_give_the_same_picture(predictor, photos, tmp_path):
     tag = Image.Exif()
     tag[0x0112] = 6

@@ -48,6 +48,7 @@ def recipe(images):
     return build_recipe(fields, {}, "test")
 
 
+@pytest.mark.slow
 def test_a_second_task_trains_resumes_evaluates_and_predicts(images, recipe, monkeypatch, capsys):
     from fcvit.training.step import Trainer
 

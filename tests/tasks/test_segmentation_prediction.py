@@ -81,6 +81,7 @@ def test_label_maps_and_the_average_with_the_mirrored_image_equal_mmsegmentation
         np.testing.assert_array_equal(both, golden[f"{name}/prediction_flip_average"][index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 1 << 10, 1 << 18])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_label_map_is_the_argmax_of_the_resized_logits_for_any_size(pixels, dtype, monkeypatch):

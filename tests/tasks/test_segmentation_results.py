@@ -391,6 +391,7 @@ def test_results_are_matched_by_content(tmp_path, no_charts):
     assert comparison.changed == () and comparison.difference == 0 and comparison.interval == (0, 0)
 
 
+@pytest.mark.slow
 def test_results_on_other_images_labels_or_classes_are_rejected(tmp_path, no_charts):
     labels, predictions = scenes()
     one = write_run(tmp_path / "a", labels, predictions)
@@ -421,6 +422,7 @@ def test_a_truncated_confusion_file_is_rejected(tmp_path, no_charts):
         compare(one, tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.csv", "confusion.csv"])
 @pytest.mark.parametrize(
     "content", [b"{}", b"\xff\x00", b'"path"\n1,2,3\n', b"[" * 100_000, b"row,label,predicted,pixels\r\n0,1,6,5\r\n"]

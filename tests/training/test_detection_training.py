@@ -81,6 +81,7 @@ def test_each_epoch_is_validated_and_logged(uninterrupted):
     assert uninterrupted.weights.name == "best.safetensors" and "best_mask_ap" in uninterrupted.best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("masks", "best"), [(True, 1), (False, 2)])
 def test_the_best_weights_have_the_highest_mask_ap_or_box_ap_without_masks(small, tmp_path, monkeypatch, masks, best):
     scores = iter([{"box_ap": 10.0, "mask_ap": 30.0}, {"box_ap": 20.0, "mask_ap": 25.0}])
@@ -100,6 +101,7 @@ def state_of(folder):
     return rows, {name: array.tobytes() for name, array in tensors.items()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, uninterrupted, tmp_path, monkeypatch):
     from fcvit.training.step import Trainer
 

@@ -131,6 +131,7 @@ def test_ema_weights_follow_the_weights(model):
     assert ema.statistics_decay == 1.0
 
 
+@pytest.mark.slow
 def test_a_restored_optimizer_continues_exactly(small):
     """Three steps give the same weights as two steps, a new optimizer with the restored state, and one more step."""
     from fcvit.models.build import create_model

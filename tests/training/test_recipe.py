@@ -127,6 +127,7 @@ def test_recipe_and_augmentation_have_the_same_defaults():
     assert ClassificationRecipe(variant="fcvit_tiny").augmentation(224) == Augmentation(size=224)
 
 
+@pytest.mark.slow
 def test_the_help_lists_every_field_with_its_values_and_default(capsys):
     console = rich.console.Console(width=1000, legacy_windows=False)
     for command, defaults in ((train, {}), (finetune, {**DEFAULTS, **AUTOMATIC})):
@@ -211,6 +212,7 @@ def test_bounds_are_enforced(data):
             assert fits and getattr(recipe, name) == field.kind(value) and type(getattr(recipe, name)) is field.kind
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries(
         {},

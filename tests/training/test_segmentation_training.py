@@ -84,6 +84,7 @@ def state_of(folder):
     return rows, {name: array.tobytes() for name, array in tensors.items()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, uninterrupted, tmp_path, monkeypatch):
     from fcvit.training.step import Trainer
 
@@ -241,6 +242,7 @@ def test_the_head_of_a_segmentation_network_is_kept_or_new(small, tmp_path):
         SegmentationTraining(small(weights=str(three)), read_weights(three))
 
 
+@pytest.mark.slow
 def test_finetuning_keeps_the_head_for_the_same_class_list(uninterrupted, scenes, tmp_path, notes):
     words = {"epochs": "1", "freeze": "true", "device": "cpu", "workers": 0}
     with without_pictures():
@@ -277,6 +279,7 @@ def classifier(small, tmp_path):
     return write_synthetic(tmp_path / "start.safetensors", ModelSpec(small().network(), 2))
 
 
+@pytest.mark.slow
 def test_finetuning_a_classifier_on_label_maps_creates_neck_and_head(classifier, scenes, tmp_path, notes):
     fields = {"epochs": 1, "scale": (48, 40), "neck_channels": 8, "device": "cpu", "workers": 0}
     with without_pictures():

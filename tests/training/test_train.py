@@ -145,6 +145,7 @@ def test_training_learns_the_task(small, tmp_path):
     assert done.best["top1"] == 100 and done.rows[-1]["loss"] < done.rows[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
     small, regularized, tmp_path, monkeypatch, step, notes
@@ -163,6 +164,7 @@ def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
         assert all((expected[key] == cut[key]).all() for key in expected), name
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = (finished / "state.safetensors").read_bytes()
     again = resume(finished)
@@ -243,6 +245,7 @@ def evaluation_with(results):
     return type("Evaluation", (), {"report": type("Report", (), {"results": results}), "unreadable": ()})
 
 
+@pytest.mark.slow
 def test_patience_stops_training_early(small, tmp_path, monkeypatch):
     """No epoch is better than the first. Training stops after two more epochs and keeps the best weights."""
     from fcvit.training import loop as module
@@ -384,6 +387,7 @@ def test_a_resumed_run_does_not_need_its_initial_weights(trained, tmp_path, squa
     assert int(tensors["patch_embed.norm.num_batches_tracked"]) == 6 + longer.rows[-1]["step"]
 
 
+@pytest.mark.slow
 def test_resuming_removes_only_the_temporary_files_of_a_killed_process(finished):
     run = finished
     (run / ".fcvit-tmp-x1").mkdir()
@@ -452,6 +456,7 @@ def test_unreadable_validation_images_are_reported_once(small, tmp_path, squares
     assert reason.startswith("left/00.png: ") and sum(reason in note for note in notes) == 1
 
 
+@pytest.mark.slow
 def test_nan_weights_are_not_saved(small, tmp_path, monkeypatch):
     """The last step of an epoch can have a finite loss and still give weights that are not finite."""
     from fcvit.training.step import Trainer
@@ -510,6 +515,7 @@ def test_the_run_folder_may_not_be_inside_the_image_folder(small, squares):
         train(small(), folder=squares / "train" / "run", device="cpu")
 
 
+@pytest.mark.slow
 def test_an_odd_batch_size_works(small, tmp_path):
     assert train(small(epochs=1, batch_size=7), folder=tmp_path / "run", device="cpu").rows[0]["step"] == 2
 
@@ -615,6 +621,7 @@ def test_finetuning_chooses_the_head_and_the_batch_size(trained, tmp_path, squar
     assert finetune_recipe(trained, squares, {"drop_rate": "0.2"})[0].drop_rate == 0.2
 
 
+@pytest.mark.slow
 def test_the_warm_up_of_a_short_finetuning_is_shortened(trained, squares, small, tmp_path, notes):
     """Otherwise the learning rate would not reach its peak. An explicit value is kept, and a note is logged."""
     recipe, remarks = finetune_recipe(trained, squares, {"epochs": "1"})
@@ -629,6 +636,7 @@ def test_the_warm_up_of_a_short_finetuning_is_shortened(trained, squares, small,
     assert any("warm-up" in note and "1 epoch" in note and "--warmup-epochs" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_the_remaining_time_of_the_run_is_shown_from_the_first_step(small, tmp_path, monkeypatch, capsys):
     from fcvit.report import progress as module
 
@@ -690,6 +698,7 @@ def recipe_file(small, tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -103,6 +103,7 @@ def test_paddle_has_the_names_and_layouts_of_the_table(tmp_path):
     np.testing.assert_array_equal(state[upsample].numpy(), tensors[upsample])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -1078,6 +1078,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str, type[FcvitError]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_gives_one_clear_error(kind, tmp_path):
     make, fault, error = KINDS[kind]
@@ -1310,6 +1311,7 @@ def outcome(path: Path, spec: ModelSpec = SPEC) -> FcvitError | None:
     return None
 
 
+@pytest.mark.slow
 @formats
 def test_mutated_tiny_files_are_rejected(format, tmp_path):
     """No mutated tiny file is read as the weights of a network."""
@@ -1359,6 +1361,7 @@ randomly = settings(derandomize=True, deadline=None, max_examples=300, database=
 builders = st.sampled_from([zipped, legacy, paddle])
 
 
+@pytest.mark.slow
 @randomly
 @given(st.lists(st.one_of(st.sampled_from(INGREDIENTS), st.binary(max_size=6)), max_size=40), builders)
 def test_random_opcodes_are_rejected(tmp_path_factory, ingredients, build):
@@ -1367,6 +1370,7 @@ def test_random_opcodes_are_rejected(tmp_path_factory, ingredients, build):
     assert isinstance(outcome(path), FcvitError)
 
 
+@pytest.mark.slow
 @randomly
 @given(st.recursive(st.sampled_from(PARTS), nested, max_leaves=12), builders)
 def test_well_formed_pickles_with_wrong_values_are_rejected(tmp_path_factory, value, build):
@@ -1422,6 +1426,7 @@ def test_the_good_file_of_mmsegmentation_is_read(tmp_path):
     assert [c.name for c in weights.classes] == ["sky", "road", "car"] and weights.palette == ((1, 2, 3),) * 3
 
 
+@pytest.mark.slow
 @attacks
 def test_attacks_in_the_meta_of_a_segmenter_are_not_executed(attack, marker, tmp_path):
     payload = ATTACKS[attack][0](marker)
@@ -1468,6 +1473,7 @@ WRONG_META: dict[str, tuple[bytes, bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRONG_META)
 def test_wrong_classes_in_a_meta_are_one_note_and_the_weights_are_read(kind, tmp_path):
     names, colors, fault = WRONG_META[kind]
@@ -1506,6 +1512,7 @@ WRONG_SEGMENTERS: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRONG_SEGMENTERS)
 def test_wrong_tensors_of_a_segmenter_give_one_clear_error(kind, tmp_path):
     changes, fault = WRONG_SEGMENTERS[kind]
@@ -1520,6 +1527,7 @@ def test_truncated_segmenters_are_rejected(tmp_path):
         reading_error(write(tmp_path, content[:length]))
 
 
+@pytest.mark.slow
 def test_segmenters_with_mutated_pickles_are_rejected_or_read(tmp_path):
     rng = random.Random("segmenter")
     state, files = segmenter_files()
@@ -1535,6 +1543,7 @@ def test_segmenters_with_mutated_pickles_are_rejected_or_read(tmp_path):
 values = st.recursive(st.sampled_from(PARTS), nested, max_leaves=8)
 
 
+@pytest.mark.slow
 @settings(randomly, max_examples=100)
 @given(values, values)
 def test_any_values_can_be_the_classes_and_colors_of_a_meta(tmp_path_factory, names, colors):

@@ -582,6 +582,7 @@ def test_the_original_files_are_read_equally(format, tmp_path):
         assert not differing(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_mutants_are_never_read_as_different_numbers(format, tmp_path):
     make, mutate, read = FORMATS[format]

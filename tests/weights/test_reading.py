@@ -121,6 +121,7 @@ def test_a_custom_variant_is_recognized(tmp_path):
     assert dataclasses.replace(read.variant, name="mine", preprocessing=own.preprocessing) == own
 
 
+@pytest.mark.slow
 def test_an_assumed_preprocessing_is_reported(tmp_path):
     """Tensors do not contain the preprocessing. An ablation is not described by the variant's name only."""
     from fcvit.weights.synthetic import synthetic_tensors

@@ -79,6 +79,7 @@ SINGLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", SINGLE)
 def test_the_only_set_of_weights_is_used(layout, write, raw):
     weights = read_weights(write(SINGLE[layout](raw)))
@@ -188,6 +189,7 @@ def test_a_tensor_name_that_is_not_text_is_rejected(key, write, raw):
             read_weights(write({**tensors, key: np.ones(3)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", BOTH)
 def test_raw_and_ema_weights_are_distinguished(program, write, raw, ema):
     path = write(BOTH[program](raw, ema))
@@ -230,6 +232,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", SEVERAL)
 def test_several_sets_are_listed_and_selected_by_key(layout, write, raw, ema):
     make, key = SEVERAL[layout]

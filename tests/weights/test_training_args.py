@@ -185,6 +185,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(["mean", "std", "input_size", "crop_pct", "interpolation"]), VALUES))
 def test_arguments_of_any_kind_are_used_or_ignored(arguments):

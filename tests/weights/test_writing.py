@@ -56,6 +56,7 @@ def test_round_trip_gives_back_every_bit(tmp_path, digits_pth, digits_tensors, e
         assert not differing_tensors(back, read_weights(digits_pth))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".safetensors", ".pdparams", ".pth"])
 def test_writing_is_deterministic(tmp_path, digits_pth, ending):
     one, two = tmp_path / f"1{ending}", tmp_path / f"2{ending}"
@@ -73,6 +74,7 @@ def test_the_header_contains_every_field_of_the_variant(tmp_path, digits_pth):
     assert header["preprocessing"]["input_size"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dense", "head"), [(False, "classifier"), (True, "backbone")])
 def test_a_header_of_the_first_version_is_read(tmp_path, digits_tensors, dense, head):
     """Version 1 has a flag `dense` instead of task and head. The file gives the same weights as a current file."""
@@ -277,6 +279,7 @@ def test_an_existing_file_is_kept(tmp_path, digits_pth):
     assert read_weights(target).spec == DIGITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".safetensors", ".pdparams"])
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, digits_pth, ending, monkeypatch):
     target = tmp_path / f"x{ending}"
