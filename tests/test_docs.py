@@ -37,6 +37,14 @@ SHORT_STREETS = {"--scale": "32,32", "--neck-channels": "8", "--head-channels": 
 SHORT_RECIPES = {"--variant": "fcvit_digits", "--input-size": "32", "--precision": "float32"}
 
 
+# Pages whose blocks take more than 10 seconds of a core. They run in CI.
+LONG = {"README", "similarity", "export", "evaluate"}
+
+
+def marked(page):
+    return pytest.param(page, marks=[pytest.mark.ci] if page in LONG else [])
+
+
 def blocks(page, language):
     """Return the contents of a page's blocks in this language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
@@ -115,7 +123,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fcvit.errors.FreshWeights")  # a backbone from a classifier
 @pytest.mark.filterwarnings("ignore:No ccache found")  # a page imports Paddle before the package does
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash") or blocks(page, "python")])
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "bash") or blocks(page, "python")])
 def test_the_code_blocks_of_a_page_run_in_order(page, workplace, monkeypatch, capsys):
     monkeypatch.setattr("fcvit.training.log.training_curves", lambda *_: b"")
     if "runs/quickstart" in PAGES[page]:

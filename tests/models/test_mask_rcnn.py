@@ -26,7 +26,11 @@ from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors
 from fcvit.weights.writing import write_weights
 
-CASES = ["e2e_mini", "e2e_mini_batch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("e2e_odd", "e2e_b12"))]
+CASES = [
+    *("e2e_mini", "e2e_mini_batch"),
+    pytest.param("e2e_odd", marks=pytest.mark.slow),
+    pytest.param("e2e_b12", marks=pytest.mark.ci),
+]
 SMALL = MaskRCNNOptions(neck=8, rpn=8, box_channels=16, mask_channels=8)
 
 pytestmark = needs_paddle

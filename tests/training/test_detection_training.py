@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import io
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL_DETECTION, needs_paddle, write_shapes, write_synthetic
+from conftest import SMALL_DETECTION, needs_paddle, write_detector, write_shapes, write_synthetic
+from fcvit.commands.finetune import finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.class_colors import bright_colors
 from fcvit.data.loader import Batch
@@ -288,3 +290,33 @@ def test_fields_of_other_tasks_are_rejected():
         read_recipe("detection", {"crop_size": "64,64"})
     with pytest.raises(UsageError, match="anchor_scale"):
         read_recipe("detection", {"anchor_scale": "0"})
+
+
+def test_finetuning_a_detector_keeps_its_head_for_the_same_categories(shapes, tmp_path):
+    """The order of the categories does not matter, because they are compared by name. Widths and limits are kept."""
+    weights = write_detector(tmp_path / "det.safetensors", max_detections=7)
+    recipe, notes = finetune_recipe(weights, shapes)
+    assert recipe.task == "detection" and not recipe.new_head
+    assert any("categories match" in note for note in notes)
+    assert recipe.head_options() == read_weights(weights).spec.options
+    assert (recipe.max_detections, recipe.scale, recipe.schedule) == (7, (64, 48), "cosine"), "the recipe detection"
+    other = write_shapes(tmp_path / "other", "train", [(48, 64)] * 6, ("square", "ring"))
+    recipe, notes = finetune_recipe(weights, other)
+    assert recipe.new_head and not any("categories match" in note for note in notes)
+
+
+def test_finetuning_a_classifier_on_annotations_trains_a_detector(shapes, small, tmp_path):
+    classifier = write_synthetic(tmp_path / "classifier.safetensors", ModelSpec(small().network(), 2), None)
+    recipe, notes = finetune_recipe(classifier, shapes)
+    assert recipe.task == "detection" and recipe.new_head
+    assert any("COCO's format (annotations/instances_train" in note for note in notes)
+    both = tmp_path / "both"
+    shutil.copytree(shapes, both)
+    (both / "images").mkdir()
+    for image in sorted((both / "train").iterdir()):
+        shutil.copy(image, both / "images" / image.name)
+        Image.new("L", (64, 48)).save(both / "annotations" / f"{image.stem}.png")
+    with pytest.raises(UsageError) as error:
+        finetune_recipe(classifier, both)
+    for task in ("segmentation", "detection", "classification"):
+        assert f"--task {task}" in str(error.value)

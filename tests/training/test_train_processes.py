@@ -115,6 +115,7 @@ def test_sigterm_interrupts_cleanly(work):
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.ci
 def test_two_processes_match_one_process_that_accumulates(work, tmp_path):
     """The losses, running statistics and weights are equal except for rounding."""
     fields = {**FIELDS, "data": str(work / "images"), "clip_norm": 0.5, "accumulate": 2}
