@@ -118,12 +118,12 @@ def check_coco(layout: CocoLayout, few: int, workers: int) -> CocoCheck:
         for part, split in splits.items()
         for name, location in zip(split.names, split.locations, strict=True)
     ]
-    found = examine_images(images, workers, upright=True)
+    examined = examine_images(images, workers, upright=True)
     listed = (target.size for split in splits.values() for target in split.targets)
     different = [
-        Unreadable(image.name, different_size(found.readable[image].size, size))
+        Unreadable(image.name, different_size(examined.readable[image].size, size))
         for image, size in zip(images, listed, strict=True)
-        if image in found.readable and found.readable[image].size != size
+        if image in examined.readable and examined.readable[image].size != size
     ]
     counts = tuple(_count(name, split) for name, split in splits.items())
     classes = dict.fromkeys(label for split in counts for label in split.annotations)
@@ -131,10 +131,10 @@ def check_coco(layout: CocoLayout, few: int, workers: int) -> CocoCheck:
     return CocoCheck(
         splits=counts,
         few=few,
-        unreadable=(*found.unreadable, *different),
-        odd=found.odd,
-        modes=found.modes,
-        duplicates=found.duplicates,
+        unreadable=(*examined.unreadable, *different),
+        odd=examined.odd,
+        modes=examined.modes,
+        duplicates=examined.duplicates,
         path=path,
         missing={label: names for label, names in missing.items() if names},
         hints=tuple(hint for split in splits.values() for hint in split.hints),

@@ -158,15 +158,15 @@ def check_data(
     ]
     if not images:
         raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images found")
-    found = examine_images(images, workers)
+    examined = examine_images(images, workers)
     splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
     return DataCheck(
         splits=splits,
         few=few,
-        unreadable=found.unreadable,
-        odd=found.odd,
-        modes=found.modes,
-        duplicates=found.duplicates,
+        unreadable=examined.unreadable,
+        odd=examined.odd,
+        modes=examined.modes,
+        duplicates=examined.duplicates,
         missing=_missing(splits),
     )
 

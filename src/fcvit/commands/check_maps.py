@@ -149,7 +149,7 @@ def check_maps(
         for part, split in splits.items()
         for name, location in zip(split.names, split.locations, strict=True)
     ]
-    found = examine_images(images, workers, upright=True)
+    examined = examine_images(images, workers, upright=True)
     everything = join(splits.values())
     with progress("checking labels", len(images)) as advance:
         stats = []
@@ -184,10 +184,10 @@ def check_maps(
             for name, split in splits.items()
         ),
         few=few,
-        unreadable=(*found.unreadable, *unusable),
-        odd=found.odd,
-        modes=found.modes,
-        duplicates=found.duplicates,
+        unreadable=(*examined.unreadable, *unusable),
+        odd=examined.odd,
+        modes=examined.modes,
+        duplicates=examined.duplicates,
         path=path,
         encoding=encoding,
         hints=check_labels(everything, stats, encoding).hints,

@@ -173,12 +173,12 @@ def evaluate(
         expected.dataset = {"info": {}, **truth, "annotations": copies}  # pycocotools 2.0.10 needs `info`
         expected.createIndex()
         if rows:
-            found = expected.loadRes(rows)
+            detected = expected.loadRes(rows)
         else:  # `loadRes` fails without rows
-            found = coco()
-            found.dataset = {**truth, "annotations": []}
-            found.createIndex()
-        evaluation = cocoeval(expected, found, kind)
+            detected = coco()
+            detected.dataset = {**truth, "annotations": []}
+            detected.createIndex()
+        evaluation = cocoeval(expected, detected, kind)
         evaluation.params.catIds = [*category_ids]
         evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
@@ -214,14 +214,14 @@ def _percent(values: np.ndarray) -> float:
 
 
 def matches(
-    found: Detections, boxes: np.ndarray, labels: np.ndarray, iou: float = 0.5, crowd: np.ndarray | None = None
+    detections: Detections, boxes: np.ndarray, labels: np.ndarray, iou: float = 0.5, crowd: np.ndarray | None = None
 ) -> np.ndarray:
     """Match detections with objects of the same class by their boxes, the most confident detection first.
 
     This is the rule of COCO at one IoU threshold, for pictures and counts. `evaluate` computes the metrics.
 
     Args:
-        found: Detections in an image.
+        detections: Detections in an image.
         boxes, labels: x1, y1, x2, y2 and class of each object, (m, 4) and (m).
         iou: Smallest IoU of a match.
         crowd: Which objects are crowds, bool (m). A crowd matches any number of detections, if `iou` of their area is
@@ -232,7 +232,7 @@ def matches(
     """
     tools = import_framework("pycocotools.mask")
     crowd = np.zeros(len(boxes), bool) if crowd is None else crowd
-    result = np.full(len(found.scores), -1)
+    result = np.full(len(detections.scores), -1)
     if not len(boxes) or not len(result):
         return result
 
@@ -240,10 +240,10 @@ def matches(
         corners = np.asarray(corners, np.float64)
         return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
 
-    overlaps = np.array(tools.iou(sides(found.boxes), sides(boxes), crowd.astype(np.uint8)))
-    overlaps[found.labels[:, None] != labels] = -1
+    overlaps = np.array(tools.iou(sides(detections.boxes), sides(boxes), crowd.astype(np.uint8)))
+    overlaps[detections.labels[:, None] != labels] = -1
     free = np.ones(len(boxes), bool)
-    for index in np.argsort(-found.scores, kind="stable"):
+    for index in np.argsort(-detections.scores, kind="stable"):
         # An object is preferred to a crowd.
         for group in (~crowd, crowd):
             candidates = np.where(free & group, overlaps[index], -1)

@@ -127,17 +127,17 @@ class MaskRCNN(nn.Module):
         proposals = [one[:, :4] for one in proposals]
         logits, deltas = head.bbox_head(head.box_features(maps, to_rois(proposals), margins))
         counts = [len(boxes) for boxes in proposals]
-        found = []
+        selected = []
         for image, parts in enumerate(zip(proposals, logits.split(counts), deltas.split(counts), strict=True)):
             scale = None if scale_factors is None else torch.as_tensor(scale_factors[image]).to(logits)
-            found.append((*select(*parts, image_sizes[image].tolist(), options, scale, margins), scale))
+            selected.append((*select(*parts, image_sizes[image].tolist(), options, scale, margins), scale))
         if not options.masks:
-            return [Detections(boxes, scores, labels, None) for boxes, scores, labels, _ in found]
-        rois = to_rois([boxes if scale is None else boxes * scale for boxes, _, _, scale in found])
+            return [Detections(boxes, scores, labels, None) for boxes, scores, labels, _ in selected]
+        rois = to_rois([boxes if scale is None else boxes * scale for boxes, _, _, scale in selected])
         masks = head.mask_head(head.mask_features(maps, rois, margins))
-        masks = masks[torch.arange(len(masks)), torch.cat([labels for _, _, labels, _ in found])]
-        masks = masks.split([len(boxes) for boxes, *_ in found])
-        return [Detections(*one[:3], logits) for one, logits in zip(found, masks, strict=True)]
+        masks = masks[torch.arange(len(masks)), torch.cat([labels for _, _, labels, _ in selected])]
+        masks = masks.split([len(boxes) for boxes, *_ in selected])
+        return [Detections(*one[:3], logits) for one, logits in zip(selected, masks, strict=True)]
 
 
 class FPN(FeaturePyramid):

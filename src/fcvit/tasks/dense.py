@@ -135,9 +135,9 @@ def _only(layout: Layout, wanted: Role, option: str) -> str:
     """Return the name of the only split with this role, or of the split without a role."""
     names = layout.named(wanted) or [name for name in layout.splits if name == "all"]
     if len(names) != 1:
-        found = f"several ({', '.join(names)})" if names else f"only {', '.join(layout.splits)}"
+        existing = f"several ({', '.join(names)})" if names else f"only {', '.join(layout.splits)}"
         kind = {"train": "training", "val": "validation", "test": "test"}[wanted]
         raise UsageError(
-            f"{layout.source.path}: expected one {kind} split, found {found}; pass a data set with one with {option}"
+            f"{layout.source.path}: expected one {kind} split, found {existing}; pass a data set with one with {option}"
         )
     return names[0]

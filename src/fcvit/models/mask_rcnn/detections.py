@@ -127,13 +127,13 @@ def detect(
     if not options.masks:
         return results
     # RoIs are in pixels of the input.
-    found = [
+    input_boxes = [
         one.boxes if scale is None else one.boxes * scale.astype(one.boxes.dtype)
         for one, scale in zip(results, scales, strict=True)
     ]
-    rois, labels = to_rois(found), np.concatenate([one.labels for one in results])
+    rois, labels = to_rois(input_boxes), np.concatenate([one.labels for one in results])
     logits = mask_head(rois, labels) if len(rois) else np.zeros((0, MASK_SIDE, MASK_SIDE), rois.dtype)
-    masks = _by_image(logits, found)
+    masks = _by_image(logits, input_boxes)
     return [dataclasses.replace(one, mask_logits=mask) for one, mask in zip(results, masks, strict=True)]
 
 

@@ -130,9 +130,9 @@ class DetectionEvaluator:
     def compute(self, engine: Engine, images: Sequence[np.ndarray], targets: Sequence[Placement]) -> list[Detections]:
         """Return the detections in each image, in pixels of the original image."""
         batch, sizes = pad_batch(images)
-        found = engine.detect(batch, np.array(sizes), np.stack([target.factors for target in targets]))
+        detections = engine.detect(batch, np.array(sizes), np.stack([target.factors for target in targets]))
         results = []
-        for one, target in zip(found, targets, strict=True):
+        for one, target in zip(detections, targets, strict=True):
             masks = None
             if self.with_masks and one.mask_logits is not None:
                 pairs = zip(one.mask_logits, one.boxes, strict=True)
