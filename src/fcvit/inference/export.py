@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit import __version__
+from fcvit.data.classes import resolve_classes
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework, on_paddle_device
 from fcvit.inference.detector import BINS, BOX_HEAD, MASK_HEAD, TRUNK
@@ -115,7 +116,9 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
     """Describe the network, its input and its outputs, for storage with an export."""
-    spec = weights.spec
+    spec, classes = weights.spec, weights.classes
+    if spec.head == "classifier":  # with the names that `fcvit predict` shows if the weights have none
+        classes = resolve_classes(None, classes, spec.num_classes)
     return {
         "format_version": 1,
         "fcvit": __version__,
@@ -128,7 +131,7 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
         "input": _input(spec, interface),
         "outputs": list(output_shapes(spec, interface)),
         "preprocessing": dataclasses.asdict(interface.preprocessing),
-        "classes": weights.classes and [list(c) for c in weights.classes],
+        "classes": [list(c) for c in classes] if classes else None,
         "source_sha256": weights.source.sha256,
     }
 
