@@ -47,6 +47,7 @@ COMMANDS = {
         "compare": ("compare:compare", "FIRST SECOND", "Compare two evaluations on the same images."),
         "export": ("export:export", "FILE -o FILE.onnx", "Export to ONNX, Paddle Inference or OpenVINO, and check it."),
         "bench": ("bench:bench", "--weights FILE", "Measure the speed of the engines on this machine."),
+        "serve": ("serve:serve", "--weights FILE", "Serve predictions over HTTP, and compute requests in batches."),
         "demo": ("demo:demo", "--weights FILE", "Serve a local page with predictions and similarity maps."),
     },
     "Train": {

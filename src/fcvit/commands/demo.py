@@ -12,7 +12,6 @@ import io
 import itertools
 import logging
 import os
-import socket
 import tempfile
 import threading
 import webbrowser
@@ -27,7 +26,7 @@ from cyclopts import Parameter
 from PIL import Image
 
 from fcvit.analysis.similarity import FIRST, MapChoice, Scale, Seen, Viewer, Which, picture
-from fcvit.commands.options import Device, Ema, File
+from fcvit.commands.options import Device, Ema, File, require_free_port
 from fcvit.commands.predict import load
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
@@ -75,7 +74,7 @@ def demo(
         UnreadableFile, DoesNotFit: A checkpoint cannot be read.
     """
     if port is not None:
-        _require_free(port)
+        require_free_port(HOST, port)
     chosen = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
     Path(chosen).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fcvit-demo-", dir=chosen) as folder:
@@ -220,18 +219,6 @@ async def _reject(scope: Mapping[str, Any], send: Any, status: int, reason: str)
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": f"fcvit demo: {reason}\n".encode()})
-
-
-def _require_free(port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: expected 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            remedy = "choose another port, or leave --port out"
-            raise UsageError(f"--port {port}: {error.strerror or error}; {remedy}") from error
 
 
 def _gradio() -> Any:

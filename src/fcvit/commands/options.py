@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from fcvit.data.folders import find_images
 from fcvit.data.transforms.augment import Interpolation
 from fcvit.errors import UsageError
 from fcvit.models.variants import PreprocessingChange, three_channels
-from fcvit.tasks.base import TASKS, get_task
+from fcvit.tasks.base import TASKS, Task, get_task
 
 File = Path | str
 Output = Parameter(name=["--output", "-o"])
@@ -85,6 +86,41 @@ def given_options(options: Any) -> dict[str, Any]:
         return {}
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     return {name: value for name, value in vars(options).items() if value != defaults[name]}
+
+
+def task_options(command: str, task: Task, given: dict[str, Any]) -> Any:
+    """Return the prediction options of a task.
+
+    Args:
+        command: Name of the command, for messages.
+        task: The task of the weights.
+        given: Options and their values.
+
+    Raises:
+        UsageError: An option is not one of this task, or its value is invalid.
+    """
+    known = [field.name for field in dataclasses.fields(task.prediction)]
+    if unknown := [name for name in given if name not in known]:
+        listed, others = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (unknown, known))
+        raise UsageError(f"{command}: {listed}: not an option for {task.name}; use {others}")
+    return task.prediction(**given)
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Check that a server can listen on a port.
+
+    Raises:
+        UsageError: The number is invalid, or the port is in use or not permitted.
+    """
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: expected 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            remedy = "choose another port, or leave --port out"
+            raise UsageError(f"--port {port}: {error.strerror or error}; {remedy}") from error
 
 
 def named_images(command: str, images: Sequence[str | os.PathLike[str]], output: File | None) -> list[Path]:
