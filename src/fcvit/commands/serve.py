@@ -19,7 +19,6 @@ from fcvit.machine import available_threads
 
 ServiceOptions: Any = all_tasks("prediction")
 logger = logging.getLogger("fcvit")
-_PORTS = range(1024, 65536)
 
 
 def serve(
@@ -57,7 +56,7 @@ def serve(
         FcvitError: A worker process ended unexpectedly.
     """
     for name, value, low, high in (
-        ("port", port, _PORTS.start, _PORTS.stop - 1),
+        ("port", port, 1024, 65535),
         ("max-batch-size", max_batch_size, 1, 1024),
         ("max-wait-ms", max_wait_ms, 0.1, 1000),
         ("max-upload-mb", max_upload_mb, 0.01, 1000),
