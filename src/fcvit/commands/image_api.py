@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from litserve.loops import BatchedLoop
 from PIL import Image
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 import fcvit
 from fcvit.commands.options import task_options
@@ -41,14 +42,17 @@ async def uploaded(request: Request) -> Upload:
     Raises:
         HTTPException: The form does not contain exactly one file, or the body is empty.
     """
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with request.form() as form:
-            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            if len(files) != 1:
-                raise HTTPException(400, f"expected a form with one file, not {len(files)}")
-            upload = Upload((files[0].filename or "image")[:_LONGEST_NAME], await files[0].read())
-    else:
-        upload = Upload("image", await request.body())
+    try:
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            async with request.form() as form:
+                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                if len(files) != 1:
+                    raise HTTPException(400, f"expected a form with one file, not {len(files)}")
+                upload = Upload((files[0].filename or "image")[:_LONGEST_NAME], await files[0].read())
+        else:
+            upload = Upload("image", await request.body())
+    except ClientDisconnect:
+        raise HTTPException(400, "the connection was closed") from None  # only for the log
     if not upload.content:
         raise HTTPException(400, f"{upload.name}: the file is empty; send an image")
     return upload

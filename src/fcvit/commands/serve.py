@@ -63,7 +63,7 @@ def serve(
         ("workers", workers, 1, 256),
     ):
         if not low <= value <= high:
-            raise UsageError(f"--{name} {value}: expected {low} to {high}")
+            raise UsageError(f"--{name} {value:g}: expected {low} to {high}")
     litserve = _litserve()
     require_free_port(host, port)
     from fcvit.commands.image_api import ImageAPI
