@@ -12,24 +12,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.commands.options import (
-    Classes,
-    Device,
-    Ema,
-    File,
-    Flag,
-    Output,
-    Threads,
-    all_tasks,
-    given_options,
-    task_options,
-)
+from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads, all_tasks, given_options
 from fcvit.data.folders import find_images
 from fcvit.errors import BadImages, UsageError
 from fcvit.inference.engines import AUTO, CHOICES, Engine, create_engine
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.report.progress import progress
-from fcvit.tasks.base import task_of
+from fcvit.tasks.base import Task, task_of
 from fcvit.text import csv_text, printable
 from fcvit.weights.reading import Weights, read_weights
 
@@ -159,7 +148,7 @@ def predict(
         raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
     read = read_weights(weights, ema)
-    chosen = vars(task_options("predict", task_of([read]), given_options(options)))
+    chosen = vars(_options_of(task_of([read]), given_options(options)))
     predictor = load(read, classes=classes, device=device, engine=engine, threads=threads)
     good: list[tuple[Path, list[dict[str, Any]]]] = []
     bad: list[str] = []
@@ -186,6 +175,19 @@ def predict(
         lines = ({"path": str(path), "predictions": rows} for path, rows in good)
         runs.write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
     return predictions
+
+
+def _options_of(task: Task, given: dict[str, Any]) -> Any:
+    """Return the prediction options of a task.
+
+    Raises:
+        UsageError: An option is not one of this task, or its value is invalid.
+    """
+    known = [field.name for field in dataclasses.fields(task.prediction)]
+    if unknown := [name for name in given if name not in known]:
+        listed, others = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (unknown, known))
+        raise UsageError(f"predict: {listed}: not an option for {task.name}; use {others}")
+    return task.prediction(**given)
 
 
 def _cell(value: Any) -> Any:

@@ -116,9 +116,10 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
     """Describe the network, its input and its outputs, for storage with an export."""
-    spec, classes = weights.spec, weights.classes
-    if spec.head == "classifier":  # with the names that `fcvit predict` shows if the weights have none
-        classes = resolve_classes(None, classes, spec.num_classes)
+    spec = weights.spec
+    classes = weights.classes
+    if spec.head == "classifier":  # if the weights have no names, those that `fcvit predict` shows
+        classes = resolve_classes(None, classes, spec.num_classes) or None
     return {
         "format_version": 1,
         "fcvit": __version__,
@@ -131,7 +132,7 @@ def description(weights: Weights, interface: Interface) -> dict[str, Any]:
         "input": _input(spec, interface),
         "outputs": list(output_shapes(spec, interface)),
         "preprocessing": dataclasses.asdict(interface.preprocessing),
-        "classes": [list(c) for c in classes] if classes else None,
+        "classes": classes and [list(c) for c in classes],
         "source_sha256": weights.source.sha256,
     }
 
