@@ -27,7 +27,7 @@ from conftest import DIGITS, needs_paddle, write_pth
 from fcvit.analysis.similarity import MapChoice, Viewer, picture
 from fcvit.commands import demo as task
 from fcvit.commands import quickstart
-from fcvit.commands.predict import load
+from fcvit.tasks.predictor import load
 from fcvit.data.classes import ClassName, digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
