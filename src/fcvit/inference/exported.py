@@ -84,16 +84,17 @@ def read_network(path: str | os.PathLike[str], ema: bool | None = None) -> Weigh
         UnreadableFile, UsageError, DoesNotFit: See `read_weights` and `read_export`.
         MissingExtra: The package that reads an .onnx file is not installed.
     """
-    target = _export_format(Path(path))
+    target = export_format(path)
     if target is None:
         return read_weights(path, ema)
     if ema is not None:
         raise UsageError(f"{path}: an export contains one set of weights; omit --ema and --no-ema")
-    return read_export(Path(path), target)
+    return read_export(path, target)
 
 
-def _export_format(path: Path) -> str | None:
+def export_format(path: str | os.PathLike[str]) -> str | None:
     """Return the format of an export by its file name. A .json file without one of the others is not an export."""
+    path = Path(path)
     for target, endings in ENDINGS.items():
         known = files(path, target) if path.suffix == endings[-1] else []
         if known and (target != "paddle" or any(file.is_file() for file in known[:-1])):
@@ -101,7 +102,7 @@ def _export_format(path: Path) -> str | None:
     return None
 
 
-def read_export(path: Path, target: str) -> ExportedWeights:
+def read_export(path: str | os.PathLike[str], target: str) -> ExportedWeights:
     """Read the files of an export: one graph, or those of all parts of a detector.
 
     Args:
@@ -114,6 +115,7 @@ def read_export(path: Path, target: str) -> ExportedWeights:
         UsageError: The file is the head of a detector.
         MissingExtra: The package that reads an .onnx file is not installed.
     """
+    path = Path(path)
     first = _read_graph(path, target)
     spec = first.header.spec
     trunk, *heads = parts(spec)
