@@ -9,12 +9,12 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
-from fcvit.tasks.predictor import load
 from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.inference.engines import create_engine
 from fcvit.tasks.classification.prediction import Classifier, rank
+from fcvit.tasks.predictor import load
 from fcvit.weights.reading import read_weights
 
 NAMES = tuple(ClassName(str(i), f"digit {i}") for i in range(10))

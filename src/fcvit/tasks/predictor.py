@@ -166,12 +166,12 @@ class Predictor(metaclass=_LoadsFile):
 
         Raises:
             UsageError: The batch has none of the columns, or an option is invalid.
-            MissingExtra: Ray Data is not installed.
+            MissingExtra: pyarrow is not installed.
         """
         try:
-            arrow, blocks = importlib.import_module("pyarrow"), importlib.import_module("ray.data.block")
+            arrow = importlib.import_module("pyarrow")
         except ImportError as error:
-            raise MissingExtra(f"Ray Data is not available ({error}); install it: pip install 'fcvit[ray]'") from error
+            raise MissingExtra(f"pyarrow is not available ({error}); install it: pip install 'fcvit[ray]'") from error
         source = next((name for name in _IMAGES if name in batch), None)
         if source is None:
             listed = ", ".join(map(str, batch))
@@ -185,10 +185,7 @@ class Predictor(metaclass=_LoadsFile):
         for result in self.stream(images, **options):
             bad = isinstance(result, BadImages)
             results.append({"error": str(result)} if bad else self.columns(result))
-        columns: dict[str, Any] = {}
-        if kept:
-            block = blocks.BlockAccessor.batch_to_arrow_block(kept)
-            columns = {name: block[name] for name in block.column_names}
+        columns = {name: _arrow_array(arrow, np.asarray(values)) for name, values in kept.items()}
         for name, kind in {**self.COLUMNS, "error": str}.items():
             columns[name] = arrow.array([result.get(name) for result in results], _arrow_type(arrow, kind))
         return arrow.table(columns)
@@ -206,6 +203,11 @@ def _image(value: Any, path: Any, number: int) -> ImageLike:
     if value is None or isinstance(value, bytes):
         return EncodedImage(value or b"", str(path or f"image {number} of the batch"))
     return value
+
+
+def _arrow_array(arrow: ModuleType, values: np.ndarray) -> Any:
+    """Return a column as an Arrow array, whose elements are tensors if the column has more than one dimension."""
+    return arrow.array(values) if values.ndim == 1 else arrow.FixedShapeTensorArray.from_numpy_ndarray(values)
 
 
 def _arrow_type(arrow: ModuleType, kind: Any) -> Any:

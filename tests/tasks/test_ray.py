@@ -1,0 +1,131 @@
+"""Test predictors on a Ray cluster of two nodes, one of which is killed. The cluster runs in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+IMAGES, BEFORE = 40, 8
+LIMIT = 90  # seconds
+WEIGHTS = {"classification": "c.onnx", "segmentation": "s.safetensors", "detection": "d.safetensors"}
+OPTIONS = {"classification": {"top_k": 2}, "segmentation": {}, "detection": {"score_threshold": 0.0}}
+
+
+@pytest.mark.ci
+def test_a_killed_node_of_a_ray_cluster_loses_no_image(tmp_path):
+    for package in ("ray", "pyarrow", "onnxruntime", "cv2", "pycocotools"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from conftest import DIGITS, write_detector, write_synthetic
+    from fcvit.commands.export import export
+    from fcvit.models.spec import ModelSpec, SemanticFPNOptions
+
+    fpn = ModelSpec(DIGITS.variant, 5, "semantic_fpn", SemanticFPNOptions(16, 8, 128, 64, 32))
+    export(write_synthetic(tmp_path / "c.safetensors", DIGITS), tmp_path / "c.onnx")
+    write_synthetic(tmp_path / "s.safetensors", fpn)
+    write_detector(tmp_path / "d.safetensors")
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(IMAGES - 1):
+        pixels = generator.integers(0, 256, (40 + index, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index:02d}.png")
+    (tmp_path / "images" / "no image.png").write_bytes(b"no image")
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        _, messages = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, messages.decode()[-4000:]
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["actors"] == 2 and done["lost"] >= 1, "the killed node had an actor"
+    for task, weights in WEIGHTS.items():
+        expected = predicted(tmp_path, weights, OPTIONS[task])
+        rows = {row["path"]: row for row in done[task]}
+        assert len(rows) == len(done[task]) == (IMAGES if task == "classification" else BEFORE)
+        bad = [path for path, row in rows.items() if row["error"]]
+        assert [Path(path).name for path in bad] == ["no image.png"] and rows[bad[0]]["predictions"] is None
+        for path, row in rows.items():
+            if path not in bad:
+                assert len(row["predictions"]) == len(expected[path])
+                for found, other in zip(row["predictions"], expected[path], strict=True):
+                    assert {name: found[name] for name in other} == pytest.approx(other, abs=1e-6)
+
+
+def predicted(folder, weights, options):
+    """Return the output of `fcvit predict`."""
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "fcvit", "predict", str(folder / "images"), "--weights", str(folder / weights)]
+    command += ["--engine", "onnxruntime", "--json", "-q", *words]
+    return json.loads(subprocess.run(command, capture_output=True, check=False).stdout)["predictions"]
+
+
+def job(folder):
+    """Predict on two nodes. While most images wait, kill one of the nodes."""
+    import tempfile
+
+    import ray
+    import ray._private.state
+    import ray.data
+    from ray.cluster_utils import Cluster
+
+    import fcvit
+
+    def wait(batch):
+        """Delay all but the first images until a node was killed."""
+        late = any(not path.endswith(tuple(f"0{index}.png" for index in range(BEFORE))) for path in batch["path"])
+        end = time.monotonic() + LIMIT
+        while late and not (folder / "killed").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        return batch
+
+    def plain(row):
+        return {name: value for name, value in row.items() if not isinstance(value, bytes)}
+
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as place:  # short: it contains sockets
+        settings = {"num_cpus": 3, "object_store_memory": 80 << 20}
+        cluster = Cluster(
+            initialize_head=True, head_node_args={**settings, "include_dashboard": False, "temp_dir": place}
+        )
+        second = cluster.add_node(**settings)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        paths = sorted(str(path) for path in (folder / "images").iterdir())
+        done = {}
+        for task in ("segmentation", "detection"):
+            data = ray.data.read_binary_files([*paths[: BEFORE - 1], paths[-1]], include_paths=True)
+            given = {
+                "fn_constructor_args": (str(folder / WEIGHTS[task]),),
+                "fn_constructor_kwargs": {"engine": "onnxruntime"},
+                "fn_kwargs": OPTIONS[task],
+                "compute": ray.data.ActorPoolStrategy(size=1),
+            }
+            done[task] = [plain(row) for row in data.map_batches(fcvit.Predictor, **given).take_all()]
+        data = ray.data.read_binary_files(paths, include_paths=True, override_num_blocks=IMAGES // 4)
+        given = {"fn_constructor_args": (str(folder / WEIGHTS["classification"]),), "fn_kwargs": {"top_k": 2}}
+        given["compute"] = ray.data.ActorPoolStrategy(size=2)
+        rows = []
+        for row in data.map_batches(wait, batch_size=4).map_batches(fcvit.Predictor, batch_size=4, **given).iter_rows():
+            rows.append(plain(row))
+            if len(rows) == BEFORE // 2:
+                alive = [each for each in ray._private.state.actors().values() if each["State"] == "ALIVE"]
+                done["actors"] = sum("MapWorker" in each["ActorClassName"] for each in alive)
+                done["lost"] = sum(each["Address"]["NodeID"] == second.node_id for each in alive)
+                cluster.remove_node(second, allow_graceful=False)
+                (folder / "killed").touch()
+        done["classification"] = rows
+        (folder / "done.json").write_text(json.dumps(done))
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    job(Path(sys.argv[1]))
