@@ -72,7 +72,7 @@ def exported(classifier, tmp_path):
 CASES = [
     ("classification", ".onnx"),
     *(
-        pytest.param(task, ending, marks=pytest.mark.ci if ending == ".json" else pytest.mark.slow)
+        pytest.param(task, ending, marks=pytest.mark.slow if ending == ".onnx" else pytest.mark.ci)
         for task, ending in [
             ("classification", ".xml"),
             ("classification", ".json"),
