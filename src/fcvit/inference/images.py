@@ -40,7 +40,7 @@ class EncodedImage(io.BytesIO):
         return self.name
 
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | EncodedImage"
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | EncodedImage
 _ACCEPTED = "a path, a PIL image, a uint8 array (height, width, 3) in RGB, or several of these"
 Result = TypeVar("Result")
 
