@@ -114,8 +114,8 @@ class _LoadsFile(type):
 class Predictor(metaclass=_LoadsFile):
     """A network with its preprocessing and class names. `fcvit.Predictor(path, ...)` is `fcvit.load(path, ...)`.
 
-    `ds.map_batches(fcvit.Predictor, fn_constructor_args=("weights.safetensors",), batch_size=32, concurrency=2)`
-    predicts the images of a Ray data set. For the columns, see `__call__`.
+    `ds.map_batches(fcvit.Predictor, fn_constructor_args=("weights.safetensors",), compute=ActorPoolStrategy(size=2))`
+    predicts the images of a data set of Ray. For the columns, see `__call__`.
 
     A predictor that was loaded from a file can be pickled. The pickle contains the path and the SHA-256 of the file,
     not the weights. The file is read on the first use in another process, once in each process.
