@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fcvit.commands.finetune import finetune as finetune
     from fcvit.commands.head_stats import head_stats as head_stats
     from fcvit.commands.inspect import inspect as inspect
-    from fcvit.commands.predict import load as load
     from fcvit.commands.resume import resume as resume
     from fcvit.commands.similarity import similarity as similarity
     from fcvit.commands.train import train as train
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from fcvit.tasks.detection.prediction import DetectedImage as DetectedImage
     from fcvit.tasks.detection.prediction import Detector as Detector
     from fcvit.tasks.detection.recipe import DetectionRecipe as DetectionRecipe
+    from fcvit.tasks.predictor import Predictor as Predictor
+    from fcvit.tasks.predictor import load as load
     from fcvit.tasks.segmentation.prediction import SegmentedImage as SegmentedImage
     from fcvit.tasks.segmentation.prediction import Segmenter as Segmenter
     from fcvit.tasks.segmentation.recipe import SegmentationRecipe as SegmentationRecipe
@@ -58,7 +59,8 @@ _MODULES = {
     "create_model": "models.build",
     "create_backbone": "models.build",
     "read_weights": "weights.reading",
-    "load": "commands.predict",
+    "load": "tasks.predictor",
+    "Predictor": "tasks.predictor",
     "Classifier": "tasks.classification.prediction",
     "Segmenter": "tasks.segmentation.prediction",
     "SegmentedImage": "tasks.segmentation.prediction",

@@ -27,7 +27,6 @@ from conftest import DIGITS, needs_paddle, write_pth
 from fcvit.analysis.similarity import MapChoice, Viewer, picture
 from fcvit.commands import demo as task
 from fcvit.commands import quickstart
-from fcvit.commands.predict import load
 from fcvit.data.classes import ClassName, digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import MissingExtra, UsageError
@@ -35,6 +34,7 @@ from fcvit.models.spec import MaskRCNNOptions, ModelSpec
 from fcvit.report.image_grid import png
 from fcvit.report.instances import enlarged
 from fcvit.tasks.detection.prediction import DetectedImage
+from fcvit.tasks.predictor import load
 from fcvit.tasks.segmentation.prediction import SegmentedImage
 from fcvit.weights.reading import read_weights
 from fcvit.weights.synthetic import synthetic_tensors

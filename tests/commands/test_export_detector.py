@@ -52,7 +52,7 @@ def test_the_files_of_a_detector_are_sufficient_to_run_it(tmp_path):
     assert any("box_head: 4 RoIs of 7 x 7, run by onnxruntime" in cell for cell in table.columns[1].cells)
     about = json.loads({p.key: p.value for p in onnx.load(exported.files[-1]).metadata_props}["fcvit"])
     assert about["task"] == "detection" and about["part"] == TRUNK and about["classes"][1] == ["1", "dog"]
-    options = MaskRCNNOptions(**about["options"])
+    options = MaskRCNNOptions(**about["head_options"])
     assert options == OPTIONS and about["preprocessing"]["mean"] == list(Preprocessing().mean)
     networks = dict(zip((BOX_HEAD, MASK_HEAD, TRUNK), map(network, exported.files), strict=True))
     images = np.random.default_rng(0).standard_normal((1, 3, 64, 96)).astype(np.float32)

@@ -9,12 +9,12 @@ from PIL import Image
 
 from conftest import DIGITS, needs_paddle, needs_torch, write_pth
 from fcvit.commands.convert import convert
-from fcvit.commands.predict import load
 from fcvit.data.classes import ClassName
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UsageError
 from fcvit.inference.engines import create_engine
 from fcvit.tasks.classification.prediction import Classifier, rank
+from fcvit.tasks.predictor import load
 from fcvit.weights.reading import read_weights
 
 NAMES = tuple(ClassName(str(i), f"digit {i}") for i in range(10))
@@ -77,7 +77,7 @@ def test_load_returns_a_working_classifier(tmp_path, digits_pth, pictures):
 class Recorder:
     """An engine that returns the mean of each channel and records the batch sizes."""
 
-    name, device, precision = "recorder", "cpu", "float32"
+    name, device, precision, threads = "recorder", "cpu", "float32", None
 
     def __init__(self):
         self.sizes = []
@@ -183,7 +183,7 @@ def test_the_paddle_network_is_available_with_any_engine(classifier):
 
 def test_load_has_the_default_engine_of_the_command(digits_pth, monkeypatch):
     given = []
-    monkeypatch.setattr("fcvit.commands.predict.create_engine", lambda *a, **k: given.append((a, k)) or Recorder())
+    monkeypatch.setattr("fcvit.tasks.predictor.create_engine", lambda *a, **k: given.append((a, k)) or Recorder())
     load(digits_pth, threads=2)
     load(digits_pth, engine="torch", device="cpu")
     ((auto, *_, first), options), ((name, *_, second), _) = given

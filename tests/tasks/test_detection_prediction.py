@@ -247,7 +247,7 @@ def test_load_returns_a_detector_that_computes_with_the_network(file, photos):
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fcvit.commands.predict.create_engine", lambda *_, **__: Fixed())
+    monkeypatch.setattr("fcvit.tasks.predictor.create_engine", lambda *_, **__: Fixed())
     (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
 
     def call(*words):

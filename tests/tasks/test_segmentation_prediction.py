@@ -390,7 +390,7 @@ def test_load_returns_a_segmenter_that_computes_with_the_network(file, photos):
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fcvit.commands.predict.create_engine", lambda *_, **__: Colors())
+    monkeypatch.setattr("fcvit.tasks.predictor.create_engine", lambda *_, **__: Colors())
 
     def call(*words):
         code = main(["predict", *map(str, words), "--weights", "seg.safetensors"])

@@ -27,13 +27,13 @@ from PIL import Image
 
 from fcvit.analysis.similarity import FIRST, MapChoice, Scale, Seen, Viewer, Which, picture
 from fcvit.commands.options import Device, Ema, File, require_free_port
-from fcvit.commands.predict import load
 from fcvit.data.classes import digits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, MissingExtra, NumbersDisagree, UsageError
 from fcvit.models.maps import Place, choose, places
 from fcvit.report.instances import enlarged
 from fcvit.tasks.detection.prediction import DetectedImage
+from fcvit.tasks.predictor import load
 from fcvit.tasks.segmentation.prediction import SegmentedImage
 from fcvit.text import printable
 from fcvit.weights.reading import read_weights

@@ -5,10 +5,12 @@ from typing import Any
 
 from fcvit.commands.options import Ema, File, Flag
 from fcvit.errors import DoesNotFit
+from fcvit.inference.exported import ExportedWeights, export_format, read_export
+from fcvit.inference.interface import output_shapes
 from fcvit.models.spec import ModelSpec, parameter_count
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.weights.checkpoint import read_checkpoint
-from fcvit.weights.reading import WeightsDoNotFit, read_weights
+from fcvit.weights.reading import Weights, WeightsDoNotFit, read_weights
 
 _LABELS = {
     "form": "network",
@@ -54,7 +56,7 @@ def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | No
     """Describe a weights file. This needs no framework and executes nothing in the file.
 
     Args:
-        path: A weights file. The format is detected from the content.
+        path: A weights file, whose format is detected from the content, or an export.
         tensors: List every tensor.
         key: Name of the set of weights, if the file has several. For example teacher or model.state_dict.
 
@@ -63,6 +65,8 @@ def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | No
         UnreadableFile: The file cannot be read safely. A file that does not match an FCViT raises no error. Its
             description contains the `problems`.
     """
+    if target := export_format(path):
+        return _inspect_export(read_export(path, target))
     checkpoint = read_checkpoint(path)
     raw = any(not one.averaged for one in checkpoint.sets)
     chosen = ema if ema is not None or not checkpoint.has_ema else not raw
@@ -92,24 +96,50 @@ def inspect(path: File, *, ema: Ema = None, tensors: Flag = False, key: str | No
     except DoesNotFit as error:
         result["problems"] = [str(error)]
         return result
-    spec = weights.spec
-    preprocessing = resolve_preprocessing(None, weights.preprocessing, spec.variant)
     header = checkpoint.header
-    result |= {
-        "variant": spec.variant.name,
-        "form": str(spec),
-        "num_classes": spec.num_classes,
-        "parameters": parameter_count(spec),
+    result |= _network(weights) | {
         "layout": weights.layout,
-        **_input(spec, preprocessing),
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
         "preprocessing_from": "file" if weights.preprocessing else "variant",
-        "classes": [list(c) for c in weights.classes] if weights.classes else None,
         "source_sha256": header.source_sha256 if header else None,
         "notes": list(weights.notes),
     }
     return result
+
+
+def _inspect_export(weights: ExportedWeights) -> Inspection:
+    """Describe the files of an export."""
+    source, interface = weights.source, next(iter(weights.graphs.values()))[1]
+    size = "any size" if interface.size is None else " x ".join(map(str, interface.size))
+    return Inspection(
+        {
+            "file": str(source.path),
+            "bytes": source.size,
+            "sha256": source.sha256,
+            "format": source.format,
+            "runtime": weights.runtime,
+            "precision": weights.precision,
+            "images": f"{'uint8' if interface.uint8 else 'float32, normalized'}, {size}",
+            "outputs": list(output_shapes(weights.spec, interface)),
+            **_network(weights),
+            "source_sha256": source.header.source_sha256 if source.header else None,
+            "problems": [],
+        }
+    )
+
+
+def _network(weights: Weights) -> dict[str, Any]:
+    """Describe the network, its preprocessing and its classes."""
+    spec, preprocessing = weights.spec, resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
+    return {
+        "variant": spec.variant.name,
+        "form": str(spec),
+        "num_classes": spec.num_classes,
+        "parameters": parameter_count(spec),
+        **_input(spec, preprocessing),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "classes": [list(c) for c in weights.classes] if weights.classes else None,
+    }
 
 
 def _input(spec: ModelSpec, preprocessing: Preprocessing) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import json
-import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +13,15 @@ from fcvit import run_folder as runs
 from fcvit.commands.options import Classes, Device, Ema, File, Flag, Output, Threads, all_tasks, given_options
 from fcvit.data.folders import find_images
 from fcvit.errors import BadImages, UsageError
-from fcvit.inference.engines import AUTO, CHOICES, Engine, create_engine
-from fcvit.models.variants import Preprocessing, resolve_preprocessing
+from fcvit.inference.engines import AUTO, CHOICES
+from fcvit.inference.exported import read_network
 from fcvit.report.progress import progress
 from fcvit.tasks.base import Task, task_of
+from fcvit.tasks.predictor import load
 from fcvit.text import csv_text, printable
-from fcvit.weights.reading import Weights, read_weights
 
 _TABLES = (".csv", ".jsonl")
 PredictionOptions: Any = all_tasks("prediction")
-logger = logging.getLogger("fcvit")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -74,46 +71,6 @@ class Predictions:
             yield f"written to {self.written}"
 
 
-def load(
-    path: "Weights | str | os.PathLike[str]",
-    *,
-    ema: bool | None = None,
-    classes: Any = None,
-    device: str = "auto",
-    engine: str = AUTO,
-    threads: int | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Any:
-    """Load the network, preprocessing and class names from a weights file, ready for `predict`.
-
-    Args:
-        path: A checkpoint of any format, or weights in memory.
-        ema: Whether to use the EMA or the raw weights of a file that contains both.
-        classes: Class list to use instead of that of the file: a list, or the path of a file.
-        device: auto, cpu, gpu or gpu:N.
-        engine: Name of the engine. "auto" selects the fastest installed engine that passes the numerical check.
-        threads: Number of CPU threads. None means one per core.
-        preprocessing: Preprocessing to use instead of that of the weights.
-
-    Returns:
-        The predictor for the task of the weights: a `fcvit.Classifier`, a `fcvit.Segmenter` for segmentation, or
-        a `fcvit.Detector` for detection.
-
-    Raises:
-        UnreadableFile, DoesNotFit, UsageError: The file is invalid. See `fcvit.weights.reading.read_weights`.
-        MissingExtra, NumbersDisagree: The engine cannot be used. See `fcvit.inference.engines.create_engine`.
-    """
-    weights = path if isinstance(path, Weights) else read_weights(path, ema)
-    for note in weights.notes:
-        logger.info(note)
-    chosen = resolve_preprocessing(preprocessing, weights.preprocessing, weights.spec.variant)
-
-    def create() -> Engine:
-        return create_engine(engine, weights, chosen, device, threads=threads)
-
-    return task_of([weights]).predictor(weights, chosen, classes, create)
-
-
 def predict(
     *images: str,
     weights: File,
@@ -130,7 +87,7 @@ def predict(
 
     Args:
         images: Files, folders (searched recursively) or quoted patterns.
-        weights: A checkpoint of any format.
+        weights: A checkpoint of any format, or an exported file.
         options: Options of the task of the weights.
         csv: Print the predictions as CSV.
         output: New file for the predictions (.csv or .jsonl), or new folder for pictures with the predictions. For
@@ -147,7 +104,7 @@ def predict(
     if output is not None and output.exists():
         raise UsageError(f"{output} already exists; choose another -o")
     paths = find_images(images)
-    read = read_weights(weights, ema)
+    read = read_network(weights, ema)
     chosen = vars(_options_of(task_of([read]), given_options(options)))
     predictor = load(read, classes=classes, device=device, engine=engine, threads=threads)
     good: list[tuple[Path, list[dict[str, Any]]]] = []

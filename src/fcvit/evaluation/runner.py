@@ -33,10 +33,11 @@ from fcvit.evaluation.results import Evaluation, NotWritten, RunRecords
 from fcvit.evaluation.settings import Configuration, Plan, Settings, absolute
 from fcvit.inference.batch_size import fitting_batch_size
 from fcvit.inference.engines import Engine
+from fcvit.inference.exported import read_network
 from fcvit.processes import Processes, join
 from fcvit.report.progress import progress
 from fcvit.tasks.base import Evaluator, get_task, task_of
-from fcvit.weights.reading import Weights, read_weights
+from fcvit.weights.reading import Weights
 
 JOURNALS = "journals"
 _SAMPLE = 64  # number of images whose content is checked when a run is resumed with moved data
@@ -64,7 +65,7 @@ def evaluate(
     processes = join()
     paths = tuple(absolute(item.source.path if isinstance(item, Weights) else item) for item in weights)
     pairs = zip(weights, paths, strict=True)
-    loaded = [item if isinstance(item, Weights) else read_weights(path, settings.ema) for item, path in pairs]
+    loaded = [item if isinstance(item, Weights) else read_network(path, settings.ema) for item, path in pairs]
     for note in dict.fromkeys(note for item in loaded for note in item.notes):
         logger.info(note)
     task = task_of(loaded)
@@ -145,7 +146,7 @@ def resume(
     if moved:
         request = request.moved(moved)
         record |= request.to_json()
-    loaded = [read_weights(path, request.settings.ema) for path in request.weights]
+    loaded = [read_network(path, request.settings.ema) for path in request.weights]
     evaluator = get_task(request.task).evaluator(loaded, Path(request.data), request.options)
     plan = Plan(request.settings, loaded, processes.device(request.settings.device), evaluator)
     now, before = _agreed_identity(plan, processes), record.get("identity", {})

@@ -21,6 +21,7 @@ from fcvit.evaluation.protocols import AUTHORS, Protocol, protocols
 from fcvit.frameworks import parse_device
 from fcvit.inference.cache import PACKAGES
 from fcvit.inference.engines import AUTO, CHOICES, Engine, Precision, create_engine
+from fcvit.inference.exported import ExportedWeights
 from fcvit.inference.quantize import calibration_images
 from fcvit.models.variants import Preprocessing, resolve_preprocessing
 from fcvit.tasks.base import Evaluator
@@ -126,7 +127,7 @@ class Plan:
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
         self._engines: dict[tuple[int, str, str], Engine] = {}
         if AUTO in settings.engines.split(","):
-            self._name_engines(loaded[0])
+            self._name_engines(loaded)
         self.configurations: list[Configuration] = []
         self.crops: list[Preprocessing] = []
         for weights in loaded:
@@ -147,27 +148,44 @@ class Plan:
         own = resolve_preprocessing(None, weights.preprocessing, weights.spec.variant)
         return dataclasses.replace(own, **(self.settings.preprocessing or {}))
 
-    def _name_engines(self, weights: Weights) -> None:
-        """Replace "auto" in the settings by the name of the engine chosen for the first weights."""
+    def _name_engines(self, loaded: Sequence[Weights]) -> None:
+        """Replace "auto" in the settings by the engine chosen for the first checkpoint, and the runtimes of exports."""
         settings = self.settings
         precision = "float32" if settings.precision == "int8" else settings.precision
-        given = (AUTO, weights, self._resolved(weights), self.device, precision, settings.threads)
-        engine = create_engine(*given)
-        names = [engine.name if name == AUTO else name for name in settings.engines.split(",")]
-        self.settings = dataclasses.replace(settings, engines=",".join(names))
-        self._engines[id(weights), engine.name, engine.precision] = engine
+        chosen = []
+        for weights in [each for each in loaded if not isinstance(each, ExportedWeights)][:1]:
+            given = (AUTO, weights, self._resolved(weights), self.device, precision, settings.threads)
+            engine = create_engine(*given)
+            self._engines[id(weights), engine.name, engine.precision] = engine
+            chosen.append(engine.name)
+        chosen += [each.runtime for each in loaded if isinstance(each, ExportedWeights)]
+        names = [one for name in settings.engines.split(",") for one in (chosen if name == AUTO else [name])]
+        self.settings = dataclasses.replace(settings, engines=",".join(dict.fromkeys(names)))
+
+    def _run_by(self, weights: Weights) -> tuple[list[str], list[str]]:
+        """Return the engines and precisions of one weights file. An export has the engine and precision of its file.
+
+        Raises:
+            UsageError: The engine of an export was not requested.
+        """
+        engines = self.settings.engines.split(",")
+        if not isinstance(weights, ExportedWeights):
+            return engines, self.precisions
+        if weights.runtime not in engines:
+            raise UsageError(f"--engine {self.settings.engines}: {weights.source.path} is run by {weights.runtime}")
+        return [weights.runtime], self.precisions if weights.precision == "float32" else [weights.precision]
 
     def _configure(self, weights: Weights) -> None:
         """Add the configurations of one weights file. Configurations share preprocessings, which are applied once."""
-        engines = self.settings.engines.split(",")
+        engines, precisions = self._run_by(weights)
         for protocol in protocols(self.settings.protocol, self._resolved(weights), weights.spec.variant):
             # The engine normalizes, so that preprocessings which differ only in mean and std share their pixels.
             pixels = dataclasses.replace(protocol.preprocessing, mean=(0, 0, 0), std=(1, 1, 1))
             if pixels not in self.crops:
                 self.crops.append(pixels)
             reference = None
-            for engine, precision in ((e, p) for e in engines for p in self.precisions):
-                suffixes = [engine] * (len(engines) > 1) + [precision] * (len(self.precisions) > 1)
+            for engine, precision in ((e, p) for e in engines for p in precisions):
+                suffixes = [engine] * (len(engines) > 1) + [precision] * (len(precisions) > 1)
                 name = unique = "-".join([_stem(weights.source.path.name), protocol.name, *suffixes])
                 number = 2
                 while unique in {known.name for known in self.configurations}:
@@ -242,6 +260,6 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 def _stem(name: str) -> str:
     """Return the name of a weights file without its extension."""
-    for ending in (".pth.tar", ".pth", ".pt", ".safetensors", ".pdparams"):
+    for ending in (".pth.tar", ".pth", ".pt", ".safetensors", ".pdparams", ".onnx", ".xml", ".json"):
         name = name.removesuffix(ending)
     return name.strip(".") or "weights"

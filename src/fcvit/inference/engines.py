@@ -1,22 +1,25 @@
 """Engines that compute the outputs of a network for a batch of images.
 
 `paddle`, `native` and `torch` run the network itself. `onnxruntime`, `openvino` and `paddle-inference` run an
-export, which is written and checked at the first use (`fcvit.inference.cache`).
+export, which is written and checked at the first use (`fcvit.inference.cache`). `FileEngine` runs the files of
+`fcvit export`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.data.transforms.segmentation import normalize as normalize_padded
-from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
+from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UnreadableFile, UsageError
 from fcvit.frameworks import import_framework, on_paddle_device, paddle_place, parse_device, torch_place
 from fcvit.inference import cache
 from fcvit.inference.detector import (
@@ -29,13 +32,15 @@ from fcvit.inference.detector import (
     parts,
     run_part,
 )
-from fcvit.inference.interface import Interface
+from fcvit.inference.exported import ExportedWeights
+from fcvit.inference.interface import Interface, input_shape, output_shapes
 from fcvit.inference.runtimes import DYNAMIC, INSTALL, RUNTIMES, Network
 from fcvit.interrupts import held_back
 from fcvit.machine import available_threads
 from fcvit.models.mask_rcnn.detections import Detections
 from fcvit.models.spec import HEADS
 from fcvit.models.variants import Preprocessing
+from fcvit.text import one_line
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -43,6 +48,7 @@ logger = logging.getLogger("fcvit")
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUTO = "auto"
+_OTHER_SIZE = "export with --size or --dynamic, or for segmentation use --window"
 # Engines for a CPU by precision, the fastest first (docs/guides/export.md).
 _FASTEST = {
     "float32": ("onnxruntime", "openvino", "native", "torch", "paddle"),
@@ -271,6 +277,8 @@ class ExportedEngine(Engine):
     Each image size and data type has its own export, unless the head accepts any size and the runtime supports it.
     """
 
+    network: Callable[..., Network]
+
     def __init__(self, *arguments: Any, name: str, **options: Any):
         self.name = name
         super().__init__(*arguments, **options)
@@ -321,6 +329,56 @@ class ExportedEngine(Engine):
         return detect_with_parts(networks, spec.options, images, image_sizes, scale_factors)
 
 
+class FileEngine(ExportedEngine):
+    """The files of an export, run as they are: with their image size, type of pixels and precision."""
+
+    def load(self, device: str) -> None:
+        assert isinstance(self.weights, ExportedWeights)
+        path, given = self.weights.source.path, self.preprocessing
+        self.graphs = self.weights.graphs
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device}: {path} runs only on the CPU; pass the checkpoint")
+        networks: dict[str, Network] = {}
+        for part, (file, interface) in self.graphs.items():
+            known = interface.preprocessing
+            if interface.uint8 and (known.mean, known.std) != (given.mean, given.std):
+                raise UsageError(f"{path}: the export normalizes with its own mean and std; they cannot be changed")
+            networks[part] = self._run_once(file, interface)
+        self.network = lambda size, uint8, part: networks[part]
+
+    def _run_once(self, file: Path, interface: Interface) -> Network:
+        """Load a graph, and check the shapes of its outputs for one input."""
+        fixed = dataclasses.replace(interface, size=interface.size or (64, 64))
+        shape = [side or 0 for side in input_shape(self.weights.spec, fixed)[1]]
+        try:
+            options = (self.threads or available_threads(), self.precision, interface.part not in BINS)
+            network = RUNTIMES[self.name](file, *options)
+            outputs = network(np.zeros((1, *shape), np.uint8 if interface.uint8 else np.float32))
+        except FcvitError:
+            raise
+        except Exception as error:  # runtimes raise errors of their own
+            raise UnreadableFile(f"{file}: {self.name} cannot run it: {one_line(error)}") from error
+        expected = output_shapes(self.weights.spec, fixed)
+        if [output.shape[1:] for output in outputs] != [*expected.values()]:
+            raise UnreadableFile(f"{file}: the shapes of the outputs differ from those in the description")
+        return network
+
+    def compute(self, images: np.ndarray) -> list[np.ndarray]:
+        if parts(self.weights.spec) != ("",):
+            return super().compute(images)
+        path, (_, interface) = self.weights.source.path, self.graphs[""]
+        if interface.size not in (None, images.shape[2:]):
+            expected, given = (" x ".join(map(str, size or ())) for size in (interface.size, images.shape[2:]))
+            raise UsageError(f"{path}: the export takes images of {expected}, but they have {given}; {_OTHER_SIZE}")
+        if interface.uint8 and images.dtype != np.uint8:
+            raise UsageError(f"{path}: the export takes uint8 images, but they are normalized; pass the checkpoint")
+        outputs = self.network(None, uint8=False, part="")(images if interface.uint8 else self.normalized(images))
+        if not interface.probabilities:
+            return outputs
+        # The softmax of the logarithm of probabilities gives the probabilities.
+        return [np.log(np.maximum(output, np.finfo(np.float32).tiny)) for output in outputs]
+
+
 ENGINES: dict[str, Callable[..., Engine]] = {
     "paddle": PaddleEngine,
     "native": NativeEngine,
@@ -350,7 +408,7 @@ def create_engine(
     Args:
         name: A key of `ENGINES`, or "auto": Paddle on a GPU, and on a CPU the fastest installed engine that passes
             the numerical check.
-        weights: Weights of any network.
+        weights: Weights of any network. Those of an export are run by its runtime.
         preprocessing: Mean and standard deviation of the images, and the image size of the first export.
         device: auto, cpu, gpu or gpu:N.
         precision: One of `PRECISIONS`.
@@ -372,6 +430,14 @@ def create_engine(
         raise UsageError(f"--engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
     logger.debug(f"engine {name}: device {device}, {precision}, threads {threads or 'default'}")
     arguments = (weights, preprocessing, device, precision, threads)
+    if isinstance(weights, ExportedWeights):
+        if name not in (AUTO, weights.runtime):
+            raise UsageError(f"--engine {name}: {weights.source.path} is run by {weights.runtime}; omit --engine")
+        known = weights.precision
+        if "int8" in (precision, known) and precision not in ("float32", known):
+            raise UsageError(f"--precision {precision}: {weights.source.path} has {known}; omit --precision")
+        precision = "int8" if known == "int8" else precision
+        return FileEngine(weights, preprocessing, device, precision, threads, name=weights.runtime)
     return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration)
 
 

@@ -12,10 +12,11 @@ Paddle 2 wrote NAME.pdmodel instead of NAME.json. A JSON description (variant, p
 and outputs) is stored under `fcvit` in the metadata of an ONNX file, and otherwise in NAME.EXT.fcvit.json.
 """
 
-import dataclasses
+import hashlib
 import importlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fcvit.inference.interface import Interface, input_shape, output_shapes
 from fcvit.inference.runtimes import import_runtime
 from fcvit.models.build import build_network
 from fcvit.models.spec import ModelSpec
+from fcvit.weights.header import Header
 from fcvit.weights.reading import Weights
 
 ENDINGS = {"onnx": (".onnx",), "paddle": (".pdiparams", ".json"), "openvino": (".bin", ".xml")}
@@ -97,43 +99,54 @@ def write_export(weights: Weights, interface: Interface, target: str, path: Path
         UsageError: The format does not support the interface, or the extension of `path` does not match the format.
         MissingExtra: A package is not installed.
     """
-    *sidecars, _ = files(path, target)
-    about = json.dumps(description(weights, interface), ensure_ascii=False)
+    written = files(path, target)
+    about = description(weights, interface)
     if target == "paddle":
         _write_paddle(weights, interface, path)
     else:
         from fcvit.inference.onnx_graph import onnx_model
 
-        model = onnx_model(weights, interface, {KEY: about} if target == "onnx" else None)
+        model = onnx_model(
+            weights, interface, {KEY: json.dumps(about, ensure_ascii=False)} if target == "onnx" else None
+        )
         if target == "onnx":
             path.write_bytes(model.SerializeToString(deterministic=True))
         else:
             openvino = import_runtime("openvino")
             openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
     if target != "onnx":
-        sidecars[0].write_text(about, "utf-8")
+        about["weights_sha256"] = files_sha256([file.read_bytes() for file in written[1:]])
+        written[0].write_text(json.dumps(about, ensure_ascii=False), "utf-8")
+
+
+def files_sha256(contents: Sequence[bytes]) -> str:
+    """Return the SHA-256 of the files of a graph, in the order of `ENDINGS`."""
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
 
 def description(weights: Weights, interface: Interface) -> dict[str, Any]:
-    """Describe the network, its input and its outputs, for storage with an export."""
-    spec = weights.spec
+    """Describe the network, its input and its outputs, for storage with an export.
+
+    These are the fields of a `Header` and more. `weights_sha256` is the hash of the files next to a separate
+    description (see `files_sha256`).
+    """
     classes = weights.classes
-    if spec.head == "classifier":  # if the weights have no names, those that `fcvit predict` shows
-        classes = resolve_classes(None, classes, spec.num_classes) or None
+    if weights.spec.head == "classifier":  # if the weights have no names, those that `fcvit predict` shows
+        classes = resolve_classes(None, classes, weights.spec.num_classes) or None
+    header = Header(
+        weights.spec,
+        "torch",
+        interface.preprocessing,
+        classes,
+        source_sha256=weights.source.sha256,
+        palette=weights.palette,
+    )
     return {
-        "format_version": 1,
+        **json.loads(header.to_json()),
         "fcvit": __version__,
-        "variant": dataclasses.asdict(spec.variant),
-        "num_classes": spec.num_classes,
-        "task": spec.task,
-        "head": spec.head,
-        "options": dataclasses.asdict(spec.options),
         "part": interface.part,
-        "input": _input(spec, interface),
-        "outputs": list(output_shapes(spec, interface)),
-        "preprocessing": dataclasses.asdict(interface.preprocessing),
-        "classes": classes and [list(c) for c in classes],
-        "source_sha256": weights.source.sha256,
+        "input": _input(weights.spec, interface),
+        "outputs": list(output_shapes(weights.spec, interface)),
     }
 
 

@@ -27,7 +27,20 @@ from fcvit.weights.reading import Weights
 _READING = threading.Lock()  # threads must not read a PIL image, or two PIL images of one file, at once
 _ENCODED = (bytes, bytearray, memoryview, io.IOBase)
 _LONGEST = 1000  # characters in a message
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+
+
+class EncodedImage(io.BytesIO):
+    """The content of an image file in memory, with a name for messages."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | EncodedImage
 _ACCEPTED = "a path, a PIL image, a uint8 array (height, width, 3) in RGB, or several of these"
 Result = TypeVar("Result")
 
@@ -56,7 +69,7 @@ def predictions(
     """
     numbered = enumerate(images, 1)
     read = functools.partial(preprocess, preprocessing=preprocessing)
-    with ThreadPoolExecutor(available_threads()) as pool:
+    with ThreadPoolExecutor(engine.threads or available_threads()) as pool:
         while batch := list(itertools.islice(numbered, batch_size)):
             pixels = list(pool.map(lambda numbered: _read(numbered[0], numbered[1], read), batch))
             good = {index: item for index, item in enumerate(pixels) if not isinstance(item, BadImages)}
@@ -200,7 +213,7 @@ def check_image(image: object, number: int) -> None:
                 f"image {number}: array of shape {image.shape} and type {image.dtype}; expected uint8 from 0 to 255, "
                 "(height, width, 3) in RGB"
             )
-    elif not isinstance(image, str | os.PathLike | Image.Image):
+    elif not isinstance(image, str | os.PathLike | Image.Image | EncodedImage):
         raise UsageError(f"image {number}: {_not_an_image(image)}")
 
 

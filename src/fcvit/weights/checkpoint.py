@@ -40,8 +40,10 @@ _PICKLED_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of PyTo
 # Files that are often passed by mistake: extension -> what is wrong and which file to pass instead.
 _ENDINGS = {
     ".onnx": "an exported ONNX graph does not contain the weights' names; pass the checkpoint it was exported from",
-    ".pdiparams": "an exported Paddle network does not contain the names of its weights; pass the training's .pdparams",
-    ".pdmodel": "an exported Paddle network does not contain its weights; pass the training's .pdparams",
+    ".xml": "an exported OpenVINO network without the weights' names; pass the checkpoint it was exported from",
+    ".pdiparams": "an exported Paddle network does not contain the names of its weights; pass the checkpoint it was "
+    "exported from, or to predict and eval its .json file",
+    ".pdmodel": "an exported network of Paddle 2, which is not supported; pass the training's .pdparams",
     ".pdopt": "this is the state of Paddle's optimizer; pass the .pdparams file that was saved with it",
 }
 _MOMENTS = ("_moment1_0", "_velocity_0", "LR_Scheduler")  # name endings in the state of Paddle's optimizers

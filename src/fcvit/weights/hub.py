@@ -55,7 +55,8 @@ def shards(path: Path, data: bytes) -> dict[str, set[str]]:
         raise UnreadableFile("not a checkpoint: expected weights or an index of shards, found text") from error
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise UnreadableFile("not a checkpoint: expected weights or an index of shards, found other JSON")
+        what = "an exported Paddle network" if isinstance(index, dict) and "program" in index else "other JSON"
+        raise UnreadableFile(f"not a checkpoint: expected weights or an index of shards, found {what}")
     files: dict[str, set[str]] = {name: set() for name in where.values()}
     if len(files) > MAX_SHARDS:
         raise UnreadableFile(f"the index lists {len(files)} shards; expected at most {MAX_SHARDS}")

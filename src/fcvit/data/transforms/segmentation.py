@@ -70,8 +70,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def rgb_pixels(image: "str | os.PathLike[str] | Image.Image | np.ndarray") -> np.ndarray:
-    """Return the pixels of an image, uint8 (H, W, 3), from its path, a PIL image or an array.
+def rgb_pixels(image: "str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray") -> np.ndarray:
+    """Return the pixels of an image, uint8 (H, W, 3), from its path or open file, a PIL image or an array.
 
     Raises:
         BadImages, ValueError: See `decode` and `upright_rgb`.

@@ -19,6 +19,7 @@ from fcvit.inference.images import ImageLike, check_counts, collect, predictions
 from fcvit.metrics.classification import softmax, top_classes
 from fcvit.models.variants import Preprocessing
 from fcvit.report.image_grid import Tile, image_grid, png
+from fcvit.tasks.predictor import Predictor
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -73,7 +74,7 @@ def rank(logits: np.ndarray, classes: Classes, top_k: int) -> list[list[Predicti
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Classifier:
+class Classifier(Predictor):
     """A classifier with its preprocessing and class names.
 
     Attributes:
@@ -89,6 +90,7 @@ class Classifier:
     preprocessing: Preprocessing
     classes: Classes
     decode: Callable[[np.ndarray, Classes, int], list[list[Prediction]]] = rank
+    COLUMNS = {"predictions": [{"index": int, "id": str, "name": str, "probability": float}]}  # noqa: RUF012
 
     def __repr__(self) -> str:
         return f"<Classifier {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"

@@ -26,6 +26,7 @@ from fcvit.models.mask_rcnn.masks import paste_mask
 from fcvit.models.variants import Preprocessing
 from fcvit.report.image_grid import jpeg
 from fcvit.report.instances import OPACITY, draw_instances, instance_colors
+from fcvit.tasks.predictor import Predictor
 from fcvit.text import some
 from fcvit.weights.reading import Weights
 
@@ -200,7 +201,7 @@ def _write_coco(path: Path, images: Iterable[tuple[str, DetectedImage]], classes
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Detector:
+class Detector(Predictor):
     """A detector with its preprocessing and class names.
 
     Attributes:
@@ -216,6 +217,15 @@ class Detector:
     preprocessing: Preprocessing
     classes: Classes
     palette: Palette
+    COLUMNS = {  # noqa: RUF012
+        "predictions": [
+            {"index": int, "id": str, "name": str, "score": float}
+            | dict.fromkeys(_CORNERS, float)
+            | {"area": int, "mask": str}
+        ],
+        "height": int,
+        "width": int,
+    }
 
     def __repr__(self) -> str:
         return f"<Detector {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
@@ -272,6 +282,14 @@ class Detector:
                 row["area"] = int(prediction.mask(index).sum())
             rows.append(row)
         return rows
+
+    def columns(self, prediction: DetectedImage) -> dict[str, Any]:
+        """Return the objects with their masks as COCO's compressed run lengths, and the size of the image."""
+        rows = self.rows(prediction)
+        if prediction.mask_logits is not None:
+            for index, row in enumerate(rows):
+                row["mask"] = encode_masks(prediction.mask(index)[None])[0]["counts"]
+        return {"predictions": rows, "height": prediction.size[0], "width": prediction.size[1]}
 
     def table(self, predictions: Sequence[tuple[Path, list[dict[str, Any]]]]) -> Any:
         """Return a table of images and their objects, and the number of objects of each class, for the terminal."""

@@ -22,6 +22,7 @@ from fcvit.inference.images import ImageLike, collect, read_ahead, require_finit
 from fcvit.models.spec import SemanticFPNOptions
 from fcvit.models.variants import ADE20K_CLASSES, Preprocessing
 from fcvit.report.image_grid import jpeg, png
+from fcvit.tasks.predictor import Predictor
 from fcvit.tasks.segmentation.logits import View, average_label_map, sliding_logits
 from fcvit.weights.reading import Weights
 
@@ -143,11 +144,19 @@ class SegmentedImage:
         path = Path(path)
         if path.suffix.lower() != ".png":
             raise UsageError(f"{path}: label maps are saved as PNG; use a name that ends in .png")
+        runs.write_bytes(path, self.png(one_based))
+
+    def png(self, one_based: bool | None = None) -> bytes:
+        """Return the content of the file that `save` writes.
+
+        Raises:
+            UsageError: There is no number for the last of 256 classes.
+        """
         first = int(self.one_based if one_based is None else one_based)
         if first + len(self.classes) > _LABEL_VALUES:
-            raise UsageError(f"{path}: 8 bits cannot number {len(self.classes)} classes from 1; omit one_based")
+            raise UsageError(f"8 bits cannot number {len(self.classes)} classes from 1; omit one_based")
         palette = [(0, 0, 0)] * first + list(self.palette)
-        runs.write_bytes(path, png(painting.palette_image(self.labels + np.uint8(first), palette)))
+        return png(painting.palette_image(self.labels + np.uint8(first), palette))
 
     def overlay(self, opacity: float = 0.5) -> Image.Image:
         """Return the image with the label map painted over it in the colors of the classes.
@@ -164,7 +173,7 @@ class SegmentedImage:
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Segmenter:
+class Segmenter(Predictor):
     """A segmentation network with its preprocessing and class names.
 
     Attributes:
@@ -180,6 +189,10 @@ class Segmenter:
     preprocessing: Preprocessing
     classes: Classes
     palette: Palette
+    COLUMNS = {  # noqa: RUF012
+        "predictions": [{"index": int, "id": str, "name": str, "share": float}],
+        "label_map": bytes,
+    }
 
     def __repr__(self) -> str:
         return f"<Segmenter {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
@@ -228,6 +241,10 @@ class Segmenter:
     def rows(self, prediction: SegmentedImage) -> list[dict[str, Any]]:
         """Return the areas of a label map as rows for JSON and CSV, one per class."""
         return [dataclasses.asdict(area) for area in prediction.areas]
+
+    def columns(self, prediction: SegmentedImage) -> dict[str, Any]:
+        """Return the areas, and the label map as the content of a PNG file."""
+        return {"predictions": self.rows(prediction), "label_map": prediction.png()}
 
     def table(self, predictions: Sequence[tuple[Path, list[dict[str, Any]]]]) -> Any:
         """Return a table of images and their rows for the terminal."""
