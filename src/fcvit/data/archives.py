@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fcvit.data.columns import Files, Location, Names, PartLocations, encoded
-from fcvit.data.folders import is_image, left_out
+from fcvit.data.folders import is_image, left_out, legible
+from fcvit.errors import UnreadableFile
+
+_LONGEST_LABEL = 500  # characters
 
 
 class Tree(NamedTuple):
@@ -30,6 +33,7 @@ class Archive:
         folders: Sorted paths of all folders that contain such files or have an entry in the archive.
         labeled: True if the folders are named by labels that the data contains with its images.
         classes: All labels in the order of their indices, if the data contains it.
+        splits: Folders that are the splits of labeled data.
         notes: Readable notes on how the data was read.
     """
 
@@ -38,6 +42,7 @@ class Archive:
     folders: tuple[str, ...]
     labeled: bool = False
     classes: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -127,3 +132,20 @@ def with_parents(folders: Iterable[str]) -> tuple[str, ...]:
 def _left_out(path: str) -> bool:
     """Return True if a part of a path in an archive is hidden, belongs to the system, or is "" or ".."."""
     return any(not part or left_out(part) for part in path.split("/"))
+
+
+def label_folder(label: str, shown: str) -> str:
+    """Return the name of the folder for a label. A slash becomes a similar character.
+
+    Args:
+        label: Class index or name.
+        shown: What contains the label, for messages.
+
+    Raises:
+        UnreadableFile: The label is empty or too long.
+    """
+    if not label or len(label) > _LONGEST_LABEL:
+        raise UnreadableFile(f"{shown}: the label {label[:60]!r} is empty or too long; expected a class index or name")
+    if label.isascii() and label.isdecimal():
+        return str(int(label))
+    return legible(label.replace("/", "\N{DIVISION SLASH}").replace("\0", " "))

@@ -135,7 +135,7 @@ def read_dataset(
             splits, of which only one can be read.
     """
     if list_file is not None:
-        source = open_source(data) if isinstance(data, Path) else data
+        source = open_source(data, labels=False) if isinstance(data, Path) else data
         listed = read_list(list_file)
         locations, labels, remark = find_listed(listed, list_file, source)
         try:

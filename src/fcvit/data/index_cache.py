@@ -31,12 +31,18 @@ _memory: dict[tuple[str, str, str], tuple[Any, Archive]] = {}
 
 
 def indexed(
-    path: Path, kind: str, unchanged: Callable[[Any], bool], read: Callable[[], tuple[Archive, Any]], location: Any
+    path: Path,
+    base: Path,
+    kind: str,
+    unchanged: Callable[[Any], bool],
+    read: Callable[[], tuple[Archive, Any]],
+    location: Any,
 ) -> Archive:
     """Return the index of a data set, from the cache or read now.
 
     Args:
-        path: Path of the data, which all paths of its locations begin with.
+        path: Path of the data.
+        base: Path that all paths of its locations begin with.
         kind: Name of the format.
         unchanged: Function that returns whether a stamp, as JSON, is that of the data.
         read: Function that reads the index and returns it with its stamp, or None as the stamp if the index must not be
@@ -48,13 +54,13 @@ def indexed(
     stamp, archive = _memory.pop(known, (None, None))
     if archive is None or not unchanged(stamp):
         entry = _entry(*key)
-        stamp, archive = _load(entry, key, str(path), location)
+        stamp, archive = _load(entry, key, str(base), location)
         if archive is None or not unchanged(stamp):
             archive, stamp = read()
             if stamp is None:
                 return archive
             if len(archive.files) >= _MIN_FILES:
-                _save(entry, key, str(path), stamp, archive)
+                _save(entry, key, str(base), stamp, archive)
     _memory[known] = stamp, archive
     while len(_memory) > _IN_MEMORY:
         del _memory[next(iter(_memory))]
@@ -121,6 +127,7 @@ def _save(entry: Path, key: tuple[str, str], root: str, stamp: Any, archive: Arc
         "paths": getattr(archive.files.locations, "paths", ()),
         "labeled": archive.labeled,
         "classes": archive.classes,
+        "splits": archive.splits,
         "notes": archive.notes,
     }
     text = json.dumps(about)
@@ -164,7 +171,7 @@ def _load(entry: Path, key: tuple[str, str], root: str, location: Any) -> tuple[
             places = PartLocations(paths, *(columns[name] for name in ("files", "offsets", "sizes")), kind=location)
         files = Files(names, places, columns["image"])
         shown = columns.get("shown", range(len(files)))
-        parts = (tuple(about[name]) for name in ("classes", "notes"))
+        parts = (tuple(about[name]) for name in ("classes", "splits", "notes"))
         return about["stamp"], Archive(files, shown, tuple(about["folders"]), about["labeled"], *parts)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, None

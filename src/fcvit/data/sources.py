@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import glob
 import os
 import posixpath
+import re
 import time
 from array import array
 from pathlib import Path
@@ -15,9 +17,15 @@ from fcvit.data.archives import Archive, Tree
 from fcvit.data.columns import Files, FolderLocations, Location, Names, encoded
 from fcvit.data.folders import is_image, legible, scan, walk
 from fcvit.data.index_cache import indexed, stamp_of_files
+from fcvit.data.parquet import ParquetLocation, read_parquet
+from fcvit.data.shards import has_class_folders, is_shard, read_shards
+from fcvit.data.splits import role
 from fcvit.data.tars import join, read_tar
 from fcvit.errors import UnreadableFile
 
+_PATTERN = re.compile(r"[*?]|\[.+\]|\{.+\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_MOST_FILES = 100_000  # files of one pattern
 _SETTLED = 2_000_000_000  # age in ns from which the time of a folder changes with every further change
 
 
@@ -115,7 +123,7 @@ class _Folder:
             except OSError:
                 return False
 
-        return indexed(self.path, "folder", unchanged, lambda: _read_folder(self.path), None)
+        return indexed(self.path, self.path, "folder", unchanged, lambda: _read_folder(self.path), None)
 
 
 def _folder_stamp(status: os.stat_result) -> list[int]:
@@ -141,39 +149,146 @@ def _read_folder(path: Path) -> tuple[Archive, Any]:
     return Archive(files, range(len(files)), tuple(sorted(folders))), stamp
 
 
-def open_source(data: Path) -> Source:
-    """Open a folder, a tar archive, a folder inside one (`x.tar/val`), or a folder of tar archives with one class each.
+def open_source(data: Path, labels: bool = True) -> Source:
+    """Open the images at a path, whatever contains them.
+
+    Args:
+        data: A folder, a tar archive, a Parquet file, or a folder of tar archives or of Parquet files. Also a folder
+            inside one of these (`x.tar/val`), and a pattern of shards or Parquet files (`train-{0000..0123}.tar`,
+            `train-*.parquet`).
+        labels: Whether a tar archive with a label for each image is read as a WebDataset shard.
 
     Raises:
-        UnreadableFile: The path does not exist, or an archive is damaged or cannot be read.
+        UnreadableFile: The path does not exist, or a file is damaged or cannot be read.
+        MissingExtra: A package that reads the format is not installed.
     """
     if data.is_dir():
         folders, files = scan(data)
-        tars = [name for name in files if name.lower().endswith(".tar")]
+        tars = [data / name for name in files if name.lower().endswith(".tar")]
+        if parquet := [] if any(map(is_image, files)) else _parquet_files(data):
+            return Source(data, _parquet(data, data, parquet))
         # The archives are the data set only if more than half of the files are archives.
         if folders or any(map(is_image, files)) or len(tars) * 2 <= len(files):
             return Source(data)
-
-        def read_tars() -> Archive:
-            return join(str(data), ((name, read_tar(data / name)) for name in tars), files)
-
-        return Source(data, _of_files(data, "tars", [data / name for name in tars], read_tars))
-    for tar in (data, *data.parents):
-        if tar.is_file():
-            inner = "" if tar == data else data.relative_to(tar).as_posix()
-            archive = _of_files(tar, "tar", [tar], functools.partial(read_tar, tar))
-            if inner not in archive.subfolders:
-                raise UnreadableFile(
-                    f"{tar}: the archive contains no folder {inner} and no images below it; pass another of its folders"
-                )
-            return Source(data, archive, inner)
+        return Source(data, _of_files(data, data, "tars", tars, lambda: _read_tars(data, tars, files)))
+    for path in (data, *data.parents):
+        inner = "" if path == data else data.relative_to(path).as_posix()
+        if path.is_file():
+            if _is_parquet(path):
+                return _inside(data, _parquet(path, path, [path]), inner)
+            kind = "tar" if labels else "tar without labels"
+            return _inside(data, _of_files(path, path, kind, [path], functools.partial(_read_tar, path, labels)), inner)
+        if path.is_dir():
+            container = open_source(path) if role(inner.partition("/")[0]) else None
+            if container is not None and container.archive is not None:
+                return _inside(data, container.archive, inner)
+            break
+        if _PATTERN.search(path.name) and (paths := _expand(path)):
+            if len({_is_parquet(one) for one in paths}) > 1:
+                raise UnreadableFile(f"{path}: the pattern matches Parquet files and others; pass one format")
+            base = _base(path)
+            if _is_parquet(paths[0]):
+                return _inside(data, _parquet(path, base, paths), inner)
+            shards = functools.partial(read_shards, path, paths)
+            return _inside(data, _of_files(path, base, "shards", paths, shards), inner)
     raise UnreadableFile(f"{data}: no such folder or tar archive; --data expects class folders or a tar of them")
 
 
-def _of_files(path: Path, kind: str, files: list[Path], read: Any, location: Any = Location) -> Archive:
+def _inside(data: Path, archive: Archive, inner: str) -> Source:
+    if inner not in archive.subfolders:
+        path = data if not inner else data.parents[inner.count("/")]
+        raise UnreadableFile(
+            f"{path}: the archive contains no folder {inner} and no images below it; pass another of its folders"
+        )
+    return Source(data, archive, inner)
+
+
+def _of_files(path: Path, base: Path, kind: str, files: list[Path], read: Any, location: Any = Location) -> Archive:
     """Return the index of a data set in these files, from the cache or read now."""
     try:
         stamp = stamp_of_files(files)
     except OSError as error:
         raise UnreadableFile(f"{error.filename or path}: {error.strerror or error}") from error
-    return indexed(path, kind, stamp.__eq__, lambda: (read(), stamp), location)
+    return indexed(path, base, kind, stamp.__eq__, lambda: (read(), stamp), location)
+
+
+def _read_tar(path: Path, labels: bool) -> Archive:
+    """Read a tar archive: a WebDataset shard if its images have labels and are not in class folders."""
+    archive = read_tar(path)
+    if not labels or not is_shard(archive.tree.files):
+        return archive
+    if not has_class_folders(archive.tree.files):
+        return read_shards(path, [path])
+    pattern = f"'{path.with_suffix('')}[.]tar'"
+    note = f"{path}: its folders are used as classes, not its labels; to use the labels, pass the pattern {pattern}"
+    return dataclasses.replace(archive, notes=(note,))
+
+
+def _read_tars(data: Path, tars: list[Path], files: list[str]) -> Archive:
+    """Read tar archives with one class each, or WebDataset shards."""
+    first = read_tar(tars[0]).tree.files
+    if first.is_image().sum() * 2 <= len(first) and is_shard(first):
+        return read_shards(data, tars)
+    return join(str(data), ((path.name, read_tar(path)) for path in tars), files)
+
+
+def _parquet(path: Path, base: Path, files: list[Path]) -> Archive:
+    return _of_files(path, base, "parquet", files, lambda: read_parquet(base, files), ParquetLocation)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(".parquet")
+
+
+def _parquet_files(data: Path) -> list[Path]:
+    """Return the Parquet files of a data set: in its folder, or in its only folder, or in folders named as splits."""
+    folders, files = scan(data)
+    paths = [data / name for name in files if _is_parquet(data / name)]
+    if paths or any(map(is_image, files)):
+        return paths
+    if len(folders) == 1:
+        return _parquet_files(data / folders[0])
+    if not folders or not all(map(role, folders)):
+        return []
+    return [data / folder / name for folder in folders for name in scan(data / folder)[1] if _is_parquet(Path(name))]
+
+
+def _base(pattern: Path) -> Path:
+    """Return the last folder of a pattern whose path contains no pattern."""
+    folder = pattern.parent
+    while _PATTERN.search(str(folder)):
+        folder = folder.parent
+    return folder
+
+
+def _expand(pattern: Path) -> list[Path]:
+    """Return the files of a pattern with braces ({0000..0123} or {a,b}) and the signs of the shell (*, ?, []).
+
+    Raises:
+        UnreadableFile: A file that braces name does not exist, or there are too many.
+    """
+    texts, found = [str(pattern)], True
+    while found:
+        found, expanded = False, []
+        for text in texts:
+            match = _BRACES.search(text)
+            if match is None:
+                expanded.append(text)
+                continue
+            found = True
+            first, last, words = match.groups()
+            if words is None and not 0 <= int(last) - int(first) < _MOST_FILES:
+                raise UnreadableFile(f"{pattern}: {match[0]} is empty or names more than {_MOST_FILES:,} files")
+            numbers = range(int(first), int(last) + 1) if words is None else ()
+            parts = [f"{number:0{len(first)}d}" for number in numbers] or words.split(",")
+            expanded += [text[: match.start()] + part + text[match.end() :] for part in parts]
+        if len(expanded) > _MOST_FILES:
+            raise UnreadableFile(f"{pattern}: names more than {_MOST_FILES:,} files")
+        texts = expanded
+    paths: list[Path] = []
+    for text in texts:
+        matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else [text]
+        if not matches or not Path(matches[0]).is_file():
+            raise UnreadableFile(f"{text}: no such file; expected all files of the pattern {pattern.name}")
+        paths += map(Path, matches)
+    return paths
