@@ -89,7 +89,7 @@ def test_nested_tar_archives_are_folders_and_read_in_place(tmp_path):
 
 
 def test_tar_archives_that_are_not_class_folders_are_rejected(tmp_path):
-    shard = tar_with(**{"1_png": b"x", "1_cls": b"0", "2_png": b"x", "2_cls": b"1"})
+    shard = tar_with(**{"1_png": b"x", "1_txt": b"0", "2_png": b"x", "2_txt": b"1"})
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).write_bytes(shard)
     with pytest.raises(UnreadableFile, match=r"0.tar contains other files.*WebDataset.*unpack"):

@@ -94,6 +94,7 @@ class Builder:
         image, hidden = bytearray(), array("i")
         parents: dict[str, None] = {}
         current, visible, labeled = "", True, about.get("labeled", False)
+        endings: dict[str, bool] = {}
         for position, key in enumerate(keys):
             if position + 1 < len(keys) and keys[position + 1][:-4] == key[:-4]:
                 continue
@@ -102,7 +103,10 @@ class Builder:
             parent, slash, last = key[:-5].decode("utf-8", "surrogatepass").rpartition("/")
             if parent != current:
                 current, visible = parent, labeled or not _left_out(parent)
-            image.append(is_image(last))
+            ending = last[last.rfind(".") :] if last.rfind(".") > 0 else last
+            if ending not in endings:
+                endings[ending] = is_image(f"x{ending}" if ending != last else last)
+            image.append(endings[ending])
             if not labeled and ((slash and not visible) or not last or left_out(last)):
                 hidden.append(len(starts) - 1)
             elif slash:

@@ -40,16 +40,15 @@ def has_class_folders(files: Files) -> bool:
     return any(folder != first for folder in folders)
 
 
-def _samples(files: Files) -> Iterator[dict[str, str]]:
-    """Yield for each key the names of its files by their endings, which begin at the first dot of the file name."""
+def _samples(files: Files) -> Iterator[dict[str, tuple[str, Location]]]:
+    """Yield for each key its files by their endings, which begin at the first dot of the file name."""
 
-    def key(name: str) -> str:
-        slash = name.rfind("/") + 1
-        dot = name.find(".", slash)
-        return name if dot < 0 else name[:dot]
+    def key(file: tuple[str, Location]) -> str:
+        dot = file[0].find(".", file[0].rfind("/") + 1)
+        return file[0] if dot < 0 else file[0][:dot]
 
-    for start, names in itertools.groupby(files, key):
-        yield {name[len(start) + 1 :].lower(): name for name in names}
+    for start, named in itertools.groupby(files.items(), key):
+        yield {file[0][len(start) + 1 :].lower(): file for file in named}
 
 
 def read_shards(root: Path, shards: Sequence[Path]) -> Archive:
@@ -92,18 +91,17 @@ def _labeled(path: Path, counts: "collections.Counter[str]") -> Iterator[tuple[s
             images = [ending for ending in endings if f".{ending}" in ENDINGS]
             if len(images) > 1:
                 raise UnreadableFile(
-                    f"{path}: {endings[images[0]]} and {endings[images[1]]} are images of one sample; expected one "
+                    f"{path}: {endings[images[0]][0]} and {endings[images[1]][0]} are images of one sample; expected one "
                     "image for each key"
                 )
             if not images:
                 counts["skipped"] += 1
                 continue
             found = next((endings[ending] for ending in _LABELS if ending in endings), None)
-            label = None if found is None else _label(file, f"{path}/{found}", shown[found])
+            label = None if found is None else _label(file, f"{path}/{found[0]}", found[1])
             counts["images"] += 1
             counts["unlabeled"] += label is None
-            name = endings[images[0]]
-            yield label, name, shown[name]
+            yield label, *endings[images[0]]
 
 
 def _label(file: Any, shown: str, location: Location) -> str | None:

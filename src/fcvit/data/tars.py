@@ -18,6 +18,7 @@ from fcvit.errors import UnreadableFile
 from fcvit.foreign import KIND_BYTES, TAR, foreign_kind
 
 _BLOCK = 512  # block size of the tar format, in bytes
+_AHEAD = 1 << 16  # bytes that are read at once in an archive of small files
 PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
 _LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # tar strips these when it extracts
 _DEEPEST = 3  # nesting depth of tar archives
@@ -178,9 +179,13 @@ def _read_plainly(file: BinaryIO, start: int, end: int, members: _Members) -> bo
     descriptor, position = file.fileno(), start
     path = members.files.paths.setdefault(members.path, 0)
     long_name, pax = b"", {}
+    buffer, buffered, ahead = b"", start, _BLOCK
     try:
         while True:
-            header = os.pread(descriptor, _BLOCK, position)
+            header = buffer[position - buffered : position - buffered + _BLOCK]
+            if len(header) < _BLOCK:
+                buffer, buffered = os.pread(descriptor, ahead, position), position
+                header = buffer[:_BLOCK]
             if len(header) < _BLOCK or position + _BLOCK > end:
                 return False
             if not header[0] and header == bytes(_BLOCK):
@@ -196,6 +201,7 @@ def _read_plainly(file: BinaryIO, start: int, end: int, members: _Members) -> bo
             if (total - _octal(check)) % 65521 or header[257:262] != b"ustar":
                 return False
             size, kind = _octal(header[124:136]), header[156]
+            ahead = _AHEAD if size < _AHEAD // 8 else _BLOCK  # several headers are read at once if the files are small
             data = position + _BLOCK
             if kind in b"Lx":
                 content = os.pread(descriptor, size, data)
@@ -242,7 +248,7 @@ def _read_plainly(file: BinaryIO, start: int, end: int, members: _Members) -> bo
 
 def _octal(field: bytes) -> int:
     """Return the number in a header. Raise ValueError if it is negative, damaged or in base 256."""
-    number = int(field.partition(b"\0")[0].strip() or b"0", 8)
+    number = int(field.rstrip(b"\0 ") or b"0", 8)
     if number < 0:
         raise ValueError(number)
     return number
