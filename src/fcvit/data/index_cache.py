@@ -106,8 +106,8 @@ def _columns(archive: Archive) -> dict[str, np.ndarray]:
     return columns
 
 
-def _digest(columns: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(columns: dict[str, np.ndarray], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(columns):
         digest.update(f"{name} {columns[name].dtype} {columns[name].shape}\0".encode())
         digest.update(columns[name].data if columns[name].size else b"")
@@ -130,14 +130,13 @@ def _save(entry: Path, key: tuple[str, str], root: str, stamp: Any, archive: Arc
         "splits": archive.splits,
         "notes": archive.notes,
     }
-    text = json.dumps(about)
-    metadata = {"about": text, "sha256": _digest(columns), "about_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    about |= {"sha256": _digest(columns, about)}
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=runs.TEMPORARY, dir=entry.parent)
         os.close(descriptor)
         try:
-            save_file(columns, temporary, metadata)
+            save_file(columns, temporary, {"about": json.dumps(about)})
             os.replace(temporary, entry)
         except Exception as error:  # safetensors has its own error for a full disk
             Path(temporary).unlink(missing_ok=True)
@@ -153,14 +152,9 @@ def _load(entry: Path, key: tuple[str, str], root: str, location: Any) -> tuple[
 
     try:
         with safe_open(entry, "np") as file:
-            metadata = file.metadata() or {}
-            about = json.loads(metadata["about"])
-            if about["key"] != [LAYOUT, *key] or hashlib.sha256(metadata["about"].encode()).hexdigest() != metadata.get(
-                "about_sha256"
-            ):
-                return None, None
+            about = json.loads((file.metadata() or {})["about"])
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-        if _digest(columns) != metadata["sha256"]:
+        if about.pop("sha256") != _digest(columns, about) or about["key"] != [LAYOUT, *key]:
             return None, None
         names = Names(columns.pop("text").tobytes(), columns["starts"])
         places: Column[Any]

@@ -90,9 +90,9 @@ def _labeled(path: Path, counts: "collections.Counter[str]") -> Iterator[tuple[s
         for endings in _samples(shown):
             images = [ending for ending in endings if f".{ending}" in ENDINGS]
             if len(images) > 1:
+                first, second, *_ = (endings[ending][0] for ending in images)
                 raise UnreadableFile(
-                    f"{path}: {endings[images[0]][0]} and {endings[images[1]][0]} are images of one sample; expected one "
-                    "image for each key"
+                    f"{path}: {first} and {second} are images of one sample; expected one image for each key"
                 )
             if not images:
                 counts["skipped"] += 1

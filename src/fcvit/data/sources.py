@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import glob
+import itertools
+import math
 import os
 import posixpath
 import re
@@ -267,28 +269,27 @@ def _expand(pattern: Path) -> list[Path]:
     Raises:
         UnreadableFile: A file that braces name does not exist, or there are too many.
     """
-    texts, found = [str(pattern)], True
-    while found:
-        found, expanded = False, []
-        for text in texts:
-            match = _BRACES.search(text)
-            if match is None:
-                expanded.append(text)
-                continue
-            found = True
-            first, last, words = match.groups()
-            if words is None and not 0 <= int(last) - int(first) < _MOST_FILES:
-                raise UnreadableFile(f"{pattern}: {match[0]} is empty or names more than {_MOST_FILES:,} files")
-            numbers = range(int(first), int(last) + 1) if words is None else ()
-            parts = [f"{number:0{len(first)}d}" for number in numbers] or words.split(",")
-            expanded += [text[: match.start()] + part + text[match.end() :] for part in parts]
-        if len(expanded) > _MOST_FILES:
-            raise UnreadableFile(f"{pattern}: names more than {_MOST_FILES:,} files")
-        texts = expanded
+    parts: list[list[str]] = []
+    end = 0
+    for match in _BRACES.finditer(text := str(pattern)):
+        first, last, words = match.groups()
+        parts += [text[end : match.start()]], (words.split(",") if words else _numbers(pattern, first, last))
+        end = match.end()
+    parts.append([text[end:]])
+    if math.prod(map(len, parts)) > _MOST_FILES:
+        raise UnreadableFile(f"{pattern}: names more than {_MOST_FILES:,} files")
     paths: list[Path] = []
-    for text in texts:
+    for text in map("".join, itertools.product(*parts)):
         matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else [text]
         if not matches or not Path(matches[0]).is_file():
             raise UnreadableFile(f"{text}: no such file; expected all files of the pattern {pattern.name}")
         paths += map(Path, matches)
     return paths
+
+
+def _numbers(pattern: Path, first: str, last: str) -> list[str]:
+    """Return the numbers of a range, with as many digits as the first."""
+    count = int(last) - int(first) + 1
+    if not 1 <= count <= _MOST_FILES:
+        raise UnreadableFile(f"{pattern}: {first}..{last} is empty or names more than {_MOST_FILES:,} files")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
