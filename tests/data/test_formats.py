@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import SMALL
+from fcvit.data import parquet
 from fcvit.data.class_folders import read_dataset
 from fcvit.data.classes import ClassName
 from fcvit.data.loader import Workers, batches
@@ -242,6 +243,20 @@ def test_images_are_read_from_all_encodings_of_parquet(tmp_path, options, monkey
     by_page = [location.page >= 0 for location in files.locations]
     assert all(by_page) or not any(by_page)
     assert any(by_page) == (options.get("compression") != "LZ4" and "column_encoding" not in options)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}], ids=str)
+def test_single_images_of_a_large_page_are_decompressed(tmp_path, options, monkeypatch):
+    """Snappy's blocks are independent, and an image is in several of them."""
+    images = [(f"{number}.png", 0, image(number, 160 + number)) for number in range(6)]
+    path = write_parquet(tmp_path / "x.parquet", images, row_group_size=100, **options)
+    locations = open_source(path).tree().files.locations
+    assert [location.read() for location in locations] == [content for *_, content in images]
+    sizes, decompress = [], parquet._decompress
+    monkeypatch.setattr(parquet, "_decompress", lambda *args: sizes.append(args[1]) or decompress(*args))
+    for location, (*_, content) in zip(locations, images, strict=True):
+        assert location.read() == content
+        assert len(sizes) == 1 and sizes.pop() <= len(content) + 2 * parquet._BLOCK
 
 
 def test_damaged_labels_in_shards_are_rejected_in_one_line(tmp_path):
