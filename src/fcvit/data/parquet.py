@@ -88,10 +88,11 @@ class ParquetLocation(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """The images of a row group: position and size in the file, codec, and depth of optional columns around them."""
+    """The images of a row group: first byte, end, rows, codec, and depth of the optional columns around them."""
 
     start: int
     end: int
+    rows: int
     codec: str
     depth: int
 
@@ -241,6 +242,8 @@ def _rows(
     try:
         for group in range(file.num_row_groups if row_groups is None else min(row_groups, file.num_row_groups)):
             count = file.metadata.row_group(group).num_rows
+            if not 0 <= count <= path.stat().st_size:
+                raise ValueError("damaged number of rows")
             table = file.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
             names: list[Any] = [None] * count
             if columns.name:
@@ -286,9 +289,11 @@ def _places(path: Path, file: Any, columns: _Columns, group: int) -> list[tuple[
                     count = 0
                 else:
                     return None
-                places += ((position, row) for row in range(min(count, LARGEST)))
+                if not 0 <= count <= chunk.rows - len(places):
+                    return None
+                places += ((position, row) for row in range(count))
                 position = data + header[3]
-        return places if len(places) == file.metadata.row_group(group).num_rows else None
+        return places if len(places) == chunk.rows else None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError):
         return None
 
@@ -300,7 +305,8 @@ def _chunk(file: Any, index: int, group: int) -> _Chunk | None:
     if not hasattr(os, "pread") or codec is None or leaf.max_repetition_level or leaf.physical_type != "BYTE_ARRAY":
         return None
     start = min(filter(None, (about.dictionary_page_offset, about.data_page_offset)))
-    return _Chunk(start, start + about.total_compressed_size, codec, leaf.max_definition_level)
+    rows = file.metadata.row_group(group).num_rows
+    return _Chunk(start, start + about.total_compressed_size, rows, codec, leaf.max_definition_level)
 
 
 @functools.lru_cache(4096)
@@ -385,19 +391,21 @@ def _page(path: str, position: int, chunk: _Chunk) -> _Page:
         if not 0 <= size <= chunk.end - position or not 0 <= total <= 2 * LARGEST:
             raise ValueError("size of a page")
         compressed = os.pread(file.fileno(), size, data)
-    levels: Sequence[int] = ()
-    codec = chunk.codec
+    codec, count, encoding, about = chunk.codec, 0, _PLAIN, {}
+    if header[1] != _DICTIONARY:
+        about = header[8 if header[1] == _DATA_V2 else 5]
+        count, encoding = about[1], about[4 if header[1] == _DATA_V2 else 2]
+    if not 0 <= count <= chunk.rows:
+        raise ValueError("number of rows")
     if header[1] == _DATA_V2:  # the levels are not compressed
-        about = header[8]
-        start, count, encoding = about[5] + about[6], about[1], about[4]
+        start = about[5] + about[6]
         levels = _hybrid(compressed[about[6] : start], chunk.depth.bit_length(), count)
         data, size, total, compressed = data + start, size - start, total - start, compressed[start:]
         codec = codec if about.get(7, True) else ""
         content, first = _decompress(compressed, total, codec), 0
     else:
         content, first = _decompress(compressed, total, codec), 0
-        encoding, count = (_PLAIN, 0) if header[1] == _DICTIONARY else (header[5][2], header[5][1])
-        levels = [0] * min(count, LARGEST)
+        levels = [0] * count
         if chunk.depth and count:
             first = 4 + int.from_bytes(content[:4], "little")
             levels = _hybrid(content[4:first], chunk.depth.bit_length(), count)
@@ -409,7 +417,7 @@ def _page(path: str, position: int, chunk: _Chunk) -> _Page:
         rows = array("i", [next(numbers) if exists else -1 for exists in present])
         return _Page(data, size, total, codec, rows, array("q"), array("q"))
     starts = array("q", [first])
-    while starts[-1] < total:
+    while starts[-1] < total and len(starts) <= chunk.rows:
         starts.append(starts[-1] + 4 + int.from_bytes(content[starts[-1] : starts[-1] + 4], "little"))
     if starts[-1] != total:
         raise ValueError("damaged values")
@@ -478,7 +486,7 @@ def _decompress(content: bytes, size: int, codec: str) -> bytes:
 
 def _hybrid(content: bytes, width: int, count: int) -> list[int]:
     """Decode integers of a bit width from Parquet's hybrid of run lengths and packed bits."""
-    if count > LARGEST or width > 32:
+    if not 0 <= count <= LARGEST or width > 32:
         raise ValueError("damaged page")
     values: list[int] = []
     position = 0
