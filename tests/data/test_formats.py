@@ -259,6 +259,24 @@ def test_single_images_of_a_large_page_are_decompressed(tmp_path, options, monke
         assert len(sizes) == 1 and sizes.pop() <= len(content) + 2 * parquet._BLOCK
 
 
+def test_blocks_of_snappy_are_used_only_if_they_are_independent():
+    def literal(size):
+        return b"\xf4" + (size - 1).to_bytes(2, "little") + bytes(size)
+
+    def copy(offset):
+        return b"\x0e" + offset.to_bytes(2, "little")  # four bytes
+
+    block = parquet._BLOCK
+    start, total = parquet._as_varint(4 * block), 4 * block
+    assert len(parquet._snappy_blocks(start + literal(block) * 4, total)) == 5
+    inside = literal(block) * 3 + literal(block - 4) + copy(block - 4)
+    assert len(parquet._snappy_blocks(start + inside, total)) == 5
+    before = literal(block) * 3 + literal(block - 4) + copy(block - 3)
+    assert not parquet._snappy_blocks(start + before, total)
+    across = literal(block - 2) + copy(4) + literal(block - 2) + literal(block) * 2
+    assert not parquet._snappy_blocks(start + across, total)
+
+
 def test_damaged_labels_in_shards_are_rejected_in_one_line(tmp_path):
     for content, message in (
         ([("1.png", b"x"), ("1.cls", b"\xff\xfe")], "1.cls: not a readable label"),
