@@ -78,9 +78,9 @@ class ParquetLocation(NamedTuple):
                 content = _row_group(self.path, -1 - self.page)[self.row]
             else:
                 content = _image(self.path, self.page, self.row)
-        except OSError:
-            raise
-        except Exception as error:  # damaged bytes can fail anywhere in pyarrow
+        except Exception as error:  # damaged bytes can fail anywhere in pyarrow, which also has its own OSError
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise OSError(f"damaged Parquet data: {one_line(error)[:100]}") from error
         if content is None:
             raise OSError("the row contains no bytes of an image")
