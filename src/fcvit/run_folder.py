@@ -46,6 +46,12 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def cache_root() -> Path:
+    """Return the folder of all caches, or a path that cannot be written if there is no home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
+    return (Path(os.devnull) if home.startswith("~") else Path(home)) / "fcvit"
+
+
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
     """Write a text file atomically: a reader sees either the old or the new content.
 

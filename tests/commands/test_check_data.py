@@ -255,7 +255,7 @@ class Crashing(NamedTuple):
 def test_an_image_that_crashes_the_decoder_does_not_end_the_check(train, monkeypatch):
     def with_crashing_image(source):
         tree = read(source)
-        return tree._replace(files=tree.files | {"cat/5.png": Crashing()})
+        return tree._replace(files={**tree.files, "cat/5.png": Crashing()})
 
     read = Source.tree
     monkeypatch.setattr(Source, "tree", with_crashing_image)

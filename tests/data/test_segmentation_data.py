@@ -172,7 +172,7 @@ def test_missing_labels_and_labels_without_images_are_reported(tmp_path):
     assert "left out 1 label without an image: c.png" in images.notes[1]
     (tmp_path / "annotations/train/a.png").rename(tmp_path / "annotations/train/x.png")
     with pytest.raises(UnreadableFile, match=r"no label has the name of an image.*a\.jpg.*--label-suffix"):
-        read_split(layout, "train")
+        read_split(find_maps(open_source(tmp_path)), "train")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from PIL import Image
 
 from conftest import SMALL
 from fcvit.commands.check_data import check_data
+from fcvit.data import sources
 from fcvit.data.class_folders import read_dataset
 from fcvit.data.folders import ENDINGS, FORMATS, find_images, images_below, is_image, legible
 from fcvit.data.sources import open_source
+from fcvit.data.tars import read_tar
 from fcvit.data.training_splits import find_splits
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, UnreadableFile
@@ -62,8 +64,8 @@ def test_a_tar_archive_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", content=image.getvalue()))
     other = tar_of("c/1.png", "d/1.png")
-    opened, tar_open = [], tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda *args, **options: opened.append(1) or tar_open(*args, **options))
+    opened = []
+    monkeypatch.setattr(sources, "read_tar", lambda path: opened.append(1) or read_tar(path))
     splits = find_splits(Recipe(**{**SMALL, "data": str(path)}), None)
     assert read_dataset(path / "val", None, None, 2).names == splits.val.names
     assert check_data(path, workers=0).images == 4 and len(opened) == 1
@@ -87,7 +89,7 @@ def test_nested_tar_archives_are_folders_and_read_in_place(tmp_path):
 
 
 def test_tar_archives_that_are_not_class_folders_are_rejected(tmp_path):
-    shard = tar_with(**{"1_png": b"x", "1_cls": b"0", "2_png": b"x", "2_cls": b"1"})
+    shard = tar_with(**{"1_png": b"x", "1_txt": b"0", "2_png": b"x", "2_txt": b"1"})
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).write_bytes(shard)
     with pytest.raises(UnreadableFile, match=r"0.tar contains other files.*WebDataset.*unpack"):

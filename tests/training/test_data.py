@@ -29,7 +29,7 @@ def test_epochs_of_a_number_of_steps_use_all_images_equally_often():
     short = np.concatenate([epoch_order(10, 3, number, 5, steps=1) for number in range(12)])
     assert (short == np.concatenate(orders)).all()
     one_pass = np.random.default_rng([3, 2]).permutation(10)
-    assert epoch_order(10, 3, 2, 4) == one_pass[:8].tolist()
+    assert epoch_order(10, 3, 2, 4).tolist() == one_pass[:8].tolist()
 
 
 def epoch(recipe, number, micro_batches=None, workers=0):

@@ -1,4 +1,4 @@
-"""Manage the cache of exported networks and compiled operators (`fcvit cache`)."""
+"""Manage the cache of exported networks, compiled operators and indexes of data sets (`fcvit cache`)."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from fcvit.commands.options import Flag
 from fcvit.errors import UsageError
-from fcvit.inference.cache import cache_folder
+from fcvit.run_folder import cache_root
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -44,7 +44,7 @@ class Cache:
 
 
 def cache(*, limit: str | None = None, clear: Flag = False) -> Cache:
-    """Show, limit or empty the cache of exports and compiled operators.
+    """Show, limit or empty the cache of exports, compiled operators and indexes of data sets.
 
     Args:
         limit: Remove the oldest entries until the cache has at most this size, for example 500M or 2G.
@@ -68,7 +68,7 @@ def cache(*, limit: str | None = None, clear: Flag = False) -> Cache:
 
 def read_cache() -> Cache:
     """Return the entries of the cache."""
-    folder = cache_folder().parent
+    folder = cache_root()
     entries = []
     for entry in folder.glob("*/*"):
         if entry.is_dir():

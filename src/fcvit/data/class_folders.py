@@ -12,16 +12,21 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from fcvit.data.class_indices import assign_classes, assign_labels
+import numpy as np
+
+from fcvit.data.class_indices import Assignment, assign_classes, assign_declared, assign_labels
 from fcvit.data.classes import Classes, imagenet
-from fcvit.data.folders import ENDINGS, count_non_images, is_image, legible
+from fcvit.data.columns import Files, Integers, taken
+from fcvit.data.folders import ENDINGS, count_non_images, legible
 from fcvit.data.lists import find_listed, read_list
-from fcvit.data.sources import PACKED, Location, Source, open_source
+from fcvit.data.sources import Location, Source, open_source
 from fcvit.data.splits import find_layout
+from fcvit.data.tars import PACKED
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
 from fcvit.models.variants import IMAGENET_CLASSES, VALIDATION_IMAGES
 from fcvit.text import some
 
+_BLOCK = 4096  # images whose names are encoded at once
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
 
 
@@ -41,9 +46,9 @@ class LabeledImages:
     """
 
     root: Path
-    names: tuple[str, ...]
-    locations: tuple[Location, ...]
-    labels: tuple[int, ...]
+    names: Sequence[str]
+    locations: Sequence[Location]
+    labels: Sequence[int]
     mapping: Mapping[str, int]
     rule: str
     counted: bool = False
@@ -53,28 +58,34 @@ class LabeledImages:
         return len(self.names)
 
     @property
-    def targets(self) -> tuple[int, ...]:
+    def targets(self) -> Sequence[int]:
         """Return the class index of each image (the `targets` of `fcvit.data.loader.Dataset`)."""
         return self.labels
 
     def listing(self) -> str:
         """Return the SHA-256 of names and labels, which a resumed run compares."""
-        return hashlib.sha256(json.dumps([self.names, self.labels]).encode()).hexdigest()
+        digest = hashlib.sha256(b"[[")
+        for column, end in ((self.names, b"], ["), (self.labels, b"]]")):
+            for start in range(0, len(column), _BLOCK):
+                block = json.dumps(column[start : start + _BLOCK])[1:-1]
+                digest.update((", " * (start > 0) + block).encode())
+            digest.update(end)
+        return digest.hexdigest()
 
     def validation_numbers(self) -> list[int] | None:
         """Return each image's number in ImageNet's validation set, 1 to 50,000, or None if a name has no number."""
-        matches = [_VALIDATION_NUMBER.search(name) for name in self.names]
-        numbers = [int(match[1]) if match else 0 for match in matches]
-        return numbers if all(1 <= number <= VALIDATION_IMAGES for number in numbers) else None
+        numbers = []
+        for name in self.names:
+            match = _VALIDATION_NUMBER.search(name)
+            if match is None or not 1 <= int(match[1]) <= VALIDATION_IMAGES:
+                return None
+            numbers.append(int(match[1]))
+        return numbers
 
     def take(self, order: Sequence[int]) -> "LabeledImages":
         """Return the images at these positions, in this order."""
-        return dataclasses.replace(
-            self,
-            names=tuple(self.names[i] for i in order),
-            locations=tuple(self.locations[i] for i in order),
-            labels=tuple(self.labels[i] for i in order),
-        )
+        columns = {name: taken(getattr(self, name), order) for name in ("names", "locations", "labels")}
+        return dataclasses.replace(self, **columns)
 
     def subset(self, count: int, seed: int) -> "LabeledImages":
         """Draw a stratified sample: each class keeps its share, rounded to an integer number of images.
@@ -124,7 +135,7 @@ def read_dataset(
             splits, of which only one can be read.
     """
     if list_file is not None:
-        source = open_source(data) if isinstance(data, Path) else data
+        source = open_source(data, labels=False) if isinstance(data, Path) else data
         listed = read_list(list_file)
         locations, labels, remark = find_listed(listed, list_file, source)
         try:
@@ -135,23 +146,42 @@ def read_dataset(
             raise DoesNotFit(f"{error} ({listed.encoding_problem}, save it as UTF-8)") from error
         assignment = assignment._replace(rule=assignment.rule + remark)
         notes = listed.notes
-    else:
-        source, notes = (data, ()) if isinstance(data, Source) else _one_split(data, classes, num_classes)
-        folders, locations = sorted(map(legible, source.folders())), source.tree().files
-        notes += _check_contents(source, folders, locations)
-        assignment = assign_classes(folders, classes, num_classes, "class folders")
-        labels = {name: legible(name.split("/")[0]) for name in locations if "/" in name and is_image(name)}
-        if not labels:
-            raise UnreadableFile(f"{source.path}: the class folders contain no images ({', '.join(sorted(ENDINGS))})")
-    names = tuple(sorted(labels))
-    return LabeledImages(
-        source.path,
-        names,
-        tuple(locations[name] for name in names),
-        tuple(assignment.mapping[labels[name]] for name in names),
-        *assignment,
-        notes=notes,
-    )
+        names = sorted(labels)
+        indices = [assignment.mapping[labels[name]] for name in names]
+        return LabeledImages(
+            source.path,
+            tuple(names),
+            tuple(locations[name] for name in names),
+            Integers(indices),
+            *assignment,
+            notes=notes,
+        )
+    source, notes = (data, ()) if isinstance(data, Source) else _one_split(data, classes, num_classes)
+    folders, files = source.folders(), source.tree().files
+    notes += source.content.notes
+    folder_of = np.full(len(files), -1, np.int32)
+    for number, folder in enumerate(folders):
+        inside = files.names.under(f"{folder}/")
+        folder_of[inside.start : inside.stop] = number
+    notes += _check_contents(source, folders, files, folder_of >= 0)
+    assignment = _assign(source, classes, num_classes)
+    order = np.flatnonzero(files.is_image() & (folder_of >= 0))
+    if not len(order):
+        raise UnreadableFile(f"{source.path}: the class folders contain no images ({', '.join(sorted(ENDINGS))})")
+    images = files.take(order)
+    indices = np.array([assignment.mapping[legible(folder)] for folder in folders], np.int32)
+    labels = Integers(indices[folder_of[order]])
+    return LabeledImages(source.path, images.names, images.locations, labels, *assignment, notes=notes)
+
+
+def _assign(source: Source, classes: Classes | None, num_classes: int) -> Assignment:
+    """Map the class folders, or the labels that the data contains, to the class indices of a model."""
+    folders = sorted(map(legible, source.folders()))
+    if source.content.classes:
+        return assign_declared(folders, source.content.classes, classes, num_classes, source.path)
+    if source.content.labeled:
+        return assign_labels(folders, classes, num_classes, source.path)
+    return assign_classes(folders, classes, num_classes, "class folders")
 
 
 def known_classes(classes: Classes | None, num_classes: int) -> frozenset[str]:
@@ -181,30 +211,36 @@ def _one_split(data: Path, classes: Classes | None, num_classes: int) -> tuple[S
     return layout.source, layout.notes
 
 
-def _check_contents(source: Source, folders: Sequence[str], files: Mapping[str, Location]) -> tuple[str, ...]:
-    """Return notes on the files that are skipped, and reject a source without class folders."""
-    path = source.path
-    packed = [name for name in files if name.lower().endswith((".tar", *PACKED))]
+def _check_contents(source: Source, folders: Sequence[str], files: Files, inside: np.ndarray) -> tuple[str, ...]:
+    """Return notes on the files that are skipped, and reject a source without class folders.
+
+    `inside` tells for each file whether it is in a class folder, bool (files,).
+    """
+    path, images = source.path, files.is_image()
+    others = files.take(np.flatnonzero(~images))
+    packed = [name for name in others if name.lower().endswith((".tar", *PACKED))]
     if not folders:
         if packed:
             raise UnreadableFile(
                 f"{path}: contains archives ({some(packed)}) but no class folders; pass one tar archive or a folder "
                 "that contains only tar archives with one class each, and unpack other archives first"
             )
-        if not any(map(is_image, files)):
+        if not images.any():
             raise UnreadableFile(f"{path}: contains no class folders and no images ({', '.join(sorted(ENDINGS))})")
+        if source.content.labeled:
+            raise UnreadableFile(f"{path}: the images have no labels; training and evaluation need them")
         raise UnreadableFile(
             f"{path}: contains images but no class folders; put the images of each class into a folder, or for fcvit "
             "eval pass the class of each image with --list FILE"
         )
     packed = [name for name in packed if "/" not in name]
-    stray = [name for name in (source.archive.files if source.archive else ()) if name.startswith(("/", "../"))]
-    outside = sum("/" not in name and is_image(name) for name in files)
+    every = source.archive.files if source.archive is not None else files
+    stray = sum(int(every.take(every.names.under(start)).is_image().sum()) for start in ("/", "../"))
+    outside = int((images & ~inside).sum())
     notes = (
         packed and f"skipped {counted(len(packed), 'archive')} next to the class folders: {some(packed)}",
-        (count := sum(map(is_image, stray)))
-        and f"skipped {counted(count, 'image')} with a path outside the archive (starting with / or ..)",
-        count_non_images(name for name in files if "/" in name),
+        stray and f"skipped {counted(stray, 'image')} with a path outside the archive (starting with / or ..)",
+        count_non_images(name for name in others if "/" in name),
         outside and f"skipped {counted(outside, 'image')} outside the class folders",
     )
     return tuple(f"{path}: {note}" for note in notes if note)

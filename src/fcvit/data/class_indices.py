@@ -79,6 +79,40 @@ def assign_labels(labels: Sequence[str], classes: Classes | None, num_classes: i
     )
 
 
+def assign_declared(
+    labels: Sequence[str], declared: Sequence[str], classes: Classes | None, num_classes: int, source: Path
+) -> Assignment:
+    """Map the labels of data that contains the names of its classes in the order of their indices.
+
+    If all labels are ids or unique names of the known classes, these give the index. Otherwise the indices of the data
+    are used if it has as many classes as the model, unless a name is that of another class of the model.
+
+    Args:
+        labels: Sorted labels of the images.
+        declared: All labels in the order of their indices.
+        source: Path of the data, for messages.
+
+    Raises:
+        DoesNotFit: The classes of the data are not those of the model.
+    """
+    for _, table in _tables(classes):
+        if len(mapping := _look_up(labels, table, composed)) == len(labels):
+            return Assignment(mapping, f"the class names in {source.name} are those of the model")
+    if len(declared) != num_classes:
+        return assign_classes(labels, classes, num_classes, f"classes of {source.name}")
+    for kind, table in _tables(classes):
+        for index, label in enumerate(declared):
+            # ImageNet's names in other copies are lists of synonyms: "tench, Tinca tinca".
+            for name in {label, label.partition(",")[0]}:
+                if table.get(name, index) != index and declared[table[name]].partition(",")[0] != name:
+                    raise DoesNotFit(
+                        f"{source}: class {index} is {label[:_LENGTH]}, which is the {kind} of class {table[name]} of "
+                        f"the model; {_REMEDY}"
+                    )
+    indices = {label: index for index, label in enumerate(declared)}
+    return Assignment({label: indices[label] for label in labels}, f"the class indices in {source.name}", False)
+
+
 def assign_classes(labels: Sequence[str], classes: Classes | None, num_classes: int, what: str) -> Assignment:
     """Map class names to indices by the first of these rules that applies.
 

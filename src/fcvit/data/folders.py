@@ -5,10 +5,9 @@ import errno
 import glob
 import logging
 import os
-import posixpath
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -120,21 +119,46 @@ def contents(folder: Path) -> tuple[list[str], list[str]]:
     """
     folders: list[str] = []
     files: list[str] = []
+    for name in walk(folder):
+        (folders if name.endswith("/") else files).append(name)
+    return (
+        sorted((name[:-1] for name in folders), key=lambda name: name.split("/")),
+        sorted(files, key=lambda name: name.split("/")),
+    )
 
-    def walk(inner: str, parents: frozenset[tuple[int, int]]) -> None:
+
+def walk(folder: Path, visited: "dict[str, os.stat_result] | None" = None) -> Iterator[str]:
+    """Yield the relative paths of all files and folders below a folder, sorted as text. Folders end with /.
+
+    Only the names in the folders that contain the current one are in memory. Links are followed as in `contents`.
+
+    Args:
+        folder: Folder to read.
+        visited: Filled with the status of every folder before it is read.
+
+    Raises:
+        UnreadableFile: The folder or a folder below it cannot be read.
+    """
+    visited = {} if visited is None else visited
+
+    def below(inner: str, parents: frozenset[tuple[int, int]]) -> Iterator[str]:
         directory = os.path.join(folder, inner) if inner else str(folder)  # noqa: PTH118
-        subfolders, names = scan(directory)
-        status = os.stat(directory)  # noqa: PTH116
+        try:
+            status = os.stat(directory)  # noqa: PTH116
+        except OSError as error:
+            raise UnreadableFile(f"{directory}: {error.strerror}") from error
         identity = (status.st_dev, status.st_ino)
         if identity in parents:
             return
-        files.extend(posixpath.join(inner, name) for name in names)
-        for name in subfolders:
-            folders.append(posixpath.join(inner, name))
-            walk(folders[-1], parents | {identity})
+        visited[inner] = status
+        subfolders, names = scan(directory)
+        # With the slash, the order is that of the complete paths: a-b/1 is before a/1.
+        for name in sorted([*(f"{subfolder}/" for subfolder in subfolders), *names]):
+            yield inner + name
+            if name.endswith("/"):
+                yield from below(inner + name, parents | {identity})
 
-    walk("", frozenset())
-    return sorted(folders, key=lambda name: name.split("/")), sorted(files, key=lambda name: name.split("/"))
+    return below("", frozenset())
 
 
 def images_below(folder: Path) -> list[Path]:

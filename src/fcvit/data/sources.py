@@ -1,108 +1,34 @@
-"""Read images from a folder, a tar archive, or a folder of tar archives with one class each."""
+"""Open a folder of images, tar archives, WebDataset shards or Parquet files, which all look like a folder."""
 
 import dataclasses
-import errno
 import functools
+import glob
+import itertools
+import math
 import os
 import posixpath
 import re
-import shlex
-import tarfile
-from collections.abc import Collection, Mapping
+import time
+from array import array
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
-from fcvit.data.folders import contents, is_image, left_out, open_file, scan
+import numpy as np
+
+from fcvit.data.archives import Archive, Tree
+from fcvit.data.columns import Files, FolderLocations, Location, Names, encoded
+from fcvit.data.folders import is_image, legible, scan, walk
+from fcvit.data.index_cache import indexed, stamp_of_files
+from fcvit.data.parquet import ParquetLocation, read_parquet
+from fcvit.data.shards import has_class_folders, is_shard, read_shards
+from fcvit.data.splits import role
+from fcvit.data.tars import join, read_tar
 from fcvit.errors import UnreadableFile
-from fcvit.foreign import KIND_BYTES, TAR, foreign_kind
 
-_LARGEST = 1 << 29  # largest image file, in bytes
-_BLOCK = 512  # block size of the tar format, in bytes
-PACKED = (".7z", ".bz2", ".gz", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
-_LEADING = re.compile(r"\A(/|\.\.(/|$))*")  # tar strips these when it extracts
-_DEEPEST = 3  # nesting depth of tar archives
-_INDICES = 1024  # number of tar archives whose index is cached
-# The first bytes of other files -> their format and the remedy.
-_OTHERS = {
-    b"\x1f\x8b": ("compressed with gzip", "decompress it first (archives are read in place): gunzip -k {name}"),
-    b"BZh": ("compressed with bzip2", "decompress it first (archives are read in place): bunzip2 -k {name}"),
-    b"\xfd7zXZ\x00": ("compressed with xz", "decompress it first (archives are read in place): unxz -k {name}"),
-    b"\x28\xb5\x2f\xfd": (
-        "compressed with zstd",
-        "decompress it first (archives are read in place): unzstd {name}",
-    ),
-    b"PK\x03\x04": ("a zip archive", "unpack it first: unzip {name} -d FOLDER"),
-    b"PK\x05\x06": ("an empty zip archive", "pass a folder or a tar archive that contains images"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it first: 7z x {name}"),
-    b"Rar!\x1a\x07": ("a rar archive", "unpack it first: unrar x {name}"),
-    b"PAR1": ("a Parquet file", "write its images into class folders first"),
-}
-
-
-class Location(NamedTuple):
-    """The location of an image's bytes: a file or a part of a file.
-
-    Attributes:
-        path: Path of the file.
-        offset: Position of the first byte in the file.
-        size: Number of bytes, or -1 for the rest of the file.
-    """
-
-    path: str
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        """Return the bytes of the image.
-
-        Raises:
-            OSError: The file cannot be read, is not a regular file or is too large.
-        """
-        with open_file(self.path) as file:
-            if (self.size if self.size >= 0 else os.fstat(file.fileno()).st_size) > _LARGEST:
-                raise OSError(errno.EFBIG, f"larger than {_LARGEST >> 20} MiB")
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-class Tree(NamedTuple):
-    """The sorted relative paths (with /) of all folders and files at any depth, except hidden and system files."""
-
-    folders: tuple[str, ...]
-    files: dict[str, Location]
-
-
-@dataclasses.dataclass(frozen=True)
-class Archive:
-    """The content of one tar archive or of several.
-
-    Attributes:
-        files: Name -> location of every file, including hidden files.
-        folders: Folders with an entry in the archive. Other folders are known only from the files in them.
-    """
-
-    files: Mapping[str, Location]
-    folders: tuple[str, ...]
-
-    @functools.cached_property
-    def tree(self) -> Tree:
-        """The folders and files that are neither hidden nor system files, nor outside the archive."""
-        files = {name: self.files[name] for name in sorted(self.files) if not _left_out(name)}
-        folders: set[str] = set()
-        for name in (*(f"{folder}/" for folder in self.folders if not _left_out(folder)), *files):
-            while (name := posixpath.dirname(name)) and name not in folders:
-                folders.add(name)
-        return Tree(tuple(sorted(folders)), files)
-
-    @functools.cached_property
-    def listings(self) -> Mapping[str, tuple[list[str], list[str]]]:
-        """Folder ("" for the root) -> names of the folders and of the files directly in the folder."""
-        listings: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in ("", *self.tree.folders)}
-        for kind, names in enumerate((self.tree.folders, self.tree.files)):
-            for name in names:
-                parent, _, last = name.rpartition("/")
-                listings[parent][kind].append(last)
-        return listings
+_PATTERN = re.compile(r"[*?]|\[.+\]|\{.+\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_MOST_FILES = 100_000  # files of one pattern
+_SETTLED = 2_000_000_000  # age in ns from which the time of a folder changes with every further change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,47 +40,65 @@ class Source:
     Attributes:
         path: Path of the folder as a user writes it.
         archive: Archive that contains the folder, or None for a folder in the file system.
-        inner: Path of the folder inside the archive, "" for the root.
+        inner: Path of the folder inside the archive or inside the folder that is read, "" for the root.
+        folder: Folder in the file system that is read, including this folder.
     """
 
     path: Path
     archive: Archive | None = None
     inner: str = ""
+    folder: "_Folder | None" = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.archive is None and self.folder is None:
+            object.__setattr__(self, "folder", _Folder(self.path))
+
+    @property
+    def content(self) -> Archive:
+        """All files of the data that contains this folder. A folder in the file system is read on first use."""
+        if self.archive is not None:
+            return self.archive
+        assert self.folder is not None
+        return self.folder.content
 
     def child(self, name: str) -> "Source":
         """Return the subfolder with this name."""
-        return Source(self.path / name, self.archive, posixpath.join(self.inner, name))
+        return Source(self.path / name, self.archive, posixpath.join(self.inner, name), self.folder)
 
     def folders(self) -> list[str]:
         """Return the sorted names of the subfolders."""
-        return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[0]
+        try:
+            return self.content.subfolders[self.inner]
+        except KeyError as error:
+            raise UnreadableFile(f"{self.path}: no such folder") from error
+
+    def classes(self) -> list[str]:
+        """Return the classes: the names of the subfolders, or all labels in the order of their indices."""
+        content, folders = self.content, sorted(map(legible, self.folders()))
+        if content.classes:
+            return [*content.classes]
+        if content.labeled and folders and all(folder.isdecimal() for folder in folders):
+            return [str(index) for index in range(max(map(int, folders)) + 1)]
+        return folders
 
     def files(self) -> list[str]:
         """Return the sorted names of the files directly in this folder."""
-        return (scan(self.path) if self.archive is None else self.archive.listings[self.inner])[1]
+        return list(self.content.tree.files.directly(self.inner))
 
     def has_images(self) -> bool:
         """Return True if image files are directly in this folder."""
-        return any(map(is_image, self.files()))
+        return any(map(is_image, self.content.tree.files.directly(self.inner)))
 
     def has_images_below(self) -> bool:
-        """Return True if image files are in this folder at any depth, but only directly in a linked subfolder."""
-        children = map(self.child, self.folders())
-        return self.has_images() or any(
-            child.has_images() if child.path.is_symlink() else child.has_images_below() for child in children
-        )
+        """Return True if image files are in this folder at any depth."""
+        return bool(self.tree().files.is_image().any())
 
     def tree(self) -> Tree:
         """Return all folders and files below this folder."""
-        if self.archive is None:
-            folders, files = contents(self.path)
-            return Tree(tuple(sorted(folders)), {name: Location(f"{self.path}/{name}") for name in sorted(files)})
         prefix = f"{self.inner}/" if self.inner else ""
-        folders, files = self.archive.tree
-        return Tree(
-            tuple(name.removeprefix(prefix) for name in folders if name.startswith(prefix)),
-            {name.removeprefix(prefix): location for name, location in files.items() if name.startswith(prefix)},
-        )
+        folders, files = self.content.tree
+        inside = tuple(name.removeprefix(prefix) for name in folders if name.startswith(prefix))
+        return Tree(inside, files.below(self.inner))
 
     def locate(self, name: str) -> Location | None:
         """Return the location of the named file, hidden or not, or None if it does not exist."""
@@ -167,168 +111,185 @@ class Source:
             return None
 
 
-def open_source(data: Path) -> Source:
-    """Open a folder, a tar archive, a folder inside one (`x.tar/val`), or a folder of tar archives with one class each.
+@dataclasses.dataclass
+class _Folder:
+    """A folder in the file system that is read once, for all sources in it."""
+
+    path: Path
+
+    @functools.cached_property
+    def content(self) -> Archive:
+        def unchanged(stamp: Any) -> bool:
+            try:
+                return all(_folder_stamp((self.path / inner).stat()) == known for inner, known in stamp.items())
+            except OSError:
+                return False
+
+        return indexed(self.path, self.path, "folder", unchanged, lambda: _read_folder(self.path), None)
+
+
+def _folder_stamp(status: os.stat_result) -> list[int]:
+    return [status.st_mtime_ns, status.st_ino]
+
+
+def _read_folder(path: Path) -> tuple[Archive, Any]:
+    """Return the index of a folder and its stamp, or None as the stamp if a folder was changed just before."""
+    began = time.time_ns()
+    text, starts, image, folders = bytearray(), array("q", [0]), bytearray(), []
+    visited: dict[str, os.stat_result] = {}
+    for name in walk(path, visited):
+        if name.endswith("/"):
+            folders.append(name[:-1])
+        else:
+            text += encoded(name) + b"\0"
+            starts.append(len(text))
+            image.append(is_image(name))
+    names = Names(bytes(text), starts)
+    files = Files(names, FolderLocations(str(path), names), np.asarray(image, np.uint8))
+    settled = all(began - status.st_mtime_ns > _SETTLED for status in visited.values())
+    stamp = {inner: _folder_stamp(status) for inner, status in visited.items()} if settled else None
+    return Archive(files, range(len(files)), tuple(sorted(folders))), stamp
+
+
+def open_source(data: Path, labels: bool = True) -> Source:
+    """Open the images at a path, whatever contains them.
+
+    Args:
+        data: A folder, a tar archive, a Parquet file, or a folder of tar archives or of Parquet files. Also a folder
+            inside one of these (`x.tar/val`), and a pattern of shards or Parquet files (`train-{0000..0123}.tar`,
+            `train-*.parquet`).
+        labels: Whether a tar archive with a label for each image is read as a WebDataset shard.
 
     Raises:
-        UnreadableFile: The path does not exist, or an archive is damaged or cannot be read.
+        UnreadableFile: The path does not exist, or a file is damaged or cannot be read.
+        MissingExtra: A package that reads the format is not installed.
     """
     if data.is_dir():
         folders, files = scan(data)
-        tars = [name for name in files if name.lower().endswith(".tar")]
+        tars = [data / name for name in files if name.lower().endswith(".tar")]
+        if parquet := [] if any(map(is_image, files)) else _parquet_files(data):
+            return Source(data, _parquet(data, data, parquet))
         # The archives are the data set only if more than half of the files are archives.
         if folders or any(map(is_image, files)) or len(tars) * 2 <= len(files):
             return Source(data)
-        return Source(data, _join(str(data), {name: _read_tar(data / name) for name in tars}, files))
-    for tar in (data, *data.parents):
-        if tar.is_file():
-            inner = "" if tar == data else data.relative_to(tar).as_posix()
-            archive = _read_tar(tar)
-            if inner not in archive.listings:
-                raise UnreadableFile(
-                    f"{tar}: the archive contains no folder {inner} and no images below it; pass another of its folders"
-                )
-            return Source(data, archive, inner)
+        return Source(data, _of_files(data, data, "tars", tars, lambda: _read_tars(data, tars, files)))
+    for path in (data, *data.parents):
+        inner = "" if path == data else data.relative_to(path).as_posix()
+        if path.is_file():
+            if _is_parquet(path):
+                return _inside(data, _parquet(path, path, [path]), inner)
+            kind = "tar" if labels else "tar without labels"
+            return _inside(data, _of_files(path, path, kind, [path], functools.partial(_read_tar, path, labels)), inner)
+        if path.is_dir():
+            container = open_source(path) if role(inner.partition("/")[0]) else None
+            if container is not None and container.archive is not None:
+                return _inside(data, container.archive, inner)
+            break
+        if _PATTERN.search(path.name) and (paths := _expand(path)):
+            if len({_is_parquet(one) for one in paths}) > 1:
+                raise UnreadableFile(f"{path}: the pattern matches Parquet files and others; pass one format")
+            base = _base(path)
+            if _is_parquet(paths[0]):
+                return _inside(data, _parquet(path, base, paths), inner)
+            shards = functools.partial(read_shards, path, paths)
+            return _inside(data, _of_files(path, base, "shards", paths, shards), inner)
     raise UnreadableFile(f"{data}: no such folder or tar archive; --data expects class folders or a tar of them")
 
 
-def _read_tar(path: Path) -> Archive:
-    """Return the index of a tar archive without unpacking it. The index is cached until the file changes."""
+def _inside(data: Path, archive: Archive, inner: str) -> Source:
+    if inner not in archive.subfolders:
+        path = data if not inner else data.parents[inner.count("/")]
+        raise UnreadableFile(
+            f"{path}: the archive contains no folder {inner} and no images below it; pass another of its folders"
+        )
+    return Source(data, archive, inner)
+
+
+def _of_files(path: Path, base: Path, kind: str, files: list[Path], read: Any, location: Any = Location) -> Archive:
+    """Return the index of a data set in these files, from the cache or read now."""
     try:
-        status = path.stat()
-        return _index(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        stamp = stamp_of_files(files)
     except OSError as error:
-        raise UnreadableFile(f"{path}: {error.strerror or error}") from error
+        raise UnreadableFile(f"{error.filename or path}: {error.strerror or error}") from error
+    return indexed(path, base, kind, stamp.__eq__, lambda: (read(), stamp), location)
 
 
-@functools.lru_cache(_INDICES)
-def _index(path: Path, *_: int) -> Archive:
-    """Read the index of a tar archive. The other arguments identify the file's version in the cache."""
-    with open_file(path) as file:
-        start = file.read(8)
-        for magic, (kind, remedy) in _OTHERS.items():
-            if start.startswith(magic):
-                name = shlex.quote(path.name)
-                raise UnreadableFile(f"{path}: not a readable tar archive: {kind}; {remedy.format(name=name)}")
-        return _read_index(file, path, str(path), 0, os.fstat(file.fileno()).st_size, 0)
-
-
-def _read_index(file: BinaryIO, path: Path, shown: str, start: int, end: int, depth: int) -> Archive:
-    """Read the index of a tar archive and of the archives nested in it.
-
-    Args:
-        file: Open file that contains the archive.
-        path: Path of the file.
-        shown: Name of the archive in messages.
-        start: Position of the archive's first byte in the file.
-        end: Position after the archive's last byte.
-        depth: Number of archives that contain this archive.
-
-    Raises:
-        UnreadableFile: The archive is damaged or truncated, or archives are nested too deeply.
-    """
-    files: dict[str, Location] = {}
-    links: dict[str, str] = {}
-    folders: list[str] = []
-    first = start
-    while start < end or start == first:  # archives can be joined with cat, and each ends with empty blocks
-        try:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    _add_member(member, path, files, links, folders)
-                # tarfile stops silently at a damaged header and at the end of the file.
-                stopped = tar.offset
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            file.seek(start)
-            reason = f"invalid data at byte {start - first} of {end - first}: {error}"
-            kind = foreign_kind(file.read(KIND_BYTES)) if start == first else None
-            reason = kind if kind and kind != TAR else reason
-            raise UnreadableFile(f"{shown}: not a readable tar archive: {reason}") from error
-        file.seek(stopped)
-        if stopped + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
-            raise UnreadableFile(
-                f"{shown}: damaged or truncated at byte {stopped - first} of {end - first}; copy or download it again"
-            )
-        start = _skip_empty(file, stopped + _BLOCK, end)
-    for name in links:
-        target, steps = links[name], 0
-        while target in links and steps < len(links):
-            target, steps = links[target], steps + 1
-        # A link to a file outside the archive is listed with a location that cannot be read, like a broken link.
-        files.setdefault(name, files.get(target, Location(str(path / name))))
-    if files and all(name.startswith(("/", "../")) for name in files):  # created with tar -P
-        files = {_LEADING.sub("", name): location for name, location in files.items()}
-        folders = [_LEADING.sub("", name) for name in folders]
-    archive = Archive(files, tuple(folders))
-    tars = {name: location for name, location in archive.tree.files.items() if name.lower().endswith(".tar")}
-    if not tars or any(map(is_image, archive.tree.files)):
+def _read_tar(path: Path, labels: bool) -> Archive:
+    """Read a tar archive: a WebDataset shard if its images have labels and are not in class folders."""
+    archive = read_tar(path)
+    if not labels or not is_shard(archive.tree.files):
         return archive
-    if depth == _DEEPEST:
-        raise UnreadableFile(
-            f"{shown}: tar archives are nested more than {_DEEPEST} levels deep; unpack the outer archives"
-        )
-    inner = {
-        name: _read_index(file, path, f"{shown}/{name}", location.offset, location.offset + location.size, depth + 1)
-        for name, location in tars.items()
-    }
-    return _join(shown, inner, archive.tree.files)
+    if not has_class_folders(archive.tree.files):
+        return read_shards(path, [path])
+    pattern = f"'{path.with_suffix('')}[.]tar'"
+    note = f"{path}: its folders are used as classes, not its labels; to use the labels, pass the pattern {pattern}"
+    return dataclasses.replace(archive, notes=(note,))
 
 
-def _add_member(
-    member: tarfile.TarInfo, path: Path, files: dict[str, Location], links: dict[str, str], folders: list[str]
-) -> None:
-    name = posixpath.normpath(member.name)
-    if member.isdir():
-        folders.append(name)
-    elif member.issparse():  # stored in pieces, so it is listed with a location that cannot be read
-        files[name] = Location(str(path / name.lstrip("/")))
-    elif member.isreg():
-        # The last member with a name replaces earlier ones, as when the archive is unpacked.
-        files[name] = Location(str(path), member.offset_data, member.size)
-    elif member.islnk():
-        links[name] = posixpath.normpath(member.linkname)
-    elif member.issym():
-        links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+def _read_tars(data: Path, tars: list[Path], files: list[str]) -> Archive:
+    """Read tar archives with one class each, or WebDataset shards."""
+    first = read_tar(tars[0]).tree.files
+    if first.is_image().sum() * 2 <= len(first) and is_shard(first):
+        return read_shards(data, tars)
+    return join(str(data), ((path.name, read_tar(path)) for path in tars), files)
 
 
-def _skip_empty(file: BinaryIO, start: int, end: int) -> int:
-    """Return the position of the first block with nonzero bytes, or the end. The file position must be `start`."""
-    while start < end:
-        content = file.read(min(_BLOCK * 2048, end - start))
-        filled = len(content) - len(content.lstrip(b"\0"))
-        if filled < len(content):
-            return start + filled // _BLOCK * _BLOCK
-        start += len(content)
-    return end
+def _parquet(path: Path, base: Path, files: list[Path]) -> Archive:
+    return _of_files(path, base, "parquet", files, lambda: read_parquet(base, files), ParquetLocation)
 
 
-def _join(shown: str, tars: Mapping[str, Archive], siblings: Collection[str]) -> Archive:
-    """Join tar archives into one archive, in which each is a class folder named like the tar archive without .tar.
+def _is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(".parquet")
+
+
+def _parquet_files(data: Path) -> list[Path]:
+    """Return the Parquet files of a data set: in its folder, or in its only folder, or in folders named as splits."""
+    folders, files = scan(data)
+    paths = [data / name for name in files if _is_parquet(data / name)]
+    if paths or any(map(is_image, files)):
+        return paths
+    if len(folders) == 1:
+        return _parquet_files(data / folders[0])
+    if not folders or not all(map(role, folders)):
+        return []
+    return [data / folder / name for folder in folders for name in scan(data / folder)[1] if _is_parquet(Path(name))]
+
+
+def _base(pattern: Path) -> Path:
+    """Return the last folder of a pattern whose path contains no pattern."""
+    folder = pattern.parent
+    while _PATTERN.search(str(folder)):
+        folder = folder.parent
+    return folder
+
+
+def _expand(pattern: Path) -> list[Path]:
+    """Return the files of a pattern with braces ({0000..0123} or {a,b}) and the signs of the shell (*, ?, []).
 
     Raises:
-        UnreadableFile: There are archives of other formats among the siblings, or a tar archive is not a class folder.
+        UnreadableFile: A file that braces name does not exist, or there are too many.
     """
-    packed = [name for name in siblings if posixpath.splitext(name)[1].lower() in PACKED]
-    if packed:
-        raise UnreadableFile(
-            f"{shown}: contains archives of formats that are not read, such as {packed[0]}; unpack them first"
-        )
-    files: dict[str, Location] = {}
-    folders: list[str] = []
-    for name, archive in tars.items():
-        content = archive.tree.files
-        if sum(map(is_image, content)) * 2 <= len(content):
-            raise UnreadableFile(
-                f"{shown}: {name} contains other files than images, like a WebDataset shard, so it is not a class "
-                "folder; unpack the archives into class folders"
-            )
-        folder = name[: -len(".tar")]
-        folders += [folder, *(f"{folder}/{inner}" for inner in archive.folders)]
-        files |= {f"{folder}/{inner}": location for inner, location in archive.files.items()}
-    return Archive(files, tuple(folders))
+    parts: list[list[str]] = []
+    end = 0
+    for match in _BRACES.finditer(text := str(pattern)):
+        first, last, words = match.groups()
+        parts += [text[end : match.start()]], (words.split(",") if words else _numbers(pattern, first, last))
+        end = match.end()
+    parts.append([text[end:]])
+    if math.prod(map(len, parts)) > _MOST_FILES:
+        raise UnreadableFile(f"{pattern}: names more than {_MOST_FILES:,} files")
+    paths: list[Path] = []
+    for text in map("".join, itertools.product(*parts)):
+        matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else [text]
+        if not matches or not Path(matches[0]).is_file():
+            raise UnreadableFile(f"{text}: no such file; expected all files of the pattern {pattern.name}")
+        paths += map(Path, matches)
+    return paths
 
 
-def _left_out(name: str) -> bool:
-    """Return True if a part of a path in an archive is hidden, belongs to the system, or is "" or ".."."""
-    return any(not part or left_out(part) for part in name.split("/"))
+def _numbers(pattern: Path, first: str, last: str) -> list[str]:
+    """Return the numbers of a range, with as many digits as the first."""
+    count = int(last) - int(first) + 1
+    if not 1 <= count <= _MOST_FILES:
+        raise UnreadableFile(f"{pattern}: {first}..{last} is empty or names more than {_MOST_FILES:,} files")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

@@ -2,10 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from fcvit.data.sources import Source
+from fcvit.errors import UnreadableFile
+
+if TYPE_CHECKING:
+    from fcvit.data.sources import Source
 
 Role = Literal["train", "val", "test"]
 # Words that name a split.
@@ -18,6 +22,7 @@ _WORDS: dict[str, Role] = {word: split for split, words in _NAMES.items() for wo
 # Generic words that are ignored in the names of folders.
 _FILLER = "data|datasets?|dir|folders?|images?|imgs?|photos?|pics?|pictures|sets?|split"
 _WORD = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])")
+_PART = re.compile(r"[-_.]?(part[-_.]?)?\d+([-_]of[-_]\d+)?([-_.][0-9a-f]{8,})*$")  # the number of a file, and a hash
 _GLUED = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))})({_FILLER})")
 
 
@@ -47,6 +52,28 @@ def by_role(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.index(named[0]) if (named := role(name)) else len(order), name))
 
 
+def split_folders(root: Path, stems: Sequence[str]) -> list[str]:
+    """Return the split that each file of a data set belongs to: its name without the number, or "" for a single split.
+
+    Args:
+        root: Path of the data set, for messages.
+        stems: Names of the files without the ending, such as train-00000-of-00294 or imagenet-val-0012.
+
+    Raises:
+        UnreadableFile: Only some of the files are named after a split.
+    """
+    names = [_PART.sub("", stem) for stem in stems]
+    named = {name: role(name) is not None for name in names}
+    if len(named) == 1 or not any(named.values()):
+        return [""] * len(names)
+    if others := [name for name, is_split in named.items() if not is_split]:
+        raise UnreadableFile(
+            f"{root}: contains files of splits and others ({others[0][:60]}); pass the files of one split with a "
+            "quoted pattern"
+        )
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The splits or class folders of a data set.
@@ -60,8 +87,8 @@ class Layout:
         notes: Readable notes on how the folders were interpreted.
     """
 
-    source: Source
-    splits: Mapping[str, Source]
+    source: "Source"
+    splits: "Mapping[str, Source]"
     others: tuple[str, ...]
     doubt: str
     notes: tuple[str, ...]
@@ -71,7 +98,7 @@ class Layout:
         return with_role(self.splits, wanted)
 
 
-def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
+def find_layout(source: "Source", classes: Collection[str] = ()) -> Layout:
     """Find the splits of a data set, if it has any.
 
     Folders are splits if all of these conditions are true:
@@ -89,6 +116,9 @@ def find_layout(source: Source, classes: Collection[str] = ()) -> Layout:
     Raises:
         UnreadableFile: A folder cannot be read.
     """
+    if source.content.labeled:  # the data itself tells its splits and classes
+        names = by_role(source.content.splits) if not source.inner else []
+        return Layout(source, {name: source.child(name) for name in names}, (), "", ())
     inner = _unwrap(source, classes)
     wrapped = (f"{source.path}: the images are in {inner.path}, which is used as the data set",)
     layout = Layout(inner, {}, (), "", wrapped if inner != source else ())
@@ -142,7 +172,7 @@ def _similar(first: set[str], second: set[str]) -> bool:
     return len(first & second) >= max(2, min(len(first), len(second)) / 2)
 
 
-def _shared_folders(source: Source, children: Mapping[str, Source]) -> tuple[str, ...]:
+def _shared_folders(source: "Source", children: "Mapping[str, Source]") -> tuple[str, ...]:
     """Return a note if all folders contain the same subfolders, which can then be the classes."""
     shared: set[str] | None = None
     for child in children.values():
@@ -157,7 +187,7 @@ def _shared_folders(source: Source, children: Mapping[str, Source]) -> tuple[str
     )
 
 
-def _unwrap(source: Source, classes: Collection[str]) -> Source:
+def _unwrap(source: "Source", classes: Collection[str]) -> "Source":
     """Return the data set inside its wrapper folders, such as the top folder of an unpacked archive."""
     while folders := source.folders():
         wrappers = [
@@ -181,7 +211,7 @@ def _unwrap(source: Source, classes: Collection[str]) -> Source:
     return source
 
 
-def _unwrap_split(split: Source) -> Source:
+def _unwrap_split(split: "Source") -> "Source":
     """Return the split inside folders that repeat its name or are generic (seg_train/seg_train, train/images)."""
     while len(folders := split.folders()) == 1 and not split.has_images():
         child = split.child(folders[0])

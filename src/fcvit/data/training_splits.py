@@ -8,7 +8,6 @@ import numpy as np
 
 from fcvit.data.class_folders import LabeledImages, known_classes, read_dataset
 from fcvit.data.classes import Classes, ClassName, imagenet, order_note, read_classes
-from fcvit.data.folders import legible
 from fcvit.data.sources import Source, open_source
 from fcvit.data.splits import find_layout
 from fcvit.errors import DoesNotFit, UnreadableFile, UsageError, counted
@@ -52,7 +51,7 @@ class Splits:
 
     def counts(self) -> np.ndarray:
         """Return the number of training images per class, an integer array of shape (classes,)."""
-        return np.bincount(self.train.labels, minlength=len(self.classes))
+        return np.bincount(np.asarray(self.train.labels), minlength=len(self.classes))
 
 
 def find_splits(recipe: DataFields, weights: Weights | None) -> Splits:
@@ -74,7 +73,7 @@ def find_splits(recipe: DataFields, weights: Weights | None) -> Splits:
         raise UsageError("no data; set data in the recipe or pass --data with the folder or tar of the training images")
     given = read_classes(Path(recipe.classes)) if recipe.classes else None
     train_root, val_root, notes = _roots(recipe, given or (weights.classes if weights is not None else None))
-    folders = sorted(map(legible, train_root.folders()))
+    folders = train_root.classes()
     if weights is not None and not recipe.new_head:
         known, count = given or weights.classes, weights.spec.num_classes
         if known is None and count == IMAGENET_CLASSES and set(folders) <= {c.id for c in imagenet()}:

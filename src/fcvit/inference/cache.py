@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from fcvit.inference.quantize import quantize
 from fcvit.inference.runtimes import RUNTIMES, import_runtime
 from fcvit.machine import processor_identity
 from fcvit.models.spec import is_counter
+from fcvit.run_folder import cache_root
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -47,9 +47,8 @@ LAYOUT = 1  # version of the layout of an entry
 
 
 def cache_folder() -> Path:
-    """Return the folder of the entries, or a path that cannot be written if there is no home folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
-    return (Path(os.devnull) if home.startswith("~") else Path(home)) / "fcvit" / "engines"
+    """Return the folder of the entries."""
+    return cache_root() / "engines"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def steps_in_pass(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def epoch_order(images: int, seed: int, epoch: int, batch_size: int, steps: int | None = None) -> list[int]:
+def epoch_order(images: int, seed: int, epoch: int, batch_size: int, steps: int | None = None) -> np.ndarray:
     """Return the positions of an epoch's samples in the data set, in order.
 
     By default an epoch is one pass: a permutation that follows from the seed and the epoch. With a number of steps,
@@ -85,7 +86,7 @@ def epoch_order(images: int, seed: int, epoch: int, batch_size: int, steps: int 
     first = epoch * used if steps else epoch * images
     passes = range(first // images, -(-(first + used) // images))
     order = np.concatenate([np.random.default_rng([seed, number]).permutation(images) for number in passes])
-    return order[first % images :][:used].tolist()
+    return order[first % images :][:used]
 
 
 def grouped(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:
@@ -125,9 +126,9 @@ def epoch_batches(
     With `groups`, the group of each sample of the data set, the order is changed by `grouped`. A transform seeds its
     random draws with the position of a sample in this order.
     """
-    order = epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps)
+    order: Any = epoch_order(len(dataset), seed, epoch, micro_batches.batch_size, steps)
     if groups is not None:
-        order = grouped(order, groups, micro_batches.images)
+        order = grouped(order.tolist(), groups, micro_batches.images)
     shuffled = dataset.take(order)
     numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)

@@ -105,9 +105,8 @@ class ClassificationEvaluator:
         self.rule = images.rule
         self.notes = (*images.notes, f"{images.rule}: {_mapping(images.mapping)}")
         self.validation = _validation(self.dataset)
-        self.columns = self._columns(set(images.labels), known)
-        position = {int(column): index for index, column in enumerate(self.columns)}
-        self.labels = np.array([position[label] for label in self.dataset.labels], np.int64)
+        self.columns = self._columns(set(np.unique(np.asarray(images.labels)).tolist()), known)
+        self.labels = np.searchsorted(self.columns, np.asarray(self.dataset.labels, np.int64))
         self.candidates: Classes = tuple(self.classes[column] for column in self.columns)
         self.outputs, self.k = count, min(5, len(self.columns))
         self.real = read_real(Path(options.real), self.dataset) if options.real else None

@@ -1,5 +1,6 @@
 """Compute the results of a classifier evaluation from all records, in the order of the data set."""
 
+import bisect
 import collections
 import hashlib
 import io
@@ -116,10 +117,10 @@ class ClassificationReport(EvaluationReport):
 
     def write_result(self, folder: Path, position: int, about: Mapping[str, Any]) -> None:
         dataset, records = self.evaluator.dataset, self.records[position]
-        locations = dict(zip(dataset.names, dataset.locations, strict=True))
 
         def read(name: str) -> Image.Image:
-            return decode(io.BytesIO(locations[name].read()), name)
+            location = dataset.locations[bisect.bisect_left(dataset.names, name)]
+            return decode(io.BytesIO(location.read()), name)
 
         predicted = dict(records.classes[index] for index in np.unique(records.top[:, 0]))
         results.write_result(folder, self.results[position], records, {**about, "predicted": predicted}, read)
