@@ -275,7 +275,8 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while the lock is held, so that no other process owns the file
+            with contextlib.suppress(OSError):  # a disk that became read-only
+                path.unlink(missing_ok=True)  # while the lock is held, so that no other process owns the file
 
 
 def _now() -> str:

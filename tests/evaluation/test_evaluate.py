@@ -23,9 +23,9 @@ from fcvit.commands.compare import compare
 from fcvit.commands.evaluate import evaluate as evaluate_with_any_engine
 from fcvit.data.classes import ClassName
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.evaluation.batch_run import agreed_identity
 from fcvit.evaluation.logits import LogitFiles
 from fcvit.evaluation.results import NotWritten
-from fcvit.evaluation.batch_run import agreed_identity
 from fcvit.evaluation.runner import resume
 from fcvit.inference.engines import PaddleEngine, TorchEngine
 from fcvit.metrics.classification import calibration, wilson
@@ -667,6 +667,7 @@ def test_disagreement_of_engines_is_reported(folder, digits_pth, monkeypatch):
 
 def test_processes_with_different_images_are_rejected():
     """Otherwise images would be counted twice or not at all."""
+
     def identity(images):
         return {"weights": ["a"], "list_of_images": images}
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fcvit import interrupts
-from fcvit.data.loader import DIGEST, Batch, Dataset, Transform, Workers, batches, read_file
+from fcvit.data.loader import DIGEST, Batch, Samples, Transform, Workers, batches, read_file
 from fcvit.data.sources import Location
 from fcvit.errors import BadImages, DoesNotFit, UnreadableFile, UsageError
 from fcvit.evaluation.journal import Frame, Journal, encode, naming
@@ -56,7 +56,7 @@ class BatchRun:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         batch_size: int,
         dtype: np.dtype,
         identity: Mapping[str, object],
@@ -142,6 +142,24 @@ class BatchRun:
                 interrupts.check()
                 advance(len(batch.indices) + len(batch.bad))
                 yield frame
+
+    def in_order(self, computed: Generator[Frame]) -> Iterator[Frame]:
+        """Yield all frames in the order of the data set in the first process, and none in the others.
+
+        One process yields each frame when it is computed. Several processes compute all frames first.
+
+        Args:
+            computed: Result of `compute`.
+        """
+        with contextlib.closing(computed):
+            if self.processes.count > 1:
+                for _ in computed:
+                    pass
+                self.gather()
+            for number in self.batches if self.processes.first else ():
+                yield self.journal[number] if number in self.journal else next(computed)
+            for _ in computed:  # end the progress bar
+                pass
 
     def _require_source(self) -> None:
         """Check that an image which was read can still be read, so that a lost disk is not recorded as bad images."""

@@ -48,11 +48,11 @@ class Frame(NamedTuple):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file name to an OSError, since the errors of open files and memory maps do not contain it."""
+    """Add the file name to an OSError without one, such as the errors of open files and memory maps."""
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -206,6 +206,64 @@ class OwnData(NamedTuple):
     notes: Mapping[str, str] = {}
 
 
+class Predictor(Protocol):
+    """What `fcvit predict` needs from the predictor that `fcvit.load` returns.
+
+    Attributes:
+        weights, engine, preprocessing, classes: What was loaded.
+        columns: Columns of the rows and their types: int, float or str.
+        at_once: Number of images for which predictions are computed together, or None for a whole batch. It must be 1
+            if the sizes of images differ.
+    """
+
+    @property
+    def weights(self) -> "Weights": ...
+    @property
+    def engine(self) -> "Engine": ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def classes(self) -> Any: ...
+    @property
+    def columns(self) -> Mapping[str, type]: ...
+    @property
+    def at_once(self) -> int | None: ...
+
+    def transform(self, options: Any) -> "Transform":
+        """Return the transform of an image for some prediction options. Its targets are None."""
+        ...
+
+    def compute(self, images: Sequence[str], pixels: Any, targets: Sequence[Any], options: Any) -> Sequence[Any]:
+        """Return the prediction for each image.
+
+        Args:
+            images: Names of the images.
+            pixels, targets: Results of the transform.
+            options: Prediction options.
+        """
+        ...
+
+    def rows(self, prediction: Any) -> list[dict[str, Any]]:
+        """Return a prediction as rows for JSON and CSV."""
+        ...
+
+    def table(self, predictions: Any) -> Any:
+        """Return a table for the terminal, from pairs of a path and rows."""
+        ...
+
+    def pack(self, prediction: Any) -> bytes:
+        """Encode a prediction with everything that `draw` needs."""
+        ...
+
+    def unpack(self, content: bytes, image: Any, options: Any) -> Any:
+        """Invert `pack`. The image is a path or a PIL image."""
+        ...
+
+    def draw(self, predictions: Any, folder: Path) -> None:
+        """Write pictures to a folder, from an iterator of paths, images and predictions. Existing files are kept."""
+        ...
+
+
 class Task(Protocol):
     """A task, such as image classification.
 
@@ -254,11 +312,10 @@ class Task(Protocol):
     def predictor(
         self, weights: "Weights", preprocessing: Preprocessing, classes: Any, create: "Callable[[], Engine]"
     ) -> Any:
-        """Return the predictor that `fcvit.load` returns, with `predict` and `stream` (see `fcvit.inference.images`).
+        """Return the predictor that `fcvit.load` returns.
 
-        `fcvit predict` calls `stream` with the fields of `prediction`, `rows(prediction)` for JSON and CSV,
-        `table(pairs)` with paths and their rows, and `draw(pairs, folder)` with an iterator of paths and their
-        predictions.
+        It has `predict` and `stream` for Python (see `fcvit.inference.images`), and is a `Predictor` for `fcvit
+        predict`.
 
         Args:
             weights, preprocessing: Weights and preprocessing of the network.
