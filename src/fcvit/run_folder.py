@@ -70,7 +70,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only
+            temporary.unlink(missing_ok=True)
         raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -135,7 +135,7 @@ class Report:
 
 
 class Estimator:
-    at_once, columns, preprocessing, classes = None, {"brightness": float}, PIXELS, ()  # noqa: RUF012
+    at_once, columns, preprocessing, classes = None, {"brightness": float}, PIXELS, ()
 
     def __init__(self, weights, engine):
         self.weights, self.engine = weights, engine

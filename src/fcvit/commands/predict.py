@@ -220,6 +220,8 @@ def resume(folder: Path, moved: Mapping[str, Any], workers: int | None) -> Predi
     read = read_weights(request.weights[0], request.settings.ema)
     run = _prepare(request, found, read, output, processes)
     check_identity(run.identity, record.get("identity", {}), folder)
+    if moved:
+        run.check_files(folder)
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, record))

@@ -118,6 +118,18 @@ class PredictionRun:
         }
         return json.loads(json.dumps(listed))
 
+    def check_files(self, folder: Path) -> None:
+        """Check that a sample of the images for which a run has predictions is unchanged.
+
+        Raises:
+            DoesNotFit: An image has changed.
+        """
+        self._run(folder).check_files(Path(self.request.data))
+
+    def _run(self, folder: Path | None) -> BatchRun:
+        size = self.request.settings.batch_size
+        return BatchRun(self.images, size, _DTYPE, self.identity, self.processes, folder)
+
     def finish(self, folder: Path | None, workers: int) -> None:
         """Compute the missing predictions and write all.
 
@@ -125,8 +137,7 @@ class PredictionRun:
             folder: Folder of the run, or None to keep all predictions.
             workers: Number of processes that decode images.
         """
-        size = self.request.settings.batch_size
-        run = BatchRun(self.images, size, _DTYPE, self.identity, self.processes, folder)
+        run = self._run(folder)
         with run.opened():
             computed = run.compute("predicting", lambda: self._frame, [self.transform], workers)
             batches = self._batches(run.in_order(computed))
@@ -136,7 +147,7 @@ class PredictionRun:
             elif self.packed:
                 try:
                     self.predictor.draw(self._pictures(batches), self.output)
-                except BadImages as error:  # an image that was read cannot be read again
+                except (BadImages, UnreadableFile) as error:  # an image cannot be read again, or a full disk
                     raise UnreadableFile(f"{error}; resume with: {run.resume_command}") from error
             else:
                 WRITERS[self.output.suffix](batches, self.output, self.predictor)
