@@ -5,6 +5,7 @@ their number, and the same batch gives the same frame in any process. A resumed 
 therefore has the same frames as an uninterrupted run in one process.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -185,18 +186,20 @@ class BatchRun:
         if processes.count == 1:
             return
         journal.close()
-        processes.gather(b"")  # now the files of all processes are complete
-        if processes.first and self.folder is not None:
-            journal.read_folder()
+        if self.folder is not None:
+            processes.gather(b"")  # now the files of all processes are complete
+            if processes.first:
+                journal.read_folder()
         known = np.array([number in journal for number in self.batches], np.uint8)
         received = np.frombuffer(processes.broadcast(known.tobytes()), np.uint8)
-        mine = iter([] if processes.first else [number for number in journal if not received[number]])
+        mine = collections.deque(number for number in journal if not (processes.first or received[number]))
         more = True
         while more:
-            contents = processes.gather(b"".join(_part(journal, mine)))
-            for content in contents:
-                journal.merge(content, keep=True)
-            more = bool(processes.broadcast(b"more" if any(contents) else b""))
+            part = b"".join(_part(journal, mine))
+            messages = processes.gather((b"+" if mine else b"-") + part)
+            for message in messages:
+                journal.merge(message[1:], keep=True)
+            more = bool(processes.broadcast(b"+" if any(message[:1] == b"+" for message in messages) else b""))
         if processes.first:
             lost = [number for number in self.batches if number not in journal]
             assert not lost, f"no process computed batches {lost[:5]}"
@@ -224,11 +227,11 @@ class BatchRun:
                         )
 
 
-def _part(journal: Journal, numbers: Iterator[int]) -> Iterator[bytes]:
-    """Yield the next frames up to a size."""
+def _part(journal: Journal, numbers: collections.deque[int]) -> Iterator[bytes]:
+    """Take the next numbers and yield their frames, up to a size."""
     size = 0
-    while size < _SENT and (number := next(numbers, None)) is not None:
-        content = encode(journal[number])
+    while size < _SENT and numbers:
+        content = encode(journal[numbers.popleft()])
         size += len(content)
         yield content
 

@@ -184,8 +184,9 @@ class PredictionRun:
         """Yield the path of each image, the image and its prediction."""
         for one in itertools.chain.from_iterable(batches):
             location = self.images.locations[one.index]
-            image: Any = Path(location.path)
-            if location != Location(location.path):  # a part of a file
+            if isinstance(location, Location) and location == Location(location.path):
+                image: Any = Path(location.path)
+            else:  # a part of a file
                 image = Image.open(io.BytesIO(location.read()), formats=list(FORMATS))
             prediction = self.predictor.unpack(one.content, image, self.request.options)
             if len(self.kept) < _KEPT:
