@@ -41,7 +41,10 @@ ORDER = {
         "results",
         "report",
         "comparison",
+        "batch_run",
         "runner",
+        "prediction_files",
+        "predictions",
     ),
     "training": (
         "recipe",

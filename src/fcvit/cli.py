@@ -59,7 +59,7 @@ COMMANDS = {
             "FOLDER",
             "Check class folders, label maps or COCO annotations before training.",
         ),
-        "resume": ("resume:resume", "RUN", "Resume an interrupted evaluation or training run."),
+        "resume": ("resume:resume", "RUN", "Resume an interrupted evaluation, prediction or training run."),
     },
     "Analyze": {
         "similarity": ("similarity:similarity", "IMAGE... --weights FILE", "Draw token-global similarity maps."),

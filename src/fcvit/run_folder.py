@@ -76,7 +76,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only
+            temporary.unlink(missing_ok=True)
         raise UnreadableFile(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
@@ -281,7 +282,8 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while the lock is held, so that no other process owns the file
+            with contextlib.suppress(OSError):  # a disk that became read-only
+                path.unlink(missing_ok=True)  # while the lock is held, so that no other process owns the file
 
 
 def _now() -> str:

@@ -23,9 +23,10 @@ from fcvit.commands.compare import compare
 from fcvit.commands.evaluate import evaluate as evaluate_with_any_engine
 from fcvit.data.classes import ClassName
 from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
+from fcvit.evaluation.batch_run import agreed_identity
 from fcvit.evaluation.logits import LogitFiles
 from fcvit.evaluation.results import NotWritten
-from fcvit.evaluation.runner import _agreed_identity, resume
+from fcvit.evaluation.runner import resume
 from fcvit.inference.engines import PaddleEngine, TorchEngine
 from fcvit.metrics.classification import calibration, wilson
 from fcvit.models.spec import ModelSpec
@@ -667,22 +668,18 @@ def test_disagreement_of_engines_is_reported(folder, digits_pth, monkeypatch):
 def test_processes_with_different_images_are_rejected():
     """Otherwise images would be counted twice or not at all."""
 
-    class FakePlan:
-        def __init__(self, images):
-            self.images = images
-
-        def identity(self):
-            return {"weights": ["a"], "list_of_images": self.images}
+    def identity(images):
+        return {"weights": ["a"], "list_of_images": images}
 
     class SecondProcess:
         rank = 1
 
         def broadcast(self, value):
-            return json.dumps(FakePlan("x").identity()).encode()
+            return json.dumps(identity("x")).encode()
 
-    assert _agreed_identity(FakePlan("x"), SecondProcess())["list_of_images"] == "x"
+    assert agreed_identity(identity("x"), SecondProcess())["list_of_images"] == "x"
     with pytest.raises(DoesNotFit, match=r"process 1 .*process 0.*list of images"):
-        _agreed_identity(FakePlan("y"), SecondProcess())
+        agreed_identity(identity("y"), SecondProcess())
 
 
 def test_weights_with_different_classes_are_rejected(folder, digits_pth, tmp_path):

@@ -33,9 +33,10 @@ def test_frames_can_be_read_back(tmp_path):
         journal.append(frame(number))
     journal.append(frame(7, count=0))
     again = Journal(DTYPE, RUN, tmp_path / "j")  # the file was not closed, as after a killed process
-    assert sorted(again.frames) == [0, 2, 4, 7]
-    assert all(same(again.frames[number], journal.frames[number]) for number in again.frames)
-    journal.close()
+    assert list(again) == [0, 2, 4, 7]
+    assert all(same(again[number], journal[number]) for number in again)
+    for opened in (journal, again):
+        opened.close()
 
 
 def test_frames_written_after_an_incomplete_frame_are_read(tmp_path):
@@ -46,10 +47,10 @@ def test_frames_written_after_an_incomplete_frame_are_read(tmp_path):
     path = tmp_path / "j" / "0-0.journal"
     path.write_bytes(path.read_bytes()[:-5])
     again = Journal(DTYPE, RUN, tmp_path / "j")
-    assert sorted(again.frames) == [0]
+    assert list(again) == [0]
     again.append(frame(2))
     again.close()
-    assert sorted(Journal(DTYPE, RUN, tmp_path / "j").frames) == [0, 2]
+    assert list(Journal(DTYPE, RUN, tmp_path / "j")) == [0, 2]
 
 
 def test_writers_use_separate_files(tmp_path):
@@ -59,10 +60,12 @@ def test_writers_use_separate_files(tmp_path):
     again = Journal(DTYPE, RUN, tmp_path / "j", writer=1)
     again.append(frame(2))
     assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["0-0.journal", "1-0.journal", "1-1.journal"]
+    one.merge(again.encoded(), keep=False)
+    assert list(one) == [0, 1, 2] and same(one[2], frame(2))
+    one.read_folder()
+    assert list(one) == [0, 1, 2]
     for journal in (one, other, again):
         journal.close()
-    one.merge(again.encoded(), "another process")
-    assert sorted(one.frames) == [0, 1, 2] and same(one.frames[2], frame(2))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -70,7 +73,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     journal = Journal(DTYPE, RUN, None)
     journal.append(frame(3))
     journal.close()
-    assert sorted(journal.frames) == [3] and not list(tmp_path.iterdir())
+    assert list(journal) == [3] and not list(tmp_path.iterdir())
 
 
 def test_records_of_another_run_are_rejected(tmp_path):
@@ -80,7 +83,7 @@ def test_records_of_another_run_are_rejected(tmp_path):
     with pytest.raises(DoesNotFit, match=r"0-0\.journal: .*start a new run"):
         Journal(DTYPE, bytes(32), tmp_path / "j")
     (tmp_path / "j" / "0-0.journal").write_bytes((tmp_path / "j" / "0-0.journal").read_bytes()[:20])
-    assert not Journal(DTYPE, RUN, tmp_path / "j").frames  # killed while writing the file header
+    assert not list(Journal(DTYPE, RUN, tmp_path / "j"))  # killed while writing the file header
 
 
 JOURNAL = b"".join(encode(frame(number)) for number in range(4))

@@ -135,8 +135,16 @@ class Report:
 
 
 class Estimator:
+    at_once, row_columns, preprocessing, classes = None, {"brightness": float}, PIXELS, ()
+
     def __init__(self, weights, engine):
         self.weights, self.engine = weights, engine
+
+    def transform(self, options):
+        return transform
+
+    def compute(self, images, pixels, targets, options):
+        return [float(value) for value in self.engine(pixels)[:, 0]]
 
     def stream(self, images, top_k=1, *, batch_size=3):
         def decode(outputs):

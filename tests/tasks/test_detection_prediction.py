@@ -43,7 +43,7 @@ LABELS = np.array([2, 0, 2, 1])
 class Fixed:
     """An engine that finds the same objects in every image, and records its input."""
 
-    name, device, precision = "fixed", "cpu", "float32"
+    name, device, precision = "paddle", "cpu", "float32"
 
     def __init__(self, masks=True):
         self.inputs = []

@@ -154,7 +154,7 @@ def test_a_sliding_window_gives_the_logits_of_mmsegmentation(size, window, strid
 class Colors:
     """An engine whose logits are linear in the colors of each pixel, and that records the images."""
 
-    name, device, precision = "colors", "cpu", "float32"
+    name, device, precision = "paddle", "cpu", "float32"
 
     def __init__(self):
         self.images = []
@@ -437,7 +437,7 @@ def test_options_of_another_task_are_rejected_in_one_line(run, photos, capsys, d
     assert code == 2 and "--top-k: not an option for segmentation; use --flip, --scales" in err
     assert main(["predict", str(photos[0]), "--weights", str(digits_pth), "--flip", "--window", "64"]) == 2
     err = capsys.readouterr().err
-    assert "--flip, --window: not an option for classification; use --top-k, --batch-size" in err
+    assert "--flip, --window: not an option for classification; use --top-k" in err
     code, _, err = run(photos[0], "--scales", "0")
     assert code == 2 and "--scales '0': expected numbers above 0" in err
 

@@ -18,7 +18,7 @@ class MovedFiles:
 
     Args:
         weights: Weights file. Repeat the option for an evaluation of several files.
-        data: Images.
+        data: Images, or the folder to which the relative paths of a prediction refer.
         val: Validation images of a training.
         list_file: List of image paths and classes of an evaluation.
         classes: Class list.
@@ -44,19 +44,20 @@ def resume(
     workers: int | None = None,
     strict: Flag = False,
 ) -> Any:
-    """Resume an interrupted evaluation or training run. The results equal those of an uninterrupted run.
+    """Resume an interrupted evaluation, prediction or training. The results equal those of an uninterrupted run.
 
     Args:
         run: Folder of the run.
         files: New paths of moved input files.
         moved: The same as a dictionary, by the names of the options.
-        workers: Processes that decode images (default: as in fcvit eval or fcvit train).
+        workers: Processes that decode images (default: as in fcvit eval, predict or train).
         strict: Stop an evaluation at the first image that cannot be read.
 
     Raises:
         UnreadableFile, UsageError: The folder does not contain a run that can be resumed.
         DoesNotFit: The data, weights or packages have changed since the run started.
     """
+    from fcvit.commands import predict
     from fcvit.evaluation import runner
     from fcvit.training import run as training
 
@@ -72,4 +73,9 @@ def resume(
             raise UsageError("resume: a training has only one weights file")
         moved |= {"weights": str(weights[0])} if weights else {}
         return training.resume(run, moved=moved, workers=default_workers(workers, "auto"))
-    raise UsageError(f"{run}: runs of fcvit {command:.40} cannot be resumed; expected a run of fcvit eval or train")
+    if command == "predict":
+        moved |= {"weights": weights} if weights else {}
+        return predict.resume(Path(run), moved, workers)
+    raise UsageError(
+        f"{run}: runs of fcvit {command:.40} cannot be resumed; expected a run of fcvit eval, predict or train"
+    )

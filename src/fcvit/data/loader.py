@@ -35,21 +35,16 @@ Result = TypeVar("Result")
 Work = Callable[..., Result]
 
 
-class Dataset(Protocol):
-    """A data set whose samples have a name, a location and a target, and are not read yet."""
+class Samples(Protocol):
+    """Samples that have a name, a location and a target, and are not read yet."""
 
     @property
-    def root(self) -> Path:
-        """The folder or tar archive, for messages."""
-        ...
-
-    @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:
         """The name of each sample."""
         ...
 
     @property
-    def locations(self) -> tuple[Location, ...]:
+    def locations(self) -> Sequence[Location]:
         """The location of each image."""
         ...
 
@@ -59,6 +54,15 @@ class Dataset(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+
+class Dataset(Samples, Protocol):
+    """The samples of a data set."""
+
+    @property
+    def root(self) -> Path:
+        """The folder or tar archive, for messages."""
+        ...
 
     def take(self, order: Sequence[int]) -> "Dataset":
         """Return the samples at these positions, in this order."""
@@ -134,7 +138,7 @@ def decode_file(
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Samples,
     numbers: Sequence[int],
     batch_size: int,
     transforms: Sequence[Transform],

@@ -1,8 +1,8 @@
-"""The journal of an evaluation run: one record per image, appended batch by batch.
+"""The journal of an evaluation or prediction: one frame per batch, appended when the batch is computed.
 
 A frame contains one batch and a checksum. An incomplete frame is ignored, so an interruption can lose a batch but
 cannot damage the journal. A process that resumes a run writes its own journal file. Several journals may contain the
-same batch, and its records are then identical. All metrics are computed from the journals.
+same batch, and its records are then identical. All results are computed from the journals.
 
 A file begins with a magic string and the key of the run. A journal with another key is rejected. A frame contains:
 
@@ -12,14 +12,17 @@ A file begins with a magic string and the key of the run. A journal with another
    byte, and the chunks (byte strings of any length, with their lengths in the JSON)
 """
 
+import array
+import contextlib
+import io
 import itertools
 import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from fcvit.errors import DoesNotFit
 
 _HEAD, _CHECKSUM = struct.Struct("<4sIII"), struct.Struct("<I")
 _MAGIC, _FILE = b"FCVJ", b"FCVITJ2\n"
+_OFFSET_BITS = 44  # a place is the number of a file and an offset in it
 KEY = 32
 """Length of the key in bytes: a SHA-256 of everything that determines the records."""
 HEAD = len(_FILE) + KEY
@@ -42,6 +46,16 @@ class Frame(NamedTuple):
     chunks: tuple[bytes, ...] = ()
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the file name to an OSError without one, such as the errors of open files and memory maps."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def encode(frame: Frame) -> bytes:
     """Encode a frame as bytes."""
     records = frame.records.tobytes()
@@ -53,23 +67,35 @@ def encode(frame: Frame) -> bytes:
 
 def frames(content: bytes, dtype: np.dtype) -> Iterator[Frame]:
     """Yield the frames of a journal without its file header, up to the first incomplete or damaged frame."""
-    start = 0
-    while (body := start + _HEAD.size + _CHECKSUM.size) <= len(content):
-        head = content[start : start + _HEAD.size]
+    for _, number, records, body in _scan(io.BytesIO(content), dtype):
+        yield _decode(number, records, body, dtype)
+
+
+def _scan(file: BinaryIO, dtype: np.dtype) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield the position of each complete frame in a file, its number, the length of its records and its content."""
+    start = file.tell()
+    while len(first := file.read(_HEAD.size + _CHECKSUM.size)) == _HEAD.size + _CHECKSUM.size:
+        head = first[: _HEAD.size]
         magic, number, records, size = _HEAD.unpack(head)
-        (checksum,) = _CHECKSUM.unpack_from(content, start + _HEAD.size)
-        start = body + size
-        if magic != _MAGIC or zlib.crc32(head + content[body:start]) != checksum or records % dtype.itemsize:
+        body = file.read(size) if magic == _MAGIC else b""
+        if (zlib.crc32(head + body),) != _CHECKSUM.unpack_from(first, _HEAD.size) or records % dtype.itemsize:
             return
-        text, _, rest = content[body + records : start].partition(b"\0")
-        extra, sizes = json.loads(text)
-        ends = [0, *itertools.accumulate(sizes)]
-        chunks = tuple(rest[a:b] for a, b in itertools.pairwise(ends))
-        yield Frame(number, np.frombuffer(content[body : body + records], dtype), extra, chunks)
+        yield start, number, records, body
+        start = file.tell()
+
+
+def _decode(number: int, records: int, body: bytes, dtype: np.dtype) -> Frame:
+    text, _, rest = body[records:].partition(b"\0")
+    extra, sizes = json.loads(text)
+    ends = [0, *itertools.accumulate(sizes)]
+    chunks = tuple(rest[a:b] for a, b in itertools.pairwise(ends))
+    return Frame(number, np.frombuffer(body[:records], dtype), extra, chunks)
 
 
 class Journal:
-    """The frames of a run in memory, and the file to which new frames are appended.
+    """The frames of a run by their number, and the file to which new frames are appended.
+
+    Frames in files are not kept in memory. They are read again when they are needed.
 
     Args:
         dtype: Data type of the records.
@@ -83,52 +109,106 @@ class Journal:
 
     def __init__(self, dtype: np.dtype, key: bytes, folder: Path | None, writer: int = 0):
         assert len(key) == KEY
-        self.frames: dict[int, Frame] = {}
+        self._memory: dict[int, Frame] = {}
+        self._places = array.array("q")  # of each batch in the files, -1 for none: 8 bytes for a batch
+        self._paths: list[Path] = []
+        self._ends: dict[Path, int] = {}  # up to which each file was read
+        self._readers: dict[int, BinaryIO] = {}
         self._dtype, self._head = dtype, _FILE + key
         self._folder, self._writer = folder, writer
         self._file: Any = None
         if folder is not None:
             folder.mkdir(exist_ok=True)
-            for path in sorted(folder.glob("*.journal")):
-                self.merge(path.read_bytes(), str(path))
+            self.read_folder()
 
-    def merge(self, content: bytes, source: str) -> None:
-        """Add the frames of a journal, without replacing known frames."""
-        head = content[:HEAD]
-        if not self._head.startswith(head):
-            raise DoesNotFit(f"{source}: these records have other weights, images or settings; start a new run")
-        for frame in frames(content[HEAD:], self._dtype):
-            self.frames.setdefault(frame.number, frame)
+    def __contains__(self, number: int) -> bool:
+        return number in self._memory or (number < len(self._places) and self._places[number] >= 0)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of all frames in ascending order."""
+        stored = (number for number, place in enumerate(self._places) if place >= 0)
+        return iter(sorted({*self._memory, *stored}))
+
+    def __getitem__(self, number: int) -> Frame:
+        if number in self._memory:
+            return self._memory[number]
+        index, offset = divmod(self._places[number], 1 << _OFFSET_BITS)
+        with naming(self._paths[index]):
+            if index not in self._readers:
+                self._readers[index] = self._paths[index].open("rb")
+            self._readers[index].seek(offset)
+            for _, found, records, body in _scan(self._readers[index], self._dtype):
+                assert found == number
+                return _decode(number, records, body, self._dtype)
+        raise OSError(None, "the journal was changed while it was in use", str(self._paths[index]))
+
+    def read_folder(self) -> None:
+        """Find the frames that were added to the files in the folder, also by other processes."""
+        assert self._folder is not None
+        for path in sorted(self._folder.glob("*.journal")):
+            with naming(path), path.open("rb") as file:
+                head = file.read(HEAD)
+                if not self._head.startswith(head):
+                    raise DoesNotFit(f"{path}: this run has other weights, images or settings; start a new run")
+                self._ends[path] = file.seek(self._ends.get(path, HEAD))
+                for start, number, _, _ in _scan(file, self._dtype):
+                    self._add(path, number, start)
+                    self._ends[path] = file.tell()
 
     def append(self, frame: Frame) -> None:
         """Add a frame and write it to the file, so that it is kept if the process is killed."""
-        self.frames[frame.number] = frame
         if self._folder is None:
+            self._memory[frame.number] = frame
             return
         if self._file is None:
             self._file = self._create(self._folder)
             self._write(self._head)
-        self._write(encode(frame))
+            self._ends[Path(self._file.name)] = HEAD
+        path, content = Path(self._file.name), encode(frame)
+        self._write(content)
+        self._add(path, frame.number, self._ends[path])
+        self._ends[path] += len(content)
 
-    def encoded(self) -> bytes:
-        """Encode all frames as the content of a journal file."""
-        return self._head + b"".join(encode(self.frames[number]) for number in sorted(self.frames))
+    def encoded(self, numbers: Iterable[int] | None = None) -> bytes:
+        """Encode frames for `merge`, by default all frames."""
+        return b"".join(encode(self[number]) for number in (self if numbers is None else numbers))
+
+    def merge(self, content: bytes, keep: bool) -> None:
+        """Add the frames that another process encoded, without replacing known frames.
+
+        Args:
+            content: Result of `encoded`.
+            keep: Whether to write the frames to the file too, as `append` does.
+        """
+        for frame in frames(content, self._dtype):
+            if frame.number not in self and keep:
+                self.append(frame)
+            elif frame.number not in self:
+                self._memory[frame.number] = frame
 
     def close(self) -> None:
-        """Flush the file to the disk and close it."""
+        """Flush the file to the disk and close all files. Frames can still be read and appended."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
         if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with file, naming(Path(file.name)):
+                os.fsync(file.fileno())
+
+    def _add(self, path: Path, number: int, offset: int) -> None:
+        """Remember the place of a frame, unless it is known from another file."""
+        if path not in self._paths:
+            self._paths.append(path)
+        self._places.extend([-1] * (number + 1 - len(self._places)))
+        if self._places[number] < 0:
+            self._places[number] = self._paths.index(path) << _OFFSET_BITS | offset
 
     def _write(self, content: bytes) -> None:
         left = memoryview(content)
-        try:
+        with naming(Path(self._file.name)):
             while left:  # on a disk that becomes full, write() can write a part without an error
                 left = left[self._file.write(left) :]
-        except OSError as error:
-            error.filename = self._file.name
-            raise
 
     def _create(self, folder: Path) -> Any:
         """Create a new file, since frames after an incomplete frame in an old file would not be read."""

@@ -3,25 +3,15 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fcvit.evaluation.journal import Journal
+from fcvit.evaluation.journal import Frame, naming
 from fcvit.run_folder import TEMPORARY
 
 logger = logging.getLogger("fcvit")
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the file name to an OSError, since errors of a memory map do not contain it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 class LogitFiles:
@@ -55,11 +45,11 @@ class LogitFiles:
             self.marks[batch] = 1
             self.marks.flush()
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, frames: Sequence[Frame]) -> None:
         """Set the rows of unreadable samples to NaN, and delete files that lack rows computed on another machine."""
-        lost = sum(len(frame.records) for frame in journal.frames.values() if not self.marks[frame.number])
+        lost = sum(len(frame.records) for frame in frames if not self.marks[frame.number])
         for path, array in zip(self.paths, self.arrays, strict=True):
-            for frame in journal.frames.values():
+            for frame in frames:
                 array[[index for index, _ in frame.extra["bad"]]] = np.nan
             array.flush()
             if lost:

@@ -1,4 +1,4 @@
-"""The request of an evaluation, as stored in `run.json`."""
+"""The request of an evaluation or prediction, as stored in `run.json`."""
 
 import dataclasses
 import hashlib
@@ -14,19 +14,19 @@ from fcvit.tasks.base import get_task
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The arguments of an evaluation, with absolute paths. `run.json` stores them so that the run can be resumed.
+    """The arguments of an evaluation or prediction, with absolute paths. `run.json` stores them to resume the run.
 
     Attributes:
         weights, data: Paths of the weights files and the data.
         task: Name of the task.
-        settings: Settings common to all tasks.
-        options: Options of this task.
+        settings: Settings common to all tasks, a dataclass.
+        options: Options of this task, a dataclass.
     """
 
     weights: tuple[str, ...]
     data: str
     task: str
-    settings: Settings
+    settings: Any
     options: Any
 
     def to_json(self) -> dict[str, Any]:
@@ -35,8 +35,16 @@ class Request:
         return {"request": fields, "requestsha256": sha256(fields).hex()}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], path: Path) -> "Request":
+    def from_json(
+        cls, record: Mapping[str, Any], path: Path, settings: type = Settings, options: str = "options"
+    ) -> "Request":
         """Invert `to_json`.
+
+        Args:
+            record: Content of `run.json`.
+            path: Its path, for messages.
+            settings: Class of the settings.
+            options: Attribute of the task with the class of its options.
 
         Raises:
             UnreadableFile: The record is damaged or was changed.
@@ -44,8 +52,9 @@ class Request:
         try:
             fields = dict(record["request"])
             same = sha256(fields).hex() == record["requestsha256"]
-            settings, options = Settings(**fields["settings"]), get_task(fields["task"]).options(**fields["options"])
-            request = cls(tuple(fields["weights"]), fields["data"], fields["task"], settings, options)
+            chosen = getattr(get_task(fields["task"]), options)(**fields["options"])
+            values = fields["data"], fields["task"], settings(**fields["settings"]), chosen
+            request = cls(tuple(fields["weights"]), *values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnreadableFile(f"{path}: the settings of the run are missing or damaged; start a new run") from error
         if not same:

@@ -7,41 +7,44 @@ processes, therefore gives the same results as an uninterrupted run in one proce
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import itertools
 import json
 import logging
 import os
-import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fcvit import interrupts
 from fcvit import run_folder as runs
-from fcvit.data.loader import DIGEST, Batch, Workers, batches, read_file
+from fcvit.data.loader import Batch, Workers
 from fcvit.data.transforms.preprocess import decoders
-from fcvit.errors import BadImages, DoesNotFit, NumbersDisagree, UnreadableFile, UsageError
-from fcvit.evaluation.journal import Frame, Journal
+from fcvit.errors import NumbersDisagree, UnreadableFile, UsageError
+from fcvit.evaluation.batch_run import (
+    BatchRun,
+    agreed_identity,
+    check_identity,
+    check_workers,
+    chosen_batch_size,
+    describe,
+    new_records,
+    shared_folder,
+)
+from fcvit.evaluation.journal import Frame
 from fcvit.evaluation.logits import LogitFiles
 from fcvit.evaluation.protocols import AUTHORS
-from fcvit.evaluation.request import Request, sha256
+from fcvit.evaluation.request import Request
 from fcvit.evaluation.results import Evaluation, NotWritten, RunRecords
 from fcvit.evaluation.settings import Configuration, Plan, Settings, absolute
-from fcvit.inference.batch_size import fitting_batch_size
 from fcvit.inference.engines import Engine
 from fcvit.inference.exported import read_network
 from fcvit.processes import Processes, join
-from fcvit.report.progress import progress
 from fcvit.tasks.base import Evaluator, get_task, task_of
 from fcvit.weights.reading import Weights
 
-JOURNALS = "journals"
-_SAMPLE = 64  # number of images whose content is checked when a run is resumed with moved data
-_READ_TOGETHER = 16  # images of a batch whose sizes differ
 logger = logging.getLogger("fcvit")
 
 
@@ -58,7 +61,7 @@ def evaluate(
     """Evaluate weights on the data at a path. See `fcvit.commands.evaluate.evaluate`."""
     if not weights:
         raise UsageError("--weights: expected at least one file")
-    _check_workers(workers)
+    check_workers(workers)
     if settings.save_logits and not record:
         raise UsageError("save_logits: logits are written to the run folder; pass a folder")
     began = time.perf_counter()
@@ -88,7 +91,7 @@ def evaluate(
     engines = plan.engines()  # before the folder is created, so that a missing framework leaves no folder
     _fit_batch_size(plan, processes)
     request = dataclasses.replace(request, settings=plan.settings)
-    identity = _agreed_identity(plan, processes)
+    identity = agreed_identity(plan.identity(), processes)
     with contextlib.ExitStack() as stack:
         target = None
         if record:
@@ -97,7 +100,7 @@ def evaluate(
                     runs.reject_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
                 details = request.to_json() | {"identity": identity}
                 target = stack.enter_context(runs.run_folder(folder, "eval", details))
-            target = _shared_folder(target, processes)
+            target = shared_folder(target, processes)
         run = _Run(plan, engines, identity, processes, target, request)
         return run.finish(workers, strict, began)
 
@@ -108,7 +111,7 @@ def evaluate_split(
     """Evaluate weights during training, without writing any file."""
     processes = join()
     plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
-    identity = _agreed_identity(plan, processes)
+    identity = agreed_identity(plan.identity(), processes)
     return _Run(plan, plan.engines(), identity, processes, None, None).finish(workers, False, time.perf_counter())
 
 
@@ -137,7 +140,7 @@ def resume(
         FcvitError: See `evaluate`.
     """
     began = time.perf_counter()
-    _check_workers(workers)
+    check_workers(workers)
     folder = Path(folder)
     processes = join()
     text = processes.broadcast(json.dumps(runs.read_run(folder, "eval")).encode() if processes.first else b"")
@@ -149,19 +152,15 @@ def resume(
     loaded = [read_network(path, request.settings.ema) for path in request.weights]
     evaluator = get_task(request.task).evaluator(loaded, Path(request.data), request.options)
     plan = Plan(request.settings, loaded, processes.device(request.settings.device), evaluator)
-    now, before = _agreed_identity(plan, processes), record.get("identity", {})
-    for key in now:
-        if before.get(key) != now[key]:
-            raise DoesNotFit(
-                f"{folder}: {_describe_change(key, before.get(key), now[key])} since the run started, so the "
-                "results would differ from those of an uninterrupted run; start a new run"
-            )
+    now, before = agreed_identity(plan.identity(), processes), record.get("identity", {})
+    check_identity(now, before, folder)
     if moved:
-        _check_files(plan, now, folder)
+        run = BatchRun(plan.dataset, int(plan.settings.batch_size), plan.dtype, now, processes, folder)
+        run.check_files(plan.dataset.root)
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, record))
-        run = _Run(plan, None, now, processes, _shared_folder(folder, processes), request)
+        run = _Run(plan, None, now, processes, shared_folder(folder, processes), request)
         return run.finish(workers, strict, began)
 
 
@@ -179,9 +178,8 @@ class _Run:
     ):
         self.plan, self.engines, self.processes = plan, engines, processes
         self.folder, self.request = folder, request
-        self.key = sha256(identity)
+        self.run = BatchRun(plan.dataset, int(plan.settings.batch_size), plan.dtype, identity, processes, folder)
         self.logits: LogitFiles | None = None
-        self.resume_command = f"fcvit resume {shlex.quote(str(folder))}"
 
     def finish(self, workers: "int | Workers", strict: bool, began: float) -> Evaluation:
         """Compute the missing batches, then write all results.
@@ -189,64 +187,32 @@ class _Run:
         Raises:
             NotWritten: The results are complete but cannot be written. The error contains them.
         """
-        try:
-            folder = self.folder and self.folder / JOURNALS
-            self.journal = Journal(self.plan.dtype, self.key, folder, self.processes.rank)
-            with interrupts.kept(), contextlib.closing(self.journal):
-                self._compute(workers, strict)
-                self._exchange()
-                evaluation = self._evaluation(began)
-                if self.processes.first and self.folder is not None:
-                    self._write(evaluation)
-                interrupts.check()
-        except KeyboardInterrupt:
-            if self.folder is not None and self.processes.first:
-                logger.info(f"resume with: {self.resume_command}")
-            raise
-        except OSError as error:
-            if self.folder is None or isinstance(error, BrokenPipeError):  # the process that reads our output has ended
-                raise
-            raise UnreadableFile(f"{_os_error(error, self.folder)}; resume with: {self.resume_command}") from error
-        self.processes.gather(b"")  # wait for all processes: the first one hosts the key-value store
+        plan, run, processes = self.plan, self.run, self.processes
+        with run.opened() as journal:
+            if self.folder is not None and plan.settings.save_logits:
+                folders = [self.folder / configuration.name for configuration in plan.configurations]
+                self.logits = LogitFiles(folders, (len(plan.dataset), plan.evaluator.outputs), len(run.batches))
+            transforms = [plan.evaluator.transform(crop) for crop in plan.crops]
+            for _ in run.compute("evaluating", self._prepare, transforms, workers, strict):
+                pass
+            run.gather()
+            if processes.count > 1:  # every process computes the results
+                journal.merge(processes.broadcast(journal.encoded() if processes.first else b""), keep=False)
+            frames = [journal[number] for number in run.batches]
+            evaluation = self._evaluation(frames, began)
+            if processes.first and self.folder is not None:
+                self._write(evaluation, frames)
         return dataclasses.replace(evaluation, seconds=time.perf_counter() - began)
 
-    def _compute(self, workers: "int | Workers", strict: bool) -> None:
-        """Compute the batches of this process that are not in the journal, and append them."""
-        plan, processes, frames = self.plan, self.processes, self.journal.frames
-        if self.folder is not None and plan.settings.save_logits:
-            folders = [self.folder / configuration.name for configuration in plan.configurations]
-            self.logits = LogitFiles(folders, (len(plan.dataset), plan.evaluator.outputs), len(plan.batches))
-        # Batches are assigned by their number: an assignment of the missing ones would differ between processes.
-        mine = [number for number in plan.batches if number % processes.count == processes.rank]
-        missing = [number for number in mine if number not in frames]
-        if not missing:
-            return
-        if frames:
-            logger.info(f"{sum(map(plan.batch_images, frames))} of {len(plan.dataset)} images were already evaluated")
-        engines = self.engines or plan.engines()
-        title = "evaluating" if processes.count == 1 else f"evaluating (process 1 of {processes.count})"
-        total = sum(map(plan.batch_images, missing))
-        transforms = [plan.evaluator.transform(crop) for crop in plan.crops]
-        with contextlib.ExitStack() as stack:
-            advance = stack.enter_context(progress(title, total)) if processes.first else lambda _: None
-            loaded = batches(plan.dataset, missing, int(plan.settings.batch_size), transforms, workers)
-            stack.enter_context(contextlib.closing(loaded))
-            for batch in loaded:
-                if batch.bad and strict:
-                    raise BadImages(f"{batch.bad[0][1]} (--strict stops at the first image that cannot be read)")
-                self.journal.append(self._frame(engines, batch))
-                interrupts.check()
-                advance(len(batch.indices) + len(batch.bad))
+    def _prepare(self) -> Callable[[Batch], Frame]:
+        return functools.partial(self._frame, self.engines or self.plan.engines())
 
     def _frame(self, engines: Sequence[Engine], batch: Batch) -> Frame:
         """Evaluate a batch with all configurations."""
         plan = self.plan
-        records = np.zeros(len(batch.indices), plan.dtype)
-        records["index"] = batch.indices
+        records = new_records(batch, plan.dtype)
         seconds = [0.0] * len(engines)
         chunks: list[list[bytes]] = [[] for _ in engines]
-        if len(records):
-            records["digest"] = np.frombuffer(b"".join(batch.digests), np.uint8).reshape(-1, DIGEST)
         step = plan.evaluator.at_once or max(len(records), 1)
         for start in range(0, len(records), step):
             some = slice(start, start + step)
@@ -282,23 +248,14 @@ class _Run:
                 f"exceed the range of {engine.precision}"
             )
 
-    def _exchange(self) -> None:
-        """Collect the records of all processes in every process."""
-        journal, processes = self.journal, self.processes
-        for rank, content in enumerate(processes.gather(journal.encoded())):
-            journal.merge(content, f"process {rank}")
-        journal.merge(processes.broadcast(journal.encoded()), "process 0")
-        lost = [number for number in self.plan.batches if number not in journal.frames]
-        assert not lost, f"no process computed batches {lost[:5]}"
-
-    def _evaluation(self, began: float) -> Evaluation:
+    def _evaluation(self, frames: Sequence[Frame], began: float) -> Evaluation:
         """Compute all results from the records.
 
         Raises:
             BadImages: No image could be read.
         """
         plan = self.plan
-        records = RunRecords(plan, [self.journal.frames[number] for number in plan.batches], self._about())
+        records = RunRecords(plan, frames, self._about())
         report = plan.evaluator.report(records)
         for hint in dict.fromkeys(report.hints):
             logger.info(hint)
@@ -317,84 +274,19 @@ class _Run:
             return {}
         return {"data": self.request.data, "task": self.request.task, "versions": runs.versions() | decoders()}
 
-    def _write(self, evaluation: Evaluation) -> None:
+    def _write(self, evaluation: Evaluation, frames: Sequence[Frame]) -> None:
         assert self.folder is not None
         try:
             if self.logits is not None:
-                self.logits.finish(self.journal)
+                self.logits.finish(frames)
             evaluation.report.write(self.folder)
         except (UnreadableFile, OSError) as error:
-            reason = error if isinstance(error, UnreadableFile) else _os_error(error, self.folder)
-            text = f"{reason}; the evaluation is complete, write its results with: {self.resume_command}"
+            reason = error if isinstance(error, UnreadableFile) else describe(error, self.folder)
+            text = f"{reason}; the evaluation is complete, write its results with: {self.run.resume_command}"
             raise NotWritten(text, dataclasses.replace(evaluation, folder=None)) from error
 
 
 def _fit_batch_size(plan: Plan, processes: Processes) -> None:
     """Replace "auto" by a batch size that fits in memory."""
-    if plan.settings.batch_size != "auto":
-        return
-    if plan.evaluator.at_once == 1:
-        fitting = (_READ_TOGETHER, f"{_READ_TOGETHER} images are read together, and computed one by one")
-    else:
-        fitting = fitting_batch_size(plan.jobs()) if processes.first else (0, "")
-    size, reason = json.loads(processes.broadcast(json.dumps(fitting).encode()))
+    size = chosen_batch_size(plan.settings.batch_size, plan.evaluator.at_once, plan.jobs, processes)
     plan.settings = dataclasses.replace(plan.settings, batch_size=size)
-    logger.info(f"batch size: {reason}")
-
-
-def _check_workers(workers: object) -> None:
-    if isinstance(workers, int) and workers < 0:
-        raise UsageError(f"--workers {workers}: expected a whole number of at least 0")
-
-
-def _check_files(plan: Plan, identity: Mapping[str, object], folder: Path) -> None:
-    """Check that the content of a sample of the evaluated images is unchanged.
-
-    Raises:
-        DoesNotFit: An image has changed.
-    """
-    frames = Journal(plan.dtype, sha256(identity), folder / JOURNALS).frames.values()
-    records = [record for frame in frames for record in frame.records]
-    for record in records[:: -(-len(records) // _SAMPLE) or 1]:
-        name = plan.dataset.names[record["index"]]
-        content = read_file(name, plan.dataset.locations[record["index"]])
-        if hashlib.sha256(content).digest()[:DIGEST] != record["digest"].tobytes():
-            raise DoesNotFit(
-                f"{plan.dataset.root}: {name} is not the image that was evaluated in {folder}; restore it or start a "
-                "new run"
-            )
-
-
-def _describe_change(key: str, before: object, now: object) -> str:
-    """Describe a change of the identity, with the names and versions of changed packages."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        listed = ", ".join(f"{name} {before.get(name, 'absent')} to {now.get(name, 'absent')}" for name in names)
-        return f"{key} changed ({listed})"
-    return f"{key.replace('_', ' ')} changed"
-
-
-def _agreed_identity(plan: Plan, processes: Processes) -> dict[str, Any]:
-    """Return the identity of the run, after checking that it is equal in all processes.
-
-    Raises:
-        DoesNotFit: The identity in this process differs from the one in process 0.
-    """
-    identity = plan.identity()
-    first = json.loads(processes.broadcast(json.dumps(identity).encode()))
-    for key in identity:
-        if first.get(key) != identity[key]:
-            change = _describe_change(key, first.get(key), identity[key])
-            raise DoesNotFit(f"process {processes.rank} differs from process 0; {change}")
-    return identity
-
-
-def _shared_folder(folder: Path | None, processes: Processes) -> Path:
-    """Return the run folder in every process, and create it on machines that do not share it."""
-    path = Path(os.fsdecode(processes.broadcast(os.fsencode(folder.absolute()) if folder else b"")))
-    path.mkdir(parents=True, exist_ok=True)
-    return folder if folder is not None else path
-
-
-def _os_error(error: OSError, folder: Path) -> str:
-    return f"{error.filename or folder}: {error.strerror or error}"

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -226,9 +226,6 @@ class Plan:
 
         Paths are excluded, since they can differ between machines that have the same files.
         """
-        paddle = ("paddlepaddle", "paddlepaddle-gpu")
-        packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
-        names = {"fcvit", "numpy", "pillow"}.union(*(packages[each.engine] for each in self.configurations))
         listed = {
             "weights": [each.weights.source.sha256 for each in self.configurations],
             "configurations": [
@@ -239,18 +236,17 @@ class Plan:
             "precision": self.settings.precision,
             "batch_size": self.settings.batch_size,
             "list_of_images": self.dataset.listing(),
-            "packages": {name: version for name, version in runs.versions().items() if name in names} | decoders(),
+            "packages": used_packages(each.engine for each in self.configurations),
         }
         return json.loads(json.dumps(listed | self.evaluator.identity()))
 
-    @property
-    def batches(self) -> range:
-        return range(-(-len(self.dataset) // int(self.settings.batch_size)))
 
-    def batch_images(self, number: int) -> int:
-        """Return the number of samples in a batch."""
-        size = int(self.settings.batch_size)
-        return min(size, len(self.dataset) - number * size)
+def used_packages(engines: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the packages and decoders that determine the results of engines."""
+    paddle = ("paddlepaddle", "paddlepaddle-gpu")
+    packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
+    names = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in engines))
+    return {name: version for name, version in runs.versions().items() if name in names} | decoders()
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

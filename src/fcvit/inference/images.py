@@ -170,10 +170,10 @@ def _read(number: int, image: ImageLike, read: Callable[[Any], Result]) -> Resul
         return BadImages(f"image {number}: {str(error)[:120]}")
 
 
-def with_unique_names(results: Iterable[tuple[Path, Result]]) -> Iterator[tuple[str, Path, Result]]:
+def with_unique_names(results: Iterable[tuple[Path, ImageLike, Result]]) -> Iterator[tuple[str, Path, Result]]:
     """Yield a name for the files of each result, its path and the result. A repeated name gets a number."""
     used: set[str] = set()
-    for path, result in results:
+    for path, _, result in results:
         name, number = path.stem, 1
         while name.casefold() in used:
             number += 1

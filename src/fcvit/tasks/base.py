@@ -254,11 +254,10 @@ class Task(Protocol):
     def predictor(
         self, weights: "Weights", preprocessing: Preprocessing, classes: Any, create: "Callable[[], Engine]"
     ) -> Any:
-        """Return the predictor that `fcvit.load` returns, with `predict` and `stream` (see `fcvit.inference.images`).
+        """Return the predictor that `fcvit.load` returns.
 
-        `fcvit predict` calls `stream` with the fields of `prediction`, `rows(prediction)` for JSON and CSV,
-        `table(pairs)` with paths and their rows, and `draw(pairs, folder)` with an iterator of paths and their
-        predictions.
+        It has `predict` and `stream` for Python (see `fcvit.inference.images`), and is a `Predictor` for `fcvit
+        predict`.
 
         Args:
             weights, preprocessing: Weights and preprocessing of the network.

@@ -6,13 +6,14 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from fcvit.data.loader import Transform
 from fcvit.errors import BadImages, DoesNotFit, MissingExtra, UsageError
 from fcvit.inference.engines import AUTO, Engine, create_engine
 from fcvit.inference.exported import read_network
@@ -121,18 +122,72 @@ class Predictor(metaclass=_LoadsFile):
     not the weights. The file is read on the first use in another process, once in each process.
 
     Attributes:
-        COLUMNS: Columns that `__call__` adds, and their types. A list contains the type of its elements.
+        weights, engine, preprocessing, classes: What was loaded.
         origin: The file from which the predictor was loaded, or None.
-        stream, rows: Methods of the task (see `fcvit.tasks.base.Task.predictor`).
+        row_columns: Columns of the rows and their types: int, float or str.
+        at_once: Number of images for which predictions are computed together, or None for a whole batch. It must be 1
+            if the sizes of images differ.
+        stream: Method that yields the predictions of images one by one (see `fcvit.inference.images`).
     """
 
-    COLUMNS: ClassVar[Mapping[str, Any]]
     origin: Origin | None = None
+    at_once: ClassVar[int | None]
     stream: Any
-    rows: Any
 
-    def columns(self, prediction: Any) -> dict[str, Any]:
-        """Return a prediction as values of `COLUMNS`."""
+    if TYPE_CHECKING:  # fields and properties of the dataclass of a task
+
+        @property
+        def weights(self) -> Weights: ...
+        @property
+        def engine(self) -> Engine: ...
+        @property
+        def preprocessing(self) -> Preprocessing: ...
+        @property
+        def classes(self) -> Any: ...
+        @property
+        def row_columns(self) -> Mapping[str, type]: ...
+
+    def transform(self, options: Any) -> Transform:
+        """Return the transform of an image for some prediction options. It is pickled for the workers."""
+        raise NotImplementedError
+
+    def compute(self, images: Sequence[str], pixels: Any, targets: Sequence[Any], options: Any) -> Sequence[Any]:
+        """Return the prediction for each image.
+
+        Args:
+            images: Names of the images.
+            pixels, targets: Results of the transform.
+            options: Prediction options.
+        """
+        raise NotImplementedError
+
+    def rows(self, prediction: Any) -> list[dict[str, Any]]:
+        """Return a prediction as rows for JSON and CSV."""
+        raise NotImplementedError
+
+    def table(self, predictions: Any) -> Any:
+        """Return a table for the terminal, from pairs of a path and rows."""
+        raise NotImplementedError
+
+    def pack(self, prediction: Any) -> bytes:
+        """Encode a prediction with everything that `draw` needs."""
+        raise NotImplementedError
+
+    def unpack(self, content: bytes, image: Any, options: Any) -> Any:
+        """Invert `pack`. The image is a path or a PIL image."""
+        raise NotImplementedError
+
+    def draw(self, predictions: Any, folder: Path) -> None:
+        """Write pictures to a folder, from an iterator of paths, images and predictions. Existing files are kept."""
+        raise NotImplementedError
+
+    @property
+    def batch_columns(self) -> Mapping[str, Any]:
+        """Columns that `__call__` adds, and their types. A list contains the type of its elements."""
+        return {"predictions": [self.row_columns]}
+
+    def batch_values(self, prediction: Any) -> dict[str, Any]:
+        """Return a prediction as values of `batch_columns`."""
         return {"predictions": self.rows(prediction)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +216,8 @@ class Predictor(metaclass=_LoadsFile):
             options: Options of `predict`, for example `top_k`. Pass them as `fn_kwargs` to `map_batches`.
 
         Returns:
-            A pyarrow.Table with the columns of the batch except `bytes` and `image`, and with the columns `COLUMNS` and
+            A pyarrow.Table with the columns of the batch except `bytes` and `image`, and with the columns
+            `batch_columns` and
             `error`. If an image cannot be read, its error is the reason, and the other columns are null.
 
         Raises:
@@ -184,9 +240,9 @@ class Predictor(metaclass=_LoadsFile):
         results: list[dict[str, Any]] = []
         for result in self.stream(images, **options):
             bad = isinstance(result, BadImages)
-            results.append({"error": str(result)} if bad else self.columns(result))
+            results.append({"error": str(result)} if bad else self.batch_values(result))
         columns = {name: _arrow_array(arrow, np.asarray(values)) for name, values in kept.items()}
-        for name, kind in {**self.COLUMNS, "error": str}.items():
+        for name, kind in {**self.batch_columns, "error": str}.items():
             columns[name] = arrow.array([result.get(name) for result in results], _arrow_type(arrow, kind))
         return arrow.table(columns)
 
@@ -211,7 +267,7 @@ def _arrow_array(arrow: ModuleType, values: np.ndarray) -> Any:
 
 
 def _arrow_type(arrow: ModuleType, kind: Any) -> Any:
-    """Return the Arrow type for an entry of `Predictor.COLUMNS`."""
+    """Return the Arrow type for an entry of `Predictor.batch_columns`."""
     if isinstance(kind, list):
         return arrow.list_(_arrow_type(arrow, kind[0]))
     if isinstance(kind, Mapping):

@@ -173,6 +173,17 @@ class CenterCrop:
         return crop(image, self.preprocessing), target
 
 
+def rgb_image(image: Any) -> Image.Image:
+    """Return an image as RGB, from its path, a PIL image or an array.
+
+    Raises:
+        BadImages, ValueError: See `decode` and `as_rgb`.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+    return as_rgb(image) if isinstance(image, Image.Image) else decode(image)
+
+
 def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Normalize RGB images, uint8 (B, 3, H, W): scale to [0, 1], subtract the mean, divide by the standard deviation.
 

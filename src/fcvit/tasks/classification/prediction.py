@@ -3,19 +3,20 @@
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fcvit import run_folder as runs
 from fcvit.data.classes import Classes
-from fcvit.data.transforms.preprocess import decode
+from fcvit.data.transforms.preprocess import CenterCrop, rgb_image
 from fcvit.errors import BadImages, DoesNotFit
 from fcvit.inference.engines import Engine, PaddleEngine
-from fcvit.inference.images import ImageLike, check_counts, collect, predictions
+from fcvit.inference.images import ImageLike, check_counts, collect, predictions, require_finite
 from fcvit.metrics.classification import softmax, top_classes
 from fcvit.models.variants import Preprocessing
 from fcvit.report.image_grid import Tile, image_grid, png
@@ -37,14 +38,12 @@ class PredictionOptions:
 
     Args:
         top_k: Classification: number of classes per image.
-        batch_size: Classification: number of images per batch.
     """
 
     top_k: int = 5
-    batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
-        check_counts(self.top_k, self.batch_size)
+        check_counts(self.top_k, BATCH_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +89,40 @@ class Classifier(Predictor):
     preprocessing: Preprocessing
     classes: Classes
     decode: Callable[[np.ndarray, Classes, int], list[list[Prediction]]] = rank
-    COLUMNS = {"predictions": [{"index": int, "id": str, "name": str, "probability": float}]}  # noqa: RUF012
 
     def __repr__(self) -> str:
         return f"<Classifier {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
 
+    at_once: ClassVar[int | None] = None
+
+    @property
+    def row_columns(self) -> dict[str, type]:
+        """Types of the columns in `rows`."""
+        return {"index": int, "id": str, "name": str, "probability": float}
+
+    def transform(self, options: PredictionOptions) -> CenterCrop:
+        """Return the transform that decodes images for `compute`."""
+        return CenterCrop(self.preprocessing)
+
+    def compute(
+        self, images: Sequence[ImageLike], pixels: np.ndarray, targets: Sequence[None], options: PredictionOptions
+    ) -> list[list[Prediction]]:
+        """Return the predictions for a batch of decoded images, uint8 (B, 3, S, S)."""
+        logits = self.engine(pixels)
+        require_finite(logits, self.weights, self.engine, list(enumerate(images, 1)))
+        return self.decode(logits, self.classes, options.top_k)
+
+    def pack(self, prediction: list[Prediction]) -> bytes:
+        """Encode a prediction with everything that `draw` needs."""
+        return json.dumps(self.rows(prediction)).encode()
+
+    def unpack(self, content: bytes, image: ImageLike, options: PredictionOptions) -> list[Prediction]:
+        """Invert `pack`."""
+        return [Prediction(**row) for row in json.loads(content)]
+
     def rows(self, prediction: list[Prediction]) -> list[dict[str, Any]]:
         """Return the predictions of an image as rows for JSON and CSV, one per class."""
-        return [dataclasses.asdict(row) for row in prediction]
+        return [dict(vars(row)) for row in prediction]
 
     def table(self, predictions: Sequence[tuple[Path, list[dict[str, Any]]]]) -> Any:
         """Return a table of images and their rows for the terminal."""
@@ -105,13 +130,14 @@ class Classifier(Predictor):
 
         return listing(predictions)
 
-    def draw(self, predictions: Iterable[tuple[Path, list[Prediction]]], folder: Path) -> None:
-        """Write image grids with the best class of each image as PNG files into a folder."""
+    def draw(self, predictions: Iterable[tuple[Path, ImageLike, list[Prediction]]], folder: Path) -> None:
+        """Write image grids with the best class of each image as PNG files into a folder. Existing files are kept."""
         rest, first = iter(predictions), 1
         while part := list(itertools.islice(rest, _IMAGES_PER_GRID)):
-            tiles = [Tile(decode(path), best[0].name, best[0].probability) for path, best in part]
-            grid = image_grid(tiles, f"images {first} to {first + len(part) - 1}")
-            runs.write_bytes(folder / f"predictions-{first // _IMAGES_PER_GRID + 1:03d}.png", png(grid))
+            path = folder / f"predictions-{first // _IMAGES_PER_GRID + 1:03d}.png"
+            if not path.exists():
+                tiles = [Tile(rgb_image(image), best[0].name, best[0].probability) for _, image, best in part]
+                runs.write_bytes(path, png(image_grid(tiles, f"images {first} to {first + len(part) - 1}")))
             first += len(part)
 
     @functools.cached_property

@@ -47,7 +47,9 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ResizedPixels:
-    """The transform of an evaluation: the pixels of the network's input without padding, and their placement.
+    """The transform of an evaluation or prediction: the pixels of the network's input, and their placement.
+
+    The pixels have no padding. A prediction has no targets.
 
     Args:
         scale: Largest length of the longer and of the shorter side in pixels.
@@ -57,9 +59,10 @@ class ResizedPixels:
 
     decode: ClassVar = staticmethod(decode)
 
-    def __call__(self, image: Image.Image, target: Instances, index: int, /) -> tuple[np.ndarray, Placement]:
+    def __call__(self, image: Image.Image, target: Instances | None, index: int, /) -> tuple[np.ndarray, Placement]:
         pixels = np.asarray(image)
-        check_size(pixels, target)
+        if target is not None:
+            check_size(pixels, target)
         resized, factors = preprocess(pixels, self.scale)
         return resized, Placement((image.height, image.width), factors)
 

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import functools
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from cyclopts import Parameter
@@ -26,11 +27,13 @@ from fcvit.models.mask_rcnn.masks import paste_mask
 from fcvit.models.variants import Preprocessing
 from fcvit.report.image_grid import jpeg
 from fcvit.report.instances import OPACITY, draw_instances, instance_colors
+from fcvit.tasks.detection.evaluation import Placement, ResizedPixels
 from fcvit.tasks.predictor import Predictor
 from fcvit.text import some
 from fcvit.weights.reading import Weights
 
 PICTURES, RESULTS = "pictures", "detections.json"  # what `Detector.draw` writes
+_PACKED = ("boxes", "scores", "labels", "size", "mask_logits")
 _CORNERS = ("x1", "y1", "x2", "y2")
 _SHOWN = 20  # detections of an image in the table
 
@@ -217,15 +220,6 @@ class Detector(Predictor):
     preprocessing: Preprocessing
     classes: Classes
     palette: Palette
-    COLUMNS = {  # noqa: RUF012
-        "predictions": [
-            {"index": int, "id": str, "name": str, "score": float}
-            | dict.fromkeys(_CORNERS, float)
-            | {"area": int, "mask": str}
-        ],
-        "height": int,
-        "width": int,
-    }
 
     def __repr__(self) -> str:
         return f"<Detector {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
@@ -254,23 +248,68 @@ class Detector(Predictor):
         if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(PredictionOptions)}):
             raise UsageError(f"predict: unknown options {', '.join(unknown)} of detection")
         chosen = PredictionOptions(**options)
-        return self._results(images, chosen.score_threshold, chosen.labels(self.classes))
+        return self._results(images, chosen, self.transform(chosen))
 
     def _results(
-        self, images: Iterable[ImageLike], threshold: float, labels: np.ndarray
+        self, images: Iterable[ImageLike], options: PredictionOptions, transform: ResizedPixels
     ) -> Iterator[DetectedImage | BadImages]:
-        options = self.weights.spec.options
         for _, image, pixels in read_ahead(images, rgb_pixels):
             if isinstance(pixels, BadImages):
                 yield pixels
-                continue
-            size = (pixels.shape[0], pixels.shape[1])
-            resized, factors = preprocess(pixels, (options.long_side, options.short_side))
-            padded, sizes = pad_batch([resized])
-            (found,) = self.engine.detect(padded, sizes, [factors])
-            parts = found.boxes, found.scores, found.labels, found.mask_logits
-            result = DetectedImage(*parts, size, self.classes, self.palette, image)
-            yield result.take((result.scores >= threshold) & np.isin(result.labels, labels))
+            else:
+                resized, factors = preprocess(pixels, transform.scale)
+                placement = Placement((pixels.shape[0], pixels.shape[1]), factors)
+                yield self.compute([image], [resized], [placement], options)[0]
+
+    at_once: ClassVar[int | None] = 1  # the sizes of images differ
+
+    @property
+    def row_columns(self) -> dict[str, type]:
+        """Types of the columns in `rows`."""
+        corners = dict.fromkeys(_CORNERS, float)
+        area = {"area": int} if self.weights.spec.options.masks else {}
+        return {"index": int, "id": str, "name": str, "score": float, **corners, **area}
+
+    def transform(self, options: PredictionOptions) -> ResizedPixels:
+        """Return the transform that decodes images for `compute`.
+
+        Raises:
+            UsageError: The network does not have one of the classes in the options.
+        """
+        options.labels(self.classes)
+        network = self.weights.spec.options
+        return ResizedPixels((network.long_side, network.short_side))
+
+    def compute(
+        self,
+        images: Sequence[ImageLike],
+        pixels: Sequence[np.ndarray],
+        targets: Sequence[Placement],
+        options: PredictionOptions,
+    ) -> list[DetectedImage]:
+        """Return the objects in decoded images."""
+        padded, sizes = pad_batch(pixels)
+        detections = self.engine.detect(padded, sizes, [placement.factors for placement in targets])
+        labels, results = options.labels(self.classes), []
+        for image, placement, one in zip(images, targets, detections, strict=True):
+            parts = one.boxes, one.scores, one.labels, one.mask_logits
+            result = DetectedImage(*parts, placement.size, self.classes, self.palette, image)
+            results.append(result.take((result.scores >= options.score_threshold) & np.isin(result.labels, labels)))
+        return results
+
+    def pack(self, prediction: DetectedImage) -> bytes:
+        """Encode a prediction with everything that `draw` needs."""
+        arrays: dict[str, Any] = {name: value for name in _PACKED if (value := getattr(prediction, name)) is not None}
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    def unpack(self, content: bytes, image: ImageLike, options: PredictionOptions) -> DetectedImage:
+        """Invert `pack`."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            boxes, scores, labels, size, mask_logits = (arrays.get(name) for name in _PACKED)
+        height, width = size.tolist()
+        return DetectedImage(boxes, scores, labels, mask_logits, (height, width), self.classes, self.palette, image)
 
     def rows(self, prediction: DetectedImage) -> list[dict[str, Any]]:
         """Return the objects as rows for JSON and CSV: class, score, box, and the area of the mask in pixels."""
@@ -283,7 +322,13 @@ class Detector(Predictor):
             rows.append(row)
         return rows
 
-    def columns(self, prediction: DetectedImage) -> dict[str, Any]:
+    @property
+    def batch_columns(self) -> dict[str, Any]:
+        """Columns for Ray Data: the rows with their masks, and the size of the image."""
+        mask = {"mask": str} if self.weights.spec.options.masks else {}
+        return {"predictions": [self.row_columns | mask], "height": int, "width": int}
+
+    def batch_values(self, prediction: DetectedImage) -> dict[str, Any]:
         """Return the objects with their masks as COCO's compressed run lengths, and the size of the image."""
         rows = self.rows(prediction)
         if prediction.mask_logits is not None:
@@ -311,16 +356,18 @@ class Detector(Predictor):
         counted = [(name, str(count), str(images[name])) for name, count in counts.most_common()]
         return Group(listed, table("class", "objects", "images", rows=counted, right=("objects", "images")))
 
-    def draw(self, predictions: Iterable[tuple[Path, DetectedImage]], folder: Path) -> None:
+    def draw(self, predictions: Iterable[tuple[Path, ImageLike, DetectedImage]], folder: Path) -> None:
         """Write a picture of each image into the folder `pictures`, and the objects of all into `detections.json`.
 
-        The pictures have the names of the images. If a name repeats, a number is added.
+        The pictures have the names of the images. If a name repeats, a number is added. Existing pictures are kept.
         """
-        (folder / PICTURES).mkdir()
+        (folder / PICTURES).mkdir(exist_ok=True)
 
         def drawn() -> Iterator[tuple[str, DetectedImage]]:
             for name, path, prediction in with_unique_names(predictions):
-                runs.write_bytes(folder / PICTURES / f"{name}.jpg", jpeg(prediction.draw()))
+                picture = folder / PICTURES / f"{name}.jpg"
+                if not picture.exists():
+                    runs.write_bytes(picture, jpeg(prediction.draw()))
                 yield str(path), prediction
 
         _write_coco(folder / RESULTS, drawn(), self.classes)

@@ -1,11 +1,12 @@
 """Predict a label map for each image with a segmentation network."""
 
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from cyclopts import Parameter
@@ -15,7 +16,7 @@ from fcvit import run_folder as runs
 from fcvit.data import painting
 from fcvit.data.class_colors import class_list, classes_of
 from fcvit.data.classes import Classes, Palette
-from fcvit.data.transforms.segmentation import preprocess, resize_image, rgb_pixels
+from fcvit.data.transforms.segmentation import decode, preprocess, resize_image, rgb_pixels
 from fcvit.errors import BadImages, DoesNotFit, UsageError
 from fcvit.inference.engines import Engine
 from fcvit.inference.images import ImageLike, collect, read_ahead, require_finite, with_unique_names
@@ -189,10 +190,6 @@ class Segmenter(Predictor):
     preprocessing: Preprocessing
     classes: Classes
     palette: Palette
-    COLUMNS = {  # noqa: RUF012
-        "predictions": [{"index": int, "id": str, "name": str, "share": float}],
-        "label_map": bytes,
-    }
 
     def __repr__(self) -> str:
         return f"<Segmenter {self.weights.source.path.name}: {self.weights.spec}, engine {self.engine.name}>"
@@ -223,26 +220,62 @@ class Segmenter(Predictor):
         return self._results(images, PredictionOptions(**options))
 
     def _results(self, images: Iterable[ImageLike], options: PredictionOptions) -> Iterator[SegmentedImage | BadImages]:
-        for number, image, pixels in read_ahead(images, rgb_pixels):
-            if isinstance(pixels, BadImages):
-                yield pixels
-                continue
+        transform = self.transform(options)
+        for number, image, read in read_ahead(images, lambda image: transform.resize(rgb_pixels(image))):
+            yield read if isinstance(read, BadImages) else self._segment((number, image), *read, options)
 
-            def compute(pixels: np.ndarray, numbered: tuple[int, ImageLike] = (number, image)) -> np.ndarray:
-                logits = self.engine(np.ascontiguousarray(pixels[None]))
-                require_finite(logits, self.weights, self.engine, [numbered])
-                return logits[0]
+    def _segment(
+        self, numbered: tuple[int, ImageLike], first: np.ndarray, rest: "ResizedImage", options: PredictionOptions
+    ) -> SegmentedImage:
+        def compute(pixels: np.ndarray) -> np.ndarray:
+            logits = self.engine(np.ascontiguousarray(pixels[None]))
+            require_finite(logits, self.weights, self.engine, [numbered])
+            return logits[0]
 
-            views = list(_views(pixels, self.weights.spec.options, options, compute))
-            height, width = pixels.shape[:2]
-            labels = average_label_map(views, (height, width))
-            yield SegmentedImage(labels, self.classes, self.palette, image, options.one_based)
+        labels = average_label_map(list(_views((first, *rest.others), options, compute)), rest.size)
+        return SegmentedImage(labels, self.classes, self.palette, numbered[1], options.one_based)
+
+    at_once: ClassVar[int | None] = 1  # the sizes of images differ
+
+    @property
+    def row_columns(self) -> dict[str, type]:
+        """Types of the columns in `rows`."""
+        return {"index": int, "id": str, "name": str, "share": float}
+
+    def transform(self, options: PredictionOptions) -> "InputPixels":
+        """Return the transform that decodes images for `compute`."""
+        return InputPixels(self.weights.spec.options, options)
+
+    def compute(
+        self,
+        images: Sequence[ImageLike],
+        pixels: Sequence[np.ndarray],
+        targets: "Sequence[ResizedImage]",
+        options: PredictionOptions,
+    ) -> list[SegmentedImage]:
+        """Return the label maps of decoded images."""
+        numbered = enumerate(zip(images, pixels, targets, strict=True), 1)
+        return [self._segment((number, image), first, rest, options) for number, (image, first, rest) in numbered]
+
+    def pack(self, prediction: SegmentedImage) -> bytes:
+        """Encode a prediction with everything that `draw` needs."""
+        return png(Image.fromarray(prediction.labels))
+
+    def unpack(self, content: bytes, image: ImageLike, options: PredictionOptions) -> SegmentedImage:
+        """Invert `pack`."""
+        with Image.open(io.BytesIO(content)) as labels:
+            return SegmentedImage(np.asarray(labels), self.classes, self.palette, image, options.one_based)
 
     def rows(self, prediction: SegmentedImage) -> list[dict[str, Any]]:
         """Return the areas of a label map as rows for JSON and CSV, one per class."""
-        return [dataclasses.asdict(area) for area in prediction.areas]
+        return [dict(vars(area)) for area in prediction.areas]
 
-    def columns(self, prediction: SegmentedImage) -> dict[str, Any]:
+    @property
+    def batch_columns(self) -> dict[str, Any]:
+        """Columns for Ray Data: the rows, and the label map."""
+        return {"predictions": [self.row_columns], "label_map": bytes}
+
+    def batch_values(self, prediction: SegmentedImage) -> dict[str, Any]:
         """Return the areas, and the label map as the content of a PNG file."""
         return {"predictions": self.rows(prediction), "label_map": prediction.png()}
 
@@ -258,16 +291,61 @@ class Segmenter(Predictor):
             cells += [("" if position else str(path), *cell) for position, cell in enumerate(shown)]
         return table("image", "area (%)", "class", "id", rows=cells, right=("area (%)",))
 
-    def draw(self, predictions: Iterable[tuple[Path, SegmentedImage]], folder: Path) -> None:
+    def draw(self, predictions: Iterable[tuple[Path, ImageLike, SegmentedImage]], folder: Path) -> None:
         """Write the label map and the overlay of each image into the folders `labels` and `overlays`.
 
-        The files have the names of the images. If a name repeats, a number is added.
+        The files have the names of the images. If a name repeats, a number is added. Existing files are kept.
         """
         for name in (LABELS, OVERLAYS):
-            (folder / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
         for name, _, prediction in with_unique_names(predictions):
-            prediction.save(folder / LABELS / f"{name}.png")
-            runs.write_bytes(folder / OVERLAYS / f"{name}.jpg", jpeg(prediction.overlay()))
+            overlay = folder / OVERLAYS / f"{name}.jpg"
+            if not overlay.exists():
+                prediction.save(folder / LABELS / f"{name}.png")
+                runs.write_bytes(overlay, jpeg(prediction.overlay()))
+
+
+class ResizedImage(NamedTuple):
+    """An image without the first of its scaled copies.
+
+    Attributes:
+        size: Height and width of the image.
+        others: The network's input at the other scales, uint8 (3, h, w).
+    """
+
+    size: tuple[int, int]
+    others: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputPixels:
+    """The transform of a prediction: the pixels of the network's input at each scale.
+
+    Args:
+        network: Options of the network, with the size of its input.
+        options: Options of the prediction.
+    """
+
+    network: SemanticFPNOptions
+    options: PredictionOptions
+
+    decode: ClassVar = staticmethod(decode)
+
+    def __call__(self, image: Image.Image, target: None, index: int, /) -> tuple[np.ndarray, ResizedImage]:
+        return self.resize(np.asarray(image))
+
+    def resize(self, image: np.ndarray) -> tuple[np.ndarray, ResizedImage]:
+        """Return the network's input at the first scale, and the rest of an image, uint8 (H, W, 3)."""
+        height, width = image.shape[:2]
+        first, *others = [self._scaled(image, factor) for factor in self.options.factors]
+        return first, ResizedImage((height, width), tuple(others))
+
+    def _scaled(self, image: np.ndarray, factor: float) -> np.ndarray:
+        if self.options.no_resize:
+            height, width = (max(1, int(length * factor + 0.5)) for length in image.shape[:2])
+            return resize_image(image, (height, width)).transpose(2, 0, 1)
+        scale = int(self.network.long_side * factor), int(self.network.short_side * factor)
+        return preprocess(image, scale, self.network.divisor)
 
 
 def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, create: Callable[[], Engine]) -> Segmenter:
@@ -288,19 +366,10 @@ def segmenter(weights: Weights, preprocessing: Preprocessing, classes: Any, crea
 
 
 def _views(
-    image: np.ndarray,
-    network: SemanticFPNOptions,
-    options: PredictionOptions,
-    compute: Callable[[np.ndarray], np.ndarray],
+    scaled: Iterable[np.ndarray], options: PredictionOptions, compute: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[View]:
-    """Yield the views of an image, uint8 (H, W, 3), whose logits are computed when they are read."""
-    for factor in options.factors:
-        if options.no_resize:
-            height, width = (max(1, int(length * factor + 0.5)) for length in image.shape[:2])
-            pixels = resize_image(image, (height, width)).transpose(2, 0, 1)
-        else:
-            scale = int(network.long_side * factor), int(network.short_side * factor)
-            pixels = preprocess(image, scale, network.divisor)
+    """Yield the views of an image at several scales, uint8 (3, h, w), whose logits are computed when they are read."""
+    for pixels in scaled:
         for mirrored in (False, True)[: 1 + options.flip]:
             view = pixels[:, :, ::-1] if mirrored else pixels
             if options.window is None:
