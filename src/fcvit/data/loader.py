@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,7 @@ from fcvit.errors import BadImages, FcvitError
 
 DIGEST = 8  # length of the digest: the first bytes of the SHA-256 of an image file
 _CHUNK = 16  # images per task, so that the transfer takes little time compared with decoding
+_LARGE_CHUNK = 64  # where nobody waits for the first images
 
 Job = tuple[Any, ...]  # arguments of the work: position, name and location of an image, and others
 Result = TypeVar("Result")
@@ -166,7 +168,7 @@ def batches(
         yield from _assemble(pieces, done, len(transforms))
 
 
-def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
+def each(jobs: Iterable[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
     """Yield the result of a function for each image, in order, or the error for an image that cannot be read.
 
     Args:
@@ -178,7 +180,8 @@ def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> G
     Raises:
         FcvitError: No worker can be started.
     """
-    chunks = (jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK))
+    remaining = iter(jobs)
+    chunks = iter(lambda: tuple(itertools.islice(remaining, _LARGE_CHUNK)), ())
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers)) as done:
         for results in done:
             yield from results
