@@ -48,13 +48,14 @@ CLASSES, SHARD = 1000, 1000  # classes, and images per shard
 COPIED, CUT = 1000, 10_000  # one image in so many is a copy, or cut off
 FORMATS = ("few", "folder", "tar", "shards", "parquet")
 COMMANDS = {
-    "check-data": ["{data}", "--json"],
-    "train": ["{variant}", "--data", "{data}", "--input-size", "32", "--batch-size", "16", "--warmup-epochs", "0"],
-    "eval": ["--weights", "{weights}", "--data", "{data}", "--engine", "paddle", "--batch-size", "16"],
-    "predict": ["{data}", "--weights", "{weights}", "--engine", "paddle", "--batch-size", "16"],
+    "check-data": "{data} --json",
+    "train": "fcvit_tiny --variant {variant} --data {data} --precision float32 --input-size 32 --batch-size 16 "
+    "--epochs 1 --warmup-epochs 0",
+    "eval": "--weights {weights} --data {data} --engine paddle --batch-size 16",
+    "predict": "{data} --weights {weights} --engine paddle --batch-size 16",
 }
 WHOLE = ("check-data",)  # commands that run to their end
-FIRST_BATCH = re.compile(rb"(?<![\w/])[1-9]\d*/\d+(?![\w/])")  # of a progress bar
+FIRST_BATCH = re.compile(rb"(?<![\w/])[1-9]\d*/\d{3,}(?![\w/])")  # of a progress bar with the number of images
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="number of runs of each command (default 2)")
     parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
-    root = arguments.folder / str(arguments.images)
+    root = arguments.folder.resolve() / str(arguments.images)
     root.mkdir(parents=True, exist_ok=True)
     weights = root / f"{arguments.variant}.safetensors"
     if not weights.exists():
@@ -82,7 +83,7 @@ def main() -> None:
         for kind, path in data.items():
             for number in range(1, arguments.repeat + 1):
                 names = {"data": path, "weights": weights, "variant": arguments.variant}
-                words = [command, *(word.format(**names) for word in COMMANDS[command])]
+                words = [command, *(word.format(**names) for word in COMMANDS[command].split())]
                 result = measure(words, root / "output", command in WHOLE)
                 results.append({"command": command, "format": kind, "run": number} | result)
                 shown = result.get("error") or "{seconds:.1f} | {main:.0f} MB | {tree:.0f} MB".format(**result)
@@ -127,9 +128,9 @@ def measure(words: list[str], output: Path, whole: bool) -> dict[str, object]:
     with contextlib.suppress(OSError):
         text += os.read(terminal, 1 << 16)
     os.close(terminal)
-    if not first and process.returncode not in (0, 6):
-        lines = [line for line in text.decode(errors="replace").splitlines() if line.startswith("fcvit: ")]
-        return {"error": f"exit code {process.returncode}: {lines[-1] if lines else text[-200:]}"}
+    if not first and (not whole or process.returncode not in (0, 6)):
+        lines = re.findall("^fcvit: (?!note)(.*?)\r?$", text.decode(errors="replace"), re.M)
+        return {"error": f"exit code {process.returncode}: {lines[-1] if lines else 'no image could be read'}"}
     return {"seconds": seconds, "main": main, "tree": tree, "output": (output / "stdout").stat().st_size}
 
 
