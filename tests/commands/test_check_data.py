@@ -366,14 +366,6 @@ def test_the_first_findings_are_listed_with_the_number_of_all(data, capsys, shor
     assert "... and 2 more groups" in out and re.search(r"unreadable +4 ", out)
 
 
-def test_images_with_equal_digests_of_files_in_part_are_different(train):
-    """Only the pixels decide: files that differ only in a comment form a group."""
-    picture(0).save(train / "cat" / "a.jpg", comment=b"first")
-    picture(0).save(train / "dog" / "b.jpg", comment=b"second")
-    (group,) = check_data(train).duplicates
-    assert (group.match, group.images, group.number) == ("pixels", ("cat/a.jpg", "dog/b.jpg"), 2)
-
-
 def test_the_memory_per_image_is_small(monkeypatch):
     """Names and locations are read one after the other, and about 33 bytes per image are kept."""
 
