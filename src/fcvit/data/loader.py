@@ -30,7 +30,6 @@ from fcvit.errors import BadImages, FcvitError
 
 DIGEST = 8  # length of the digest: the first bytes of the SHA-256 of an image file
 _CHUNK = 16  # images per task, so that the transfer takes little time compared with decoding
-_LARGE_CHUNK = 64  # where nobody waits for the first images
 
 Job = tuple[Any, ...]  # arguments of the work: position, name and location of an image, and others
 Result = TypeVar("Result")
@@ -181,7 +180,7 @@ def each(jobs: Iterable[Job], work: Work[Result], workers: "int | Workers") -> G
         FcvitError: No worker can be started.
     """
     remaining = iter(jobs)
-    chunks = iter(lambda: tuple(itertools.islice(remaining, _LARGE_CHUNK)), ())
+    chunks = iter(lambda: tuple(itertools.islice(remaining, _CHUNK)), ())
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers)) as done:
         for results in done:
             yield from results
