@@ -304,3 +304,10 @@ def small(squares, request, monkeypatch):
         return ClassificationRecipe(**{**SMALL, "data": str(squares), **fields})
 
     return build
+
+
+@pytest.fixture
+def short_lists(monkeypatch):
+    """Make `fcvit check-data` keep only two items of each kind of finding."""
+    for module in ("data.listed", "data.label_maps", "commands.image_checks", "commands.check_coco"):
+        monkeypatch.setattr(f"fcvit.{module}.LISTED", 2)

@@ -173,3 +173,20 @@ def test_other_json_files_are_named(data, notes):
     assert notes == [
         f"{data}: not checked, because there are files named instances_*.json: annotations/captions_val.json"
     ]
+
+
+def test_the_first_findings_are_listed_with_the_number_of_all(data, train, capsys, short_lists):
+    for index in range(3):
+        (data / f"val/{index}.png").write_bytes(b"?")
+        photo(data / f"train/{index}.png", 99 + index, (70, 60))
+
+    def change(content):
+        content["annotations"] += [annotation(90 + index, 2, 7) for index in range(3)]
+
+    rewrite(train, change)
+    code, out, err = run(capsys, data, "--few", 0, "--json")
+    check = json.loads(out)
+    assert code == 6 and "6 images excluded" in err and "... and 4 more" in err
+    assert check["counts"] == {"images that cannot be used": 6, f"{coco.UNKNOWN_CATEGORY} (train)": 3}
+    assert [bad["image"] for bad in check["unreadable"]] == ["val/0.png", "val/1.png"]
+    assert len(check["splits"][0]["problems"][coco.UNKNOWN_CATEGORY]) == 2

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tarfile
+import tracemalloc
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +17,10 @@ from PIL import Image
 
 from fcvit.cli import main
 from fcvit.commands import check_data as module
-from fcvit.commands.image_checks import ODD
-from fcvit.data.sources import Source
+from fcvit.commands import image_checks
+from fcvit.commands.image_checks import ODD, Examined, Images
+from fcvit.data.listed import LISTED
+from fcvit.data.sources import Location, Source
 from fcvit.errors import UnreadableFile, UsageError
 
 check_data = functools.partial(module.check_data, workers=0)
@@ -316,13 +320,82 @@ def test_invalid_split_options_are_rejected(data, capsys, text):
     assert code == 2 and "expected NAME=PATH" in err
 
 
-def test_long_lists_are_shortened_in_tables_but_not_in_json(train, capsys):
+def test_lists_are_shorter_in_tables_than_in_json(train, capsys):
     for index in range(30):
         save(train / "cat" / f"s{index:02d}.png", picture(100 + index, (31, 31)))
         shutil.copy(train / "cat" / f"s{index:02d}.png", train / "dog" / f"t{index:02d}.png")
     _, out, _ = run(capsys, train)
     assert "cat/s00.png, cat/s01.png, cat/s02.png, ..." in out and "... and 10 more groups" in out
     assert "s29" not in out and "s29" in run(capsys, train, "--json")[1]
+
+
+def test_the_first_findings_are_listed_with_the_number_of_all(data, capsys, short_lists):
+    for index in range(4):
+        (data / "train" / "cat" / f"{index}.png").write_bytes(b"?")
+        (data / "train" / "dog" / f"n.{index}").touch()
+        (data / "val" / f"empty{index}").mkdir()
+        save(data / "train" / f"x{index}.png", picture(100 + index, (31, 64)))
+        shutil.copy(data / "train" / "dog" / f"{index}.png", data / "val" / "cat" / f"x{index}.png")
+    shutil.copy(data / "train" / "dog" / "0.png", data / "val" / "cat" / "y.png")
+    code, out, err = run(capsys, data, "--few", 30, "--json")
+    check = json.loads(out)
+    assert code == 6 and "4 images excluded" in err and "... and 2 more" in err
+    assert check["counts"] == {
+        "unreadable": 4,
+        "classes not in every split": 4,
+        "classes with fewer than 30 images, train": 2,
+        "images outside of class folders, train": 4,
+        "empty class folders, val": 4,
+        "classes with fewer than 30 images, val": 2,
+        "groups of duplicates": 4,
+        "groups of duplicates in more than one split": 4,
+        "groups of duplicates in more than one class": 4,
+        ODD["small"]: 4,
+        "files that are not images, train": 4,
+    }
+    train, val = check["splits"]
+    assert [bad["image"] for bad in check["unreadable"]] == ["train/cat/0.png", "train/cat/1.png"]
+    assert train["outside"] == ["x0.png", "x1.png"] and train["other_files"] == {".0": 1, ".1": 1}
+    assert val["empty"] == ["empty0", "empty1"] and check["missing"] == {"empty0": ["train"], "empty1": ["train"]}
+    assert check["odd"] == {"small": ["train/x0.png", "train/x1.png"]}
+    first, second = check["duplicates"]
+    assert first["images"] == ["train/dog/0.png", "val/cat/x0.png"] and first["number"] == 3
+    assert second["images"] == ["train/dog/1.png", "val/cat/x1.png"] and second["number"] == 2
+    assert check_data(data).images == 49
+    _, out, _ = run(capsys, data)
+    assert "... and 2 more groups" in out and re.search(r"unreadable +4 ", out)
+
+
+def test_the_memory_per_image_is_small(monkeypatch):
+    """Names and locations are read one after the other, and about 33 bytes per image are kept."""
+
+    class Column(Sequence):
+        def __init__(self, item):
+            self.item = item
+
+        def __len__(self):
+            return 4000
+
+        def __iter__(self):
+            return map(self.item, range(4000))
+
+        def __getitem__(self, index):
+            return self.item(index)
+
+    def examined(_, name, location):
+        number = int(name[4:-4]) // 2
+        return Examined(number.to_bytes(24, "little"), "RGB", 1, (9, 9))
+
+    monkeypatch.setattr(image_checks, "examine", examined)
+    names, locations = Column("cat/{:06d}.png".format), Column(lambda index: Location(str(index)))
+    tracemalloc.start()
+    findings = image_checks.examine_images([Images("train", names, locations, in_classes=True)], 0)
+    kept = tracemalloc.get_traced_memory()[0] / 4000
+    common = findings.common()
+    tracemalloc.stop()
+    assert kept < 50
+    assert common["duplicates"].total == 2000 and common["duplicates"][1].images == ("cat/000002.png", "cat/000003.png")
+    assert common["odd"]["small"].total == 4000 and len(common["odd"]["small"]) == LISTED
 
 
 def test_every_kind_of_unusual_image_has_a_description(train):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 
 from fcvit.cli import main
 from fcvit.commands import check_data as module
+from fcvit.commands import check_maps
 from fcvit.data.class_colors import ade20k, parse_class_list, read_class_list
 from fcvit.data.classes import ClassName
 from fcvit.data.label_maps import (
@@ -32,6 +34,7 @@ from fcvit.data.label_maps import (
     resolve_encoding,
     scan_labels,
 )
+from fcvit.data.listed import total
 from fcvit.data.loader import batches
 from fcvit.data.segmentation import LabeledMaps, find_maps, join, pair, read_split
 from fcvit.data.sources import Location, open_source
@@ -788,6 +791,33 @@ def test_problems_of_segmentation_data(data, capsys):
     assert "annotations/train/1.png: values outside the classes (0 to 2)" in err
     assert "EXIF" not in out  # the orientation is applied
     assert run(capsys, data, "--json")[0] == 6
+
+
+def test_the_first_findings_are_listed_with_the_number_of_all(data, capsys, short_lists):
+    for index in range(3):
+        save(data / f"annotations/train/{index}.png", blocks(0, 7 + index))
+        (data / f"annotations/val/{index}.png").write_bytes(b"?")
+        photo(data / f"images/val/more{index}.jpg")
+        save(data / f"annotations/val/old{index}.png", blocks(0, 1))
+    code, out, err = run(capsys, data, "--few", "0", "--json")
+    check = json.loads(out)
+    assert code == 6 and "6 images excluded" in err and "... and 4 more" in err
+    assert check["counts"] == {
+        "images and label maps that cannot be used": 6,
+        "values or colors without a class, train": 3,
+        "images without a label map, val": 3,
+        "label maps without an image, val": 3,
+    }
+    assert [bad["image"] for bad in check["unreadable"]] == [f"annotations/train/{index}.png" for index in (0, 1)]
+    assert check["splits"][0]["unknown"] == {"7": 720, "8": 720}
+    assert check["splits"][1]["unlabeled"] == [f"images/val/more{index}.jpg" for index in (0, 1)]
+
+
+def test_the_content_of_label_maps_can_be_on_disk(data, monkeypatch):
+    (data / "annotations/val/1.png").write_bytes(b"?")
+    check = check_data(data)
+    monkeypatch.setattr(check_maps, "_IN_MEMORY", 1)
+    assert check_data(data) == check and total(check.unreadable) == 1
 
 
 def test_classes_are_not_called_absent_if_no_label_map_can_be_used(data, capsys):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fcvit.commands.image_checks import Check, CheckedImage, Finding, Unreadable, examine_images
+from fcvit.commands.image_checks import Check, Finding, Images, Unreadable, examine_images
 from fcvit.data.classes import labels as class_labels
 from fcvit.data.coco import UNUSABLE_IMAGES, CocoImages, CocoLayout, different_size, read_coco
+from fcvit.data.listed import LISTED, Listed, ListedMapping, total
 from fcvit.errors import BadImages, counted
 from fcvit.text import some
 
@@ -88,8 +89,9 @@ class CocoCheck(Check):
         yield from (f"hint: {hint}" for hint in self.hints)
 
     def findings(self) -> Iterator[Finding]:
-        yield "images that cannot be used", [bad.image for bad in self.unreadable]
-        yield "categories not in every split", [f"{label} not in {', '.join(n)}" for label, n in self.missing.items()]
+        yield "images that cannot be used", Listed([bad.image for bad in self.unreadable], total(self.unreadable))
+        missing = [f"{label} not in {', '.join(names)}" for label, names in self.missing.items()]
+        yield "categories not in every split", Listed(missing, total(self.missing))
         for split in self.splits:
             of = f" ({split.name})" if len(self.splits) > 1 else ""
             yield from ((f"{kind}{of}", items) for kind, items in split.problems.items())
@@ -113,17 +115,14 @@ def check_coco(layout: CocoLayout, few: int, workers: int) -> CocoCheck:
     if layout.others:
         logger.info(f"{path}: not checked, because there are files named instances_*.json: {some(layout.others)}")
     splits = {name: read_coco(layout, name) for name in layout.splits}
-    images = [
-        CheckedImage(name, part, "", location)
-        for part, split in splits.items()
-        for name, location in zip(split.names, split.locations, strict=True)
-    ]
-    examined = examine_images(images, workers, upright=True)
-    listed = (target.size for split in splits.values() for target in split.targets)
+    examined = examine_images(
+        [Images(name, split.names, split.locations) for name, split in splits.items()], workers, upright=True
+    )
+    listed = np.array([target.size for split in splits.values() for target in split.targets], np.int32).reshape(-1, 2)
+    positions = np.flatnonzero(examined.readable & (examined.sizes != listed).any(1))
     different = [
-        Unreadable(image.name, different_size(examined.readable[image].size, size))
-        for image, size in zip(images, listed, strict=True)
-        if image in examined.readable and examined.readable[image].size != size
+        Unreadable(examined.locate(i)[1], different_size(tuple(examined.sizes[i].tolist()), tuple(listed[i].tolist())))
+        for i in positions[:LISTED]
     ]
     counts = tuple(_count(name, split) for name, split in splits.items())
     classes = dict.fromkeys(label for split in counts for label in split.annotations)
@@ -131,13 +130,11 @@ def check_coco(layout: CocoLayout, few: int, workers: int) -> CocoCheck:
     return CocoCheck(
         splits=counts,
         few=few,
-        unreadable=(*examined.unreadable, *different),
-        odd=examined.odd,
-        modes=examined.modes,
-        duplicates=examined.duplicates,
+        unreadable=Listed((*examined.unreadable, *different), total(examined.unreadable) + len(positions)),
         path=path,
-        missing={label: names for label, names in missing.items() if names},
+        missing=ListedMapping((label, names) for label, names in missing.items() if names),
         hints=tuple(hint for split in splits.values() for hint in split.hints),
+        **examined.common(),
     )
 
 
@@ -152,5 +149,5 @@ def _count(name: str, split: CocoImages) -> CocoSplit:
         dict(zip(class_labels(split.classes), counts, strict=True)),
         sum(int(target.crowd.sum()) for target in split.targets),
         sum(mask is not None for target in split.targets for mask in target.masks),
-        split.problems,
+        {kind: Listed(items) for kind, items in split.problems.items()},
     )

@@ -12,11 +12,12 @@ from cyclopts import Parameter
 
 from fcvit.commands.check_coco import CocoCheck, check_coco
 from fcvit.commands.check_maps import MapsCheck, check_maps
-from fcvit.commands.image_checks import Check, CheckedImage, Finding, examine_images
+from fcvit.commands.image_checks import Check, Finding, Images, examine_images
 from fcvit.commands.options import File, decoding_processes
 from fcvit.data.class_colors import read_class_list
 from fcvit.data.coco import find_coco
 from fcvit.data.folders import is_image
+from fcvit.data.listed import Listed, ListedMapping, total
 from fcvit.data.segmentation import find_maps
 from fcvit.data.sources import Source, Tree, open_source
 from fcvit.data.splits import find_layout
@@ -54,7 +55,7 @@ class Split:
 
     @property
     def images(self) -> int:
-        return sum(self.classes.values()) + len(self.outside)
+        return sum(self.classes.values()) + total(self.outside)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -84,13 +85,14 @@ class DataCheck(Check):
 
     def findings(self) -> Iterator[Finding]:
         several = len(self.splits) > 1
-        yield "unreadable", [bad.image for bad in self.unreadable]
-        yield "classes not in every split", [f"{label} not in {', '.join(n)}" for label, n in self.missing.items()]
+        yield "unreadable", Listed([bad.image for bad in self.unreadable], total(self.unreadable))
+        missing = [f"{label} not in {', '.join(names)}" for label, names in self.missing.items()]
+        yield "classes not in every split", Listed(missing, total(self.missing))
         for split in self.splits:
             of = f", {split.name}" if several else ""
             yield f"empty class folders{of}", split.empty
             few = [f"{label} ({split.classes[label]})" for label in split.few]
-            yield f"classes with fewer than {self.few} images{of}", few
+            yield f"classes with fewer than {self.few} images{of}", Listed(few, total(split.few))
             yield f"images outside of class folders{of}", split.outside
         yield from super().findings()
         for split in self.splits:
@@ -148,27 +150,17 @@ def check_data(
             "annotations that contain image files"
         )
     sources = {name: (source, source.tree()) for name, source in _split_sources(data, split or ()).items()}
-    images = [
-        CheckedImage(
-            f"{part}/{name}" if len(sources) > 1 else name, part, name.rpartition("/")[0].split("/")[0], location
-        )
-        for part, (_, tree) in sources.items()
-        for name, location in tree.files.items()
-        if is_image(name)
-    ]
-    if not images:
+    images: list[Images] = []
+    for name, (_, tree) in sources.items():
+        files = {file: location for file, location in tree.files.items() if is_image(file)}
+        prefix = f"{name}/" if len(sources) > 1 else ""
+        images.append(Images(name, [*files], [*files.values()], prefix, in_classes=True))
+    if not any(part.names for part in images):
         raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images found")
     examined = examine_images(images, workers)
     splits = tuple(_count(name, source, tree, few) for name, (source, tree) in sources.items())
-    return DataCheck(
-        splits=splits,
-        few=few,
-        unreadable=examined.unreadable,
-        odd=examined.odd,
-        modes=examined.modes,
-        duplicates=examined.duplicates,
-        missing=_missing(splits),
-    )
+    common = examined.common()
+    return DataCheck(splits=splits, few=few, unreadable=examined.unreadable, missing=_missing(splits), **common)
 
 
 def _split_sources(data: File | None, extra_splits: Iterable[str]) -> dict[str, Source]:
@@ -200,20 +192,29 @@ def _split_sources(data: File | None, extra_splits: Iterable[str]) -> dict[str, 
 
 
 def _count(name: str, source: Source, tree: Tree, few: int) -> Split:
-    inside = [file for file in tree.files if "/" in file]
-    images = collections.Counter(file.split("/")[0] for file in inside if is_image(file))
-    others = collections.Counter(posixpath.splitext(file)[1].lower() for file in inside if not is_image(file))
+    images: collections.Counter[str] = collections.Counter()
+    others: collections.Counter[str] = collections.Counter()
+    outside: list[str] = []
+    for file in tree.files:
+        label, separator, _ = file.partition("/")
+        if is_image(file):
+            if separator:
+                images[label] += 1
+            else:
+                outside.append(file)
+        elif separator:
+            others[posixpath.splitext(file)[1].lower()] += 1
     classes = {label: images[label] for label in source.folders()}
     sizes = [count for count in classes.values() if count]
     return Split(
         name,
         source.path,
         classes,
-        tuple(label for label, count in classes.items() if not count),
-        tuple(label for label, count in classes.items() if 0 < count < few),
+        Listed(label for label, count in classes.items() if not count),
+        Listed(label for label, count in classes.items() if 0 < count < few),
         max(sizes) / min(sizes) if sizes else None,
-        dict(sorted(others.items())),
-        tuple(file for file in tree.files if "/" not in file and is_image(file)),
+        ListedMapping(sorted(others.items()), others.total()),
+        Listed(outside),
     )
 
 
@@ -223,4 +224,4 @@ def _missing(splits: Sequence[Split]) -> dict[str, tuple[str, ...]]:
         label: tuple(split.name for split in labeled if label not in split.classes)
         for label in sorted({label for split in labeled for label in split.classes})
     }
-    return {label: names for label, names in lacking.items() if names}
+    return ListedMapping((label, names) for label, names in lacking.items() if names)

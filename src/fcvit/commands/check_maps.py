@@ -1,22 +1,30 @@
 """The part of `fcvit check-data` for images with label maps: count the pixels of each class."""
 
+import contextlib
 import dataclasses
+import itertools
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcvit.commands.image_checks import Check, CheckedImage, Finding, Unreadable, examine_images
+import msgspec
+
+from fcvit.commands.image_checks import Check, Finding, Images, Unreadable, examine_images
 from fcvit.data.class_colors import ClassList
 from fcvit.data.classes import labels as class_labels
-from fcvit.data.label_maps import LabelCheck, LabelEncoding, check_labels, resolve_encoding, scan_labels
+from fcvit.data.label_maps import LabelEncoding, LabelStats, check_labels, resolve_encoding, scan_labels
+from fcvit.data.listed import Listed, total
 from fcvit.data.segmentation import MapLayout, join, read_split
-from fcvit.errors import counted
+from fcvit.errors import BadImages, counted
 from fcvit.report.progress import progress
 from fcvit.tasks.segmentation.label_options import LabelOptions
 from fcvit.text import some
 
 logger = logging.getLogger("fcvit")
+
+_IN_MEMORY = 64 << 20  # bytes of the stored statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,8 @@ class MapsCheck(Check):
         yield from (f"hint: {hint}" for hint in self.hints)
 
     def findings(self) -> Iterator[Finding]:
-        yield "images and label maps that cannot be used", [bad.image for bad in self.unreadable]
+        unusable = Listed([bad.image for bad in self.unreadable], total(self.unreadable))
+        yield "images and label maps that cannot be used", unusable
         for split in self.splits:
             of = f", {split.name}" if len(self.splits) > 1 else ""
             yield f"images without a label map{of}", split.unlabeled
@@ -101,7 +110,7 @@ class MapsCheck(Check):
             few = [f"{label} ({count})" for label, count in split.maps.items() if 0 < count < self.few]
             yield f"classes in fewer than {self.few} label maps{of}", few
             unknown = [f"{value} ({counted(pixels, 'pixel')})" for value, pixels in split.unknown.items()]
-            yield f"values or colors without a class{of}", unknown
+            yield f"values or colors without a class{of}", Listed(unknown, total(split.unknown))
         yield from super().findings()
 
 
@@ -144,51 +153,72 @@ def check_maps(
         logger.info(note)
     if layout.without_labels:
         logger.info(f"{path}: not checked, because there are no label maps: {some(layout.without_labels)}")
-    images = [
-        CheckedImage(name, part, "", location)
-        for part, split in splits.items()
-        for name, location in zip(split.names, split.locations, strict=True)
-    ]
-    examined = examine_images(images, workers, upright=True)
-    everything = join(splits.values())
-    with progress("checking labels", len(images)) as advance:
-        stats = []
-        for result in scan_labels(everything, workers):
-            stats.append(result)
-            advance(1)
-    described = options.encoding(len(listed.classes) if listed else None, listed, layout.is_ade20k)
-    encoding = resolve_encoding(everything, stats, described, command)
-    names = class_labels(listed.classes) if listed else [str(index) for index in range(encoding.num_classes or 0)]
-    checks: dict[str, LabelCheck] = {}
-    start = 0
-    for name, split in splits.items():
-        checks[name] = check_labels(split, stats[start : start + len(split)], encoding)
-        start += len(split)
-    unusable: list[Unreadable] = []
-    for name, check in checks.items():
-        labels = [(splits[name].labels[index].name, reason) for index, reason in check.bad]
-        unusable += [Unreadable(label, reason.removeprefix(f"{label}: ")) for label, reason in labels]
-    return MapsCheck(
-        splits=tuple(
-            MapSplit(
-                name,
-                len(split),
-                split.unlabeled,
-                split.unused,
-                dict(zip(names, checks[name].pixels, strict=True)),
-                dict(zip(names, checks[name].maps, strict=True)),
-                checks[name].ignored,
-                checks[name].unknown,
-                checks[name].kinds,
-            )
-            for name, split in splits.items()
-        ),
-        few=few,
-        unreadable=(*examined.unreadable, *unusable),
-        odd=examined.odd,
-        modes=examined.modes,
-        duplicates=examined.duplicates,
-        path=path,
-        encoding=encoding,
-        hints=check_labels(everything, stats, encoding).hints,
+    examined = examine_images(
+        [Images(name, split.names, split.locations) for name, split in splits.items()], workers, upright=True
     )
+    everything = join(splits.values())
+    with contextlib.closing(StoredStats()) as stats:
+        with (
+            progress("checking labels", len(everything)) as advance,
+            contextlib.closing(scan_labels(everything, workers)) as results,
+        ):
+            for result in results:
+                stats.add(result)
+                advance(1)
+        described = options.encoding(len(listed.classes) if listed else None, listed, layout.is_ade20k)
+        encoding = resolve_encoding(everything, stats, described, command)
+        names = class_labels(listed.classes) if listed else [str(index) for index in range(encoding.num_classes or 0)]
+        remaining = iter(stats)
+        checks = {
+            name: check_labels(split, itertools.islice(remaining, len(split)), encoding)
+            for name, split in splits.items()
+        }
+        unusable: list[Unreadable] = []
+        for name, check in checks.items():
+            labels = [(splits[name].labels[index].name, reason) for index, reason in check.bad]
+            unusable += [Unreadable(label, reason.removeprefix(f"{label}: ")) for label, reason in labels]
+        number = total(examined.unreadable) + sum(total(check.bad) for check in checks.values())
+        return MapsCheck(
+            splits=tuple(
+                MapSplit(
+                    name,
+                    len(split),
+                    Listed(split.unlabeled),
+                    Listed(split.unused),
+                    dict(zip(names, checks[name].pixels, strict=True)),
+                    dict(zip(names, checks[name].maps, strict=True)),
+                    checks[name].ignored,
+                    checks[name].unknown,
+                    checks[name].kinds,
+                )
+                for name, split in splits.items()
+            ),
+            few=few,
+            unreadable=Listed((*examined.unreadable, *unusable), number),
+            path=path,
+            encoding=encoding,
+            hints=check_labels(everything, stats, encoding).hints,
+            **examined.common(),
+        )
+
+
+class StoredStats:
+    """The results of `scan_labels`, which can be iterated repeatedly. They are on disk if they exceed 64 MB."""
+
+    def __init__(self):
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def add(self, one: LabelStats | BadImages) -> None:
+        content = self._encoder.encode(str(one) if isinstance(one, BadImages) else one)
+        self._file.write(len(content).to_bytes(4, "little") + content)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[LabelStats | BadImages]:
+        decoder = msgspec.msgpack.Decoder(LabelStats | str)
+        self._file.seek(0)
+        while length := self._file.read(4):
+            one = decoder.decode(self._file.read(int.from_bytes(length, "little")))
+            yield BadImages(one) if isinstance(one, str) else one

@@ -10,13 +10,14 @@ import functools
 import io
 import shlex
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from fcvit.data.class_colors import IGNORED, Color
+from fcvit.data.listed import LISTED, Listed, ListedMapping
 from fcvit.data.loader import Dataset, Workers, each, read_file
 from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import opened
@@ -309,11 +310,11 @@ def scan_labels(images: Dataset, workers: "int | Workers") -> Generator[LabelSta
         workers: Number of processes, or existing `Workers`. With 0, the calling process decodes.
     """
     pairs = zip(images.locations, images.targets, strict=True)
-    return each([(index, label.name, at, label) for index, (at, label) in enumerate(pairs)], examine_label, workers)
+    return each(((index, label.name, at, label) for index, (at, label) in enumerate(pairs)), examine_label, workers)
 
 
 def resolve_encoding(
-    images: Dataset, stats: Sequence[LabelStats | BadImages], encoding: LabelEncoding, command: Sequence[str]
+    images: Dataset, stats: Iterable[LabelStats | BadImages], encoding: LabelEncoding, command: Sequence[str]
 ) -> LabelEncoding:
     """Decide whether label files contain colors or indices, and compare their values with the number of classes.
 
@@ -322,7 +323,7 @@ def resolve_encoding(
 
     Args:
         images: Images with label files.
-        stats: Result of `scan_labels`.
+        stats: Results of `scan_labels`, which can be iterated repeatedly.
         encoding: The encoding that the user describes.
         command: The words of the user's command line, to which messages add options.
 
@@ -333,16 +334,21 @@ def resolve_encoding(
         UsageError: The files contain only 0 and 255, so that 255 can be a class or ignored, or an option does not fit.
         DoesNotFit: The files contain colors without a class list with colors, or the indices do not fit the classes.
     """
-    read = [(label.name, one) for label, one in zip(images.targets, stats, strict=True) if isinstance(one, LabelStats)]
-    colored = [name for name, one in read if one.kind == "color"]
-    indexed = sum(one.kind == "index" or (one.kind == "palette" and encoding.palette is None) for _, one in read)
-    if colored and len(colored) >= indexed:
-        return _resolve_colors(colored[0], read, dataclasses.replace(encoding, color_coded=True))
-    read = [(name, one) for name, one in read if one.kind != "color"]  # `check_labels` reports the others
-    first: dict[int, str] = {}  # value -> the first file that contains it
-    for name, one in read:
+    colored = indexed = 0
+    first_colored = ""
+    first: dict[int, str] = {}  # value -> the first file without colors that contains it
+    for label, one in zip(images.targets, stats, strict=True):
+        if isinstance(one, BadImages):
+            continue
+        if one.kind == "color":  # `check_labels` reports it if the others have indices
+            colored += 1
+            first_colored = first_colored or label.name
+            continue
+        indexed += one.kind == "index" or (one.kind == "palette" and encoding.palette is None)
         for value in one.counts:
-            first.setdefault(value, name)
+            first.setdefault(value, label.name)
+    if colored and colored >= indexed:
+        return _resolve_colors(first_colored, stats, dataclasses.replace(encoding, color_coded=True))
     described = encoding.ignore_index is not None or encoding.label_values is not None
     if first.keys() <= {0, IGNORED} and IGNORED in first and not described:
         words = [word for word in command if word != "--reduce-zero-label"]
@@ -385,12 +391,12 @@ def resolve_encoding(
     return encoding
 
 
-def _resolve_colors(first: str, read: Sequence[tuple[str, LabelStats]], encoding: LabelEncoding) -> LabelEncoding:
+def _resolve_colors(first: str, stats: Iterable[LabelStats | BadImages], encoding: LabelEncoding) -> LabelEncoding:
     """Check that colors can be read. `first` is the name of the first file with colors."""
     if encoding.palette is None:
         totals: collections.Counter[int] = collections.Counter()
-        for _, one in read:
-            totals.update({} if one.kind == "index" else one.coded(encoding))
+        for one in stats:
+            totals.update({} if isinstance(one, BadImages) or one.kind == "index" else one.coded(encoding))
         raise DoesNotFit(
             f"{first}: this label map contains colors; pass --classes FILE with the columns name, red, green, blue "
             f"(all label maps: {counted(len(totals), 'color')}: {encoding.shown(totals)})"
@@ -419,7 +425,7 @@ class LabelCheck:
         ignored: Number of ignored pixels.
         unknown: Value or color without a class -> number of pixels.
         kinds: Form of the files ("index", "palette", "gray", "color") -> number of files.
-        bad: Position and reason of each label file that cannot be used. The reason starts with its name.
+        bad: Position and reason of the first label files that cannot be used. The reason starts with the name.
         hints: Readable warnings about likely errors.
     """
 
@@ -428,7 +434,7 @@ class LabelCheck:
     ignored: int
     unknown: Mapping[str, int]
     kinds: Mapping[str, int]
-    bad: tuple[tuple[int, str], ...]
+    bad: Listed[tuple[int, str]]
     hints: tuple[str, ...]
 
     @property
@@ -437,7 +443,7 @@ class LabelCheck:
         return tuple(index for index, pixels in enumerate(self.pixels) if not pixels)
 
 
-def check_labels(images: Dataset, stats: Sequence[LabelStats | BadImages], encoding: LabelEncoding) -> LabelCheck:
+def check_labels(images: Dataset, stats: Iterable[LabelStats | BadImages], encoding: LabelEncoding) -> LabelCheck:
     """Count the pixels of each class and find the label files that cannot be used.
 
     Args:
@@ -448,19 +454,28 @@ def check_labels(images: Dataset, stats: Sequence[LabelStats | BadImages], encod
     mapping = encoding.mapping()
     pixels, maps = ([0] * (encoding.num_classes or 0) for _ in range(2))
     unknown: collections.Counter[int] = collections.Counter()
+    kinds: collections.Counter[Kind] = collections.Counter()
     bad: list[tuple[int, str]] = []
-    ignored = 0
+    unusable = ignored = 0
+    zero, mismatch = False, ""
     for index, (label, one) in enumerate(zip(images.targets, stats, strict=True)):
         if isinstance(one, BadImages):
-            bad.append((index, str(one)))
-            continue
-        problem = _wrong_size(one.size, one.image_size) or _wrong_kind(one.kind, encoding)
-        counts = {} if problem else one.coded(encoding)
-        if outside := {value: count for value, count in counts.items() if value not in mapping}:
-            unknown.update(outside)
-            problem = _outside(outside, encoding)
+            problem, counts = str(one), {}
+        else:
+            kinds[one.kind] += 1
+            if one.kind != "color" or encoding.color_coded:
+                zero = zero or 0 in one.counts
+                mismatch = mismatch or _palette_mismatch(label.name, one, encoding, mapping)
+            problem = _wrong_size(one.size, one.image_size) or _wrong_kind(one.kind, encoding)
+            counts = {} if problem else one.coded(encoding)
+            if outside := {value: count for value, count in counts.items() if value not in mapping}:
+                unknown.update(outside)
+                problem = _outside(outside, encoding)
+            problem = problem and f"{label.name}: {problem}"
         if problem:
-            bad.append((index, f"{label.name}: {problem}"))
+            unusable += 1
+            if len(bad) < LISTED:
+                bad.append((index, problem))
             continue
         present = collections.Counter[int]()
         for value, count in counts.items():
@@ -473,44 +488,43 @@ def check_labels(images: Dataset, stats: Sequence[LabelStats | BadImages], encod
         tuple(pixels),
         tuple(maps),
         ignored,
-        {encoding.shown_value(value): count for value, count in sorted(unknown.items())},
-        dict(sorted(collections.Counter(one.kind for one in stats if isinstance(one, LabelStats)).items())),
-        tuple(bad),
-        tuple(_hints(images, stats, encoding, pixels)),
+        ListedMapping((encoding.shown_value(value), count) for value, count in sorted(unknown.items())),
+        dict(sorted(kinds.items())),
+        Listed(bad, unusable),
+        tuple(_hints(encoding, pixels, zero, mismatch)),
     )
 
 
-def _hints(
-    images: Dataset, stats: Sequence[LabelStats | BadImages], encoding: LabelEncoding, pixels: Sequence[int]
-) -> Iterator[str]:
-    usable = ("index", "palette", "gray", *(["color"] if encoding.color_coded else []))
-    pairs = zip(images.targets, stats, strict=True)
-    read = [(label.name, one) for label, one in pairs if isinstance(one, LabelStats) and one.kind in usable]
-    if (
-        encoding.reduce_zero_label
-        and len(pixels) > 1
-        and pixels[-2]
-        and not pixels[-1]
-        and any(0 in one.counts for _, one in read)
-    ):
+def _hints(encoding: LabelEncoding, pixels: Sequence[int], zero: bool, mismatch: str) -> Iterator[str]:
+    """Yield warnings about likely errors.
+
+    Args:
+        encoding: Meaning of the values.
+        pixels: Number of pixels of each class.
+        zero: Whether the value 0 occurs.
+        mismatch: Result of `_palette_mismatch` for the first file that has one.
+    """
+    if encoding.reduce_zero_label and len(pixels) > 1 and pixels[-2] and not pixels[-1] and zero:
         yield (
             f"label 0 is ignored and the last class (label {len(pixels)}) never occurs; if label 0 is the first class, "
             "do not use --reduce-zero-label"
         )
-    if encoding.color_coded:
-        return
-    plain = not encoding.reduce_zero_label and encoding.label_values is None and 0 not in encoding.ignored
-    if plain and any(pixels) and not any(0 in one.counts for _, one in read):
+    plain = not encoding.color_coded and not encoding.reduce_zero_label and encoding.label_values is None
+    if plain and 0 not in encoding.ignored and any(pixels) and not zero:
         yield "label 0 never occurs; if the first class is label 1, use --reduce-zero-label"
-    if encoding.palette is None:
-        return
-    mapping = encoding.mapping()
-    for name, one in read:
-        for value, color in one.colors.items() if one.kind == "palette" else ():
-            index, shown = mapping.get(value, IGNORED), (color >> 16, color >> 8 & 255, color & 255)
-            if index != IGNORED and shown != encoding.palette[index] and shown in encoding.palette:
-                yield (
-                    f"{name}: index {value} is read as class {index}, but its color in the file's palette is that of "
-                    f"class {encoding.palette.index(shown)} in the class list; check the order of the palette"
-                )
-                return
+    if mismatch:
+        yield mismatch
+
+
+def _palette_mismatch(name: str, one: LabelStats, encoding: LabelEncoding, mapping: Mapping[int, int]) -> str:
+    """Return a warning if a color in the palette of a file with indices is that of another class, or ""."""
+    if encoding.color_coded or encoding.palette is None or one.kind != "palette":
+        return ""
+    for value, color in one.colors.items():
+        index, shown = mapping.get(value, IGNORED), (color >> 16, color >> 8 & 255, color & 255)
+        if index != IGNORED and shown != encoding.palette[index] and shown in encoding.palette:
+            return (
+                f"{name}: index {value} is read as class {index}, but its color in the file's palette is that of "
+                f"class {encoding.palette.index(shown)} in the class list; check the order of the palette"
+            )
+    return ""

@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -170,7 +171,7 @@ def batches(
         yield from _assemble(pieces, done, len(transforms))
 
 
-def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
+def each(jobs: Iterable[Job], work: Work[Result], workers: "int | Workers") -> Generator[Result | BadImages]:
     """Yield the result of a function for each image, in order, or the error for an image that cannot be read.
 
     Args:
@@ -182,7 +183,8 @@ def each(jobs: Sequence[Job], work: Work[Result], workers: "int | Workers") -> G
     Raises:
         FcvitError: No worker can be started.
     """
-    chunks = (jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK))
+    remaining = iter(jobs)
+    chunks = iter(lambda: tuple(itertools.islice(remaining, _CHUNK)), ())
     with contextlib.closing(_chunk_by_chunk(chunks, work, workers)) as done:
         for results in done:
             yield from results

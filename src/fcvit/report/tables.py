@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fcvit.data.listed import total
 from fcvit.errors import BadImages, counted
 from fcvit.text import printable
 
@@ -41,6 +42,7 @@ def table(
     right: Iterable[str] = (),
     limit: int | None = None,
     more: Sequence[str] = ("... and {} more",),
+    number: int | None = None,
 ) -> Table:
     """Build a table in the common style.
 
@@ -51,6 +53,7 @@ def table(
         right: Titles of the right-aligned columns.
         limit, more: Maximum number of rows, and the cells of the last row if there are more rows. In these cells, {} is
             replaced by the number of omitted rows.
+        number: Number of all rows, if `rows` are only the first.
     """
     result = _Table(title=title and printable(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     result.show_header = bool(columns)
@@ -59,8 +62,9 @@ def table(
     rows = list(rows)
     for row in rows[:limit]:
         result.add_row(*row)
-    if limit is not None and len(rows) > limit:
-        result.add_row(*(cell.format(len(rows) - limit) for cell in more))
+    left = (len(rows) if number is None else number) - min(len(rows), len(rows) if limit is None else limit)
+    if left:
+        result.add_row(*(cell.format(left) for cell in more))
     return result
 
 
@@ -85,8 +89,9 @@ def problems(found: Sequence[Any]) -> Table:
 
 def unreadable(found: Sequence[str | BadImages]) -> Table:
     """Return a table of images that are excluded because they, or their label maps, cannot be used."""
-    title = f"{counted(len(found), 'image')} excluded"
-    return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN)
+    number = total(found)
+    title = f"{counted(number, 'image')} excluded"
+    return table("image and reason", rows=[(str(entry),) for entry in found], title=title, limit=SHOWN, number=number)
 
 
 def predictions(rows: Sequence[tuple[Path, Sequence[Mapping[str, Any]]]]) -> Table:
