@@ -91,8 +91,10 @@ def main() -> None:
 
 def measure(data: Path, size: int, arguments: argparse.Namespace) -> dict:
     """Return achieved rate, decoders' rate and their ratio for each rate of the accelerator, and the rates of timm."""
+    from fcvit.native.allocator import keep_memory
     from fcvit.training.run import Run
 
+    keep_memory()  # as training with the native operators does
     result: dict = {"accelerator": {rate: [] for rate in arguments.rates}, "timm": [], "over_timm": []}
     seconds, batch = arguments.seconds, arguments.batch
     steps = WARM + int(seconds * max(arguments.rates) * 2 / batch) + 1

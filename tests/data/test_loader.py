@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_prefetching_is_bounded(images, monkeypatch):
     class Pool:
         def submit(self, jobs, work):
             submitted.append(len(jobs))
-            return type("Future", (), {"result": staticmethod(lambda: loader._work(jobs, work))})
+            return SimpleNamespace(result=lambda: loader._work(jobs, work), cancel=lambda: None)
 
     jobs = ([job] for job in zip(range(41), images.names, images.locations, images.targets, strict=True))
     running = loader._run_ahead(Pool(), jobs, partial(loader.decode_file, transforms=CROPS), 4)
@@ -156,7 +157,7 @@ def test_opencv_uses_one_thread_in_a_worker(images):
     assert set(batch.targets[0]) == {1}
 
 
-def exit_immediately():
+def exit_immediately(_):
     os._exit(1)
 
 

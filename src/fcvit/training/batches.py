@@ -1,12 +1,19 @@
 """Split an optimizer step into micro-batches over processes, and order the samples of an epoch."""
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from fcvit.data.loader import Batch, Dataset, Transform, Workers, batches
 from fcvit.errors import UsageError
+
+_AHEAD = 2  # prepared batches that wait for the network
+Inputs = TypeVar("Inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +138,32 @@ def epoch_batches(
     shuffled = dataset.take(order)
     numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)
+
+
+def prepared(
+    loaded: Generator[Batch], prepare: Callable[[Batch], Inputs], in_thread: bool
+) -> Generator[tuple[Batch, Inputs]]:
+    """Yield each batch with the result of a function. The batches are closed with this generator.
+
+    Args:
+        loaded: The batches.
+        prepare: The function. Its result must depend only on the batch.
+        in_thread: Load and prepare two batches ahead in a thread, while the caller uses the batches before them.
+            Otherwise, batches are loaded and prepared when the caller asks for them.
+    """
+
+    def following() -> tuple[Batch, Inputs] | None:
+        batch = next(loaded, None)
+        return None if batch is None else (batch, prepare(batch))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(loaded.close)
+        if not in_thread:
+            yield from iter(following, None)
+            return
+        thread = concurrent.futures.ThreadPoolExecutor(1, "fcvit-batches")
+        stack.callback(thread.shutdown, cancel_futures=True)
+        waiting = collections.deque(thread.submit(following) for _ in range(_AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(following))
+            yield item

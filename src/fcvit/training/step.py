@@ -1,5 +1,6 @@
 """Run an optimizer step: forward and backward passes of micro-batches, gradient reduction, and AdamW."""
 
+import collections
 import functools
 import hashlib
 import operator
@@ -58,6 +59,7 @@ class Trainer:
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
         self.step = 0
+        self.copied: collections.deque[tuple[Any, Tensor]] = collections.deque()  # pinned images and end of their copy
         self.reset_clock()
 
     def reset_clock(self) -> None:
@@ -71,11 +73,11 @@ class Trainer:
                 if not is_head(name):
                     layer.training = False
 
-    def run(self, batches: Iterator[tuple[np.ndarray, Any]], rate: float) -> dict[str, float]:
+    def run(self, batches: Iterator[tuple[Any, Any]], rate: float) -> dict[str, float]:
         """Run one optimizer step over this process's micro-batches.
 
         Args:
-            batches: Iterator over (images, targets) of the micro-batches.
+            batches: Iterator over (images, targets) of the micro-batches. The images are arrays, or see `stage`.
             rate: Learning rate.
 
         Returns:
@@ -103,10 +105,31 @@ class Trainer:
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
-    def _losses(self, images: np.ndarray, targets: Any) -> dict[str, Tensor]:
+    def stage(self, images: np.ndarray) -> Tensor:
+        """Copy images to a tensor from which `run` reads them: on the CPU, or for a GPU in pinned memory.
+
+        It may be called in another thread.
+        """
+        on_gpu = self.trained[0].place.is_gpu_place()
+        return paddle.to_tensor(images, place=paddle.CUDAPinnedPlace() if on_gpu else paddle.CPUPlace())
+
+    def _losses(self, images: np.ndarray | Tensor, targets: Any) -> dict[str, Tensor]:
         with mixed_precision(self.recipe.precision):
-            outputs = self.model(paddle.to_tensor(images))
+            outputs = self.model(self._on_device(images))
         return self.task_loss(outputs, targets)
+
+    def _on_device(self, images: np.ndarray | Tensor) -> Tensor:
+        """Return images on the device. The copy from pinned memory does not wait for the GPU."""
+        if not isinstance(images, Tensor):
+            return paddle.to_tensor(images)
+        if not images.place.is_cuda_pinned_place():
+            return images
+        copy = images.cuda(blocking=False)
+        # The pinned memory must not be used again before the copy is finished.
+        self.copied.append((paddle.device.current_stream().record_event(), images))
+        while self.copied[0][0].query() and len(self.copied) > 1:
+            self.copied.popleft()
+        return copy
 
     def _update(self, losses: dict[str, float]) -> dict[str, float]:
         losses = self._reduce(losses)
