@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcvit.data.loader import Batch
 from fcvit.errors import UsageError
@@ -37,7 +38,7 @@ def epoch(recipe, number, micro_batches=None, workers=0):
     task = ClassificationTraining(recipe, None)
     transform, micro_batches = task.transform(number), micro_batches or MicroBatches(8)
     batches = epoch_batches(task.train, recipe.seed, number, transform, micro_batches, workers)
-    return [(batch.number, batch.pixels[0], np.array(batch.targets[0])) for batch in batches]
+    return [(batch.number, batch.pixels[0], np.array([label for label, _ in batch.targets[0]])) for batch in batches]
 
 
 def equal(one, other):
@@ -75,8 +76,11 @@ def test_the_networks_input_is_mixed_normalized_and_erased(small):
     colors = {"input_size": 32, "mean": (0.2, 0.2, 0.1), "std": (1.0, 1.0, 0.5)}
 
     def network_input(labels, epoch=0, **fields):
-        batch = Batch(0, np.arange(4), (), (pixels,), (labels,), ())
-        return ClassificationTraining(small(**{**off, **colors, **fields}), None).inputs(batch, epoch)
+        task = ClassificationTraining(small(**{**off, **colors, **fields}), None)
+        transform, image = task.transform(epoch), Image.new("RGB", (32, 32))
+        drawn = [transform(image, label, index)[1] for index, label in enumerate(labels)]
+        images, targets = task.inputs(Batch(0, np.arange(4), (), (pixels,), (drawn,), ()), epoch)
+        return images.normalized(), targets
 
     images, targets = network_input([0, 1, 1, 0])
     assert images == pytest.approx(np.broadcast_to(np.array([0, 0, 0.2])[:, None, None], images.shape), abs=1e-7)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fcvit.data.transforms.pixel_batch import CHANNELS, VALUES, PixelBatch
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
@@ -59,7 +60,7 @@ class Trainer:
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
         self.step = 0
-        self.copied: collections.deque[tuple[Any, Tensor]] = collections.deque()  # pinned images and end of their copy
+        self.copied: collections.deque[tuple[Any, Tensor]] = collections.deque()  # end of a copy, and its source
         self.reset_clock()
 
     def reset_clock(self) -> None:
@@ -77,7 +78,7 @@ class Trainer:
         """Run one optimizer step over this process's micro-batches.
 
         Args:
-            batches: Iterator over (images, targets) of the micro-batches. The images are arrays, or see `stage`.
+            batches: Iterator over (images, targets) of the micro-batches. The images are arrays or results of `stage`.
             rate: Learning rate.
 
         Returns:
@@ -105,29 +106,25 @@ class Trainer:
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
-    def stage(self, images: np.ndarray) -> Tensor:
-        """Copy images to a tensor from which `run` reads them: on the CPU, or for a GPU in pinned memory.
+    def stage(self, images: PixelBatch) -> Any:
+        """Prepare images for `run`, in another thread: normalize them, or for a GPU copy them to pinned memory."""
+        if self.trained[0].place.is_gpu_place():
+            return paddle.to_tensor(images.pixels, place=paddle.CUDAPinnedPlace()), images
+        return paddle.to_tensor(images.normalized(), place=paddle.CPUPlace())
 
-        It may be called in another thread.
-        """
-        on_gpu = self.trained[0].place.is_gpu_place()
-        return paddle.to_tensor(images, place=paddle.CUDAPinnedPlace() if on_gpu else paddle.CPUPlace())
-
-    def _losses(self, images: np.ndarray | Tensor, targets: Any) -> dict[str, Tensor]:
+    def _losses(self, images: Any, targets: Any) -> dict[str, Tensor]:
+        if isinstance(images, tuple):
+            images = normalized_on_device(self._copied_to_gpu(images[0]), images[1])
         with mixed_precision(self.recipe.precision):
-            outputs = self.model(self._on_device(images))
+            outputs = self.model(images if isinstance(images, Tensor) else paddle.to_tensor(images))
         return self.task_loss(outputs, targets)
 
-    def _on_device(self, images: np.ndarray | Tensor) -> Tensor:
-        """Return images on the device. The copy from pinned memory does not wait for the GPU."""
-        if not isinstance(images, Tensor):
-            return paddle.to_tensor(images)
-        if not images.place.is_cuda_pinned_place():
-            return images
-        copy = images.cuda(blocking=False)
+    def _copied_to_gpu(self, pinned: Tensor) -> Tensor:
+        """Start to copy a tensor from pinned memory, without waiting for the GPU."""
+        copy = pinned.cuda(blocking=False)
         # The pinned memory must not be used again before the copy is finished.
-        self.copied.append((paddle.device.current_stream().record_event(), images))
-        while self.copied[0][0].query() and len(self.copied) > 1:
+        self.copied.append((paddle.device.current_stream().record_event(), pinned))
+        while len(self.copied) > 1 and self.copied[0][0].query():
             self.copied.popleft()
         return copy
 
@@ -220,6 +217,25 @@ class Trainer:
         result = work()
         self.seconds[phase] += time.perf_counter() - began
         return result
+
+
+def normalized_on_device(pixels: Tensor, images: PixelBatch) -> Tensor:
+    """Return the same values as `images.normalized()`, computed on the device of `pixels`.
+
+    Args:
+        pixels: `images.pixels` on the device.
+        images: The images.
+    """
+    offsets = paddle.arange(CHANNELS, dtype="int32").reshape([1, CHANNELS, 1, 1]) * VALUES
+    positions = (pixels.astype("int32") + offsets).flatten()
+    normalized = paddle.gather(paddle.to_tensor(images.table.ravel()), positions).reshape(pixels.shape)
+    for image, (height, width) in enumerate(images.valid or ()):
+        normalized[image, :, height:] = 0
+        normalized[image, :, :, width:] = 0
+    for image, rectangle in enumerate(images.erased):
+        if rectangle is not None:
+            normalized[(image, *rectangle.window)] = paddle.to_tensor(rectangle.noise)
+    return normalized
 
 
 def mixed_precision(precision: Precision) -> Any:
