@@ -1,10 +1,11 @@
 """Measure how well the images keep a simulated accelerator busy, and the decoding rate per core beside timm's loader.
 
 Run:  .venv/bin/python benchmarks/input_pipeline.py [--photos FOLDER] [--kinds NAME ...] [--rates N ...]
-          [--workers N] [--batch N] [--seconds N] [--rounds N] [--timm FOLDER] [--json FILE]
+          [--workers N] [--batch N] [--seconds N] [--rounds N] [--normalize] [--timm FOLDER] [--json FILE]
 
 The accelerator is a network whose forward pass sleeps, so it takes its time without the processor. Everything else is
-the code of a training run: the trainer, the loop's batches, mixing, erasing, normalizing and the copy to a tensor.
+the code of a training run on a GPU: the trainer, the loop's batches, mixing, and the copy to the memory from which the
+GPU reads. A GPU normalizes the images itself. `--normalize` does this with the processor, as a training on a CPU does.
 Three kinds of images are measured: `small` are generated JPEG files of 64 x 64 pixels for an input of 64 pixels, so
 that decoding takes little time. `medium` are the same files for 224 pixels, so that the batches are large.
 `photographs` are the JPEG files in FOLDER (default: generated files of ImageNet's usual sizes) for 224 pixels.
@@ -52,9 +53,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="kinds of images (default all)")
     parser.add_argument("--rates", type=float, nargs="+", default=[200, 1000, 2500, 5000], help="images/s")
     parser.add_argument("--workers", type=int, default=available_threads(), help="default: one per core")
-    parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
-    parser.add_argument("--seconds", type=float, default=3, help="seconds of each measurement (default 3)")
+    parser.add_argument("--batch", type=int, default=128, help="images per step (default 128)")
+    parser.add_argument("--seconds", type=float, default=4, help="seconds of each measurement (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="number of measurement rounds (default 3)")
+    parser.add_argument("--normalize", action="store_true", help="normalize the images with the processor")
     parser.add_argument("--timm", type=Path, help="folder with timm and torchvision (default: timm is not measured)")
     parser.add_argument("--json", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
@@ -114,7 +116,7 @@ def measure(data: Path, size: int, arguments: argparse.Namespace) -> dict:
         for _ in range(arguments.rounds):
             before = decoders_rate(run, next(epochs), seconds)
             for rate in arguments.rates:
-                achieved = training_rate(run, next(epochs), rate, seconds)
+                achieved = training_rate(run, next(epochs), rate, seconds, arguments.normalize)
                 after = decoders_rate(run, next(epochs), seconds)
                 decoders = 2 / (1 / before + 1 / after)
                 result["accelerator"][rate].append((achieved, decoders, achieved / min(rate, decoders)))
@@ -138,8 +140,9 @@ def decoders_rate(run, epoch: int, seconds: float) -> float:
         return rate_of(loaded, run.recipe.batch_size, seconds)
 
 
-def training_rate(run, epoch: int, rate: float, seconds: float) -> float:
+def training_rate(run, epoch: int, rate: float, seconds: float, normalize: bool) -> float:
     """Return the images per second of training on an accelerator with this rate."""
+    import paddle
     from paddle import nn
 
     from fcvit.training.loop import Loop
@@ -155,7 +158,12 @@ def training_rate(run, epoch: int, rate: float, seconds: float) -> float:
             time.sleep(len(images) / rate)
             return self.weight
 
-    run.trainer = Trainer(Accelerator(), run.recipe, run.micro_batches, lambda outputs, _: {"loss": outputs.sum()})
+    class GPUTrainer(Trainer):
+        def stage(self, images):
+            return paddle.to_tensor(images.pixels)  # takes the time of the copy to pinned memory
+
+    trainer = Trainer if normalize else GPUTrainer
+    run.trainer = trainer(Accelerator(), run.recipe, run.micro_batches, lambda outputs, _: {"loss": outputs.sum()})
     loop = Loop(run)
     with contextlib.closing(loop._batches(epoch)) as batches:
         steps = (run.trainer.run(batches, 0.0) for _ in itertools.count())

@@ -115,7 +115,7 @@ def check_data(
             but the last also in a tar archive.
         split: A split in a different location, as NAME=PATH. Repeat the option for more splits.
         few: List classes with fewer images (or label maps, or annotations) than this. 0 disables the check.
-        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
+        workers: Processes that decode images (default: one per core, at most 32). 0 uses the main process.
         classes: Class list of label maps, with the columns red, green and blue if they contain colors (default:
             classes.csv in the data set, or ADE20K's classes).
         labels: How label maps are read.

@@ -18,7 +18,7 @@ from fcvit.evaluation.runner import evaluate_split
 from fcvit.evaluation.settings import Settings
 from fcvit.interrupts import check
 from fcvit.report.progress import duration, progress
-from fcvit.training.batches import epoch_batches, prepared
+from fcvit.training.batches import WaitingTime, epoch_batches, prepared
 from fcvit.training.files import BEST, LAST, LAST_EMA, replace_weights
 from fcvit.training.log import Log
 from fcvit.training.schedule import learning_rate
@@ -132,6 +132,7 @@ class Loop:
         self.unreadable: dict[str, None] = {}
         self.seconds: list[float] = []  # duration of each epoch that this process trained
         self.best_key = f"best_{self.task.score}"
+        self.waiting = WaitingTime(getattr(run.workers, "count", 0))
 
     def epoch(self, epoch: int, log: Log | None) -> None:
         """Train and validate one epoch, write its files and state, and log it."""
@@ -149,6 +150,7 @@ class Loop:
             for step in range(run.steps):
                 rate = learning_rate(recipe, epoch + step / run.steps, run.steps)
                 losses.append(trainer.run(batches, rate))
+                self.waiting.after_step(step == 0, trainer.seconds["data"])
                 check()
                 advance(recipe.batch_size)
         trainer.end_epoch()
