@@ -1,5 +1,7 @@
 """The order and augmentation of training images."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +9,8 @@ from PIL import Image
 from fcvit.data.loader import Batch
 from fcvit.errors import UsageError
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, grouped, steps_in_pass
+from fcvit.training import batches
+from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, grouped, prepared, steps_in_pass
 
 
 def test_the_batch_size_must_be_divisible_by_the_micro_batches():
@@ -100,3 +103,75 @@ def test_a_micro_batch_has_samples_of_one_group():
     order, groups = [5, 0, 3, 1, 4, 2, 7, 6], [0, 0, 1, 1, 0, 1, 0, 1]
     assert grouped(order, groups, 2) == [5, 3, 0, 1, 2, 7, 4, 6]
     assert grouped([5, 0, 3, 1, 4, 2], [0, 0, 0, 1, 1, 1], 2) == [5, 3, 0, 1, 4, 2], "only the last one is mixed"
+
+
+class Source:
+    """A generator of numbers that counts how many were taken and whether it was closed."""
+
+    def __init__(self, count, fail_at=None):
+        self.taken, self.closed, self.count, self.fail_at = 0, threading.Event(), count, fail_at
+
+    def __iter__(self):
+        try:
+            for number in range(self.count):
+                self.taken += 1
+                if number == self.fail_at:
+                    raise UsageError("no more")
+                yield number
+        finally:
+            self.closed.set()
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_batches_are_prepared_in_order_and_at_most_two_ahead(in_thread):
+    source, own = Source(20), threading.get_ident()
+    ready = prepared(iter(source), lambda number: (10 * number, threading.get_ident()), in_thread)
+    for number in range(20):
+        batch, (value, thread) = next(ready)
+        assert (batch, value) == (number, 10 * number) and (thread == own) is not in_thread
+        assert source.taken <= number + 1 + (2 if in_thread else 0)
+    assert next(ready, None) is None and source.closed.is_set()
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_an_error_while_loading_is_raised_after_the_batches_before_it(in_thread):
+    source = Source(9, fail_at=4)
+    taken = []
+    with pytest.raises(UsageError, match="no more"):
+        taken.extend(batch for batch, _ in prepared(iter(source), str, in_thread))
+    # `extend` loses what it has when a generator fails, so count the numbers that were asked for.
+    assert source.taken == 5 and source.closed.is_set()
+
+
+def test_closing_prepared_batches_ends_their_thread():
+    source, threads = Source(1000), threading.active_count()
+    ready = prepared(iter(source), str, True)
+    next(ready)
+    ready.close()
+    assert source.closed.is_set() and source.taken <= 4 and threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("workers", "waited", "note"),
+    [
+        (4, 0.05, None),
+        (4, 0.35, "the network waits for images 35% of the time; store smaller images"),
+        (
+            1,
+            0.2,
+            "the network waits for images 20% of the time; pass --workers 4, which is the number of cores, instead",
+        ),
+        (0, 0.2, None),
+        (0, 0.5, "pass --workers 4"),
+    ],
+)
+def test_a_note_reports_once_that_the_network_waits_for_images(notes, monkeypatch, workers, waited, note):
+    clock = iter(range(1000))
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(batches, "own_threads", lambda: 4)
+    waiting = batches.WaitingTime(workers)
+    for _ in range(4):  # epochs of 16 steps of a second; the first step waits for the start of the processes
+        for step in range(16):
+            waiting.after_step(step == 0, 15 + waited * step)
+        assert not notes or waiting.elapsed >= 30
+    assert len(notes) == bool(note) and (note is None or note in notes[0])
