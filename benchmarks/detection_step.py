@@ -83,7 +83,8 @@ def endless_batches(task: Any, recipe: Any) -> Iterator[tuple[np.ndarray, Any]]:
     epoch = 0
     while True:
         for batch in epoch_batches(task.train, 0, epoch, task.transform(epoch), micro_batches, 0, None, task.groups):
-            yield task.inputs(batch, epoch)
+            images, targets = task.inputs(batch, epoch)
+            yield images.normalized(), targets
         epoch += 1
 
 

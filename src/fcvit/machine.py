@@ -11,6 +11,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+_CONTAINER = Path("/sys/fs/cgroup")  # limits of the container on Linux
+
 
 def processor_name() -> str:
     """Return a readable name of the processor."""
@@ -33,10 +35,17 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def available_threads() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use, within the limit of the container if any."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # without a limit, the file is missing or begins with "max"
+        microseconds, period = map(int, (_CONTAINER / "cpu.max").read_text().split())
+        cores = min(cores, max(1, round(microseconds / period)))
+    return cores
+
+
+def own_threads() -> int:
+    """Return the number of cores for this process. The processes of Paddle's launcher share those of their machine."""
+    return max(1, available_threads() // int(os.environ.get("PADDLE_LOCAL_SIZE") or 1))
 
 
 def peak_memory() -> int:
@@ -58,10 +67,9 @@ def available_memory() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
+        limit = (_CONTAINER / "memory.max").read_text().strip()
         if limit.isdecimal():
-            available = min(available, int(limit) - int((group / "memory.current").read_text()))
+            available = min(available, int(limit) - int((_CONTAINER / "memory.current").read_text()))
     except OSError:
         pass
     return available

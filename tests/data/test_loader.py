@@ -1,10 +1,12 @@
 """Test that batches contain the right images in order for any number of workers, with bounded prefetching."""
 
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
 import os
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +75,36 @@ def test_batches_are_equal_with_and_without_workers(images, size):
     assert contents(batches(images, numbers, size, CROPS, 2)) == expected
 
 
+def sized(image, target, index):
+    """Return large pixels whose size differs between the images, and a target with an array."""
+    pixels = np.asarray(image.resize((100 + index, 120))).transpose(2, 0, 1).copy()
+    return pixels, {"target": target, "mask": pixels[0] > 80}
+
+
+def sized_contents(loaded):
+    samples = [zip(batch.pixels[0], batch.targets[0], strict=True) for batch in loaded]
+    return [[(p.shape, p.tobytes(), t["target"], t["mask"].tobytes()) for p, t in one] for one in samples]
+
+
+@pytest.mark.slow
+def test_batches_that_are_kept_do_not_change(images, monkeypatch):
+    """The arrays are in memory that is used again. Without shared memory, they are copied through a pipe."""
+    numbers = [*range(5)] * 6
+    expected = sized_contents(batches(images, numbers, 9, [sized], 0))
+    with contextlib.closing(loader.Workers(2)) as workers:
+        for _ in range(2):
+            early = batches(images, numbers, 9, [sized], workers)
+            next(early)
+            early.close()
+            assert sum(len(batch.indices) for batch in batches(images, numbers, 9, [sized], workers)) == 6 * 39
+        used = workers.memory._end if workers.memory else 1
+        assert 0 < used <= 12 << 20, "batches of 1 MB that are not kept use the same memory"
+        assert sized_contents(list(batches(images, numbers, 9, [sized], workers))) == expected
+        assert workers.memory is None or workers.memory._end >= 20 << 20
+    monkeypatch.setattr(loader, "SUPPORTED", False)
+    assert sized_contents(batches(images, numbers[:6], 9, [sized], 1)) == expected[:6]
+
+
 def test_a_batch_of_unreadable_images_is_empty(tmp_path):
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir()
@@ -97,7 +129,7 @@ def test_prefetching_is_bounded(images, monkeypatch):
     class Pool:
         def submit(self, jobs, work):
             submitted.append(len(jobs))
-            return type("Future", (), {"result": staticmethod(lambda: loader._work(jobs, work))})
+            return SimpleNamespace(result=lambda: loader._work(jobs, work), cancel=lambda: None)
 
     jobs = ([job] for job in zip(range(41), images.names, images.locations, images.targets, strict=True))
     running = loader._run_ahead(Pool(), jobs, partial(loader.decode_file, transforms=CROPS), 4)
@@ -156,7 +188,7 @@ def test_opencv_uses_one_thread_in_a_worker(images):
     assert set(batch.targets[0]) == {1}
 
 
-def exit_immediately():
+def exit_immediately(_):
     os._exit(1)
 
 

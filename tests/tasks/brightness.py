@@ -9,7 +9,8 @@ import numpy as np
 
 from fcvit import run_folder
 from fcvit.data.sources import open_source
-from fcvit.data.transforms.preprocess import crop, normalize
+from fcvit.data.transforms.pixel_batch import PixelBatch
+from fcvit.data.transforms.preprocess import crop, normalization_table
 from fcvit.inference.images import predictions
 from fcvit.models.variants import Preprocessing
 from fcvit.tasks.recipe import Recipe
@@ -67,7 +68,7 @@ class Training:
         return transform
 
     def inputs(self, batch, epoch):
-        return normalize(batch.pixels[0], PIXELS), np.array(batch.targets[0], np.float32)
+        return PixelBatch(batch.pixels[0], normalization_table(PIXELS)), np.array(batch.targets[0], np.float32)
 
     def draw(self, images, targets):
         return images

@@ -1,12 +1,18 @@
 """The order and augmentation of training images."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcvit.data.loader import Batch
+from fcvit.data.transforms.augment import draw_erasing, pixel_generator
 from fcvit.errors import UsageError
 from fcvit.tasks.classification.training import ClassificationTraining
-from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, grouped, steps_in_pass
+from fcvit.training import batches
+from fcvit.training.batches import MicroBatches, epoch_batches, epoch_order, grouped, prepared, steps_in_pass
 
 
 def test_the_batch_size_must_be_divisible_by_the_micro_batches():
@@ -37,7 +43,7 @@ def epoch(recipe, number, micro_batches=None, workers=0):
     task = ClassificationTraining(recipe, None)
     transform, micro_batches = task.transform(number), micro_batches or MicroBatches(8)
     batches = epoch_batches(task.train, recipe.seed, number, transform, micro_batches, workers)
-    return [(batch.number, batch.pixels[0], np.array(batch.targets[0])) for batch in batches]
+    return [(batch.number, batch.pixels[0], np.array([label for label, _ in batch.targets[0]])) for batch in batches]
 
 
 def equal(one, other):
@@ -75,8 +81,11 @@ def test_the_networks_input_is_mixed_normalized_and_erased(small):
     colors = {"input_size": 32, "mean": (0.2, 0.2, 0.1), "std": (1.0, 1.0, 0.5)}
 
     def network_input(labels, epoch=0, **fields):
-        batch = Batch(0, np.arange(4), (), (pixels,), (labels,), ())
-        return ClassificationTraining(small(**{**off, **colors, **fields}), None).inputs(batch, epoch)
+        task = ClassificationTraining(small(**{**off, **colors, **fields}), None)
+        transform, image = task.transform(epoch), Image.new("RGB", (32, 32))
+        drawn = [transform(image, label, index)[1] for index, label in enumerate(labels)]
+        images, targets = task.inputs(Batch(0, np.arange(4), (), (pixels,), (drawn,), ()), epoch)
+        return images.normalized(), targets
 
     images, targets = network_input([0, 1, 1, 0])
     assert images == pytest.approx(np.broadcast_to(np.array([0, 0, 0.2])[:, None, None], images.shape), abs=1e-7)
@@ -84,6 +93,9 @@ def test_the_networks_input_is_mixed_normalized_and_erased(small):
     erased, _ = network_input([0] * 4, erasing=1.0)
     assert all((image != clean).any() for image, clean in zip(erased, images, strict=True))
     again, _ = network_input([0] * 4, 1, erasing=1.0)
+    for index, image in enumerate(again):
+        rectangle = draw_erasing((32, 32), 1.0, pixel_generator(0, 1, index, "erase"))
+        assert (image[rectangle.window] == rectangle.noise).all()
     assert (again != erased).any(), "each epoch erases a different rectangle"
     assert len({network_input([0, 0, 1, 1], e, mixup=1.0)[1][0, 0] for e in range(5)}) == 5, (
         "each epoch mixes with a different weight"
@@ -96,3 +108,78 @@ def test_a_micro_batch_has_samples_of_one_group():
     order, groups = [5, 0, 3, 1, 4, 2, 7, 6], [0, 0, 1, 1, 0, 1, 0, 1]
     assert grouped(order, groups, 2) == [5, 3, 0, 1, 2, 7, 4, 6]
     assert grouped([5, 0, 3, 1, 4, 2], [0, 0, 0, 1, 1, 1], 2) == [5, 3, 0, 1, 4, 2], "only the last one is mixed"
+
+
+class Source:
+    """A generator of numbers that counts how many were taken and whether it was closed."""
+
+    def __init__(self, count, fail_at=None):
+        self.taken, self.closed, self.count, self.fail_at = 0, threading.Event(), count, fail_at
+
+    def __iter__(self):
+        try:
+            for number in range(self.count):
+                self.taken += 1
+                if number == self.fail_at:
+                    raise UsageError("no more")
+                yield number
+        finally:
+            self.closed.set()
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_batches_are_prepared_in_order_and_at_most_two_ahead(in_thread):
+    source, own = Source(20), threading.get_ident()
+    ready = prepared(iter(source), lambda number: (10 * number, threading.get_ident()), in_thread)
+    for number in range(20):
+        batch, (value, thread) = next(ready)
+        assert (batch, value) == (number, 10 * number) and (thread == own) is not in_thread
+        if number == 5:
+            time.sleep(0.05)  # the thread does not load more than two
+            assert source.taken == (8 if in_thread else 6)
+    assert next(ready, None) is None and source.closed.is_set()
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_an_error_while_loading_is_raised_after_the_batches_before_it(in_thread):
+    source = Source(9, fail_at=4)
+    ready = prepared(iter(source), str, in_thread)
+    assert [next(ready) for _ in range(4)] == [(number, str(number)) for number in range(4)]
+    with pytest.raises(UsageError, match="no more"):
+        next(ready)
+    assert source.taken == 5 and source.closed.is_set()
+
+
+def test_closing_prepared_batches_ends_their_thread():
+    source, threads = Source(1000), threading.active_count()
+    loaded = iter(source)
+    ready = prepared(loaded, str, True)
+    next(ready)
+    ready.close()
+    assert source.closed.is_set() and source.taken <= 4 and threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("workers", "waited", "note"),
+    [
+        (4, 0.05, None),
+        (4, 0.35, "the network waits for images 35% of the time; store smaller images"),
+        (
+            1,
+            0.2,
+            "the network waits for images 20% of the time; pass --workers 4, which is the number of cores, instead",
+        ),
+        (0, 0.2, None),
+        (0, 0.5, "pass --workers 4"),
+    ],
+)
+def test_a_note_reports_once_that_the_network_waits_for_images(notes, monkeypatch, workers, waited, note):
+    clock = iter(range(1000))
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(batches, "own_threads", lambda: 4)
+    waiting = batches.WaitingTime(workers)
+    for _ in range(4):  # epochs of 16 steps of a second; the first step waits for the start of the processes
+        for step in range(16):
+            waiting.after_step(step == 0, 15 + waited * step)
+        assert not notes or waiting.elapsed >= 30
+    assert len(notes) == bool(note) and (note is None or note in notes[0])

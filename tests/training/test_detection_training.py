@@ -140,7 +140,8 @@ def inputs_of(task, positions, epoch=0):
         samples.append(transform(transform.decode(io.BytesIO(location.read()), "x"), target, index))
     pixels, targets = zip(*samples, strict=True)
     batch = Batch(0, np.arange(len(samples)), (), ([*pixels],), ([*targets],), ())
-    return batch, task.inputs(batch, epoch)
+    images, targets = task.inputs(batch, epoch)
+    return batch, (images.normalized(), targets)
 
 
 def test_images_are_padded_to_the_largest_and_their_objects_travel_with_them(small):

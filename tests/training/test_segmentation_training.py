@@ -122,7 +122,8 @@ def test_the_networks_input_is_normalized_and_padded_with_the_mean_color(small):
     other, _ = transform(image, task.train.targets[0], 1)
     assert (again == pixels).all() and (other != pixels).any()
     batch = Batch(0, np.arange(2), (), (np.stack([pixels, other]),), ([target, target],), ())
-    inputs, labels = task.inputs(batch, 0)
+    images, labels = task.inputs(batch, 0)
+    inputs = images.normalized()
     assert (inputs.dtype, inputs.shape, labels.dtype, labels.shape) == (
         np.float32,
         (2, 3, 32, 32),

@@ -165,6 +165,11 @@ def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
 
 
 @pytest.mark.slow
+def test_the_number_of_workers_does_not_change_the_results(small, uninterrupted, tmp_path):
+    assert state_of(train(small(), folder=tmp_path / "run", device="cpu", workers=2).folder) == state_of(uninterrupted)
+
+
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = (finished / "state.safetensors").read_bytes()
     again = resume(finished)

@@ -1,12 +1,17 @@
 """Training steps compared with the authors' code: loss, gradients, running statistics and three AdamW steps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from conftest import golden_json, needs_paddle
+from fcvit.data.transforms.pixel_batch import PixelBatch, Rectangle
+from fcvit.data.transforms.preprocess import normalization_table, normalize
 from fcvit.frameworks import import_framework
 from fcvit.models.spec import ModelSpec, is_counter, paddle_name, tensor_specs
-from fcvit.models.variants import VARIANTS
+from fcvit.models.variants import VARIANTS, Preprocessing
+from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
@@ -90,3 +95,45 @@ def test_batchnorm_rejects_a_batch_with_a_single_position():
 
     with pytest.raises(UsageError, match=r"at least (two|2)"):
         BatchNorm(2)(paddle.ones([1, 2, 1, 1]))
+
+
+def test_the_device_normalizes_images_to_the_same_values():
+    """A GPU gets the pixels. This computes the same operations on the CPU."""
+    paddle = import_framework("paddle")
+    from fcvit.training.step import normalized_on_device
+
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (3, 3, 20, 24), np.uint8)
+    rectangle = Rectangle(3, 5, generator.standard_normal((3, 6, 9), np.float32))
+    padded = PixelBatch(pixels, normalization_table(Preprocessing()), [(20, 24), (7, 24), (20, 9)])
+    erased = dataclasses.replace(padded, valid=None, erased=(None, rectangle, None))
+    for images in (padded, erased):
+        on_device = normalized_on_device(paddle.to_tensor(pixels), images).numpy()
+        assert on_device.dtype == np.float32 and np.array_equal(on_device, images.normalized())
+    assert np.array_equal(erased.normalized()[1, :, 3:9, 5:14], rectangle.noise)
+    plain = normalize(pixels, Preprocessing())
+    assert np.array_equal(padded.normalized()[1, :, :7], plain[1, :, :7]) and not padded.normalized()[1, :, 7:].any()
+
+
+def test_images_in_the_memory_of_a_gpu_give_the_same_loss(monkeypatch):
+    paddle = import_framework("paddle")
+    from fcvit.training.batches import MicroBatches
+    from fcvit.training.step import Trainer
+
+    class Brightness(paddle.nn.Layer):
+        variant = VARIANTS["fcvit_digits"]
+
+        def __init__(self):
+            super().__init__()
+            self.scale = self.create_parameter([1])
+
+        def forward(self, images):
+            return (images * self.scale).mean()
+
+    recipe = ClassificationRecipe(variant="fcvit_digits", batch_size=2)
+    trainer = Trainer(Brightness(), recipe, MicroBatches(2), lambda outputs, _: {"loss": outputs})
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 8, 8), np.uint8)
+    images = PixelBatch(pixels, normalization_table(Preprocessing()))
+    monkeypatch.setattr(trainer, "_copied_to_gpu", lambda tensor: tensor)
+    kinds = (trainer.stage(images), images.normalized(), (paddle.to_tensor(pixels), images))
+    assert len({trainer._losses(kind, None)["loss"].item() for kind in kinds}) == 1

@@ -117,7 +117,7 @@ def check_data(
             but the last also in a tar archive.
         split: A split in a different location, as NAME=PATH. Repeat the option for more splits.
         few: List classes with fewer images (or label maps, or annotations) than this. 0 disables the check.
-        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
+        workers: Processes that decode images (default: one per core, at most 32). 0 uses the main process.
         classes: Class list of label maps, with the columns red, green and blue if they contain colors (default:
             classes.csv in the data set, or ADE20K's classes).
         labels: How label maps are read.
@@ -152,9 +152,9 @@ def check_data(
     sources = {name: (source, source.tree()) for name, source in _split_sources(data, split or ()).items()}
     images: list[Images] = []
     for name, (_, tree) in sources.items():
-        files = {file: location for file, location in tree.files.items() if is_image(file)}
+        files = tree.files.images()
         prefix = f"{name}/" if len(sources) > 1 else ""
-        images.append(Images(name, [*files], [*files.values()], prefix, in_classes=True))
+        images.append(Images(name, files.names, files.locations, prefix, in_classes=True))
     if not any(part.names for part in images):
         raise UnreadableFile(f"{', '.join(str(source.path) for source, _ in sources.values())}: no images found")
     examined = examine_images(images, workers)

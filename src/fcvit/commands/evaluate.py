@@ -48,7 +48,7 @@ def command(
         output: Folder of the run (default: runs/eval, or the first free one of runs/eval-2, ...).
         resume: Resume the run in this folder. Accepts --workers, --strict, and for moved files new paths: --weights,
             --data, --list, --classes, --real, --calibrate.
-        workers: Processes that decode images (default: one per core, at most 8). 0 uses the main process.
+        workers: Processes that decode images (default: one per core, at most 32). 0 uses the main process.
         strict: Stop at the first image that cannot be read.
         record: Write the results to a folder.
     """

@@ -13,6 +13,7 @@ from fcvit import run_folder as runs
 from fcvit.data.folders import find_images
 from fcvit.data.transforms.augment import Interpolation
 from fcvit.errors import UsageError
+from fcvit.machine import own_threads
 from fcvit.models.variants import PreprocessingChange, three_channels
 from fcvit.tasks.base import TASKS, Task, get_task
 
@@ -144,11 +145,11 @@ def named_images(command: str, images: Sequence[str | os.PathLike[str]], output:
 
 
 def decoding_processes(workers: int | None) -> int:
-    """Return the number of processes that decode images (default: one per core of this process, at most 8)."""
-    if workers is not None:
-        return workers
-    sharing = int(os.environ.get("PADDLE_LOCAL_SIZE") or 1)  # processes of Paddle's launcher on this machine
-    return max(1, min(8, (os.cpu_count() or 1) // sharing))
+    """Return the number of processes that decode images.
+
+    The default is one per core that this process may use, at most 32 (see `fcvit.machine.own_threads`).
+    """
+    return min(32, own_threads()) if workers is None else workers
 
 
 def parse_size(value: Any) -> tuple[int, int] | None:

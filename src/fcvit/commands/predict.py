@@ -121,7 +121,7 @@ def predict(
         weights: A checkpoint of any format, or an exported file.
         options: Options of the task of the weights.
         batch_size: Images per batch. auto uses the largest that fits in memory.
-        workers: Processes that decode images (default: none for up to 64 images, otherwise one per core, at most 8).
+        workers: Processes that decode images (default: none for up to 64 images, otherwise one per core, at most 32).
         csv: Print the predictions as CSV.
         output: New file for the predictions (.csv, .jsonl or .parquet), or new folder for pictures with the
             predictions. For segmentation, the folder contains a label map and an overlay of each image, and for

@@ -77,7 +77,7 @@ def _inputs(
     samples = [transform(*one, index) for index, one in enumerate(zip(originals, chosen.targets, strict=True))]
     pixels, targets = zip(*samples, strict=True)
     batch = Batch(0, np.arange(len(originals)), (), (stack(pixels),), ([*targets],), ())
-    inputs, targets = task.inputs(batch, epoch)
+    images, targets = task.inputs(batch, epoch)
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (task.preprocessing.mean, task.preprocessing.std))
-    visible = (255 * (inputs * std + mean)).round().clip(0, 255).astype(np.uint8)  # erasing adds unbounded noise
+    visible = (255 * (images.normalized() * std + mean)).round().clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(visible.transpose(0, 2, 3, 1)), targets

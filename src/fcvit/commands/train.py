@@ -21,7 +21,7 @@ RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the
 PreviewFile = Annotated[RunPath, Parameter(help="Write a picture of augmented training images (.png); do not train.")]
 Workers = Annotated[
     int | None,
-    Parameter(help="Processes that decode and augment (default: with a GPU one per core, at most 8; on a CPU 0)."),
+    Parameter(help="Processes that decode and augment (default: with a GPU one per core, at most 32; on a CPU 0)."),
 ]
 
 

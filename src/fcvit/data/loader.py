@@ -1,6 +1,7 @@
 """Load batches of images, or apply a function to images, in worker processes with bounded prefetching.
 
 Processes are used instead of threads so that decoding does not compete with the main process for the interpreter lock.
+They write their arrays into memory that they share with the main process.
 """
 
 import collections
@@ -19,11 +20,12 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from fcvit.data.shared_memory import SUPPORTED, Packed, Region, SharedMemory, WorkerMemory
 from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
@@ -215,20 +217,25 @@ def _work(jobs: Sequence[Job], work: Work[Result]) -> list[Result | BadImages]:
 def _run_ahead(
     pool: "Workers", chunks: Iterator[Sequence[Job]], work: Work[Result], ahead: int
 ) -> Iterator[list[Result | BadImages]]:
-    pending: collections.deque[tuple[Sequence[Job], concurrent.futures.Future[list[Result | BadImages]]]]
-    pending = collections.deque()
-    while True:
-        while len(pending) < ahead and (jobs := next(chunks, None)):
-            pending.append((jobs, pool.submit(jobs, work)))
-        if not pending:
-            return
-        jobs, future = pending.popleft()
-        try:
-            yield future.result()
-        except BrokenProcessPool:
-            pool.restart()
-            yield _one_by_one(pool, jobs, work)
-            pending = collections.deque((jobs, pool.submit(jobs, work)) for jobs, _ in pending)
+    pending: collections.deque[tuple[Sequence[Job], Pending[Result]]] = collections.deque()
+    try:
+        while True:
+            while len(pending) < ahead and (jobs := next(chunks, None)):
+                pending.append((jobs, pool.submit(jobs, work)))
+            if not pending:
+                return
+            jobs, submitted = pending.popleft()
+            try:
+                results = submitted.result()
+            except BrokenProcessPool:
+                pool.restart()
+                results = _one_by_one(pool, jobs, work)
+                pending = collections.deque((jobs, pool.submit(jobs, work)) for jobs, _ in pending)
+            yield results
+            del results, submitted  # so that their memory is free for the next chunk
+    finally:
+        for _, submitted in pending:
+            submitted.cancel()
 
 
 def _one_by_one(pool: "Workers", jobs: Sequence[Job], work: Work[Result]) -> list[Result | BadImages]:
@@ -280,6 +287,30 @@ def stack(pixels: Sequence[np.ndarray]) -> Any:
     return np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending(Generic[Result]):
+    """A chunk that a worker process works on.
+
+    Attributes:
+        future: The packed results.
+        memory: Memory of the process pool, or None if the results are sent through a pipe.
+        lent: The bytes into which the results are written. The future has them too, because the executor keeps it
+            until the worker no longer writes.
+    """
+
+    future: "concurrent.futures.Future[Any]"
+    memory: SharedMemory | None = None
+    lent: np.ndarray | None = None
+
+    def result(self) -> list[Result | BadImages]:
+        """Wait for the results. A dead worker process is reported as `BrokenProcessPool`."""
+        results = self.future.result()
+        return results if self.memory is None else self.memory.unpack(results, self.lent)
+
+    def cancel(self) -> None:
+        self.future.cancel()
+
+
 class Workers:
     """A pool of worker processes that can be restarted after a process has died."""
 
@@ -290,16 +321,20 @@ class Workers:
     def _start(self) -> None:
         # A forked process can hang if threads of Paddle run in the parent process.
         context = multiprocessing.get_context("spawn")
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin_worker)
+        self.memory = SharedMemory() if SUPPORTED else None
+        given: Any = (self.memory,)  # becomes a `WorkerMemory` in the worker
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, context, _begin_worker, given)
 
-    def submit(self, jobs: Sequence[Job], work: Work[Result]) -> "concurrent.futures.Future[list[Result | BadImages]]":
+    def submit(self, jobs: Sequence[Job], work: Work[Result]) -> Pending[Result]:
         """Start the work on a chunk. A broken pool is reported by the result."""
+        region, lent = self.memory.lend() if self.memory else (None, None)
         try:
-            return self.pool.submit(_work, jobs, work)
+            future = self.pool.submit(_work_and_pack, jobs, work, region)
         except BrokenProcessPool as error:
-            failed: concurrent.futures.Future[list[Result | BadImages]] = concurrent.futures.Future()
-            failed.set_exception(error)
-            return failed
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+        future.lent = lent  # pyrefly: ignore
+        return Pending(future, self.memory, lent)
 
     def restart(self) -> None:
         """Start new processes.
@@ -321,8 +356,22 @@ class Workers:
         self.pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker() -> None:
-    """Ignore keyboard interrupts, which the parent process handles, and exit when the parent process dies."""
+_memory: WorkerMemory | None = None  # in a worker process
+
+
+def _work_and_pack(jobs: Sequence[Job], work: Work[Result], region: Region | None) -> list[Result | BadImages] | Packed:
+    results = _work(jobs, work)
+    return results if _memory is None else _memory.pack(results, region)
+
+
+def _begin_worker(memory: WorkerMemory | None) -> None:
+    """Ignore keyboard interrupts, which the parent process handles, and exit when the parent process dies.
+
+    Args:
+        memory: The memory shared with the parent process, which passes a `SharedMemory`.
+    """
+    global _memory
+    _memory = memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # the processes already use all cores
     warnings.simplefilter("ignore")  # Pillow warns about unusual images

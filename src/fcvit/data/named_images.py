@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from fcvit.data.folders import SYSTEM, count_non_images, is_image
+from fcvit.data.folders import SYSTEM, count_non_images
 from fcvit.data.sources import Location, open_source
 from fcvit.errors import UnreadableFile
 
@@ -132,10 +132,10 @@ def _parts(paths: Iterable[str], folder: Path) -> Iterator[_Part]:
 def _archive(path: str, folder: Path) -> _Part:
     """Return the images of a folder or an archive."""
     files = open_source(folder / path).tree().files
-    names = [name for name in files if is_image(name)]
     if note := count_non_images(files):
         logger.info(f"{path}: {note}")
-    return _Part(str(Path(path) / "x")[:-1], names, files.__getitem__)
+    images = files.images()
+    return _Part(str(Path(path) / "x")[:-1], images.names, images.__getitem__)
 
 
 def _without_repeats(parts: Iterable[_Part]) -> Iterator[_Part]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paddle import Tensor, nn
 
     from fcvit.data.loader import Batch, Dataset, Transform
+    from fcvit.data.transforms.pixel_batch import PixelBatch
     from fcvit.inference.engines import Engine
     from fcvit.tasks.recipe import Recipe
     from fcvit.weights.reading import Weights
@@ -63,8 +64,11 @@ class TrainingTask(Protocol):
         """Return the transform of an image and its target in an epoch. It is pickled for the workers."""
         ...
 
-    def inputs(self, batch: "Batch", epoch: int) -> tuple[np.ndarray, Any]:
-        """Return the network's input, float32 (B, 3, H, W), and the targets for the loss."""
+    def inputs(self, batch: "Batch", epoch: int) -> tuple["PixelBatch", Any]:
+        """Return the images, which are then normalized to the network's input, and the targets for the loss.
+
+        It is called in a thread while the network computes an earlier batch.
+        """
         ...
 
     def draw(self, images: np.ndarray, targets: Any) -> np.ndarray:

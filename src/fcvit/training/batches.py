@@ -1,13 +1,25 @@
 """Split an optimizer step into micro-batches over processes, and order the samples of an epoch."""
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Generator, Sequence
-from typing import Any
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fcvit.data.loader import Batch, Dataset, Transform, Workers, batches
 from fcvit.errors import UsageError
+from fcvit.machine import own_threads
+
+_AHEAD = 2  # prepared batches that wait for the network
+_OBSERVED = 30.0  # seconds of training after which a note may say that the network waits for images
+_WAITING = 0.1  # share of the time, from which on there is a note
+Inputs = TypeVar("Inputs")
+logger = logging.getLogger("fcvit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,3 +144,70 @@ def epoch_batches(
     shuffled = dataset.take(order)
     numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)
+
+
+def prepared(
+    loaded: Generator[Batch], prepare: Callable[[Batch], Inputs], in_thread: bool
+) -> Generator[tuple[Batch, Inputs]]:
+    """Yield each batch with the result of a function. The batches are closed with this generator.
+
+    Args:
+        loaded: The batches.
+        prepare: The function. Its result must depend only on the batch.
+        in_thread: Load and prepare two batches ahead in a thread, while the caller uses the batches before them.
+            Otherwise, batches are loaded and prepared when the caller asks for them.
+    """
+
+    def following() -> tuple[Batch, Inputs] | None:
+        batch = next(loaded, None)
+        return None if batch is None else (batch, prepare(batch))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(loaded.close)
+        if not in_thread:
+            yield from iter(following, None)
+            return
+        thread = concurrent.futures.ThreadPoolExecutor(1, "fcvit-batches")
+        stack.callback(thread.shutdown, cancel_futures=True)
+        waiting = collections.deque(thread.submit(following) for _ in range(_AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(following))
+            yield item
+
+
+@dataclasses.dataclass
+class WaitingTime:
+    """The time that the network waits for images. A note reports once after 30 s that it is a tenth or more.
+
+    Attributes:
+        workers: Number of processes that decode images.
+        waited, elapsed: Seconds that the network waited, and seconds of all steps except the first of each epoch, which
+            also waits for the start of the processes.
+    """
+
+    workers: int
+    waited: float = 0.0
+    elapsed: float = 0.0
+    _last: tuple[float, float] = (0.0, 0.0)
+
+    def after_step(self, first: bool, waited: float) -> None:
+        """Count a step.
+
+        Args:
+            first: Whether this is the first step of an epoch.
+            waited: Seconds that the network waited since the beginning of the epoch.
+        """
+        now, observed = time.perf_counter(), self.elapsed
+        if not first:
+            self.elapsed += now - self._last[0]
+            self.waited += waited - self._last[1]
+        self._last = (now, waited)
+        # Without workers, decoding is a part of each step, and processes for it would take cores from the network.
+        limit = _WAITING if self.workers else 3 * _WAITING
+        if observed < _OBSERVED <= self.elapsed and self.waited >= limit * self.elapsed:
+            cores = own_threads()
+            remedy = "store smaller images, or use a machine with more cores"
+            if self.workers < cores:
+                remedy = f"pass --workers {cores}, which is the number of cores, instead of {self.workers}"
+            share = self.waited / self.elapsed
+            logger.info(f"decoding limits the training: the network waits for images {share:.0%} of the time; {remedy}")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fcvit.data.loader import Batch
 from fcvit.errors import BadImages, NumbersDisagree, TrainingStopped, counted
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.runner import evaluate_split
 from fcvit.evaluation.settings import Settings
 from fcvit.interrupts import check
 from fcvit.report.progress import duration, progress
-from fcvit.training.batches import epoch_batches
+from fcvit.training.batches import WaitingTime, epoch_batches, prepared
 from fcvit.training.files import BEST, LAST, LAST_EMA, replace_weights
 from fcvit.training.log import Log
 from fcvit.training.schedule import learning_rate
@@ -131,6 +132,7 @@ class Loop:
         self.unreadable: dict[str, None] = {}
         self.seconds: list[float] = []  # duration of each epoch that this process trained
         self.best_key = f"best_{self.task.score}"
+        self.waiting = WaitingTime(getattr(run.workers, "count", 0))
 
     def epoch(self, epoch: int, log: Log | None) -> None:
         """Train and validate one epoch, write its files and state, and log it."""
@@ -148,6 +150,7 @@ class Loop:
             for step in range(run.steps):
                 rate = learning_rate(recipe, epoch + step / run.steps, run.steps)
                 losses.append(trainer.run(batches, rate))
+                self.waiting.after_step(step == 0, trainer.seconds["data"])
                 check()
                 advance(recipe.batch_size)
         trainer.end_epoch()
@@ -188,21 +191,30 @@ class Loop:
         later_epochs = self.recipe.total_epochs - self.progress.epoch - 1
         return validation + later_epochs * (float(np.median(self.seconds)) if self.seconds else estimate)
 
-    def _batches(self, epoch: int) -> Generator[tuple[np.ndarray, Any]]:
+    def _batches(self, epoch: int) -> Generator[tuple[Any, Any]]:
         """Yield the inputs and targets of this process's micro-batches."""
         train, micro_batches, seed = self.task.train, self.run.micro_batches, self.recipe.seed
         transform, workers = self.task.transform(epoch), self.run.workers
         steps = self.recipe.steps_per_epoch
         order = (steps, getattr(self.task, "groups", None))
-        with contextlib.closing(epoch_batches(train, seed, epoch, transform, micro_batches, workers, *order)) as loaded:
-            for batch in loaded:
+        loaded = epoch_batches(train, seed, epoch, transform, micro_batches, workers, *order)
+        needed = max(2, micro_batches.images / 2)
+
+        def prepare(batch: Batch) -> tuple[Any, Any] | None:
+            if len(batch.indices) < needed:
+                return None
+            images, targets = self.task.inputs(batch, epoch)
+            return self.trainer.stage(images), targets
+
+        with contextlib.closing(prepared(loaded, prepare, in_thread=bool(workers))) as ready:
+            for batch, inputs in ready:
                 self._record_unreadable(reason for _, reason in batch.bad)
-                if len(batch.indices) < max(2, micro_batches.images / 2):
+                if inputs is None:
                     raise TrainingStopped(
                         f"{len(batch.bad)} of {micro_batches.images} images in a micro-batch cannot be read "
                         f"({batch.bad[0][1]}), so check {train.root}"
                     )
-                yield self.task.inputs(batch, epoch)
+                yield inputs
 
     def _record_unreadable(self, reasons: Iterable[str]) -> None:
         """Add unreadable images to the result, and log each of them once."""

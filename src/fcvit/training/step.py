@@ -1,5 +1,6 @@
 """Run an optimizer step: forward and backward passes of micro-batches, gradient reduction, and AdamW."""
 
+import collections
 import functools
 import hashlib
 import operator
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fcvit.data.transforms.pixel_batch import CHANNELS, VALUES, PixelBatch
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
@@ -58,6 +60,7 @@ class Trainer:
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
         self.step = 0
+        self.copied: collections.deque[tuple[Any, Tensor]] = collections.deque()  # end of a copy, and its source
         self.reset_clock()
 
     def reset_clock(self) -> None:
@@ -71,11 +74,11 @@ class Trainer:
                 if not is_head(name):
                     layer.training = False
 
-    def run(self, batches: Iterator[tuple[np.ndarray, Any]], rate: float) -> dict[str, float]:
+    def run(self, batches: Iterator[tuple[Any, Any]], rate: float) -> dict[str, float]:
         """Run one optimizer step over this process's micro-batches.
 
         Args:
-            batches: Iterator over (images, targets) of the micro-batches.
+            batches: Iterator over (images, targets) of the micro-batches. The images are arrays or results of `stage`.
             rate: Learning rate.
 
         Returns:
@@ -103,10 +106,27 @@ class Trainer:
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
-    def _losses(self, images: np.ndarray, targets: Any) -> dict[str, Tensor]:
+    def stage(self, images: PixelBatch) -> Any:
+        """Prepare images for `run`, in another thread: normalize them, or for a GPU copy them to pinned memory."""
+        if self.trained[0].place.is_gpu_place():
+            return paddle.to_tensor(images.pixels, place=paddle.CUDAPinnedPlace()), images
+        return paddle.to_tensor(images.normalized(), place=paddle.CPUPlace())
+
+    def _losses(self, images: Any, targets: Any) -> dict[str, Tensor]:
+        if isinstance(images, tuple):
+            images = normalized_on_device(self._copied_to_gpu(images[0]), images[1])
         with mixed_precision(self.recipe.precision):
-            outputs = self.model(paddle.to_tensor(images))
+            outputs = self.model(images if isinstance(images, Tensor) else paddle.to_tensor(images))
         return self.task_loss(outputs, targets)
+
+    def _copied_to_gpu(self, pinned: Tensor) -> Tensor:
+        """Start to copy a tensor from pinned memory, without waiting for the GPU."""
+        copy = pinned.cuda(blocking=False)
+        # The pinned memory must not be used again before the copy is finished.
+        self.copied.append((paddle.device.current_stream().record_event(), pinned))
+        while len(self.copied) > 1 and self.copied[0][0].query():
+            self.copied.popleft()
+        return copy
 
     def _update(self, losses: dict[str, float]) -> dict[str, float]:
         losses = self._reduce(losses)
@@ -197,6 +217,25 @@ class Trainer:
         result = work()
         self.seconds[phase] += time.perf_counter() - began
         return result
+
+
+def normalized_on_device(pixels: Tensor, images: PixelBatch) -> Tensor:
+    """Return the same values as `images.normalized()`, computed on the device of `pixels`.
+
+    Args:
+        pixels: `images.pixels` on the device.
+        images: The images.
+    """
+    offsets = paddle.arange(CHANNELS, dtype="int32").reshape([1, CHANNELS, 1, 1]) * VALUES
+    positions = (pixels.astype("int32") + offsets).flatten()
+    normalized = paddle.gather(paddle.to_tensor(images.table.ravel()), positions).reshape(pixels.shape)
+    for image, (height, width) in enumerate(images.valid or ()):
+        normalized[image, :, height:] = 0
+        normalized[image, :, :, width:] = 0
+    for image, rectangle in enumerate(images.erased):
+        if rectangle is not None:
+            normalized[(image, *rectangle.window)] = paddle.to_tensor(rectangle.noise)
+    return normalized
 
 
 def mixed_precision(precision: Precision) -> Any:

@@ -12,12 +12,13 @@ the processes, provided that the versions of NumPy and Pillow are the same.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from fcvit.data.transforms.pixel_batch import Rectangle
 from fcvit.data.transforms.preprocess import FILTERS, center_crop, planes, resize_shorter
 from fcvit.errors import UsageError
 
@@ -314,37 +315,34 @@ _APPLY: dict[str, Callable[[Image.Image, float, Image.Resampling], Image.Image]]
 OPERATIONS = tuple(_APPLY)  # timm's names of the 15 operations in its "increasing" set
 
 
-def erase(images: np.ndarray, probability: float, generators: Sequence[np.random.Generator]) -> None:
-    """Fill a random rectangle with noise, N(0, 1) for each pixel and channel, in some of the images, in place.
+def draw_erasing(size: tuple[int, int], probability: float, generator: np.random.Generator) -> Rectangle | None:
+    """Draw a random rectangle of noise, N(0, 1) for each pixel and channel, for some of the images.
 
     This is timm's `RandomErasing` in mode "pixel". The area is uniform in 2% to a third of the image. The ratio of
     height to width is log-uniform in 0.3 to 1/0.3. If none of ten rectangles is smaller than the image, the image is
     not changed. In the authors' pipeline this is the last step, after mixing and normalization.
 
-    For each image these values are drawn from its generator, in this order: the decision to erase, area and ratio until
-    the rectangle fits, top, left, and the noise.
+    These values are drawn in this order: the decision to erase, area and ratio until the rectangle fits, top, left, and
+    the noise.
 
     Args:
-        images: Normalized images, float32 (B, 3, H, W).
-        probability: Probability of erasing for each image, 0 to 1.
-        generators: One random number generator per image.
+        size: Height and width of the image.
+        probability: Probability of erasing, 0 to 1.
+        generator: Random number generator of the image.
+
+    Returns:
+        The rectangle, or None if the image is not changed.
 
     Raises:
-        UsageError: An argument has the wrong type or shape or is out of range.
+        UsageError: The probability is out of range.
     """
-    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 3:
-        raise UsageError(f"images {images.dtype} {images.shape}: expected float32 of shape (B, 3, H, W)")
     if not 0 <= probability <= 1:
         raise UsageError(f"probability {probability!r}: expected a number from 0 to 1")
-    if len(generators) != len(images):
-        raise UsageError(f"{len(generators)} generators: expected one for each of {len(images)} images")
-    height, width = images.shape[2:]
-    for image, generator in zip(images, generators, strict=True):
-        for _ in range(_TRIES if generator.random() < probability else 0):
-            box_height, box_width = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
-            if box_height < height and box_width < width:
-                top = int(generator.integers(height - box_height, endpoint=True))
-                left = int(generator.integers(width - box_width, endpoint=True))
-                noise = generator.standard_normal((len(image), box_height, box_width), np.float32)
-                image[:, top : top + box_height, left : left + box_width] = noise
-                break
+    height, width = size
+    for _ in range(_TRIES if generator.random() < probability else 0):
+        box_height, box_width = _draw_sides(height * width, _ERASED_AREA, _ERASED_RATIO, generator)
+        if box_height < height and box_width < width:
+            top = int(generator.integers(height - box_height, endpoint=True))
+            left = int(generator.integers(width - box_width, endpoint=True))
+            return Rectangle(top, left, generator.standard_normal((3, box_height, box_width), np.float32))
+    return None

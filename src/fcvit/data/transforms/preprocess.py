@@ -198,6 +198,12 @@ def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return scaled
 
 
+def normalization_table(preprocessing: Preprocessing) -> np.ndarray:
+    """Return the result of `normalize` for each pixel value in each channel, float32 (3, 256)."""
+    values = np.arange(256, dtype=np.uint8)
+    return normalize(np.broadcast_to(values, (1, 3, 1, 256)), preprocessing).reshape(3, 256)
+
+
 def preprocess(image: str | os.PathLike[str] | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Decode, resize and crop an image to uint8 (3, S, S). Engines and `normalize` take a batch, (B, 3, S, S).
 

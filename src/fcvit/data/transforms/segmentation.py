@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from fcvit.data.transforms.pixel_batch import PixelBatch
 from fcvit.data.transforms.preprocess import as_rgb, opened
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
@@ -162,17 +163,17 @@ def normalize(
     Returns:
         float32 (B, 3, H, W).
     """
-    normalized = np.empty(images.shape, np.float32)
-    values = np.arange(256, dtype=np.float64)
-    for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
-        # mmcv rounds mean and standard deviation to float32, computes in float64, and rounds after each operation.
-        mean, std = (float(np.float32(255 * number)) for number in (mean, std))
-        table = ((values - mean).astype(np.float32) * (1 / np.float64(std))).astype(np.float32)
-        np.take(table, images[:, channel], out=normalized[:, channel], mode="clip")  # "raise" would need a buffer
-    for image, (height, width) in zip(normalized, valid or (), strict=valid is not None):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return normalized
+    return PixelBatch(images, normalization_table(preprocessing), valid).normalized()
+
+
+def normalization_table(preprocessing: Preprocessing) -> np.ndarray:
+    """Return the result of `normalize` for each pixel value in each channel, float32 (3, 256)."""
+    # mmcv rounds mean and standard deviation to float32, computes in float64, and rounds after each operation.
+    mean, std = (
+        np.array([np.float32(255 * number) for number in numbers], np.float64)[:, None]
+        for numbers in (preprocessing.mean, preprocessing.std)
+    )
+    return ((np.arange(256, dtype=np.float64) - mean).astype(np.float32) * (1 / std)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

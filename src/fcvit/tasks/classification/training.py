@@ -10,9 +10,10 @@ from PIL import Image
 
 from fcvit.data.loader import Batch
 from fcvit.data.training_splits import find_splits
-from fcvit.data.transforms.augment import Augmentation, augment, erase, pixel_generator
+from fcvit.data.transforms.augment import Augmentation, augment, draw_erasing, pixel_generator
 from fcvit.data.transforms.mixing import mix
-from fcvit.data.transforms.preprocess import normalize
+from fcvit.data.transforms.pixel_batch import PixelBatch, Rectangle
+from fcvit.data.transforms.preprocess import normalization_table
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_classifier, weights_of
 from fcvit.models.variants import resolve_preprocessing
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from fcvit.models.classifier import FCViT
 
 
+Target = tuple[int, Rectangle | None]
+"""The class of an image, and the rectangle that random erasing draws over it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmented:
     """The augmentation of a training image, determined by the seed, the epoch and its position in the epoch."""
@@ -36,9 +41,12 @@ class Augmented:
     seed: int
     epoch: int
 
-    def __call__(self, image: Image.Image, target: int, index: int, /) -> tuple[np.ndarray, int]:
-        generator = pixel_generator(self.seed, self.epoch, index, "augment")
-        return augment(image, self.augmentation, generator), target
+    def __call__(self, image: Image.Image, target: int, index: int, /) -> tuple[np.ndarray, Target]:
+        pixels = augment(image, self.augmentation, pixel_generator(self.seed, self.epoch, index, "augment"))
+        if not self.augmentation.erasing:
+            return pixels, (target, None)
+        generator = pixel_generator(self.seed, self.epoch, index, "erase")
+        return pixels, (target, draw_erasing(pixels.shape[1:], self.augmentation.erasing, generator))
 
 
 class ClassificationTraining:
@@ -90,12 +98,13 @@ class ClassificationTraining:
     def transform(self, epoch: int) -> Augmented:
         return Augmented(self.recipe.augmentation(self.preprocessing.input_size), self.recipe.seed, epoch)
 
-    def inputs(self, batch: Batch, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mix, normalize and erase in the authors' order. Return float32 (B, 3, S, S) and targets (B, classes)."""
+    def inputs(self, batch: Batch, epoch: int) -> tuple[PixelBatch, np.ndarray]:
+        """Mix the images, which are then normalized and erased, in the authors' order. Return targets (B, classes)."""
         recipe = self.recipe
+        labels, erased = zip(*batch.targets[0], strict=True)
         pixels, targets = mix(
             batch.pixels[0],
-            np.array(batch.targets[0], np.int64),
+            np.array(labels, np.int64),
             len(self.classes),
             pixel_generator(recipe.seed, epoch, batch.number, "mix"),
             mixup=recipe.mixup,
@@ -103,11 +112,7 @@ class ClassificationTraining:
             switch=recipe.mix_switch,
             smoothing=recipe.label_smoothing,
         )
-        images = normalize(pixels, self.preprocessing)
-        if recipe.erasing:
-            generators = [pixel_generator(recipe.seed, epoch, int(index), "erase") for index in batch.indices]
-            erase(images, recipe.erasing, generators)
-        return images, targets
+        return PixelBatch(pixels, normalization_table(self.preprocessing), erased=erased), targets
 
     def draw(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return images

@@ -13,7 +13,8 @@ from fcvit.data.coco import Instances
 from fcvit.data.loader import Batch
 from fcvit.data.transforms.augment import pixel_generator
 from fcvit.data.transforms.detection import DetectionAugmentation, DetectionTarget, augment, pad_batch
-from fcvit.data.transforms.segmentation import decode, normalize
+from fcvit.data.transforms.pixel_batch import PixelBatch
+from fcvit.data.transforms.segmentation import decode, normalization_table
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_detector, weights_of
 from fcvit.models.variants import resolve_preprocessing
@@ -100,11 +101,11 @@ class DetectionTraining:
     def transform(self, epoch: int) -> AugmentedInstances:
         return AugmentedInstances(self.recipe.augmentation(), self.recipe.seed, epoch)
 
-    def inputs(self, batch: Batch, epoch: int) -> tuple[np.ndarray, Targets]:
-        """Normalize and pad the images, float32 (B, 3, H, W). The samples of an image follow from its position."""
+    def inputs(self, batch: Batch, epoch: int) -> tuple[PixelBatch, Targets]:
+        """Pad the images. The samples of an image follow from its position."""
         pixels, sizes = pad_batch(batch.pixels[0])
         generators = [pixel_generator(self.recipe.seed, epoch, index, "sample") for index in batch.indices]
-        return normalize(pixels, self.preprocessing, sizes), (batch.targets[0], generators)
+        return PixelBatch(pixels, normalization_table(self.preprocessing), sizes), (batch.targets[0], generators)
 
     def draw(self, images: np.ndarray, targets: Targets) -> np.ndarray:
         """Paint the masks over the images, and draw the boxes, in the colors of the classes."""

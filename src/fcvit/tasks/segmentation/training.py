@@ -13,6 +13,7 @@ from fcvit.data.loader import Batch
 from fcvit.data.painting import overlay
 from fcvit.data.transforms import segmentation as transforms
 from fcvit.data.transforms.augment import pixel_generator
+from fcvit.data.transforms.pixel_batch import PixelBatch
 from fcvit.frameworks import import_framework
 from fcvit.models.build import build_segmenter, weights_of
 from fcvit.models.variants import resolve_preprocessing
@@ -109,10 +110,11 @@ class SegmentationTraining:
     def transform(self, epoch: int) -> AugmentedMaps:
         return AugmentedMaps(self.recipe.augmentation(), self.encoding, self.recipe.seed, epoch)
 
-    def inputs(self, batch: Batch, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Normalize the crops. Return float32 (B, 3, H, W), 0 in the padding, and label maps, uint8 (B, H, W)."""
+    def inputs(self, batch: Batch, epoch: int) -> tuple[PixelBatch, np.ndarray]:
+        """Return the crops, whose padding is normalized to 0, and label maps, uint8 (B, H, W)."""
         labels, sizes = zip(*batch.targets[0], strict=True)
-        return transforms.normalize(batch.pixels[0], self.preprocessing, sizes), np.stack(labels)
+        table = transforms.normalization_table(self.preprocessing)
+        return PixelBatch(batch.pixels[0], table, sizes), np.stack(labels)
 
     def draw(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Add each image with its label map painted over it. Ignored pixels and the padding are darker."""
