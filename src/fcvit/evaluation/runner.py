@@ -96,7 +96,7 @@ def evaluate(
                     runs.reject_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
                 details = request.to_json() | {"identity": identity}
                 target = stack.enter_context(runs.run_folder(folder, "eval", details))
-            target = _shared_folder(target, processes)
+            target = _shared_folder(target, processes, settings)
         run = _Run(plan, engines, identity, processes, target, request)
         return run.finish(workers, strict, began)
 
@@ -160,7 +160,7 @@ def resume(
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, record))
-        run = _Run(plan, None, now, processes, _shared_folder(folder, processes), request)
+        run = _Run(plan, None, now, processes, _shared_folder(folder, processes, request.settings), request)
         return run.finish(workers, strict, began)
 
 
@@ -181,6 +181,8 @@ class _Run:
         self.key = sha256(identity)
         self.logits: LogitFiles | None = None
         self.resume_command = f"fcvit resume {shlex.quote(str(folder))}"
+        if folder is not None:
+            processes.resume_with(self.resume_command)
 
     def finish(self, workers: "int | Workers", strict: bool, began: float) -> Evaluation:
         """Compute the missing batches, then write all results.
@@ -388,10 +390,20 @@ def _agreed_identity(plan: Plan, processes: Processes) -> dict[str, Any]:
     return identity
 
 
-def _shared_folder(folder: Path | None, processes: Processes) -> Path:
-    """Return the run folder in every process, and create it on machines that do not share it."""
+def _shared_folder(folder: Path | None, processes: Processes, settings: Settings) -> Path:
+    """Return the run folder in every process, and create it on machines that do not share it.
+
+    Raises:
+        UsageError: Logits are written, but the machines do not share the folder.
+    """
     path = Path(os.fsdecode(processes.broadcast(os.fsencode(folder.absolute()) if folder else b"")))
     path.mkdir(parents=True, exist_ok=True)
+    if not processes.share(path):
+        if settings.save_logits:
+            raise UsageError(
+                f"--save-logits: the machines do not share {path}; use a shared folder, or omit it"
+            )
+        logger.info(f"{path}: each machine keeps the records of its own images, so resume the run on the same machines")
     return folder if folder is not None else path
 
 

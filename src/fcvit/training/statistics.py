@@ -7,6 +7,7 @@ how many processes share a step.
 """
 
 from fcvit.frameworks import import_framework
+from fcvit.processes import join
 
 import_framework("paddle")
 
@@ -53,7 +54,7 @@ class Statistics:
             own = [statistics[position] for statistics in self.stored]
             total = paddle.add_n(own) if len(own) > 1 else tensor.clone()
             if self.processes > 1:
-                paddle.distributed.all_reduce(total)
+                join().all_reduce(total)
             tensor.set_value(total / count)
             for stored in own:
                 stored.set_value(tensor)

@@ -12,6 +12,7 @@ import numpy as np
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
+from fcvit.processes import join
 from fcvit.tasks.recipe import Precision, Recipe
 from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
@@ -128,7 +129,7 @@ class Trainer:
         gradients: list[Any] = [p.grad for p in self.trained]
         values = paddle.to_tensor(list(losses.values()), gradients[0].dtype)
         flat = paddle.concat([*(g.reshape([-1]) for g in gradients), values])
-        paddle.distributed.all_reduce(flat)
+        join().all_reduce(flat)
         *reduced, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
         for gradient, total in zip(gradients, reduced, strict=True):
             gradient.set_value(total.reshape(gradient.shape))
