@@ -26,7 +26,7 @@ from fcvit.run_folder import TEMPORARY
 PEER_TIMEOUT = 60.0  # seconds
 _SHORTEST, _LONGEST = 5, 86_400  # seconds
 _PIECE = 1 << 20  # a value of 60 MB broke the connection
-_POLL = 0.1  # seconds
+_POLL = 0.02  # seconds
 _APPEARS = 5  # seconds until a network file system shows a new file on another machine
 
 

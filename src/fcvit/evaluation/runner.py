@@ -400,9 +400,7 @@ def _shared_folder(folder: Path | None, processes: Processes, settings: Settings
     path.mkdir(parents=True, exist_ok=True)
     if not processes.share(path):
         if settings.save_logits:
-            raise UsageError(
-                f"--save-logits: the machines do not share {path}; use a shared folder, or omit it"
-            )
+            raise UsageError(f"--save-logits: the machines do not share {path}; use a shared folder, or omit it")
         logger.info(f"{path}: each machine keeps the records of its own images, so resume the run on the same machines")
     return folder if folder is not None else path
 
