@@ -135,7 +135,7 @@ def test_a_process_that_stops_is_reported_by_all_others(job):
     message, other = losses(peers[:2])
     assert message.startswith("process 2 on node-2: no heartbeat for 1 s; it was killed")
     assert message.endswith("; resume with: fcvit resume run") and other.partition(";")[0] == message.partition(";")[0]
-    with pytest.raises(PeerLost, match="process [02] on node-"):  # process 2 sees no store
+    with pytest.raises(PeerLost, match=r"process [02] on node-"):  # process 2 sees no store
         interrupts.check()
 
 
@@ -246,3 +246,13 @@ def test_the_network_interface_is_the_one_on_the_route():
 def test_a_time_limit_out_of_range_is_rejected(seconds):
     with pytest.raises(UsageError, match="expected 5 to 86400 seconds"):
         join(seconds)
+
+
+def test_a_process_that_has_ended_is_not_waited_for(job, monkeypatch):
+    monkeypatch.setattr(processes, "_LOOK", 0)
+    peers, connections, _ = job
+    for rank, waiting in ((1, 0), (0, 1)):
+        threading.Thread(target=peers[rank].leave).start()
+        exchange = Processes(waiting, 2, connections[waiting], peers[waiting])
+        with pytest.raises(PeerLost, match=f"process {rank} has already ended; start the command again"):
+            exchange._take("fcvit/1/missing", rank)

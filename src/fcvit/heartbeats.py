@@ -98,7 +98,7 @@ class Heartbeats:
 
     def _exchange(self, store: Any) -> None:
         """Send heartbeats and read those of the others until this process ends."""
-        key, error_sent = f"fcvit/beat/{self._rank}", False
+        key, told = f"fcvit/beat/{self._rank}", False
         while True:
             leaving = self._leaving.is_set()
             if self._rank:
@@ -110,9 +110,11 @@ class Heartbeats:
                 if self.loss is None and store.add(_LOST, 0):
                     self._lose(store.get(f"{_LOST}/reason").decode())
             else:
-                if leaving and self._error and not error_sent and self.loss is None:
-                    self._publish(store, f"process 0 on {self._host} failed: {self._error}")
-                error_sent = leaving
+                if leaving and not told:
+                    told = True
+                    if self._error:
+                        self._publish(store, f"process 0 on {self._host} failed: {self._error}")
+                    store.add(key, _FAILED if self._error else _LEFT)
                 if not self._others_running(store) and leaving:
                     return
             self._rounds += 1
@@ -176,6 +178,11 @@ class Heartbeats:
                 continue
         os.write(2, f"fcvit: {self.loss}\n".encode(errors="backslashreplace"))
         os._exit(PeerLost.exit_code)
+
+
+def has_left(store: Any, rank: int) -> bool:
+    """Return whether a process has ended without an error."""
+    return _LEFT <= store.add(f"fcvit/beat/{rank}", 0) < _FAILED
 
 
 def route(address: str) -> tuple[str, str | None]:

@@ -13,20 +13,21 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fcvit import interrupts
 from fcvit.errors import FcvitError, PeerLost, UsageError
 from fcvit.frameworks import import_framework, paddle_place
-from fcvit.heartbeats import STORE_ERRORS, Heartbeats, route, send_at_once
+from fcvit.heartbeats import STORE_ERRORS, Heartbeats, has_left, route, send_at_once
 from fcvit.run_folder import TEMPORARY
 
 PEER_TIMEOUT = 60.0  # seconds
 _SHORTEST, _LONGEST = 5, 86_400  # seconds
 _PIECE = 1 << 20  # a value of 60 MB broke the connection
 _POLL = 0.02  # seconds
+_LOOK = 1  # seconds between two looks whether a process has ended that others wait for
 _APPEARS = 5  # seconds until a network file system shows a new file on another machine
 
 
@@ -63,7 +64,7 @@ class Processes:
             if self.first:
                 self._sent += self._put(key, value)
                 return value
-            return self._take(key)[0]
+            return self._take(key, 0)[0]
 
     def gather(self, value: bytes) -> list[bytes]:
         """Return the values of all processes by rank in the first process, and an empty list in all others."""
@@ -76,7 +77,7 @@ class Processes:
                 return []
             values = [value]
             for rank in range(1, self.count):
-                taken, pieces = self._take(f"{key}/{rank}")
+                taken, pieces = self._take(f"{key}/{rank}", rank)
                 values.append(taken)
                 self._sent += pieces
             # All processes have now read everything sent before. Without this, a long training would fill the store.
@@ -147,16 +148,33 @@ class Processes:
             raise
         except STORE_ERRORS as error:
             loss = self._heartbeats.wait_for_loss() if self._heartbeats else None
-            raise loss or PeerLost(f"the connection to the other processes failed: {error}") from error
+            raise loss or self._loss(f"the connection to the other processes failed: {error}") from error
+
+    def _loss(self, reason: str) -> PeerLost:
+        return PeerLost(f"{reason}; {self._heartbeats.remedy}" if self._heartbeats else reason)
 
     def _meet(self) -> None:
         """Wait until all processes call this."""
         self._meetings += 1
-        arrived = self._store.add("fcvit/meetings", 1)
-        while arrived < self._meetings * self.count:
+        self._store.add("fcvit/meetings", 1)
+        expected = self._meetings * self.count
+        self._wait(lambda: self._store.add("fcvit/meetings", 0) >= expected, range(self.count), 0.001)
+
+    def _wait(self, ready: Callable[[], bool], sources: Iterable[int], poll: float) -> None:
+        """Wait for processes. The store's own wait has a time limit, but other processes may need hours.
+
+        Raises:
+            PeerLost: A process was lost, or has ended so that it will never be ready.
+        """
+        looked = time.monotonic()
+        while not ready():
             interrupts.check()
-            time.sleep(0.001)
-            arrived = self._store.add("fcvit/meetings", 0)
+            time.sleep(poll)
+            if time.monotonic() - looked > _LOOK:
+                looked = time.monotonic()
+                ended = [rank for rank in sources if has_left(self._store, rank)]
+                if ended and not ready():
+                    raise self._loss(f"process {ended[0]} has already ended")
 
     def _key(self) -> str:
         self._calls += 1
@@ -170,11 +188,10 @@ class Processes:
         self._store.add(f"{key}/pieces", len(pieces) + 1)
         return pieces
 
-    def _take(self, key: str) -> tuple[bytes, list[str]]:
-        """Wait for a stored value, and return it with the keys of its pieces."""
-        while not (count := self._store.add(f"{key}/pieces", 0)):
-            interrupts.check()
-            time.sleep(_POLL)
+    def _take(self, key: str, source: int) -> tuple[bytes, list[str]]:
+        """Wait for a value that another process stores, and return it with the keys of its pieces."""
+        self._wait(lambda: self._store.add(f"{key}/pieces", 0) > 0, [source], _POLL)
+        count = self._store.add(f"{key}/pieces", 0)
         pieces = [f"{key}/{number}" for number in range(count - 1)]
         return b"".join(self._store.get(piece) for piece in pieces), pieces
 
