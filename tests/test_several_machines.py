@@ -101,8 +101,8 @@ class Machines:
 
 def hidden(folder):
     """Return variables that hide Matplotlib, because drawing is slow, and let Paddle use the package etcd3."""
-    paths = [str(folder / "hidden"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    path = os.pathsep.join([str(folder / "hidden"), *sys.path[1:]])
+    return {"PYTHONPATH": path, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
 def run(*words):
@@ -133,7 +133,7 @@ def machines(tmp_path_factory):
         pytest.skip("network namespaces need root, ip and unshare")
     with contextlib.ExitStack() as stack:
         try:
-            yield_value = Machines(folder, stack)
+            emulated = Machines(folder, stack)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not permitted: {error.stderr.decode().strip()}")
         write_squares(folder / "images" / "train", {"left": 10, "right": 10})
@@ -142,7 +142,7 @@ def machines(tmp_path_factory):
         (folder / "recipe.toml").write_text(ClassificationRecipe(**fields).to_toml())
         write_squares(folder / "many", {str(digit): 40 for digit in range(10)})
         write_squares(folder / "few", {str(digit): 1 for digit in range(10)})
-        yield yield_value
+        yield emulated
 
 
 @pytest.fixture(scope="module")
