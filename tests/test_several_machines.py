@@ -24,7 +24,7 @@ from fcvit.tasks.classification.recipe import ClassificationRecipe
 
 pytestmark = [pytest.mark.ci, needs_paddle]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-LIMIT = 6  # seconds; the value of --peer-timeout
+LIMIT = 8  # seconds; the value of --peer-timeout
 PROGRAM = Path(sys.executable).with_name("fcvit")
 EVALUATION = ["--device", "cpu", "--engine", "paddle", "--input-size", "96", "--batch-size", "1", "--workers", "0"]
 
@@ -145,6 +145,12 @@ def machines(tmp_path_factory):
         yield emulated
 
 
+@pytest.fixture(autouse=True)
+def joined_again(machines):
+    yield
+    machines.link(machines.names[0], "cable-a", "up")
+
+
 @pytest.fixture(scope="module")
 def weights(machines, digits_tensors):
     return write_pth(machines.folder / "digits.pth", digits_tensors)
@@ -201,7 +207,7 @@ def cut_off(machines, rank):
     machines.link(machines.names[0], "cable-a", "down")
 
 
-SILENT = r"process 1 on node-b \(10.77.0.2\): no heartbeat for 4 s; it was killed, is stopped or cannot be reached"
+SILENT = r"process 1 on node-b \(10.77.0.2\): no heartbeat for 5 s; it was killed, is stopped or cannot be reached"
 UNREACHABLE = r"process 0 on node-a \(10.77.0.1\) cannot be reached"
 
 
@@ -230,12 +236,11 @@ def test_a_lost_process_ends_the_other_one_within_the_limit(machines, weights, t
     fault(machines, rank)
     began = time.monotonic()
     assert_lost(processes[1 - rank], message, f"resume with: fcvit resume {run_folder}")
-    assert time.monotonic() - began < LIMIT + 1
+    assert time.monotonic() - began < LIMIT + 2
     if rank:
         assert json.loads((run_folder / "run.json").read_text())["status"] == "failed"
     if fault is cut_off:
         assert_lost(processes[rank], UNREACHABLE, f"resume with: fcvit resume {run_folder}")
-        machines.link(machines.names[0], "cable-a", "up")
 
 
 def assert_lost(process, *messages):

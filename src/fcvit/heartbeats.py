@@ -49,7 +49,7 @@ class Heartbeats:
         self.remedy = "start the command again in all processes"
         self._connect, self._rank, self._count, self._host = connect, rank, count, host
         self._interval = min(1.0, timeout / 20)
-        self._limit, self._grace = 0.7 * timeout, 0.2 * timeout  # the rest is for the exchange of messages
+        self._limit, self._grace = 0.6 * timeout, 0.2 * timeout  # the rest is for the exchange of messages
         self._hosts = {0: master}
         self._started: dict[int, int] = {}  # number of each other process
         self._silent = dict.fromkeys(range(1, count), 0.0)  # seconds since the last heartbeat of each other process
@@ -99,6 +99,7 @@ class Heartbeats:
     def _exchange(self, store: Any) -> None:
         """Send heartbeats and read those of the others until this process ends."""
         key, told = f"fcvit/beat/{self._rank}", False
+        clock = _Clock(self._interval)
         while True:
             leaving = self._leaving.is_set()
             if self._rank:
@@ -115,7 +116,7 @@ class Heartbeats:
                     if self._error:
                         self._publish(store, f"process 0 on {self._host} failed: {self._error}")
                     store.add(key, _FAILED if self._error else _LEFT)
-                if not self._others_running(store) and leaving:
+                if not self._others_running(store, clock.passed()) and leaving:
                     return
             self._rounds += 1
             if leaving:
@@ -123,8 +124,13 @@ class Heartbeats:
             else:
                 self._leaving.wait(self._interval)
 
-    def _others_running(self, store: Any) -> bool:
-        """Read the numbers of all other processes, and publish the first failure. Return whether any still runs."""
+    def _others_running(self, store: Any, passed: float) -> bool:
+        """Read the numbers of all other processes, and publish the first failure. Return whether any still runs.
+
+        Args:
+            store: The connection.
+            passed: Seconds since the last call.
+        """
         for rank in tuple(self._silent):
             number = store.add(f"fcvit/beat/{rank}", 0)
             if number >= _LEFT:
@@ -135,7 +141,7 @@ class Heartbeats:
             elif number != self._started.get(rank, 0):
                 self._started[rank], self._silent[rank] = number, 0.0
             else:
-                self._silent[rank] += self._interval
+                self._silent[rank] += passed
                 if self._silent[rank] > (self._limit if number else max(self._limit, _SLOW_START)):
                     del self._silent[rank]
                     host = f" on {store.get(f'fcvit/host/{rank}').decode()}" if number else ""
@@ -157,15 +163,17 @@ class Heartbeats:
         """Notice that the store does not answer. End the process if its main thread does not, after a loss."""
         stalled = waited = 0.0
         rounds = 0
+        clock = _Clock(self._interval)
         while not self._leaving.wait(self._interval):
+            passed = clock.passed()
             if self.loss is not None:
-                waited += self._interval
+                waited += passed
                 if waited > self._grace:
                     self._end_process()
             elif self._rounds != rounds:
                 stalled, rounds = 0.0, self._rounds
             else:
-                stalled += self._interval
+                stalled += passed
                 if stalled > (self._limit if rounds else max(self._limit, _SLOW_START)):
                     self._lose(f"process 0 on {self._hosts[0]} cannot be reached for {self._limit:.0f} s")
 
@@ -178,6 +186,19 @@ class Heartbeats:
                 continue
         os.write(2, f"fcvit: {self.loss}\n".encode(errors="backslashreplace"))
         os._exit(PeerLost.exit_code)
+
+
+class _Clock:
+    """Measure the time between calls, without the time in which this process was stopped."""
+
+    def __init__(self, interval: float):
+        self._longest, self._last = 3 * interval, time.monotonic()
+
+    def passed(self) -> float:
+        """Return the seconds since the last call, at most three intervals."""
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, self._longest), now
+        return passed
 
 
 def has_left(store: Any, rank: int) -> bool:
