@@ -92,7 +92,7 @@ class Heartbeats:
             if self._rank:
                 self._hosts[0] = store.get("fcvit/host/0").decode()
             self._exchange(store)
-        except STORE_ERRORS:
+        except STORE_ERRORS:  # the end of process 0, which is normal after this process has left
             if not self._leaving.is_set():
                 self._lose(f"process 0 on {self._hosts[0]} cannot be reached")
 
@@ -106,6 +106,10 @@ class Heartbeats:
                 if leaving:
                     store.set(f"fcvit/error/{self._rank}", self._error.encode())
                     store.add(key, _FAILED if self._error else _LEFT)
+                    while not self._error:
+                        # Until process 0 ends: the store's server rarely aborts when a connection is closed.
+                        time.sleep(self._interval)
+                        store.add(key, 0)
                     return
                 store.add(key, 1)
                 if self.loss is None and store.add(_LOST, 0):

@@ -27,6 +27,7 @@ PEER_TIMEOUT = 60.0  # seconds
 _SHORTEST, _LONGEST = 5, 86_400  # seconds
 _PIECE = 1 << 20  # a value of 60 MB broke the connection
 _POLL = 0.02  # seconds
+_HOSTED = 0.3  # seconds until the store is hosted; Paddle tries to connect only every three seconds
 _LOOK = 1  # seconds between two looks whether a process has ended that others wait for
 _APPEARS = 5  # seconds until a network file system shows a new file on another machine
 
@@ -92,18 +93,27 @@ class Processes:
         _, interface = route(address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        self.meet()
         with self._translated():
-            self._meet()
             import_framework("paddle").distributed.init_parallel_env()
+
+    def meet(self) -> None:
+        """Wait until all processes call this. A signal or a lost process interrupts the wait."""
+        if self.count == 1:
+            return
+        self._meetings += 1
+        expected = self._meetings * self.count
+        with self._translated():
+            self._store.add("fcvit/meetings", 1)
+            self._wait(lambda: self._store.add("fcvit/meetings", 0) >= expected, range(self.count), 0.001)
 
     def all_reduce(self, tensor: Any) -> None:
         """Replace a tensor of Paddle by its sum over all processes.
 
-        Gloo gives up 30 seconds after the first process has called it, and Paddle 3.3.1 cannot change this limit.
-        Processes therefore wait for each other before.
+        Call `meet` before. Gloo gives up 30 seconds after the first process has called it, and Paddle 3.3.1 cannot
+        change this limit.
         """
         with self._translated():
-            self._meet()
             import_framework("paddle").distributed.all_reduce(tensor)
 
     def share(self, folder: Path) -> bool:
@@ -152,13 +162,6 @@ class Processes:
 
     def _loss(self, reason: str) -> PeerLost:
         return PeerLost(f"{reason}; {self._heartbeats.remedy}" if self._heartbeats else reason)
-
-    def _meet(self) -> None:
-        """Wait until all processes call this."""
-        self._meetings += 1
-        self._store.add("fcvit/meetings", 1)
-        expected = self._meetings * self.count
-        self._wait(lambda: self._store.add("fcvit/meetings", 0) >= expected, range(self.count), 0.001)
 
     def _wait(self, ready: Callable[[], bool], sources: Iterable[int], poll: float) -> None:
         """Wait for processes. The store's own wait has a time limit, but other processes may need hours.
@@ -250,11 +253,8 @@ def _join(peer_timeout: float) -> Processes:
     address, port = _master()
 
     def connect() -> Any:
-        while True:  # Paddle tries again only every three seconds
-            with contextlib.suppress(OSError):
-                socket.create_connection((address, port), 1).close()
-                break
-            time.sleep(_POLL)
+        if rank == 0:
+            time.sleep(_HOSTED)
         store = core.TCPStore(address, port, False, 0)
         send_at_once((address, port))
         return store

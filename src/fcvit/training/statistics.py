@@ -49,6 +49,7 @@ class Statistics:
     def synchronize(self) -> None:
         """Set the statistics of every micro-batch in every process to their mean over all of them."""
         self._store()
+        join().meet()
         count = len(self.stored) * self.processes
         for position, tensor in enumerate(self.live):
             own = [statistics[position] for statistics in self.stored]

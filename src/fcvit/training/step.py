@@ -101,6 +101,7 @@ class Trainer:
                 self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
                 for name, loss in {**losses, "loss": total}.items():
                     totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.micro_batches.total
+        join().meet()  # here, because the collective in the update cannot be interrupted
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
