@@ -214,7 +214,6 @@ UNREACHABLE = r"process 0 on node-a \(10.77.0.1\) cannot be reached"
 @pytest.mark.parametrize(
     ("command", "fault", "rank", "message"),
     [
-        ("train", killed, 1, SILENT),
         ("train", stopped, 1, SILENT),
         ("train", killed, 0, UNREACHABLE),
         ("train", cut_off, 1, SILENT),
