@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fcvit"
 # Layers from bottom to top. A module may import from its own layer and from the layers below.
 LAYERS = (
-    ("errors", "foreign", "frameworks", "interrupts", "machine", "text", "models.variants"),
+    ("errors", "foreign", "frameworks", "heartbeats", "interrupts", "machine", "text", "models.variants"),
     ("run_folder", "models.maps", "models.spec", "metrics", "verification.equivalence", "processes"),
     ("weights", "data.classes"),
     ("data",),

@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         print("fcvit: interrupted", file=sys.stderr)
+        _report("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -321,4 +322,12 @@ def _fail(message: object, code: int, debug: bool) -> int:
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     print(printable(f"fcvit: {text}"), file=sys.stderr)
+    _report(f"{text} (exit code {code})")
     return code
+
+
+def _report(error: str) -> None:
+    """Tell the other processes of the job that this one fails."""
+    from fcvit.processes import report
+
+    report(error)

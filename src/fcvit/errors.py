@@ -60,6 +60,12 @@ class TrainingStopped(FcvitError, ArithmeticError):
         self.again = again
 
 
+class PeerLost(FcvitError, RuntimeError):
+    """Another process of the job failed, has stopped or cannot be reached."""
+
+    exit_code = 9
+
+
 class FreshWeights(UserWarning):
     """Some weights were missing from the file and keep their initial values."""
 

@@ -76,9 +76,14 @@ def kept() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise again any exception that a signal handler raised in an open `kept` block."""
+    """Raise again any exception that a signal handler raised in an open `kept` block, or that waits to be raised."""
     if _raised and _in_main_thread():
         raise _raised[0]
+
+
+def raise_later(error: BaseException) -> None:
+    """Raise an error of another thread in the main thread, at its next call of `check`."""
+    _raised.append(error)
 
 
 @contextlib.contextmanager

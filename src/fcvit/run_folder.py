@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit.errors import UnreadableFile, UsageError
+from fcvit.heartbeats import at_loss
 from fcvit.interrupts import check, held_back, kept
 from fcvit.text import escape_json
 
@@ -240,7 +241,12 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
         with held_back():  # a second signal must not leave the status "running"
             write_json(path, {**record, **ended})
 
+    def failed(reason: str) -> None:
+        with contextlib.suppress(UnreadableFile):  # the disk itself may have failed
+            write(status="failed", reason=reason)
+
     with _locked(folder):
+        at_loss.append(failed)
         try:
             with kept():
                 write(status="running")
@@ -250,9 +256,10 @@ def _recorded(folder: Path, record: Mapping[str, object]) -> Iterator[None]:
             write(status="interrupted")
             raise
         except BaseException as error:
-            with contextlib.suppress(UnreadableFile):  # the disk itself may have failed
-                write(status="failed", reason=str(error))
+            failed(str(error))
             raise
+        finally:
+            at_loss.remove(failed)
         write(status="finished")
 
 

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from fcvit.commands.options import PreprocessingOptions, all_tasks, decoding_processes, given_options
+from fcvit.commands.options import PeerTimeout, PreprocessingOptions, all_tasks, decoding_processes, given_options
 from fcvit.errors import UsageError
 from fcvit.evaluation import runner
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.settings import Settings
 from fcvit.models.variants import Preprocessing
+from fcvit.processes import PEER_TIMEOUT, join
 from fcvit.weights.reading import Weights
 
 # The command line accepts the options of all tasks. The task of the weights uses its own options.
@@ -34,6 +35,7 @@ def command(
     workers: int | None = None,
     strict: Annotated[bool, Parameter(negative=())] = False,
     record: Annotated[bool, Parameter(parse=False)] = True,
+    peer_timeout: PeerTimeout = PEER_TIMEOUT,
 ) -> Evaluation:
     """Measure accuracy on labeled images.
 
@@ -52,6 +54,7 @@ def command(
         strict: Stop at the first image that cannot be read.
         record: Write the results to a folder.
     """
+    join(peer_timeout)
     workers = decoding_processes(workers)
     changes = pixels.changes() if pixels else None
     if resume is not None:
@@ -78,6 +81,7 @@ def evaluate(
     record: bool = False,
     workers: int = 0,
     strict: bool = False,
+    peer_timeout: float = PEER_TIMEOUT,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     engines: str | Sequence[str] = "auto",
     **options: Any,
@@ -93,6 +97,7 @@ def evaluate(
         workers: Number of processes that decode images while the model computes. 0 decodes in this process. A script
             that uses worker processes must call this function under `if __name__ == "__main__":`.
         strict: Whether to stop at the first image that cannot be read.
+        peer_timeout: Seconds within which all processes of Paddle's launcher end after one of them was lost.
         preprocessing: A preprocessing, or changes to single fields. The protocol is then called "custom".
         engines: Names from `fcvit.inference.engines.ENGINES`, or "auto". All engines get the same batches.
         options: Other options of `fcvit eval`, by the field names of `fcvit.evaluation.settings.Settings` and of the
@@ -105,6 +110,7 @@ def evaluate(
         NumbersDisagree: The logits are not finite.
         fcvit.evaluation.results.NotWritten: The results cannot be written. The error contains them.
     """
+    join(peer_timeout)
     files = [weights] if isinstance(weights, Weights | str | os.PathLike) else list(weights)
     fields = {field.name for field in dataclasses.fields(Settings)}
     chosen: dict[str, Any] = {name: options.pop(name) for name in list(options) if name in fields}

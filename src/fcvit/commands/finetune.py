@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fcvit.commands.options import Device
+from fcvit.commands.options import Device, PeerTimeout
 from fcvit.commands.preview import Preview
 from fcvit.commands.train import PreviewFile, RunFolder, Workers, recipe_options, recipe_overrides, train
 from fcvit.errors import UsageError, counted
 from fcvit.models.variants import VARIANTS, Variant
-from fcvit.processes import join
+from fcvit.processes import PEER_TIMEOUT, join
 from fcvit.tasks.base import DEFAULT_TASK, TASKS, get_task
 from fcvit.tasks.recipe import Recipe
 from fcvit.training.recipe import build_recipe, shipped_text
@@ -34,6 +34,7 @@ def finetune(
     preview: PreviewFile = None,
     device: Device = "auto",
     workers: Workers = None,
+    peer_timeout: PeerTimeout = PEER_TIMEOUT,
     **fields: recipe_options("weights", "data", **DEFAULTS, new_head="automatic", task="automatic"),  # pyrefly: ignore
 ) -> Training | Preview:
     """Fine-tune weights on your own images, by default with a new head and low learning rates in the lower blocks.
@@ -49,6 +50,7 @@ def finetune(
     Raises:
         FcvitError: See `finetune_recipe` and `fcvit.training.run.train`.
     """
+    join(peer_timeout)
     recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields))
     for note in notes:
         logger.info(note)

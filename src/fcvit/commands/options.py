@@ -28,6 +28,10 @@ Classes = Annotated[
 ]
 Device = Annotated[str, Parameter(help="auto (a GPU if one is available), cpu, gpu or gpu:N.")]
 Threads = Annotated[int | None, Parameter(help="Number of CPU threads (default: one per core).")]
+PeerTimeout = Annotated[
+    float,
+    Parameter(help="Seconds within which all processes of Paddle's launcher end after one of them was lost."),
+]
 MaxImages = Annotated[
     int, Parameter(name=["--max-images", "--most"], help="Use at most this many images, evenly sampled.")
 ]

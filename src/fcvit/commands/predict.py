@@ -20,6 +20,7 @@ from fcvit.commands.options import (
     File,
     Flag,
     Output,
+    PeerTimeout,
     Threads,
     all_tasks,
     decoding_processes,
@@ -35,7 +36,7 @@ from fcvit.evaluation.request import Request
 from fcvit.evaluation.settings import absolute
 from fcvit.inference.engines import AUTO, CHOICES
 from fcvit.inference.exported import read_network
-from fcvit.processes import Processes, join
+from fcvit.processes import PEER_TIMEOUT, Processes, join
 from fcvit.tasks.base import task_of
 from fcvit.tasks.predictor import Predictor, load
 from fcvit.weights.reading import Weights
@@ -112,6 +113,7 @@ def predict(
     workers: int | None = None,
     ema: Ema = None,
     csv: Flag = False,
+    peer_timeout: PeerTimeout = PEER_TIMEOUT,
     output: Annotated[Path | None, Output] = None,
 ) -> Predictions:
     """Predict images: the most probable classes of each image, the areas of the classes in it, or its objects.
@@ -133,7 +135,7 @@ def predict(
     if not images:
         raise UsageError("predict: expected at least one image, folder or pattern")
     check_workers(workers)
-    processes = join()
+    processes = join(peer_timeout)
     folder = None if output is None else run_folder(output)
     if output is not None and processes.first:
         _check_output(output, images)

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.commands.options import File, Flag, decoding_processes
+from fcvit.commands.options import File, Flag, PeerTimeout, decoding_processes
 from fcvit.commands.train import default_workers
 from fcvit.errors import UsageError
+from fcvit.processes import PEER_TIMEOUT, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ def resume(
     moved: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
     workers: int | None = None,
     strict: Flag = False,
+    peer_timeout: PeerTimeout = PEER_TIMEOUT,
 ) -> Any:
     """Resume an interrupted evaluation, prediction or training. The results equal those of an uninterrupted run.
 
@@ -61,6 +63,7 @@ def resume(
     from fcvit.evaluation import runner
     from fcvit.training import run as training
 
+    join(peer_timeout)
     given = {name: path for name, path in vars(files or MovedFiles()).items() if path is not None}
     weights = given.pop("weights", None)
     moved = {**(moved or {}), **{name: str(path) for name, path in given.items()}}

@@ -8,10 +8,11 @@ from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
-from fcvit.commands.options import Device, decoding_processes
+from fcvit.commands.options import Device, PeerTimeout, decoding_processes
 from fcvit.commands.preview import Preview, draw_preview
 from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
+from fcvit.processes import PEER_TIMEOUT, join
 from fcvit.tasks.recipe import GROUPS, OTHER_NAMES, Recipe
 from fcvit.training import run
 from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe, several_values
@@ -61,6 +62,7 @@ def train(
     preview: PreviewFile = None,
     device: Device = "auto",
     workers: Workers = None,
+    peer_timeout: PeerTimeout = PEER_TIMEOUT,
     **fields: recipe_options(),  # pyrefly: ignore
 ) -> run.Training | Preview:
     """Train a network with a recipe. Every field of the recipe is also an option, for example --lr 5e-4.
@@ -77,6 +79,7 @@ def train(
         UsageError: The options contradict each other, or a field of the recipe is invalid.
         FcvitError: See `fcvit.training.run`.
     """
+    join(peer_timeout)
     if sum(given is not None for given in (recipe, resume, extend)) != 1:
         raise UsageError("train: expected a recipe, or --resume RUN, or --extend RUN --epochs N")
     overrides = recipe_overrides(fields)

@@ -68,6 +68,8 @@ class BatchRun:
         self.processes, self.folder = processes, folder
         self.batches = range(-(-len(dataset) // batch_size))
         self.resume_command = f"fcvit resume {shlex.quote(str(folder))}"
+        if folder is not None:
+            processes.resume_with(self.resume_command)
         self._key = sha256(identity)
         self._readable: tuple[str, Location] | None = None  # an image that was read
 
@@ -309,11 +311,24 @@ def _describe_change(key: str, before: object, now: object) -> str:
     return f"{key.replace('_', ' ')} changed"
 
 
-def shared_folder(folder: Path | None, processes: Processes) -> Path:
-    """Return the run folder in every process, and create it on machines that do not share it."""
+def shared_folder(folder: Path | None, processes: Processes, writer: str = "") -> Path:
+    """Return the run folder in every process, and create it on machines that do not share it.
+
+    Args:
+        folder: The folder in the first process.
+        processes: The processes of the run.
+        writer: Option with which all processes write into the same file, or "".
+
+    Raises:
+        UsageError: There is such an option, but the machines do not share the folder.
+    """
     path = Path(os.fsdecode(processes.broadcast(os.fsencode(folder.absolute()) if folder else b"")))
     with naming(path):
         path.mkdir(parents=True, exist_ok=True)
+    if not processes.share(path):
+        if writer:
+            raise UsageError(f"{writer}: the machines do not share {path}; use a shared folder, or omit it")
+        logger.info(f"{path}: each machine keeps the records of its own images, so resume the run on the same machines")
     return folder if folder is not None else path
 
 

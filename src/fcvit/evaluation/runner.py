@@ -100,7 +100,7 @@ def evaluate(
                     runs.reject_inside(Path("runs") if folder is None else folder, Path(request.data), f"--data {data}")
                 details = request.to_json() | {"identity": identity}
                 target = stack.enter_context(runs.run_folder(folder, "eval", details))
-            target = shared_folder(target, processes)
+            target = shared_folder(target, processes, "--save-logits" if settings.save_logits else "")
         run = _Run(plan, engines, identity, processes, target, request)
         return run.finish(workers, strict, began)
 

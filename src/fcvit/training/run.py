@@ -253,7 +253,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(on_paddle_device(resolved_device))
             if processes.count > 1:
-                paddle.distributed.init_parallel_env()
+                processes.init_collectives()
             paddle.seed(recipe.seed)
             run = cls(recipe, resolved_device, device, workers, processes, start)
             if workers:
@@ -388,6 +388,12 @@ class Run:
         path = self.processes.broadcast(os.fsencode(self.folder.absolute()) if self.processes.first else b"")
         if not self.processes.first:
             self.folder = folder or Path(os.fsdecode(path))
+        self.processes.resume_with(f"fcvit resume {shlex.quote(str(self.folder))}")
+        if not self.processes.share(self.folder):
+            logger.info(
+                f"{self.folder}: only the machine of process 0 has the run folder; copy it to the same path on the "
+                "other machines before you resume the run"
+            )
 
     def copy_weights(self, source: Path) -> None:
         """Copy the weights files of the run that this run extends, then write the state."""

@@ -7,6 +7,7 @@ how many processes share a step.
 """
 
 from fcvit.frameworks import import_framework
+from fcvit.processes import join
 
 import_framework("paddle")
 
@@ -48,12 +49,13 @@ class Statistics:
     def synchronize(self) -> None:
         """Set the statistics of every micro-batch in every process to their mean over all of them."""
         self._store()
+        join().meet()
         count = len(self.stored) * self.processes
         for position, tensor in enumerate(self.live):
             own = [statistics[position] for statistics in self.stored]
             total = paddle.add_n(own) if len(own) > 1 else tensor.clone()
             if self.processes > 1:
-                paddle.distributed.all_reduce(total)
+                join().all_reduce(total)
             tensor.set_value(total / count)
             for stored in own:
                 stored.set_value(tensor)

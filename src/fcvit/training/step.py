@@ -14,6 +14,7 @@ from fcvit.data.transforms.pixel_batch import CHANNELS, VALUES, PixelBatch
 from fcvit.errors import TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
 from fcvit.interrupts import held_back
+from fcvit.processes import join
 from fcvit.tasks.recipe import Precision, Recipe
 from fcvit.training.batches import MicroBatches
 from fcvit.training.optimizer import (
@@ -103,6 +104,7 @@ class Trainer:
                 self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
                 for name, loss in {**losses, "loss": total}.items():
                     totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.micro_batches.total
+        join().meet()  # here, because the collective in the update cannot be interrupted
         with held_back():
             return self._timed("optimizer", lambda: self._update(totals))
 
@@ -148,7 +150,7 @@ class Trainer:
         gradients: list[Any] = [p.grad for p in self.trained]
         values = paddle.to_tensor(list(losses.values()), gradients[0].dtype)
         flat = paddle.concat([*(g.reshape([-1]) for g in gradients), values])
-        paddle.distributed.all_reduce(flat)
+        join().all_reduce(flat)
         *reduced, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
         for gradient, total in zip(gradients, reduced, strict=True):
             gradient.set_value(total.reshape(gradient.shape))
