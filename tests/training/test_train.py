@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL, classifier_loss, needs_paddle, write_squares
+from conftest import SMALL, classifier_loss, interrupt_in_step, needs_paddle, write_squares
 from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.interrupts import SIGNALS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
@@ -92,27 +93,16 @@ def trained(uninterrupted, tmp_path):
     return shutil.copy(uninterrupted / "last.safetensors", tmp_path / "first" / "last.safetensors")
 
 
-def stop_after(monkeypatch, steps, error):
-    """Make the trainer raise an error after the given number of steps."""
-    from fcvit.training.step import Trainer
-
-    run = Trainer.run
-
-    def failing(self, batches, rate):
-        if self.step == steps:
-            raise error
-        return run(self, batches, rate)
-
-    monkeypatch.setattr(Trainer, "run", failing)
-
-
 @pytest.mark.slow
 def test_a_run_writes_all_its_files_to_its_folder(small, curves, tmp_path, squares, notes):
     recipe = small(ema_decay=0.5, save_every=2)
     done = train(recipe, folder=tmp_path / "run", device="cpu")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
-    assert names == weights | {"state.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml", "run.json"}
+    assert names == weights | {
+        *("state.safetensors", "state-previous.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml"),
+        "run.json",
+    }
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines == list(done.rows) and [row["epoch"] for row in lines] == [1, 2, 3]
     with (tmp_path / "run" / "log.csv").open() as file:
@@ -146,16 +136,20 @@ def test_training_learns_the_task(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
     small, regularized, tmp_path, monkeypatch, step, notes
 ):
-    """Interrupt the run in the first epoch, between two epochs, and in the last epoch."""
+    """Interrupt the run in the first epoch, in the last step of an epoch, in the second epoch, and in the last step.
+
+    Each epoch has two steps of two micro-batches.
+    """
     with monkeypatch.context() as patch:
-        stop_after(patch, step, KeyboardInterrupt())
+        interrupt_in_step(patch, step)
         with pytest.raises(KeyboardInterrupt):
             train(small(**REGULARIZED), folder=tmp_path / "cut", device="cpu")
-    assert notes[-1].endswith(f"fcvit resume {tmp_path / 'cut'}")
+    position = f"step {step % 2 + 1} of 2 of epoch {step // 2 + 1}"
+    assert notes[-1] == f"resume after {position} with: fcvit resume {tmp_path / 'cut'}"
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
     assert state_of(tmp_path / "cut") == state_of(regularized)
@@ -233,7 +227,7 @@ def test_an_extended_run_without_a_copied_state_cannot_be_resumed(one_epoch, tmp
 @pytest.mark.slow
 def test_an_extended_run_can_be_interrupted_and_resumed(uninterrupted, extended, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 6, KeyboardInterrupt())
+        interrupt_in_step(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             extend(uninterrupted, 5, folder=tmp_path / "cut")
     resume(tmp_path / "cut")
@@ -340,10 +334,10 @@ def test_deleted_images_stop_training(small, tmp_path, squares, monkeypatch):
 
     run = Trainer.run
 
-    def delete_images(self, batches, rate):
+    def delete_images(self, *given):
         if self.step == 2:
             shutil.rmtree(squares / "train")
-        return run(self, batches, rate)
+        return run(self, *given)
 
     monkeypatch.setattr(Trainer, "run", delete_images)
     with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*/train.*epoch 1 .*fcvit resume"):
@@ -407,7 +401,7 @@ def test_a_run_is_resumed_with_moved_images(small, uninterrupted, squares, tmp_p
     from fcvit.cli import main
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 4, KeyboardInterrupt())
+        interrupt_in_step(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             train(small(), folder=tmp_path / "run", device="cpu")
     moved = squares.rename(tmp_path / "moved")
@@ -434,7 +428,7 @@ def test_a_run_is_resumed_with_moved_images(small, uninterrupted, squares, tmp_p
 def test_a_run_is_resumed_with_moved_weights(trained, small, tmp_path, monkeypatch):
     """A run that was interrupted in its first epoch needs its initial weights again."""
     with monkeypatch.context() as patch:
-        stop_after(patch, 0, KeyboardInterrupt())
+        interrupt_in_step(patch, 0)
         with pytest.raises(KeyboardInterrupt):
             train(small(weights=str(trained), epochs=1), folder=tmp_path / "run", device="cpu")
     moved = trained.rename(tmp_path / "moved.safetensors")
@@ -463,8 +457,8 @@ def test_nan_weights_are_not_saved(small, tmp_path, monkeypatch):
 
     run = Trainer.run
 
-    def set_nan(self, batches, rate):
-        losses = run(self, batches, rate)
+    def set_nan(self, *given):
+        losses = run(self, *given)
         if self.step == 4:
             self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
         return losses
@@ -542,7 +536,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(small, tmp_path):
         trainer = Trainer(model, recipe, MicroBatches(8, accumulate=count), classifier_loss)
         trainer.train_mode()
         loss = trainer.run(iter(zip(np.split(images, count), np.split(targets, count), strict=True)), 0.1)
-        heads.append((loss["loss"], model.head.weight.numpy()))
+        heads.append((float(loss["loss"]), model.head.weight.numpy()))
     assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
@@ -640,7 +634,7 @@ def test_the_warm_up_of_a_short_finetuning_is_shortened(trained, squares, small,
 def test_the_remaining_time_of_the_run_is_shown_from_the_first_step(small, tmp_path, monkeypatch, capsys):
     from fcvit.report import progress as module
 
-    monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
+    monkeypatch.setattr("fcvit.training.loop.show_progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
     expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in total"
@@ -773,7 +767,7 @@ def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_
     from fcvit.cli import main
     from fcvit.native import operators
 
-    epochs = 2 + moments // 8
+    epochs = 2 + moments
     (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=epochs).to_toml())
     command = ["train", str(tmp_path / "recipe.toml"), "--device", "cpu", "-o"]
     calls, moment, number = 0, 0, signal.SIGINT
@@ -795,9 +789,8 @@ def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_
     words = [*command, str(run := tmp_path / "cut")]
     generator = np.random.default_rng(0)
     for attempt in range(moments):
-        number = (signal.SIGINT, signal.SIGTERM)[attempt % 2]
-        # Some attempts must finish an epoch, but not the run.
-        calls, moment = 0, each_epoch * 5 // 4 if attempt % 8 == 4 else 2 + int(generator.integers(each_epoch))
+        number = SIGNALS[attempt % len(SIGNALS)]
+        calls, moment = 0, 2 + int(generator.integers(each_epoch))
         capsys.readouterr()
         assert main(words) == 130, (attempt, moment)
         assert f"fcvit resume {run}" in capsys.readouterr().err, (attempt, moment)
@@ -814,7 +807,7 @@ def test_resume_continues_training_and_evaluation_runs(small, squares, tmp_path,
     import fcvit
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 3, KeyboardInterrupt())
+        interrupt_in_step(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train(small(), folder=tmp_path / "run", device="cpu")
     done = fcvit.resume(tmp_path / "run")
