@@ -816,3 +816,153 @@ def test_resume_continues_training_and_evaluation_runs(small, squares, tmp_path,
     assert fcvit.resume(tmp_path / "eval").results[0].images == 6
     with pytest.raises(UnreadableFile, match=r"run\.json"):
         fcvit.resume(tmp_path)
+
+
+@pytest.fixture
+def cut(small, tmp_path, monkeypatch):
+    """A run that was interrupted after the first of two steps of its second epoch."""
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), folder=tmp_path / "cut", device="cpu")
+    return tmp_path / "cut"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, {1, 2, 3, 4}), (0, {2, 4}), (1, {2, 3, 4})])
+def test_the_state_is_saved_by_time_and_after_epochs(small, tmp_path, monkeypatch, minutes, saved):
+    """The clock jumps by a minute in the third step, which is the first one of the second epoch."""
+    from fcvit.training import loop, run
+    from fcvit.training.state import BackgroundWrite
+    from fcvit.training.step import Trainer
+
+    steps, clock, write, step = set(), [0.0], run.write_state, Trainer.run
+    monkeypatch.setattr(BackgroundWrite, "running", False)  # a write does not delay the next one
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def jumping(self, *given):
+        clock[0] += 61 if self.step == 2 else 1e-3
+        return step(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", jumping)
+    monkeypatch.setattr(run, "write_state", lambda *given: steps.add(json.loads(given[2])["step"]) or write(*given))
+    train(small(epochs=2, checkpoint_minutes=minutes), folder=tmp_path / "run", device="cpu")
+    assert steps == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_the_previous_state_is_used_if_the_last_one_is_damaged(cut, uninterrupted, notes, damage):
+    path = cut / "state.safetensors"
+    assert read_state(cut)[0].epoch_step == 1
+    path.unlink() if damage == "missing" else os.truncate(path, 1000)
+    resume(cut)
+    note = f"{path}: .*; using the previous state, after epoch 1"
+    assert sum(bool(re.fullmatch(note, text)) for text in notes) == 1
+    assert state_of(cut) == state_of(uninterrupted)
+    assert read_state(cut, "state-previous.safetensors")[0].epoch == 2, "the damaged state was not kept"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_within_an_epoch_can_be_extended(cut, tmp_path, notes):
+    longer = extend(cut, 5, folder=tmp_path / "longer")
+    assert "already done: 1 of 5 epochs and step 1 of 2" not in notes
+    assert [row["step"] for row in longer.rows] == [2, 4, 6, 8, 10]
+    assert longer.rows[1]["lr"] != read_state(cut)[0].rows[0]["lr"]
+
+
+@pytest.mark.slow
+def test_a_state_of_an_earlier_version_is_resumed(small, tmp_path, monkeypatch, uninterrupted):
+    """Its metadata has no position within an epoch, and it has no tensors of losses and unreadable images."""
+    from fcvit.weights import safetensors_file
+
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "state.safetensors"
+    tensors, metadata = safetensors_file.read(path.read_bytes())
+    fields = json.loads(metadata["fcvit_training"])
+    old = {name: fields[name] for name in ("epoch", "step", "best", "rows", "first_updates", "scaler")}
+    del tensors["unreadable"]
+    safetensors_file.write(path, tensors, {"fcvit_training": json.dumps(old)})
+    longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
+    assert [row["epoch"] for row in longer.rows] == [1, 2] and longer.rows[0] == fields["rows"][0]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_saved_within_an_epoch(small, tmp_path, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def set_nan(self, *given):
+        losses = run(self, *given)
+        if self.step == 3:
+            self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
+        return losses
+
+    monkeypatch.setattr(Trainer, "run", set_nan)
+    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 3.* lr .*epoch 1 is saved"):
+        train(small(checkpoint_minutes=1e-9), folder=tmp_path / "run", device="cpu")
+    assert read_state(tmp_path / "run")[0].step == 2
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_vanishes_stops_training(small, uninterrupted, tmp_path, monkeypatch):
+    """The folder is not created again, because it may be the mount point of a disk."""
+    from fcvit.training.step import Trainer
+
+    run, folder = Trainer.run, tmp_path / "run"
+
+    def unmount(self, *given):
+        if self.step == 2:
+            folder.rename(tmp_path / "unmounted")
+        return run(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", unmount)
+        with pytest.raises(UnreadableFile, match=rf"{folder}: .*no longer exists.*after epoch 1 with: fcvit resume"):
+            train(small(), folder=folder, device="cpu")
+    assert not folder.exists()
+    (tmp_path / "unmounted").rename(folder)
+    resume(folder)
+    assert state_of(folder) == state_of(uninterrupted)
+
+
+@pytest.mark.slow
+def test_validation_images_that_vanish_stop_training(small, tmp_path, squares, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def unmount(self, *given):
+        if self.step == 2:
+            (squares / "val").rename(squares / "unmounted")
+        return run(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", unmount)
+    with pytest.raises(TrainingStopped, match=rf"{squares / 'val'}.*resume after .* with: fcvit resume"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.slow
+def test_one_command_starts_a_run_and_continues_it(recipe_file, tmp_path, monkeypatch, capsys):
+    from fcvit.cli import main
+
+    run = tmp_path / "run"
+    words = ["train", str(recipe_file), "--device", "cpu", "--epochs", "2", "--resume-if-exists"]
+    assert main(words) == 2 and "--output" in capsys.readouterr().err
+    words += ["-o", str(run)]
+    run.mkdir()
+    (run / "run.json").touch()  # a process was killed before it could begin
+    (run / ".lock").touch()
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2, signal.SIGTERM)
+        assert main(words) == 130
+    err = capsys.readouterr().err
+    assert f"{run} contains no run, so a new run starts" in err and "after step 1 of 2 of epoch 2 with: fcvit" in err
+    assert main([*words, "--lr", "1e-4"]) == 2
+    err = capsys.readouterr().err
+    assert f"{run}: the run in this folder has another recipe (lr is 0.005, not 0.0001)" in err
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert f"{run} contains this run, so it is resumed" in err and "already done: 1 of 2 epochs and step 1 of 2" in err
+    assert main(words) == 0, "a finished run is finished"

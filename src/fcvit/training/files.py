@@ -52,6 +52,19 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
     return record, recipe
 
 
+def run_exists(folder: Path) -> bool:
+    """Return whether a folder contains a run, after removing what a process left that was killed before it began.
+
+    Such a process has claimed the folder with an empty `run.json` (see `fcvit.run_folder`).
+    """
+    path = folder / "run.json"
+    if path.exists() and not path.stat().st_size:
+        remove_temporary(folder)
+        path.unlink()
+        (folder / ".lock").unlink(missing_ok=True)
+    return path.exists()
+
+
 def has_state(folder: Path) -> bool:
     """Return whether the run in `folder` has saved a state."""
     return any((folder / name).exists() for name in (STATE, PREVIOUS))

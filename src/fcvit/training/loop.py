@@ -107,7 +107,7 @@ def train_epochs(run: "Run") -> Training:
         run.processes.broadcast(b"")  # wait here, because a collective of gloo times out after 30 seconds
         while run.progress.epoch < run.recipe.total_epochs and not loop.out_of_patience():
             loop.epoch(run.progress.epoch, log)
-            run.processes.broadcast(b"")
+            loop.meet()
     finally:
         if log:
             log.close()
@@ -209,9 +209,16 @@ class Loop:
                     self._save_step()
                 if requests["stop"]:
                     self.write.finish()
-                    # The launcher ends all processes soon after the first one has ended.
-                    self.run.processes.broadcast(b"")
+                    self.meet()
                     raise KeyboardInterrupt
+
+    def meet(self) -> None:
+        """Wait for the first process, which then waits for all others.
+
+        The launcher ends all processes soon after the first one has ended, and process 0 hosts the key-value store.
+        """
+        self.run.processes.broadcast(b"")
+        self.run.processes.gather(b"")
 
     def _requests(self, interrupted: Callable[[], bool]) -> dict[str, float]:
         """Return the values of this process on which all processes must agree (see `_read`)."""
@@ -322,6 +329,13 @@ class Loop:
             raise TrainingStopped(
                 f"the outputs of the network are no longer finite ({error}): {DIVERGED}", False
             ) from error
+        except BadImages as error:
+            raise TrainingStopped(f"{error}, so check {self.task.val.root}") from error
+        if 2 * len(evaluation.unreadable) > len(self.task.val):
+            raise TrainingStopped(
+                f"{len(evaluation.unreadable)} of {len(self.task.val)} validation images cannot be read "
+                f"({evaluation.unreadable[0]}), so check {self.task.val.root}"
+            )
         self._record_unreadable(evaluation.unreadable)
         row = {}
         for ema, result in zip(kinds, evaluation.report.results, strict=True):

@@ -98,6 +98,44 @@ def resume(
             return train_epochs(run)
 
 
+def resume_or_train(
+    recipe: Recipe, *, folder: str | os.PathLike[str], device: str = "auto", workers: int = 0
+) -> Training:
+    """Resume the run in a folder if it exists, and start it otherwise. A note reports which of the two is done.
+
+    Args:
+        recipe: Recipe of the run.
+        folder: Folder of the run.
+        device: Device of a new run. An existing run continues on its own device.
+        workers: See `train`.
+
+    Raises:
+        UsageError: The run in the folder has another recipe.
+        FcvitError: See `train` and `resume`.
+    """
+    path = Path(folder)
+    # The first process decides, because it creates the folder while the others are still looking for it.
+    exists = join().broadcast(b"1" if files.run_exists(path) else b"0") == b"1"
+    if not exists:
+        logger.info(f"{path} contains no run, so a new run starts")
+        return train(recipe, folder=path, device=device, workers=workers)
+    record, stored = files.read_record(path)
+    recipe = _with_paths(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
+    if recipe.operators == "auto":  # the run keeps what "auto" selected
+        recipe = dataclasses.replace(recipe, operators=stored.operators)
+    own, other = dataclasses.asdict(stored), dataclasses.asdict(recipe)
+    changed = [f"{name} is {own.get(name)!r}, not {other[name]!r}" for name in other if own.get(name) != other[name]]
+    if device not in ("auto", record["device"]):
+        changed.append(f"the device is {record['device']}, not {device}")
+    if changed:
+        raise UsageError(
+            f"{path}: the run in this folder has another recipe ({', '.join(changed)}); choose another folder, or "
+            f"continue the run with: fcvit resume {shlex.quote(str(path))}"
+        )
+    logger.info(f"{path} contains this run, so it is resumed")
+    return resume(path, workers=workers)
+
+
 def extend(
     source: str | os.PathLike[str],
     epochs: int,
