@@ -78,6 +78,19 @@ def remembered() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Deliver SIGTERM and SIGUSR1 after the block, or to another thread: Paddle's store fails when it is interrupted."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Raise the exception of a signal handler again if the block ends with a different error.
 

@@ -15,7 +15,7 @@ from fcvit.errors import DIVERGED, BadImages, NumbersDisagree, TrainingStopped, 
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.runner import evaluate_split
 from fcvit.evaluation.settings import Settings
-from fcvit.interrupts import check, held_back, remembered
+from fcvit.interrupts import blocked, check, held_back, remembered
 from fcvit.report.progress import duration
 from fcvit.report.progress import progress as show_progress
 from fcvit.training.batches import epoch_batches
@@ -217,8 +217,9 @@ class Loop:
 
         The launcher ends all processes soon after the first one has ended, and process 0 hosts the key-value store.
         """
-        self.run.processes.broadcast(b"")
-        self.run.processes.gather(b"")
+        with blocked():
+            self.run.processes.broadcast(b"")
+            self.run.processes.gather(b"")
 
     def _requests(self, interrupted: Callable[[], bool]) -> dict[str, float]:
         """Return the values of this process on which all processes must agree (see `_read`)."""
@@ -253,7 +254,8 @@ class Loop:
     def _save_step(self) -> None:
         """Start to write the state after a step. All processes must call this together."""
         self._gather_unreadable()
-        values = self.run.processes.gather(self.trainer.statistics.values().tobytes())
+        with blocked():
+            values = self.run.processes.gather(self.trainer.statistics.values().tobytes())
         self.progress.epoch_seconds = time.perf_counter() - self.began
         if self.first:
             rows = self.run.micro_batches.total
@@ -306,7 +308,9 @@ class Loop:
 
     def _gather_unreadable(self) -> None:
         """Collect the unreadable images of all processes in the first process, which reports them."""
-        for reasons in self.run.processes.gather(json.dumps(self.progress.unreadable).encode()):
+        with blocked():
+            gathered = self.run.processes.gather(json.dumps(self.progress.unreadable).encode())
+        for reasons in gathered:
             self._record_unreadable(json.loads(reasons))
 
     def _weights(self, ema: bool) -> Weights:
