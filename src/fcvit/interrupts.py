@@ -79,7 +79,7 @@ def remembered() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Deliver SIGTERM and SIGUSR1 after the block, or to another thread: Paddle's store fails when it is interrupted."""
+    """Deliver SIGTERM and SIGUSR1 later or to another thread, because Paddle's store fails if they interrupt it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

