@@ -135,6 +135,7 @@ class Loop:
         self.write = BackgroundWrite()
         self.saved_at = self.read_at = time.monotonic()
         self.steps_per_read = 1
+        self.slow_disk = False  # True if a note has reported this
         self.best_key = f"best_{self.task.score}"
 
     def epoch(self, epoch: int, log: Log | None) -> None:
@@ -225,10 +226,16 @@ class Loop:
         """Return the values of this process on which all processes must agree (see `_read`)."""
         now = time.monotonic()
         pause = self.recipe.checkpoint_minutes * 60
-        due = self.first and 0 < pause <= now - self.saved_at and not self.write.running
+        due = self.first and 0 < pause <= now - self.saved_at
+        if due and self.write.running and not self.slow_disk:
+            self.slow_disk = True
+            logger.info(
+                f"writing the state takes longer than {self.recipe.checkpoint_minutes:g} minutes, so it is "
+                f"saved less often; check the disk of {self.run.folder}"
+            )
         return {
             "stop": float(interrupted()),
-            "save": float(due),
+            "save": float(due and not self.write.running),
             "seconds": (now - self.read_at) / self.run.processes.count,
         }
 

@@ -492,7 +492,7 @@ class Run:
             logger.info(f"{error}; using the previous state, after {self.progress.describe(self.steps)}")
         self.saved = self.progress.describe(self.steps)
         try:
-            if self.progress.epoch_step > self.steps:
+            if not 0 <= self.progress.epoch_step <= self.steps:
                 raise UnreadableFile(f"the state is after {self.saved}")
             self.trainer.restore(tensors, self.progress.step, self.progress.scaler)
         except UnreadableFile as error:

@@ -130,7 +130,8 @@ def read_state(folder: Path, name: str = STATE) -> tuple[Progress, dict[str, np.
         fields["losses"] = {name: values.tolist() for name, values in losses.items()}
         progress = Progress(**fields)
         counters = (progress.epoch, progress.step, progress.epoch_step)
-        if not (all(type(counter) is int for counter in counters) and isinstance(progress.rows, list)):
+        lists = (progress.rows, progress.unreadable)
+        if not (all(type(counter) is int for counter in counters) and all(isinstance(each, list) for each in lists)):
             raise TypeError("its counters are missing")
         if any(values.shape != (progress.epoch_step,) for values in losses.values()):
             raise ValueError("the number of losses differs from the number of steps")
