@@ -135,8 +135,8 @@ def assert_close(one, other):
 def trainings(tmp_path_factory):
     trainings = Trainings(tmp_path_factory.mktemp("runs"))
     yield trainings
-    trainings.server.stdin.close()
-    assert trainings.server.wait(timeout=30) == 0
+    trainings.server.communicate(timeout=30)
+    assert trainings.server.returncode == 0
 
 
 @pytest.fixture(scope="module")
