@@ -200,7 +200,8 @@ def test_a_run_of_two_processes_is_continued_by_one_and_by_two_again(trainings, 
 
 @pytest.mark.ci
 def test_a_run_of_one_process_is_continued_by_four(trainings):
-    fields = {"accumulate": 4, "batch_size": 16}
+    # With a larger eps, AdamW does not amplify the rounding of gradients that are almost zero.
+    fields = {"accumulate": 4, "batch_size": 16, "eps": 1e-3}
     alone = trainings.uninterrupted("four-micro-batches", **fields)
     folder = trainings.root / "by-four"
     assert trainings.run(trainings.command(folder, **fields), step=1) == [130]
