@@ -164,6 +164,20 @@ def training_checkpoint(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def interrupt_in_step(monkeypatch, step, number=signal.SIGINT):
+    """Send a signal to this process at the beginning of an optimizer step, counted from 0 over the whole run."""
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def interrupted(self, *given):
+        if self.step == step:
+            signal.raise_signal(number)
+        return run(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", interrupted)
+
+
 def classifier_loss(outputs, targets):
     import paddle
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from fcvit import interrupts
-from fcvit.interrupts import check, held_back, kept
+from fcvit.interrupts import check, held_back, kept, remembered
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -128,3 +128,42 @@ def test_other_errors_are_not_changed():
     with pytest.raises(OSError, match="disk"), kept():
         raise OSError("disk")
     check()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered_until_the_end_of_the_block(number):
+    steps = []
+    with pytest.raises(KeyboardInterrupt), remembered() as interrupted:
+        for _ in range(2):
+            steps.append(interrupted())
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # within a second, so it counts as the same
+        steps.append(interrupted())
+    assert steps == [False, True, True]
+
+
+def test_the_second_ctrl_c_stops_a_block_at_once(monkeypatch):
+    """Repeated SIGTERM does not, because Paddle's launcher sends it several times."""
+    clock, steps = [0.0], []
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: clock[0])
+    with pytest.raises(KeyboardInterrupt), remembered():
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            clock[0] += 2
+            signal.raise_signal(number)
+            steps.append(number)
+    assert steps == [signal.SIGTERM, signal.SIGTERM]
+
+
+def test_remembering_replaces_default_handlers_but_not_ignored_signals():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), remembered() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler)

@@ -215,9 +215,9 @@ def _shown_notes(level: int, debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptions(keep: bool) -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C: clean up, and print how to resume.
+    """Handle SIGTERM and SIGUSR1 like Ctrl-C: clean up, and print how to resume.
 
-    Signals within one second count as one, because Paddle's launcher forwards signals that the terminal already sent.
+    Signals within one second count as one (see `fcvit.interrupts.SAME_PRESS`).
 
     Args:
         keep: Whether to leave the handlers in place, because the process ends after the command.
@@ -227,16 +227,16 @@ def _interruptions(keep: bool) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         nonlocal last
         now, before = time.monotonic(), last
-        if now - before > 1:
+        if now - before > interrupts.SAME_PRESS:
             last = now
             raise KeyboardInterrupt
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in interrupts.SIGNALS:
                 before = signal.getsignal(number)
                 # A shell makes background processes ignore Ctrl-C. Keep this.
-                if before is not None and (number == signal.SIGTERM or before is signal.default_int_handler):
+                if before is not None and (number != signal.SIGINT or before is signal.default_int_handler):
                     signal.signal(number, interrupt)
                     if not keep:
                         stack.callback(signal.signal, number, before)

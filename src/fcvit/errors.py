@@ -66,6 +66,10 @@ class PeerLost(FcvitError, RuntimeError):
     exit_code = 9
 
 
+DIVERGED = "resuming would fail in the same way, so lower lr or limit the gradient with clip_norm"
+"""The remedy in the message of a run whose losses or weights are no longer finite."""
+
+
 class FreshWeights(UserWarning):
     """Some weights were missing from the file and keep their initial values."""
 

@@ -86,6 +86,10 @@ class Heartbeats:
         self._beating.join(None if waits_for_all else self._grace)
 
     def _beat(self) -> None:
+        with interrupts.blocked():  # the main thread receives the signals
+            self._connect_and_exchange()
+
+    def _connect_and_exchange(self) -> None:
         try:
             store = self._connect()
             store.set(f"fcvit/host/{self._rank}", self._host.encode())

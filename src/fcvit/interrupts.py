@@ -1,4 +1,4 @@
-"""Make sure that no SIGINT or SIGTERM is lost.
+"""Make sure that no SIGINT, SIGTERM or SIGUSR1 is lost.
 
 Python can run a signal handler between any two instructions of the main thread, also in a function called by C code.
 A KeyboardInterrupt raised there may be swallowed or replaced by another error. Paddle turns it into an OSError in the
@@ -10,8 +10,14 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""The signals that interrupt a command. Schedulers such as Slurm can send SIGUSR1 before they end a job."""
+SAME_PRESS = 1.0
+"""Seconds in which several signals count as one. Paddle's launcher forwards signals that the terminal already sent."""
 
 _NOTE = b"fcvit: note: stopping after the current step; press Ctrl-C again to stop at once\n"
 _STACK = 64  # bytes, more than any system's `stack_t`
@@ -20,7 +26,7 @@ _raised: list[BaseException] = []  # exceptions that signal handlers raised in t
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the end of the block, then pass them to the previous handler.
+    """Delay these signals until the end of the block, then pass them to the previous handler.
 
     The third Ctrl-C in one block ends the process, in case the block never finishes. This does nothing outside the
     main thread, because only the main thread runs signal handlers.
@@ -41,6 +47,47 @@ def held_back() -> Iterator[None]:
     finally:
         if received:
             signal.raise_signal(received[0])
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[Callable[[], bool]]:
+    """Remember the signals in a block instead of raising an exception, and yield a function that tells if one arrived.
+
+    The block finishes its work and ends by itself. If it ends without an error after a signal, a KeyboardInterrupt is
+    raised. Ctrl-C after the first signal is passed to the previous handler, which stops the block at once. Repeated
+    SIGTERM and SIGUSR1 are ignored, because Paddle's launcher sends SIGTERM several times. Signals that the process
+    ignores stay ignored.
+    """
+    first: list[float] = []
+
+    def remembering(before: Callable[..., Any] | None) -> Callable[..., Any]:
+        def handler(number: int, frame: object) -> None:
+            if not first:
+                first.append(time.monotonic())
+            elif number == signal.SIGINT and time.monotonic() - first[0] > SAME_PRESS:
+                if before is None:
+                    raise KeyboardInterrupt
+                before(number, frame)
+
+        return handler
+
+    with _handled(remembering, default=True):
+        yield lambda: bool(first)
+    if first:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Deliver signals after the block, because Paddle's key-value store fails if they interrupt it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -107,20 +154,29 @@ def _in_main_thread() -> bool:
 
 
 @contextlib.contextmanager
-def _handled(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the SIGINT and SIGTERM handlers for a block if they are Python functions, in the main thread only."""
-    before: list[tuple[int, Callable[..., Any]]] = []
+def _handled(change: Callable[[Any], Callable[..., Any]], default: bool = False) -> Iterator[None]:
+    """Replace the handlers of the signals for a block, in the main thread only.
+
+    Args:
+        change: Function that returns the new handler, given the previous one.
+        default: Replace the system's default handler, too, for which `change` gets None. Otherwise only Python
+            functions are replaced.
+    """
+    before: list[tuple[int, Any]] = []
     if _in_main_thread():
-        before += [(n, handler) for n in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(n))]
+        handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
+        before += [
+            (n, handler) for n, handler in handlers if callable(handler) or (default and handler is signal.SIG_DFL)
+        ]
     try:
         for number, handler in tuple(before):
-            signal.signal(number, change(handler))
+            signal.signal(number, change(handler if callable(handler) else None))
         yield
     finally:
         _restore(before)
 
 
-def _restore(handlers: list[tuple[int, Callable[..., Any]]]) -> None:
+def _restore(handlers: list[tuple[int, Any]]) -> None:
     """Restore signal handlers. Nested `finally` clauses are needed because a restored handler may raise at once."""
     if handlers:
         try:

@@ -32,6 +32,22 @@ _LOOK = 1  # seconds between two looks whether a process has ended that others w
 _APPEARS = 5  # seconds until a network file system shows a new file on another machine
 
 
+class _Store:
+    """Paddle's key-value store. Signals are delivered between its calls."""
+
+    def __init__(self, store: Any):
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._store, name)
+
+        def uninterrupted(*arguments: Any) -> Any:
+            with interrupts.blocked():
+                return call(*arguments)
+
+        return uninterrupted
+
+
 @dataclasses.dataclass
 class Processes:
     """The processes of a job, seen from one process. All processes must make the same calls in the same order.
@@ -110,9 +126,11 @@ class Processes:
     def all_reduce(self, tensor: Any) -> None:
         """Replace a tensor of Paddle by its sum over all processes.
 
-        Call `meet` before. Gloo gives up 30 seconds after the first process has called it, and Paddle 3.3.1 cannot
-        change this limit.
+        Gloo gives up 30 seconds after the first process has called it, and Paddle 3.3.1 cannot change this limit. On a
+        CPU the processes therefore wait for each other before.
         """
+        if tensor.place.is_cpu_place():
+            self.meet()
         with self._translated():
             import_framework("paddle").distributed.all_reduce(tensor)
 
@@ -265,7 +283,7 @@ def _join(peer_timeout: float) -> Processes:
     os.environ.setdefault("PADDLE_PG_TIMEOUT", str(int(peer_timeout * 1000)))  # of NCCL, in milliseconds
     store = core.create_or_get_global_tcp_store()
     send_at_once((address, port))
-    job = Processes(rank, count, store, heartbeats, int(os.environ.get("PADDLE_NNODES") or 1))
+    job = Processes(rank, count, _Store(store), heartbeats, int(os.environ.get("PADDLE_NNODES") or 1))
     # An uncaught error of a Python program that calls this package is in `sys.last_value`.
     atexit.register(lambda: job.leave(repr(error) if (error := getattr(sys, "last_value", None)) else ""))
     return job

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,12 +84,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def staged_files(paths: Sequence[Path], overwrite: bool = False) -> Iterator[Path]:
+def staged_files(paths: Sequence[Path], overwrite: bool = False, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder. Files written to it move to their final paths if the block ends without an error.
 
     Args:
         paths: The final paths, all in one folder. Files move in this order. If the last move fails, all are undone.
         overwrite: Whether existing files may be replaced.
+        previous: Path that keeps the file that the last of `paths` replaces.
 
     Raises:
         UsageError: A path exists and `overwrite` is False, or it is not a file.
@@ -105,15 +107,28 @@ def staged_files(paths: Sequence[Path], overwrite: bool = False) -> Iterator[Pat
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent) as name:
             yield Path(name)
             written = [path for path in paths if (Path(name) / path.name).exists()]
-            os.umask(umask := os.umask(0))
+            ordinary = Path(name) / f"{TEMPORARY}mode"
+            ordinary.touch()  # some libraries create private files
             for path in written:
                 temporary = Path(name) / path.name
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
-                temporary.chmod(0o666 & ~umask)  # some libraries create private files
+                temporary.chmod(stat.S_IMODE(ordinary.stat().st_mode))
+            if previous is not None and paths[-1].exists():
+                _keep(paths[-1], previous, Path(name))
             _replace_all(Path(name), written)
     except OSError as error:
         raise UnreadableFile(f"{paths[-1]}: cannot be written: {error.strerror or error}") from error
+
+
+def _keep(path: Path, previous: Path, temporary: Path) -> None:
+    """Replace `previous` with a file that is about to be replaced. The file also stays at its own path, if possible."""
+    try:
+        os.link(path, temporary / f"previous-{path.name}")
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+    else:
+        os.replace(temporary / f"previous-{path.name}", previous)
 
 
 def _replace_all(folder: Path, paths: Sequence[Path]) -> None:

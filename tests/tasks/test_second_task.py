@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import fcvit
-from conftest import SMALL, needs_paddle
+from conftest import SMALL, interrupt_in_step, needs_paddle
 from fcvit.cli import main
 from fcvit.errors import UsageError
 from fcvit.evaluation import runner
@@ -56,7 +56,7 @@ def test_a_second_task_trains_resumes_evaluates_and_predicts(images, recipe, mon
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run", lambda *given: steps.append(run(*given)) or steps[-1])
         done = train(recipe, folder=images / "run", device="cpu")
-    means = np.mean([[step["loss"] for step in steps]], axis=0).reshape(len(done.rows), -1).mean(1)
+    means = np.mean([[float(step["loss"]) for step in steps]], axis=0).reshape(len(done.rows), -1).mean(1)
     assert [row["loss"] for row in done.rows] == pytest.approx(means)
     assert done.rows[-1]["loss"] < done.rows[0]["loss"] and done.best["best_accuracy"] > 0.5
     row = done.rows[0]
@@ -64,13 +64,7 @@ def test_a_second_task_trains_resumes_evaluates_and_predicts(images, recipe, mon
     assert any("brightness" in (images / "run" / name).read_text() for name in ("run.json", "recipe.toml"))
 
     with monkeypatch.context() as patch:
-
-        def failing(self, *given):
-            if self.step == 5:
-                raise KeyboardInterrupt
-            return run(self, *given)
-
-        patch.setattr(Trainer, "run", failing)
+        interrupt_in_step(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, folder=images / "cut", device="cpu")
     resume(images / "cut")

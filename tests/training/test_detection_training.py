@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL_DETECTION, needs_paddle, write_detector, write_shapes, write_synthetic
+from conftest import SMALL_DETECTION, interrupt_in_step, needs_paddle, write_detector, write_shapes, write_synthetic
 from fcvit.commands.finetune import finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.class_colors import bright_colors
@@ -105,18 +105,9 @@ def state_of(folder):
 
 @pytest.mark.slow
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(small, uninterrupted, tmp_path, monkeypatch):
-    from fcvit.training.step import Trainer
-
-    run = Trainer.run
-
-    def failing(self, batches, rate):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return run(self, batches, rate)
-
     with without_pictures():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "run", failing)
+            interrupt_in_step(patch, 3)
             train(small(**REGULARIZED), folder=tmp_path / "run", device="cpu")
         assert read_state(tmp_path / "run")[0].epoch == 1
         resume(tmp_path / "run")

@@ -89,7 +89,9 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(small):
     trainer = Trainer(model, recipe, MicroBatches(8), classifier_loss)
     trainer.train_mode()
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
-    losses = [trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01)["loss"] for _ in range(3)]
+    losses = [
+        float(trainer.run(iter([(images, np.eye(2, dtype=np.float32)[[0, 1] * 4])]), 0.01)["loss"]) for _ in range(3)
+    ]
     assert losses[0] > losses[1] > losses[2], (
         "without drop path in the frozen backbone, the loss decreases in each step"
     )

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL, classifier_loss, needs_paddle, write_squares
+from conftest import SMALL, classifier_loss, interrupt_in_step, needs_paddle, write_squares
 from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.classes import ClassName
 from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.interrupts import SIGNALS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.run import extend, resume, train
 from fcvit.training.schedule import learning_rate
@@ -92,27 +93,16 @@ def trained(uninterrupted, tmp_path):
     return shutil.copy(uninterrupted / "last.safetensors", tmp_path / "first" / "last.safetensors")
 
 
-def stop_after(monkeypatch, steps, error):
-    """Make the trainer raise an error after the given number of steps."""
-    from fcvit.training.step import Trainer
-
-    run = Trainer.run
-
-    def failing(self, batches, rate):
-        if self.step == steps:
-            raise error
-        return run(self, batches, rate)
-
-    monkeypatch.setattr(Trainer, "run", failing)
-
-
 @pytest.mark.slow
 def test_a_run_writes_all_its_files_to_its_folder(small, curves, tmp_path, squares, notes):
     recipe = small(ema_decay=0.5, save_every=2)
     done = train(recipe, folder=tmp_path / "run", device="cpu")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"last.safetensors", "last-ema.safetensors", "best.safetensors", "epoch-0002.safetensors"}
-    assert names == weights | {"state.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml", "run.json"}
+    assert names == weights | {
+        *("state.safetensors", "state-previous.safetensors", "log.jsonl", "log.csv", "curves.png", "recipe.toml"),
+        "run.json",
+    }
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines == list(done.rows) and [row["epoch"] for row in lines] == [1, 2, 3]
     with (tmp_path / "run" / "log.csv").open() as file:
@@ -146,16 +136,20 @@ def test_training_learns_the_task(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
 def test_an_interrupted_and_resumed_run_gives_bit_identical_results(
     small, regularized, tmp_path, monkeypatch, step, notes
 ):
-    """Interrupt the run in the first epoch, between two epochs, and in the last epoch."""
+    """Interrupt the run in the first epoch, in the last step of an epoch, in the second epoch, and in the last step.
+
+    Each epoch has two steps of two micro-batches.
+    """
     with monkeypatch.context() as patch:
-        stop_after(patch, step, KeyboardInterrupt())
+        interrupt_in_step(patch, step)
         with pytest.raises(KeyboardInterrupt):
             train(small(**REGULARIZED), folder=tmp_path / "cut", device="cpu")
-    assert notes[-1].endswith(f"fcvit resume {tmp_path / 'cut'}")
+    position = f"step {step % 2 + 1} of 2 of epoch {step // 2 + 1}"
+    assert notes[-1] == f"resume after {position} with: fcvit resume {tmp_path / 'cut'}"
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "cut")
     assert state_of(tmp_path / "cut") == state_of(regularized)
@@ -238,7 +232,7 @@ def test_an_extended_run_without_a_copied_state_cannot_be_resumed(one_epoch, tmp
 @pytest.mark.slow
 def test_an_extended_run_can_be_interrupted_and_resumed(uninterrupted, extended, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 6, KeyboardInterrupt())
+        interrupt_in_step(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             extend(uninterrupted, 5, folder=tmp_path / "cut")
     resume(tmp_path / "cut")
@@ -345,10 +339,10 @@ def test_deleted_images_stop_training(small, tmp_path, squares, monkeypatch):
 
     run = Trainer.run
 
-    def delete_images(self, batches, rate):
+    def delete_images(self, *given):
         if self.step == 2:
             shutil.rmtree(squares / "train")
-        return run(self, batches, rate)
+        return run(self, *given)
 
     monkeypatch.setattr(Trainer, "run", delete_images)
     with pytest.raises(TrainingStopped, match=r"8 of 8 images .*No such file.*/train.*epoch 1 .*fcvit resume"):
@@ -412,7 +406,7 @@ def test_a_run_is_resumed_with_moved_images(small, uninterrupted, squares, tmp_p
     from fcvit.cli import main
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 4, KeyboardInterrupt())
+        interrupt_in_step(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             train(small(), folder=tmp_path / "run", device="cpu")
     moved = squares.rename(tmp_path / "moved")
@@ -439,7 +433,7 @@ def test_a_run_is_resumed_with_moved_images(small, uninterrupted, squares, tmp_p
 def test_a_run_is_resumed_with_moved_weights(trained, small, tmp_path, monkeypatch):
     """A run that was interrupted in its first epoch needs its initial weights again."""
     with monkeypatch.context() as patch:
-        stop_after(patch, 0, KeyboardInterrupt())
+        interrupt_in_step(patch, 0)
         with pytest.raises(KeyboardInterrupt):
             train(small(weights=str(trained), epochs=1), folder=tmp_path / "run", device="cpu")
     moved = trained.rename(tmp_path / "moved.safetensors")
@@ -468,8 +462,8 @@ def test_nan_weights_are_not_saved(small, tmp_path, monkeypatch):
 
     run = Trainer.run
 
-    def set_nan(self, batches, rate):
-        losses = run(self, batches, rate)
+    def set_nan(self, *given):
+        losses = run(self, *given)
         if self.step == 4:
             self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
         return losses
@@ -547,7 +541,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(small, tmp_path):
         trainer = Trainer(model, recipe, MicroBatches(8, accumulate=count), classifier_loss)
         trainer.train_mode()
         loss = trainer.run(iter(zip(np.split(images, count), np.split(targets, count), strict=True)), 0.1)
-        heads.append((loss["loss"], model.head.weight.numpy()))
+        heads.append((float(loss["loss"]), model.head.weight.numpy()))
     assert heads[0][0] == pytest.approx(heads[1][0], rel=1e-6)
     assert heads[0][1] == pytest.approx(heads[1][1], abs=1e-5)
 
@@ -645,7 +639,7 @@ def test_the_warm_up_of_a_short_finetuning_is_shortened(trained, squares, small,
 def test_the_remaining_time_of_the_run_is_shown_from_the_first_step(small, tmp_path, monkeypatch, capsys):
     from fcvit.report import progress as module
 
-    monkeypatch.setattr("fcvit.training.loop.progress", functools.partial(module.progress, every=0))
+    monkeypatch.setattr("fcvit.training.loop.show_progress", functools.partial(module.progress, every=0))
     train(small(epochs=2), folder=tmp_path / "run", device="cpu")
     lines = capsys.readouterr().err.splitlines()
     expected = r"epoch 1 of 2: 8 of 16 images, [0-9.]+ images/s, \d:\d\d:\d\d left, \d:\d\d:\d\d left in total"
@@ -778,7 +772,7 @@ def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_
     from fcvit.cli import main
     from fcvit.native import operators
 
-    epochs = 2 + moments // 8
+    epochs = 2 + moments
     (tmp_path / "recipe.toml").write_text(small(operators="native", epochs=epochs).to_toml())
     command = ["train", str(tmp_path / "recipe.toml"), "--device", "cpu", "-o"]
     calls, moment, number = 0, 0, signal.SIGINT
@@ -800,9 +794,8 @@ def test_a_signal_at_any_moment_interrupts_cleanly_and_loses_nothing(small, tmp_
     words = [*command, str(run := tmp_path / "cut")]
     generator = np.random.default_rng(0)
     for attempt in range(moments):
-        number = (signal.SIGINT, signal.SIGTERM)[attempt % 2]
-        # Some attempts must finish an epoch, but not the run.
-        calls, moment = 0, each_epoch * 5 // 4 if attempt % 8 == 4 else 2 + int(generator.integers(each_epoch))
+        number = SIGNALS[attempt % len(SIGNALS)]
+        calls, moment = 0, 2 + int(generator.integers(each_epoch))
         capsys.readouterr()
         assert main(words) == 130, (attempt, moment)
         assert f"fcvit resume {run}" in capsys.readouterr().err, (attempt, moment)
@@ -819,7 +812,7 @@ def test_resume_continues_training_and_evaluation_runs(small, squares, tmp_path,
     import fcvit
 
     with monkeypatch.context() as patch:
-        stop_after(patch, 3, KeyboardInterrupt())
+        interrupt_in_step(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train(small(), folder=tmp_path / "run", device="cpu")
     done = fcvit.resume(tmp_path / "run")
@@ -828,3 +821,153 @@ def test_resume_continues_training_and_evaluation_runs(small, squares, tmp_path,
     assert fcvit.resume(tmp_path / "eval").results[0].images == 6
     with pytest.raises(UnreadableFile, match=r"run\.json"):
         fcvit.resume(tmp_path)
+
+
+@pytest.fixture
+def cut(small, tmp_path, monkeypatch):
+    """A run that was interrupted after the first of two steps of its second epoch."""
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), folder=tmp_path / "cut", device="cpu")
+    return tmp_path / "cut"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, {1, 2, 3, 4}), (0, {2, 4}), (1, {2, 3, 4})])
+def test_the_state_is_saved_by_time_and_after_epochs(small, tmp_path, monkeypatch, minutes, saved):
+    """The clock jumps by a minute in the third step, which is the first one of the second epoch."""
+    from fcvit.training import loop, run
+    from fcvit.training.state import BackgroundWrite
+    from fcvit.training.step import Trainer
+
+    steps, clock, write, step = set(), [0.0], run.write_state, Trainer.run
+    monkeypatch.setattr(BackgroundWrite, "running", False)  # a write does not delay the next one
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def jumping(self, *given):
+        clock[0] += 61 if self.step == 2 else 1e-3
+        return step(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", jumping)
+    monkeypatch.setattr(run, "write_state", lambda *given: steps.add(json.loads(given[2])["step"]) or write(*given))
+    train(small(epochs=2, checkpoint_minutes=minutes), folder=tmp_path / "run", device="cpu")
+    assert steps == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_the_previous_state_is_used_if_the_last_one_is_damaged(cut, uninterrupted, notes, damage):
+    path = cut / "state.safetensors"
+    assert read_state(cut)[0].epoch_step == 1
+    path.unlink() if damage == "missing" else os.truncate(path, 1000)
+    resume(cut)
+    note = f"{path}: .*; using the previous state, after epoch 1"
+    assert sum(bool(re.fullmatch(note, text)) for text in notes) == 1
+    assert state_of(cut) == state_of(uninterrupted)
+    assert read_state(cut, "state-previous.safetensors")[0].epoch == 2, "the damaged state was not kept"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_within_an_epoch_can_be_extended(cut, tmp_path, notes):
+    longer = extend(cut, 5, folder=tmp_path / "longer")
+    assert "already done: 1 of 5 epochs and step 1 of 2" not in notes
+    assert [row["step"] for row in longer.rows] == [2, 4, 6, 8, 10]
+    assert longer.rows[1]["lr"] != read_state(cut)[0].rows[0]["lr"]
+
+
+@pytest.mark.slow
+def test_a_state_of_an_earlier_version_is_resumed(small, tmp_path, monkeypatch, uninterrupted):
+    """Its metadata has no position within an epoch, and it has no tensors of losses and unreadable images."""
+    from fcvit.weights import safetensors_file
+
+    train(small(epochs=1), folder=tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "state.safetensors"
+    tensors, metadata = safetensors_file.read(path.read_bytes())
+    fields = json.loads(metadata["fcvit_training"])
+    old = {name: fields[name] for name in ("epoch", "step", "best", "rows", "first_updates", "scaler")}
+    del tensors["unreadable"]
+    safetensors_file.write(path, tensors, {"fcvit_training": json.dumps(old)})
+    longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
+    assert [row["epoch"] for row in longer.rows] == [1, 2] and longer.rows[0] == fields["rows"][0]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_saved_within_an_epoch(small, tmp_path, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def set_nan(self, *given):
+        losses = run(self, *given)
+        if self.step == 3:
+            self.model.head.bias.set_value(np.array([np.nan, 0], np.float32))
+        return losses
+
+    monkeypatch.setattr(Trainer, "run", set_nan)
+    with pytest.raises(TrainingStopped, match=r"head.bias is not finite after step 3.* lr .*epoch 1 is saved"):
+        train(small(checkpoint_minutes=1e-9), folder=tmp_path / "run", device="cpu")
+    assert read_state(tmp_path / "run")[0].step == 2
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_vanishes_stops_training(small, uninterrupted, tmp_path, monkeypatch):
+    """The folder is not created again, because it may be the mount point of a disk."""
+    from fcvit.training.step import Trainer
+
+    run, folder = Trainer.run, tmp_path / "run"
+
+    def unmount(self, *given):
+        if self.step == 2:
+            folder.rename(tmp_path / "unmounted")
+        return run(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", unmount)
+        with pytest.raises(UnreadableFile, match=rf"{folder}: .*no longer exists.*after epoch 1 with: fcvit resume"):
+            train(small(), folder=folder, device="cpu")
+    assert not folder.exists()
+    (tmp_path / "unmounted").rename(folder)
+    resume(folder)
+    assert state_of(folder) == state_of(uninterrupted)
+
+
+@pytest.mark.slow
+def test_validation_images_that_vanish_stop_training(small, tmp_path, squares, monkeypatch):
+    from fcvit.training.step import Trainer
+
+    run = Trainer.run
+
+    def unmount(self, *given):
+        if self.step == 2:
+            (squares / "val").rename(squares / "unmounted")
+        return run(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", unmount)
+    with pytest.raises(TrainingStopped, match=rf"{squares / 'val'}.*resume after .* with: fcvit resume"):
+        train(small(), folder=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.slow
+def test_one_command_starts_a_run_and_continues_it(recipe_file, tmp_path, monkeypatch, capsys):
+    from fcvit.cli import main
+
+    run = tmp_path / "run"
+    words = ["train", str(recipe_file), "--device", "cpu", "--epochs", "2", "--resume-if-exists"]
+    assert main(words) == 2 and "--output" in capsys.readouterr().err
+    words += ["-o", str(run)]
+    run.mkdir()
+    (run / "run.json").touch()  # a process was killed before it could begin
+    (run / ".lock").touch()
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2, signal.SIGTERM)
+        assert main(words) == 130
+    err = capsys.readouterr().err
+    assert f"{run} contains no run, so a new run starts" in err and "after step 1 of 2 of epoch 2 with: fcvit" in err
+    assert main([*words, "--lr", "1e-4"]) == 2
+    err = capsys.readouterr().err
+    assert f"{run}: the run in this folder has another recipe (lr is 0.005, not 0.0001)" in err
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert f"{run} contains this run, so it is resumed" in err and "already done: 1 of 2 epochs and step 1 of 2" in err
+    assert main(words) == 0, "a finished run is finished"

@@ -116,6 +116,24 @@ def test_sigterm_interrupts_cleanly(work):
 
 
 @pytest.mark.ci
+def test_the_launcher_passes_sigterm_on_to_processes_and_their_workers(work, tmp_path):
+    """The launcher sends SIGTERM three times to each process group. The workers ignore it, or images would be lost."""
+    run = work / "launched"
+    launcher = ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", tmp_path / "log"]
+    words = ["recipe.toml", "--device", "cpu", "--workers", "1", "--epochs", "500", "-o", run]
+    process = start(work, *words, launcher=launcher)
+    deadline = time.monotonic() + 60
+    while not epochs_done(run) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=60)
+    logs = "".join(path.read_text() for path in (tmp_path / "log").glob("workerlog.*"))
+    assert process.returncode == signal.SIGTERM and logs.count("fcvit: interrupted") == 2, logs
+    assert f"fcvit resume {run}" in logs and "left out" not in logs and "error" not in logs.lower()
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.ci
 def test_two_processes_match_one_process_that_accumulates(work, tmp_path):
     """The losses, running statistics and weights are equal except for rounding."""
     fields = {**FIELDS, "data": str(work / "images"), "clip_norm": 0.5, "accumulate": 2}

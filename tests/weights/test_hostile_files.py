@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from fcvit.errors import DoesNotFit, FcvitError, UnreadableFile, UsageError
 from fcvit.models.spec import ModelSpec, SemanticFPNOptions, paddle_name, tensor_specs
 from fcvit.models.variants import VARIANTS
-from fcvit.training.state import STATE, Progress, read_state, write_state
+from fcvit.training.state import STATE, Progress, encode_state, read_state, write_state
 from fcvit.weights import checkpoint, pdparams, safetensors_file, torch_file
 from fcvit.weights.checkpoint import read_checkpoint
 from fcvit.weights.header import Header
@@ -1238,7 +1238,7 @@ def test_a_file_that_changes_while_it_is_read_is_rejected(change, tmp_path, monk
 
 def test_the_state_of_a_training_is_read_at_once(tmp_path):
     numbers = {"w": np.arange(5, dtype=np.float32)}
-    write_state(tmp_path, Progress(epoch=1), numbers)
+    write_state(tmp_path, *encode_state(Progress(epoch=1), numbers))
     _, tensors = read_state(tmp_path)
     os.truncate(tmp_path / STATE, 8)
     assert np.array_equal(tensors["w"], numbers["w"])

@@ -11,7 +11,15 @@ from typing import Any
 
 from fcvit.commands.options import Device, PeerTimeout
 from fcvit.commands.preview import Preview
-from fcvit.commands.train import PreviewFile, RunFolder, Workers, recipe_options, recipe_overrides, train
+from fcvit.commands.train import (
+    PreviewFile,
+    ResumeIfExists,
+    RunFolder,
+    Workers,
+    recipe_options,
+    recipe_overrides,
+    train,
+)
 from fcvit.errors import UsageError, counted
 from fcvit.models.variants import VARIANTS, Variant
 from fcvit.processes import PEER_TIMEOUT, join
@@ -31,6 +39,7 @@ def finetune(
     data: Path | str,
     *,
     folder: RunFolder = None,
+    resume_if_exists: ResumeIfExists = False,
     preview: PreviewFile = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -54,7 +63,8 @@ def finetune(
     recipe, notes = finetune_recipe(weights, data, recipe_overrides(fields))
     for note in notes:
         logger.info(note)
-    return train(recipe, folder=folder, preview=preview, device=device, workers=workers)
+    options = {"resume_if_exists": resume_if_exists, "preview": preview, "device": device, "workers": workers}
+    return train(recipe, folder=folder, **options)
 
 
 def finetune_recipe(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict, Unpack
 
 from cyclopts import Group, Parameter
 
-from fcvit.commands.options import Device, PeerTimeout, decoding_processes
+from fcvit.commands.options import Device, Flag, PeerTimeout, decoding_processes
 from fcvit.commands.preview import Preview, draw_preview
 from fcvit.errors import UsageError
 from fcvit.frameworks import paddle_place
@@ -20,6 +20,7 @@ from fcvit.training.recipe import build_recipe, fields_of_all_tasks, read_recipe
 RunPath = Annotated[Path | str | None, Parameter(metavar="PATH")]
 RunFolder = Annotated[RunPath, Parameter(["--output", "-o"], help="Folder of the run (default: new folder in runs/).")]
 PreviewFile = Annotated[RunPath, Parameter(help="Write a picture of augmented training images (.png); do not train.")]
+ResumeIfExists = Annotated[Flag, Parameter(help="Continue the run in --output if it exists, and start it otherwise.")]
 Workers = Annotated[
     int | None,
     Parameter(help="Processes that decode and augment (default: with a GPU one per core, at most 32; on a CPU 0)."),
@@ -58,6 +59,7 @@ def train(
     *,
     folder: RunFolder = None,
     resume: RunPath = None,
+    resume_if_exists: ResumeIfExists = False,
     extend: RunPath = None,
     preview: PreviewFile = None,
     device: Device = "auto",
@@ -89,6 +91,10 @@ def train(
             recipe = build_recipe(dataclasses.asdict(recipe), overrides, "recipe")
         else:
             recipe = read_recipe(recipe, overrides)
+        if resume_if_exists:
+            if folder is None or preview is not None:
+                raise UsageError("--resume-if-exists: expected the folder of the run with --output, and no --preview")
+            return run.resume_or_train(recipe, folder=folder, device=device, workers=workers)
         if preview is None:
             return run.train(recipe, folder=folder, device=device, workers=workers)
         if folder is not None:
@@ -97,11 +103,12 @@ def train(
     moved = {name: overrides.pop(name) for name in run.PLACES if name in overrides}
     paths = f"--{', --'.join(run.PLACES)} (for moved files)"
     if resume is not None:
-        if folder or overrides or preview or device != "auto":
+        if folder or overrides or preview or resume_if_exists or device != "auto":
             raise UsageError(f"train: --resume keeps the options of the run; only --workers and {paths} can be added")
         return run.resume(resume, moved=moved, workers=workers)
     epochs = str(overrides.pop("epochs", ""))
-    if extend is None or overrides or not epochs.isdecimal() or preview or device != "auto":
+    other = overrides or preview or resume_if_exists or device != "auto"
+    if extend is None or other or not epochs.isdecimal():
         raise UsageError(f"train: --extend RUN requires --epochs N; only -o, --workers and {paths} can be added")
     return run.extend(extend, int(epochs), folder=folder, moved=moved, workers=workers)
 

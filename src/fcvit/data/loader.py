@@ -29,6 +29,7 @@ from fcvit.data.shared_memory import SUPPORTED, Packed, Region, SharedMemory, Wo
 from fcvit.data.sources import Location
 from fcvit.data.transforms.preprocess import decode
 from fcvit.errors import BadImages, FcvitError
+from fcvit.interrupts import SIGNALS
 
 DIGEST = 8  # length of the digest: the first bytes of the SHA-256 of an image file
 _CHUNK = 16  # images per task, so that the transfer takes little time compared with decoding
@@ -365,14 +366,18 @@ def _work_and_pack(jobs: Sequence[Job], work: Work[Result], region: Region | Non
 
 
 def _begin_worker(memory: WorkerMemory | None) -> None:
-    """Ignore keyboard interrupts, which the parent process handles, and exit when the parent process dies.
+    """Ignore interruptions, which the parent process handles, and exit when the parent process dies.
 
     Args:
         memory: The memory shared with the parent process, which passes a `SharedMemory`.
     """
     global _memory
     _memory = memory
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        if number != signal.SIGTERM:  # the pool ends its processes with SIGTERM
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Paddle's launcher sends SIGTERM to the process group of a training process
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # the processes already use all cores
     warnings.simplefilter("ignore")  # Pillow warns about unusual images
     parent = multiprocessing.parent_process()

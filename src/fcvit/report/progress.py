@@ -16,7 +16,12 @@ from fcvit.text import printable
 
 @contextlib.contextmanager
 def progress(
-    what: str, total: int, unit: str = "images", every: float = 10, after: Callable[[float], float] | None = None
+    what: str,
+    total: int,
+    unit: str = "images",
+    every: float = 10,
+    after: Callable[[float], float] | None = None,
+    start: int = 0,
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes the number of items done since its last call. `--quiet` disables the display.
 
@@ -27,13 +32,14 @@ def progress(
         every: Seconds between lines if standard error is not a terminal.
         after: Function that returns the seconds of the remaining work after this, given the rate. If it is given, the
             total time left is shown as well.
+        start: Number of items that were done before.
     """
     if logging.getLogger("fcvit").level >= logging.ERROR:  # --quiet
         yield lambda _: None
         return
     what = printable(what)
     console = Console(stderr=True)
-    estimate = _Estimate(total, unit, after)
+    estimate = _Estimate(total, unit, after, start)
     if not console.is_terminal:
         last = estimate.began
 
@@ -48,7 +54,7 @@ def progress(
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), estimate)
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=total, completed=start)
 
         def advance(done: int) -> None:
             estimate.add(done)
@@ -60,10 +66,10 @@ def progress(
 class _Estimate(ProgressColumn):
     """The rate and the time left, averaged over all items, since one step can take longer than a fixed window."""
 
-    def __init__(self, total: int, unit: str, after: Callable[[float], float] | None):
+    def __init__(self, total: int, unit: str, after: Callable[[float], float] | None, start: int):
         super().__init__()
         self.total, self.unit, self.after = total, unit, after
-        self.done = 0
+        self.start = self.done = start
         self.began = self.now = time.monotonic()
 
     def add(self, done: int) -> None:
@@ -72,9 +78,9 @@ class _Estimate(ProgressColumn):
 
     def __str__(self) -> str:
         seconds = self.now - self.began
-        if not self.done or seconds <= 0:
+        if self.done == self.start or seconds <= 0:
             return "time left unknown"
-        rate = self.done / seconds
+        rate = (self.done - self.start) / seconds
         left = (self.total - self.done) / rate
         in_total = f", {duration(left + self.after(rate))} left in total" if self.after else ""
         return f"{rate:.1f} {self.unit}/s, {duration(left)} left{in_total}"

@@ -117,6 +117,7 @@ class Recipe:
     operators: Annotated[Operators, RUN("CPU operators: native (this package), plain (Paddle) or auto.")] = "auto"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), RUN("Random seed.")] = 0
     patience: Annotated[Count | None, RUN("Stop after this many epochs without a better validation score.")] = None
+    checkpoint_minutes: Annotated[NonNegative, RUN("Save the state this often within an epoch. 0: after epochs.")] = 5.0
     save_every: Annotated[Count | None, RUN("Also keep the weights of every N-th epoch.")] = None
     tensorboard: Annotated[bool, RUN("Also write a TensorBoard log (`tensorboard` extra).")] = False
 

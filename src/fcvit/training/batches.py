@@ -59,10 +59,13 @@ class MicroBatches:
         """Return the number of images in a micro-batch."""
         return self.batch_size // self.total
 
-    def numbers(self, steps: int) -> list[int]:
-        """Return the numbers of this process's micro-batches. Micro-batch i of a step has number `step * total + i`."""
+    def numbers(self, steps: int, first: int = 0) -> list[int]:
+        """Return the numbers of this process's micro-batches, from the step `first` on.
+
+        Micro-batch i of a step has number `step * total + i`.
+        """
         mine = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
-        return [step * self.total + number for step in range(steps) for number in mine]
+        return [step * self.total + number for step in range(first, steps) for number in mine]
 
 
 def steps_in_pass(images: int, batch_size: int) -> int:
@@ -132,8 +135,9 @@ def epoch_batches(
     workers: "int | Workers",
     steps: int | None = None,
     groups: Sequence[int] | None = None,
+    first: int = 0,
 ) -> Generator[Batch]:
-    """Yield this process's micro-batches of an epoch, in the order of `epoch_order`.
+    """Yield this process's micro-batches of an epoch from the step `first` on, in the order of `epoch_order`.
 
     With `groups`, the group of each sample of the data set, the order is changed by `grouped`. A transform seeds its
     random draws with the position of a sample in this order.
@@ -142,7 +146,7 @@ def epoch_batches(
     if groups is not None:
         order = grouped(order.tolist(), groups, micro_batches.images)
     shuffled = dataset.take(order)
-    numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size)
+    numbers = micro_batches.numbers(len(shuffled) // micro_batches.batch_size, first)
     yield from batches(shuffled, numbers, micro_batches.images, [transform], workers)
 
 

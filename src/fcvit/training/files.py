@@ -15,7 +15,7 @@ from fcvit.errors import UnreadableFile, UsageError
 from fcvit.tasks.recipe import Recipe
 from fcvit.training.log import JSONL
 from fcvit.training.recipe import build_recipe
-from fcvit.training.state import STATE
+from fcvit.training.state import PREVIOUS, STATE
 from fcvit.weights.reading import Weights
 from fcvit.weights.writing import staged, write_weights
 
@@ -52,16 +52,34 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Recipe]:
     return record, recipe
 
 
+def run_exists(folder: Path) -> bool:
+    """Return whether a folder contains a run, after removing what a process left that was killed before it began.
+
+    Such a process has claimed the folder with an empty `run.json` (see `fcvit.run_folder`).
+    """
+    path = folder / "run.json"
+    if path.exists() and not path.stat().st_size:
+        remove_temporary(folder)
+        path.unlink()
+        (folder / ".lock").unlink(missing_ok=True)
+    return path.exists()
+
+
+def has_state(folder: Path) -> bool:
+    """Return whether the run in `folder` has saved a state."""
+    return any((folder / name).exists() for name in (STATE, PREVIOUS))
+
+
 def start_weights(folder: Path) -> Path | None:
-    """Return the weights file that defines a resumed run's network, or None if the run has no state.
+    """Return the weights file that defines a resumed run's network, or None if the run has not finished an epoch.
 
     Only the network and its classes are taken from this file. The values are restored from the state later.
 
     Raises:
         UnreadableFile: The run has finished epochs, but its state is missing.
     """
-    if (folder / STATE).exists():
-        return folder / LAST
+    if has_state(folder):
+        return folder / LAST if (folder / LAST).exists() else None
     if (folder / JSONL).exists():
         raise UnreadableFile(
             f"{folder / STATE} is missing, so the run cannot be resumed; start a new run from {folder / LAST}"

@@ -5,23 +5,25 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fcvit.data.loader import Batch
-from fcvit.errors import BadImages, NumbersDisagree, TrainingStopped, counted
+from fcvit.errors import DIVERGED, BadImages, NumbersDisagree, TrainingStopped, counted
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.runner import evaluate_split
 from fcvit.evaluation.settings import Settings
-from fcvit.interrupts import check
-from fcvit.report.progress import duration, progress
+from fcvit.interrupts import check, held_back, remembered
+from fcvit.report.progress import duration
+from fcvit.report.progress import progress as show_progress
 from fcvit.training.batches import WaitingTime, epoch_batches, prepared
 from fcvit.training.files import BEST, LAST, LAST_EMA, replace_weights
 from fcvit.training.log import Log
 from fcvit.training.schedule import learning_rate
+from fcvit.training.state import BackgroundWrite, check_folder
 from fcvit.weights.reading import Weights
 
 if TYPE_CHECKING:
@@ -103,19 +105,19 @@ def train_epochs(run: "Run") -> Training:
     try:
         if log:
             log.write(run.progress.rows)
-        run.processes.broadcast(b"")  # wait here, because a collective of gloo times out after 30 seconds
         while run.progress.epoch < run.recipe.total_epochs and not loop.out_of_patience():
             loop.epoch(run.progress.epoch, log)
-            run.processes.broadcast(b"")
+            loop.meet()
     finally:
         if log:
             log.close()
+        loop.write.finish()
     return Training(
         run.folder,
         tuple(run.progress.rows),
         run.progress.best,
         run.progress.epoch < run.recipe.total_epochs,
-        tuple(loop.unreadable),
+        tuple(run.progress.unreadable),
         run.processes.first,
         time.perf_counter() - run.began,
         run.recipe.report,
@@ -129,48 +131,145 @@ class Loop:
     def __init__(self, run: "Run"):
         self.run, self.recipe, self.task, self.trainer = run, run.recipe, run.task, run.trainer
         self.progress, self.first = run.progress, run.processes.first
-        self.unreadable: dict[str, None] = {}
         self.seconds: list[float] = []  # duration of each epoch that this process trained
+        self.write = BackgroundWrite()
+        self.saved_at = self.read_at = time.monotonic()
+        self.steps_per_read = 1
+        self.slow_disk = False  # True if a note has reported this
         self.best_key = f"best_{self.task.score}"
         self.waiting = WaitingTime(getattr(run.workers, "count", 0))
 
     def epoch(self, epoch: int, log: Log | None) -> None:
-        """Train and validate one epoch, write its files and state, and log it."""
-        trainer, recipe, run = self.trainer, self.recipe, self.run
+        """Train and validate the rest of an epoch, write its files and state, and log it."""
+        trainer, recipe, progress, steps = self.trainer, self.recipe, self.progress, self.run.steps
         trainer.train_mode()
         trainer.reset_clock()
-        began = time.perf_counter()
-        losses: list[dict[str, float]] = []
-        rate, images = 0.0, run.steps * recipe.batch_size
-        title = f"epoch {epoch + 1} of {recipe.total_epochs}"
-        with contextlib.ExitStack() as stack:
-            shown = progress(title, images, after=self.seconds_after) if self.first else None
-            advance = stack.enter_context(shown) if shown else lambda _: None
-            batches = stack.enter_context(contextlib.closing(self._batches(epoch)))
-            for step in range(run.steps):
-                rate = learning_rate(recipe, epoch + step / run.steps, run.steps)
-                losses.append(trainer.run(batches, rate))
-                self.waiting.after_step(step == 0, trainer.seconds["data"])
-                check()
-                advance(recipe.batch_size)
-        trainer.end_epoch()
-        self._gather_unreadable()
-        seconds = time.perf_counter() - began
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": trainer.step, "lr": rate}
-        row |= {name: float(np.mean([step_losses[name] for step_losses in losses])) for name in losses[0]}
-        row |= self._validate()
-        row |= {"images_per_second": images / seconds, "seconds": seconds} | trainer.seconds
-        self.progress.epoch, self.progress.step = epoch + 1, trainer.step
-        self.progress.rows.append(row)
-        self.progress.scaler = trainer.scaler_state()
-        better = self._update_best(row)
-        if self.first:
-            self._save(row, better)
+        trainer.seconds |= progress.phases
+        self.began = time.perf_counter() - progress.epoch_seconds
+        try:
+            self._train(epoch)
+            seconds = progress.epoch_seconds
+            row: dict[str, Any] = {"epoch": epoch + 1, "step": trainer.step}
+            row |= {"lr": learning_rate(recipe, epoch + (steps - 1) / steps, steps)}
+            row |= {name: float(np.mean(losses)) for name, losses in progress.losses.items()}
+            row |= self._validate()
+            row |= {"images_per_second": steps * recipe.batch_size / seconds, "seconds": seconds} | trainer.seconds
+            with held_back():
+                progress.end_epoch(row)
+                better = self._update_best(row)
+                if self.first:
+                    self._save(row, better)
+        except KeyboardInterrupt:
+            if self.first and progress.epoch_step == steps:  # it arrived during the validation
+                with held_back():
+                    self.write.start(self.run.copy_state())
+                    self.write.finish()
+            raise
         if log:
-            log.write(self.progress.rows)
-        self.seconds.append(time.perf_counter() - began)
-        left = (recipe.total_epochs - self.progress.epoch) * float(np.median(self.seconds))
+            log.write(progress.rows)
+        self.seconds.append(time.perf_counter() - self.began)
+        left = (recipe.total_epochs - progress.epoch) * float(np.median(self.seconds))
         logger.info(f"{self._describe(row)}, at most {duration(left)} left")
+
+    def _train(self, epoch: int) -> None:
+        """Run the remaining steps of an epoch. A signal ends the run after the current step, when its state is saved.
+
+        Raises:
+            KeyboardInterrupt: A signal arrived in one of the processes.
+            TrainingStopped: A loss is not finite.
+        """
+        trainer, recipe, progress, steps = self.trainer, self.recipe, self.progress, self.run.steps
+        first, unread = progress.epoch_step, []
+        if first == steps:
+            return
+        with contextlib.ExitStack() as stack:
+            size = recipe.batch_size
+            title = f"epoch {epoch + 1} of {recipe.total_epochs}"
+            shown = show_progress(title, steps * size, after=self.seconds_after, start=first * size)
+            advance = stack.enter_context(shown) if self.first else lambda _: None
+            interrupted = stack.enter_context(remembered())
+            batches = stack.enter_context(contextlib.closing(self._batches(epoch)))
+            for step in range(first, steps):
+                rate = learning_rate(recipe, epoch + step / steps, steps)
+                unread.append(trainer.run(batches, rate, lambda: self._requests(interrupted)))
+                self.waiting.after_step(step == first, trainer.seconds["data"])
+                check()
+                self.write.check()
+                advance(size)
+                last = step + 1 == steps
+                if len(unread) < self.steps_per_read and not last:
+                    continue
+                requests = self._read(unread)
+                unread.clear()
+                if last:
+                    trainer.end_epoch()
+                    self._gather_unreadable()
+                    progress.epoch_seconds = time.perf_counter() - self.began
+                progress.epoch_step = step + 1
+                if requests["stop"] and last:
+                    raise KeyboardInterrupt  # `epoch` saves the state
+                if requests["stop"] or requests["save"]:
+                    self._save_step()
+                if requests["stop"]:
+                    self.write.finish()
+                    self.meet()
+                    raise KeyboardInterrupt
+
+    def meet(self) -> None:
+        """Wait for the first process, which then waits for all others.
+
+        The launcher ends all processes soon after the first one has ended, and process 0 hosts the key-value store.
+        """
+        self.run.processes.broadcast(b"")
+        self.run.processes.gather(b"")
+
+    def _requests(self, interrupted: Callable[[], bool]) -> dict[str, float]:
+        """Return the values of this process on which all processes must agree (see `_read`)."""
+        now = time.monotonic()
+        pause = self.recipe.checkpoint_minutes * 60
+        due = self.first and 0 < pause <= now - self.saved_at
+        if due and self.write.running and not self.slow_disk:
+            self.slow_disk = True
+            logger.info(
+                f"writing the state takes longer than {self.recipe.checkpoint_minutes:g} minutes, so it is "
+                f"saved less often; check the disk of {self.run.folder}"
+            )
+        return {
+            "stop": float(interrupted()),
+            "save": float(due and not self.write.running),
+            "seconds": (now - self.read_at) / self.run.processes.count,
+        }
+
+    def _read(self, unread: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Read the results of steps, record their losses, and return the largest value of each request.
+
+        Reading waits until a GPU has finished the steps, so this is done about once a second there. On a CPU it is
+        done after each step.
+        """
+        results = [{name: float(value) for name, value in values.items()} for values in unread]
+        requests = {name: max(values.pop(name) for values in results) for name in ("stop", "save", "seconds")}
+        for number, losses in enumerate(results, self.trainer.step - len(results) + 1):
+            if not np.isfinite(losses["loss"]):
+                raise TrainingStopped(f"the loss is {losses['loss']} at step {number}: {DIVERGED}", False)
+            for name, loss in losses.items():
+                self.progress.losses.setdefault(name, []).append(loss)
+        self.read_at = time.monotonic()
+        if self.run.identity["kind_of_device"] != "cpu":
+            # The same number in all processes, because they agree on the seconds.
+            self.steps_per_read = int(np.clip(len(results) / max(requests["seconds"], 1e-3), 1, 100))
+        return requests
+
+    def _save_step(self) -> None:
+        """Start to write the state after a step. All processes must call this together."""
+        self._gather_unreadable()
+        values = self.run.processes.gather(self.trainer.statistics.values().tobytes())
+        self.progress.epoch_seconds = time.perf_counter() - self.began
+        if self.first:
+            rows = self.run.micro_batches.total
+            within = self.progress.epoch_step < self.run.steps
+            statistics = np.frombuffer(b"".join(values), np.float32).reshape(rows, -1) if within else None
+            self.write.start(self.run.copy_state(statistics))
+            self.saved_at = time.monotonic()
 
     def out_of_patience(self) -> bool:
         best, patience = self.progress.best, self.recipe.patience
@@ -196,7 +295,7 @@ class Loop:
         train, micro_batches, seed = self.task.train, self.run.micro_batches, self.recipe.seed
         transform, workers = self.task.transform(epoch), self.run.workers
         steps = self.recipe.steps_per_epoch
-        order = (steps, getattr(self.task, "groups", None))
+        order = (steps, getattr(self.task, "groups", None), self.progress.epoch_step)
         loaded = epoch_batches(train, seed, epoch, transform, micro_batches, workers, *order)
         needed = max(2, micro_batches.images / 2)
 
@@ -219,13 +318,14 @@ class Loop:
     def _record_unreadable(self, reasons: Iterable[str]) -> None:
         """Add unreadable images to the result, and log each of them once."""
         for reason in reasons:
-            if reason not in self.unreadable:
+            if reason not in self.progress.unreadable:
                 logger.info(f"left out: {reason}")
-                self.unreadable[reason] = None
+                self.progress.unreadable.append(reason)
 
     def _gather_unreadable(self) -> None:
         """Collect the unreadable images of all processes in the first process, which reports them."""
-        for reasons in self.run.processes.gather(json.dumps(list(self.unreadable)).encode()):
+        gathered = self.run.processes.gather(json.dumps(self.progress.unreadable).encode())
+        for reasons in gathered:
             self._record_unreadable(json.loads(reasons))
 
     def _weights(self, ema: bool) -> Weights:
@@ -242,14 +342,19 @@ class Loop:
         if self.task.val is None:
             return {}
         kinds = [False] + [True] * (self.trainer.ema is not None)
-        from fcvit.training.step import REMEDY
-
         try:
             evaluation = self._evaluate(kinds)
         except NumbersDisagree as error:
             raise TrainingStopped(
-                f"the outputs of the network are no longer finite ({error}): {REMEDY}", False
+                f"the outputs of the network are no longer finite ({error}): {DIVERGED}", False
             ) from error
+        except BadImages as error:
+            raise TrainingStopped(f"{error}, so check {self.task.val.root}") from error
+        if 2 * len(evaluation.unreadable) > len(self.task.val):
+            raise TrainingStopped(
+                f"{len(evaluation.unreadable)} of {len(self.task.val)} validation images cannot be read "
+                f"({evaluation.unreadable[0]}), so check {self.task.val.root}"
+            )
         self._record_unreadable(evaluation.unreadable)
         row = {}
         for ema, result in zip(kinds, evaluation.report.results, strict=True):
@@ -279,6 +384,8 @@ class Loop:
     def _save(self, row: Mapping[str, Any], better: str | None) -> None:
         """Write the weights, then the state. If the state is missing, a resumed run trains the epoch again."""
         folder = self.run.folder
+        self.write.finish()
+        check_folder(folder)
         replace_weights(folder / LAST, self._weights(False))
         if self.trainer.ema is not None:
             replace_weights(folder / LAST_EMA, self._weights(True))
@@ -286,7 +393,8 @@ class Loop:
             replace_weights(folder / BEST, self._weights(better == "ema"))
         if self.recipe.save_every and row["epoch"] % self.recipe.save_every == 0:
             replace_weights(folder / f"epoch-{row['epoch']:04d}.safetensors", self._weights(False))
-        self.run.write_state()
+        self.run.copy_state()()
+        self.saved_at = time.monotonic()
 
     def _describe(self, row: Mapping[str, Any]) -> str:
         """Return a one-line summary of an epoch."""

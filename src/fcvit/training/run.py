@@ -12,9 +12,11 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fcvit import run_folder as runs
 from fcvit.data.loader import Workers
@@ -29,7 +31,7 @@ from fcvit.training import files
 from fcvit.training.batches import MicroBatches, steps_in_pass
 from fcvit.training.files import BEST, LAST, LAST_EMA
 from fcvit.training.loop import Training, train_epochs
-from fcvit.training.state import STATE, Progress, read_state, write_state
+from fcvit.training.state import PREVIOUS, STATE, Progress, encode_state, read_state, write_state
 from fcvit.weights.reading import Weights, read_weights
 
 # Recipe fields that are paths. They are stored as absolute paths, so that a run can be resumed from any directory.
@@ -65,9 +67,10 @@ def resume(
     moved: Mapping[str, str | os.PathLike[str]] | None = None,
     workers: int = 0,
 ) -> Training:
-    """Resume a run after its last finished epoch.
+    """Resume a run after the last step whose state was saved.
 
-    On a CPU the result is bit-identical to the result of an uninterrupted run.
+    On a CPU the result is bit-identical to the result of an uninterrupted run. The number of processes may differ if it
+    divides the number of micro-batches per step.
 
     Args:
         folder: Folder of the run.
@@ -76,13 +79,15 @@ def resume(
         workers: See `train`.
 
     Raises:
-        DoesNotFit: The data, weights, packages or number of processes differ from those that the run began with.
+        DoesNotFit: The data, weights or packages differ from those that the run began with, or the number of processes
+            does not divide the number of micro-batches per step.
         FcvitError: See `train`.
     """
     folder = Path(folder)
     record, recipe = _read(folder, moved)
     start = files.start_weights(folder)
-    if start is None and record.get("extends"):  # without the copied state the run would start from scratch
+    # Without the copied state, the run would start from scratch.
+    if record.get("extends") and not files.has_state(folder):
         raise UnreadableFile(
             f"{folder}: the run ended before it had copied the state of {record['extends']}; extend that run again"
         )
@@ -90,6 +95,44 @@ def resume(
         run.check_same(folder, record, moved)
         with run.continued(folder, record):
             return train_epochs(run)
+
+
+def resume_or_train(
+    recipe: Recipe, *, folder: str | os.PathLike[str], device: str = "auto", workers: int = 0
+) -> Training:
+    """Resume the run in a folder if it exists, and start it otherwise. A note reports which of the two is done.
+
+    Args:
+        recipe: Recipe of the run.
+        folder: Folder of the run.
+        device: Device of a new run. An existing run continues on its own device.
+        workers: See `train`.
+
+    Raises:
+        UsageError: The run in the folder has another recipe.
+        FcvitError: See `train` and `resume`.
+    """
+    path = Path(folder)
+    # The first process decides, because it creates the folder while the others are still looking for it.
+    exists = join().broadcast(b"1" if files.run_exists(path) else b"0") == b"1"
+    if not exists:
+        logger.info(f"{path} contains no run, so a new run starts")
+        return train(recipe, folder=path, device=device, workers=workers)
+    record, stored = files.read_record(path)
+    recipe = _with_paths(recipe, {name: value for name in PLACES if (value := getattr(recipe, name))})
+    if recipe.operators == "auto":  # the run keeps what "auto" selected
+        recipe = dataclasses.replace(recipe, operators=stored.operators)
+    own, other = dataclasses.asdict(stored), dataclasses.asdict(recipe)
+    changed = [f"{name} is {own.get(name)!r}, not {other[name]!r}" for name in other if own.get(name) != other[name]]
+    if device not in ("auto", record["device"]):
+        changed.append(f"the device is {record['device']}, not {device}")
+    if changed:
+        raise UsageError(
+            f"{path}: the run in this folder has another recipe ({', '.join(changed)}); choose another folder, or "
+            f"continue the run with: fcvit resume {shlex.quote(str(path))}"
+        )
+    logger.info(f"{path} contains this run, so it is resumed")
+    return resume(path, workers=workers)
 
 
 def extend(
@@ -119,17 +162,18 @@ def extend(
     source = Path(source)
     record, recipe = _read(source, moved)
     recipe = dataclasses.replace(recipe, epochs=epochs)
-    done, _ = read_state(source)
-    if recipe.total_epochs <= done.epoch:
-        raise UsageError(
-            f"--epochs {epochs}: with {recipe.cooldown_epochs} cool-down epochs this is not more than the {done.epoch} "
-            "epochs that are already done; choose a larger number"
-        )
+    if not files.has_state(source):
+        raise UnreadableFile(f"{source / STATE}: does not exist, because the run saved no state; start a new run")
     prepared = Run.prepared(recipe, record["device"], workers, files.start_weights(source))
     with _suggesting_option(recipe), prepared as run:
         run.check_same(source, record, moved)
         run.restore(source)
-        run.began_after, run.saved = run.progress.epoch, 0
+        if recipe.total_epochs <= (done := run.progress.epoch):
+            raise UsageError(
+                f"--epochs {epochs}: with {recipe.cooldown_epochs} cool-down epochs this is not more than the {done} "
+                "epochs that are already done; choose a larger number"
+            )
+        run.began_after, run.saved = done, ""
         with run.opened(folder, {"extends": str(source.absolute()), "began_after": run.began_after}):
             run.copy_weights(source)
             return train_epochs(run)
@@ -161,7 +205,35 @@ def _read(folder: Path, moved: Mapping[str, str | os.PathLike[str]] | None) -> t
     if moved:
         recipe = _with_paths(recipe, moved)
         record["recipe"] |= {name: getattr(recipe, name) for name in moved}
-    return record, recipe
+    return record, _shared(folder, record, recipe)
+
+
+def _shared(folder: Path, record: Mapping[str, Any], recipe: Recipe) -> Recipe:
+    """Return the recipe of a run with its micro-batches shared by the current number of processes.
+
+    Raises:
+        DoesNotFit: This number of processes would change the results.
+    """
+    total, count = record["identity"]["parts_of_a_step"], join().count
+    before = total // recipe.accumulate
+    if count == before:
+        return recipe
+    if recipe.batchnorm != "average" and record["identity"]["kind_of_device"] != "cpu":
+        raise DoesNotFit(
+            f"{folder}: batchnorm = {recipe.batchnorm!r} normalizes over the {before} processes that the run began "
+            f"with; resume it with {counted(before, 'process')}"
+        )
+    if total % count:
+        possible = [str(number) for number in range(1, total + 1) if total % number == 0]
+        raise DoesNotFit(
+            f"{folder}: {counted(count, 'process')} cannot share {total} micro-batches per step equally; resume it "
+            f"with one of these numbers of processes: {', '.join(possible)}"
+        )
+    logger.info(
+        f"{folder}: {counted(before, 'process')} x accumulate {recipe.accumulate} -> {counted(count, 'process')} x "
+        f"accumulate {total // count}"
+    )
+    return dataclasses.replace(recipe, accumulate=total // count)
 
 
 class Run:
@@ -170,7 +242,7 @@ class Run:
     Attributes:
         folder: Folder of the run. It is set when the folder is opened.
         progress: Progress of the run.
-        saved: Number of epochs in the state on disk.
+        saved: Position of the state on disk (see `Progress.describe`), or "" if there is none.
         began_after: Number of epochs inherited from the run that this run extends.
     """
 
@@ -218,8 +290,10 @@ class Run:
         self.operators = _accelerate(model, recipe, resolved_device)
         self.trainer = Trainer(model, recipe, self.micro_batches, self.task.loss)
         self.progress = Progress(first_updates=_updates(weights))
-        self.saved = self.began_after = 0
+        self.began_after, self.saved = 0, ""
         self.moved = False  # True if a resumed run reads data or weights from a new path
+        self.statistics: np.ndarray | None = None  # of all micro-batches, in a restored state within an epoch
+        self.damaged = False  # True if the run was restored from its previous state, because the last one is damaged
         self.identity = self._identity(weights, resolved_device)
         if start is not None:
             del self.identity["weights"]
@@ -345,16 +419,20 @@ class Run:
                 stack.enter_context(runs.continued_run(folder, record))
             self.began_after = int(record.get("began_after", 0))
             with held_back():
-                if (folder / STATE).exists():
+                if files.has_state(folder):
                     self.restore(folder)
                 self.folder = folder  # set last, because the hint how to resume needs the restored state
             if self.processes.first:
                 files.remove_temporary(folder)
+                if self.damaged:  # otherwise it would become the previous state
+                    (folder / STATE).unlink(missing_ok=True)
                 if self.moved:
                     runs.write_text(folder / files.RECIPE, self.recipe.to_toml())
             self._share_folder(folder)
             if self.saved:
-                logger.info(f"already done: {self.progress.epoch} of {counted(self.recipe.total_epochs, 'epoch')}")
+                epochs = counted(self.recipe.total_epochs, "epoch")
+                step = f" and step {done} of {self.steps}" if (done := self.progress.epoch_step) else ""
+                logger.info(f"already done: {self.progress.epoch} of {epochs}{step}")
             yield
 
     @contextlib.contextmanager
@@ -380,8 +458,8 @@ class Run:
         if self.began_after and not self.saved:
             return f"{self.folder} does not contain the state of the run that it extends, so extend that run again"
         if not again:
-            return f"epoch {self.saved} is saved in {self.folder}" if self.saved else "no epoch was finished"
-        after = f"after epoch {self.saved}" if self.saved else "(no epoch was finished)"
+            return f"the state after {self.saved} is saved in {self.folder}" if self.saved else "nothing was saved"
+        after = f"after {self.saved}" if self.saved else "(from the start, because nothing was saved)"
         return f"resume {after} with: fcvit resume {shlex.quote(str(self.folder))}"
 
     def _share_folder(self, folder: Path | None = None) -> None:
@@ -401,25 +479,54 @@ class Run:
             for name in (LAST, LAST_EMA, BEST):
                 if (source / name).exists():
                     files.replace_weights(self.folder / name, read_weights(source / name))
-            self.write_state()  # last, because the state makes the run resumable
+            self.copy_state(self.statistics)()  # last, because the state makes the run resumable
 
     def restore(self, folder: Path) -> None:
-        """Restore the state of the run in `folder`.
+        """Restore the last state of the run in `folder`, or the previous one if the last one is damaged.
 
         Raises:
             UnreadableFile: The state is damaged or does not match the network.
         """
-        self.progress, tensors = read_state(folder)
-        self.saved = self.progress.epoch
         try:
+            self.progress, tensors = read_state(folder)
+        except UnreadableFile as error:
+            if not (folder / PREVIOUS).exists():
+                raise
+            self.progress, tensors = read_state(folder, PREVIOUS)
+            self.damaged = True
+            logger.info(f"{error}; using the previous state, after {self.progress.describe(self.steps)}")
+        self.saved = self.progress.describe(self.steps)
+        try:
+            if not 0 <= self.progress.epoch_step <= self.steps:
+                raise UnreadableFile(f"the state is after {self.saved}")
             self.trainer.restore(tensors, self.progress.step, self.progress.scaler)
         except UnreadableFile as error:
             raise UnreadableFile(f"{folder}: {error}") from error
+        self.statistics = tensors.get("statistics")
 
-    def write_state(self) -> None:
-        """Replace the state on disk with the current one."""
-        write_state(self.folder, self.progress, self.trainer.tensors())
-        self.saved = self.progress.epoch
+    def copy_state(self, statistics: np.ndarray | None = None) -> Callable[[], None]:
+        """Copy the current state, and return a function that replaces the state on disk with the copy.
+
+        Args:
+            statistics: Within an epoch, BatchNorm's statistics of all micro-batches (see `Statistics.values`).
+        """
+        from fcvit.training.step import STATISTICS, check_finite
+
+        trainer, progress = self.trainer, self.progress
+        progress.step, progress.scaler = trainer.step, trainer.scaler_state()
+        if progress.epoch_step:
+            progress.phases = dict(trainer.seconds)
+        tensors, metadata = encode_state(progress, trainer.tensors())
+        if statistics is not None:
+            tensors[STATISTICS] = statistics
+        step, saved = progress.step, progress.describe(self.steps)
+
+        def write() -> None:
+            check_finite(tensors, step)
+            write_state(self.folder, tensors, metadata)
+            self.saved = saved
+
+        return write
 
 
 def _weights(recipe: Recipe, start: Path | None) -> Weights | None:

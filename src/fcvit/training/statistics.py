@@ -6,6 +6,8 @@ averaged over the micro-batches after each epoch. The authors' training does the
 how many processes share a step.
 """
 
+import numpy as np
+
 from fcvit.frameworks import import_framework
 from fcvit.processes import join
 
@@ -49,7 +51,6 @@ class Statistics:
     def synchronize(self) -> None:
         """Set the statistics of every micro-batch in every process to their mean over all of them."""
         self._store()
-        join().meet()
         count = len(self.stored) * self.processes
         for position, tensor in enumerate(self.live):
             own = [statistics[position] for statistics in self.stored]
@@ -59,6 +60,21 @@ class Statistics:
             tensor.set_value(total / count)
             for stored in own:
                 stored.set_value(tensor)
+
+    def values(self) -> np.ndarray:
+        """Return the statistics of each micro-batch of this process, (micro-batches, values), for `restore`."""
+        self._store()
+        parts = [[tensor.numpy().ravel() for tensor in stored] for stored in self.stored]
+        return np.stack([np.concatenate([*part, np.empty(0, np.float32)]) for part in parts])
+
+    def restore(self, values: np.ndarray) -> None:
+        """Invert `values`."""
+        ends = np.cumsum([tensor.size for tensor in self.live])[:-1]
+        for stored, row in zip(self.stored, values, strict=True):
+            for tensor, part in zip(stored, np.split(row, ends), strict=True):
+                tensor.set_value(part.reshape(tensor.shape))
+        for tensor, stored in zip(self.live, self.stored[self.current], strict=True):
+            tensor.set_value(stored)
 
     def _store(self) -> None:
         for stored, tensor in zip(self.stored[self.current], self.live, strict=True):

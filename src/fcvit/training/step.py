@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from fcvit.data.transforms.pixel_batch import CHANNELS, VALUES, PixelBatch
-from fcvit.errors import TrainingStopped, UnreadableFile
+from fcvit.errors import DIVERGED, TrainingStopped, UnreadableFile
 from fcvit.frameworks import import_framework
-from fcvit.interrupts import held_back
 from fcvit.processes import join
 from fcvit.tasks.recipe import Precision, Recipe
 from fcvit.training.batches import MicroBatches
@@ -33,7 +32,10 @@ import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
 
 Loss = Callable[[Any, Any], dict[str, Tensor]]
-REMEDY = "resuming would fail in the same way, so lower lr or limit the gradient with clip_norm"
+STATISTICS = "statistics"
+"""Name of BatchNorm's statistics of all micro-batches in a state, (micro-batches, values)."""
+_STATISTICS_DECAY = "statistics_decay"
+_NETWORKS = ("model/", "ema/")  # prefixes of the raw and EMA weights in a state
 _SCALER = ("scale", "incr_count", "decr_count")
 PHASES = ("data", "forward", "backward", "optimizer")  # the timed phases of a step
 
@@ -75,38 +77,40 @@ class Trainer:
                 if not is_head(name):
                     layer.training = False
 
-    def run(self, batches: Iterator[tuple[Any, Any]], rate: float) -> dict[str, float]:
+    def run(
+        self,
+        batches: Iterator[tuple[Any, Any]],
+        rate: float,
+        requests: Callable[[], Mapping[str, float]] = dict,
+    ) -> dict[str, Any]:
         """Run one optimizer step over this process's micro-batches.
 
         Args:
             batches: Iterator over (images, targets) of the micro-batches. The images are arrays or results of `stage`.
             rate: Learning rate.
+            requests: Function that returns values by name, which are summed over the processes.
 
         Returns:
-            Each loss by name, as the mean over the images of all processes. `loss` is their sum.
-
-        Raises:
-            TrainingStopped: The loss is not finite. The weights are the same as before the step.
-            KeyboardInterrupt: A signal arrived. It is raised after the current micro-batch.
+            Each loss by name, as the mean over the images of all processes, and the sums of `requests`. `loss` is the
+            sum of the losses. They are numbers or scalars on the device, because reading one waits for the step to end.
         """
         self.optimizer.set_lr(rate)
-        totals: dict[str, float] = {}
+        totals: dict[str, Tensor] = {}
+        count = paddle.to_tensor(float(self.micro_batches.total), "float64")
         for number in range(self.micro_batches.accumulate):
             images, targets = self._timed("data", lambda: next(batches))
             self.statistics.use(number)
             # Seed drop path and dropout so that their draws do not depend on the process or on interruptions.
             position = self.micro_batches.rank * self.micro_batches.accumulate + number
             paddle.seed(_paddle_seed(self.recipe.seed, self.step, position))
-            with held_back():
-                losses = self._timed("forward", lambda i=images, t=targets: self._losses(i, t))
-                total = functools.reduce(operator.add, losses.values())
-                scaled = total / self.micro_batches.total
-                self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
-                for name, loss in {**losses, "loss": total}.items():
-                    totals[name] = totals.get(name, 0.0) + float(loss.item()) / self.micro_batches.total
-        join().meet()  # here, because the collective in the update cannot be interrupted
-        with held_back():
-            return self._timed("optimizer", lambda: self._update(totals))
+            losses = self._timed("forward", lambda i=images, t=targets: self._losses(i, t))
+            total = functools.reduce(operator.add, losses.values())
+            scaled = total / self.micro_batches.total
+            self._timed("backward", lambda loss=scaled: self.scaler.scale(loss).backward())
+            for name, loss in {**losses, "loss": total}.items():
+                share = loss.detach().astype("float64").reshape([]) / count
+                totals[name] = totals[name] + share if name in totals else share
+        return self._timed("optimizer", lambda: self._update(totals, requests))
 
     def stage(self, images: PixelBatch) -> Any:
         """Prepare images for `run`, in another thread: normalize them, or for a GPU copy them to pinned memory."""
@@ -130,31 +134,28 @@ class Trainer:
             self.copied.popleft()
         return copy
 
-    def _update(self, losses: dict[str, float]) -> dict[str, float]:
-        losses = self._reduce(losses)
-        if not np.isfinite(losses["loss"]):
-            self.optimizer.clear_grad(set_to_zero=False)
-            raise TrainingStopped(f"the loss is {losses['loss']} at step {self.step + 1}: {REMEDY}", False)
+    def _update(self, losses: dict[str, Tensor], requests: Callable[[], Mapping[str, float]]) -> dict[str, Any]:
+        several = self.micro_batches.processes > 1
+        values = self._reduce(losses, requests()) if several else losses
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.clear_grad(set_to_zero=False)
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.step += 1
-        return losses
+        return values if several else {**values, **requests()}
 
-    def _reduce(self, losses: dict[str, float]) -> dict[str, float]:
-        """Sum gradients and losses over the processes with a single all-reduce."""
-        if self.micro_batches.processes == 1:
-            return losses
+    def _reduce(self, losses: dict[str, Tensor], requests: Mapping[str, float]) -> dict[str, Tensor]:
+        """Sum gradients, losses and requests over the processes with a single all-reduce."""
+        values = losses | {name: paddle.to_tensor(value, "float64") for name, value in requests.items()}
         gradients: list[Any] = [p.grad for p in self.trained]
-        values = paddle.to_tensor(list(losses.values()), gradients[0].dtype)
-        flat = paddle.concat([*(g.reshape([-1]) for g in gradients), values])
+        flat_values = paddle.stack(list(values.values())).astype(gradients[0].dtype)
+        flat = paddle.concat([*(g.reshape([-1]) for g in gradients), flat_values])
         join().all_reduce(flat)
-        *reduced, sums = paddle.split(flat, [*(g.size for g in gradients), len(losses)])
+        *reduced, sums = paddle.split(flat, [*(g.size for g in gradients), len(values)])
         for gradient, total in zip(gradients, reduced, strict=True):
             gradient.set_value(total.reshape(gradient.shape))
-        return dict(zip(losses, map(float, sums.numpy()), strict=True))
+        return dict(zip(values, paddle.unbind(sums), strict=True))
 
     def end_epoch(self) -> None:
         """Synchronize the running statistics, update the EMA weights with them, and check that all weights are finite.
@@ -165,10 +166,7 @@ class Trainer:
         self.statistics.synchronize()
         if self.ema is not None:
             self.ema.end_epoch(self.model)
-
-        for name, tensor in self._networks().items():
-            if not bool(paddle.isfinite(tensor).all().item()):
-                raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {self.step}: {REMEDY}", False)
+        check_finite({name: tensor.numpy() for name, tensor in self._networks().items()}, self.step)
 
     def scaler_state(self) -> dict[str, float]:
         """Return the state of float16 loss scaling for `restore`. Empty for other precisions."""
@@ -176,9 +174,14 @@ class Trainer:
         return {key: float(np.asarray(state[key]).ravel()[0]) for key in _SCALER} if state else {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the tensors of the network, the optimizer and the EMA weights for `restore`."""
-        networks = {name: tensor.numpy() for name, tensor in self._networks().items()}
-        return networks | optimizer_tensors(self.optimizer, self.model)
+        """Return copies of the tensors of the network, the optimizer and the EMA weights for `restore`.
+
+        BatchNorm's statistics of the micro-batches are not included (see `Statistics.values`).
+        """
+        tensors = {name: tensor.numpy() for name, tensor in self._networks().items()}
+        if self.ema is not None:
+            tensors[_STATISTICS_DECAY] = np.array(self.ema.statistics_decay)
+        return tensors | optimizer_tensors(self.optimizer, self.model)
 
     def _networks(self) -> dict[str, Tensor]:
         """Return the raw and EMA weights by their names in the state file."""
@@ -188,10 +191,11 @@ class Trainer:
         return networks
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int, scaler: Mapping[str, float]) -> None:
-        """Restore the state that the trainer had at the end of an epoch.
+        """Restore the state that the trainer had after a step.
 
         Args:
-            tensors: Result of `tensors()`.
+            tensors: Result of `tensors()`. Within an epoch, also `STATISTICS`, the statistics of the micro-batches of
+                all processes.
             step: Number of finished optimizer steps.
             scaler: Result of `scaler_state()`.
 
@@ -199,14 +203,23 @@ class Trainer:
             UnreadableFile: A tensor is missing, unexpected, or has the wrong shape.
         """
         wanted = self._networks()
-        stored = {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "ema/"))}
+        stored = {name: tensor for name, tensor in tensors.items() if name.startswith(_NETWORKS)}
         for name in sorted({*wanted, *stored}):
             if name not in wanted or name not in stored or list(stored[name].shape) != wanted[name].shape:
                 raise UnreadableFile(f"the state does not match the network at {name[:120]}")
         restore_optimizer(self.optimizer, self.model, tensors)
         for name, tensor in wanted.items():
             tensor.set_value(stored[name])
-        self.statistics = Statistics(self.model, self.micro_batches.accumulate, self.micro_batches.processes)
+        if self.ema is not None:
+            self.ema.statistics_decay = float(tensors.get(_STATISTICS_DECAY, 1.0))
+        parts = self.micro_batches
+        self.statistics = Statistics(self.model, parts.accumulate, parts.processes)
+        if STATISTICS in tensors:
+            own = self.statistics.values()
+            if tensors[STATISTICS].shape != (parts.total, own.shape[1]):
+                raise UnreadableFile(f"the state does not match the network at {STATISTICS}")
+            first = parts.rank * parts.accumulate
+            self.statistics.restore(tensors[STATISTICS][first : first + parts.accumulate])
         self.step = step
         state: Any = self.scaler.state_dict()
         if state and scaler:
@@ -238,6 +251,17 @@ def normalized_on_device(pixels: Tensor, images: PixelBatch) -> Tensor:
         if rectangle is not None:
             normalized[(image, *rectangle.window)] = paddle.to_tensor(rectangle.noise)
     return normalized
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], step: int) -> None:
+    """Check the raw and EMA weights in the tensors of a state, after this number of steps.
+
+    Raises:
+        TrainingStopped: A weight is not finite.
+    """
+    for name, tensor in tensors.items():
+        if name.startswith(_NETWORKS) and not np.isfinite(tensor).all():
+            raise TrainingStopped(f"{name.partition('/')[2]} is not finite after step {step}: {DIVERGED}", False)
 
 
 def mixed_precision(precision: Precision) -> Any:
