@@ -354,6 +354,9 @@ class Process:
     def __init__(self, rank):
         self.rank, self.count, self.first = rank, 2, rank == 0
 
+    def resume_with(self, command):
+        pass
+
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_first_process_gets_all_frames_a_part_at_a_time(tmp_path, shared, monkeypatch):
