@@ -38,7 +38,7 @@ SHORT_RECIPES = {"--variant": "fcvit_digits", "--input-size": "32", "--precision
 
 
 # Pages whose blocks take more than 10 seconds of a core. They run in CI.
-LONG = {"README", "similarity", "export", "evaluate"}
+LONG = {"README", "similarity", "export", "evaluate", "detection", "train"}
 
 
 def marked(page):

@@ -19,8 +19,9 @@ from fcvit.cli import main
 from fcvit.commands import check_data as module
 from fcvit.commands import image_checks
 from fcvit.commands.image_checks import ODD, Examined, Images
+from fcvit.data.columns import FolderLocations
 from fcvit.data.listed import LISTED
-from fcvit.data.sources import Location, Source
+from fcvit.data.sources import Location
 from fcvit.errors import UnreadableFile, UsageError
 
 check_data = functools.partial(module.check_data, workers=0)
@@ -257,12 +258,11 @@ class Crashing(NamedTuple):
 
 @pytest.mark.slow
 def test_an_image_that_crashes_the_decoder_does_not_end_the_check(train, monkeypatch):
-    def with_crashing_image(source):
-        tree = read(source)
-        return tree._replace(files={**tree.files, "cat/5.png": Crashing()})
+    def with_crashing_image(column, rows):
+        return [Crashing() if place.path.endswith("cat/5.png") else place for place in values(column, rows)]
 
-    read = Source.tree
-    monkeypatch.setattr(Source, "tree", with_crashing_image)
+    values = FolderLocations.values
+    monkeypatch.setattr(FolderLocations, "values", with_crashing_image)
     check = check_data(train, workers=1)
     ((image, reason),) = findings(check).pop("unreadable")
     assert image == "cat/5.png" and "process" in reason and list(findings(check)) == ["unreadable"]

@@ -49,7 +49,7 @@ def test_the_recorded_logits_match_pytorch(held_out):
 
 @pytest.mark.slow
 @needs_paddle
-@pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), False])
+@pytest.mark.parametrize("live", [pytest.param(True, marks=needs_torch), pytest.param(False, marks=pytest.mark.ci)])
 def test_all_steps_run(tmp_path, monkeypatch, live):
     if not live:
         for module in ("fcvit.commands.quickstart", "fcvit.commands.convert"):

@@ -87,6 +87,7 @@ def epochs_done(folder):
         return 0
 
 
+@pytest.mark.ci
 def test_a_killed_and_resumed_run_gives_bit_identical_results(work):
     """Kill the run in the second epoch, and again while the checkpoint of the third epoch is written."""
     run = work / "killed"

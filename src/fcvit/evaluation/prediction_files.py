@@ -4,13 +4,15 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcvit.data.folders import legible
 from fcvit.errors import MissingExtra
 from fcvit.evaluation.journal import naming
-from fcvit.tasks.predictor import Predictor
 from fcvit.text import csv_text, printable
+
+if TYPE_CHECKING:
+    from fcvit.tasks.predictor import Predictor
 
 _ROWS_TOGETHER = 10_000  # images in a row group of a Parquet file
 
@@ -37,7 +39,7 @@ def csv_lines(name: str, rows: Iterable[dict[str, Any]]) -> str:
     return csv_text((tuple(map(_cell, (name, place, *row.values()))) for place, row in enumerate(rows, 1)), "\n")
 
 
-def csv_header(predictor: Predictor) -> str:
+def csv_header(predictor: "Predictor") -> str:
     """Return the header of the lines of `csv_lines`."""
     return csv_text([("path", "place", *predictor.row_columns)], "\n")
 
@@ -49,14 +51,14 @@ def _cell(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def _write_json_lines(batches: Batches, path: Path, predictor: Predictor) -> None:
+def _write_json_lines(batches: Batches, path: Path, predictor: "Predictor") -> None:
     def encode(one: Predicted) -> bytes:
         return b'{"path": %b, "predictions": %b}\n' % (json.dumps(one.name).encode(), one.content)
 
     _write(path, (b"".join(map(encode, batch)) for batch in batches))
 
 
-def _write_csv(batches: Batches, path: Path, predictor: Predictor) -> None:
+def _write_csv(batches: Batches, path: Path, predictor: "Predictor") -> None:
     def encode(one: Predicted) -> bytes:
         return csv_lines(one.name, json.loads(one.content)).encode("utf-8", "backslashreplace")
 
@@ -76,7 +78,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
                     left = left[file.write(left) :]
 
 
-def _write_parquet(batches: Batches, path: Path, predictor: Predictor) -> None:
+def _write_parquet(batches: Batches, path: Path, predictor: "Predictor") -> None:
     """Write one row for each image: its path, and the list of its predictions."""
     arrow, parquet = require_parquet()
     types = {int: arrow.int64(), float: arrow.float64(), str: arrow.string()}
@@ -103,7 +105,7 @@ def require_parquet() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-WRITERS: dict[str, Callable[[Batches, Path, Predictor], None]] = {
+WRITERS: dict[str, Callable[[Batches, Path, "Predictor"], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_json_lines,
     ".parquet": _write_parquet,

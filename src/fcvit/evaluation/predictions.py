@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,9 @@ from fcvit.evaluation.request import Request
 from fcvit.evaluation.settings import MOVABLE, used_packages
 from fcvit.inference.engines import AUTO
 from fcvit.processes import Processes
-from fcvit.tasks.predictor import Predictor
+
+if TYPE_CHECKING:
+    from fcvit.tasks.predictor import Predictor
 
 _DTYPE = np.dtype([("index", "<i8"), ("digest", "u1", (DIGEST,))])
 _KEPT = 100  # predictions that are kept for the terminal if there is a file or folder
@@ -83,7 +85,7 @@ class PredictionRun:
 
     request: Request
     images: NamedImages
-    predictor: Predictor
+    predictor: "Predictor"
     output: Path | None
     processes: Processes
     kept: list[Predicted] = field(default_factory=list)
