@@ -189,6 +189,15 @@ def test_evaluation_on_two_machines_gives_the_same_bytes_as_on_one(machines, wei
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_prediction_on_two_machines_gives_the_same_bytes_as_on_one(machines, weights, tmp_path):
+    words = ["predict", "few", "--weights", weights, "--device", "cpu", "--engine", "paddle", "--batch-size", 1, "-o"]
+    results = [finish(launcher, 120) for launcher in machines.launch(PROGRAM, [*words, tmp_path / "two.csv"])]
+    assert [code for code, _ in results] == [0, 0], results
+    one_machine(machines, [*words, tmp_path / "one.csv"], tmp_path / "log")
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert not [*tmp_path.glob("*.run")]
+
+
 def working(folder):
     """Return whether a run has finished an epoch, or has records of both processes."""
     journals = list(folder.glob("journals/*"))
@@ -217,17 +226,30 @@ UNREACHABLE = r"process 0 on node-a \(10.77.0.1\) cannot be reached"
         ("train", stopped, 1, SILENT),
         ("train", killed, 0, UNREACHABLE),
         ("train", cut_off, 1, SILENT),
-        ("eval", killed, 1, SILENT),
+        ("predict", killed, 1, SILENT),
         ("eval", stopped, 0, UNREACHABLE),
     ],
 )
 def test_a_lost_process_ends_the_other_one_within_the_limit(machines, weights, tmp_path, command, fault, rank, message):
-    run_folder = tmp_path / "run"
+    output = tmp_path / ("run.csv" if command == "predict" else "run")
+    run_folder = tmp_path / "run.csv.run" if command == "predict" else output
     words = {
         "train": ["train", "recipe.toml", "--device", "cpu", "--epochs", "1000"],
         "eval": ["eval", "--weights", weights, "--data", "many", *EVALUATION],
+        "predict": [
+            "predict",
+            "many",
+            "--weights",
+            weights,
+            "--device",
+            "cpu",
+            "--engine",
+            "paddle",
+            "--batch-size",
+            1,
+        ],
     }[command]
-    processes = machines.job([*words, "--peer-timeout", LIMIT, "-o", run_folder])
+    processes = machines.job([*words, "--peer-timeout", LIMIT, "-o", output])
     deadline = time.monotonic() + 60
     while not working(run_folder):
         assert processes[rank].poll() is None and time.monotonic() < deadline, finish(processes[rank], 1)
@@ -269,17 +291,13 @@ def test_a_run_continues_after_a_failure_with_etcd(machines, tmp_path):
     if not (shutil.which("etcd") and installed("etcd3")):
         pytest.skip("etcd or the package etcd3 is not installed")
     server, run_folder = f"http://{ADDRESSES[0]}:2379", tmp_path / "run"
+    words = ["train", "recipe.toml", "--epochs", 8, "--device", "cpu", "-o", run_folder, "--resume-if-exists"]
     urls = ["--listen-client-urls", server, "--advertise-client-urls", server]
     machines.start(0, ["etcd", "--data-dir", tmp_path / "etcd", *urls, "--listen-peer-urls", "http://127.0.0.1:2380"])
-    script = tmp_path / "continue.sh"
-    script.write_text(
-        f"#!/bin/sh\nif [ -e {run_folder}/run.json ]; then set -- resume {run_folder}; "
-        f"else set -- train recipe.toml --epochs 8 --device cpu -o {run_folder}; fi\n"
-        f'exec {PROGRAM} "$@" --peer-timeout {LIMIT}\n'
-    )
-    script.chmod(0o755)
     options = {"nnodes": 2, "nproc_per_node": 1, "elastic_level": 1, "job_id": "test"}
-    launchers = machines.launch(script, [], master=f"etcd://{ADDRESSES[0]}:2379", **options)
+    launchers = machines.launch(
+        PROGRAM, [*words, "--peer-timeout", LIMIT], master=f"etcd://{ADDRESSES[0]}:2379", **options
+    )
     deadline = time.monotonic() + 90
     while not working(run_folder):
         assert launchers[1].poll() is None and time.monotonic() < deadline, finish(launchers[1], 1)
