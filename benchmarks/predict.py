@@ -64,9 +64,32 @@ def load_and_predict(work: Work) -> float:
     return (len(paths) - BATCH) / (times[-1] - times[BATCH - 1])
 
 
+def ray_data(work: Work) -> float:
+    """Measure two actors with one CPU each. Reading has another one, so this process and Ray share the cores."""
+    import ray.data
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    files = [str(path) for path in images_below(work.data)]
+    read = ray.data.read_binary_files(files, include_paths=True, override_num_blocks=-(-len(files) // BATCH))
+    batches = read.map_batches(
+        fcvit.Predictor,
+        fn_constructor_args=(str(work.weights.absolute()),),
+        fn_constructor_kwargs={"engine": work.engine, "device": "cpu"},
+        batch_size=BATCH,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+    times: list[tuple[float, int]] = []
+    for batch in batches.iter_batches(batch_size=None, prefetch_batches=0):
+        times.append((time.perf_counter(), len(batch["path"])))
+    ray.shutdown()
+    return sum(count for _, count in times[1:]) / (times[-1][0] - times[0][0])
+
+
 WAYS: dict[str, Callable[[Work], float]] = {
     "fcvit predict": predict_command,
     "fcvit.load().predict": load_and_predict,
+    "Ray Data, 2 actors": ray_data,
     REFERENCE: evaluation,
 }
 """Name -> function that returns images per second. Add a way here."""

@@ -40,7 +40,7 @@ def serve(
     """Serve predictions over HTTP: POST an image to /predict, get JSON. GET /health answers 200 when it is ready.
 
     Args:
-        weights: A checkpoint of any format.
+        weights: A checkpoint of any format, or an exported file.
         options: Options of the task of the weights.
         host: Address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 the whole network.
         port: Port to listen on.
