@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -257,6 +258,7 @@ def report(error: str) -> None:
     """Tell the other processes of the launcher that this one fails, also if it has not joined them yet."""
     if _count() > 1:
         with contextlib.suppress(Exception):  # this process already reports an error
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher: this process is ending already
             join().leave(error)
 
 

@@ -22,6 +22,7 @@ import time
 import traceback
 
 from fcvit.cli import main
+from fcvit.processes import join
 from fcvit.training import log, loop
 from fcvit.training.step import Trainer
 from fcvit.weights import safetensors_file
@@ -69,7 +70,9 @@ def run_here(job, rank):
             return result
 
         Trainer._update = recorded
-    os._exit(main(job["words"]) or 0)
+    code = main(job["words"])
+    join().leave()  # as at the normal end of a program
+    os._exit(code or 0)
 
 
 def after(event, function):

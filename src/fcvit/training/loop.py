@@ -107,7 +107,7 @@ def train_epochs(run: "Run") -> Training:
             log.write(run.progress.rows)
         while run.progress.epoch < run.recipe.total_epochs and not loop.out_of_patience():
             loop.epoch(run.progress.epoch, log)
-            loop.meet()
+            run.processes.broadcast(b"")  # the launcher ends all processes soon after one has ended
     finally:
         if log:
             log.close()
@@ -135,6 +135,7 @@ class Loop:
         self.write = BackgroundWrite()
         self.saved_at = self.read_at = time.monotonic()
         self.steps_per_read = 1
+        self.stopping = False  # True if all processes have agreed to stop after a signal to one of them
         self.slow_disk = False  # True if a note has reported this
         self.best_key = f"best_{self.task.score}"
         self.waiting = WaitingTime(getattr(run.workers, "count", 0))
@@ -164,6 +165,9 @@ class Loop:
                 with held_back():
                     self.write.start(self.run.copy_state())
                     self.write.finish()
+            if self.stopping:
+                with held_back():
+                    self.run.processes.leave()  # all processes have agreed to stop, so this one has not failed
             raise
         if log:
             log.write(progress.rows)
@@ -205,23 +209,14 @@ class Loop:
                     trainer.end_epoch()
                     self._gather_unreadable()
                     progress.epoch_seconds = time.perf_counter() - self.began
-                progress.epoch_step = step + 1
-                if requests["stop"] and last:
+                progress.epoch_step, self.stopping = step + 1, requests["stop"] > 0
+                if self.stopping and last:
                     raise KeyboardInterrupt  # `epoch` saves the state
-                if requests["stop"] or requests["save"]:
+                if self.stopping or requests["save"]:
                     self._save_step()
-                if requests["stop"]:
+                if self.stopping:
                     self.write.finish()
-                    self.meet()
                     raise KeyboardInterrupt
-
-    def meet(self) -> None:
-        """Wait for the first process, which then waits for all others.
-
-        The launcher ends all processes soon after the first one has ended, and process 0 hosts the key-value store.
-        """
-        self.run.processes.broadcast(b"")
-        self.run.processes.gather(b"")
 
     def _requests(self, interrupted: Callable[[], bool]) -> dict[str, float]:
         """Return the values of this process on which all processes must agree (see `_read`)."""
