@@ -149,19 +149,19 @@ def predict(
         classes=absolute(classes) if isinstance(classes, str | os.PathLike) else classes,
         batch_size=batch_size,
     )
-    found = find_named(images, Path.cwd())
+    named = find_named(images, Path.cwd())
     read = read_network(weights, ema)
     task = task_of([read])
     chosen = task_options("predict", task, given_options(options))
     request = Request((absolute(weights),), str(Path.cwd()), task.name, settings, chosen)
-    run = _prepare(request, found, read, output, processes)
+    run = _prepare(request, named, read, output, processes)
     with contextlib.ExitStack() as stack:
         if folder is not None:
             if processes.first:
                 details = run.request.to_json() | {"identity": run.identity}
                 stack.enter_context(runs.run_folder(folder, "predict", details))
             folder = shared_folder(folder if processes.first else None, processes)
-        run.finish(folder, _workers(workers, found))
+        run.finish(folder, _workers(workers, named))
     return _finished(run, folder, csv)
 
 
@@ -178,16 +178,16 @@ def resume(folder: Path, moved: Mapping[str, Any], workers: int | None) -> Predi
     if moved:
         request = request.moved(moved)
         record |= request.to_json()
-    found = find_named(request.settings.images, Path(request.data))
+    named = find_named(request.settings.images, Path(request.data))
     read = read_network(request.weights[0], request.settings.ema)
-    run = _prepare(request, found, read, output, processes)
+    run = _prepare(request, named, read, output, processes)
     check_identity(run.identity, record.get("identity", {}), folder)
     if moved:
         run.check_files(folder)
     with contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(runs.continued_run(folder, record))
-        run.finish(shared_folder(folder if processes.first else None, processes), _workers(workers, found))
+        run.finish(shared_folder(folder if processes.first else None, processes), _workers(workers, named))
     return _finished(run, folder, False)
 
 

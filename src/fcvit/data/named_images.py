@@ -86,7 +86,7 @@ def find_named(arguments: Iterable[str], folder: Path) -> NamedImages:
     for argument in arguments:
         path = Path(argument)
         if (folder / path).exists():
-            found = list(_parts([argument], folder))
+            matched = list(_parts([argument], folder))
         else:
             matches = [
                 match
@@ -94,17 +94,17 @@ def find_named(arguments: Iterable[str], folder: Path) -> NamedImages:
                 if not any(part.lower() in SYSTEM and part not in path.parts for part in Path(match).parts)
             ]
             try:  # a folder in an archive exists only there
-                found = list(_parts(matches, folder)) if matches else [_archive(argument, folder)]
+                matched = list(_parts(matches, folder)) if matches else [_archive(argument, folder)]
             except UnreadableFile:
                 if any((folder / parent).is_file() for parent in path.parents):
                     raise
-                found = []
-        if not any(part.names for part in found):
+                matched = []
+        if not any(part.names for part in matched):
             raise UnreadableFile(
                 f"{argument}: no such image; pass an image file, a folder or an archive that contains images, or a "
                 "glob pattern"
             )
-        parts += found
+        parts += matched
     parts = list(_without_repeats(parts)) if len(parts) > 1 else parts
     return NamedImages(
         _Column(parts, lambda part, name: part.prefix + name),

@@ -126,13 +126,13 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> Archive:
         every, images, unlabeled = Builder(), 0, 0
         for path, split in zip(paths, splits, strict=True):
             file = _open(path)
-            found = _columns(path, file)
-            columns = columns or found
-            if (found.image, found.label, found.classes) != (columns.image, columns.label, columns.classes):
+            own = _columns(path, file)
+            columns = columns or own
+            if (own.image, own.label, own.classes) != (columns.image, columns.label, columns.classes):
                 raise UnreadableFile(f"{path}: has other columns or classes than {paths[0].name}; pass it separately")
             number = every.paths.setdefault(str(path), len(every.paths))
-            ending = _ending(path, file, found)
-            for row, (name, label, page, place) in enumerate(_rows(path, file, found)):
+            ending = _ending(path, file, own)
+            for row, (name, label, page, place) in enumerate(_rows(path, file, own)):
                 last = (name or "").replace("\\", "/").rpartition("/")[2].replace("\0", "")
                 if numbered or not is_image(last):
                     stem = _stem(root, path).replace("/", "-")

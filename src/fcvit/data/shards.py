@@ -97,8 +97,8 @@ def _labeled(path: Path, counts: "collections.Counter[str]") -> Iterator[tuple[s
             if not images:
                 counts["skipped"] += 1
                 continue
-            found = next((endings[ending] for ending in _LABELS if ending in endings), None)
-            label = None if found is None else _label(file, f"{path}/{found[0]}", found[1])
+            labeled = next((endings[ending] for ending in _LABELS if ending in endings), None)
+            label = None if labeled is None else _label(file, f"{path}/{labeled[0]}", labeled[1])
             counts["images"] += 1
             counts["unlabeled"] += label is None
             yield label, *endings[images[0]]
@@ -115,12 +115,12 @@ def _label(file: Any, shown: str, location: Location) -> str | None:
             content = json.loads(text)
             if not isinstance(content, dict):
                 raise ValueError("not an object")
-            found = next((content[field] for field in _FIELDS if field in content), None)
-            if found is None:
+            value = next((content[field] for field in _FIELDS if field in content), None)
+            if value is None:
                 return None
-            if isinstance(found, bool) or not isinstance(found, str | int):
-                raise ValueError(f"label {found!r:.60}")
-            text = str(found)
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                raise ValueError(f"label {value!r:.60}")
+            text = str(value)
     except (ValueError, RecursionError) as error:
         raise UnreadableFile(f"{shown}: not a readable label: {str(error)[:80]}") from error
     return label_folder(text.strip(), shown)
