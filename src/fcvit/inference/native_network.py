@@ -253,13 +253,13 @@ class _Program:
             height, width = high, wide
             now, other = slots["y"], self.map(f"{stage} 1", channels, height, width)
             for block in range(v.depths[stage]):
-                self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
-                now, other = other, now
+                result = self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
+                now, other = result, other if result == now else now
             maps.append((now, height, width))
         return maps
 
-    def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> None:
-        """Write a block from map x to map y."""
+    def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> str:
+        """Write a block for map x, with memory y for another map. Return the one of both that has the result."""
         channels = self.variant.widths[stage]
         hidden = channels * self.variant.mlp_ratios[stage]
         size = {"channels": channels, "height": height, "width": width}
@@ -283,9 +283,9 @@ class _Program:
         flops = 4 * positions * channels * hidden
         if not self.variant.channel_dwconv:
             one = self.layers.vector("one", lambda: np.ones(max(self.variant.widths)))
-            self.op("pointwise", {"x": first, "y": x, "z": y}, *first_layer, *last_layer, one, flops=flops, outputs=channels,
-                    inner=hidden, activation=_GELU, **size)
-            raise AssertionError
+            slots = {"x": first, "y": x, "z": y}
+            self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, outputs=channels, inner=hidden, **size)
+            return x
         panel, group = 2 * self.lanes, 0
         if positions * self.images * 2 * panel <= _HIDDEN_FLOATS:
             group = min(self.padded(hidden), _HIDDEN_FLOATS // (positions * self.images) // panel * panel)
@@ -293,8 +293,9 @@ class _Program:
         kernel = self.variant.channel_kernel
         slots = {"x": y, "y": first, "z": self.slot("hidden", group * positions)}
         flops += 2 * positions * hidden * kernel**2
-        self.op("mixer", slots, *first_layer, *self.layers.depthwise(dw), *last_layer, flops=flops, inner=hidden,
-                kernel=kernel, group=group, **size)
+        weights = (*first_layer, *self.layers.depthwise(dw), *last_layer)
+        self.op("mixer", slots, *weights, flops=flops, inner=hidden, kernel=kernel, group=group, **size)
+        return y
 
     def tokens(self, mixer: str, mix: int, norm: str | None, x: str, y: str, size: dict[str, int]) -> None:
         """Write norm, global context and depthwise convolution."""
