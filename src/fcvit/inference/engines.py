@@ -225,7 +225,7 @@ def accelerate(model: Any, threads: int | None = None) -> None:
 
     network.accelerate(model)
     if threads is not None:
-        build.operators().omp_set_num_threads(threads)
+        build.library().omp_set_num_threads(threads)
 
 
 class TorchEngine(Engine):
