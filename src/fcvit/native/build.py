@@ -28,6 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-pthread", "-fPIC")
 EXTRA_FLAGS = "FCVIT_CXXFLAGS"
 COMPILERS = ("g++", "clang++", "c++")
 REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
+COMMAND = "fcvit doctor --build"
 NATIVE = "native"
 _AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _AVX512 = frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
@@ -55,10 +56,9 @@ def library(level: str | None = None) -> ctypes.CDLL:
             be written.
     """
     level = level or levels()[0]
-    compiler = find_compiler()
-    folder = _folder(compiler, level)
+    folder = cache_root() / "native" / key(level)
     try:
-        return ctypes.CDLL(str(_intact_library(folder) or _compile_once(compiler, level, folder)))
+        return ctypes.CDLL(str(_intact_library(folder) or _compile_once(level, folder)))
     except OSError as error:
         raise _missing(
             f"{error} ({folder})", "make the folder writable, or set XDG_CACHE_HOME to use another"
@@ -68,7 +68,7 @@ def library(level: str | None = None) -> ctypes.CDLL:
 def is_built(level: str | None = None) -> bool:
     """Return whether an intact library for the level is in the cache. This never starts the compiler."""
     try:
-        return _intact_library(_folder(find_compiler(), level or levels()[0])) is not None
+        return _intact_library(cache_root() / "native" / key(level)) is not None
     except (MissingExtra, OSError):
         return False
 
@@ -92,17 +92,20 @@ def find_compiler() -> str:
     raise _missing(f"no C++ compiler found ({chosen or ', '.join(COMPILERS)})")
 
 
-def _folder(compiler: str, level: str) -> Path:
-    """Return the folder of a library, named by a hash of the sources, flags, compiler and level.
+def key(level: str | None = None) -> str:
+    """Return a hash of everything that a library depends on: sources, flags, compiler and level.
 
-    A compiler is identified by its file, because asking it for its version takes longer than loading the library.
+    Raises:
+        MissingExtra: There is no compiler.
     """
-    file = Path(compiler).resolve()
+    level = level or levels()[0]
+    # A compiler is identified by its file, because asking it for its version takes longer than loading the library.
+    compiler = Path(find_compiler()).resolve()
     parts = [f"{path.name}\0{path.read_text('utf-8')}" for path in _sources("*.h") + _sources("*.cc")]
-    parts += [*_flags(level), str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)]
+    parts += [*_flags(level), str(compiler), str(compiler.stat().st_size), str(compiler.stat().st_mtime_ns)]
     if level == NATIVE:
         parts.append(processor_identity())
-    return cache_root() / "native" / hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -121,7 +124,7 @@ def _intact_library(folder: Path) -> Path | None:
     return None
 
 
-def _compile_once(compiler: str, level: str, folder: Path) -> Path:
+def _compile_once(level: str, folder: Path) -> Path:
     """Compile the library, unless another process does it at the same time."""
     import fcntl  # does not exist on Windows
 
@@ -134,7 +137,7 @@ def _compile_once(compiler: str, level: str, folder: Path) -> Path:
             damaged.unlink()
         logger.info(f"compiling the native library for {level}, once; it is cached in {folder.parent}")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            path = _compile(compiler, _flags(level), Path(scratch))
+            path = _compile(find_compiler(), _flags(level), Path(scratch))
             return path.replace(folder / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so")
 
 
