@@ -1,0 +1,400 @@
+"""Write a network as a list of operations for the native engine (`native/engine.cc`), and run it.
+
+The layers are folded as in `fcvit.inference.onnx_graph`: no BatchNorm is left, and neighboring weights contain the
+affine part of a norm in front of a 1x1 convolution or the head, and the second layer scale.
+
+A map is (C / L, H, W, L) for each image, with L channels in a vector and zeros in the channels of an incomplete vector.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from fcvit.errors import UsageError
+from fcvit.inference import algebra
+from fcvit.models.spec import HEADS, ModelSpec, is_counter
+from fcvit.models.variants import Preprocessing
+from fcvit.native.build import library
+from fcvit.weights.reading import Weights
+
+_KINDS = ("image", "stem", "downsample", "tokens", "pointwise", "norm", "mixer", "pool", "output")
+_LINEAR, _GELU, _RELU = range(3)
+_EPS = 1e-5
+_SLOTS = ("x", "y", "z")
+_NUMBERS = ("channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation")
+_HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
+_POSITIONS = 28  # in the last stage, from which a product with its weights is efficient
+
+
+class _Op(ctypes.Structure):
+    """`Op` in engine.cc."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", *_SLOTS, *_NUMBERS)),
+        ("weights", ctypes.c_void_p * 10),
+    )
+
+
+def unsupported(spec: ModelSpec) -> str | None:
+    """Return why the native engine does not compute a network, or None if it does."""
+    variant = spec.variant
+    for name in ("spatial_attention", "channel_attention"):
+        if getattr(variant, name):
+            return f"the native engine does not support {name}"
+    if max(*variant.kernel_sizes, variant.channel_kernel) > 255:
+        return "the native engine supports kernels of at most 255"
+    return None
+
+
+class NativeNetwork:
+    """A network, or a part of a detector, computed by the native engine on the CPU in float32.
+
+    Args:
+        weights: Weights of a network for which `unsupported` is None.
+        preprocessing: Mean and standard deviation for uint8 images.
+        threads: Number of threads of a call.
+        part: A part of a detector (see `fcvit.inference.detector.parts`), or "".
+        level: Instruction set (see `fcvit.native.build.library`). None selects the best of this processor.
+
+    Raises:
+        UsageError: The engine does not support the network.
+        MissingExtra: The engine cannot be compiled.
+    """
+
+    def __init__(
+        self, weights: Weights, preprocessing: Preprocessing, threads: int, part: str = "", level: str | None = None
+    ):
+        if reason := unsupported(weights.spec):
+            raise UsageError(reason)
+        self.library, self.threads, self.spec = library(level), threads, weights.spec
+        self.library.fcvit_engine_create.restype = ctypes.c_void_p
+        self.library.fcvit_engine_destroy.argtypes = [ctypes.c_void_p]
+        self.engine = ctypes.c_void_p(self.library.fcvit_engine_create())
+        self.layers = _Layers(weights, preprocessing, self.library.fcvit_lanes())
+        self.program = functools.lru_cache(16)(functools.partial(_Program, self.layers, part))
+
+    def __del__(self) -> None:
+        if engine := getattr(self, "engine", None):
+            self.library.fcvit_engine_destroy(engine)
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for uint8 RGB or normalized float32 images (B, 3, H, W), B at least 1."""
+        return self._run(images, self.threads)[0]
+
+    def profile(self, images: np.ndarray, rounds: int) -> list[tuple[str, float, float]]:
+        """Return each kind of operator with its seconds on one thread (median of the rounds) and its operations."""
+        self._run(images, 1)
+        times = [self._run(images, 1)[1] for _ in range(rounds)]
+        median = np.median(times, axis=0)
+        program = self.program(*images.shape[1:], self.images_together(images, 1))
+        total: dict[str, tuple[float, float]] = {}
+        for (kind, flops), seconds in zip(program.costs, median, strict=True):
+            known = total.get(kind, (0.0, 0.0))
+            total[kind] = (known[0] + seconds, known[1] + flops * len(images))
+        return [(kind, *numbers) for kind, numbers in total.items()]
+
+    def images_together(self, images: np.ndarray, threads: int) -> int:
+        """Return the number of images that a thread computes together: more than one if they are small."""
+        stride = 32
+        positions = -(-images.shape[2] // stride) * -(-images.shape[3] // stride)
+        return max(1, min(_POSITIONS // positions, -(-len(images) // threads)))
+
+    def _run(self, images: np.ndarray, threads: int) -> tuple[list[np.ndarray], np.ndarray]:
+        batch, together = len(images), self.images_together(images, threads)
+        program = self.program(*images.shape[1:], together)
+        outputs = [np.empty((batch, *shape), np.float32) for shape in program.outputs]
+        pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
+        seconds = np.zeros(len(program.ops))
+        images = np.ascontiguousarray(images)
+        numbers = (len(program.ops), program.floats, images.ctypes.data, images.dtype == np.uint8, batch, together, threads)
+        arguments = [ctypes.c_void_p if index == 2 else ctypes.c_int64 for index in range(7)]
+        converted = [kind(int(number)) for kind, number in zip(arguments, numbers, strict=True)]
+        time = ctypes.c_void_p(seconds.ctypes.data) if threads == 1 else None
+        if self.library.fcvit_engine_run(self.engine, program.ops, *converted, pointers, time):
+            raise MemoryError("the native engine: out of memory")
+        return outputs, seconds
+
+
+class _Layers:
+    """The weights of a network, folded and packed when they are first used."""
+
+    def __init__(self, weights: Weights, preprocessing: Preprocessing, lanes: int):
+        self.spec, self.variant, self.lanes, self.preprocessing = weights.spec, weights.spec.variant, lanes, preprocessing
+        prefix = HEADS[weights.spec.head].prefix
+        self.tensors = {n.removeprefix(prefix): t for n, t in weights.tensors.items() if not is_counter(n)}
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def pointer(self, name: str, create: Callable[[], np.ndarray]) -> int:
+        """Return the address of an array, which is created once."""
+        if name not in self.arrays:
+            self.arrays[name] = _aligned(create())
+        return self.arrays[name].ctypes.data
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.tensors[name].astype(np.float64)
+
+    def pair(self, name: str) -> algebra.Pair:
+        return self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
+
+    def vector(self, name: str, create: Callable[[], np.ndarray]) -> int:
+        """Return the address of a vector of channels, filled up with zeros."""
+        return self.pointer(name, lambda: _fill(create(), 0, 2 * self.lanes))
+
+    def product(self, name: str, create: Callable[[], algebra.Pair]) -> tuple[int, int]:
+        """Return the addresses of the packed weights (N, C, ...) of a product and its bias."""
+
+        def packed() -> np.ndarray:
+            weight = create()[0]
+            if weight.shape[1] == 3:  # the stem takes pixels with three channels
+                weight = weight.transpose(0, 2, 3, 1)
+            else:
+                weight = _fill(weight.reshape(*weight.shape[:2], -1), 1, self.lanes)
+                weight = weight.reshape(len(weight), -1, self.lanes, weight.shape[2]).transpose(0, 1, 3, 2)
+            weight = _fill(weight.reshape(len(weight), -1), 0, 2 * self.lanes)
+            return weight.reshape(-1, 2 * self.lanes, weight.shape[1]).transpose(0, 2, 1)
+
+        return self.pointer(f"{name} weight", packed), self.vector(f"{name} bias", lambda: create()[1])
+
+    def depthwise(self, name: str) -> tuple[int, int]:
+        """Return the addresses of the taps (C / L, kernel, kernel, L) and the bias."""
+
+        def taps() -> np.ndarray:
+            weight = _fill(self.tensor(f"{name}.weight"), 0, 2 * self.lanes)
+            return weight.reshape(-1, self.lanes, weight.shape[-1] ** 2).transpose(0, 2, 1)
+
+        return self.pointer(f"{name} taps", taps), self.vector(f"{name} bias", lambda: self.tensor(f"{name}.bias"))
+
+    def plain(self, name: str) -> int:
+        return self.vector(name, lambda: self.tensor(name))
+
+    def rows(self, name: str) -> tuple[int, int]:
+        """Return the addresses of the weights of a linear layer (N, C), with full vectors of inputs, and its bias."""
+        weight = self.pointer(f"{name} rows", lambda: _fill(self.tensor(f"{name}.weight"), 1, self.lanes))
+        return weight, self.plain(f"{name}.bias")
+
+    def conv_norm(self, name: str) -> algebra.Pair:
+        norm = f"{name}.norm"
+        statistics = self.tensor(f"{norm}.running_mean"), self.tensor(f"{norm}.running_var")
+        return algebra.scale_outputs(self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, _EPS))
+
+    def after_norm(self, layer: str, norm: str) -> algebra.Pair:
+        """Return a 1x1 convolution or linear layer with the affine part of the norm in front of it."""
+        scale, shift = self.pair(norm)
+        return algebra.scale_inputs(algebra.shift_inputs(self.pair(layer), shift), scale)
+
+
+class _Program:
+    """The operations for images of one size.
+
+    Attributes:
+        ops: The operations.
+        floats: Size of the memory of one image.
+        outputs: Shapes of the outputs without the batch dimension.
+        costs: Name and floating-point operations of each operation, for one image.
+    """
+
+    def __init__(self, layers: _Layers, part: str, channels: int, height: int, width: int, images: int):
+        self.layers, self.lanes, self.images = layers, layers.lanes, images
+        self.variant = layers.variant
+        self.outputs: list[tuple[int, ...]] = []
+        self.costs: list[tuple[str, float]] = []
+        self.sizes: dict[str, int] = {}
+        self.written: list[tuple[dict[str, int], dict[str, str], list[int | None]]] = []
+        _PARTS[part](self, height, width)
+        offsets, self.floats = {}, 0
+        for name, size in self.sizes.items():
+            offsets[name] = self.floats
+            self.floats += -(-size // 16) * 16
+        self.ops = (_Op * len(self.written))()
+        for op, (numbers, slots, weights) in zip(self.ops, self.written, strict=True):
+            for name, number in numbers.items():
+                setattr(op, name, number)
+            for slot in _SLOTS:
+                setattr(op, slot, offsets[slots[slot]] if slot in slots else -1)
+            op.weights = (ctypes.c_void_p * 10)(*weights)
+
+    def op(self, kind: str, slots: dict[str, str], *weights: int | None, flops: float = 0.0, **numbers: int) -> None:
+        self.written.append(({"kind": _KINDS.index(kind), **numbers}, slots, list(weights)))
+        self.costs.append((kind, flops))
+
+    def slot(self, name: str, floats: int) -> str:
+        """Reserve memory for each image. Maps that are not needed at the same time share a name."""
+        self.sizes[name] = max(self.sizes.get(name, 0), floats)
+        return name
+
+    def padded(self, channels: int) -> int:
+        return -(-channels // self.lanes) * self.lanes
+
+    def map(self, name: str, channels: int, height: int, width: int) -> str:
+        return self.slot(name, self.padded(channels) * height * width)
+
+    def stages(self, height: int, width: int) -> list[tuple[str, int, int]]:
+        """Write stem and stages. Return the map, height and width of each stage."""
+        v, mean = self.variant, 255 * np.array(self.layers.preprocessing.mean)
+        std = 255 * np.array(self.layers.preprocessing.std)
+        self.slot("image", 3 * (height + 6) * (width + 6) + 64)
+        normalize = (self.layers.pointer("std", lambda: 1 / std), self.layers.pointer("mean", lambda: -mean / std))
+        self.op("image", {"y": "image"}, *normalize, height=height, width=width, kernel=7)
+        maps = []
+        for stage, channels in enumerate(v.widths):
+            stride, kernel, given = (4, 7, 3) if not stage else (2, 3, v.widths[stage - 1])
+            high, wide = -(-height // stride), -(-width // stride)
+            name = f"network.{2 * stage - 1}" if stage else "patch_embed"
+            weights = self.layers.product(name, functools.partial(self.layers.conv_norm, name))
+            slots = {"x": maps[-1][0] if stage else "image", "y": self.map(f"{stage} 0", channels, high, wide)}
+            if stage:
+                slots["z"] = self.slot("copy", self.padded(given) * (height + 2) * (width + 2))
+            numbers = {"channels": given, "outputs": channels, "height": height, "width": width, "stride": stride}
+            flops = 2 * high * wide * channels * given * kernel**2
+            self.op("downsample" if stage else "stem", slots, *weights, flops=flops, **numbers)
+            height, width = high, wide
+            now, other = slots["y"], self.map(f"{stage} 1", channels, height, width)
+            for block in range(v.depths[stage]):
+                self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
+                now, other = other, now
+            maps.append((now, height, width))
+        return maps
+
+    def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> None:
+        """Write a block from map x to map y."""
+        channels = self.variant.widths[stage]
+        hidden = channels * self.variant.mlp_ratios[stage]
+        size = {"channels": channels, "height": height, "width": width}
+        first, second = (self.map(f"branch {index}", channels, height, width) for index in (0, 1))
+        given = x
+        mixes = (1, 2) if self.variant.second_mix else (1,)
+        for mix in mixes:
+            last = mix == mixes[-1]
+            self.tokens(f"{name}.token_mixer", mix, f"{name}.norm1" if mix == 1 else None, given, first, size)
+            self.bottleneck(name, mix, first, y if last else second, x if last else None, size)
+            given = second
+        self.norm(y, first, size)
+        fc1, dw, fc2 = (f"{name}.channel_mixer.{layer}" for layer in ("fc1", "dwconv", "fc2"))
+        first_layer = self.layers.product(fc1, lambda: self.layers.after_norm(fc1, f"{name}.norm2"))
+
+        def contract() -> algebra.Pair:
+            scale = self.layers.tensors.get(f"{name}.layer_scale_2")
+            return self.layers.pair(fc2) if scale is None else algebra.scale_outputs(self.layers.pair(fc2), scale)
+
+        last_layer, positions = self.layers.product(fc2, contract), height * width
+        flops = 4 * positions * channels * hidden
+        if not self.variant.channel_dwconv:
+            one = self.layers.vector("one", lambda: np.ones(max(self.variant.widths)))
+            self.op("pointwise", {"x": first, "y": x, "z": y}, *first_layer, *last_layer, one, flops=flops, outputs=channels,
+                    inner=hidden, activation=_GELU, **size)
+            raise AssertionError
+        panel, group = 2 * self.lanes, 0
+        if positions * self.images * 2 * panel <= _HIDDEN_FLOATS:
+            group = min(self.padded(hidden), _HIDDEN_FLOATS // (positions * self.images) // panel * panel)
+            group = max(group, panel)
+        kernel = self.variant.channel_kernel
+        slots = {"x": y, "y": first, "z": self.slot("hidden", group * positions)}
+        flops += 2 * positions * hidden * kernel**2
+        self.op("mixer", slots, *first_layer, *self.layers.depthwise(dw), *last_layer, flops=flops, inner=hidden,
+                kernel=kernel, group=group, **size)
+
+    def tokens(self, mixer: str, mix: int, norm: str | None, x: str, y: str, size: dict[str, int]) -> None:
+        """Write norm, global context and depthwise convolution."""
+        v, layers, name = self.variant, self.layers, f"{mixer}.gc{mix}"
+        channels, positions, kernel = size["channels"], size["height"] * size["width"], v.kernel_sizes[mix - 1]
+        affine = (None, None) if norm is None else (layers.plain(f"{norm}.weight"), layers.plain(f"{norm}.bias"))
+        context: tuple[int | None, ...] = (None,) * 6
+        flops = 2 * positions * channels * kernel**2
+        numbers = {"kernel": kernel}
+        if v.global_context:
+            inner = channels // v.reduction
+            numbers |= {"heads": v.heads, "inner": inner, "activation": _LINEAR if v.competition else _GELU}
+            ends = ("fc1", "fc2") if v.competition else ("fc.0", "fc.2")
+            context = (*layers.rows(f"{name}.{ends[0]}"), *layers.rows(f"{name}.{ends[1]}"), None, None)
+            if v.weighted_context:
+                context = (*context[:4], *(layers.plain(f"{name}.rescale_{kind}") for kind in ("weight", "bias")))
+                flops += 4 * positions * channels
+        heads = self.padded(v.heads)
+        work = self.padded(channels) * (5 + 2 * heads) + self.padded(channels) // self.lanes + 16 + 2 * heads * (1 + positions)
+        slots = {"x": x, "y": y, "z": self.slot("work", work)}
+        self.op("tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers)
+
+    def bottleneck(self, block: str, mix: int, x: str, y: str, residual: str | None, size: dict[str, int]) -> None:
+        """Write the 1x1 convolutions after a depthwise convolution, and the end of the token mixer."""
+        name, channels, layers = f"{block}.token_mixer.fc{mix}", size["channels"], self.layers
+        inner = self.variant.token_width(channels) or 0
+        names = (f"{name}.0", f"{name}.2") if inner else (name,)
+        weights = [address for one in names for address in layers.product(one, functools.partial(layers.pair, one))]
+        slots = {"x": x, "y": y}
+        if residual is not None:
+            slots["z"] = residual
+            scale = f"{block}.layer_scale_1"
+            one = layers.tensors.get(scale, np.ones(channels))
+            weights = [*weights, *(None,) * (4 - len(weights)), layers.vector(scale, lambda: one)]
+        flops = 2 * size["height"] * size["width"] * channels * (2 * inner or channels)
+        self.op("pointwise", slots, *weights, flops=flops, outputs=channels, inner=inner, activation=_GELU, **size)
+
+    def norm(self, x: str, y: str, size: dict[str, int], affine: tuple[int | None, ...] = (None, None)) -> None:
+        """Write a norm. Without `affine`, the next layer contains its scale and shift."""
+        work = self.slot("work", 2 * self.padded(size["channels"]) + 16)
+        self.op("norm", {"x": x, "y": y, "z": work}, *affine, **size)
+
+    def output(self, x: str, shape: tuple[int, ...], size: dict[str, int], channels_last: bool = False) -> None:
+        self.op("output", {"x": x}, inner=len(self.outputs), stride=int(channels_last), **size)
+        self.outputs.append(shape)
+
+    def network(self, height: int, width: int) -> None:
+        _HEADS[self.layers.spec.head](self, self.stages(height, width))
+
+    def classifier(self, maps: list[tuple[str, int, int]]) -> None:
+        x, height, width = maps[-1]
+        channels, classes = self.variant.widths[-1], self.layers.spec.num_classes
+        size = {"channels": channels, "height": height, "width": width}
+        work = self.slot("work", 2 * self.padded(channels) + 16)
+        self.op("pool", {"x": x, "y": self.map("pooled", channels, 1, 1), "z": work}, **size)
+        layers = self.layers
+
+        def head() -> algebra.Pair:
+            if classes:
+                return layers.after_norm("head", "norm")
+            scale, shift = layers.pair("norm")
+            return np.diag(scale), shift
+
+        outputs = classes or channels
+        slots = {"x": "pooled", "y": self.map("logits", outputs, 1, 1)}
+        flops = 2 * channels * outputs
+        self.op("pointwise", slots, *layers.product("head", head), flops=flops, channels=channels, outputs=outputs, height=1,
+                width=1)
+        self.output("logits", (outputs,), {"channels": outputs, "height": 1, "width": 1})
+
+    def backbone(self, maps: list[tuple[str, int, int]]) -> None:
+        for (x, high, wide), size in zip(self.backbone_norms(maps), self.variant.widths, strict=True):
+            self.output(x, (size, high, wide), {"channels": size, "height": high, "width": wide})
+
+    def backbone_norms(self, maps: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """Write the norm of each stage."""
+        normed = []
+        for stage, (x, height, width) in enumerate(maps):
+            size = {"channels": self.variant.widths[stage], "height": height, "width": width}
+            y = self.map(f"normed {stage}", *size.values())
+            self.norm(x, y, size, tuple(self.layers.plain(f"norm{2 * stage}.{kind}") for kind in ("weight", "bias")))
+            normed.append((y, height, width))
+        return normed
+
+
+_HEADS = {"classifier": _Program.classifier, "backbone": _Program.backbone}
+_PARTS = {"": _Program.network}
+
+
+def _fill(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:
+    """Append zeros so that the length of an axis is a multiple."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, -array.shape[axis] % multiple)
+    return np.pad(array, widths)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """Return a dense float32 copy that begins at a cache line."""
+    size, line = array.size, 64
+    memory = np.empty(size + line // 4, np.float32)
+    start = -memory.ctypes.data % line // 4
+    memory[start : start + size] = array.ravel()
+    return memory[start : start + size]
