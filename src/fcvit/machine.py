@@ -1,6 +1,7 @@
 """Query the machine that this process runs on: processor, cores and memory."""
 
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -24,6 +25,13 @@ def processor_identity() -> str:
     info = _cpuinfo()
     known = [info[name] for name in ("model name", "flags", "Features") if name in info]
     return "".join(known) or f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """Return the names of the processor's instruction sets on Linux, as in /proc/cpuinfo. Empty on other systems."""
+    info = _cpuinfo()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 def _cpuinfo() -> dict[str, str]:

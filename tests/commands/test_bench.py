@@ -52,12 +52,15 @@ def fake(monkeypatch):
     setting = Setting()
 
     def interleave(load, jobs, rounds, calls, advance):
-        setting.groups.append([job.engine for job in jobs])
+        setting.groups.append([job.engine for job in jobs if job.engine != task.PEAK])
         results = {}
         for job in jobs:
             options = {"logits": 0.0, "shape": (2, 10), "slow": [1] * rounds, **setting.options.get(job.engine, {})}
             if "error" in options:
                 results[job] = options["error"]
+                continue
+            if job.engine == task.PEAK:  # in GFLOP/s
+                results[job] = Timing([], [[20.0 / slow, 20.2 / slow] for slow in options["slow"]])
                 continue
             seconds = 0.4 if job.engine == "torch-channels-last" else 0.1
             turns = [
@@ -68,6 +71,7 @@ def fake(monkeypatch):
         return results
 
     monkeypatch.setattr(task, "interleave", interleave)
+    monkeypatch.setattr(task.native, "library", lambda: None)
     return setting
 
 
@@ -102,6 +106,65 @@ def test_ratios_compare_measurements_of_the_same_round(fake):
     """All engines are ten times slower in the second of three rounds. The ratios do not change."""
     fake.options = {name: {"slow": [1, 10, 1]} for name in ("torch-channels-last", "onnxruntime", "openvino")}
     assert run(rounds=3).speeds[1].of_reference == pytest.approx(4)
+
+
+def test_the_share_of_the_peak_compares_measurements_of_the_same_round(fake):
+    """The machine is ten times slower in the second of three rounds, for the engine and the loop. The share stays."""
+    fake.options = {"onnxruntime": {"slow": [1, 10, 1]}, task.PEAK: {"slow": [1, 10, 1]}}
+    steady, varying = run(rounds=3, engines=["openvino", "onnxruntime"]).speeds
+    assert steady.peak == varying.peak == pytest.approx(20.1) and steady.gflops > 0
+    assert varying.of_peak == pytest.approx(steady.gflops / 20.1, rel=0.02)
+
+
+def test_only_float32_has_a_share_of_the_peak(fake):
+    result = run(precisions=["float32", "bfloat16"], engines=["torch", "openvino"])
+    assert [speed.peak is None for speed in result.speeds] == [False, False, True, True]
+    assert [speed.of_peak is None for speed in result.speeds] == [False, False, True, True]
+    assert not result.skipped
+    assert all(speed.of_peak is None for speed in run(precisions=["bfloat16"], engines=["openvino"]).speeds)
+
+
+def test_without_a_compiler_the_share_of_the_peak_is_missing(fake, capsys):
+    fake.options = {task.PEAK: {"error": MissingExtra("no C++ compiler")}}
+    result = run(threads=[1, 2])
+    assert len(result.speeds) == 6 and all(speed.of_peak is None for speed in result.speeds)
+    assert result.skipped == ((task.PEAK, "no C++ compiler"),)
+    assert all(row["of_peak"] == "" for row in csv.DictReader(io.StringIO(result.to_csv())))
+
+
+def test_the_profile_of_the_native_engine(fake, monkeypatch, capsys):
+    class Network:
+        def __init__(self, weights, preprocessing, threads, part):
+            assert (weights.spec.num_classes, threads, part) == (1000, 1, "")
+
+        def profile(self, images, rounds):
+            assert (images.dtype, images.shape, rounds) == (np.uint8, (1, 3, 32, 32), 7)
+            return [("1x1 convolutions", 0.003, 0.12e9), ("norms", 0.001, 0.0)]
+
+    monkeypatch.setattr(task, "NativeNetwork", Network)
+    monkeypatch.setattr(task, "fma_peak", lambda threads: lambda: 80.0 * threads)
+    line = ["bench", "--variant", "fcvit_digits", "--engine", "onnxruntime", "--batch-size", "1", "--threads", "2"]
+    assert main([*line, "--profile"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1x1", "convolutions", "3.00", "75%", "40.0", "50%"] in table
+    assert ["norms", "1.00", "25%", "-", "-"] in table and ["total", "4.00"] in table
+    assert main([*line, "--profile", "--json"]) == 0
+    first = {"kind": "1x1 convolutions", "ms": 3.0, "gflops": 40.0, "of_peak": 0.5}
+    assert json.loads(capsys.readouterr().out)["profile"][0] == pytest.approx(first)
+    monkeypatch.setattr(task, "unsupported", lambda spec: "it has 3 heads")
+    assert run(profile=True).skipped == (
+        ("profile", "the native engine does not support this network: it has 3 heads"),
+    )
+
+
+@pytest.mark.slow
+def test_the_loop_for_the_peak_counts_its_operations():
+    """The rate is between that of one FMA of 4 floats and two of 16 floats per cycle, at 0.2 to 10 GHz."""
+    try:
+        measure = task.fma_peak(2)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    assert 1 < measure() < 2 * 2 * 2 * 16 * 10
 
 
 def test_a_failing_engine_is_skipped_and_listed(fake):
@@ -179,7 +242,7 @@ def test_csv_and_json_files(fake, tmp_path):
     assert rows[1]["median_ms"] == "100.5" and rows[1]["batch_size"] == "2"
     assert set(rows[0]) == {
         *("engine", "precision", "batch_size", "threads", "part", "calls", "median_ms"),
-        *("images_per_second", "gflops", "of_reference", "difference", "wrong"),
+        *("images_per_second", "gflops", "peak", "of_peak", "of_reference", "difference", "wrong"),
     }
     stored = json.loads((tmp_path / "run" / "bench.json").read_text())
     assert stored["speeds"][1]["contender"]["engine"] == "onnxruntime" and json.dumps(result.to_json(), default=str)

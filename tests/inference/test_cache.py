@@ -83,7 +83,7 @@ def test_the_key_depends_on_everything_that_affects_the_numbers(weights, monkeyp
     assert_new_key()
     monkeypatch.setattr(cache, "__version__", "99.0")
     assert_new_key()
-    monkeypatch.setattr(cache, "_sources", lambda: "edited")
+    monkeypatch.setattr(cache, "_sources", lambda runtime: "edited")
     assert_new_key()
 
 

@@ -14,8 +14,10 @@ import pytest
 from conftest import DIGITS, needs_paddle, needs_torch
 from fcvit.data.transforms.preprocess import normalize
 from fcvit.errors import MissingExtra, NumbersDisagree, UsageError
-from fcvit.frameworks import installed
-from fcvit.inference import cache
+from fcvit.frameworks import import_framework, installed
+from fcvit.inference import cache, engines
+from fcvit.inference.check import reference
+from fcvit.inference.detector import run_part
 from fcvit.inference.engines import ENGINES, create_engine
 from fcvit.inference.runtimes import RUNTIMES, pieces
 from fcvit.models.spec import ModelSpec
@@ -169,9 +171,11 @@ def test_int8_outputs_are_close_to_float32(weights, images):
         create_engine("onnxruntime", weights, PIXELS, precision="int8", calibration=images[:, :, :16, :16])
 
 
-def test_auto_takes_the_first_engine_that_is_installed_and_correct(weights, monkeypatch, notes):
+@pytest.fixture
+def automatic(monkeypatch):
+    """Replace the engines. `results` has the error or name of each, and `created` lists those that were loaded."""
     created = []
-    results = {"onnxruntime": MissingExtra("not installed"), "openvino": NumbersDisagree("wrong"), "native": "native"}
+    results = {name: MissingExtra(f"{name} is missing") for name in ENGINES} | {"native": "native"}
 
     class Fake:
         def __init__(self, name, *_rest):
@@ -182,14 +186,48 @@ def test_auto_takes_the_first_engine_that_is_installed_and_correct(weights, monk
 
     for name in results:
         monkeypatch.setitem(ENGINES, name, functools.partial(Fake, name))
-    assert create_engine("auto", weights, PIXELS).name == "native"
-    assert created == ["onnxruntime", "openvino", "native"]
-    skipped, chosen = notes
-    assert "openvino" in skipped and skipped.endswith(": wrong")
-    assert chosen.startswith("engine: native;") and chosen.endswith("pip install 'fcvit[onnx]'")
-    results["onnxruntime"] = "onnxruntime"
+    monkeypatch.setattr(engines, "unsupported", lambda spec: None)
+    monkeypatch.setattr(engines.build, "is_built", lambda: True)
+    return types.SimpleNamespace(results=results, created=created)
+
+
+def test_auto_takes_the_first_engine_that_is_installed_and_correct(weights, automatic, notes):
+    assert create_engine("auto", weights, PIXELS).name == "native" and notes == ["engine: native"]
+    notes.clear()
+    automatic.created.clear()
+    automatic.results |= {
+        "native": NumbersDisagree("wrong"),
+        "openvino": NumbersDisagree("different"),
+        "torch": "torch",
+    }
+    assert create_engine("auto", weights, PIXELS).name == "torch"
+    assert automatic.created == ["native", "onnxruntime", "openvino", "torch"]
+    assert notes == [
+        "skipping engine native: wrong",
+        "skipping engine openvino: different",
+        "engine: torch; for a faster engine: pip install 'fcvit[onnx]'",
+    ]
+
+
+def test_auto_never_compiles_the_native_engine(weights, automatic, monkeypatch, notes):
+    monkeypatch.setattr(engines.build, "is_built", lambda: False)
+    monkeypatch.setattr(engines.build, "library", lambda *_: pytest.fail("it was compiled"))
+    automatic.results["openvino"] = "openvino"
+    assert create_engine("auto", weights, PIXELS).name == "openvino"
+    assert automatic.created == ["onnxruntime", "openvino"]
+    assert notes == ["engine: openvino; for a faster engine: fcvit doctor --build"]
+
+
+def test_auto_skips_the_native_engine_for_other_networks_precisions_and_devices(weights, automatic, monkeypatch, notes):
+    automatic.results |= {"native": MissingExtra("3 heads"), "onnxruntime": "onnxruntime", "openvino": "openvino"}
+    monkeypatch.setattr(engines, "unsupported", lambda spec: "3 heads")
+    monkeypatch.setattr(engines.build, "is_built", lambda: False)
     assert create_engine("auto", weights, PIXELS).name == "onnxruntime"
-    assert notes[2:] == ["engine: onnxruntime"]
+    assert create_engine("auto", weights, PIXELS, precision="bfloat16").name == "openvino"
+    automatic.results["paddle"] = "paddle"
+    assert create_engine("auto", weights, PIXELS, "gpu").name == "paddle"
+    assert automatic.created == ["native", "onnxruntime", "openvino", "paddle"]
+    assert notes == ["engine: onnxruntime", "engine: openvino", "engine: paddle"]
 
 
 def test_auto_without_an_engine_names_the_install_command(weights, monkeypatch):
@@ -200,6 +238,105 @@ def test_auto_without_an_engine_names_the_install_command(weights, monkeypatch):
         monkeypatch.setitem(ENGINES, name, missing)
     with pytest.raises(MissingExtra, match=r"no engine .* pip install paddlepaddle"):
         create_engine("auto", weights, PIXELS)
+
+
+class FakeNetwork:
+    """A network of the native engine, computed by PyTorch. `faults` changes its outputs, `calls` counts them."""
+
+    faults, calls, loaded = staticmethod(lambda images, outputs: outputs), 0, []
+
+    def __init__(self, weights, preprocessing, threads, part=""):
+        from fcvit.reference.build import build_reference
+
+        self.torch, self.preprocessing, self.part = import_framework("torch"), preprocessing, part
+        self.model = build_reference(weights.spec, weights.tensors)
+        FakeNetwork.loaded.append((part, threads))
+
+    def __call__(self, images):
+        FakeNetwork.calls += 1
+        given = normalize(images, self.preprocessing) if images.dtype == np.uint8 else images
+        with self.torch.inference_mode():
+            outputs = run_part(self.model, self.part, self.torch.from_numpy(given))
+        return FakeNetwork.faults(images, [output.numpy() for output in outputs])
+
+
+REFERENCES = {}
+
+
+def known_reference(weights, interface, images):
+    """Compute the reference once for each input."""
+    key = (interface, images.shape)
+    if key not in REFERENCES:
+        REFERENCES[key] = reference(weights, interface, images)
+    return REFERENCES[key]
+
+
+@pytest.fixture
+def fake_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(engines, "NativeNetwork", FakeNetwork)
+    monkeypatch.setattr(engines, "unsupported", lambda spec: None)
+    monkeypatch.setattr(engines.build, "key", lambda: "one library")
+    monkeypatch.setattr(FakeNetwork, "faults", staticmethod(lambda images, outputs: outputs))
+    monkeypatch.setattr(FakeNetwork, "calls", 0)
+    monkeypatch.setattr(FakeNetwork, "loaded", [])
+    return FakeNetwork
+
+
+@needs_torch
+@pytest.mark.slow
+def test_the_native_engine_is_checked_once_for_its_weights_and_library(
+    weights, images, fake_network, monkeypatch, notes
+):
+    engine = create_engine("native", weights, PIXELS, threads=3)
+    assert (engine.name, engine.device, fake_network.loaded) == ("native", "cpu", [("", 3)])
+    (note,) = notes
+    assert "checking the native engine" in note and str(cache.cache_folder()) in note
+    for batch in (images, normalize(images, PIXELS), images[:1]):
+        assert np.allclose(engine(batch), create_engine("torch", weights, PIXELS)(batch), atol=1e-4)
+    fake_network.calls = 0
+    create_engine("native", weights, PIXELS)
+    create_engine("native", weights, dataclasses.replace(PIXELS, mean=(0, 0, 0)), check=False)
+    assert fake_network.calls == 0 and len(notes) == 1
+    monkeypatch.setattr(engines.build, "key", lambda: "another library")
+    create_engine("native", weights, PIXELS)
+    assert fake_network.calls > 0 and len(notes) == 2
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda images, outputs: [outputs[0] * (1 + 1e-4)],
+        lambda images, outputs: [np.where(images.shape[3] % 2, outputs[0][::-1], outputs[0])],  # odd sizes
+        lambda images, outputs: [outputs[0][::-1] if images.dtype == np.float32 else outputs[0]],
+        lambda images, outputs: [
+            outputs[0][:, ::-1] if len(images) == 1 else outputs[0]
+        ],  # threads that share an image
+        lambda images, outputs: [np.full_like(outputs[0], np.nan)],
+    ],
+)
+def test_a_wrong_native_engine_is_detected(weights, fake_network, fault, monkeypatch):
+    monkeypatch.setattr("fcvit.inference.check.reference", known_reference)
+    monkeypatch.setattr(fake_network, "faults", staticmethod(fault))
+    with pytest.raises(NumbersDisagree, match=r"native engine: the outputs do not match"):
+        create_engine("native", weights, PIXELS)
+    assert not cache.cache_folder().exists()
+
+
+def test_the_native_engine_rejects_what_it_does_not_support(weights, fake_network, monkeypatch):
+    with pytest.raises(UsageError, match=r"--precision bfloat16: the native engine .* only in float32"):
+        create_engine("native", weights, PIXELS, precision="bfloat16")
+    with pytest.raises(UsageError, match=r"--device gpu: the native engine .*--engine paddle"):
+        create_engine("native", weights, PIXELS, "gpu")
+    monkeypatch.setattr(engines, "unsupported", lambda spec: "it has 3 heads")
+    with pytest.raises(MissingExtra, match="the native engine does not support this network: it has 3 heads; use "):
+        create_engine("native", weights, PIXELS)
+    monkeypatch.setattr(engines, "unsupported", lambda spec: None)
+    monkeypatch.setattr("fcvit.inference.check.installed", lambda name: False)
+    with pytest.raises(MissingExtra, match="checked against PyTorch or Paddle; install one"):
+        create_engine("native", weights, PIXELS)
 
 
 @needs_paddle

@@ -3,10 +3,6 @@
 import copy
 import dataclasses
 import math
-import os
-import stat
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -33,7 +29,7 @@ SMALL = dataclasses.replace(VARIANTS["fcvit_digits"], depths=(1, 1, 1, 1), layer
 @pytest.fixture(scope="session")
 def library():
     try:
-        return build.operators()
+        return build.library()
     except MissingExtra as error:
         pytest.skip(str(error))
 
@@ -402,93 +398,6 @@ def test_accelerate_keeps_the_class_and_parameter_names(library):
     assert list(model.state_dict()) == names
     with pytest.raises(UsageError, match="not Linear"):
         accelerate(paddle.nn.Linear(2, 2))
-
-
-# Tests of the build. A script that copies the library replaces the compiler, which is slow.
-
-
-@pytest.fixture
-def copying_compiler(library, tmp_path, monkeypatch):
-    script = tmp_path / "copying"
-    script.write_text(
-        f"""#!/bin/sh
-if [ "$1" = --version ]; then echo 1; exit; fi
-sleep 0.3
-echo compiled >> {tmp_path}/log
-while [ "$1" != -o ]; do shift; done
-cp {library._name} "$2"
-"""
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def compiled(folder):
-    return (folder / "log").read_text().count("compiled")
-
-
-@pytest.mark.slow
-def test_the_library_is_compiled_once(copying_compiler):
-    for _ in range(2):
-        assert build.operators.__wrapped__().fcvit_pool_float32
-    assert compiled(copying_compiler) == 1
-    assert {path.suffix for path in copying_compiler.glob("cache/fcvit/native/*/*")} == {".so", ""}
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: data[:-9] + b"corrupted", lambda data: b""])
-@pytest.mark.slow
-def test_a_damaged_library_is_compiled_again(copying_compiler, damage):
-    build.operators.__wrapped__()
-    (cached,) = copying_compiler.glob("cache/fcvit/native/*/*.so")
-    data = cached.read_bytes()
-    cached.unlink()  # the loaded file must not change
-    cached.write_bytes(damage(data))
-    assert build.operators.__wrapped__().fcvit_pool_float32
-    assert compiled(copying_compiler) == 2
-    assert cached.read_bytes() == data
-
-
-@pytest.mark.slow
-def test_concurrent_processes_compile_once(copying_compiler):
-    code = "from fcvit.native import build; build.operators()"
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
-    assert compiled(copying_compiler) == 1
-
-
-def test_changed_sources_change_the_key(copying_compiler, monkeypatch, tmp_path):
-    key = build._key(os.environ["CXX"])
-    changed = tmp_path / "operators.cc"
-    changed.write_text("// changed")
-    monkeypatch.setattr(build, "_sources", lambda: [changed])
-    assert build._key(os.environ["CXX"]) != key
-
-
-def test_a_missing_compiler_is_reported(monkeypatch, tmp_path):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingExtra, match=r"no C\+\+ compiler .*install") as caught:
-        build.operators.__wrapped__()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_compiler_error_is_reported(monkeypatch, tmp_path):
-    script = tmp_path / "failing"
-    script.write_text("#!/bin/sh\necho 'In file x:' >&2\necho 'fatal error: omp.h: not found' >&2\nexit 1\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(MissingExtra, match=r"failing .*: fatal error: omp.h: not found; install") as caught:
-        build.operators.__wrapped__()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_cache_that_cannot_be_written_is_reported(copying_compiler, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(copying_compiler / "copying"))  # not a folder
-    with pytest.raises(MissingExtra, match="XDG_CACHE_HOME"):
-        build.operators.__wrapped__()
 
 
 def test_keep_memory_returns_false_without_glibc(monkeypatch):

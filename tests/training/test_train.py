@@ -177,10 +177,10 @@ def test_a_resumed_run_keeps_its_operators(small, tmp_path, monkeypatch, notes):
     from fcvit.native import build
 
     def unavailable():
-        raise MissingExtra("native operators are not available: no C++ compiler")
+        raise MissingExtra("the native library is not available: no C++ compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "operators", unavailable)
+        patch.setattr(build, "library", unavailable)
         train(small(epochs=1), folder=tmp_path / "run", device="cpu")
         with pytest.raises(MissingExtra, match=r"no C\+\+ compiler"):
             train(small(epochs=1, operators="native"), folder=tmp_path / "other", device="cpu")

@@ -1,9 +1,11 @@
 """Measure the speed of the engines on this machine, compared with plain PyTorch.
 
-All engines get the same uint8 images. The measured time includes normalization.
+All engines get the same uint8 images. The measured time includes normalization. A loop of nothing but fused
+multiply-adds (FMA) takes turns with them. Its speed is the limit of the processor.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -11,7 +13,9 @@ import itertools
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,17 +23,19 @@ import numpy as np
 from cyclopts import Parameter
 
 from fcvit import run_folder as runs
-from fcvit.commands.options import Ema, File, Output, parse_size
+from fcvit.commands.options import Ema, File, Flag, Output, parse_size
 from fcvit.data.transforms.detection import pad_batch
 from fcvit.data.transforms.segmentation import aligned_size
 from fcvit.errors import FcvitError, MissingExtra, NumbersDisagree, UsageError
-from fcvit.inference.detector import TRUNK
+from fcvit.inference.detector import TRUNK, parts
 from fcvit.inference.engines import ENGINES, create_engine
 from fcvit.inference.interface import as_list
 from fcvit.inference.interleave import Timing, interleave, median_ratio, timed
+from fcvit.inference.native_network import NativeNetwork, unsupported
 from fcvit.machine import available_threads, processor_name
 from fcvit.models.spec import ModelSpec, multiply_accumulates
 from fcvit.models.variants import Preprocessing, Variant, get_variant, resolve_preprocessing
+from fcvit.native import build as native
 from fcvit.report.charts import Bar, speed_chart
 from fcvit.report.progress import progress
 from fcvit.text import csv_text
@@ -42,15 +48,20 @@ logger = logging.getLogger("fcvit")
 # PyTorch as it is used without this package.
 REFERENCES = ("torch", "torch-channels-last", "torch-compile")
 CONTENDERS = (*REFERENCES, *(name for name in ENGINES if name != "torch"))
+PEAK = "FMA peak"  # a contender that only the others are compared with
 PRECISIONS = ("float32", "bfloat16")
 WRONG = 1e-2  # a larger difference of a float32 output cannot be a rounding error
 _BOX_SPREAD = 4  # factor of the deltas of the proposals
 _HAVE_BFLOAT16 = (*REFERENCES, "openvino")
+_PEAK_ROUNDS = 10_000_000  # of the loop, about 20 ms
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A configuration to measure. `engine` is one of `CONTENDERS`. `part` is "trunk" for a detector's trunk alone."""
+    """A configuration to measure. `engine` is one of `CONTENDERS` or `PEAK`.
+
+    `part` is "trunk" for a detector's trunk alone.
+    """
 
     engine: str
     precision: str
@@ -77,6 +88,10 @@ class Speed:
         rounds_ms: Median time per batch in each round, in milliseconds.
         images_per_second: Throughput, computed from the median time.
         gflops: GFLOP/s of the network. A multiply-accumulate counts as two operations.
+        peak: GFLOP/s of the FMA loop with the same number of threads, the median of the same rounds. None if it could
+            not be compiled, and for other precisions than float32.
+        of_peak: `gflops` over `peak`. Median of the ratios of the rounds. Algorithms that need fewer operations than
+            counted, such as Winograd's, can exceed 1.
         of_reference: Speed relative to the reference with the same batch size, threads and part. Median of the ratios
             of the rounds. None without a reference.
         difference: Largest absolute difference between the outputs and the reference outputs, for a detector between
@@ -89,6 +104,8 @@ class Speed:
     rounds_ms: tuple[float, ...]
     images_per_second: float
     gflops: float
+    peak: float | None
+    of_peak: float | None
     of_reference: float | None
     difference: float | None
 
@@ -96,6 +113,23 @@ class Speed:
     def wrong(self) -> bool:
         """Return whether a float32 output is wrong: NaN, or at least `WRONG` away from the reference."""
         return self.contender.precision == "float32" and self.difference is not None and not self.difference < WRONG
+
+
+@dataclasses.dataclass(frozen=True)
+class Operators:
+    """The measurements of one kind of operator of the native engine, for one image and one thread.
+
+    Attributes:
+        kind: Kind of operator, such as 1x1 convolutions.
+        ms: Median time in milliseconds.
+        gflops: GFLOP/s, 0 for operators whose operations are not counted.
+        of_peak: `gflops` over the speed of the FMA loop.
+    """
+
+    kind: str
+    ms: float
+    gflops: float
+    of_peak: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +145,7 @@ class Bench:
         reference: Name of the engine that ratios and differences refer to.
         speeds: Measurements of all contenders that ran.
         skipped: The contenders that did not run, with the reason.
+        profile: Time of the native engine by kind of operator, if it was requested. For a detector, of its trunk.
         folder: Folder of the written files, or None.
     """
 
@@ -122,6 +157,7 @@ class Bench:
     reference: str
     speeds: tuple[Speed, ...]
     skipped: tuple[tuple[str, str], ...]
+    profile: tuple[Operators, ...] = ()
     folder: Path | None = None
 
     def __repr__(self) -> str:
@@ -149,7 +185,7 @@ class Bench:
     def tables(self) -> Iterator[Any]:
         from fcvit.report.tables import table
 
-        columns = ("batch", "threads", "images/s", "median ms", "ratio", "GFLOP/s", "outputs differ by")
+        columns = ("batch", "threads", "images/s", "median ms", "ratio", "GFLOP/s", "of peak", "outputs differ by")
         rows = []
         for speed in self.speeds:
             contender = speed.contender
@@ -157,17 +193,37 @@ class Bench:
             rate = speed.images_per_second
             cells += [f"{rate:.1f}" if rate >= 10 else f"{rate:.3g}", f"{speed.median_ms:.1f}"]
             cells += ["-" if speed.of_reference is None else f"{speed.of_reference:.2f}", f"{speed.gflops:.1f}"]
+            cells += ["-" if speed.of_peak is None else f"{speed.of_peak:.0%}"]
             cells += ["-" if speed.difference is None else f"{speed.difference:.1e}{' WRONG' * speed.wrong}"]
             rows.append(cells)
         title = f"{self._title}, {self.machine}; ratios to {self.reference}"
         yield table("engine", *columns, rows=rows, title=title, right=columns)
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         image = f"{self.gmac:.3g} GMAC, uint8, time includes normalization"
-        yield table(rows=[("one image", image), ("versions", versions)])
+        peaks = {speed.contender.threads: speed.peak for speed in self.speeds if speed.peak}
+        limits = [f"{peak:.0f} GFLOP/s with {threads} thread(s)" for threads, peak in peaks.items()]
+        yield table(rows=[("one image", image), *([(PEAK, ", ".join(limits))] * bool(limits)), ("versions", versions)])
+        if self.profile:
+            yield self._profile_table()
         if self.skipped:
             yield table("not measured", "reason", rows=self.skipped)
         if self.folder:
             yield f"written to {self.folder}"
+
+    def _profile_table(self) -> Any:
+        from fcvit.report.tables import table
+
+        total = sum(one.ms for one in self.profile)
+        rows = [
+            (one.kind, f"{one.ms:.2f}", f"{one.ms / total:.0%}")
+            + ((f"{one.gflops:.1f}", f"{one.of_peak:.0%}") if one.gflops else ("-", "-"))
+            for one in self.profile
+        ]
+        columns = ("ms", "of time", "GFLOP/s", "of peak")
+        title = f"native engine, {self._title}: one image, one thread"
+        return table(
+            "operators", *columns, rows=[*rows, ("total", f"{total:.2f}", "", "", "")], title=title, right=columns
+        )
 
     def bars(self) -> list[tuple[str, list[Bar]]]:
         """Return the bars of the chart, grouped by batch size and number of threads, the fastest first."""
@@ -216,6 +272,7 @@ def bench(
     size: Annotated[Any, Parameter()] = None,
     rounds: int = 7,
     reference: str | None = None,
+    profile: Flag = False,
     ema: Ema = None,
     folder: Annotated[File | None, Output] = None,
     csv: File | None = None,
@@ -234,6 +291,7 @@ def bench(
             shorter side for segmentation, and the largest size for detection).
         rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
         reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
+        profile: Also measure the native engine by kind of operator, with one image and one thread.
         folder: New folder for bench.json, bench.csv and bench.png.
         csv: File for the results as CSV.
 
@@ -259,12 +317,15 @@ def bench(
     read = _weights(weights, variant, task, ema)
     detector = read.spec.task == "detection"
     batches = dict.fromkeys(batch_sizes or ((1,) if detector else (1, 8)))
-    settings = itertools.product(counts, batches, ("", TRUNK) if detector else ("",), dict.fromkeys(precisions), names)
+    settings = itertools.product(
+        counts, batches, ("", TRUNK) if detector else ("",), dict.fromkeys(precisions), (*names, PEAK)
+    )
     requested = [Contender(name, precision, batch, count, part) for count, batch, part, precision, name in settings]
     possible = [job for job in requested if job.precision == "float32" or job.engine in _HAVE_BFLOAT16]
-    if not possible:
+    if all(job.engine == PEAK for job in possible):
         raise UsageError(f"--precision {','.join(precisions)}: not supported by {', '.join(names)}; add float32")
-    skipped = [(str(job), f"{job.engine} has no {job.precision} on a CPU") for job in requested if job not in possible]
+    impossible = [job for job in requested if job not in possible and job.engine != PEAK]
+    skipped = [(str(job), f"{job.engine} has no {job.precision} on a CPU") for job in impossible]
     pixels = resolve_preprocessing(None, read.preprocessing, read.spec.variant)
     short = read.spec.short_side or pixels.input_size
     size = size or (short, read.spec.options.long_side if detector else short)
@@ -273,17 +334,27 @@ def bench(
         timings: dict[Contender, Timing | FcvitError] = {}
         load = functools.partial(_load, weights=read, pixels=pixels, size=size)
         calls = 1 if detector else 3  # a detection takes seconds
+        with contextlib.suppress(MissingExtra):  # the contenders that need it report the error
+            native.library()
         with progress("measuring", (1 + rounds) * len(possible), "measurements") as advance:  # loading counts as one
             # To save memory, only contenders that are compared with each other are loaded at the same time.
             for _, group in itertools.groupby(possible, key=lambda job: (job.threads, job.batch_size, job.part)):
                 timings |= interleave(load, list(group), rounds, calls=calls, advance=advance)
         errors = {job: error for job, error in timings.items() if isinstance(error, FcvitError)}
-        if len(errors) == len(timings):
-            job, error = next(iter(errors.items()))
+        if {job.engine for job in timings if job not in errors} <= {PEAK}:
+            job, error = next((job, error) for job, error in errors.items() if job.engine != PEAK)
             raise type(error)(f"no engine could be measured: {job}: {error}")
-        skipped += [(str(job), str(error)) for job, error in errors.items()]
+        skipped += [(str(job), str(error)) for job, error in errors.items() if job.engine != PEAK]
+        skipped += dict.fromkeys((PEAK, str(error)) for job, error in errors.items() if job.engine == PEAK)
         measured = {job: timing for job, timing in timings.items() if isinstance(timing, Timing)}
-        result = dataclasses.replace(_bench(measured, read, size, reference, skipped), folder=target)
+        operators: tuple[Operators, ...] = ()
+        if profile:
+            try:
+                operators = _profile(read, pixels, size, rounds)
+            except MissingExtra as error:
+                skipped.append(("profile", str(error)))
+        result = _bench(measured, read, size, reference, skipped)
+        result = dataclasses.replace(result, profile=operators, folder=target)
         if reference and result.reference != reference:
             logger.info(f"{reference} could not be measured, so ratios refer to {result.reference}")
         if target is not None:
@@ -323,6 +394,8 @@ def synthetic_weights(variant: Variant, task: str = "classification") -> Weights
 def _load(
     job: Contender, weights: Weights, pixels: Preprocessing, size: tuple[int, int]
 ) -> tuple[Callable[[], float], list[np.ndarray]]:
+    if job.engine == PEAK:
+        return fma_peak(job.threads), []
     detector = weights.spec.task == "detection"
     if detector and job.engine == "torch-compile":
         raise UsageError("torch-compile cannot compile the selection of boxes")
@@ -348,6 +421,41 @@ def _load(
     return timed(lambda: engine.detect(padded, sizes)), scores
 
 
+def fma_peak(threads: int) -> Callable[[], float]:
+    """Return a function that returns the GFLOP/s of a loop of nothing but FMAs, which runs on all threads at once.
+
+    Raises:
+        MissingExtra: The native library cannot be compiled.
+    """
+    loop, pool = native.library().fcvit_fma_peak, ThreadPoolExecutor(threads)
+
+    def operations(_: int) -> float:
+        result = (ctypes.c_double * 2)()
+        loop(ctypes.c_int64(_PEAK_ROUNDS), result)
+        return result[1]
+
+    def measure() -> float:
+        began = time.perf_counter()
+        return sum(pool.map(operations, range(threads))) / (time.perf_counter() - began) / 1e9
+
+    return measure
+
+
+def _profile(weights: Weights, pixels: Preprocessing, size: tuple[int, int], rounds: int) -> tuple[Operators, ...]:
+    """Measure the native engine by kind of operator, between two measurements of the FMA loop."""
+    if reason := unsupported(weights.spec):
+        raise MissingExtra(f"the native engine does not support this network: {reason}")
+    peak, network = fma_peak(1), NativeNetwork(weights, pixels, 1, parts(weights.spec)[0])
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, *size), np.uint8)
+    if weights.spec.task == "detection":
+        images = pad_batch(list(images))[0]
+    rates = [peak() for _ in range(rounds)]
+    measured = network.profile(images, rounds)
+    limit = statistics.median(rates + [peak() for _ in range(rounds)])
+    rows = [(kind, seconds, operations / seconds / 1e9) for kind, seconds, operations in measured]
+    return tuple(Operators(kind, 1e3 * seconds, gflops, gflops / limit) for kind, seconds, gflops in rows)
+
+
 def _bench(
     timings: dict[Contender, Timing],
     weights: Weights,
@@ -355,6 +463,8 @@ def _bench(
     reference: str | None,
     skipped: Sequence[tuple[str, str]],
 ) -> Bench:
+    loops = {job: timing.rounds for job, timing in timings.items() if job.engine == PEAK}
+    timings = {job: timing for job, timing in timings.items() if job.engine != PEAK}
     present = list(dict.fromkeys(contender.engine for contender in timings))
     if reference not in present:
         reference = "torch-channels-last" if "torch-channels-last" in present else present[0]
@@ -367,13 +477,17 @@ def _bench(
         median = statistics.median(samples)
         rate = 1e3 * contender.batch_size / median
         base = dataclasses.replace(contender, engine=reference, precision="float32")
-        ratio = difference = None
+        operations = 2 * (trunk_gmac if contender.part else gmac) * contender.batch_size  # in 10^9
+        peak = of_peak = ratio = difference = None
+        if loop := loops.get(dataclasses.replace(contender, engine=PEAK)):
+            limits = [statistics.median(turn) for turn in loop]
+            peak = statistics.median(limits)
+            of_peak = median_ratio([1e3 * operations / ms for ms in medians[contender]], limits)
         if base in timings:
             ratio = median_ratio(medians[base], medians[contender])
             difference = _difference(timing.about, timings[base].about)
-        gflops = 2 * (trunk_gmac if contender.part else gmac) * rate
-        times = (len(samples), median, tuple(medians[contender]), rate, gflops)
-        speeds.append(Speed(contender, *times, ratio, difference))
+        times = (len(samples), median, tuple(medians[contender]), rate, 1e3 * operations / median)
+        speeds.append(Speed(contender, *times, peak, of_peak, ratio, difference))
     machine = f"{processor_name()}, {available_threads()} cores"
     about = (str(weights.spec), size, machine, runs.versions(), gmac, reference)
     return Bench(*about, tuple(speeds), tuple(skipped))

@@ -108,9 +108,9 @@ def evaluate(
 def evaluate_split(
     loaded: Sequence[Weights], evaluator: Evaluator, settings: Settings, workers: "int | Workers"
 ) -> Evaluation:
-    """Evaluate weights during training, without writing any file."""
+    """Evaluate weights during training, without writing any file and without the numerical check of the engine."""
     processes = join()
-    plan = Plan(settings, loaded, processes.device(settings.device), evaluator)
+    plan = Plan(settings, loaded, processes.device(settings.device), evaluator, check=False)
     identity = agreed_identity(plan.identity(), processes)
     return _Run(plan, plan.engines(), identity, processes, None, None).finish(workers, False, time.perf_counter())
 

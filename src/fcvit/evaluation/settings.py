@@ -115,13 +115,16 @@ class Plan:
         loaded: Weights to evaluate.
         device: Device of this process.
         evaluator: Evaluator of the task for these weights and the data.
+        check: See `create_engine`.
 
     Raises:
         MissingExtra, UsageError: See `create_engine`.
     """
 
-    def __init__(self, settings: Settings, loaded: Sequence[Weights], device: str, evaluator: Evaluator):
-        self.settings, self.device, self.evaluator = settings, device, evaluator
+    def __init__(
+        self, settings: Settings, loaded: Sequence[Weights], device: str, evaluator: Evaluator, check: bool = True
+    ):
+        self.settings, self.device, self.evaluator, self.check = settings, device, evaluator, check
         self.dataset = evaluator.dataset
         # float32 is always included, since the loss of accuracy at a lower precision is the difference from it.
         self.precisions = list(dict.fromkeys(["float32", settings.precision]))
@@ -151,11 +154,13 @@ class Plan:
     def _name_engines(self, loaded: Sequence[Weights]) -> None:
         """Replace "auto" in the settings by the engine chosen for the first checkpoint, and the runtimes of exports."""
         settings = self.settings
-        precision = "float32" if settings.precision == "int8" else settings.precision
+        int8 = settings.precision == "int8"
         chosen = []
         for weights in [each for each in loaded if not isinstance(each, ExportedWeights)][:1]:
-            given = (AUTO, weights, self._resolved(weights), self.device, precision, settings.threads)
-            engine = create_engine(*given)
+            name, precision = ("onnxruntime", "float32") if int8 else (AUTO, settings.precision)  # its quantizer
+            engine = create_engine(
+                name, weights, self._resolved(weights), self.device, precision, settings.threads, check=self.check
+            )
             self._engines[id(weights), engine.name, engine.precision] = engine
             chosen.append(engine.name)
         chosen += [each.runtime for each in loaded if isinstance(each, ExportedWeights)]
@@ -212,6 +217,7 @@ class Plan:
                     configuration.precision,
                     self.settings.threads,
                     self.calibration if configuration.precision == "int8" else None,
+                    self.check,
                 )
             engines.append(self._engines[key])
         return engines
@@ -244,7 +250,7 @@ class Plan:
 def used_packages(engines: Iterable[str]) -> dict[str, str]:
     """Return the versions of the packages and decoders that determine the results of engines."""
     paddle = ("paddlepaddle", "paddlepaddle-gpu")
-    packages = {"paddle": paddle, "native": paddle, "torch": ("torch",)} | PACKAGES
+    packages = {"paddle": paddle, "torch": ("torch",)} | PACKAGES
     names = {"fcvit", "numpy", "pillow"}.union(*(packages[engine] for engine in engines))
     return {name: version for name, version in runs.versions().items() if name in names} | decoders()
 

@@ -2,10 +2,11 @@
 
 An entry is a folder named by a hash of everything that its numbers depend on: the tensors, the network, the
 interface, the versions of the packages that write and run the export, and the processor. It contains the files of
-the export and `entry.json` with their hashes. An entry is written to a temporary folder, checked and then renamed.
-If two processes write the same entry at once, both do the work and one result is kept. A damaged entry is written
-again. If the cache cannot be written, or is deleted during an export, the export goes to a temporary folder and a
-note is logged. The cache may be deleted at any time.
+the export and `entry.json` with their hashes. The entry of the native engine has only `entry.json`, with the errors
+that its check measured. An entry is written to a temporary folder, checked and then renamed. If two processes write
+the same entry at once, both do the work and one result is kept. A damaged entry is written again. If the cache cannot
+be written, or is deleted during an export, the export goes to a temporary folder and a note is logged. The cache may
+be deleted at any time.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,11 @@ from fcvit.inference.check import check_export, require_reference, sample_inputs
 from fcvit.inference.export import ENDINGS, files, require_writer, write_export
 from fcvit.inference.interface import Interface
 from fcvit.inference.quantize import quantize
-from fcvit.inference.runtimes import RUNTIMES, import_runtime
+from fcvit.inference.runtimes import RUNTIMES, Network, import_runtime
 from fcvit.machine import processor_identity
 from fcvit.models.spec import is_counter
-from fcvit.run_folder import cache_root
+from fcvit.models.variants import Preprocessing
+from fcvit.run_folder import cache_root, write_json
 from fcvit.weights.reading import Weights
 
 logger = logging.getLogger("fcvit")
@@ -41,6 +43,7 @@ PACKAGES = {
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
     "paddle-inference": ("paddlepaddle", "paddlepaddle-gpu"),
+    "native": (),
 }
 ENTRY = "entry.json"
 LAYOUT = 1  # version of the layout of an entry
@@ -122,19 +125,52 @@ def _publish(
     return folder / main
 
 
+def check_once(weights: Weights, networks: Mapping[str, Network], preprocessing: Preprocessing, build: str) -> None:
+    """Check the networks of the native engine, unless they passed with the same weights and library before.
+
+    Args:
+        weights: Weights of any network.
+        networks: The network of each part. It takes images of any size, uint8 or normalized.
+        preprocessing: Mean and standard deviation of the images.
+        build: Hash of everything that the compiled library depends on.
+
+    Raises:
+        NumbersDisagree: The outputs do not match the weights.
+        MissingExtra: Neither PyTorch nor Paddle is installed.
+    """
+    whole = Interface(None, True, False, preprocessing)
+    entry = cache_folder() / entry_key(weights, whole, "native", build=build) / ENTRY
+    if entry.is_file():
+        return
+    require_reference()
+    logger.info(f"checking the native engine with {weights.source.path}; the result is cached in {cache_folder()}")
+    ratios = []
+    for part, network in networks.items():
+        interface = dataclasses.replace(whole, uint8=not part, part=part)
+        for inputs in sample_inputs(weights.spec, interface):
+            what = f"{_what(weights.source.path, interface)} with the native engine"
+            ratios.append(check_export(network, weights, interface, inputs, what).ratio)
+            interface = dataclasses.replace(interface, uint8=False)  # the other size is checked with normalized images
+    with contextlib.suppress(OSError):  # without a cache, the next start checks again
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_json(entry, {"ratios": ratios})
+
+
 def _not_written(error: Exception) -> str:
     reason = (isinstance(error, OSError) and error.strerror) or "it was deleted"
     return f"{cache_folder()} cannot be written ({reason}); set XDG_CACHE_HOME to use another folder"
 
 
-def entry_key(weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None) -> str:
+def entry_key(
+    weights: Weights, interface: Interface, runtime: str, calibration: np.ndarray | None = None, build: str = ""
+) -> str:
     """Return the name of an entry: a hash of everything that its numbers depend on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
         if not is_counter(name):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\0".encode())
             digest.update(tensor.tobytes())
-    versions = {"fcvit": __version__, "sources": _sources()}
+    versions = {"fcvit": __version__, "sources": _sources(runtime), "build": build}
     for package in PACKAGES[runtime]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
@@ -152,12 +188,15 @@ def entry_key(weights: Weights, interface: Interface, runtime: str, calibration:
 
 
 @functools.cache
-def _sources() -> str:
-    """Return a hash of the modules that write an export, because they can also change between two releases."""
+def _sources(runtime: str) -> str:
+    """Return a hash of the modules that determine the numbers, because they can also change between two releases."""
     here = Path(__file__).parent
-    writers = [here / name for name in ("algebra.py", "detector.py", "export.py", "onnx_graph.py", "quantize.py")]
+    if runtime == "native":
+        modules = [here / "detector.py", here / "native_network.py", *sorted((here.parent / "native").glob("*.py"))]
+    else:
+        modules = [here / f"{name}.py" for name in ("algebra", "detector", "export", "onnx_graph", "quantize")]
     digest = hashlib.sha256()
-    for path in (*writers, *sorted((here.parent / "models").glob("*.py"))):
+    for path in (*modules, *sorted((here.parent / "models").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

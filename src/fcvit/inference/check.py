@@ -134,7 +134,7 @@ def require_reference() -> None:
         MissingExtra: Neither is installed.
     """
     if not (installed("torch") or installed("paddle")):
-        raise MissingExtra(f"exports are checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
+        raise MissingExtra(f"engines are checked against PyTorch or Paddle; install one: {INSTALL['paddle']}")
 
 
 def reference(

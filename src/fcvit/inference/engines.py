@@ -1,8 +1,8 @@
 """Engines that compute the outputs of a network for a batch of images.
 
-`paddle`, `native` and `torch` run the network itself. `onnxruntime`, `openvino` and `paddle-inference` run an
-export, which is written and checked at the first use (`fcvit.inference.cache`). `FileEngine` runs the files of
-`fcvit export`.
+`paddle` and `torch` run the network itself. `native` is this package's engine in C++. `onnxruntime`, `openvino` and
+`paddle-inference` run an export, which is written at the first use. `native` and exports are checked at the first use
+(`fcvit.inference.cache`). `FileEngine` runs the files of `fcvit export`.
 """
 
 import contextlib
@@ -34,12 +34,14 @@ from fcvit.inference.detector import (
 )
 from fcvit.inference.exported import ExportedWeights
 from fcvit.inference.interface import Interface, input_shape, output_shapes
+from fcvit.inference.native_network import NativeNetwork, unsupported
 from fcvit.inference.runtimes import DYNAMIC, INSTALL, RUNTIMES, Network
 from fcvit.interrupts import held_back
-from fcvit.machine import available_threads
+from fcvit.machine import own_threads
 from fcvit.models.mask_rcnn.detections import Detections
 from fcvit.models.spec import HEADS
 from fcvit.models.variants import Preprocessing
+from fcvit.native import build
 from fcvit.text import one_line
 from fcvit.weights.reading import Weights
 
@@ -51,7 +53,7 @@ AUTO = "auto"
 _OTHER_SIZE = "export with --size or --dynamic, or for segmentation use --window"
 # Engines for a CPU by precision, the fastest first (docs/guides/export.md).
 _FASTEST = {
-    "float32": ("onnxruntime", "openvino", "native", "torch", "paddle"),
+    "float32": ("native", "onnxruntime", "openvino", "torch", "paddle"),
     "bfloat16": ("openvino", "torch"),
 }
 
@@ -76,9 +78,10 @@ class Engine:
         precision: str = "float32",
         threads: int | None = None,
         calibration: np.ndarray | None = None,
+        check: bool = True,
     ):
         self.weights, self.preprocessing, self.precision = weights, preprocessing, precision
-        self.threads, self.calibration = threads, calibration
+        self.threads, self.calibration, self.check = threads, calibration, check
         self.load(device)
 
     def load(self, device: str) -> None:
@@ -204,28 +207,11 @@ class PaddleEngine(Engine):
             return self.model(self.paddle.to_tensor(images), image_sizes, scale_factors)
 
 
-class NativeEngine(PaddleEngine):
-    """The Paddle network computed by our own CPU operators, in float32."""
-
-    name = "native"
-
-    def load(self, device: str) -> None:
-        super().load("cpu" if device == "auto" else device)
-        if self.device != "cpu":
-            raise UsageError(f"--device {device}: the native operators run only on the CPU; use --engine paddle")
-        accelerate(self.model, self.threads)
-
-
-def accelerate(model: Any, threads: int | None = None) -> None:
-    """Run a Paddle network with the native operators on the CPU. See `fcvit.native.network.accelerate`.
-
-    This is the only place that imports `fcvit.native`.
-    """
-    from fcvit.native import build, network
+def accelerate(model: Any) -> None:
+    """Run a Paddle network with the native operators on the CPU. See `fcvit.native.network.accelerate`."""
+    from fcvit.native import network  # imports Paddle
 
     network.accelerate(model)
-    if threads is not None:
-        build.operators().omp_set_num_threads(threads)
 
 
 class TorchEngine(Engine):
@@ -277,7 +263,7 @@ class ExportedEngine(Engine):
     Each image size and data type has its own export, unless the head accepts any size and the runtime supports it.
     """
 
-    network: Callable[..., Network]
+    network: Callable[..., Network]  # the network for an image size, type of pixels and part
 
     def __init__(self, *arguments: Any, name: str, **options: Any):
         self.name = name
@@ -305,7 +291,7 @@ class ExportedEngine(Engine):
         interface = Interface(size, uint8, False, self.preprocessing, part)
         export = (self.weights, interface, self.name, self.calibration)
         # All RoIs of a head are computed at once, because many weights are read for each batch.
-        options = (self.threads or available_threads(), self.precision, part not in BINS)
+        options = (self.threads or own_threads(), self.precision, part not in BINS)
         with cache.exported(*export) as path:
             try:
                 return RUNTIMES[self.name](path, *options)
@@ -327,6 +313,28 @@ class ExportedEngine(Engine):
         spec = self.weights.spec
         networks = {part: self.network(None, uint8=False, part=part) for part in parts(spec)}
         return detect_with_parts(networks, spec.options, images, image_sizes, scale_factors)
+
+
+class NativeEngine(ExportedEngine):
+    """This package's engine in C++, in float32. It needs no export, and one network takes images of any size and type.
+
+    Loading compiles the library if it is not in the cache.
+    """
+
+    def load(self, device: str) -> None:
+        if self.precision != "float32":
+            raise UsageError(f"--precision {self.precision}: the native engine computes only in float32")
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device}: the native engine runs only on the CPU; use --engine paddle")
+        if reason := unsupported(self.weights.spec):
+            raise MissingExtra(f"the native engine does not support this network: {reason}; use --engine onnxruntime")
+        networks: dict[str, Network] = {
+            part: NativeNetwork(self.weights, self.preprocessing, self.threads or own_threads(), part)
+            for part in parts(self.weights.spec)
+        }
+        if self.check:
+            cache.check_once(self.weights, networks, self.preprocessing, build.key())
+        self.network = lambda size, uint8, part: networks[part]
 
 
 class FileEngine(ExportedEngine):
@@ -351,7 +359,7 @@ class FileEngine(ExportedEngine):
         fixed = dataclasses.replace(interface, size=interface.size or (64, 64))
         shape = [side or 0 for side in input_shape(self.weights.spec, fixed)[1]]
         try:
-            options = (self.threads or available_threads(), self.precision, interface.part not in BINS)
+            options = (self.threads or own_threads(), self.precision, interface.part not in BINS)
             network = RUNTIMES[self.name](file, *options)
             outputs = network(np.zeros((1, *shape), np.uint8 if interface.uint8 else np.float32))
         except FcvitError:
@@ -381,7 +389,7 @@ class FileEngine(ExportedEngine):
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "paddle": PaddleEngine,
-    "native": NativeEngine,
+    "native": functools.partial(NativeEngine, name="native"),
     "torch": TorchEngine,
     **{name: functools.partial(ExportedEngine, name=name) for name in RUNTIMES},
 }
@@ -389,7 +397,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 _NAMES = ", ".join(ENGINES)
 CHOICES = (
     f"auto (the fastest installed engine that passes the numerical check), {_NAMES} "
-    "(native: this package's CPU operators)"
+    "(native: this package's engine in C++)"
 )
 """The values of `--engine`, for its help text."""
 
@@ -402,6 +410,7 @@ def create_engine(
     precision: str = "float32",
     threads: int | None = None,
     calibration: np.ndarray | None = None,
+    check: bool = True,
 ) -> Engine:
     """Create an engine for the given weights.
 
@@ -413,8 +422,10 @@ def create_engine(
         device: auto, cpu, gpu or gpu:N.
         precision: One of `PRECISIONS`.
         threads: Number of CPU threads. Some frameworks can only change it for the entire process. None keeps the
-            framework's setting, and uses one thread per core for an export.
+            framework's setting, and uses one thread per core for the native engine and an export.
         calibration: uint8 images (B, 3, H, W) for int8, which only engines that run exports support.
+        check: False skips the numerical check of the native engine, for weights that are used only once. Exports are
+            always checked.
 
     Raises:
         UsageError: The engine, device or precision is unknown, or the device does not support the precision.
@@ -438,7 +449,7 @@ def create_engine(
             raise UsageError(f"--precision {precision}: {weights.source.path} has {known}; omit --precision")
         precision = "int8" if known == "int8" else precision
         return FileEngine(weights, preprocessing, device, precision, threads, name=weights.runtime)
-    return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration)
+    return _fastest(*arguments) if name == AUTO else ENGINES[name](*arguments, calibration, check)
 
 
 def _fastest(weights: Weights, preprocessing: Preprocessing, device: str, *options: Any) -> Engine:
@@ -448,15 +459,18 @@ def _fastest(weights: Weights, preprocessing: Preprocessing, device: str, *optio
     reasons: list[str] = []
     faster = ""
     for name in names:
+        if name == "native" and not unsupported(weights.spec) and not build.is_built():
+            faster = f"; for a faster engine: {build.COMMAND}"  # compiling takes too long for a short command
+            continue
         try:
             engine = ENGINES[name](weights, preprocessing, device, *options)
         except (MissingExtra, NumbersDisagree) as error:
             if on_gpu:
                 raise
             reasons.append(f"{name}: {error}")
-            if isinstance(error, NumbersDisagree):
-                logger.info(f"skipping engine {name}: {error}")
-            elif name in INSTALL and not faster:
+            log = logger.info if isinstance(error, NumbersDisagree) else logger.debug
+            log(f"skipping engine {reasons[-1]}")
+            if isinstance(error, MissingExtra) and name in INSTALL and not faster:
                 faster = f"; for a faster engine: {INSTALL[name]}"
         else:
             logger.info(f"engine: {engine.name}{faster}")

@@ -1,67 +1,90 @@
-"""Compile the operators once on the user's machine, cache the library and load it.
+"""Compile the C++ sources of this folder on the user's machine, cache the library and load it.
 
 The library has a plain C interface for Python's ctypes. Building it needs only a compiler, not Paddle's headers or
-build tools, and one library works with every release of Python and Paddle.
+build tools, and one library works with every release of Python and Paddle. There is one library for each level of
+instruction sets. The level is chosen when the program runs, so machines with different processors can share a cache.
 """
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fcvit.errors import MissingExtra
-from fcvit.machine import processor_identity
+from fcvit.machine import available_threads, processor_flags, processor_identity
+from fcvit.report.progress import progress
+from fcvit.run_folder import cache_root
 
-SOURCES = ("operators.cc", "matmul.h", "simd.h")
+logger = logging.getLogger("fcvit")
+
 # No unsafe math optimizations: NaN must stay NaN, because training checks for it.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-pthread", "-fPIC")
+EXTRA_FLAGS = "FCVIT_CXXFLAGS"
 COMPILERS = ("g++", "clang++", "c++")
 REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
+COMMAND = "fcvit doctor --build"
+NATIVE = "native"
+_AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_AVX512 = frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+LEVELS = {"x86-64-v4": _AVX2 | _AVX512, "x86-64-v3": _AVX2}
+"""Level of the x86-64 psABI, the best first -> instruction sets that it needs, by their names in /proc/cpuinfo."""
+
+
+def levels() -> tuple[str, ...]:
+    """Return the levels that this processor supports, the best first. "native" stands for a processor without any."""
+    return tuple(level for level, needed in LEVELS.items() if needed <= processor_flags()) or (NATIVE,)
 
 
 @functools.cache
-def operators() -> ctypes.CDLL:
-    """Load the library of `operators.cc`. The first call on a machine compiles it, in 10 to 20 seconds.
+def library(level: str | None = None) -> ctypes.CDLL:
+    """Load the library for a level. The first call on a machine compiles it, in less than 30 seconds.
 
     The library is cached in `$XDG_CACHE_HOME/fcvit/native` (by default `~/.cache/fcvit/native`), under a hash of
     everything that it depends on.
+
+    Args:
+        level: A level of `LEVELS`, or "native" for the running processor. None means the best level that it supports.
 
     Raises:
         MissingExtra: The system is not supported, no compiler is installed, the compiler fails, or the folder cannot
             be written.
     """
-    if os.name != "posix":
-        raise _missing("they support only Linux and macOS", 'use another engine, or operators = "plain" in training')
-    import fcntl  # does not exist on Windows
-
-    compiler = find_compiler()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "fcvit" / "native" / _key(compiler)
+    level = level or levels()[0]
+    folder = cache_root() / "native" / key(level)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # only one process compiles, and the others load its library
-            return ctypes.CDLL(str(_intact_library(folder) or _compile(compiler, folder)))
+        return ctypes.CDLL(str(_intact_library(folder) or _compile_once(level, folder)))
     except OSError as error:
         raise _missing(
             f"{error} ({folder})", "make the folder writable, or set XDG_CACHE_HOME to use another"
         ) from error
 
 
+def is_built(level: str | None = None) -> bool:
+    """Return whether an intact library for the level is in the cache. This never starts the compiler."""
+    try:
+        return _intact_library(cache_root() / "native" / key(level)) is not None
+    except (MissingExtra, OSError):
+        return False
+
+
 def _missing(reason: str, remedy: str = REMEDY) -> MissingExtra:
-    return MissingExtra(f"native operators are not available: {reason}; {remedy}")
+    return MissingExtra(f"the native library is not available: {reason}; {remedy}")
 
 
 def find_compiler() -> str:
     """Return the path of the C++ compiler: `$CXX` if it is set, otherwise the first of `COMPILERS` that is installed.
 
     Raises:
-        MissingExtra: There is no compiler.
+        MissingExtra: The system is not supported, or there is no compiler.
     """
+    if os.name != "posix":
+        raise _missing("only Linux and macOS are supported", 'use another engine, or operators = "plain" in training')
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else COMPILERS:
         if path := shutil.which(name):
@@ -69,33 +92,88 @@ def find_compiler() -> str:
     raise _missing(f"no C++ compiler found ({chosen or ', '.join(COMPILERS)})")
 
 
-def _key(compiler: str) -> str:
-    """Return a hash of sources, flags, compiler and processor. Code for `-march=native` runs only on this processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [*(source.read_text("utf-8") for source in _sources()), *FLAGS, compiler, version, processor_identity()]
+def key(level: str | None = None) -> str:
+    """Return a hash of everything that a library depends on: sources, flags, compiler and level.
+
+    Raises:
+        MissingExtra: There is no compiler.
+    """
+    level = level or levels()[0]
+    # A compiler is identified by its file, because asking it for its version takes longer than loading the library.
+    compiler = Path(find_compiler()).resolve()
+    parts = [f"{path.name}\0{path.read_text('utf-8')}" for path in _sources("*.h") + _sources("*.cc")]
+    parts += [*_flags(level), str(compiler), str(compiler.stat().st_size), str(compiler.stat().st_mtime_ns)]
+    if level == NATIVE:
+        parts.append(processor_identity())
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
 
 
-def _sources() -> list[Path]:
-    return [Path(__file__).with_name(name) for name in SOURCES]
+def _sources(pattern: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(pattern))
+
+
+def _flags(level: str) -> list[str]:
+    return [*FLAGS, f"-march={level}", *os.environ.get(EXTRA_FLAGS, "").split()]
 
 
 def _intact_library(folder: Path) -> Path | None:
-    """Return the path of the library that matches the hash in its name. Delete a damaged library, which could crash."""
+    """Return the path of the library that matches the hash in its name. A damaged one could crash the process."""
     for path in folder.glob("*.so"):
         if hashlib.sha256(path.read_bytes()).hexdigest() == path.stem:
             return path
-        path.unlink(missing_ok=True)
     return None
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        library = Path(scratch) / "operators.so"
-        command = [compiler, *FLAGS, str(_sources()[0]), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            first = next((line for line in lines if "error" in line.lower()), lines[0])
-            raise _missing(f"{compiler} failed: {first.strip()}")
-        return library.replace(folder / f"{hashlib.sha256(library.read_bytes()).hexdigest()}.so")
+def _compile_once(level: str, folder: Path) -> Path:
+    """Compile the library, unless another process does it at the same time."""
+    import fcntl  # does not exist on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path := _intact_library(folder):
+            return path
+        for damaged in folder.glob("*.so"):
+            damaged.unlink()
+        logger.info(f"compiling the native library for {level}, once; it is cached in {folder.parent}")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = _compile(find_compiler(), _flags(level), Path(scratch))
+            return path.replace(folder / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so")
+
+
+def _compile(compiler: str, flags: Sequence[str], scratch: Path) -> Path:
+    """Compile all sources, one per process and as many at once as there are cores, and link them."""
+    sources = _sources("*.cc")
+    objects = [str(scratch / f"{source.stem}.o") for source in sources]
+    commands = [[*flags, "-c", str(source), "-o", to] for source, to in zip(sources, objects, strict=True)]
+    with progress("compiling", len(sources) + 1, "files") as advance:
+        _run(compiler, commands, advance)
+        _run(compiler, [[*flags, "-shared", *objects, "-o", str(scratch / "native.so")]], advance)
+    return scratch / "native.so"
+
+
+def _run(compiler: str, commands: Sequence[Sequence[str]], advance: Callable[[int], None]) -> None:
+    """Run the compiler with each list of arguments. If one run fails or is interrupted, the others are ended."""
+    waiting = list(commands)
+    running: list[subprocess.Popen[str]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < available_threads():
+                running.append(_start([compiler, *waiting.pop(0)]))
+            errors = running[0].communicate()[1]
+            if code := running.pop(0).returncode:
+                lines = errors.strip().splitlines() or [f"exit code {code}"]
+                first = next((line for line in lines if "error" in line.lower()), lines[0])
+                raise _missing(f"{compiler} failed: {first.strip()}")
+            advance(1)
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise _missing(f"{command[0]} cannot be started: {error.strerror}") from error

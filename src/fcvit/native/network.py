@@ -55,7 +55,7 @@ def accelerate(model: FCViT | FCViTBackbone | SemanticFPN | MaskRCNN) -> None:
             return
         known = "FCViT, FCViTBackbone, SemanticFPN and MaskRCNN"
         raise UsageError(f"only {known} can be accelerated, not {type(model).__name__}")
-    build.operators()
+    build.library()
     keep_memory()
     model.__class__ = accelerated
 

@@ -42,7 +42,7 @@ def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]
 
 @functools.cache
 def _function(name: str, suffix: str) -> Any:
-    return build.operators()[f"fcvit_{name}_{suffix}"]
+    return build.library()[f"fcvit_{name}_{suffix}"]
 
 
 def _dense(tensor: Tensor) -> Tensor:

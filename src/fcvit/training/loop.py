@@ -16,6 +16,7 @@ from fcvit.errors import DIVERGED, BadImages, NumbersDisagree, TrainingStopped, 
 from fcvit.evaluation.results import Evaluation
 from fcvit.evaluation.runner import evaluate_split
 from fcvit.evaluation.settings import Settings
+from fcvit.inference.native_network import unsupported
 from fcvit.interrupts import check, held_back, remembered
 from fcvit.report.progress import duration
 from fcvit.report.progress import progress as show_progress
@@ -358,7 +359,7 @@ class Loop:
 
     def _evaluate(self, kinds: Sequence[bool]) -> Evaluation:
         loaded = [self._weights(ema) for ema in kinds]
-        engine = "native" if self.run.operators == "native" else "paddle"
+        engine = "native" if self.run.operators == "native" and not unsupported(loaded[0].spec) else "paddle"
         size = min(64, max(1, self.run.micro_batches.images))
         settings = Settings(engines=engine, batch_size=size, device=self.run.device)
         return evaluate_split(loaded, self.task.evaluator(loaded), settings, self.run.workers)
