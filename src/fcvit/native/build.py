@@ -16,7 +16,7 @@ from pathlib import Path
 from fcvit.errors import MissingExtra
 from fcvit.machine import processor_identity
 
-SOURCES = ("operators.cc", "matmul.h", "simd.h")
+SOURCES = ("operators.cc", "conv3x3.cc", "matmul.h", "winograd.h", "simd.h")
 # No unsafe math optimizations: NaN must stay NaN, because training checks for it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
@@ -92,7 +92,8 @@ def _intact_library(folder: Path) -> Path | None:
 def _compile(compiler: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         library = Path(scratch) / "operators.so"
-        command = [compiler, *FLAGS, str(_sources()[0]), "-o", str(library)]
+        units = [str(source) for source in _sources() if source.suffix == ".cc"]
+        command = [compiler, *FLAGS, *units, "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
