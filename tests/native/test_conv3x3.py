@@ -38,7 +38,8 @@ def exact(x, weight, bias=None):
 def random_arrays(shape, outputs, seed=0):
     generator = np.random.default_rng(seed)
     weight = generator.normal(size=(outputs, shape[3], 3, 3)) / (3 * shape[3] ** 0.5)
-    return [array.astype(np.float32) for array in (generator.normal(size=shape), weight, generator.normal(size=outputs))]
+    x, bias = generator.normal(size=shape), generator.normal(size=outputs)
+    return [array.astype(np.float32) for array in (x, weight, bias)]
 
 
 @pytest.mark.parametrize(
