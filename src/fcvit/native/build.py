@@ -16,7 +16,7 @@ from pathlib import Path
 from fcvit.errors import MissingExtra
 from fcvit.machine import processor_identity
 
-SOURCES = ("operators.cc", "conv3x3.cc", "matmul.h", "winograd.h", "simd.h")
+SOURCES = ("operators.cc", "dense.cc", "operators.h", "matmul.h", "winograd.h", "simd.h")
 # No unsafe math optimizations: NaN must stay NaN, because training checks for it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")

@@ -112,18 +112,18 @@ struct Winograd {
         }
     }
 
-  private:
     typedef Vector<float> V;
 
     static constexpr float P = 0.625f, Q = 1.5f, PP = P * P, QQ = Q * Q;
+    static constexpr float ORIGIN = float(1 / (double(PP) * QQ));  // factors that belong to the points 0, P and Q
+    static constexpr float NEAR = float(0.5 / (double(PP) * (PP - QQ))), FAR = float(0.5 / (double(QQ) * (QQ - PP)));
 
     static int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
     static inline void weight_transform(const V* g, int step, V* u, int to) {
-        constexpr float NEAR = float(0.5 / (double(PP) * (PP - QQ))), FAR = float(0.5 / (double(QQ) * (QQ - PP)));
         const V near = NEAR * g[0] + NEAR * PP * g[2 * step], far = FAR * g[0] + FAR * QQ * g[2 * step];
         const V near_odd = NEAR * P * g[step], far_odd = FAR * Q * g[step];
-        u[0] = float(1 / (double(PP) * QQ)) * g[0];
+        u[0] = ORIGIN * g[0];
         u[to] = near + near_odd;
         u[2 * to] = near - near_odd;
         u[3 * to] = far + far_odd;
@@ -201,6 +201,59 @@ struct Winograd {
                 store_some(corner + i * s.row + j * s.pixel, out[i], some);
             }
         }
+    }
+
+    // For the gradient of the weights: transforms the gradient of all outputs of a tile by the adjoint of the output
+    // transform, to `to` with `step` between the frequencies.
+    void gradient_tile(int64_t tile, const float* dy, Strides s, float* to, int64_t step) const {
+        const int64_t top = tile / wide % high * 4, left = tile % wide * 4;
+        const float* corner = dy + tile / wide / high * s.image + top * s.row + left * s.pixel;
+        for (int64_t b = 0; b < 2 * panels; b++, corner += s.block, to += tiles_each * L) {
+            V middle[24];
+            const int64_t some = N - b * L;
+            for (int i = 0; i < 4; i++) {
+                V d[4] = {};
+                for (int64_t j = 0; j < std::min<int64_t>(4, W - left) && some > 0 && i < H - top; j++) {
+                    d[j] = load_some(corner + i * s.row + j * s.pixel, some);
+                }
+                gradient_transform(d, middle + i, 4);
+            }
+            for (int j = 0; j < 6; j++) {
+                V m[6];
+                gradient_transform(middle + 4 * j, m, 1);
+#pragma GCC unroll 6
+                for (int i = 0; i < 6; i++) store(to + (6 * i + j) * step, m[i]);
+            }
+        }
+    }
+
+    // The adjoint of the weight transform: the gradient of L kernels from those of their 36 frequencies.
+    static void kernel_gradient(const float* from, int64_t step, V* kernel) {
+        V middle[18];
+        for (int j = 0; j < 6; j++) {
+            V u[6];
+            for (int i = 0; i < 6; i++) u[i] = load(from + (6 * i + j) * step);
+            kernel_transform(u, middle + j, 6);
+        }
+        for (int i = 0; i < 3; i++) kernel_transform(middle + 6 * i, kernel + 3 * i, 1);
+    }
+
+    static inline void gradient_transform(const V* d, V* m, int step) {
+        const V near = d[0] + PP * d[2], near_odd = P * d[1] + P * PP * d[3];
+        const V far = d[0] + QQ * d[2], far_odd = Q * d[1] + Q * QQ * d[3];
+        m[0] = d[0];
+        m[step] = near + near_odd;
+        m[2 * step] = near - near_odd;
+        m[3 * step] = far + far_odd;
+        m[4 * step] = far - far_odd;
+        m[5 * step] = d[3];
+    }
+
+    static inline void kernel_transform(const V* u, V* g, int step) {
+        const V near = NEAR * (u[1] + u[2]), far = FAR * (u[3] + u[4]);
+        g[0] = ORIGIN * u[0] + near + far;
+        g[step] = NEAR * P * (u[1] - u[2]) + FAR * Q * (u[3] - u[4]);
+        g[2 * step] = PP * near + QQ * far + u[5];
     }
 
     // One frequency for HEIGHT tiles and a panel of outputs: m = v u.
