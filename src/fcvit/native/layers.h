@@ -112,9 +112,12 @@ inline void collect(const Worker& w, const Statistics& s, const float* x, bool s
     });
     w.team.wait();
     if (!squares) return;
+    int64_t known = -1;
+    float mean = 0;
     w.share(w.team.images * s.vectors, [&](int64_t task) {
         const int64_t image = task / s.vectors, v = task % s.vectors;
-        const float *from = x + v * all + image * s.positions * L, mean = s.mean(image);
+        if (image != known) known = image, mean = s.mean(image);
+        const float* from = x + v * all + image * s.positions * L;
         double totals[L], total = 0;
         sum_positions(s.positions, totals, [=](int64_t p) {
             const Floats centered = load(from + p * L) - mean;
@@ -251,10 +254,13 @@ inline void norm(const Op& o, const Worker& w) {
     const Statistics s(w.map(o.z), o.channels, P);
     const float* x = w.map(o.x);
     collect(w, s, x, true);
-    w.share(vectors * G, [&](int64_t task) {
-        const int64_t v = task / G, g = task % G;
-        const float *from = x + task * P * L, mean = s.mean(g), factor = s.factor(g);
-        float* to = w.map(o.y) + task * P * L;
+    int64_t known = -1;
+    float mean = 0, factor = 0;
+    w.share(G * vectors, [&](int64_t task) {
+        const int64_t g = task / vectors, v = task % vectors, at = (v * G + g) * P * L;
+        if (g != known) known = g, mean = s.mean(g), factor = s.factor(g);
+        const float* from = x + at;
+        float* to = w.map(o.y) + at;
         const Floats scale = o.weights[0] ? load(o.weights[0] + v * L) * factor : Floats{} + factor;
         const Floats shift = o.weights[1] ? load(o.weights[1] + v * L) : Floats{};
         for (int64_t p = 0; p < P; p++) store(to + p * L, (load(from + p * L) - mean) * scale + shift);
