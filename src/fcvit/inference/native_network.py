@@ -109,15 +109,7 @@ class NativeNetwork:
         pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
         seconds = np.zeros(len(program.ops))
         images = np.ascontiguousarray(images)
-        numbers = (
-            len(program.ops),
-            program.floats,
-            images.ctypes.data,
-            images.dtype == np.uint8,
-            batch,
-            together,
-            threads,
-        )
+        numbers = (len(program.ops), program.floats, images.ctypes.data, images.dtype == np.uint8, batch, together, threads)
         arguments = [ctypes.c_void_p if index == 2 else ctypes.c_int64 for index in range(7)]
         converted = [kind(int(number)) for kind, number in zip(arguments, numbers, strict=True)]
         time = ctypes.c_void_p(seconds.ctypes.data) if threads == 1 else None
@@ -130,12 +122,7 @@ class _Layers:
     """The weights of a network, folded and packed when they are first used."""
 
     def __init__(self, weights: Weights, preprocessing: Preprocessing, lanes: int):
-        self.spec, self.variant, self.lanes, self.preprocessing = (
-            weights.spec,
-            weights.spec.variant,
-            lanes,
-            preprocessing,
-        )
+        self.spec, self.variant, self.lanes, self.preprocessing = weights.spec, weights.spec.variant, lanes, preprocessing
         prefix = HEADS[weights.spec.head].prefix
         self.tensors = {n.removeprefix(prefix): t for n, t in weights.tensors.items() if not is_counter(n)}
         self.arrays: dict[str, np.ndarray] = {}
@@ -191,9 +178,7 @@ class _Layers:
     def conv_norm(self, name: str) -> algebra.Pair:
         norm = f"{name}.norm"
         statistics = self.tensor(f"{norm}.running_mean"), self.tensor(f"{norm}.running_var")
-        return algebra.scale_outputs(
-            self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, _EPS)
-        )
+        return algebra.scale_outputs(self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, _EPS))
 
     def after_norm(self, layer: str, norm: str) -> algebra.Pair:
         """Return a 1x1 convolution or linear layer with the affine part of the norm in front of it."""
@@ -268,13 +253,13 @@ class _Program:
             height, width = high, wide
             now, other = slots["y"], self.map(f"{stage} 1", channels, height, width)
             for block in range(v.depths[stage]):
-                self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
-                now, other = other, now
+                result = self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
+                now, other = result, other if result == now else now
             maps.append((now, height, width))
         return maps
 
-    def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> None:
-        """Write a block from map x to map y."""
+    def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> str:
+        """Write a block for map x, with memory y for another map. Return the one of both that has the result."""
         channels = self.variant.widths[stage]
         hidden = channels * self.variant.mlp_ratios[stage]
         size = {"channels": channels, "height": height, "width": width}
@@ -298,19 +283,9 @@ class _Program:
         flops = 4 * positions * channels * hidden
         if not self.variant.channel_dwconv:
             one = self.layers.vector("one", lambda: np.ones(max(self.variant.widths)))
-            self.op(
-                "pointwise",
-                {"x": first, "y": x, "z": y},
-                *first_layer,
-                *last_layer,
-                one,
-                flops=flops,
-                outputs=channels,
-                inner=hidden,
-                activation=_GELU,
-                **size,
-            )
-            raise AssertionError
+            slots = {"x": first, "y": x, "z": y}
+            self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, outputs=channels, inner=hidden, **size)
+            return x
         panel, group = 2 * self.lanes, 0
         if positions * self.images * 2 * panel <= _HIDDEN_FLOATS:
             group = min(self.padded(hidden), _HIDDEN_FLOATS // (positions * self.images) // panel * panel)
@@ -318,18 +293,9 @@ class _Program:
         kernel = self.variant.channel_kernel
         slots = {"x": y, "y": first, "z": self.slot("hidden", group * positions)}
         flops += 2 * positions * hidden * kernel**2
-        self.op(
-            "mixer",
-            slots,
-            *first_layer,
-            *self.layers.depthwise(dw),
-            *last_layer,
-            flops=flops,
-            inner=hidden,
-            kernel=kernel,
-            group=group,
-            **size,
-        )
+        weights = (*first_layer, *self.layers.depthwise(dw), *last_layer)
+        self.op("mixer", slots, *weights, flops=flops, inner=hidden, kernel=kernel, group=group, **size)
+        return y
 
     def tokens(self, mixer: str, mix: int, norm: str | None, x: str, y: str, size: dict[str, int]) -> None:
         """Write norm, global context and depthwise convolution."""
@@ -348,16 +314,9 @@ class _Program:
                 context = (*context[:4], *(layers.plain(f"{name}.rescale_{kind}") for kind in ("weight", "bias")))
                 flops += 4 * positions * channels
         heads = self.padded(v.heads)
-        work = (
-            self.padded(channels) * (5 + 2 * heads)
-            + self.padded(channels) // self.lanes
-            + 16
-            + 2 * heads * (1 + positions)
-        )
+        work = self.padded(channels) * (5 + 2 * heads) + self.padded(channels) // self.lanes + 16 + 2 * heads * (1 + positions)
         slots = {"x": x, "y": y, "z": self.slot("work", work)}
-        self.op(
-            "tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers
-        )
+        self.op("tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers)
 
     def bottleneck(self, block: str, mix: int, x: str, y: str, residual: str | None, size: dict[str, int]) -> None:
         """Write the 1x1 convolutions after a depthwise convolution, and the end of the token mixer."""
@@ -403,16 +362,8 @@ class _Program:
         outputs = classes or channels
         slots = {"x": "pooled", "y": self.map("logits", outputs, 1, 1)}
         flops = 2 * channels * outputs
-        self.op(
-            "pointwise",
-            slots,
-            *layers.product("head", head),
-            flops=flops,
-            channels=channels,
-            outputs=outputs,
-            height=1,
-            width=1,
-        )
+        self.op("pointwise", slots, *layers.product("head", head), flops=flops, channels=channels, outputs=outputs, height=1,
+                width=1)
         self.output("logits", (outputs,), {"channels": outputs, "height": 1, "width": 1})
 
     def backbone(self, maps: list[tuple[str, int, int]]) -> None:

@@ -15,6 +15,7 @@ from fcvit.models.mask_rcnn.network import MaskRCNN
 from fcvit.models.semantic_fpn import SemanticFPN
 from fcvit.native import build
 from fcvit.native.allocator import keep_memory
+from fcvit.native.dense import accelerate_heads, first_view
 from fcvit.native.operators import (
     SUFFIXES,
     channels_first,
@@ -37,8 +38,6 @@ from paddle import Tensor, nn  # noqa: E402
 def accelerate(model: FCViT | FCViTBackbone | SemanticFPN | MaskRCNN) -> None:
     """Make `model` use the native operators on a CPU, in training and evaluation. Results are equal up to rounding.
 
-    Of a Semantic FPN or Mask R-CNN, only the backbone uses them.
-
     The parameters, their names and the random numbers of drop path do not change. From now on, this process keeps
     freed memory (`keep_memory`).
 
@@ -48,6 +47,7 @@ def accelerate(model: FCViT | FCViTBackbone | SemanticFPN | MaskRCNN) -> None:
     """
     if isinstance(model, SemanticFPN | MaskRCNN):
         accelerate(model.backbone)
+        accelerate_heads(model)
         return
     accelerated: Any = {FCViT: NativeFCViT, FCViTBackbone: NativeFCViTBackbone}.get(type(model))
     if accelerated is None:
@@ -80,7 +80,7 @@ class NativeFCViTBackbone(FCViTBackbone):
         if not _applies(self, x):
             return super().forward(x)
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
-        return [channels_first(_norm(norm, stage)) for norm, stage in zip(norms, _stages(self, x), strict=True)]
+        return [first_view(_norm(norm, stage)) for norm, stage in zip(norms, _stages(self, x), strict=True)]
 
 
 def _applies(model: nn.Layer, x: Tensor) -> bool:

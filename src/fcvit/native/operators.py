@@ -138,7 +138,9 @@ class Strided(Weighted):
     """Convolve, padded by half the kernel: (B, H, W, C), or (B, C, H, W) if `channels_first`, to (B, H', W', N)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, channels_first: bool = False) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, channels_first: bool = False
+    ) -> Tensor:
         x = _dense(x)
         outputs, _, kernel, _ = weight.shape
         if channels_first:
@@ -154,6 +156,61 @@ class Strided(Weighted):
         run_kernel("strided", (x, weight, bias, y, patches), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, patches)
         return y
+
+
+class Conv3x3(Weighted):
+    """Convolve with 3x3 kernels, padded by 1: (B, H, W, C) to (B, H, W, N), float32. Cut off at 0 if `relu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+        x = _dense(x)
+        y = _empty([*x.shape[:3], weight.shape[0]], x.dtype)
+        ctx.kernel, ctx.sizes = "conv3x3", (*x.shape, weight.shape[0], int(relu))
+        run_kernel("conv3x3", (x, weight, bias, y), ctx.sizes)
+        ctx.save_for_backward(x, weight, bias, y if relu else None)
+        return y
+
+
+class NormReLU(PyLayer):
+    """Apply BatchNorm in training and ReLU to (B, H, W, C). Also return the mean and the biased variance, (2, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        z = _dense(z)
+        b, positions, width = _positions(z)
+        y, statistics = _like(z), _empty([3, width], z.dtype)
+        run_kernel("norm_relu", (z, weight, bias, y, statistics), (b * positions, width), eps)
+        ctx.save_for_backward(z, weight, bias, y, statistics)
+        batch = statistics[:2].detach()
+        ctx.mark_non_differentiable(batch)
+        return y, batch
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
+        z, weight, bias, y, statistics = ctx.saved_tensor()
+        b, positions, width = _positions(z)
+        gradients = _like(z), _like(weight), _like(bias)
+        run_kernel("norm_relu_backward", (z, weight, y, statistics, _dense(dy), *gradients), (b * positions, width))
+        return gradients
+
+
+class Resize(PyLayer):
+    """Resize axis 1 or 2 of (B, H, W, C) to `after`, bilinearly as with align_corners=False, or to the nearest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, after: int, nearest: bool) -> Tensor:
+        x = _dense(x)
+        outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+        ctx.shape, ctx.sizes = x.shape, (outer, x.shape[axis], after, inner, int(nearest))
+        y = _empty([*x.shape[:axis], after, *x.shape[axis + 1 :]], x.dtype)
+        run_kernel("resize", (x, y), ctx.sizes)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dx = _empty(ctx.shape, dy.dtype)
+        run_kernel("resize_backward", (_dense(dy), dx), ctx.sizes)
+        return dx
 
 
 class Context(PyLayer):
@@ -249,7 +306,23 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
 
 
 layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
-context, pool, residual = Context.apply, Pool.apply, Residual.apply
+context, pool, residual, norm_relu = Context.apply, Pool.apply, Residual.apply, NormReLU.apply
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """Convolve (B, H, W, C) with 3x3 kernels, padded by 1, and cut the result off at 0 if `relu`."""
+    if x.dtype == paddle.float32:
+        return Conv3x3.apply(x, weight, bias, relu)
+    y = strided(x, weight, bias, 1)  # without the rounding errors of Winograd's method
+    return paddle.nn.functional.relu(y) if relu else y
+
+
+def resize(x: Tensor, size: Sequence[int], nearest: bool = False) -> Tensor:
+    """Resize (B, H, W, C) to a height and width, bilinearly as with align_corners=False, or to the nearest."""
+    for axis in (1, 2):
+        if x.shape[axis] != size[axis - 1]:
+            x = Resize.apply(x, axis, size[axis - 1], nearest)
+    return x
 
 
 def channels_first(x: Tensor) -> Tensor:

@@ -239,11 +239,11 @@ class _RoIAlign(PyLayer):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         maps = roi_align_gradient(gradient.numpy(), ctx.windows, ctx.shapes)
-        return tuple(paddle.to_tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2))) for x in maps)
+        return tuple(paddle.to_tensor(x).transpose([0, 3, 1, 2]) for x in maps)
 
 
 def _channels_last(x: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1))
+    return x.transpose([0, 2, 3, 1]).contiguous().numpy()
 
 
 def align_on_device(maps: list[Tensor], rois: np.ndarray, size: int, finest_scale: float) -> Tensor:

@@ -1,0 +1,598 @@
+// The operations of a network: the layers of FCViT on maps of a group of images. Each is called by all threads of a team.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <thread>
+
+#include "depthwise.h"
+
+constexpr float EPS = 1e-5f;  // of all norms and of the similarity's standard deviation
+
+inline int64_t vectors_of(int64_t channels) { return (channels + L - 1) / L; }
+
+// An operation of a network. Maps are given by their offset in the arena, in floats for one image, or -1 for none.
+struct Op {
+    int64_t kind, x, y, z, channels, outputs, height, width, kernel, stride, inner, heads, group, activation;
+    const float* weights[10];
+};
+
+// Threads that share a group of images.
+struct Team {
+    int64_t images = 0, first = 0, size = 1;  // images of the group, index of the first one, and number of threads
+    float* arena = nullptr;
+    std::atomic<int64_t> waiting{0}, round{0};
+
+    void wait() {
+        if (size == 1) return;
+        const int64_t now = round.load(std::memory_order_acquire);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        // The others are usually nearly done. On a busy machine they may not even run, and need this core.
+        for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+            if (spins > 1000) std::this_thread::yield();
+        }
+    }
+};
+
+// What a thread needs to run operations.
+struct Worker {
+    Team& team;
+    int64_t index;  // within the team
+    float* scratch;
+    const void* input;  // all images
+    bool bytes;         // uint8 or float
+    float* const* outputs;
+
+    float* map(int64_t offset) const { return team.arena + offset * team.images; }
+    // Calls work(i) for this thread's share of the tasks 0 to count - 1.
+    template <class Work>
+    void share(int64_t count, Work work) const {
+        for (int64_t i = count * index / team.size; i < count * (index + 1) / team.size; i++) work(i);
+    }
+};
+
+inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Adds up term(p) over positions, in float for at most 64 positions, then in double.
+template <class Term>
+inline void sum_positions(int64_t positions, double* totals, Term term) {
+    std::fill(totals, totals + L, 0.0);
+    for (int64_t begin = 0; begin < positions; begin += 64) {
+        Floats sum[4] = {};
+        const int64_t end = std::min(positions, begin + 64);
+        int64_t p = begin;
+        for (; p + 4 <= end; p += 4) {
+            for (int k = 0; k < 4; k++) sum[k] += term(p + k);
+        }
+        for (; p < end; p++) sum[0] += term(p);
+        const Floats all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        for (int64_t lane = 0; lane < L; lane++) totals[lane] += all[lane];
+    }
+}
+
+// Statistics of each image: the mean of each channel and the sum of squares of each vector of channels, around the mean
+// of the image.
+struct Statistics {
+    int64_t vectors, channels, positions;
+    float* data;
+    Statistics(float* memory, int64_t C, int64_t P) : vectors(vectors_of(C)), channels(C), positions(P), data(memory) {}
+    static int64_t size(int64_t C) { return padded(vectors_of(C) * L + vectors_of(C)); }
+    float* means(int64_t image) const { return data + image * size(channels); }
+    float* squares(int64_t image) const { return means(image) + vectors * L; }
+    float mean(int64_t image) const {
+        double total = 0;
+        for (int64_t c = 0; c < channels; c++) total += means(image)[c];
+        return float(total / channels);
+    }
+    float factor(int64_t image) const {  // 1 / standard deviation
+        double total = 0;
+        for (int64_t v = 0; v < vectors; v++) total += squares(image)[v];
+        return float(1 / std::sqrt(total / (double(channels) * positions) + EPS));
+    }
+};
+
+inline void collect(const Worker& w, const Statistics& s, const float* x, bool squares) {
+    const int64_t all = w.team.images * s.positions * L;
+    w.share(w.team.images * s.vectors, [&](int64_t task) {
+        const int64_t image = task / s.vectors, v = task % s.vectors;
+        const float* from = x + v * all + image * s.positions * L;
+        double totals[L];
+        sum_positions(s.positions, totals, [=](int64_t p) { return load(from + p * L); });
+        for (int64_t lane = 0; lane < L; lane++) s.means(image)[v * L + lane] = float(totals[lane] / s.positions);
+    });
+    w.team.wait();
+    if (!squares) return;
+    w.share(w.team.images * s.vectors, [&](int64_t task) {
+        const int64_t image = task / s.vectors, v = task % s.vectors;
+        const float *from = x + v * all + image * s.positions * L, mean = s.mean(image);
+        double totals[L], total = 0;
+        sum_positions(s.positions, totals, [=](int64_t p) {
+            const Floats centered = load(from + p * L) - mean;
+            return centered * centered;
+        });
+        for (int64_t lane = 0; lane < std::min(L, s.channels - v * L); lane++) total += totals[lane];
+        s.squares(image)[v] = float(total);
+    });
+    w.team.wait();
+}
+
+// Images (B, 3, H, W) -> y (G, H + 2R, W + 2R, 3), padded with R = kernel / 2 zeros. Bytes are normalized with
+// weights[0] (3) and weights[1] (3): scale and shift.
+inline void image(const Op& o, const Worker& w) {
+    const int64_t H = o.height, W = o.width, R = o.kernel / 2, row = (W + 2 * R) * 3;
+    w.share(w.team.images * (H + 2 * R), [&](int64_t task) {
+        const int64_t g = task / (H + 2 * R), h = task % (H + 2 * R) - R;
+        float* to = w.map(o.y) + task * row;
+        std::fill(to, to + row, 0.0f);
+        if (h < 0 || h >= H) return;
+        for (int64_t c = 0; c < 3; c++) {
+            const int64_t from = (((w.team.first + g) * 3 + c) * H + h) * W;
+            float* pixel = to + 3 * R + c;
+            if (w.bytes) {
+                const uint8_t* bytes = (const uint8_t*)w.input + from;
+                const float scale = o.weights[0][c], shift = o.weights[1][c];
+                for (int64_t x = 0; x < W; x++) pixel[3 * x] = bytes[x] * scale + shift;
+            } else {
+                const float* numbers = (const float*)w.input + from;
+                for (int64_t x = 0; x < W; x++) pixel[3 * x] = numbers[x];
+            }
+        }
+    });
+}
+
+// Computes output rows of a strided convolution. x has `pixel` floats for a position and `row` for a row, both padded.
+template <int STEP>
+inline void convolve_rows(const Op& o, const Worker& w, Product product, const float* x, int64_t row, int64_t image) {
+    const int64_t high = (o.height - 1) / o.stride + 1, wide = (o.width - 1) / o.stride + 1, G = w.team.images;
+    const int64_t vectors = vectors_of(o.outputs), panels = (vectors + 1) / 2;
+    const int64_t depth = product.blocks * product.depth, rows = G * high;
+    const int64_t parts = std::min(rows, (4 * w.team.size + panels - 1) / panels);  // of the rows, to share them
+    product.block = rows * wide * L;
+    w.share(panels * parts, [&](int64_t task) {
+        const int64_t panel = task / parts, part = task % parts;
+        product.weights = o.weights[0] + panel * depth * 2 * L;
+        product.bias = o.weights[1] + panel * 2 * L;
+        product.vectors = int(std::min<int64_t>(2, vectors - 2 * panel));
+        for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+            product.out = w.map(o.y) + 2 * panel * product.block + r * wide * L;
+            multiply<STEP>(product, x + r / high * image + r % high * o.stride * row, wide);
+        }
+    });
+}
+
+// The first convolution, from the output of `image`: kernel 7, stride 4. weights: packed, bias.
+inline void stem(const Op& o, const Worker& w) {
+    const int64_t row = (o.width + 6) * 3;
+    int64_t offsets[7];
+    for (int64_t i = 0; i < 7; i++) offsets[i] = i * row;
+    Product product = {offsets, 7, 21};
+    convolve_rows<12>(o, w, product, w.map(o.x), row, (o.height + 6) * row);
+}
+
+// A convolution with kernel 3 and stride 2, from x through the padded copy z (C / L, G, H + 2, W + 2, L).
+inline void downsample(const Op& o, const Worker& w) {
+    const int64_t H = o.height, W = o.width, G = w.team.images, row = (W + 2) * L, image = (H + 2) * row;
+    const int64_t vectors = vectors_of(o.channels);
+    float* copy = w.map(o.z);
+    w.share(vectors * G, [&](int64_t task) {
+        const float* from = w.map(o.x) + task * H * W * L;
+        float* to = copy + task * image;
+        std::fill(to, to + row, 0.0f);
+        for (int64_t h = 0; h < H; h++) {
+            to += row;
+            std::fill(to, to + L, 0.0f);
+            std::copy(from + h * W * L, from + (h + 1) * W * L, to + L);
+            std::fill(to + row - L, to + row, 0.0f);
+        }
+        std::fill(to + row, to + 2 * row, 0.0f);
+    });
+    w.team.wait();
+    int64_t* offsets = (int64_t*)w.scratch;
+    for (int64_t k = 0; k < vectors * 9; k++) offsets[k] = k / 9 * G * image + k / 3 % 3 * row + k % 3 * L;
+    Product product = {offsets, vectors * 9, L};
+    convolve_rows<2 * L>(o, w, product, copy, row, image);
+}
+
+// Fills the offsets of the vectors of channels in a map of so many positions.
+int64_t* vector_offsets(float*& scratch, int64_t vectors, int64_t positions) {
+    int64_t* offsets = (int64_t*)scratch;
+    for (int64_t v = 0; v < vectors; v++) offsets[v] = v * positions * L;
+    scratch += padded(2 * vectors);
+    return offsets;
+}
+
+// 1x1 convolutions of x: one, or two with `inner` channels and GELU between them. The activation follows. With a
+// residual z, y = z + scale activation(...). weights: first, bias, second, bias, scale.
+constexpr int64_t STRIP = 56;  // positions that are computed together
+
+inline void pointwise(const Op& o, const Worker& w) {
+    const int64_t P = w.team.images * o.height * o.width, C = vectors_of(o.channels), N = vectors_of(o.outputs);
+    const int64_t I = vectors_of(o.inner), panels = (N + 1) / 2;
+    const int64_t strips = std::max((P + STRIP - 1) / STRIP, I ? std::min(w.team.size, P) : 1);
+    const int64_t parts = I ? 1 : std::clamp<int64_t>(w.team.size / strips, 1, panels);  // of the outputs, to share them
+    const int64_t longest = (P + strips - 1) / strips;
+    float* scratch = w.scratch;
+    const int64_t* offsets = vector_offsets(scratch, C, P);
+    const int64_t* inner_offsets = vector_offsets(scratch, I, longest);
+    w.share(strips * parts, [&](int64_t task) {
+        const int64_t strip = task / parts, part = task % parts;
+        const int64_t first = P * strip / strips, count = P * (strip + 1) / strips - first;
+        const float* x = w.map(o.x) + first * L;
+        Product t = {offsets, C, L, nullptr, nullptr, nullptr, longest * L, 2, false, GELU};
+        for (int64_t v = 0; v < I; v += 2) {
+            t.weights = o.weights[0] + v * C * L * L, t.bias = o.weights[1] + v * L;
+            t.out = scratch + v * longest * L, t.vectors = int(std::min<int64_t>(2, I - v));
+            multiply<L>(t, x, count);
+        }
+        if (I) t.offsets = inner_offsets, t.blocks = I, x = scratch;
+        t.block = P * L, t.activation = Activation(o.activation);
+        for (int64_t v = 2 * (panels * part / parts); v < std::min(N, 2 * (panels * (part + 1) / parts)); v += 2) {
+            t.weights = o.weights[I ? 2 : 0] + v * t.blocks * L * L, t.bias = o.weights[I ? 3 : 1] + v * L;
+            t.out = w.map(o.y) + (v * P + first) * L, t.vectors = int(std::min<int64_t>(2, N - v));
+            if (o.z >= 0) t.residual = w.map(o.z) + (v * P + first) * L, t.scale = o.weights[4] + v * L;
+            multiply<L>(t, x, count);
+        }
+    });
+}
+
+// x -> y, normalized over channels and positions, then scaled and shifted with weights[0] and weights[1] unless null.
+inline void norm(const Op& o, const Worker& w) {
+    const int64_t P = o.height * o.width, vectors = vectors_of(o.channels), G = w.team.images;
+    const Statistics s(w.map(o.z), o.channels, P);
+    const float* x = w.map(o.x);
+    collect(w, s, x, true);
+    w.share(vectors * G, [&](int64_t task) {
+        const int64_t v = task / G, g = task % G;
+        const float *from = x + task * P * L, mean = s.mean(g), factor = s.factor(g);
+        float* to = w.map(o.y) + task * P * L;
+        const Floats scale = o.weights[0] ? load(o.weights[0] + v * L) * factor : Floats{} + factor;
+        const Floats shift = o.weights[1] ? load(o.weights[1] + v * L) : Floats{};
+        for (int64_t p = 0; p < P; p++) store(to + p * L, (load(from + p * L) - mean) * scale + shift);
+    });
+}
+
+// The mean over positions of the normalized x -> y (C / L, G, L).
+inline void pool(const Op& o, const Worker& w) {
+    const int64_t G = w.team.images;
+    const Statistics s(w.map(o.z), o.channels, o.height * o.width);
+    collect(w, s, w.map(o.x), true);
+    w.share(G, [&](int64_t g) {
+        const float mean = s.mean(g), factor = s.factor(g);
+        for (int64_t c = 0; c < s.vectors * L; c++) {
+            w.map(o.y)[(c / L * G + g) * L + c % L] = (s.means(g)[c] - mean) * factor;
+        }
+    });
+}
+
+// x -> output number `inner`, channels first, or channels last if `stride`.
+inline void output(const Op& o, const Worker& w) {
+    const int64_t P = o.height * o.width, C = o.channels, G = w.team.images;
+    float* all = w.outputs[o.inner] + w.team.first * C * P;
+    w.share(vectors_of(C) * G, [&](int64_t task) {
+        const int64_t v = task / G, g = task % G, count = std::min(L, C - v * L);
+        const float* from = w.map(o.x) + task * P * L;
+        float* to = all + g * C * P + v * L * (o.stride ? 1 : P);
+        if (o.stride) {
+            for (int64_t p = 0; p < P; p++) std::copy(from + p * L, from + p * L + count, to + p * C);
+        } else {
+            for (int64_t c = 0; c < count; c++) {
+                for (int64_t p = 0; p < P; p++) to[c * P + p] = from[p * L + c];
+            }
+        }
+    });
+}
+
+// weights (rows, vectors x L) times x -> y (rows)
+inline void times(const float* weights, const float* bias, const float* x, float* y, int64_t rows, int64_t vectors) {
+    for (int64_t r = 0; r < rows; r++, weights += vectors * L) {
+        Floats sum = {};
+        for (int64_t v = 0; v < vectors; v++) sum += load(weights + v * L) * load(x + v * L);
+        float total = bias[r];
+        for (int64_t lane = 0; lane < L; lane++) total += sum[lane];
+        y[r] = total;
+    }
+}
+
+// The parts of the token mixer before its 1x1 convolutions: the norm (if there are weights), the global context (if
+// there are heads) and the depthwise convolution, x -> y. z has memory for `Mixing`.
+// weights: norm scale and shift; fc1, bias, fc2, bias of the bottleneck; rescale weight and bias (or null if the context
+// is not weighted); depthwise taps and bias. `inner` is the width of the bottleneck, and `activation` is GELU for a
+// plain bottleneck and LINEAR for competition.
+struct Mixing {
+    Statistics statistics;
+    int64_t width, heads;  // in floats
+    float *scale, *shift, *value, *head_matrix, *head_bias, *similarity, *gates;
+    Mixing(const Op& o, float* z, int64_t G)
+        : statistics(z, o.channels, o.height * o.width), width(statistics.vectors * L), heads(vectors_of(o.heads) * L) {
+        const int64_t P = o.height * o.width;
+        scale = z + G * Statistics::size(o.channels);
+        shift = scale + G * width;
+        value = shift + G * width;
+        head_matrix = value + G * width;
+        head_bias = head_matrix + G * 2 * L * width * (heads / L);
+        similarity = head_bias + G * 2 * heads;
+        gates = similarity + G * P * heads;
+    }
+};
+
+// Computes what the token mixer applies to every position of an image: the scale and shift of the norm, the value of the
+// context, and the matrix that gives the similarity with the context for each head.
+inline void similarity_weights(const Op& o, const Worker& w, const Mixing& m, int64_t g) {
+    const int64_t C = o.channels, I = o.inner, vectors = m.statistics.vectors;
+    float *scale = m.scale + g * m.width, *shift = m.shift + g * m.width, *value = m.value + g * m.width;
+    std::fill(value, value + m.width, 0.0f);
+    if (o.weights[0]) {
+        const float mean = m.statistics.mean(g), factor = m.statistics.factor(g);
+        for (int64_t c = 0; c < m.width; c++) {
+            scale[c] = o.weights[0][c] * factor;
+            shift[c] = o.weights[1][c] - mean * scale[c];
+        }
+    } else {
+        std::fill(scale, scale + m.width, 1.0f);
+        std::fill(shift, shift + m.width, 0.0f);
+    }
+    if (!o.heads) return;
+    float *context = w.scratch, *halves = context + m.width, *winner = halves + padded(2 * I);
+    const int64_t winners = vectors_of(I);
+    for (int64_t c = 0; c < m.width; c++) context[c] = scale[c] * m.statistics.means(g)[c] + shift[c];
+    std::fill(winner, winner + winners * L, 0.0f);
+    if (o.activation == GELU) {
+        times(o.weights[2], o.weights[3], context, winner, I, vectors);
+        for (int64_t v = 0; v < winners; v++) store(winner + v * L, gelu(load(winner + v * L)));
+    } else {
+        times(o.weights[2], o.weights[3], context, halves, 2 * I, vectors);
+        for (int64_t i = 0; i < I; i++) {
+            const float first = halves[i], second = halves[I + i];
+            winner[i] = second > first || second != second ? second : first;  // NaN wins
+        }
+    }
+    times(o.weights[4], o.weights[5], winner, value, C, winners);
+    if (!o.weights[6]) {
+        for (int64_t c = 0; c < C; c++) shift[c] += value[c];
+        return;
+    }
+    const int64_t share = C / o.heads;
+    const float root = float(1 / std::sqrt(double(share)));
+    float* matrix = m.head_matrix + g * m.heads * 2 * m.width;  // (heads / L, width, 2 L), of which L are used
+    std::fill(matrix, matrix + m.heads * 2 * m.width, 0.0f);
+    for (int64_t h = 0; h < m.heads; h++) {
+        double total = 0;
+        for (int64_t c = h * share; h < o.heads && c < (h + 1) * share; c++) {
+            matrix[(h / L * m.width + c) * 2 * L + h % L] = scale[c] * context[c] * root;
+            total += double(shift[c]) * context[c] * root;
+        }
+        m.head_bias[g * m.heads + h] = float(total);
+    }
+}
+
+inline void tokens(const Op& o, const Worker& w) {
+    const int64_t H = o.height, W = o.width, P = H * W, G = w.team.images, K = o.kernel, R = K / 2;
+    const float* x = w.map(o.x);
+    const Mixing m(o, w.map(o.z), G);
+    const int64_t vectors = m.statistics.vectors, share = o.heads ? o.channels / o.heads : 1;
+    const bool weighted = o.heads && o.weights[6];
+    if (o.heads || o.weights[0]) collect(w, m.statistics, x, o.weights[0]);
+    w.share(G, [&](int64_t g) { similarity_weights(o, w, m, g); });
+    w.team.wait();
+    if (weighted) {
+        float* scratch = w.scratch;
+        const int64_t* offsets = vector_offsets(scratch, vectors, G * P);
+        const int64_t strips = (P + STRIP - 1) / STRIP;
+        w.share(G * strips, [&](int64_t task) {
+            const int64_t g = task / strips, first = P * (task % strips) / strips;
+            const int64_t count = P * (task % strips + 1) / strips - first;
+            for (int64_t v = 0; v < m.heads; v += L) {
+                const float* matrix = m.head_matrix + (g * m.heads + v) * 2 * m.width;
+                Product t = {offsets, vectors, L, matrix, m.head_bias + g * m.heads + v,
+                             m.similarity + v * G * P + (g * P + first) * L, G * P * L, 1, false};
+                multiply<L>(t, x + (g * P + first) * L, count);
+            }
+        });
+        w.team.wait();
+        for (int64_t g = 0; g < G; g++) {  // every thread computes the same statistics, which is faster than waiting
+            const double count = double(o.heads) * P;
+            double totals[L], total = 0;
+            for (int64_t v = 0; v < m.heads; v += L) {
+                const float* from = m.similarity + v * G * P + g * P * L;
+                sum_positions(P, totals, [=](int64_t p) { return load(from + p * L); });
+                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) total += totals[lane];
+            }
+            const float middle = float(total / count);
+            total = 0;
+            for (int64_t v = 0; v < m.heads; v += L) {
+                const float* from = m.similarity + v * G * P + g * P * L;
+                sum_positions(P, totals, [=](int64_t p) {
+                    const Floats centered = load(from + p * L) - middle;
+                    return centered * centered;
+                });
+                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) total += totals[lane];
+            }
+            // A single value has no deviation.
+            const float inverse = float(1 / (std::sqrt(total / std::max(count - 1, 1.0)) + EPS));
+            for (int64_t v = 0; v < m.heads; v += L) {
+                const float* from = m.similarity + v * G * P + g * P * L;
+                float* to = m.gates + v * G * P + g * P * L;
+                const Floats slope = load(o.weights[6] + v) * inverse, start = load(o.weights[7] + v);
+                w.share(P, [&](int64_t p) { store(to + p * L, (load(from + p * L) - middle) * slope + start); });
+            }
+        }
+        w.team.wait();
+    }
+    // A thread copies rows of a vector of channels, padded at both sides, while it applies norm and context.
+    const int64_t parts = std::clamp<int64_t>((2 * w.team.size - 1) / (G * vectors) + 1, 1, (H + 7) / 8);
+    const int64_t row = (W + 2 * R) * L;
+    w.share(G * vectors * parts, [&](int64_t task) {
+        const int64_t v = task / parts / G, g = task / parts % G;
+        const int64_t begin = H * (task % parts) / parts, end = H * (task % parts + 1) / parts;
+        const int64_t above = std::max<int64_t>(0, begin - R), below = std::min(H, end + R);
+        const float* from = x + (v * G + g) * P * L;
+        const Floats scale = load(m.scale + g * m.width + v * L), shift = load(m.shift + g * m.width + v * L);
+        const Floats value = load(m.value + g * m.width + v * L);
+        float* plane = w.scratch;
+        // The heads of these channels, and the value of each with zeros at the channels of other heads.
+        const int64_t head = v * L / share, last = std::min(o.heads, (v * L + L - 1) / share + 1);
+        Floats values[L];
+        for (int64_t h = head; h < last; h++) {
+            for (int64_t lane = 0; lane < L; lane++) {
+                values[h - head][lane] = (v * L + lane) / share == h ? value[lane] : 0.0f;
+            }
+        }
+        for (int64_t h = above; h < below; h++) {
+            float* to = plane + (h - above) * row;
+            std::fill(to, to + R * L, 0.0f);
+            std::fill(to + row - R * L, to + row, 0.0f);
+            to += R * L;
+            for (int64_t p = h * W; p < (h + 1) * W; p++, to += L) {
+                Floats y = load(from + p * L) * scale + shift;
+                for (int64_t k = head; weighted && k < last; k++) {
+                    y += m.gates[(k / L * G * P + g * P + p) * L + k % L] * values[k - head];
+                }
+                store(to, y);
+            }
+        }
+        const Floats bias = load(o.weights[9] + v * L);
+        const float* rows[256];
+        for (int64_t h = begin; h < end; h++) {
+            const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
+            for (int64_t i = top; i < bottom; i++) rows[i] = plane + (h + i - R - above) * row;
+            depthwise_row(rows, top, bottom, W, K, o.weights[8] + v * K * K * L, bias,
+                          w.map(o.y) + ((v * G + g) * P + h * W) * L);
+        }
+    });
+}
+
+// The channel mixer: x += fc2(gelu(depthwise(fc1(y)))), where y is the normalized x. `inner` is the hidden width.
+// weights: fc1, bias, depthwise taps, bias, fc2, bias.
+//
+// Hidden channels never leave the cache. Large maps are computed row by row: a ring keeps the rows of fc1 that the
+// depthwise convolution still needs. Small maps are computed as a whole, for `group` hidden channels at a time, which
+// are stored in z.
+struct Mixer {
+    const Op& o;
+    const Worker& w;
+    int64_t H = o.height, W = o.width, K = o.kernel, R = K / 2, C = vectors_of(o.channels), I = vectors_of(o.inner);
+    int64_t P = w.team.images * H * W;
+
+    // fc1 for `count` positions and the hidden vectors 2 panel and 2 panel + 1.
+    void expand(const int64_t* offsets, int64_t panel, int64_t position, int64_t count, float* out, int64_t block) const {
+        Product t = {offsets, C, L, o.weights[0] + panel * C * L * 2 * L, o.weights[1] + panel * 2 * L, out, block,
+                     int(std::min<int64_t>(2, I - 2 * panel)), false};
+        multiply<L>(t, w.map(o.y) + position * L, count);
+    }
+
+    // The depthwise convolution and GELU for rows of a hidden vector.
+    void mix(int64_t v, const float* const* rows, int64_t from, int64_t to, int64_t width, float* out) const {
+        depthwise_row(rows, from, to, width, K, o.weights[2] + v * K * K * L, load(o.weights[3] + v * L), out);
+        for (int64_t at = 0; at < width * L; at += L) store(out + at, gelu(load(out + at)));
+    }
+
+    // x += fc2 of hidden vectors `first` to `first + blocks`, for output vectors 2 panel and 2 panel + 1.
+    void contract(const int64_t* offsets, int64_t first, int64_t blocks, int64_t panel, const float* hidden, int64_t position,
+                  int64_t count) const {
+        Product t = {offsets, blocks, L, o.weights[4] + (panel * I + first) * L * 2 * L,
+                     first ? nullptr : o.weights[5] + panel * 2 * L, w.map(o.x) + (2 * panel * P + position) * L, P * L,
+                     int(std::min<int64_t>(2, C - 2 * panel)), true};
+        multiply<L>(t, hidden, count);
+    }
+
+    void whole() const {
+        float* scratch = w.scratch;
+        const int64_t G = w.team.images, group = o.group / L, row = (W + 2 * R) * L, panels = (C + 1) / 2;
+        const int64_t* offsets = vector_offsets(scratch, std::max(C, group), P);
+        float *planes = scratch, *dense = planes + 2 * G * H * row;
+        std::fill(planes, dense, 0.0f);
+        float* hidden = w.map(o.z);
+        for (int64_t first = 0; first < I; first += group) {
+            const int64_t count = std::min(group, I - first);
+            w.share((count + 1) / 2, [&](int64_t panel) {
+                const int64_t v0 = first + 2 * panel, v1 = std::min(v0 + 2, first + count);
+                if (W >= TILE_POSITIONS) {
+                    for (int64_t h = 0; h < G * H; h++) {
+                        expand(offsets, v0 / 2, h * W, W, planes + h * row + R * L, G * H * row);
+                    }
+                } else {
+                    expand(offsets, v0 / 2, 0, P, dense, P * L);
+                    for (int64_t h = 0; h < (v1 - v0) * G * H; h++) {
+                        std::copy(dense + h * W * L, dense + (h + 1) * W * L, planes + h * row + R * L);
+                    }
+                }
+                const float* rows[256];
+                for (int64_t v = v0; v < v1; v++) {
+                    for (int64_t h = 0; h < G * H; h++) {
+                        const int64_t top = std::max<int64_t>(0, R - h % H), bottom = std::min(K, H + R - h % H);
+                        for (int64_t i = top; i < bottom; i++) rows[i] = planes + ((v - v0) * G * H + h + i - R) * row;
+                        mix(v, rows, top, bottom, W, hidden + ((v - first) * P + h * W) * L);
+                    }
+                }
+            });
+            w.team.wait();
+            w.share(panels, [&](int64_t panel) { contract(offsets, first, count, panel, hidden, 0, P); });
+            w.team.wait();
+        }
+    }
+
+    // Widest part of a row that is computed at once, and the rows that are finished at once.
+    int64_t tiles() const { return (W + 71) / 72; }
+    int64_t step(int64_t width) const { return std::clamp<int64_t>(STRIP / width, 1, H); }
+
+    void by_rows() const {
+        const int64_t columns = tiles(), parts = std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
+        w.share(w.team.images * columns * (w.team.size > 1 ? parts : 1), [&](int64_t task) {
+            const int64_t count = w.team.size > 1 ? parts : 1, column = task / count % columns, part = task % count;
+            part_of_image(task / count / columns, W * column / columns, W * (column + 1) / columns, H * part / count,
+                          H * (part + 1) / count);
+        });
+    }
+
+    // Computes the columns c0 to c1 and rows r0 to r1 of image g.
+    void part_of_image(int64_t g, int64_t c0, int64_t c1, int64_t r0, int64_t r1) const {
+        float* scratch = w.scratch;
+        const int64_t width = c1 - c0, row = (width + 2 * R) * L, S = step(width), ring = S + 2 * R;
+        const int64_t low = std::max<int64_t>(0, c0 - R), high = std::min(W, c1 + R), base = g * H * W;
+        const int64_t* offsets = vector_offsets(scratch, C, P);
+        const int64_t* hidden_offsets = vector_offsets(scratch, I, S * width);
+        float *rings = scratch, *hidden = rings + (I + 1) / 2 * 2 * ring * row;
+        std::fill(rings, hidden, 0.0f);
+        for (int64_t h = r0, next = std::max<int64_t>(0, r0 - R); h < r1; h += S) {
+            const int64_t end = std::min(r1, h + S), need = std::min(H, end + R);
+            for (int64_t panel = 0; panel < (I + 1) / 2; panel++) {
+                float* own = rings + panel * 2 * ring * row;
+                for (int64_t r = next; r < need; r++) {
+                    expand(offsets, panel, base + r * W + low, high - low, own + r % ring * row + (low - c0 + R) * L,
+                           ring * row);
+                }
+                const float* rows[256];
+                for (int64_t v = 2 * panel; v < std::min(I, 2 * panel + 2); v++) {
+                    for (int64_t r = h; r < end; r++) {
+                        const int64_t top = std::max<int64_t>(0, R - r), bottom = std::min(K, H + R - r);
+                        for (int64_t i = top; i < bottom; i++) rows[i] = own + (v % 2 * ring + (r + i - R) % ring) * row;
+                        mix(v, rows, top, bottom, width, hidden + (v * S + r - h) * width * L);
+                    }
+                }
+            }
+            next = need;
+            for (int64_t panel = 0; panel < (C + 1) / 2; panel++) {
+                if (width == W) {
+                    contract(hidden_offsets, 0, I, panel, hidden, base + h * W, (end - h) * W);
+                    continue;
+                }
+                for (int64_t r = h; r < end; r++) {
+                    contract(hidden_offsets, 0, I, panel, hidden + (r - h) * width * L, base + r * W + c0, width);
+                }
+            }
+        }
+    }
+};
+
+inline void mixer(const Op& o, const Worker& w) {
+    const Mixer m = {o, w};
+    if (o.group) {
+        m.whole();
+    } else {
+        m.by_rows();
+    }
+}
