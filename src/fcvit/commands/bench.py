@@ -444,7 +444,7 @@ def fma_peak(threads: int) -> Callable[[], float]:
 def _profile(weights: Weights, pixels: Preprocessing, size: tuple[int, int], rounds: int) -> tuple[Operators, ...]:
     """Measure the native engine by kind of operator, in turns with the FMA loop."""
     if reason := unsupported(weights.spec):
-        raise MissingExtra(f"the native engine does not support this network: {reason}")
+        raise MissingExtra(reason)
     peak, network = fma_peak(1), NativeNetwork(weights, pixels, 1, parts(weights.spec)[0])
     images = np.random.default_rng(0).integers(0, 256, (1, 3, *size), np.uint8)
     if weights.spec.task == "detection":
