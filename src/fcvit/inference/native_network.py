@@ -25,6 +25,7 @@ _LINEAR, _GELU, _RELU = range(3)
 _EPS = 1e-5
 _SLOTS = ("x", "y", "z")
 _NUMBERS = ("channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation")
+_PIECE = 256  # PIECE in gemm.h
 _HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
 _POSITIONS = 28  # in the last stage, from which a product with its weights is efficient
 
@@ -91,7 +92,7 @@ class NativeNetwork:
         self._run(images, 1)
         times = [self._run(images, 1)[1] for _ in range(rounds)]
         median = np.median(times, axis=0)
-        program = self.program(*images.shape[1:], self.images_together(images, 1))
+        program = self.program(*images.shape[1:], self.images_together(images, 1), False)
         total: dict[str, tuple[float, float]] = {}
         for (kind, flops), seconds in zip(program.costs, median, strict=True):
             known = total.get(kind, (0.0, 0.0))
@@ -106,7 +107,7 @@ class NativeNetwork:
 
     def _run(self, images: np.ndarray, threads: int) -> tuple[list[np.ndarray], np.ndarray]:
         batch, together = len(images), self.images_together(images, threads)
-        program = self.program(*images.shape[1:], together)
+        program = self.program(*images.shape[1:], together, batch < together * threads)
         outputs = [np.empty((batch, *shape), np.float32) for shape in program.outputs]
         pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
         seconds = np.zeros(len(program.ops))
@@ -198,8 +199,8 @@ class _Program:
         costs: Name and floating-point operations of each operation, for one image.
     """
 
-    def __init__(self, layers: _Layers, part: str, channels: int, height: int, width: int, images: int):
-        self.layers, self.lanes, self.images = layers, layers.lanes, images
+    def __init__(self, layers: _Layers, part: str, channels: int, height: int, width: int, images: int, team: bool):
+        self.layers, self.lanes, self.images, self.team = layers, layers.lanes, images, team
         self.variant = layers.variant
         self.outputs: list[tuple[int, ...]] = []
         self.costs: list[tuple[str, float]] = []
@@ -288,10 +289,10 @@ class _Program:
             slots = {"x": first, "y": x, "z": y}
             self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, outputs=channels, inner=hidden, **size)
             return x
-        panel, group = 2 * self.lanes, 0
-        if positions * self.images * 2 * panel <= _HIDDEN_FLOATS:
-            group = min(self.padded(hidden), _HIDDEN_FLOATS // (positions * self.images) // panel * panel)
-            group = max(group, panel)
+        group = _HIDDEN_FLOATS // (positions * self.images) // _PIECE * _PIECE
+        if group and self.team:  # wait less often for other threads
+            group = hidden
+        group = min(self.padded(hidden), group)
         kernel = self.variant.channel_kernel
         slots = {"x": y, "y": first, "z": self.slot("hidden", group * positions)}
         flops += 2 * positions * hidden * kernel**2
@@ -315,8 +316,7 @@ class _Program:
             if v.weighted_context:
                 context = (*context[:4], *(layers.plain(f"{name}.rescale_{kind}") for kind in ("weight", "bias")))
                 flops += 4 * positions * channels
-        heads = self.padded(v.heads)
-        work = self.padded(channels) * (5 + 2 * heads) + self.padded(channels) // self.lanes + 16 + 2 * heads * (1 + positions)
+        work = 2 * self.padded(channels) + 16 + self.padded(v.heads) * positions
         slots = {"x": x, "y": y, "z": self.slot("work", work)}
         self.op("tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers)
 

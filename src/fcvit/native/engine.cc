@@ -30,9 +30,9 @@ const Kind KINDS[] = {
     {stem, none},
     {downsample, [](const Op& o, int64_t) { return 2 * 9 * vectors_of(o.channels); }},
     {tokens,
-     [](const Op& o, int64_t) {
+     [](const Op& o, int64_t images) {
          const int64_t width = vectors_of(o.channels) * L, row = (o.width + o.kernel) * L;
-         return std::max(2 * width + 6 * padded(o.inner) + 4 * L, o.height * row);
+         return images * Mixing::size(o) + std::max(2 * width + 6 * padded(o.inner) + 4 * L, o.height * row);
      }},
     {pointwise,
      [](const Op& o, int64_t) {

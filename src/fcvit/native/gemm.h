@@ -17,7 +17,7 @@ constexpr int TILE_POSITIONS = 14;
 #else
 constexpr int TILE_POSITIONS = 6;
 #endif
-constexpr int64_t PIECE = 512;  // inputs summed before they are added to the output, for accuracy and for the cache
+constexpr int64_t PIECE = 256;  // inputs summed before they are added to the output, for accuracy and for the cache
 
 enum Activation : int64_t { LINEAR, GELU, RELU };
 

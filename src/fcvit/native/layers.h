@@ -33,7 +33,13 @@ struct Team {
         }
         // The others are usually nearly done. On a busy machine they may not even run, and need this core.
         for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-            if (spins > 1000) std::this_thread::yield();
+            if (spins > 300) {
+                std::this_thread::yield();
+            } else {
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+            }
         }
     }
 };
@@ -106,9 +112,12 @@ inline void collect(const Worker& w, const Statistics& s, const float* x, bool s
     });
     w.team.wait();
     if (!squares) return;
+    int64_t known = -1;
+    float mean = 0;
     w.share(w.team.images * s.vectors, [&](int64_t task) {
         const int64_t image = task / s.vectors, v = task % s.vectors;
-        const float *from = x + v * all + image * s.positions * L, mean = s.mean(image);
+        if (image != known) known = image, mean = s.mean(image);
+        const float* from = x + v * all + image * s.positions * L;
         double totals[L], total = 0;
         sum_positions(s.positions, totals, [=](int64_t p) {
             const Floats centered = load(from + p * L) - mean;
@@ -245,10 +254,13 @@ inline void norm(const Op& o, const Worker& w) {
     const Statistics s(w.map(o.z), o.channels, P);
     const float* x = w.map(o.x);
     collect(w, s, x, true);
-    w.share(vectors * G, [&](int64_t task) {
-        const int64_t v = task / G, g = task % G;
-        const float *from = x + task * P * L, mean = s.mean(g), factor = s.factor(g);
-        float* to = w.map(o.y) + task * P * L;
+    int64_t known = -1;
+    float mean = 0, factor = 0;
+    w.share(G * vectors, [&](int64_t task) {
+        const int64_t g = task / vectors, v = task % vectors, at = (v * G + g) * P * L;
+        if (g != known) known = g, mean = s.mean(g), factor = s.factor(g);
+        const float* from = x + at;
+        float* to = w.map(o.y) + at;
         const Floats scale = o.weights[0] ? load(o.weights[0] + v * L) * factor : Floats{} + factor;
         const Floats shift = o.weights[1] ? load(o.weights[1] + v * L) : Floats{};
         for (int64_t p = 0; p < P; p++) store(to + p * L, (load(from + p * L) - mean) * scale + shift);
@@ -305,23 +317,29 @@ inline void times(const float* weights, const float* bias, const float* x, float
 struct Mixing {
     Statistics statistics;
     int64_t width, heads;  // in floats
-    float *scale, *shift, *value, *head_matrix, *head_bias, *similarity, *gates;
-    Mixing(const Op& o, float* z, int64_t G)
-        : statistics(z, o.channels, o.height * o.width), width(statistics.vectors * L), heads(vectors_of(o.heads) * L) {
-        const int64_t P = o.height * o.width;
-        scale = z + G * Statistics::size(o.channels);
+    float *similarity, *scale, *shift, *value, *head_matrix, *head_bias;
+    float *slope, *start;  // the weight of the context is slope * similarity + start
+    // Every thread of a team has its own copy of the small vectors, which is faster than waiting for another thread.
+    Mixing(const Op& o, float* shared, float* own, int64_t G)
+        : statistics(shared, o.channels, o.height * o.width), width(statistics.vectors * L), heads(vectors_of(o.heads) * L) {
+        similarity = shared + G * Statistics::size(o.channels);
+        scale = own;
         shift = scale + G * width;
         value = shift + G * width;
         head_matrix = value + G * width;
-        head_bias = head_matrix + G * 2 * L * width * (heads / L);
-        similarity = head_bias + G * 2 * heads;
-        gates = similarity + G * P * heads;
+        head_bias = head_matrix + G * 2 * width * heads;
+        slope = head_bias + G * heads;
+        start = slope + G * heads;
+    }
+    static int64_t size(const Op& o) {
+        const int64_t heads = vectors_of(o.heads) * L;
+        return vectors_of(o.channels) * L * (3 + 2 * heads) + 3 * heads;
     }
 };
 
 // Computes what the token mixer applies to every position of an image: the scale and shift of the norm, the value of the
 // context, and the matrix that gives the similarity with the context for each head.
-inline void similarity_weights(const Op& o, const Worker& w, const Mixing& m, int64_t g) {
+inline void similarity_weights(const Op& o, const Mixing& m, int64_t g, float* scratch) {
     const int64_t C = o.channels, I = o.inner, vectors = m.statistics.vectors;
     float *scale = m.scale + g * m.width, *shift = m.shift + g * m.width, *value = m.value + g * m.width;
     std::fill(value, value + m.width, 0.0f);
@@ -336,7 +354,7 @@ inline void similarity_weights(const Op& o, const Worker& w, const Mixing& m, in
         std::fill(shift, shift + m.width, 0.0f);
     }
     if (!o.heads) return;
-    float *context = w.scratch, *halves = context + m.width, *winner = halves + padded(2 * I);
+    float *context = scratch, *halves = context + m.width, *winner = halves + padded(2 * I);
     const int64_t winners = vectors_of(I);
     for (int64_t c = 0; c < m.width; c++) context[c] = scale[c] * m.statistics.means(g)[c] + shift[c];
     std::fill(winner, winner + winners * L, 0.0f);
@@ -372,15 +390,15 @@ inline void similarity_weights(const Op& o, const Worker& w, const Mixing& m, in
 inline void tokens(const Op& o, const Worker& w) {
     const int64_t H = o.height, W = o.width, P = H * W, G = w.team.images, K = o.kernel, R = K / 2;
     const float* x = w.map(o.x);
-    const Mixing m(o, w.map(o.z), G);
+    const Mixing m(o, w.map(o.z), w.scratch, G);
+    float* scratch = w.scratch + G * Mixing::size(o);
     const int64_t vectors = m.statistics.vectors, share = o.heads ? o.channels / o.heads : 1;
     const bool weighted = o.heads && o.weights[6];
     if (o.heads || o.weights[0]) collect(w, m.statistics, x, o.weights[0]);
-    w.share(G, [&](int64_t g) { similarity_weights(o, w, m, g); });
-    w.team.wait();
+    for (int64_t g = 0; g < G; g++) similarity_weights(o, m, g, scratch);
     if (weighted) {
-        float* scratch = w.scratch;
-        const int64_t* offsets = vector_offsets(scratch, vectors, G * P);
+        float* rest = scratch;
+        const int64_t* offsets = vector_offsets(rest, vectors, G * P);
         const int64_t strips = (P + STRIP - 1) / STRIP;
         w.share(G * strips, [&](int64_t task) {
             const int64_t g = task / strips, first = P * (task % strips) / strips;
@@ -393,34 +411,30 @@ inline void tokens(const Op& o, const Worker& w) {
             }
         });
         w.team.wait();
-        for (int64_t g = 0; g < G; g++) {  // every thread computes the same statistics, which is faster than waiting
+        for (int64_t g = 0; g < G; g++) {
             const double count = double(o.heads) * P;
-            double totals[L], total = 0;
+            double totals[L], total = 0, squares = 0;
             for (int64_t v = 0; v < m.heads; v += L) {
                 const float* from = m.similarity + v * G * P + g * P * L;
                 sum_positions(P, totals, [=](int64_t p) { return load(from + p * L); });
                 for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) total += totals[lane];
             }
             const float middle = float(total / count);
-            total = 0;
             for (int64_t v = 0; v < m.heads; v += L) {
                 const float* from = m.similarity + v * G * P + g * P * L;
                 sum_positions(P, totals, [=](int64_t p) {
                     const Floats centered = load(from + p * L) - middle;
                     return centered * centered;
                 });
-                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) total += totals[lane];
+                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) squares += totals[lane];
             }
             // A single value has no deviation.
-            const float inverse = float(1 / (std::sqrt(total / std::max(count - 1, 1.0)) + EPS));
-            for (int64_t v = 0; v < m.heads; v += L) {
-                const float* from = m.similarity + v * G * P + g * P * L;
-                float* to = m.gates + v * G * P + g * P * L;
-                const Floats slope = load(o.weights[6] + v) * inverse, start = load(o.weights[7] + v);
-                w.share(P, [&](int64_t p) { store(to + p * L, (load(from + p * L) - middle) * slope + start); });
+            const float inverse = float(1 / (std::sqrt(squares / std::max(count - 1, 1.0)) + EPS));
+            for (int64_t h = 0; h < o.heads; h++) {
+                m.slope[g * m.heads + h] = o.weights[6][h] * inverse;
+                m.start[g * m.heads + h] = o.weights[7][h] - middle * m.slope[g * m.heads + h];
             }
         }
-        w.team.wait();
     }
     // A thread copies rows of a vector of channels, padded at both sides, while it applies norm and context.
     const int64_t parts = std::clamp<int64_t>((2 * w.team.size - 1) / (G * vectors) + 1, 1, (H + 7) / 8);
@@ -432,7 +446,7 @@ inline void tokens(const Op& o, const Worker& w) {
         const float* from = x + (v * G + g) * P * L;
         const Floats scale = load(m.scale + g * m.width + v * L), shift = load(m.shift + g * m.width + v * L);
         const Floats value = load(m.value + g * m.width + v * L);
-        float* plane = w.scratch;
+        float* plane = scratch;
         // The heads of these channels, and the value of each with zeros at the channels of other heads.
         const int64_t head = v * L / share, last = std::min(o.heads, (v * L + L - 1) / share + 1);
         Floats values[L];
@@ -449,7 +463,8 @@ inline void tokens(const Op& o, const Worker& w) {
             for (int64_t p = h * W; p < (h + 1) * W; p++, to += L) {
                 Floats y = load(from + p * L) * scale + shift;
                 for (int64_t k = head; weighted && k < last; k++) {
-                    y += m.gates[(k / L * G * P + g * P + p) * L + k % L] * values[k - head];
+                    const float* similarity = m.similarity + (k / L * G * P + g * P + p) * L + k % L;
+                    y += (*similarity * m.slope[g * m.heads + k] + m.start[g * m.heads + k]) * values[k - head];
                 }
                 store(to, y);
             }
