@@ -25,7 +25,8 @@ _LINEAR, _GELU, _RELU = range(3)
 _EPS = 1e-5
 _SLOTS = ("x", "y", "z")
 _NUMBERS = ("channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation")
-_PIECE = 256  # PIECE in gemm.h
+_PIECE = 256  # PIECE in gemm.h. Groups of hidden channels are multiples of it, so that all sums have the same order.
+_SMALL = 256  # positions of a map that the channel mixer computes as a whole
 _HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
 _POSITIONS = 28  # in the last stage, from which a product with its weights is efficient
 
@@ -289,12 +290,13 @@ class _Program:
             slots = {"x": first, "y": x, "z": y}
             self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, outputs=channels, inner=hidden, **size)
             return x
-        group = _HIDDEN_FLOATS // (positions * self.images) // _PIECE * _PIECE
-        if group and self.team:  # wait less often for other threads
-            group = hidden
-        group = min(self.padded(hidden), group)
+        slots, group = {"x": y, "y": first}, _PIECE
+        if positions <= _SMALL:
+            group *= max(1, _HIDDEN_FLOATS // (positions * self.images * _PIECE))
+            if self.team:  # wait less often for other threads
+                group = hidden
+            slots["z"] = self.slot("hidden", min(group, self.padded(hidden)) * positions)
         kernel = self.variant.channel_kernel
-        slots = {"x": y, "y": first, "z": self.slot("hidden", group * positions)}
         flops += 2 * positions * hidden * kernel**2
         weights = (*first_layer, *self.layers.depthwise(dw), *last_layer)
         self.op("mixer", slots, *weights, flops=flops, inner=hidden, kernel=kernel, group=group, **size)

@@ -13,6 +13,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "layers.h"
 
 namespace {
@@ -41,8 +45,8 @@ const Kind KINDS[] = {
     {norm, none},
     {mixer,
      [](const Op& o, int64_t images) {
-         const int64_t C = vectors_of(o.channels), I = vectors_of(o.inner), P = images * o.height * o.width;
-         if (o.group) return padded(2 * std::max(C, o.group / L)) + 2 * L * (P + images * o.height * (o.width + o.kernel));
+         const int64_t C = vectors_of(o.channels), I = std::min(o.inner, o.group) / L + 1, P = images * o.height * o.width;
+         if (o.z >= 0) return padded(2 * std::max(C, I)) + 2 * L * (P + images * o.height * (o.width + o.kernel));
          const int64_t width = std::min<int64_t>(o.width, 72), step = std::max<int64_t>(1, STRIP / ((width + 1) / 2));
          return padded(2 * C) + padded(2 * I) + (I + 1) * L * ((step + o.kernel) * (width + o.kernel) + step * width);
      }},
@@ -60,8 +64,12 @@ struct Memory {
         if (floats <= size) return;
         std::free(data);
         size = 0;
-        data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
+        const int64_t page = 1 << 21, bytes = (floats * sizeof(float) + page - 1) / page * page;
+        data = (float*)std::aligned_alloc(page, bytes);
         if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+        madvise(data, bytes, MADV_HUGEPAGE);  // small pages collide in the L2 cache
+#endif
         size = floats;
     }
 };

@@ -483,14 +483,14 @@ inline void tokens(const Op& o, const Worker& w) {
 // The channel mixer: x += fc2(gelu(depthwise(fc1(y)))), where y is the normalized x. `inner` is the hidden width.
 // weights: fc1, bias, depthwise taps, bias, fc2, bias.
 //
-// Hidden channels never leave the cache. Large maps are computed row by row: a ring keeps the rows of fc1 that the
-// depthwise convolution still needs. Small maps are computed as a whole, for `group` hidden channels at a time, which
-// are stored in z.
+// Hidden channels never leave the cache, because only `group` of them are computed at a time. Small maps are computed as
+// a whole, with the hidden maps in z. Large maps are computed row by row: a ring keeps the rows of fc1 that the
+// depthwise convolution still needs.
 struct Mixer {
     const Op& o;
     const Worker& w;
     int64_t H = o.height, W = o.width, K = o.kernel, R = K / 2, C = vectors_of(o.channels), I = vectors_of(o.inner);
-    int64_t P = w.team.images * H * W;
+    int64_t P = w.team.images * H * W, group = std::min(I, o.group / L);
 
     // fc1 for `count` positions and the hidden vectors 2 panel and 2 panel + 1.
     void expand(const int64_t* offsets, int64_t panel, int64_t position, int64_t count, float* out, int64_t block) const {
@@ -516,7 +516,7 @@ struct Mixer {
 
     void whole() const {
         float* scratch = w.scratch;
-        const int64_t G = w.team.images, group = o.group / L, row = (W + 2 * R) * L, panels = (C + 1) / 2;
+        const int64_t G = w.team.images, row = (W + 2 * R) * L, panels = (C + 1) / 2;
         const int64_t* offsets = vector_offsets(scratch, std::max(C, group), P);
         float *planes = scratch, *dense = planes + 2 * G * H * row;
         std::fill(planes, dense, 0.0f);
@@ -555,48 +555,48 @@ struct Mixer {
     int64_t step(int64_t width) const { return std::clamp<int64_t>(STRIP / width, 1, H); }
 
     void by_rows() const {
-        const int64_t columns = tiles(), parts = std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
-        w.share(w.team.images * columns * (w.team.size > 1 ? parts : 1), [&](int64_t task) {
-            const int64_t count = w.team.size > 1 ? parts : 1, column = task / count % columns, part = task % count;
-            part_of_image(task / count / columns, W * column / columns, W * (column + 1) / columns, H * part / count,
-                          H * (part + 1) / count);
+        const int64_t columns = tiles(), parts = w.team.size == 1 ? 1 : std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
+        w.share(w.team.images * columns * parts, [&](int64_t task) {
+            const int64_t g = task / parts / columns, column = task / parts % columns, part = task % parts;
+            for (int64_t first = 0; first < I; first += group) {
+                part_of_image(g, W * column / columns, W * (column + 1) / columns, H * part / parts, H * (part + 1) / parts,
+                              first, std::min(group, I - first));
+            }
         });
     }
 
-    // Computes the columns c0 to c1 and rows r0 to r1 of image g.
-    void part_of_image(int64_t g, int64_t c0, int64_t c1, int64_t r0, int64_t r1) const {
+    // Computes the columns c0 to c1 and rows r0 to r1 of image g with `count` hidden vectors.
+    void part_of_image(int64_t g, int64_t c0, int64_t c1, int64_t r0, int64_t r1, int64_t first, int64_t count) const {
         float* scratch = w.scratch;
         const int64_t width = c1 - c0, row = (width + 2 * R) * L, S = step(width), ring = S + 2 * R;
         const int64_t low = std::max<int64_t>(0, c0 - R), high = std::min(W, c1 + R), base = g * H * W;
         const int64_t* offsets = vector_offsets(scratch, C, P);
-        const int64_t* hidden_offsets = vector_offsets(scratch, I, S * width);
-        float *rings = scratch, *hidden = rings + (I + 1) / 2 * 2 * ring * row;
+        const int64_t* hidden_offsets = vector_offsets(scratch, count, S * width);
+        float *rings = scratch, *hidden = rings + (count + 1) / 2 * 2 * ring * row;
         std::fill(rings, hidden, 0.0f);
         for (int64_t h = r0, next = std::max<int64_t>(0, r0 - R); h < r1; h += S) {
             const int64_t end = std::min(r1, h + S), need = std::min(H, end + R);
-            for (int64_t panel = 0; panel < (I + 1) / 2; panel++) {
-                float* own = rings + panel * 2 * ring * row;
-                for (int64_t r = next; r < need; r++) {
-                    expand(offsets, panel, base + r * W + low, high - low, own + r % ring * row + (low - c0 + R) * L,
-                           ring * row);
+            for (int64_t v = 0; v < count; v++) {
+                float* own = rings + v * ring * row;
+                for (int64_t r = next; r < need && v % 2 == 0; r++) {
+                    expand(offsets, (first + v) / 2, base + r * W + low, high - low,
+                           own + r % ring * row + (low - c0 + R) * L, ring * row);
                 }
                 const float* rows[256];
-                for (int64_t v = 2 * panel; v < std::min(I, 2 * panel + 2); v++) {
-                    for (int64_t r = h; r < end; r++) {
-                        const int64_t top = std::max<int64_t>(0, R - r), bottom = std::min(K, H + R - r);
-                        for (int64_t i = top; i < bottom; i++) rows[i] = own + (v % 2 * ring + (r + i - R) % ring) * row;
-                        mix(v, rows, top, bottom, width, hidden + (v * S + r - h) * width * L);
-                    }
+                for (int64_t r = h; r < end; r++) {
+                    const int64_t top = std::max<int64_t>(0, R - r), bottom = std::min(K, H + R - r);
+                    for (int64_t i = top; i < bottom; i++) rows[i] = own + (r + i - R) % ring * row;
+                    mix(first + v, rows, top, bottom, width, hidden + (v * S + r - h) * width * L);
                 }
             }
             next = need;
             for (int64_t panel = 0; panel < (C + 1) / 2; panel++) {
                 if (width == W) {
-                    contract(hidden_offsets, 0, I, panel, hidden, base + h * W, (end - h) * W);
+                    contract(hidden_offsets, first, count, panel, hidden, base + h * W, (end - h) * W);
                     continue;
                 }
                 for (int64_t r = h; r < end; r++) {
-                    contract(hidden_offsets, 0, I, panel, hidden + (r - h) * width * L, base + r * W + c0, width);
+                    contract(hidden_offsets, first, count, panel, hidden + (r - h) * width * L, base + r * W + c0, width);
                 }
             }
         }
@@ -605,7 +605,7 @@ struct Mixer {
 
 inline void mixer(const Op& o, const Worker& w) {
     const Mixer m = {o, w};
-    if (o.group) {
+    if (o.z >= 0) {
         m.whole();
     } else {
         m.by_rows();
