@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -259,6 +260,34 @@ def test_doctor(run):
     assert code == 0 and "numpy" in out
     report = json.loads(run("doctor", "--json")[1])
     assert set(report["devices"]) | set(report["missing"]) == {"paddle", "torch"}
+
+
+def test_doctor_reports_and_compiles_the_native_engine(monkeypatch):
+    from fcvit.commands.doctor import doctor, native
+
+    def without_gpu(name):
+        cuda = types.SimpleNamespace(is_available=lambda: False)
+        return types.SimpleNamespace(cuda=cuda, is_compiled_with_cuda=lambda: False)
+
+    built = []
+    monkeypatch.setattr("fcvit.commands.doctor.import_framework", without_gpu)
+    monkeypatch.setattr(native, "find_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(native, "levels", lambda: ("x86-64-v3",))
+    monkeypatch.setattr(native, "is_built", lambda: bool(built))
+    monkeypatch.setattr(native, "library", lambda: built.append(1))
+    state = doctor()
+    assert state["native engine"] == "x86-64-v3: not compiled; compile it with: fcvit doctor --build" and not built
+    state = doctor(build=True)
+    assert (state["compiler"], state["native engine"], len(built)) == ("/usr/bin/g++", "x86-64-v3: compiled", 1)
+
+    def missing():
+        raise MissingExtra("no C++ compiler found")
+
+    monkeypatch.setattr(native, "find_compiler", missing)
+    monkeypatch.setattr(native, "library", missing)
+    assert (doctor()["compiler"], doctor()["native engine"]) == ("none", "no C++ compiler found")
+    with pytest.raises(MissingExtra, match="no C"):
+        doctor(build=True)
 
 
 @pytest.mark.parametrize("words", [["predict", "x.png"], ["eval", "--data", "."]])

@@ -331,7 +331,7 @@ def test_the_native_engine_rejects_what_it_does_not_support(weights, fake_networ
     with pytest.raises(UsageError, match=r"--device gpu: the native engine .*--engine paddle"):
         create_engine("native", weights, PIXELS, "gpu")
     monkeypatch.setattr(engines, "unsupported", lambda spec: "it has 3 heads")
-    with pytest.raises(MissingExtra, match="the native engine does not support this network: it has 3 heads; use "):
+    with pytest.raises(MissingExtra, match="it has 3 heads; use --engine onnxruntime"):
         create_engine("native", weights, PIXELS)
     monkeypatch.setattr(engines, "unsupported", lambda spec: None)
     monkeypatch.setattr("fcvit.inference.check.installed", lambda name: False)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -178,5 +179,5 @@ def test_a_cache_that_cannot_be_written_is_reported(copying_compiler, monkeypatc
 
 
 def test_no_library_on_windows(monkeypatch):
-    monkeypatch.setattr(build.os, "name", "nt")
+    monkeypatch.setattr(build, "os", types.SimpleNamespace(name="nt", environ={}))
     assert "only Linux and macOS" in failure()

@@ -442,18 +442,25 @@ def fma_peak(threads: int) -> Callable[[], float]:
 
 
 def _profile(weights: Weights, pixels: Preprocessing, size: tuple[int, int], rounds: int) -> tuple[Operators, ...]:
-    """Measure the native engine by kind of operator, between two measurements of the FMA loop."""
+    """Measure the native engine by kind of operator, in turns with the FMA loop."""
     if reason := unsupported(weights.spec):
-        raise MissingExtra(f"the native engine does not support this network: {reason}")
+        raise MissingExtra(reason)
     peak, network = fma_peak(1), NativeNetwork(weights, pixels, 1, parts(weights.spec)[0])
     images = np.random.default_rng(0).integers(0, 256, (1, 3, *size), np.uint8)
     if weights.spec.task == "detection":
         images = pad_batch(list(images))[0]
-    rates = [peak() for _ in range(rounds)]
-    measured = network.profile(images, rounds)
-    limit = statistics.median(rates + [peak() for _ in range(rounds)])
-    rows = [(kind, seconds, operations / seconds / 1e9) for kind, seconds, operations in measured]
-    return tuple(Operators(kind, 1e3 * seconds, gflops, gflops / limit) for kind, seconds, gflops in rows)
+    times: dict[str, list[float]] = {}
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds):
+        limit = peak()
+        for kind, seconds, operations in network.profile(images, 1):
+            times.setdefault(kind, []).append(1e3 * seconds)
+            gflops = operations and operations / seconds / 1e9
+            rates.setdefault(kind, []).append((gflops, gflops / limit))
+    return tuple(
+        Operators(kind, statistics.median(ms), *map(statistics.median, zip(*rates[kind], strict=True)))
+        for kind, ms in times.items()
+    )
 
 
 def _bench(

@@ -82,7 +82,7 @@ def _native() -> tuple[str, str]:
         return "none", str(error)
     level = native.levels()[0]
     state = "compiled" if native.is_built() else f"not compiled; compile it with: {native.COMMAND}"
-    return compiler, f"{state} ({level})"
+    return compiler, f"{level}: {state}"
 
 
 def _absent_extras() -> Iterator[tuple[str, str]]:

@@ -158,9 +158,8 @@ class Plan:
         chosen = []
         for weights in [each for each in loaded if not isinstance(each, ExportedWeights)][:1]:
             name, precision = ("onnxruntime", "float32") if int8 else (AUTO, settings.precision)  # its quantizer
-            engine = create_engine(
-                name, weights, self._resolved(weights), self.device, precision, settings.threads, check=self.check
-            )
+            given = (name, weights, self._resolved(weights), self.device, precision, settings.threads)
+            engine = create_engine(*given)
             self._engines[id(weights), engine.name, engine.precision] = engine
             chosen.append(engine.name)
         chosen += [each.runtime for each in loaded if isinstance(each, ExportedWeights)]

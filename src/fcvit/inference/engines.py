@@ -327,7 +327,7 @@ class NativeEngine(ExportedEngine):
         if device not in ("auto", "cpu"):
             raise UsageError(f"--device {device}: the native engine runs only on the CPU; use --engine paddle")
         if reason := unsupported(self.weights.spec):
-            raise MissingExtra(f"the native engine does not support this network: {reason}; use --engine onnxruntime")
+            raise MissingExtra(f"{reason}; use --engine onnxruntime")
         networks: dict[str, Network] = {
             part: NativeNetwork(self.weights, self.preprocessing, self.threads or own_threads(), part)
             for part in parts(self.weights.spec)

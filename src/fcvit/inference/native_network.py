@@ -43,6 +43,8 @@ class _Op(ctypes.Structure):
 def unsupported(spec: ModelSpec) -> str | None:
     """Return why the native engine does not compute a network, or None if it does."""
     variant = spec.variant
+    if spec.head not in _HEADS:
+        return f"the native engine does not support the head {spec.head}"
     for name in ("spatial_attention", "channel_attention"):
         if getattr(variant, name):
             return f"the native engine does not support {name}"

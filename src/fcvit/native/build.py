@@ -18,7 +18,6 @@ from pathlib import Path
 
 from fcvit.errors import MissingExtra
 from fcvit.machine import available_threads, processor_flags, processor_identity
-from fcvit.report.progress import progress
 from fcvit.run_folder import cache_root
 
 logger = logging.getLogger("fcvit")
@@ -143,6 +142,8 @@ def _compile_once(level: str, folder: Path) -> Path:
 
 def _compile(compiler: str, flags: Sequence[str], scratch: Path) -> Path:
     """Compile all sources, one per process and as many at once as there are cores, and link them."""
+    from fcvit.report.progress import progress  # is not needed to load a library
+
     sources = _sources("*.cc")
     objects = [str(scratch / f"{source.stem}.o") for source in sources]
     commands = [[*flags, "-c", str(source), "-o", to] for source, to in zip(sources, objects, strict=True)]
