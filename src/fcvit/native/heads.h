@@ -6,14 +6,18 @@
 
 // Features of RoIs (B, C, H, W), which are the input of the network, -> y.
 inline void features(const Op& o, const Worker& w) {
-    const int64_t P = o.height * o.width, C = o.channels, G = w.team.images;
-    w.share(vectors_of(C) * G, [&](int64_t task) {
-        const int64_t v = task / G, count = std::min(L, C - v * L);
-        const float* from = (const float*)w.input + ((w.team.first + task % G) * C + v * L) * P;
-        float* to = w.map(o.y) + task * P * L;
-        if (P == 1) return store(to, load_some(from, count));
-        for (int64_t p = 0; p < P; p++) {
-            for (int64_t lane = 0; lane < L; lane++) to[p * L + lane] = lane < count ? from[lane * P + p] : 0.0f;
+    constexpr int64_t TOGETHER = 4;  // vectors, so that what is read and written is next to each other
+    const int64_t P = o.height * o.width, C = o.channels, G = w.team.images, vectors = vectors_of(C);
+    w.share((vectors + TOGETHER - 1) / TOGETHER, [&](int64_t task) {
+        for (int64_t i = 0; i < TOGETHER * G; i++) {
+            const int64_t g = i / TOGETHER, v = task * TOGETHER + i % TOGETHER, count = std::min(L, C - v * L);
+            if (v >= vectors) continue;
+            const float* from = (const float*)w.input + ((w.team.first + g) * C + v * L) * P;
+            float* to = w.map(o.y) + (v * G + g) * P * L;
+            if (P == 1) store(to, load_some(from, count));
+            for (int64_t p = 0; P > 1 && p < P; p++) {
+                for (int64_t lane = 0; lane < L; lane++) to[p * L + lane] = lane < count ? from[lane * P + p] : 0.0f;
+            }
         }
     });
 }
