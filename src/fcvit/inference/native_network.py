@@ -10,25 +10,34 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from fcvit.errors import UsageError
 from fcvit.inference import algebra
+from fcvit.inference.detector import BOX_HEAD, MASK_HEAD, TRUNK, part_outputs
 from fcvit.models.spec import HEADS, ModelSpec, is_counter
 from fcvit.models.variants import Preprocessing
 from fcvit.native.build import library
 from fcvit.weights.reading import Weights
 
-_KINDS = ("image", "stem", "downsample", "tokens", "pointwise", "norm", "mixer", "pool", "output")
+_KINDS = (
+    "image", "stem", "downsample", "tokens", "pointwise", "norm", "mixer", "pool", "output", "features", "convolution",
+    "resize", "enlarge",
+)  # fmt: skip
 _LINEAR, _GELU, _RELU = range(3)
 _EPS = 1e-5
 _SLOTS = ("x", "y", "z")
-_NUMBERS = ("channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation")
+_NUMBERS = (
+    "channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation", "within",
+    "high", "wide",
+)  # fmt: skip
 _PIECE = 256  # PIECE in gemm.h. Groups of hidden channels are multiples of it, so that all sums have the same order.
 _SMALL = 256  # positions of a map that the channel mixer computes as a whole
 _HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
 _POSITIONS = 28  # in the last stage, from which a product with its weights is efficient
+_ROIS = {BOX_HEAD: 112, MASK_HEAD: 8}  # that a thread computes together
 
 
 class _Op(ctypes.Structure):
@@ -38,6 +47,18 @@ class _Op(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kind", *_SLOTS, *_NUMBERS)),
         ("weights", ctypes.c_void_p * 10),
     )
+
+
+class _Map(NamedTuple):
+    """A map in the memory with this name."""
+
+    slot: str
+    channels: int
+    height: int
+    width: int
+
+    def numbers(self) -> dict[str, int]:
+        return {"channels": self.channels, "height": self.height, "width": self.width}
 
 
 def unsupported(spec: ModelSpec) -> str | None:
@@ -77,7 +98,7 @@ class NativeNetwork:
         self.library.fcvit_engine_create.restype = ctypes.c_void_p
         self.library.fcvit_engine_destroy.argtypes = [ctypes.c_void_p]
         self.engine = ctypes.c_void_p(self.library.fcvit_engine_create())
-        self.layers = _Layers(weights, preprocessing, self.library.fcvit_lanes())
+        self.layers, self.part = _Layers(weights, preprocessing, self.library), part
         self.program = functools.lru_cache(16)(functools.partial(_Program, self.layers, part))
 
     def __del__(self) -> None:
@@ -85,7 +106,7 @@ class NativeNetwork:
             self.library.fcvit_engine_destroy(engine)
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs for uint8 RGB or normalized float32 images (B, 3, H, W), B at least 1."""
+        """Return the outputs for uint8 RGB or normalized float32 images (B, 3, H, W), or for features of RoIs."""
         return self._run(images, self.threads)[0]
 
     def profile(self, images: np.ndarray, rounds: int) -> list[tuple[str, float, float]]:
@@ -102,6 +123,8 @@ class NativeNetwork:
 
     def images_together(self, images: np.ndarray, threads: int) -> int:
         """Return the number of images that a thread computes together: more than one if they are small."""
+        if self.part in _ROIS:
+            return max(1, min(_ROIS[self.part], -(-len(images) // threads)))
         stride = 32
         positions = -(-images.shape[2] // stride) * -(-images.shape[3] // stride)
         return max(1, min(_POSITIONS // positions, -(-len(images) // threads)))
@@ -113,7 +136,15 @@ class NativeNetwork:
         pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
         seconds = np.zeros(len(program.ops))
         images = np.ascontiguousarray(images)
-        numbers = (len(program.ops), program.floats, images.ctypes.data, images.dtype == np.uint8, batch, together, threads)
+        numbers = (
+            len(program.ops),
+            program.floats,
+            images.ctypes.data,
+            images.dtype == np.uint8,
+            batch,
+            together,
+            threads,
+        )
         arguments = [ctypes.c_void_p if index == 2 else ctypes.c_int64 for index in range(7)]
         converted = [kind(int(number)) for kind, number in zip(arguments, numbers, strict=True)]
         time = ctypes.c_void_p(seconds.ctypes.data) if threads == 1 else None
@@ -125,8 +156,9 @@ class NativeNetwork:
 class _Layers:
     """The weights of a network, folded and packed when they are first used."""
 
-    def __init__(self, weights: Weights, preprocessing: Preprocessing, lanes: int):
-        self.spec, self.variant, self.lanes, self.preprocessing = weights.spec, weights.spec.variant, lanes, preprocessing
+    def __init__(self, weights: Weights, preprocessing: Preprocessing, library: ctypes.CDLL):
+        self.spec, self.variant, self.preprocessing = weights.spec, weights.spec.variant, preprocessing
+        self.library, self.lanes = library, library.fcvit_lanes()
         prefix = HEADS[weights.spec.head].prefix
         self.tensors = {n.removeprefix(prefix): t for n, t in weights.tensors.items() if not is_counter(n)}
         self.arrays: dict[str, np.ndarray] = {}
@@ -162,6 +194,20 @@ class _Layers:
 
         return self.pointer(f"{name} weight", packed), self.vector(f"{name} bias", lambda: create()[1])
 
+    def winograd(self, name: str, create: Callable[[], algebra.Pair]) -> tuple[int]:
+        """Return the address of the weights (N, C, 3, 3) and biases of a convolution, packed for Winograd's method."""
+
+        def packed() -> np.ndarray:
+            weight, bias = (np.ascontiguousarray(one, np.float32) for one in create())
+            outputs, inputs = weight.shape[:2]
+            panel, depth = 2 * self.lanes, -(-inputs // self.lanes) * self.lanes
+            result = np.empty(-(-outputs // panel) * panel * (36 * depth + 1), np.float32)
+            pointers = [ctypes.c_void_p(array.ctypes.data) for array in (weight, bias, result)]
+            self.library.fcvit_pack(*pointers[:2], ctypes.c_int64(inputs), ctypes.c_int64(outputs), pointers[2])
+            return result
+
+        return (self.pointer(f"{name} winograd", packed),)
+
     def depthwise(self, name: str) -> tuple[int, int]:
         """Return the addresses of the taps (C / L, kernel, kernel, L) and the bias."""
 
@@ -180,9 +226,16 @@ class _Layers:
         return weight, self.plain(f"{name}.bias")
 
     def conv_norm(self, name: str) -> algebra.Pair:
-        norm = f"{name}.norm"
-        statistics = self.tensor(f"{norm}.running_mean"), self.tensor(f"{norm}.running_var")
-        return algebra.scale_outputs(self.pair(f"{name}.proj"), *algebra.batch_norm(*self.pair(norm), *statistics, _EPS))
+        return algebra.scale_outputs(self.pair(f"{name}.proj"), *self.batch_norm(f"{name}.norm"))
+
+    def head_conv(self, name: str) -> algebra.Pair:
+        """Return a convolution of Semantic FPN's head, which has no bias, with its BatchNorm."""
+        weight = self.tensor(f"{name}.conv.weight")
+        return algebra.scale_outputs((weight, np.zeros(len(weight))), *self.batch_norm(f"{name}.bn"))
+
+    def batch_norm(self, name: str) -> algebra.Pair:
+        statistics = self.tensor(f"{name}.running_mean"), self.tensor(f"{name}.running_var")
+        return algebra.batch_norm(*self.pair(name), *statistics, _EPS)
 
     def after_norm(self, layer: str, norm: str) -> algebra.Pair:
         """Return a 1x1 convolution or linear layer with the affine part of the norm in front of it."""
@@ -203,11 +256,12 @@ class _Program:
     def __init__(self, layers: _Layers, part: str, channels: int, height: int, width: int, images: int, team: bool):
         self.layers, self.lanes, self.images, self.team = layers, layers.lanes, images, team
         self.variant = layers.variant
-        self.outputs: list[tuple[int, ...]] = []
+        shapes = part_outputs(layers.spec, part, height, width)
+        self.outputs, self.names = list(shapes.values()), list(shapes)
         self.costs: list[tuple[str, float]] = []
         self.sizes: dict[str, int] = {}
         self.written: list[tuple[dict[str, int], dict[str, str], list[int | None]]] = []
-        _PARTS[part](self, height, width)
+        _PARTS[part](self, channels, height, width)
         offsets, self.floats = {}, 0
         for name, size in self.sizes.items():
             offsets[name] = self.floats
@@ -235,8 +289,8 @@ class _Program:
     def map(self, name: str, channels: int, height: int, width: int) -> str:
         return self.slot(name, self.padded(channels) * height * width)
 
-    def stages(self, height: int, width: int) -> list[tuple[str, int, int]]:
-        """Write stem and stages. Return the map, height and width of each stage."""
+    def stages(self, height: int, width: int) -> list[_Map]:
+        """Write stem and stages. Return the map of each stage."""
         v, mean = self.variant, 255 * np.array(self.layers.preprocessing.mean)
         std = 255 * np.array(self.layers.preprocessing.std)
         self.slot("image", 3 * (height + 6) * (width + 6) + 64)
@@ -248,7 +302,7 @@ class _Program:
             high, wide = -(-height // stride), -(-width // stride)
             name = f"network.{2 * stage - 1}" if stage else "patch_embed"
             weights = self.layers.product(name, functools.partial(self.layers.conv_norm, name))
-            slots = {"x": maps[-1][0] if stage else "image", "y": self.map(f"{stage} 0", channels, high, wide)}
+            slots = {"x": maps[-1].slot if stage else "image", "y": self.map(f"{stage} 0", channels, high, wide)}
             if stage:
                 slots["z"] = self.slot("copy", self.padded(given) * (height + 2) * (width + 2))
             numbers = {"channels": given, "outputs": channels, "height": height, "width": width, "stride": stride}
@@ -259,7 +313,7 @@ class _Program:
             for block in range(v.depths[stage]):
                 result = self.block(f"network.{2 * stage}.{block}", stage, now, other, height, width)
                 now, other = result, other if result == now else now
-            maps.append((now, height, width))
+            maps.append(_Map(now, channels, height, width))
         return maps
 
     def block(self, name: str, stage: int, x: str, y: str, height: int, width: int) -> str:
@@ -288,7 +342,8 @@ class _Program:
         if not self.variant.channel_dwconv:
             one = self.layers.vector("one", lambda: np.ones(max(self.variant.widths)))
             slots = {"x": first, "y": x, "z": y}
-            self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, outputs=channels, inner=hidden, **size)
+            numbers = {"outputs": channels, "inner": hidden, "within": _GELU}
+            self.op("pointwise", slots, *first_layer, *last_layer, one, flops=flops, **numbers, **size)
             return x
         slots, group = {"x": y, "y": first}, _PIECE
         if positions <= _SMALL:
@@ -320,7 +375,9 @@ class _Program:
                 flops += 4 * positions * channels
         work = 2 * self.padded(channels) + 16 + self.padded(v.heads) * positions
         slots = {"x": x, "y": y, "z": self.slot("work", work)}
-        self.op("tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers)
+        self.op(
+            "tokens", slots, *affine, *context, *layers.depthwise(f"{mixer}.dw{mix}"), flops=flops, **size, **numbers
+        )
 
     def bottleneck(self, block: str, mix: int, x: str, y: str, residual: str | None, size: dict[str, int]) -> None:
         """Write the 1x1 convolutions after a depthwise convolution, and the end of the token mixer."""
@@ -335,27 +392,55 @@ class _Program:
             one = layers.tensors.get(scale, np.ones(channels))
             weights = [*weights, *(None,) * (4 - len(weights)), layers.vector(scale, lambda: one)]
         flops = 2 * size["height"] * size["width"] * channels * (2 * inner or channels)
-        self.op("pointwise", slots, *weights, flops=flops, outputs=channels, inner=inner, activation=_GELU, **size)
+        numbers = {"outputs": channels, "inner": inner, "activation": _GELU, "within": _GELU}
+        self.op("pointwise", slots, *weights, flops=flops, **numbers, **size)
 
     def norm(self, x: str, y: str, size: dict[str, int], affine: tuple[int | None, ...] = (None, None)) -> None:
         """Write a norm. Without `affine`, the next layer contains its scale and shift."""
         work = self.slot("work", 2 * self.padded(size["channels"]) + 16)
         self.op("norm", {"x": x, "y": y, "z": work}, *affine, **size)
 
-    def output(self, x: str, shape: tuple[int, ...], size: dict[str, int], channels_last: bool = False) -> None:
-        self.op("output", {"x": x}, inner=len(self.outputs), stride=int(channels_last), **size)
-        self.outputs.append(shape)
+    def output(self, name: str, x: _Map, channels_last: bool = False) -> None:
+        self.op("output", {"x": x.slot}, inner=self.names.index(name), kernel=int(not channels_last), **x.numbers())
 
-    def network(self, height: int, width: int) -> None:
+    def layer(
+        self,
+        kind: str,
+        x: _Map,
+        slot: str,
+        outputs: int,
+        name: str,
+        create: Callable[[], algebra.Pair] | None = None,
+        relu: bool = False,
+    ) -> _Map:
+        """Write a linear layer or 1x1 convolution ("pointwise"), or a convolution with kernel 3 ("convolution").
+
+        Operations are counted as in the definition of a convolution. Winograd's method needs fewer.
+        """
+        y = _Map(self.map(slot, outputs, x.height, x.width), outputs, x.height, x.width)
+        create = create or functools.partial(self.layers.pair, name)
+        weights = (self.layers.product if kind == "pointwise" else self.layers.winograd)(name, create)
+        flops = 2 * x.height * x.width * x.channels * outputs * (1 if kind == "pointwise" else 9)
+        numbers = {"outputs": outputs, "activation": _RELU * relu, **x.numbers()}
+        self.op(kind, {"x": x.slot, "y": slot}, *weights, flops=flops, **numbers)
+        return y
+
+    def resize(
+        self, x: _Map, slot: str, size: tuple[int, int], kernel: int = 2, stride: int = 0, add: bool = False
+    ) -> _Map:
+        """Write a map x in another size, bilinear with kernel 2, and add it to what is in the memory if `add` is true."""
+        slots = {"x": x.slot, "y": self.map(slot, x.channels, *size)} | ({"z": slot} if add else {})
+        self.op("resize", slots, kernel=kernel, stride=stride, high=size[0], wide=size[1], **x.numbers())
+        return _Map(slot, x.channels, *size)
+
+    def network(self, channels: int, height: int, width: int) -> None:
         _HEADS[self.layers.spec.head](self, self.stages(height, width))
 
-    def classifier(self, maps: list[tuple[str, int, int]]) -> None:
-        x, height, width = maps[-1]
-        channels, classes = self.variant.widths[-1], self.layers.spec.num_classes
-        size = {"channels": channels, "height": height, "width": width}
-        work = self.slot("work", 2 * self.padded(channels) + 16)
-        self.op("pool", {"x": x, "y": self.map("pooled", channels, 1, 1), "z": work}, **size)
-        layers = self.layers
+    def classifier(self, maps: list[_Map]) -> None:
+        x, layers, classes = maps[-1], self.layers, self.layers.spec.num_classes
+        pooled = _Map(self.map("pooled", x.channels, 1, 1), x.channels, 1, 1)
+        work = self.slot("work", 2 * self.padded(x.channels) + 16)
+        self.op("pool", {"x": x.slot, "y": pooled.slot, "z": work}, **x.numbers())
 
         def head() -> algebra.Pair:
             if classes:
@@ -363,30 +448,111 @@ class _Program:
             scale, shift = layers.pair("norm")
             return np.diag(scale), shift
 
-        outputs = classes or channels
-        slots = {"x": "pooled", "y": self.map("logits", outputs, 1, 1)}
-        flops = 2 * channels * outputs
-        self.op("pointwise", slots, *layers.product("head", head), flops=flops, channels=channels, outputs=outputs, height=1,
-                width=1)
-        self.output("logits", (outputs,), {"channels": outputs, "height": 1, "width": 1})
+        logits = self.layer("pointwise", pooled, "logits", classes or x.channels, "head", head)
+        self.output(self.names[0], logits)
 
-    def backbone(self, maps: list[tuple[str, int, int]]) -> None:
-        for (x, high, wide), size in zip(self.backbone_norms(maps), self.variant.widths, strict=True):
-            self.output(x, (size, high, wide), {"channels": size, "height": high, "width": wide})
+    def backbone(self, maps: list[_Map]) -> None:
+        for stage, x in enumerate(maps):
+            affine = tuple(self.layers.plain(f"norm{2 * stage}.{kind}") for kind in ("weight", "bias"))
+            self.output(f"features.{stage}", self.stage_norm(x, affine))
 
-    def backbone_norms(self, maps: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-        """Write the norm of each stage."""
-        normed = []
-        for stage, (x, height, width) in enumerate(maps):
-            size = {"channels": self.variant.widths[stage], "height": height, "width": width}
-            y = self.map(f"normed {stage}", *size.values())
-            self.norm(x, y, size, tuple(self.layers.plain(f"norm{2 * stage}.{kind}") for kind in ("weight", "bias")))
-            normed.append((y, height, width))
-        return normed
+    def stage_norm(self, x: _Map, affine: tuple[int | None, ...] = (None, None)) -> _Map:
+        y = x._replace(slot=self.map("branch 0", *x[1:]))
+        self.norm(x.slot, y.slot, x.numbers(), affine)
+        return y
+
+    def fpn(self, maps: list[_Map]) -> list[_Map]:
+        """Write the levels of the feature pyramid. The lateral convolutions contain the affine part of the norms."""
+        neck, levels, above = self.layers.spec.options.neck, [], None
+        for level, x in reversed([*enumerate(maps)]):
+            name = f"neck.lateral_convs.{level}.conv"
+            lateral = functools.partial(self.layers.after_norm, name, f"norm{2 * level}")
+            y = self.layer("pointwise", self.stage_norm(x), f"neck {level % 2}", neck, name, lateral)
+            if above:
+                self.resize(above, y.slot, y[2:], kernel=1, add=True)
+            above = y
+            levels.insert(0, self.layer("convolution", y, f"level {level}", neck, f"neck.fpn_convs.{level}.conv"))
+        return levels
+
+    def semantic_fpn(self, maps: list[_Map]) -> None:
+        channels, classes = self.layers.spec.options.channels, self.layers.spec.num_classes
+        total, *coarse = self.fpn(maps)
+        for level, x in enumerate([total, *coarse]):
+            for index in range(max(level, 1)):
+                name = f"decode_head.scale_heads.{level}.{2 * index}"
+                convolution = functools.partial(self.layers.head_conv, name)
+                x = self.layer("convolution", x, "neck 0" if level else "total", channels, name, convolution, relu=True)
+                double = (2 * x.height, 2 * x.width)
+                # The last doubling and the resizing to the size of the sum are one step if that is the double.
+                if level and (index < level - 1 or double != total[2:]):
+                    x = self.resize(x, "neck 1", double)
+            if level:
+                self.resize(x, "total", total[2:], add=True)
+            else:
+                total = x
+        x = self.layer("pointwise", total, "neck 0", classes, "decode_head.conv_seg")
+        _, high, wide = self.outputs[0]
+        self.op("enlarge", {"x": x.slot}, inner=0, high=high, wide=wide, **x.numbers())
+
+    def detector(self, maps: list[_Map]) -> None:
+        levels = self.fpn(maps)
+        for level, x in enumerate(levels):
+            self.output(f"maps.{level}", x, channels_last=True)
+        half = (-(-x.height // 2), -(-x.width // 2))
+        for level, x in enumerate([*levels, self.resize(levels[-1], "level 4", half, kernel=1, stride=2)]):
+            hidden = self.layer(
+                "convolution", x, "neck 0", self.layers.spec.options.rpn, "rpn_head.rpn_conv", relu=True
+            )
+            for output, name in (("logits", "rpn_head.rpn_cls"), ("deltas", "rpn_head.rpn_reg")):
+                output = f"{output}.{level}"
+                channels = self.outputs[self.names.index(output)][0]
+                self.output(output, self.layer("pointwise", hidden, "neck 1", channels, name))
+
+    def box_head(self, *shape: int) -> None:
+        x = self.features(math.prod(shape), 1, 1)
+        for index, name in enumerate(("shared_fcs.0", "shared_fcs.1")):
+            hidden, name = self.layers.spec.options.box_channels, f"roi_head.bbox_head.{name}"
+            x = self.layer("pointwise", x, f"hidden {index}", hidden, name, relu=True)
+        for output, shape, name in zip(self.names, self.outputs, ("fc_cls", "fc_reg"), strict=True):
+            self.output(output, self.layer("pointwise", x, "hidden 0", shape[0], f"roi_head.bbox_head.{name}"))
+
+    def mask_head(self, *shape: int) -> None:
+        """Write the mask head. Its transposed convolution is four 1x1 convolutions, for a quarter of the positions each."""
+        x, hidden, layers = self.features(*shape), self.layers.spec.options.mask_channels, self.layers
+        for index in range(4):
+            name = f"roi_head.mask_head.convs.{index}.conv"
+            x = self.layer("convolution", x, f"map {index % 2}", hidden, name, relu=True)
+        upsample, name, classes = "roi_head.mask_head.upsample", "roi_head.mask_head.conv_logits", self.outputs[0][0]
+        last = layers.product(name, functools.partial(layers.pair, name))
+
+        def quarter(index: int) -> algebra.Pair:
+            weight, bias = layers.pair(upsample)
+            return weight[:, :, index // 2, index % 2].T, bias
+
+        y = x._replace(slot=self.map("map 0", classes, *x[2:]), channels=classes)
+        for index in range(4):
+            first = layers.product(f"{upsample} {index}", functools.partial(quarter, index))
+            numbers = {"inner": hidden, "outputs": classes, "within": _RELU, **x.numbers()}
+            flops = 2 * x.height * x.width * hidden * (hidden + classes)
+            self.op("pointwise", {"x": x.slot, "y": y.slot}, *first, *last, flops=flops, **numbers)
+            self.op("output", {"x": y.slot}, kernel=2, stride=index, inner=0, **y.numbers())
+
+    def features(self, *shape: int) -> _Map:
+        """Write the input of a head."""
+        x = _Map(self.map("features", *shape), *shape)
+        self.op("features", {"y": x.slot}, **x.numbers())
+        return x
 
 
-_HEADS = {"classifier": _Program.classifier, "backbone": _Program.backbone}
-_PARTS = {"": _Program.network}
+_HEADS = {
+    "classifier": _Program.classifier,
+    "backbone": _Program.backbone,
+    "semantic_fpn": _Program.semantic_fpn,
+    "mask_rcnn": _Program.detector,
+}
+_PARTS = {
+    "": _Program.network, TRUNK: _Program.network, BOX_HEAD: _Program.box_head, MASK_HEAD: _Program.mask_head,
+}  # fmt: skip
 
 
 def _fill(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:

@@ -13,7 +13,7 @@
 #include <new>
 #include <vector>
 
-#include "layers.h"
+#include "heads.h"
 
 namespace {
 
@@ -48,6 +48,15 @@ const Kind KINDS[] = {
      }},
     {pool, none},
     {output, none},
+    {features, none},
+    {convolution,
+     [](const Op& o, int64_t images) {
+         int64_t most = 0;  // not always that for the most images
+         for (int64_t i = 1; i <= images; i++) most = std::max(most, winograd(o, i, 1).scratch_size());
+         return most;
+     }},
+    {resize, [](const Op& o, int64_t) { return o.wide * PLACE; }},
+    {enlarge, [](const Op& o, int64_t) { return padded(o.wide * PLACE) + 2 * o.wide; }},
 };
 
 struct Memory {
@@ -148,6 +157,11 @@ struct Run {
 extern "C" {
 
 int64_t fcvit_lanes() { return L; }
+
+// Packs a convolution (N, C, 3, 3) and its bias for Winograd's method. `packed` has room for Winograd::packed_size.
+void fcvit_pack(const float* weight, const float* bias, int64_t C, int64_t N, float* packed) {
+    for (int64_t panel = 0; panel * Winograd::PANEL < N; panel++) Winograd::pack(weight, 9 * C, 9, false, bias, C, N, panel, packed);
+}
 
 void* fcvit_engine_create() { return new (std::nothrow) Engine; }
 

@@ -12,8 +12,10 @@ constexpr float EPS = 1e-5f;  // of all norms and of the similarity's standard d
 inline int64_t vectors_of(int64_t channels) { return (channels + L - 1) / L; }
 
 // An operation of a network. Maps are given by their offset in the arena, in floats for one image, or -1 for none.
+// `within` is the activation of inner channels, and (high, wide) is the size of the result if it is resized.
 struct Op {
-    int64_t kind, x, y, z, channels, outputs, height, width, kernel, stride, inner, heads, group, activation;
+    int64_t kind, x, y, z, channels, outputs, height, width, kernel, stride, inner, heads, group, activation, within;
+    int64_t high, wide;
     const float* weights[10];
 };
 
@@ -214,7 +216,7 @@ int64_t* vector_offsets(float*& scratch, int64_t vectors, int64_t positions) {
     return offsets;
 }
 
-// 1x1 convolutions of x: one, or two with `inner` channels and GELU between them. The activation follows. With a
+// 1x1 convolutions of x: one, or two with `inner` channels and their activation between them. The activation follows. With a
 // residual z, y = z + scale activation(...). weights: first, bias, second, bias, scale.
 constexpr int64_t STRIP = 56;  // positions that are computed together
 
@@ -231,7 +233,7 @@ inline void pointwise(const Op& o, const Worker& w) {
         const int64_t strip = task / parts, part = task % parts;
         const int64_t first = P * strip / strips, count = P * (strip + 1) / strips - first;
         const float* x = w.map(o.x) + first * L;
-        Product t = {offsets, C, L, nullptr, nullptr, nullptr, longest * L, 2, false, GELU};
+        Product t = {offsets, C, L, nullptr, nullptr, nullptr, longest * L, 2, false, Activation(o.within)};
         for (int64_t v = 0; v < I; v += 2) {
             t.weights = o.weights[0] + v * C * L * L, t.bias = o.weights[1] + v * L;
             t.out = scratch + v * longest * L, t.vectors = int(std::min<int64_t>(2, I - v));
@@ -280,19 +282,23 @@ inline void pool(const Op& o, const Worker& w) {
     });
 }
 
-// x -> output number `inner`, channels first, or channels last if `stride`.
+// x -> output number `inner`, channels last if `kernel` is 0. Otherwise it is channels first, and x has every
+// `kernel`-th row and column of it, from row `stride` / `kernel` and column `stride` % `kernel`.
 inline void output(const Op& o, const Worker& w) {
-    const int64_t P = o.height * o.width, C = o.channels, G = w.team.images;
-    float* all = w.outputs[o.inner] + w.team.first * C * P;
+    const int64_t P = o.height * o.width, C = o.channels, G = w.team.images, K = o.kernel;
+    float* all = w.outputs[o.inner] + w.team.first * C * P * std::max<int64_t>(1, K * K);
     w.share(vectors_of(C) * G, [&](int64_t task) {
         const int64_t v = task / G, g = task % G, count = std::min(L, C - v * L);
         const float* from = w.map(o.x) + task * P * L;
-        float* to = all + g * C * P + v * L * (o.stride ? 1 : P);
-        if (o.stride) {
-            for (int64_t p = 0; p < P; p++) std::copy(from + p * L, from + p * L + count, to + p * C);
-        } else {
-            for (int64_t c = 0; c < count; c++) {
-                for (int64_t p = 0; p < P; p++) to[c * P + p] = from[p * L + c];
+        if (!K) {
+            for (int64_t p = 0; p < P; p++) std::copy(from + p * L, from + p * L + count, all + (g * P + p) * C + v * L);
+            return;
+        }
+        for (int64_t c = 0; c < count; c++) {
+            float* plane = all + (g * C + v * L + c) * P * K * K;
+            for (int64_t h = 0; h < o.height; h++) {
+                float* to = plane + ((h * K + o.stride / K) * o.width) * K + o.stride % K;
+                for (int64_t x = 0; x < o.width; x++) to[x * K] = from[(h * o.width + x) * L + c];
             }
         }
     });
