@@ -98,7 +98,10 @@ void conv3x3_backward(float** t, const int64_t* n, const double*) {
     const Buffer<float> passed(y ? rows * N : 0);
     if (y) {
 #pragma omp parallel for simd schedule(static) if (rows * N > WORTH_SHARING)
-        for (int64_t i = 0; i < rows * N; i++) passed.data[i] = y[i] > 0 ? g[i] : 0;
+        for (int64_t i = 0; i < rows * N; i++) {
+            const float v = g[i];
+            passed.data[i] = y[i] > 0 ? v : 0;
+        }
         g = passed.data;
     }
     if (dx) convolve(g, weight, nullptr, dx, B, H, W, N, C, true, false);
@@ -137,7 +140,10 @@ void norm_relu_backward(T** t, const int64_t* n, const double*) {
     T *dz = t[5], *dweight = t[6], *dbias = t[7];
     const int64_t R = n[0], C = n[1];
     const T* inverse = mean + 2 * C;
-    const auto passed = [=](int64_t i) { return y[i] > 0 ? dy[i] : T(0); };
+    const auto passed = [=](int64_t i) {
+        const T g = dy[i];  // a load that depends on a condition would not be vectorized
+        return y[i] > 0 ? g : T(0);
+    };
     column_sums(R, C, dbias, [=](int64_t r, int64_t c) { return passed(r * C + c); });
     column_sums(R, C, dweight, [=](int64_t r, int64_t c) {
         return passed(r * C + c) * ((z[r * C + c] - mean[c]) * inverse[c]);
