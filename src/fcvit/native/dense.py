@@ -122,11 +122,11 @@ class NativeMaskHead(MaskHead):
         x = last_view(x)
         for block in self.convs:
             x = _conv(block.conv, x, relu=True)
-        # Each pixel becomes 2 x 2 pixels.
+        # Each pixel becomes 2 x 2 pixels: two products, for the upper and the lower ones.
         b, h, w, c = x.shape
-        weight = self.upsample.weight.transpose([0, 2, 3, 1]).reshape([c, -1])
-        x = linear(x, weight, self.upsample.bias.tile([4]), transposed=True)
-        x = x.reshape([b, h, w, 2, 2, -1]).transpose([0, 1, 3, 2, 4, 5]).reshape([b, 2 * h, 2 * w, -1])
+        weights, bias = self.upsample.weight.transpose([2, 0, 3, 1]).reshape([2, c, -1]), self.upsample.bias.tile([2])
+        rows = [linear(x, weight, bias, transposed=True).reshape([b, h, 2 * w, -1]) for weight in weights]
+        x = paddle.stack(rows, 2).reshape([b, 2 * h, 2 * w, -1])
         return first_view(_linear(self.conv_logits, F.relu(x)))
 
 
