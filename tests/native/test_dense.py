@@ -75,16 +75,19 @@ def test_gradients_of_conv3x3_do_not_depend_on_threads(library):
 
 @precisions
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), (2, 1, 3, 1), (4, 16, 16, 40)])
-def test_norm_relu_matches_paddle(library, shape, dtype, tolerance):
+def test_batch_norm_with_relu_matches_paddle(library, shape, dtype, tolerance):
     from fcvit.native import operators
 
+    def native(x, weight, bias):
+        running = paddle.zeros([shape[3]], x.dtype), paddle.ones([shape[3]], x.dtype)
+        return operators.batch_norm(x, weight, bias, running, 1e-5, 0.9, relu=True)
+
     def plain(x, weight, bias):
-        statistics = paddle.zeros([shape[3]], x.dtype), paddle.ones([shape[3]], x.dtype)
-        y = paddle.nn.functional.batch_norm(first(x), *statistics, weight, bias, training=True, epsilon=1e-5)
+        running = paddle.zeros([shape[3]], x.dtype), paddle.ones([shape[3]], x.dtype)
+        y = paddle.nn.functional.batch_norm(first(x), *running, weight, bias, training=True, epsilon=1e-5)
         return last(paddle.nn.functional.relu(y))
 
-    shapes = (shape, (shape[3],), (shape[3],))
-    compare(lambda *t: operators.norm_relu(*t, 1e-5)[0], plain, shapes, dtype, 3 * tolerance)
+    compare(native, plain, (shape, (shape[3],), (shape[3],)), dtype, 3 * tolerance)
 
 
 @precisions

@@ -109,55 +109,6 @@ void conv3x3_backward(float** t, const int64_t* n, const double*) {
     if (dbias) column_sums(rows, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
 }
 
-// z (R, C), weight (C), bias (C) -> y = max(0, BatchNorm of z), statistics (3, C): mean, variance, 1 / deviation
-template <class T>
-void norm_relu(T** t, const int64_t* n, const double* options) {
-    const T *z = t[0], *weight = t[1], *bias = t[2];
-    T *y = t[3], *mean = t[4];
-    const int64_t R = n[0], C = n[1];
-    T *variance = mean + C, *inverse = variance + C;
-    column_sums(R, C, mean, [=](int64_t r, int64_t c) { return z[r * C + c]; });
-    for (int64_t c = 0; c < C; c++) mean[c] /= R;
-    column_sums(R, C, variance, [=](int64_t r, int64_t c) { return (z[r * C + c] - mean[c]) * (z[r * C + c] - mean[c]); });
-    for (int64_t c = 0; c < C; c++) {
-        variance[c] /= R;
-        inverse[c] = T(1 / std::sqrt(variance[c] + options[0]));
-    }
-#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
-    for (int64_t r = 0; r < R; r++) {
-#pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-            const T v = (z[r * C + c] - mean[c]) * inverse[c] * weight[c] + bias[c];
-            y[r * C + c] = v < 0 ? T(0) : v;  // keeps NaN
-        }
-    }
-}
-
-// z, weight, y, statistics, dy -> dz, dweight, dbias
-template <class T>
-void norm_relu_backward(T** t, const int64_t* n, const double*) {
-    const T *z = t[0], *weight = t[1], *y = t[2], *mean = t[3], *dy = t[4];
-    T *dz = t[5], *dweight = t[6], *dbias = t[7];
-    const int64_t R = n[0], C = n[1];
-    const T* inverse = mean + 2 * C;
-    const auto passed = [=](int64_t i) {
-        const T g = dy[i];  // a load that depends on a condition would not be vectorized
-        return y[i] > 0 ? g : T(0);
-    };
-    column_sums(R, C, dbias, [=](int64_t r, int64_t c) { return passed(r * C + c); });
-    column_sums(R, C, dweight, [=](int64_t r, int64_t c) {
-        return passed(r * C + c) * ((z[r * C + c] - mean[c]) * inverse[c]);
-    });
-#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
-    for (int64_t r = 0; r < R; r++) {
-#pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-            const T normal = (z[r * C + c] - mean[c]) * inverse[c];
-            dz[r * C + c] = weight[c] * inverse[c] * (passed(r * C + c) - (dbias[c] + normal * dweight[c]) / R);
-        }
-    }
-}
-
 // Each output of an axis is the mean of two inputs, with weights: bilinear as with align_corners = False, or nearest.
 struct Neighbors {
     int64_t low, high;
@@ -217,7 +168,5 @@ extern "C" int fcvit_conv3x3_float32(float** t, const int64_t* n, const double* 
 extern "C" int fcvit_conv3x3_backward_float32(float** t, const int64_t* n, const double* o) {
     return guarded(conv3x3_backward, t, n, o);
 }
-EXPORT(norm_relu)
-EXPORT(norm_relu_backward)
 EXPORT(resize)
 EXPORT(resize_backward)

@@ -11,7 +11,7 @@ from typing import Any
 from fcvit.frameworks import import_framework
 from fcvit.models.mask_rcnn.network import BoxHead, FiveLevelFPN, MaskHead, MaskRCNN, RPNHead
 from fcvit.models.semantic_fpn import FPN, ConvNormReLU, FPNHead, SemanticFPN
-from fcvit.native.operators import SUFFIXES, conv3x3, linear, norm_relu, resize
+from fcvit.native.operators import SUFFIXES, batch_norm, conv3x3, linear, resize
 
 import_framework("paddle")
 
@@ -156,9 +156,11 @@ def _double(x: Tensor) -> list[int]:
 def _conv_norm_relu(layer: ConvNormReLU, x: Tensor) -> Tensor:
     norm: Any = layer.bn  # its type stubs say that it may have no parameters
     if norm.training:
-        y, batch = norm_relu(conv3x3(x, layer.conv.weight, None), norm.weight, norm.bias, norm._epsilon)
-        norm.update(batch[0], batch[1], x.shape[0] * x.shape[1] * x.shape[2])
-        return y
+        x = conv3x3(x, layer.conv.weight, None)
+        if x.size == x.shape[-1]:
+            norm(first_view(x))  # raises an error for a single position
+        running = norm._mean, norm._variance
+        return batch_norm(x, norm.weight, norm.bias, running, norm._epsilon, norm._momentum, relu=True)
     scale = norm.weight * paddle.rsqrt(norm._variance + norm._epsilon)
     weight, bias = layer.conv.weight * scale.reshape([-1, 1, 1, 1]), norm.bias - norm._mean * scale
     return conv3x3(x, weight, bias, relu=True)
