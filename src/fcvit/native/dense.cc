@@ -35,11 +35,11 @@ void conv3x3(float** t, const int64_t* n, const double*) {
 // dweight (N, C, 3, 3) by the adjoint of Winograd's method. For each frequency, the gradient of the transformed weights
 // is the product of the transposed inputs, transformed, and the gradients of the outputs, transformed.
 void weight_gradient(const float* x, const float* dy, float* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t N) {
-    constexpr int64_t MEMORY = 1 << 22;  // floats
     constexpr int HEIGHT = L / 2;
     Winograd w(B, H, W, C, N, 1);
     const int64_t depth = w.blocks * L, width = w.panels * PANEL;
-    w.tiles_each = std::clamp<int64_t>(MEMORY / (36 * (depth + width)), 16, std::max<int64_t>(w.tiles, 16));
+    // The sums are read and written once for this number of tiles, the tiles are written and read once.
+    w.tiles_each = std::max<int64_t>(2 * depth * width / (depth + width), 96);
     const int64_t step = w.tiles_each * width + w.GAP;
     Buffer<float> inputs(36 * w.input_step()), gradients(36 * step), total(36 * depth * width);
     std::fill(total.data, total.data + 36 * depth * width, 0.0f);
