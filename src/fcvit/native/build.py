@@ -92,8 +92,7 @@ def _intact_library(folder: Path) -> Path | None:
 def _compile(compiler: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         library = Path(scratch) / "operators.so"
-        units = [str(source) for source in _sources() if source.suffix == ".cc"]
-        command = [compiler, *FLAGS, *units, "-o", str(library)]
+        command = [compiler, *FLAGS, *(str(path) for path in _sources() if path.suffix == ".cc"), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
