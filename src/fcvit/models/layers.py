@@ -42,26 +42,20 @@ class BatchNorm(nn.BatchNorm2D):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        with paddle.no_grad():
-            given = input.astype(self._mean.dtype)
-            center = mean(given, (0, 2, 3))
-            variance = mean((given - center) ** 2, (0, 2, 3))
-        self.update(center.flatten(), variance.flatten(), input.shape[0] * input.shape[2] * input.shape[3])
-        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # the kernel overwrites these
-        return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
-
-    def update(self, center: Tensor, variance: Tensor, count: int) -> None:
-        """Update the running statistics with the mean and the biased variance (C,) of a batch of `count` positions.
-
-        They are updated here and not by Paddle's kernel, because the kernel's variance differs between devices and its
-        momentum is a float32.
-        """
+        count = input.shape[0] * input.shape[2] * input.shape[3]
         if count < 2:
             raise UsageError("BatchNorm cannot be trained on a single position; use a batch of at least two images")
-        momentum = self._momentum
         with paddle.no_grad():
-            self._mean.set_value(momentum * self._mean + (1 - momentum) * center)
-            self._variance.set_value(momentum * self._variance + (1 - momentum) * (variance * (count / (count - 1))))
+            # The statistics are updated here and not by Paddle's kernel, because the kernel's variance differs between
+            # devices and its momentum is a float32.
+            given = input.astype(self._mean.dtype)
+            center = mean(given, (0, 2, 3))
+            variance = mean((given - center) ** 2, (0, 2, 3)) * (count / (count - 1))
+            momentum = self._momentum
+            self._mean.set_value(momentum * self._mean + (1 - momentum) * center.flatten())
+            self._variance.set_value(momentum * self._variance + (1 - momentum) * variance.flatten())
+        own = (paddle.zeros_like(self._mean), paddle.ones_like(self._variance))  # the kernel overwrites these
+        return F.batch_norm(input, *own, self.weight, self.bias, training=True, epsilon=self._epsilon)
 
 
 def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -35,11 +35,11 @@ void conv3x3(float** t, const int64_t* n, const double*) {
 // dweight (N, C, 3, 3) by the adjoint of Winograd's method. For each frequency, the gradient of the transformed weights
 // is the product of the transposed inputs, transformed, and the gradients of the outputs, transformed.
 void weight_gradient(const float* x, const float* dy, float* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t N) {
-    constexpr int64_t MEMORY = 1 << 22;  // floats
     constexpr int HEIGHT = L / 2;
     Winograd w(B, H, W, C, N, 1);
     const int64_t depth = w.blocks * L, width = w.panels * PANEL;
-    w.tiles_each = std::clamp<int64_t>(MEMORY / (36 * (depth + width)), 16, std::max<int64_t>(w.tiles, 16));
+    // The sums are read and written once for this number of tiles, the tiles are written and read once.
+    w.tiles_each = std::max<int64_t>(2 * depth * width / (depth + width), 96);
     const int64_t step = w.tiles_each * width + w.GAP;
     Buffer<float> inputs(36 * w.input_step()), gradients(36 * step), total(36 * depth * width);
     std::fill(total.data, total.data + 36 * depth * width, 0.0f);
@@ -98,58 +98,15 @@ void conv3x3_backward(float** t, const int64_t* n, const double*) {
     const Buffer<float> passed(y ? rows * N : 0);
     if (y) {
 #pragma omp parallel for simd schedule(static) if (rows * N > WORTH_SHARING)
-        for (int64_t i = 0; i < rows * N; i++) passed.data[i] = y[i] > 0 ? g[i] : 0;
+        for (int64_t i = 0; i < rows * N; i++) {
+            const float v = g[i];
+            passed.data[i] = y[i] > 0 ? v : 0;
+        }
         g = passed.data;
     }
     if (dx) convolve(g, weight, nullptr, dx, B, H, W, N, C, true, false);
     if (dweight) weight_gradient(x, g, dweight, B, H, W, C, N);
     if (dbias) column_sums(rows, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
-}
-
-// z (R, C), weight (C), bias (C) -> y = max(0, BatchNorm of z), statistics (3, C): mean, variance, 1 / deviation
-template <class T>
-void norm_relu(T** t, const int64_t* n, const double* options) {
-    const T *z = t[0], *weight = t[1], *bias = t[2];
-    T *y = t[3], *mean = t[4];
-    const int64_t R = n[0], C = n[1];
-    T *variance = mean + C, *inverse = variance + C;
-    column_sums(R, C, mean, [=](int64_t r, int64_t c) { return z[r * C + c]; });
-    for (int64_t c = 0; c < C; c++) mean[c] /= R;
-    column_sums(R, C, variance, [=](int64_t r, int64_t c) { return (z[r * C + c] - mean[c]) * (z[r * C + c] - mean[c]); });
-    for (int64_t c = 0; c < C; c++) {
-        variance[c] /= R;
-        inverse[c] = T(1 / std::sqrt(variance[c] + options[0]));
-    }
-#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
-    for (int64_t r = 0; r < R; r++) {
-#pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-            const T v = (z[r * C + c] - mean[c]) * inverse[c] * weight[c] + bias[c];
-            y[r * C + c] = v < 0 ? T(0) : v;  // keeps NaN
-        }
-    }
-}
-
-// z, weight, y, statistics, dy -> dz, dweight, dbias
-template <class T>
-void norm_relu_backward(T** t, const int64_t* n, const double*) {
-    const T *z = t[0], *weight = t[1], *y = t[2], *mean = t[3], *dy = t[4];
-    T *dz = t[5], *dweight = t[6], *dbias = t[7];
-    const int64_t R = n[0], C = n[1];
-    const T* inverse = mean + 2 * C;
-    const auto passed = [=](int64_t i) { return y[i] > 0 ? dy[i] : T(0); };
-    column_sums(R, C, dbias, [=](int64_t r, int64_t c) { return passed(r * C + c); });
-    column_sums(R, C, dweight, [=](int64_t r, int64_t c) {
-        return passed(r * C + c) * ((z[r * C + c] - mean[c]) * inverse[c]);
-    });
-#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
-    for (int64_t r = 0; r < R; r++) {
-#pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-            const T normal = (z[r * C + c] - mean[c]) * inverse[c];
-            dz[r * C + c] = weight[c] * inverse[c] * (passed(r * C + c) - (dbias[c] + normal * dweight[c]) / R);
-        }
-    }
 }
 
 // Each output of an axis is the mean of two inputs, with weights: bilinear as with align_corners = False, or nearest.
@@ -211,7 +168,5 @@ extern "C" int fcvit_conv3x3_float32(float** t, const int64_t* n, const double* 
 extern "C" int fcvit_conv3x3_backward_float32(float** t, const int64_t* n, const double* o) {
     return guarded(conv3x3_backward, t, n, o);
 }
-EXPORT(norm_relu)
-EXPORT(norm_relu_backward)
 EXPORT(resize)
 EXPORT(resize_backward)

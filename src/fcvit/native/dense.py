@@ -11,7 +11,7 @@ from typing import Any
 from fcvit.frameworks import import_framework
 from fcvit.models.mask_rcnn.network import BoxHead, FiveLevelFPN, MaskHead, MaskRCNN, RPNHead
 from fcvit.models.semantic_fpn import FPN, ConvNormReLU, FPNHead, SemanticFPN
-from fcvit.native.operators import SUFFIXES, conv3x3, linear, norm_relu, resize
+from fcvit.native.operators import SUFFIXES, batch_norm, conv3x3, linear, resize
 
 import_framework("paddle")
 
@@ -122,11 +122,11 @@ class NativeMaskHead(MaskHead):
         x = last_view(x)
         for block in self.convs:
             x = _conv(block.conv, x, relu=True)
-        # Each pixel becomes 2 x 2 pixels.
+        # Each pixel becomes 2 x 2 pixels: two products, for the upper and the lower ones.
         b, h, w, c = x.shape
-        weight = self.upsample.weight.transpose([0, 2, 3, 1]).reshape([c, -1])
-        x = linear(x, weight, self.upsample.bias.tile([4]), transposed=True)
-        x = x.reshape([b, h, w, 2, 2, -1]).transpose([0, 1, 3, 2, 4, 5]).reshape([b, 2 * h, 2 * w, -1])
+        weights, bias = self.upsample.weight.transpose([2, 0, 3, 1]).reshape([2, c, -1]), self.upsample.bias.tile([2])
+        rows = [linear(x, weight, bias, transposed=True).reshape([b, h, 2 * w, -1]) for weight in weights]
+        x = paddle.stack(rows, 2).reshape([b, 2 * h, 2 * w, -1])
         return first_view(_linear(self.conv_logits, F.relu(x)))
 
 
@@ -156,9 +156,11 @@ def _double(x: Tensor) -> list[int]:
 def _conv_norm_relu(layer: ConvNormReLU, x: Tensor) -> Tensor:
     norm: Any = layer.bn  # its type stubs say that it may have no parameters
     if norm.training:
-        y, batch = norm_relu(conv3x3(x, layer.conv.weight, None), norm.weight, norm.bias, norm._epsilon)
-        norm.update(batch[0], batch[1], x.shape[0] * x.shape[1] * x.shape[2])
-        return y
+        x = conv3x3(x, layer.conv.weight, None)
+        if x.size == x.shape[-1]:
+            norm(first_view(x))  # raises an error for a single position
+        running = norm._mean, norm._variance
+        return batch_norm(x, norm.weight, norm.bias, running, norm._epsilon, norm._momentum, relu=True)
     scale = norm.weight * paddle.rsqrt(norm._variance + norm._epsilon)
     weight, bias = layer.conv.weight * scale.reshape([-1, 1, 1, 1]), norm.bias - norm._mean * scale
     return conv3x3(x, weight, bias, relu=True)

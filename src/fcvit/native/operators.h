@@ -24,41 +24,18 @@ int guarded(Operator<T>* operation, T** tensors, const int64_t* sizes, const dou
     }
 }
 
-#define EXPORT(name)                                                                          \
-    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, const double* o) {     \
-        return guarded(name<float>, t, n, o);                                                 \
-    }                                                                                         \
-    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, const double* o) {    \
-        return guarded(name<double>, t, n, o);                                                \
+#define EXPORT_AS(name, suffix, T)                                                                \
+    template void name<T>(T**, const int64_t*, const double*); /* for other source files */      \
+    extern "C" int fcvit_##name##_##suffix(T** tensors, const int64_t* sizes, const double* options) { \
+        return guarded(name<T>, tensors, sizes, options);                                         \
     }
-
-// Defined in operators.cc, for float and double.
-template <class T>
-void layer_norm(T**, const int64_t*, const double*);
-template <class T>
-void layer_norm_backward(T**, const int64_t*, const double*);
-template <class T>
-void linear(T**, const int64_t*, const double*);
-template <class T>
-void linear_backward(T**, const int64_t*, const double*);
-template <class T>
-void depthwise(T**, const int64_t*, const double*);
-template <class T>
-void depthwise_backward(T**, const int64_t*, const double*);
-template <class T>
-void context(T**, const int64_t*, const double*);
-template <class T>
-void context_backward(T**, const int64_t*, const double*);
-template <class T>
-void residual(T**, const int64_t*, const double*);
-template <class T>
-void residual_backward(T**, const int64_t*, const double*);
+#define EXPORT(name) EXPORT_AS(name, float32, float) EXPORT_AS(name, float64, double)
 
 // out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, and the runs in double.
 template <class T, class Term>
 void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     constexpr int64_t RUN = 64;
-    const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 64);  // for any thread count
+    const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 16);  // for any thread count
     std::vector<double> totals(parts * columns, 0.0);
     const int threads = omp_get_max_threads();
     std::vector<T> sums(threads * columns);
@@ -80,3 +57,25 @@ void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     }
     for (int64_t c = 0; c < columns; c++) out[c] = T(totals[c]);
 }
+
+// Defined in operators.cc and depthwise.cc, for float and double.
+template <class T>
+void layer_norm(T**, const int64_t*, const double*);
+template <class T>
+void layer_norm_backward(T**, const int64_t*, const double*);
+template <class T>
+void linear(T**, const int64_t*, const double*);
+template <class T>
+void linear_backward(T**, const int64_t*, const double*);
+template <class T>
+void depthwise(T**, const int64_t*, const double*);
+template <class T>
+void depthwise_backward(T**, const int64_t*, const double*);
+template <class T>
+void context(T**, const int64_t*, const double*);
+template <class T>
+void context_backward(T**, const int64_t*, const double*);
+template <class T>
+void residual(T**, const int64_t*, const double*);
+template <class T>
+void residual_backward(T**, const int64_t*, const double*);

@@ -87,6 +87,38 @@ class LayerNorm(PyLayer):
         return gradients
 
 
+class BatchNorm(PyLayer):
+    """Normalize each channel over the batch and positions, and update `running`, the running mean and variance (C,).
+
+    The result is cut off at 0 if `relu`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running: Sequence[Tensor],
+        eps: float,
+        momentum: float,
+        relu: bool = False,
+    ) -> Tensor:
+        x = _dense(x)
+        y, statistics = _like(x), _empty([2, x.shape[-1]], x.dtype)
+        ctx.sizes = (math.prod(x.shape[:-1]), x.shape[-1], int(relu))
+        run_kernel("batch_norm", (x, weight, bias, y, statistics, *running), ctx.sizes, eps, momentum)
+        ctx.save_for_backward(x, weight, bias, y if relu else None, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, weight, bias, y, statistics = ctx.saved_tensor()
+        gradients = _like(x), _like(weight), _like(bias)
+        run_kernel("batch_norm_backward", (x, weight, y, statistics, _dense(dy), *gradients), ctx.sizes)
+        return gradients
+
+
 class Weighted(PyLayer):
     """The backward pass of layers with a weight and an optional bias."""
 
@@ -169,29 +201,6 @@ class Conv3x3(Weighted):
         run_kernel("conv3x3", (x, weight, bias, y), ctx.sizes)
         ctx.save_for_backward(x, weight, bias, y if relu else None)
         return y
-
-
-class NormReLU(PyLayer):
-    """Apply BatchNorm in training and ReLU to (B, H, W, C). Also return the mean and the biased variance, (2, C)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        z = _dense(z)
-        b, positions, width = _positions(z)
-        y, statistics = _like(z), _empty([3, width], z.dtype)
-        run_kernel("norm_relu", (z, weight, bias, y, statistics), (b * positions, width), eps)
-        ctx.save_for_backward(z, weight, bias, y, statistics)
-        batch = statistics[:2].detach()
-        ctx.mark_non_differentiable(batch)
-        return y, batch
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
-        z, weight, bias, y, statistics = ctx.saved_tensor()
-        b, positions, width = _positions(z)
-        gradients = _like(z), _like(weight), _like(bias)
-        run_kernel("norm_relu_backward", (z, weight, y, statistics, _dense(dy), *gradients), (b * positions, width))
-        return gradients
 
 
 class Resize(PyLayer):
@@ -306,7 +315,7 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
 
 
 layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
-context, pool, residual, norm_relu = Context.apply, Pool.apply, Residual.apply, NormReLU.apply
+context, pool, residual, batch_norm = Context.apply, Pool.apply, Residual.apply, BatchNorm.apply
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:

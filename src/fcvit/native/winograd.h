@@ -213,8 +213,13 @@ struct Winograd {
             const int64_t some = N - b * L;
             for (int i = 0; i < 4; i++) {
                 V d[4] = {};
-                for (int64_t j = 0; j < std::min<int64_t>(4, W - left) && some > 0 && i < H - top; j++) {
-                    d[j] = load_some(corner + i * s.row + j * s.pixel, some);
+                if (some >= L && i < H - top && W - left >= 4) {
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) d[j] = load(corner + i * s.row + j * s.pixel);
+                } else if (some > 0 && i < H - top) {
+                    for (int j = 0; j < std::min<int64_t>(4, W - left); j++) {
+                        d[j] = load_some(corner + i * s.row + j * s.pixel, some);
+                    }
                 }
                 gradient_transform(d, middle + i, 4);
             }

@@ -24,7 +24,8 @@ def pixel_cross_entropy(
         class_weights: Weight of each class (C,), a factor for the losses of its pixels. The divisor does not change.
     """
     functional = import_framework("paddle").nn.functional
-    losses = functional.cross_entropy(logits, labels, axis=1, ignore_index=IGNORED, reduction="none").reshape([-1])
+    pixels = logits.transpose([0, 2, 3, 1])  # Paddle's kernel is several times as fast along the last axis
+    losses = functional.cross_entropy(pixels, labels, ignore_index=IGNORED, reduction="none").reshape([-1])
     if class_weights is not None:
         known = labels.clip(max=len(class_weights) - 1).reshape([-1])  # the loss of ignored pixels is 0
         losses = losses * class_weights.astype(losses.dtype).gather(known)
