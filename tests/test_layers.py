@@ -27,7 +27,7 @@ LAYERS = (
     ("commands",),
     ("cli", "__main__"),
 )
-USERS_OF_NATIVE = {"inference.engines", "commands.doctor"}
+USERS_OF_NATIVE = {"inference.engines", "commands.doctor", "training.optimizer"}
 PADDLE_NETWORKS = {"models.layers", "models.backbone", "models.classifier"}
 # Order of modules in packages that allow only one import direction.
 ORDER = {

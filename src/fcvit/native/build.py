@@ -16,9 +16,9 @@ from pathlib import Path
 from fcvit.errors import MissingExtra
 from fcvit.machine import processor_identity
 
-SOURCES = ("operators.cc", "matmul.h", "simd.h")
+SOURCES = ("operators.cc", "optimizer.cc", "operators.h", "matmul.h", "simd.h")
 # No unsafe math optimizations: NaN must stay NaN, because training checks for it.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
 
@@ -92,7 +92,7 @@ def _intact_library(folder: Path) -> Path | None:
 def _compile(compiler: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         library = Path(scratch) / "operators.so"
-        command = [compiler, *FLAGS, str(_sources()[0]), "-o", str(library)]
+        command = [compiler, *FLAGS, *(str(path) for path in _sources() if path.suffix == ".cc"), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -8,11 +8,7 @@
 
 #include <vector>
 
-#include "matmul.h"
-
-// Number of elements from which an elementwise operation uses several threads. Threads wait for the slowest at the
-// end, which on a busy machine takes far longer than the work itself.
-constexpr int64_t WORTH_SHARING = 1 << 15;
+#include "operators.h"
 
 // out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, and the runs in double.
 template <class T, class Term>
@@ -638,21 +634,6 @@ void swap(T** t, const int64_t* n, const double*) {
         }
     }
 }
-
-// The entry point from Python. Returns 0, or 1 if memory ran out.
-template <class T>
-int guarded(void (*operation)(T**, const int64_t*, const double*), T** tensors, const int64_t* sizes, const double* options) {
-    try {
-        operation(tensors, sizes, options);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-#define EXPORT(name)                                                                                          \
-    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, const double* options) { return guarded(name<float>, t, n, options); } \
-    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, const double* options) { return guarded(name<double>, t, n, options); }
 
 EXPORT(layer_norm)
 EXPORT(layer_norm_backward)

@@ -35,8 +35,16 @@ def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]
     if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"{name}: the tensors have different data types")
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    numbers = (ctypes.c_double * len(options))(*options)
-    if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), numbers):
+    call(name, dtype, pointers, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(options))(*options))
+
+
+def call(name: str, dtype: paddle.dtype, pointers: Any, sizes: Any, options: Any) -> None:
+    """Call a function of the compiled library with three arrays: pointers, int64 numbers and float64 numbers.
+
+    Raises:
+        MemoryError: The function ran out of memory.
+    """
+    if _function(name, SUFFIXES[dtype])(pointers, sizes, options):
         raise MemoryError(f"{name}: out of memory")
 
 
