@@ -75,10 +75,10 @@ void layer_norm(T** t, const int64_t* n, const double* options) {
     }
 }
 
-// x, weight, statistics, dy -> dx, dweight, dbias
+// x, weight, statistics, dy -> dx, dweight, dbias. If `more` is not null, it is added to dx.
 template <class T>
 void layer_norm_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3];
+    const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3], *more = t[7];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], P = n[1], C = n[2];
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
@@ -95,6 +95,9 @@ void layer_norm_backward(T** t, const int64_t* n, const double*) {
                 const T normal = (from[p * C + c] - mean) * inverse;
                 to[p * C + c] = inverse * (g[p * C + c] * weight[c] - along - normal * across);
             }
+            if (!more) continue;
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) to[p * C + c] += more[(b * P + p) * C + c];
         }
     }
     column_sums(B * P, C, dbias, [=](int64_t r, int64_t c) { return dy[r * C + c]; });
@@ -110,7 +113,8 @@ Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool l
     return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
 }
 
-// x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias, y (R, N) = gelu(z) or null
+// x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias. If y (R, N) is not null, y = gelu(z), and gelu'(z)
+// replaces z.
 template <class T>
 void linear(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
@@ -121,31 +125,37 @@ void linear(T** t, const int64_t* n, const double*) {
     });
 }
 
-// The gradient before the activation: dy gelu'(z), or dy if there is no activation (z is null).
+// The gradient before the activation: dy slope, or dy if there is no activation (slope is null).
 template <class T>
 struct Activation {
     Buffer<T> made;
     const T* gradient;
-    Activation(const T* z, const T* dy, int64_t rows, int64_t columns) : made(z ? rows * columns : 0), gradient(dy) {
-        if (!z) return;
-        gradient = made.data;
-#pragma omp parallel for schedule(static) if (rows * columns > WORTH_SHARING)
-        for (int64_t r = 0; r < rows; r++) {
-            gelu_row_backward(z + r * columns, dy + r * columns, made.data + r * columns, columns);
-        }
+    Activation(const T* slope, const T* dy, int64_t rows, int64_t columns) : made(slope ? rows * columns : 0), gradient(dy) {
+        if (!slope) return;
+        T* to = made.data;
+        gradient = to;
+#pragma omp parallel for simd schedule(static) if (rows * columns > WORTH_SHARING)
+        for (int64_t i = 0; i < rows * columns; i++) to[i] = dy[i] * slope[i];
     }
 };
 
-// x, weight, z or null, dy -> dx, dweight, dbias, each or null
+// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null. dx is multiplied by `before`, gelu'
+// of the inputs, unless it is null.
 template <class T>
 void linear_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3], *before = t[7];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
-    const Activation<T> activation(z, dy, R, N);
+    const Activation<T> activation(slope, dy, R, N);
     const T* g = activation.gradient;
     const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
-    if (dx) matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx);
+    if (dx) {
+        matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
+            if (!before) return;
+#pragma omp simd
+            for (int64_t i = r * K + c; i < r * K + c + count; i++) dx[i] *= before[i];
+        });
+    }
     if (dweight && n[3]) matmul<T>(K, N, R, {x, 1, K}, {g, N, 1}, dweight);
     if (dweight && !n[3]) matmul<T>(N, K, R, {g, 1, N}, {x, K, 1}, dweight);
     if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
@@ -177,8 +187,8 @@ void copy_group(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, i
 
 // Computes WIDE adjacent outputs, which share the loaded weights. `weight` is (K, K, GROUP), `bias` is (GROUP).
 template <class T, int WIDE>
-inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t h, int64_t w, int64_t H,
-                              int64_t W, int64_t C, int64_t K, int64_t count) {
+inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, int64_t h, int64_t w, int64_t H, int64_t W,
+                              int64_t C, int64_t K, int64_t count) {
     constexpr int64_t L = LANES<T>, G = GROUP<T>;
     const int64_t R = K / 2;
     const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
@@ -207,13 +217,12 @@ inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, 
             const int64_t some = count - half * L, to = (h * W + w + o) * C + half * L;
             if (some <= 0) break;
             store_some(y + to, sum[o][half], some);
-            if (activated) store_some(activated + to, sum[o][half] * normal(sum[o][half]).distribution, some);
         }
     }
 }
 
-// y = x convolved with weight (C, K, K), plus bias unless null. activated = gelu(y) unless null. x, y and activated are
-// (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
+// y = x convolved with weight (C, K, K), plus bias unless null. If `activated` is not null, it becomes gelu(y), and
+// gelu'(y) replaces y. x, y and activated are (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
 template <class T>
 void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
                         int64_t C, int64_t K, bool flip) {
@@ -243,16 +252,18 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
                 T *to = y + here, *also = activated ? activated + here : nullptr;
                 for (int64_t h = 0; h < H; h++) {
                     int64_t w = 0;
-                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, also, h, w, H, W, C, K, count);
-                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, also, h, w, H, W, C, K, count);
-                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, also, h, w, H, W, C, K, count);
+                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
+                    for (w = h * W; also && w < (h + 1) * W; w++) gelu_row(to + w * C, also + w * C, count);
                 }
             }
         }
     }
 }
 
-// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C), y = gelu(z) or null
+// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C). If y is not null, y = gelu(z), and gelu'(z)
+// replaces z.
 template <class T>
 void depthwise(T** t, const int64_t* n, const double*) {
     convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
@@ -331,13 +342,13 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
     }
 }
 
-// x, weight, z or null, dy -> dx, dweight, dbias, each or null
+// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null
 template <class T>
 void depthwise_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
-    const Activation<T> activation(z, dy, B * H * W, C);
+    const Activation<T> activation(slope, dy, B * H * W, C);
     const T* g = activation.gradient;
     if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
     if (dweight) depthwise_weights(x, g, dweight, B, H, W, C, K);

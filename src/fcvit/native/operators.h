@@ -22,10 +22,31 @@ int guarded(Operator<T>* operation, T** tensors, const int64_t* sizes, const dou
     }
 }
 
-#define EXPORT(name)                                                                          \
-    extern "C" int fcvit_##name##_float32(float** t, const int64_t* n, const double* o) {     \
-        return guarded(name<float>, t, n, o);                                                 \
-    }                                                                                         \
-    extern "C" int fcvit_##name##_float64(double** t, const int64_t* n, const double* o) {    \
-        return guarded(name<double>, t, n, o);                                                \
+#define EXPORT_AS(name, suffix, T)                                                                \
+    template void name<T>(T**, const int64_t*, const double*); /* for other source files */      \
+    extern "C" int fcvit_##name##_##suffix(T** tensors, const int64_t* sizes, const double* options) { \
+        return guarded(name<T>, tensors, sizes, options);                                         \
     }
+#define EXPORT(name) EXPORT_AS(name, float32, float) EXPORT_AS(name, float64, double)
+
+// Defined in operators.cc, for float and double.
+template <class T>
+void layer_norm(T**, const int64_t*, const double*);
+template <class T>
+void layer_norm_backward(T**, const int64_t*, const double*);
+template <class T>
+void linear(T**, const int64_t*, const double*);
+template <class T>
+void linear_backward(T**, const int64_t*, const double*);
+template <class T>
+void depthwise(T**, const int64_t*, const double*);
+template <class T>
+void depthwise_backward(T**, const int64_t*, const double*);
+template <class T>
+void context(T**, const int64_t*, const double*);
+template <class T>
+void context_backward(T**, const int64_t*, const double*);
+template <class T>
+void residual(T**, const int64_t*, const double*);
+template <class T>
+void residual_backward(T**, const int64_t*, const double*);

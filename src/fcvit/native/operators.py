@@ -91,7 +91,7 @@ class LayerNorm(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, statistics = ctx.saved_tensor()
         gradients = _like(x), _like(weight), _like(bias)
-        run_kernel("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
+        run_kernel("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients, None), _positions(x))
         return gradients
 
 
@@ -103,7 +103,7 @@ class Weighted(PyLayer):
         x, weight, bias, intermediate = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
         inputs = (intermediate, weight) if ctx.kernel == "strided" else (x, weight, intermediate)
-        run_kernel(f"{ctx.kernel}_backward", (*inputs, _dense(dy), *gradients), ctx.sizes)
+        run_kernel(f"{ctx.kernel}_backward", (*inputs, _dense(dy), *gradients, None), ctx.sizes)
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -135,7 +135,7 @@ class Depthwise(Weighted):
 
 
 def _activated(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gelu: bool) -> Tensor:
-    """Write the result of the kernel to `z`. Return `z`, or GELU of `z` if `gelu`."""
+    """Return the result of the kernel in `z`. If `gelu`, return its GELU, and keep the derivative of GELU in `z`."""
     y = _like(z) if gelu else None
     run_kernel(ctx.kernel, (x, weight, bias, z, y), ctx.sizes)
     ctx.save_for_backward(x, weight, bias, z if gelu else None)
@@ -190,6 +190,36 @@ class Context(PyLayer):
             "context_backward", (x, fc1, fc2, weight, bias, intermediates, _dense(dy), *gradients), ctx.sizes, ctx.eps
         )
         return tuple(gradients)
+
+
+class Block(PyLayer):
+    """Compute a whole block as `fcvit.models.backbone.Block` does, with its intermediate results in one tensor.
+
+    `factors` are the constant factors (B,) of both branches for each image, or None. `sizes` are those of a block in
+    `block.cc` after B, H and W. `parameters` has the order of `Parameters` there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, *parameters: Tensor, factors: Sequence[Tensor | None], sizes: Sequence[int], eps: Any
+    ) -> Tensor:
+        x = _dense(x)
+        ctx.sizes, ctx.factors, ctx.eps = (*x.shape[:3], *sizes, len(parameters)), factors, eps
+        memory = build.operators().fcvit_block_memory
+        memory.restype = ctypes.c_int64
+        arena = _empty([memory((ctypes.c_int64 * len(ctx.sizes))(*ctx.sizes))], x.dtype)
+        y = _like(x)
+        run_kernel("block", (x, arena, *factors, y, *parameters), ctx.sizes, *eps)
+        ctx.save_for_backward(x, arena, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, arena, *parameters = ctx.saved_tensor()
+        dx, gradients = _like(x), [_like(parameter) for parameter in parameters]
+        tensors = (x, arena, *ctx.factors, _dense(dy), dx, *parameters, *gradients)
+        run_kernel("block_backward", tensors, ctx.sizes, *ctx.eps)
+        return (dx, *gradients)
 
 
 class Pool(PyLayer):
@@ -257,7 +287,7 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
 
 
 layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
-context, pool, residual = Context.apply, Pool.apply, Residual.apply
+context, pool, residual, whole_block = Context.apply, Pool.apply, Residual.apply, Block.apply
 
 
 def channels_first(x: Tensor) -> Tensor:

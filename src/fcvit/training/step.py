@@ -55,9 +55,7 @@ class Trainer:
         seconds: Seconds in each of `PHASES` since `reset_clock`. On a GPU this is only the time to launch the work.
     """
 
-    def __init__(
-        self, model: nn.Layer, recipe: Recipe, micro_batches: MicroBatches, loss: Loss, native: bool = False
-    ):
+    def __init__(self, model: nn.Layer, recipe: Recipe, micro_batches: MicroBatches, loss: Loss, native: bool = False):
         self.model, self.recipe, self.micro_batches, self.task_loss = model, recipe, micro_batches, loss
         self.optimizer = create_optimizer(model, recipe, native)
         self.trained = list(trained_parameters(model).values())
