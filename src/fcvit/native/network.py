@@ -4,6 +4,7 @@
 in other precisions and while a graph is traced.
 """
 
+import math
 from typing import Any
 
 from fcvit.errors import UsageError
@@ -17,6 +18,7 @@ from fcvit.native import build
 from fcvit.native.allocator import keep_memory
 from fcvit.native.operators import (
     SUFFIXES,
+    batch_norm,
     channels_first,
     channels_last,
     context,
@@ -113,7 +115,12 @@ def _stages(model: nn.Layer, x: Tensor) -> list[Tensor]:
 
 def _conv_norm(module: ConvNorm, x: Tensor, **layout: bool) -> Tensor:
     x = strided(x, module.proj.weight, module.proj.bias, module.proj._stride[0], **layout)
-    return channels_last(module.norm(channels_first(x)))  # Paddle's layer also updates the running statistics
+    norm = module.norm
+    if not norm.training or math.prod(x.shape[:3]) < 2:  # Paddle's layer raises an error for a single position
+        return channels_last(norm(channels_first(x)))
+    return batch_norm(
+        x, norm.weight, norm.bias, running=(norm._mean, norm._variance), eps=NORM_EPS, momentum=norm._momentum
+    )
 
 
 def _norm(norm: LayerNorm2D, x: Tensor) -> Tensor:

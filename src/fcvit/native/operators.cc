@@ -107,6 +107,48 @@ void layer_norm_backward(T** t, const int64_t* n, const double*) {
     });
 }
 
+// x (R, C), weight, bias -> y, statistics (2, C): mean and 1 / standard deviation of each channel. Updates the running
+// mean and the running variance, which is the unbiased one, with the momentum options[1].
+template <class T>
+void batch_norm(T** t, const int64_t* n, const double* options) {
+    const T *x = t[0], *weight = t[1], *bias = t[2];
+    T *y = t[3], *mean = t[4], *running_mean = t[5], *running_variance = t[6];
+    const int64_t R = n[0], C = n[1];
+    T* inverse = mean + C;
+    column_sums(R, C, mean, [=](int64_t r, int64_t c) { return x[r * C + c]; });
+    for (int64_t c = 0; c < C; c++) mean[c] /= R;
+    column_sums(R, C, inverse, [=](int64_t r, int64_t c) { return (x[r * C + c] - mean[c]) * (x[r * C + c] - mean[c]); });
+    for (int64_t c = 0; c < C; c++) {
+        running_mean[c] = T(options[1] * running_mean[c] + (1 - options[1]) * mean[c]);
+        running_variance[c] = T(options[1] * running_variance[c] + (1 - options[1]) * (double(inverse[c]) / (R - 1)));
+        inverse[c] = T(1 / std::sqrt(inverse[c] / double(R) + options[0]));
+    }
+#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
+    for (int64_t r = 0; r < R; r++) {
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) y[r * C + c] = (x[r * C + c] - mean[c]) * inverse[c] * weight[c] + bias[c];
+    }
+}
+
+// x, weight, statistics, dy -> dx, dweight, dbias
+template <class T>
+void batch_norm_backward(T** t, const int64_t* n, const double*) {
+    const T *x = t[0], *weight = t[1], *mean = t[2], *dy = t[3];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6];
+    const int64_t R = n[0], C = n[1];
+    const T *inverse = mean + C, part = T(1.0 / R);
+    column_sums(R, C, dbias, [=](int64_t r, int64_t c) { return dy[r * C + c]; });
+    column_sums(R, C, dweight, [=](int64_t r, int64_t c) { return dy[r * C + c] * ((x[r * C + c] - mean[c]) * inverse[c]); });
+#pragma omp parallel for schedule(static) if (R * C > WORTH_SHARING)
+    for (int64_t r = 0; r < R; r++) {
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+            const T normal = (x[r * C + c] - mean[c]) * inverse[c];
+            dx[r * C + c] = weight[c] * inverse[c] * (dy[r * C + c] - part * (dbias[c] + normal * dweight[c]));
+        }
+    }
+}
+
 // Returns a weight as inputs x outputs. It is (outputs, inputs) in a convolution, (inputs, outputs) in Paddle's Linear.
 template <class T>
 Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool linear) {
@@ -648,6 +690,8 @@ void swap(T** t, const int64_t* n, const double*) {
 
 EXPORT(layer_norm)
 EXPORT(layer_norm_backward)
+EXPORT(batch_norm)
+EXPORT(batch_norm_backward)
 EXPORT(linear)
 EXPORT(linear_backward)
 EXPORT(depthwise)

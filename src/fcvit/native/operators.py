@@ -95,6 +95,28 @@ class LayerNorm(PyLayer):
         return gradients
 
 
+class BatchNorm(PyLayer):
+    """Normalize each channel over the batch and positions, and update `running`, the running mean and variance (C,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Sequence[Tensor], eps: float, momentum: float
+    ) -> Tensor:
+        x = _dense(x)
+        y, statistics = _like(x), _empty([2, x.shape[-1]], x.dtype)
+        ctx.sizes = (math.prod(x.shape[:-1]), x.shape[-1])
+        run_kernel("batch_norm", (x, weight, bias, y, statistics, *running), ctx.sizes, eps, momentum)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, weight, bias, statistics = ctx.saved_tensor()
+        gradients = _like(x), _like(weight), _like(bias)
+        run_kernel("batch_norm_backward", (x, weight, statistics, _dense(dy), *gradients), ctx.sizes)
+        return gradients
+
+
 class Weighted(PyLayer):
     """The backward pass of layers with a weight and an optional bias."""
 
@@ -286,8 +308,8 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
     return y
 
 
-layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
-context, pool, residual, whole_block = Context.apply, Pool.apply, Residual.apply, Block.apply
+layer_norm, batch_norm, linear, depthwise = LayerNorm.apply, BatchNorm.apply, Linear.apply, Depthwise.apply
+strided, context, pool, residual, whole_block = Strided.apply, Context.apply, Pool.apply, Residual.apply, Block.apply
 
 
 def channels_first(x: Tensor) -> Tensor:
