@@ -291,16 +291,18 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
                 const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
                 copy_group(x + here, from, H, W, C, K / 2, count);
                 const T *taps = weights.data + group * area * G, *start = biases.data + c;
-                T *to = y + here, *also = activated ? activated + here : nullptr;
+                T* to = y + here;
                 for (int64_t h = 0; h < H; h++) {
                     int64_t w = 0;
                     for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
                     for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
                     for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (w = h * W; also && w < (h + 1) * W; w++) gelu_row(to + w * C, also + w * C, count);
                 }
             }
         }
+        // In a pass of its own, because short rows leave most of the time of a GELU waiting for its result.
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < (activated ? B * H : 0); row++) gelu_row(y + row * W * C, activated + row * W * C, W * C);
     }
 }
 
@@ -311,23 +313,25 @@ void depthwise(T** t, const int64_t* n, const double*) {
     convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
 }
 
-// total (K, K, GROUP) += the gradient of the kernels of a group for one image, from copies of x and dz with the same R.
-// FIXED is 0, or K as a constant, so that the compiler keeps the sums of a kernel row in registers.
-template <class T, int FIXED>
-void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H, int64_t W, int64_t K) {
+// total (K, K, GROUP) += the gradient of the kernels of a group for some images, from copies of x and dz with the same R.
+// Sums TAPS taps of a kernel row at once.
+template <class T, int TAPS>
+void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t images, int64_t H, int64_t W, int64_t K) {
     constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    constexpr int TAPS = FIXED ? FIXED : 1;  // taps summed at once
     const int64_t R = K / 2, row = (W + 2 * R) * G;
     for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
-        for (int64_t j = FIXED ? 0 : std::max<int64_t>(0, R - W + 1); j < (FIXED ? 1 : std::min(K, W + R)); j++) {
+        for (int64_t j = std::max<int64_t>(0, R - W + 1); j < std::min(K, W + R); j += TAPS) {
             for (int64_t half = 0; half < G; half += L) {
                 Vector<T> sum[TAPS] = {};
-                for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
-                    const T *at = x + (h + i - R) * row + j * G + half, *g = dz + h * row + R * G + half;
-                    for (int64_t w = 0; w < W; w++, at += G, g += G) {
-                        const Vector<T> v = load(g);
+                for (int64_t image = 0; image < images; image++) {
+                    for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
+                        const T* at = x + (image * H + h + i - R) * row + j * G + half;
+                        const T* g = dz + (image * H + h) * row + R * G + half;
+                        for (int64_t w = 0; w < W; w++, at += G, g += G) {
+                            const Vector<T> v = load(g);
 #pragma GCC unroll 16
-                        for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * G);
+                            for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * G);
+                        }
                     }
                 }
                 double* to = total + (i * K + j) * G + half;
@@ -340,13 +344,26 @@ void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H
     }
 }
 
+// Returns the function for the number of taps of a kernel row that see more than zeros.
+template <class T>
+auto weight_gradient_function(int64_t K, int64_t W) {
+    switch (std::min(K, 2 * W - 1)) {
+        case 11: return depthwise_weight_gradient<T, 11>;
+        case 7: return depthwise_weight_gradient<T, 7>;
+        case 3: return depthwise_weight_gradient<T, 3>;
+        default: return depthwise_weight_gradient<T, 1>;
+    }
+}
+
 // dweight (C, K, K). The images are divided into parts, and the parts are added in order. The number of parts does not
 // depend on the number of threads.
 template <class T>
 void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
     constexpr int64_t G = GROUP<T>;
-    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
-    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(B, 1));
+    const int64_t run = std::clamp<int64_t>(64 / (H * W), 1, B);  // images that are summed in T
+    const int64_t groups = (C + G - 1) / G, area = K * K, image = H * (W + K - 1) * G, slab = run * image;
+    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, (B + run - 1) / run);
+    const auto gradient = weight_gradient_function<T>(K, W);
     Buffer<double> totals(groups * parts * area * G);
     Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
@@ -357,17 +374,15 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
             for (int64_t part = 0; part < parts; part++) {
                 double* total = totals.data + (group * parts + part) * area * G;
                 std::fill(total, total + area * G, 0.0);
-                for (int64_t b = B * part / parts; b < B * (part + 1) / parts; b++) {
-                    const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
-                    copy_group(x + here, from, H, W, C, K / 2, count);
-                    copy_group(dz + here, g, H, W, C, K / 2, count);
-                    if (K == 11 && W > 2) {
-                        depthwise_weight_gradient<T, 11>(from, g, total, H, W, K);
-                    } else if (K == 3) {
-                        depthwise_weight_gradient<T, 3>(from, g, total, H, W, K);
-                    } else {
-                        depthwise_weight_gradient<T, 0>(from, g, total, H, W, K);
+                const int64_t end = B * (part + 1) / parts;
+                for (int64_t b = B * part / parts; b < end; b += run) {
+                    const int64_t c = group * G, count = std::min(G, C - c), images = std::min(run, end - b);
+                    for (int64_t k = 0; k < images; k++) {
+                        const int64_t here = (b + k) * H * W * C + c;
+                        copy_group(x + here, from + k * image, H, W, C, K / 2, count);
+                        copy_group(dz + here, g + k * image, H, W, C, K / 2, count);
                     }
+                    gradient(from, g, total, images, H, W, K);
                 }
             }
         }

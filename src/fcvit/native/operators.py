@@ -31,10 +31,11 @@ def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]
         TypeError: The tensors have different data types.
         MemoryError: The function ran out of memory.
     """
-    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
-    if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
+    if any(tensor.dtype is not dtype for tensor in given):
         raise TypeError(f"{name}: the tensors have different data types")
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    pointers = (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
     call(name, dtype, pointers, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(options))(*options))
 
 
@@ -58,7 +59,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return _empty(tensor.shape, tensor.dtype)
+    return _C_ops.empty_like(tensor, tensor.dtype, CPU)
 
 
 def _empty(shape: list[int], dtype: paddle.dtype) -> Tensor:
