@@ -182,10 +182,10 @@ def _context_parameters(layer: GlobalContext) -> list[Tensor]:
 
 
 def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
-    """Return the factor that the layer draws for each image (B,), or None if the layer has no effect."""
+    """Return the factor that the layer draws for each image (B, 1, 1, 1), or None if the layer has no effect."""
     if not drop_path.training or drop_path.rate == 0:
         return None
-    return drop_path(paddle.ones([x.shape[0], 1, 1, 1], x.dtype)).flatten()
+    return drop_path.mask(x.shape[0]).astype(x.dtype) / (1 - drop_path.rate)
 
 
 def _token_mixer(mixer: TokenMixer, x: Tensor) -> Tensor:

@@ -457,6 +457,22 @@ struct Kept {
           centered(value + B * C), deviation(centered + B * P * h) {}
 };
 
+// sums[k] = the sum of the d channels of head k. Heads are too narrow for vectors.
+template <class T>
+inline void head_sums(const T* row, int64_t h, int64_t d, T* sums) {
+    for (int64_t k = 0; k < h; k++, row += d) {
+        T sum = row[0];
+        for (int64_t c = 1; c < d; c++) sum += row[c];
+        sums[k] = sum;
+    }
+}
+
+// Writes the value of head k to its d channels.
+template <class T>
+inline void spread_heads(const T* values, int64_t h, int64_t d, T* row) {
+    for (int64_t k = 0; k < h; k++, row += d) std::fill(row, row + d, values[k]);
+}
+
 template <class T>
 void context(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *fc1 = t[1], *bias1 = t[2], *fc2 = t[3], *bias2 = t[4], *weight = t[5], *bias = t[6];
@@ -478,17 +494,15 @@ void context(T** t, const int64_t* n, const double* options) {
     matmul<T>(B, C, I, {winner, I, 1}, {fc2, C, 1}, value, bias2);
     const T scale = T(1 / std::sqrt(double(d)));
     const double count = double(h * P), others = std::max(count - 1, 1.0);  // a single value has no deviation
+    Buffer<T> rows(omp_get_max_threads() * (C + h));
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
-        T *to = y + b * P * C, *s = centered + b * P * h;
+        T *to = y + b * P * C, *s = centered + b * P * h, *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                T sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = k * d; c < (k + 1) * d; c++) sum += from[p * C + c] * mean[c];
-                s[p * h + k] = sum * scale;
-            }
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) row[c] = from[p * C + c] * mean[c] * scale;
+            head_sums(row, h, d, s + p * h);
         }
         const T middle = T(sum_all(P, h, [=](int64_t p, int64_t k) { return s[p * h + k]; }) / count);
 #pragma omp simd
@@ -497,11 +511,10 @@ void context(T** t, const int64_t* n, const double* options) {
         deviation[b] = T(std::sqrt(square / others));
         const T inverse = T(1 / (std::sqrt(square / others) + options[0]));
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
+            for (int64_t k = 0; k < h; k++) gate[k] = s[p * h + k] * inverse * weight[k] + bias[k];
+            spread_heads(gate, h, d, row);
 #pragma omp simd
-                for (int64_t c = k * d; c < (k + 1) * d; c++) to[p * C + c] = from[p * C + c] + gate * v[c];
-            }
+            for (int64_t c = 0; c < C; c++) to[p * C + c] = from[p * C + c] + row[c] * v[c];
         }
     }
 }
@@ -520,6 +533,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     const double count = double(h * P), others = std::max(count - 1, 1.0);
     Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
     Buffer<double> totals(B * 2 * C);
+    Buffer<T> rows(omp_get_max_threads() * (2 * C + h));
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centered + b * P * h;
@@ -527,18 +541,17 @@ void context_backward(T** t, const int64_t* n, const double* options) {
         double *to_value = totals.data + b * 2 * C, *to_context = to_value + C;
         std::fill(to_value, to_value + 2 * C, 0.0);
         const T inverse = T(1 / (deviation[b] + options[0]));
+        T *row = rows.data + omp_get_thread_num() * (2 * C + h), *product = row + C, *values = product + C;
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
-                T sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = k * d; c < (k + 1) * d; c++) {
-                    sum += g[p * C + c] * v[c];
-                    to_value[c] += g[p * C + c] * gate;
-                }
-                dgate[p * h + k] = sum;
-                slope[p * h + k] = sum * weight[k];
+            for (int64_t k = 0; k < h; k++) values[k] = s[p * h + k] * inverse * weight[k] + bias[k];
+            spread_heads(values, h, d, row);
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) {
+                product[c] = g[p * C + c] * v[c];
+                to_value[c] += g[p * C + c] * row[c];
             }
+            head_sums(product, h, d, dgate + p * h);
+            for (int64_t k = 0; k < h; k++) slope[p * h + k] = dgate[p * h + k] * weight[k];
         }
         // The gradient through the mean and the deviation, which has no gradient if all values are equal.
         const double mean = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k]; }) / count;
@@ -546,12 +559,13 @@ void context_backward(T** t, const int64_t* n, const double* options) {
         const double by_deviation = deviation[b] > 0 ? along * inverse / (others * deviation[b]) : along * 0;
         for (int64_t p = 0; p < P; p++) {
             for (int64_t k = 0; k < h; k++) {
-                const T ds = T((slope[p * h + k] - mean - s[p * h + k] * by_deviation) * inverse) * scale;
+                values[k] = T((slope[p * h + k] - mean - s[p * h + k] * by_deviation) * inverse) * scale;
+            }
+            spread_heads(values, h, d, row);
 #pragma omp simd
-                for (int64_t c = k * d; c < (k + 1) * d; c++) {
-                    to[p * C + c] = g[p * C + c] + ds * context[b * C + c];
-                    to_context[c] += ds * from[p * C + c];
-                }
+            for (int64_t c = 0; c < C; c++) {
+                to[p * C + c] = g[p * C + c] + row[c] * context[b * C + c];
+                to_context[c] += row[c] * from[p * C + c];
             }
         }
         for (int64_t c = 0; c < C; c++) {

@@ -218,7 +218,7 @@ class Context(PyLayer):
 class Block(PyLayer):
     """Compute a whole block as `fcvit.models.backbone.Block` does, with its intermediate results in one tensor.
 
-    `factors` are the constant factors (B,) of both branches for each image, or None. `sizes` are those of a block in
+    `factors` are the constant factors of both branches for each image, B numbers each, or None. `sizes` are those of a block in
     `block.cc` after B, H and W. `parameters` has the order of `Parameters` there.
     """
 
@@ -264,7 +264,7 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
-    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` (B,) per image."""
+    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` (B numbers) per image."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
