@@ -218,8 +218,8 @@ class Context(PyLayer):
 class Block(PyLayer):
     """Compute a whole block as `fcvit.models.backbone.Block` does, with its intermediate results in one tensor.
 
-    `factors` are the constant factors of both branches for each image, B numbers each, or None. `sizes` are those of a block in
-    `block.cc` after B, H and W. `parameters` has the order of `Parameters` there.
+    `factors` are the constant factors of both branches for each image, B numbers each, or None. `sizes` are those of a
+    block in `block.cc` after B, H and W. `parameters` has the order of `Parameters` there.
     """
 
     @staticmethod
@@ -264,7 +264,7 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
-    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` (B numbers) per image."""
+    """Return x + branch * scale * factor, with `scale` (C,) for the channels and the constant `factor` for the images."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
