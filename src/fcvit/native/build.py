@@ -16,7 +16,7 @@ from pathlib import Path
 from fcvit.errors import MissingExtra
 from fcvit.machine import processor_identity
 
-SOURCES = ("operators.cc", "block.cc", "optimizer.cc", "operators.h", "matmul.h", "simd.h")
+SOURCES = ("operators.cc", "depthwise.cc", "block.cc", "optimizer.cc", "operators.h", "matmul.h", "simd.h")
 # No unsafe math optimizations: NaN must stay NaN, because training checks for it.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
