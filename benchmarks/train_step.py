@@ -178,11 +178,17 @@ def paddle_step(contender: str, setting: Setting):
     else:
         model = build_classifier(weights, drop_path_rate=0.1)
         loss_of = paddle.nn.functional.cross_entropy
-    if contender == "native":
-        accelerate(model)
     model.train()
     images, labels = map(paddle.to_tensor, setting.data())
-    optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters(), weight_decay=0.05)
+    parameters = [p for p in model.parameters() if not p.stop_gradient]
+    if contender == "native":
+        from fcvit.native.optimizer import AdamW
+
+        accelerate(model)
+        names = {p.name for p in parameters}
+        optimizer = AdamW(parameters, names, 1e-3, (0.9, 0.999), 1e-8, weight_decay=0.05, clip_norm=None)
+    else:
+        optimizer = paddle.optimizer.AdamW(1e-3, parameters=parameters, weight_decay=0.05)
 
     def step():
         timestamps = [clock()]
@@ -191,7 +197,7 @@ def paddle_step(contender: str, setting: Setting):
         loss.backward()
         timestamps.append(clock())
         optimizer.step()
-        optimizer.clear_grad()
+        optimizer.clear_grad(set_to_zero=False)  # as in `fcvit.training.step`
         return [*timestamps, clock()], loss
 
     return step, model.sublayers()

@@ -27,7 +27,13 @@ LAYERS = (
     ("commands",),
     ("cli", "__main__"),
 )
-USERS_OF_NATIVE = {"inference.engines", "inference.native_network", "commands.doctor", "commands.bench"}
+USERS_OF_NATIVE = {
+    "inference.engines",
+    "inference.native_network",
+    "commands.doctor",
+    "commands.bench",
+    "training.optimizer",
+}
 PADDLE_NETWORKS = {"models.layers", "models.backbone", "models.classifier"}
 # Order of modules in packages that allow only one import direction.
 ORDER = {

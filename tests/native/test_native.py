@@ -80,6 +80,9 @@ def precisions(test):
         ((1, 3, 3, 4), 9),
         ((2, 4, 4, 20), 1),
         ((2, 20, 21, 40), 11),
+        ((7, 4, 4, 35), 11),
+        ((70, 1, 1, 8), 3),
+        ((9, 2, 3, 5), 7),
     ],
 )
 def test_depthwise_matches_paddle(library, shape, kernel, activated, dtype, tolerance):
@@ -99,7 +102,8 @@ def test_depthwise_matches_paddle(library, shape, kernel, activated, dtype, tole
 @pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 3), (40, 33, 17), (13, 300, 40), (600, 16, 70), (130, 520, 90)]
+    ("rows", "inputs", "outputs"),
+    [(1, 1, 1), (7, 5, 3), (40, 33, 17), (13, 300, 40), (600, 16, 70), (130, 520, 90), (20, 64, 96), (5, 32, 500)],
 )
 def test_linear_matches_paddle(library, rows, inputs, outputs, transposed, activated, dtype, tolerance):
     from fcvit.native import operators
@@ -127,6 +131,34 @@ def test_layer_norm_matches_paddle(library, shape, dtype, tolerance):
 
     shapes = (shape, (shape[3],), (shape[3],))
     compare(lambda *t: operators.layer_norm(*t, 1e-5), plain, shapes, dtype, tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("shape", [(9, 1, 1, 9), (3, 5, 7, 40)])
+def test_batch_norm_matches_paddle(library, shape, dtype, tolerance):
+    from fcvit.models.layers import NORM_EPS, BatchNorm
+    from fcvit.native import operators
+
+    width, statistics = shape[3], {}
+
+    def plain(x, weight, bias):
+        layer = BatchNorm(width).to(dtype="float64")
+        layer.weight, layer.bias = None, None  # replace the parameters by plain tensors
+        del layer.weight, layer.bias
+        layer.weight, layer.bias = weight, bias
+        y = layer(paddle.transpose(x, [0, 3, 1, 2]))
+        statistics["plain"] = layer._mean.numpy(), layer._variance.numpy()
+        return paddle.transpose(y, [0, 2, 3, 1])
+
+    def native(x, weight, bias):
+        running = paddle.zeros([width], dtype), paddle.ones([width], dtype)
+        y = operators.batch_norm(x, weight, bias, running=running, eps=NORM_EPS, momentum=0.9)
+        statistics["native"] = running[0].numpy(), running[1].numpy()
+        return y
+
+    compare(native, plain, (shape, (width,), (width,)), dtype, tolerance)
+    for actual, expected in zip(statistics["native"], statistics["plain"], strict=True):
+        assert actual == pytest.approx(expected, abs=tolerance)
 
 
 @precisions
@@ -285,6 +317,40 @@ def assert_same_step(plain, native, tolerance=1e-9, **settings):
         assert np.abs(statistics[name] - expected).max() <= tolerance * max(np.abs(expected).max(), 1), name
 
 
+@precisions
+@pytest.mark.parametrize("size", [(6, 5), (1, 1)])
+@pytest.mark.parametrize("change", [{}, {"second_mix": False, "token_factor": 1, "layer_scale": None}])
+def test_a_whole_block_matches_paddle(library, monkeypatch, size, change, dtype, tolerance):
+    """The gradients of the input and of all parameters, with one image whose first branch is dropped."""
+    from fcvit.models.backbone import Block
+    from fcvit.native import network
+
+    monkeypatch.setattr(network, "linear", None)  # the block does not use single operators
+
+    def block(kind):
+        layer = Block(dataclasses.replace(SMALL, **change), 24, 96, 0.5, 0.0).to(dtype=kind)
+        generator = np.random.default_rng(0)
+        for parameter in layer.parameters():
+            parameter.set_value(generator.normal(size=parameter.shape).astype(dtype).astype(kind) / 2)
+        return layer
+
+    plain, native = block("float64"), block(dtype)
+    x = np.random.default_rng(1).normal(size=(3, *size, 24)).astype(dtype)
+    outcomes = []
+    for layer, kind, compute in ((native, dtype, network._block), (plain, "float64", None)):
+        paddle.seed(3)
+        given = paddle.to_tensor(x.astype(kind), stop_gradient=False)
+        if compute:
+            y = compute(layer, given)
+        else:
+            y = paddle.transpose(layer(paddle.transpose(given, [0, 3, 1, 2])), [0, 2, 3, 1])
+        cotangent = np.random.default_rng(2).normal(size=y.shape).astype(dtype)
+        (y * paddle.to_tensor(cotangent.astype(kind))).sum().backward()
+        outcomes.append([y.numpy(), given.grad.numpy(), *(p.grad.numpy() for p in layer.parameters())])
+    for actual, expected in zip(*outcomes, strict=True):
+        assert np.abs(actual - expected).max() <= 10 * tolerance * max(np.abs(expected).max(), 1e-2)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.slow
 def test_network_with_every_option_matches_paddle(library, name):
@@ -398,6 +464,123 @@ def test_accelerate_keeps_the_class_and_parameter_names(library):
     assert list(model.state_dict()) == names
     with pytest.raises(UsageError, match="not Linear"):
         accelerate(paddle.nn.Linear(2, 2))
+
+
+# Tests of the optimizer.
+
+SHAPES = [(3, 5), (40,), (7, 1, 3, 3), (2, 600)]
+BETAS, EPS, DECAY = (0.9, 0.95), 1e-6, 0.3
+
+
+def parameters(dtype="float32"):
+    """Return parameters whose learning rates differ by powers of 2."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number, shape in enumerate(SHAPES):
+        parameter = paddle.create_parameter(shape, dtype)
+        parameter.set_value(generator.normal(size=shape).astype(dtype))
+        parameter.optimize_attr["learning_rate"] = 0.5**number
+        made.append(parameter)
+    return made
+
+
+def native_adamw(given, clip_norm=None):
+    from fcvit.native.optimizer import AdamW
+
+    return AdamW(given, {p.name for p in given if p.ndim > 1}, 0.1, BETAS, EPS, DECAY, clip_norm)
+
+
+def paddle_adamw(given, clip_norm=None):
+    decayed = {p.name for p in given if p.ndim > 1}
+    clip = None if clip_norm is None else paddle.nn.ClipGradByGlobalNorm(clip_norm)
+    settings = {"beta1": BETAS[0], "beta2": BETAS[1], "epsilon": EPS, "weight_decay": DECAY, "grad_clip": clip}
+    return paddle.optimizer.AdamW(0.1, parameters=given, apply_decay_param_fun=lambda name: name in decayed, **settings)
+
+
+def adamw_steps(optimizer, given, steps, dtype="float32"):
+    """Take steps with random gradients and a new learning rate in each. The second parameter has none in step 1."""
+    for number in steps:
+        generator = np.random.default_rng(number)
+        for index, parameter in enumerate(given):
+            gradient = generator.normal(size=parameter.shape).astype(dtype)
+            parameter.grad = None if (number, index) == (1, 1) else paddle.to_tensor(gradient)
+        optimizer.set_lr(0.1 / (number + 1))
+        optimizer.step()
+        optimizer.clear_grad(set_to_zero=False)
+        assert all(parameter.grad is None for parameter in given)
+
+
+def expected_adamw(steps, dtype, clip_norm):
+    """Compute AdamW in float64 as its paper defines it."""
+    values = [p.numpy().astype(np.float64) for p in parameters(dtype)]
+    first, second = [np.zeros(shape) for shape in SHAPES], [np.zeros(shape) for shape in SHAPES]
+    counts = [0] * len(SHAPES)
+    for number in steps:
+        generator = np.random.default_rng(number)
+        gradients = [generator.normal(size=shape).astype(dtype).astype(np.float64) for shape in SHAPES]
+        present = [index for index in range(len(SHAPES)) if (number, index) != (1, 1)]
+        norm = np.sqrt(sum((gradients[index] ** 2).sum() for index in present))
+        scale = 1.0 if clip_norm is None else clip_norm / max(norm, clip_norm)
+        for index in present:
+            rate, g = 0.1 / (number + 1) * 0.5**index, gradients[index] * scale
+            counts[index] += 1
+            first[index] = BETAS[0] * first[index] + (1 - BETAS[0]) * g
+            second[index] = BETAS[1] * second[index] + (1 - BETAS[1]) * g * g
+            values[index] *= 1 - rate * DECAY * (values[index].ndim > 1)
+            mean, variance = (m[index] / (1 - b ** counts[index]) for m, b in zip((first, second), BETAS, strict=True))
+            values[index] -= rate * mean / (np.sqrt(variance) + EPS)
+    return values
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-6)])
+@pytest.mark.parametrize("clip_norm", [None, 1.5, 1e4])
+def test_adamw_matches_its_definition_and_paddle(library, clip_norm, dtype, tolerance):
+    """Paddle's powers of beta are in float32, so its numbers have a larger error."""
+    native, plain = parameters(dtype), parameters(dtype)
+    adamw_steps(native_adamw(native, clip_norm), native, range(4), dtype)
+    adamw_steps(paddle_adamw(plain, clip_norm), plain, range(4), dtype)
+    for actual, by_paddle, expected in zip(native, plain, expected_adamw(range(4), dtype, clip_norm), strict=True):
+        assert np.abs(actual.numpy() - expected).max() <= tolerance
+        assert np.abs(by_paddle.numpy() - expected).max() <= 2e-6
+
+
+def test_a_gradient_that_is_not_finite_reaches_the_weights(library):
+    """The training loop then stops."""
+    for clip_norm in (None, 1.0):
+        given = parameters()
+        optimizer = native_adamw(given, clip_norm)
+        for parameter in given:
+            parameter.grad = paddle.full(parameter.shape, np.nan)
+        optimizer.step()
+        assert all(np.isnan(parameter.numpy()).all() for parameter in given)
+
+
+@pytest.mark.parametrize("before", [native_adamw, paddle_adamw])
+def test_adamw_continues_from_a_state(library, before):
+    """A state of this optimizer continues bit for bit, and a state of Paddle's continues up to rounding."""
+    uninterrupted, interrupted = parameters(), parameters()
+    adamw_steps(native_adamw(uninterrupted), uninterrupted, range(4))
+    first = before(interrupted)
+    adamw_steps(first, interrupted, range(2))
+    state = {name: paddle.to_tensor(tensor.numpy()) for name, tensor in first.state_dict().items()}
+    second = native_adamw(interrupted)
+    second.set_state_dict(state)
+    adamw_steps(second, interrupted, range(2, 4))
+    for one, other in zip(uninterrupted, interrupted, strict=True):
+        assert np.abs(one.numpy() - other.numpy()).max() <= (0 if before is native_adamw else 2e-6)
+
+
+def test_ema_weights_are_equal_with_and_without_the_operator(library):
+    from fcvit.training.optimizer import EMA
+
+    model = paddle.nn.Sequential(paddle.nn.Linear(3, 50), paddle.nn.Linear(50, 70))
+    averages = EMA(model, 0.9), EMA(model, 0.9, native=True)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.set_value(parameter + number)
+    for average in averages:
+        average.update(model, 3)
+    for name, tensor in averages[0].tensors.items():
+        assert averages[1].tensors[name].numpy() == pytest.approx(tensor.numpy(), rel=1e-6, abs=1e-6), name
 
 
 def test_keep_memory_returns_false_without_glibc(monkeypatch):

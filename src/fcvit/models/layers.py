@@ -97,10 +97,12 @@ class DropPath(nn.Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = 1 - self.rate
+        return x / (1 - self.rate) * self.mask(x.shape[0]).astype(x.dtype)
+
+    def mask(self, images: int) -> Tensor:
+        """Return 0 for each image whose branch is dropped, and 1 for the others: (B, 1, 1, 1)."""
         # Drawn in float32, because rounding in a half-precision type would change the probability.
-        mask = paddle.floor(keep + paddle.rand([x.shape[0], 1, 1, 1], dtype="float32"))
-        return x / keep * mask.astype(x.dtype)
+        return paddle.floor(1 - self.rate + paddle.rand([images, 1, 1, 1], dtype="float32"))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

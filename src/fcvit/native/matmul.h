@@ -41,23 +41,25 @@ template <class T>
 constexpr int64_t TILE_COLUMNS = 2 * LANES<T>;
 constexpr int64_t DEPTH = 256;  // depth of a piece, so that a panel of b, DEPTH x TILE_COLUMNS, stays in the L1 cache
 
-// c += a b for one tile, of which `rows` x `columns` are inside the matrix. `b` is a packed panel. If `first`,
-// c = bias + a b.
-template <class T>
-inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, int64_t rows, int64_t columns, bool first,
-                 const T* bias) {
+// c += a b for one tile, of which `rows` x `columns` are inside the matrix and `columns` is at most HALVES vectors.
+// Row k of b begins at b + k * step. If `first`, c = bias + a b.
+template <int HALVES, class T>
+__attribute__((always_inline)) inline void tile(int64_t depth, Matrix<T> a, const T* b, int64_t step, T* c, int64_t stride, int64_t rows, int64_t columns,
+                 bool first, const T* bias) {
     constexpr int64_t L = LANES<T>;
     const T* from[TILE_ROWS];
-    Vector<T> sum[TILE_ROWS][2] = {};
+    Vector<T> sum[TILE_ROWS][HALVES] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < TILE_ROWS; r++) from[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
-    for (int64_t k = 0; k < depth; k++, b += 2 * L) {
-        const Vector<T> left = load(b), right = load(b + L);
+    for (int64_t k = 0; k < depth; k++, b += step) {
+        Vector<T> right[HALVES];
+#pragma GCC unroll 2
+        for (int half = 0; half < HALVES; half++) right[half] = load(b + half * L);
 #pragma GCC unroll 16
         for (int r = 0; r < TILE_ROWS; r++) {
             const T factor = from[r][k * a.column];
-            sum[r][0] += factor * left;
-            sum[r][1] += factor * right;
+#pragma GCC unroll 2
+            for (int half = 0; half < HALVES; half++) sum[r][half] += factor * right[half];
         }
     }
 #pragma GCC unroll 16
@@ -65,7 +67,7 @@ inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, i
         if (r >= rows) return;
         T* to = c + r * stride;
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < HALVES; half++) {
             const int64_t count = columns - half * L;
             if (count <= 0) break;
             Vector<T> start = {};
@@ -76,12 +78,33 @@ inline void tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t stride, i
     }
 }
 
+struct Nothing {
+    void operator()(int64_t, int64_t, int64_t) const {}
+};
+
 // c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null).
 // `finish(row, column, count)` is called for every finished piece of a row while the piece is in the cache.
 template <class T, class Finish>
 void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias, Finish finish) {
     constexpr int64_t N = TILE_COLUMNS<T>;
     const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const bool few = strips <= 4;  // packing b takes as long as using it
+    if (few && b.row == 1 && b.column != 1 && columns > rows) {  // b is transposed: compute the transposed product
+        Buffer<T> turned(rows * columns);
+        matmul(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data, (const T*)nullptr,
+               Nothing());
+        for (int64_t j0 = 0; j0 < columns; j0 += 16) {
+            for (int64_t i = 0; i < rows; i++) {
+                for (int64_t j = j0; j < std::min(columns, j0 + 16); j++) {
+                    c[i * columns + j] = turned.data[j * rows + i] + (bias ? bias[j] : T(0));
+                }
+            }
+        }
+        for (int64_t i = 0; i < rows; i++) finish(i, 0, columns);
+        return;
+    }
+    const bool direct = few && b.column == 1 && columns % N == 0;  // b is read where it is
+    const int64_t step = direct ? b.row : N;
     // A task is a group of row strips times a group of column panels. Every thread gets a few tasks.
     const int64_t threads = omp_get_max_threads(), wanted = 4 * threads;
     const int64_t strips_each = std::clamp<int64_t>(strips * std::min(panels, wanted) / wanted, 1, 16);
@@ -89,13 +112,13 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
     const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
-    Buffer<T> packed(panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
+    Buffer<T> packed(direct ? 0 : panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
 #pragma omp parallel if (rows * columns * depth > 500000)  // about 20 microseconds, as long as synchronizing
     {
         // Pack b in panels of depth x N, padded with zeros, in pieces of DEPTH rows.
         const int64_t pieces = (depth + DEPTH - 1) / DEPTH;
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t panel = 0; panel < panels; panel++) {
+        for (int64_t panel = 0; panel < (direct ? 0 : panels); panel++) {
             for (int64_t piece = 0; piece < pieces; piece++) {
                 const int64_t j0 = panel * N, count = std::min(N, columns - j0);
                 const int64_t k0 = piece * DEPTH, k1 = std::min(depth, k0 + DEPTH);
@@ -141,12 +164,18 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                     }
                     for (int64_t panel = first; panel < last; panel++) {
                         const int64_t j = panel * N;
-                        const T* right = packed.data + panel * N * depth + k0 * N;
+                        const T* right = direct ? b.data + k0 * step + j : packed.data + panel * N * depth + k0 * N;
                         for (int64_t i = i0; i < i1; i += TILE_ROWS) {
                             Matrix<T> part = {a.data + i * a.row + k0 * a.column, a.row, a.column};
                             if (gather) part = {strip + (i - i0) * DEPTH, 1, TILE_ROWS};
-                            tile(length, part, right, c + i * columns + j, columns, std::min<int64_t>(TILE_ROWS, i1 - i),
-                                 columns - j, k0 == 0, bias ? bias + j : nullptr);
+                            const int64_t height = std::min<int64_t>(TILE_ROWS, i1 - i), width = columns - j;
+                            T* to = c + i * columns + j;
+                            const T* start = bias ? bias + j : nullptr;
+                            if (width > LANES<T>) {
+                                tile<2>(length, part, right, step, to, columns, height, width, k0 == 0, start);
+                            } else {
+                                tile<1>(length, part, right, step, to, columns, height, width, k0 == 0, start);
+                            }
                         }
                     }
                 }
@@ -159,5 +188,5 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
 
 template <class T>
 void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr) {
-    matmul(rows, columns, depth, a, b, c, bias, [](int64_t, int64_t, int64_t) {});
+    matmul(rows, columns, depth, a, b, c, bias, Nothing());
 }

@@ -4,6 +4,7 @@
 in other precisions and while a graph is traced.
 """
 
+import math
 from typing import Any
 
 from fcvit.errors import UsageError
@@ -18,6 +19,7 @@ from fcvit.native.allocator import keep_memory
 from fcvit.native.dense import accelerate_heads, first_view
 from fcvit.native.operators import (
     SUFFIXES,
+    batch_norm,
     channels_first,
     channels_last,
     context,
@@ -27,6 +29,7 @@ from fcvit.native.operators import (
     pool,
     residual,
     strided,
+    whole_block,
 )
 
 import_framework("paddle")
@@ -112,7 +115,12 @@ def _stages(model: nn.Layer, x: Tensor) -> list[Tensor]:
 
 def _conv_norm(module: ConvNorm, x: Tensor, **layout: bool) -> Tensor:
     x = strided(x, module.proj.weight, module.proj.bias, module.proj._stride[0], **layout)
-    return channels_last(module.norm(channels_first(x)))  # Paddle's layer also updates the running statistics
+    norm = module.norm
+    if not norm.training or math.prod(x.shape[:3]) < 2:  # Paddle's layer raises an error for a single position
+        return channels_last(norm(channels_first(x)))
+    return batch_norm(
+        x, norm.weight, norm.bias, running=(norm._mean, norm._variance), eps=NORM_EPS, momentum=norm._momentum
+    )
 
 
 def _norm(norm: LayerNorm2D, x: Tensor) -> Tensor:
@@ -120,17 +128,64 @@ def _norm(norm: LayerNorm2D, x: Tensor) -> Tensor:
 
 
 def _block(block: Block, x: Tensor) -> Tensor:
+    tokens, channels = block.token_mixer, block.channel_mixer
+    contexts = [getattr(tokens, f"gc{mix}") for mix in tokens.mixes if tokens.has_context]
+    common = all(context.weighted and context.competition for context in contexts)
+    if common and not (tokens.has_attention or channels.has_attention or _drops(channels)):
+        factors = [_factor(block.drop_path, x) for _ in range(2)]
+        eps = (NORM_EPS, SIMILARITY_EPS)
+        return whole_block(x, *_parameters(block), factors=factors, sizes=_sizes(block), eps=eps)
     tokens = _token_mixer(block.token_mixer, _norm(block.norm1, x))
     x = residual(x, tokens, block.layer_scale_1 if block.has_scale else None, _factor(block.drop_path, x))
     channels = _channel_mixer(block.channel_mixer, _norm(block.norm2, x))
     return residual(x, channels, block.layer_scale_2 if block.has_scale else None, _factor(block.drop_path, x))
 
 
+def _drops(mixer: ChannelMixer) -> bool:
+    return mixer.drop.training and mixer.drop.p > 0
+
+
+def _convs(fc: nn.Layer) -> list[Any]:
+    """Return the convolutions of a bottleneck, or the only one."""
+    return [fc[0], fc[2]] if isinstance(fc, nn.Sequential) else [fc]
+
+
+def _sizes(block: Block) -> list[int]:
+    """Return the sizes of a block in `block.cc`, without those of its input."""
+    tokens, channels = block.token_mixer, block.channel_mixer
+    kernels = [getattr(tokens, f"dw{mix}").weight.shape[-1] for mix in tokens.mixes]
+    heads, inner = (tokens.gc1.heads, tokens.gc1.fc2.weight.shape[0]) if tokens.has_context else (0, 0)
+    bottleneck = tokens.fc1[0].weight.shape[0] if isinstance(tokens.fc1, nn.Sequential) else 0
+    hidden, width, *_ = channels.fc1.weight.shape
+    third = channels.dwconv.weight.shape[-1] if channels.has_dwconv else 0
+    sizes = [width, len(kernels), kernels[0], kernels[-1], third, heads, inner, bottleneck, hidden, block.has_scale]
+    return [int(size) for size in sizes]
+
+
+def _parameters(block: Block) -> list[Tensor]:
+    """Return the parameters of a block in the order of `Parameters` in `block.cc`."""
+    tokens, channels = block.token_mixer, block.channel_mixer
+    layers: list[Any] = [block.norm1]
+    for mix in tokens.mixes:
+        layers += [getattr(tokens, f"gc{mix}")] if tokens.has_context else []
+        layers += [getattr(tokens, f"dw{mix}"), *_convs(getattr(tokens, f"fc{mix}"))]
+    layers += [block.norm2, channels.fc1, *([channels.dwconv] if channels.has_dwconv else []), channels.fc2]
+    parameters = []
+    for layer in layers:
+        parameters += _context_parameters(layer) if isinstance(layer, GlobalContext) else [layer.weight, layer.bias]
+    return parameters + ([block.layer_scale_1, block.layer_scale_2] if block.has_scale else [])
+
+
+def _context_parameters(layer: GlobalContext) -> list[Tensor]:
+    fc1, fc2 = layer.fc1, layer.fc2
+    return [fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer.rescale_weight, layer.rescale_bias]
+
+
 def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
-    """Return the factor that the layer draws for each image (B,), or None if the layer has no effect."""
+    """Return the factor that the layer draws for each image (B, 1, 1, 1), or None if the layer has no effect."""
     if not drop_path.training or drop_path.rate == 0:
         return None
-    return drop_path(paddle.ones([x.shape[0], 1, 1, 1], x.dtype)).flatten()
+    return drop_path.mask(x.shape[0]).astype(x.dtype) / (1 - drop_path.rate)
 
 
 def _token_mixer(mixer: TokenMixer, x: Tensor) -> Tensor:
@@ -139,7 +194,7 @@ def _token_mixer(mixer: TokenMixer, x: Tensor) -> Tensor:
             x = _context(getattr(mixer, f"gc{mix}"), x)
         dw, fc = getattr(mixer, f"dw{mix}"), getattr(mixer, f"fc{mix}")
         x = depthwise(x, dw.weight, dw.bias)
-        for conv in (fc[0], fc[2]) if isinstance(fc, nn.Sequential) else (fc,):
+        for conv in _convs(fc):
             x = linear(x, conv.weight, conv.bias, gelu=True)
     return _plain(mixer.spatial_att, x) if mixer.has_attention else x
 
@@ -148,8 +203,7 @@ def _context(layer: GlobalContext, x: Tensor) -> Tensor:
     if not layer.weighted or not layer.competition:
         first = channels_first(x)
         return channels_last(first + layer(first))
-    parameters = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
-    return context(x, *parameters, layer.rescale_weight, layer.rescale_bias, eps=SIMILARITY_EPS)
+    return context(x, *_context_parameters(layer), eps=SIMILARITY_EPS)
 
 
 def _channel_mixer(mixer: ChannelMixer, x: Tensor) -> Tensor:

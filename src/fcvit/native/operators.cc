@@ -46,10 +46,10 @@ void layer_norm(T** t, const int64_t* n, const double* options) {
     }
 }
 
-// x, weight, statistics, dy -> dx, dweight, dbias
+// x, weight, statistics, dy -> dx, dweight, dbias. If `more` is not null, it is added to dx.
 template <class T>
 void layer_norm_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3];
+    const T *x = t[0], *weight = t[1], *statistics = t[2], *dy = t[3], *more = t[7];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t B = n[0], P = n[1], C = n[2];
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
@@ -66,6 +66,9 @@ void layer_norm_backward(T** t, const int64_t* n, const double*) {
                 const T normal = (from[p * C + c] - mean) * inverse;
                 to[p * C + c] = inverse * (g[p * C + c] * weight[c] - along - normal * across);
             }
+            if (!more) continue;
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) to[p * C + c] += more[(b * P + p) * C + c];
         }
     }
     column_sums(B * P, C, dbias, [=](int64_t r, int64_t c) { return dy[r * C + c]; });
@@ -134,7 +137,8 @@ Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool l
     return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
 }
 
-// x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias, y (R, N) = gelu(z) or null
+// x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias. If y (R, N) is not null, y = gelu(z), and gelu'(z)
+// replaces z.
 template <class T>
 void linear(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
@@ -145,227 +149,26 @@ void linear(T** t, const int64_t* n, const double*) {
     });
 }
 
-// The gradient before the activation: dy gelu'(z), or dy if there is no activation (z is null).
-template <class T>
-struct Activation {
-    Buffer<T> made;
-    const T* gradient;
-    Activation(const T* z, const T* dy, int64_t rows, int64_t columns) : made(z ? rows * columns : 0), gradient(dy) {
-        if (!z) return;
-        gradient = made.data;
-#pragma omp parallel for schedule(static) if (rows * columns > WORTH_SHARING)
-        for (int64_t r = 0; r < rows; r++) {
-            gelu_row_backward(z + r * columns, dy + r * columns, made.data + r * columns, columns);
-        }
-    }
-};
-
-// x, weight, z or null, dy -> dx, dweight, dbias, each or null
+// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null. dx is multiplied by `before`, gelu'
+// of the inputs, unless it is null.
 template <class T>
 void linear_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
+    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3], *before = t[7];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
-    const Activation<T> activation(z, dy, R, N);
+    const Activation<T> activation(slope, dy, R, N);
     const T* g = activation.gradient;
     const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
-    if (dx) matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx);
+    if (dx) {
+        matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
+            if (!before) return;
+#pragma omp simd
+            for (int64_t i = r * K + c; i < r * K + c + count; i++) dx[i] *= before[i];
+        });
+    }
     if (dweight && n[3]) matmul<T>(K, N, R, {x, 1, K}, {g, N, 1}, dweight);
     if (dweight && !n[3]) matmul<T>(N, K, R, {g, 1, N}, {x, K, 1}, dweight);
     if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
-}
-
-// A depthwise convolution processes one image and one group of channels, two registers wide, at a time. The group is
-// copied to (H, W + 2R, GROUP), with R = K / 2 zeros at both ends of a row, so only taps above and below are outside.
-// These taps are skipped, and so are taps that see only zeros (a kernel may be larger than the map).
-template <class T>
-constexpr int64_t GROUP = 2 * LANES<T>;
-
-template <class T>
-void copy_group(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
-    for (int64_t h = 0; h < H; h++) {
-        std::fill(to, to + R * GROUP<T>, T(0));
-        to += R * GROUP<T>;
-        for (int64_t w = 0; w < W; w++, x += C, to += GROUP<T>) {
-            if (count == GROUP<T>) {
-                std::memcpy(to, x, GROUP<T> * sizeof(T));
-            } else {
-                std::memcpy(to, x, count * sizeof(T));
-                std::fill(to + count, to + GROUP<T>, T(0));
-            }
-        }
-        std::fill(to, to + R * GROUP<T>, T(0));
-        to += R * GROUP<T>;
-    }
-}
-
-// Computes WIDE adjacent outputs, which share the loaded weights. `weight` is (K, K, GROUP), `bias` is (GROUP).
-template <class T, int WIDE>
-inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t h, int64_t w, int64_t H,
-                              int64_t W, int64_t C, int64_t K, int64_t count) {
-    constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    const int64_t R = K / 2;
-    const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
-    const int64_t left = std::max<int64_t>(0, R - w - (WIDE - 1)), right = std::min(K, W + R - w);
-    Vector<T> sum[WIDE][2];
-#pragma GCC unroll 8
-    for (int o = 0; o < WIDE; o++) {
-        sum[o][0] = load(bias);
-        sum[o][1] = load(bias + L);
-    }
-    for (int64_t i = top; i < bottom; i++) {
-        const T *at = x + ((h + i - R) * (W + 2 * R) + w + left) * G, *tap = weight + (i * K + left) * G;
-        for (int64_t j = left; j < right; j++, at += G, tap += G) {
-            const Vector<T> first = load(tap), second = load(tap + L);
-#pragma GCC unroll 8
-            for (int o = 0; o < WIDE; o++) {
-                sum[o][0] += load(at + o * G) * first;
-                sum[o][1] += load(at + o * G + L) * second;
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int o = 0; o < WIDE; o++) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t some = count - half * L, to = (h * W + w + o) * C + half * L;
-            if (some <= 0) break;
-            store_some(y + to, sum[o][half], some);
-            if (activated) store_some(activated + to, sum[o][half] * normal(sum[o][half]).distribution, some);
-        }
-    }
-}
-
-// y = x convolved with weight (C, K, K), plus bias unless null. activated = gelu(y) unless null. x, y and activated are
-// (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
-template <class T>
-void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
-                        int64_t C, int64_t K, bool flip) {
-    constexpr int64_t G = GROUP<T>;
-    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
-    Buffer<T> weights(groups * area * G), biases(groups * G), slabs(omp_get_max_threads() * slab);
-#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
-    {
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            for (int64_t lane = 0; lane < G; lane++) {
-                const int64_t c = group * G + lane;
-                biases.data[c] = bias && c < C ? bias[c] : T(0);
-                T* to = weights.data + group * area * G + lane;
-                for (int64_t tap = 0; tap < area; tap++) {
-                    to[tap * G] = c < C ? weight[c * area + (flip ? area - 1 - tap : tap)] : T(0);
-                }
-            }
-        }
-        T* from = slabs.data + omp_get_thread_num() * slab;
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t b = 0; b < B; b++) {
-            for (int64_t group = 0; group < groups; group++) {
-                const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
-                copy_group(x + here, from, H, W, C, K / 2, count);
-                const T *taps = weights.data + group * area * G, *start = biases.data + c;
-                T *to = y + here, *also = activated ? activated + here : nullptr;
-                for (int64_t h = 0; h < H; h++) {
-                    int64_t w = 0;
-                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, also, h, w, H, W, C, K, count);
-                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, also, h, w, H, W, C, K, count);
-                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, also, h, w, H, W, C, K, count);
-                }
-            }
-        }
-    }
-}
-
-// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C), y = gelu(z) or null
-template <class T>
-void depthwise(T** t, const int64_t* n, const double*) {
-    convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
-}
-
-// total (K, K, GROUP) += the gradient of the kernels of a group for one image, from copies of x and dz with the same R.
-// FIXED is 0, or K as a constant, so that the compiler keeps the sums of a kernel row in registers.
-template <class T, int FIXED>
-void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t H, int64_t W, int64_t K) {
-    constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    constexpr int TAPS = FIXED ? FIXED : 1;  // taps summed at once
-    const int64_t R = K / 2, row = (W + 2 * R) * G;
-    for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
-        for (int64_t j = FIXED ? 0 : std::max<int64_t>(0, R - W + 1); j < (FIXED ? 1 : std::min(K, W + R)); j++) {
-            for (int64_t half = 0; half < G; half += L) {
-                Vector<T> sum[TAPS] = {};
-                for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
-                    const T *at = x + (h + i - R) * row + j * G + half, *g = dz + h * row + R * G + half;
-                    for (int64_t w = 0; w < W; w++, at += G, g += G) {
-                        const Vector<T> v = load(g);
-#pragma GCC unroll 16
-                        for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * G);
-                    }
-                }
-                double* to = total + (i * K + j) * G + half;
-#pragma GCC unroll 16
-                for (int tap = 0; tap < TAPS; tap++) {
-                    for (int64_t lane = 0; lane < L; lane++) to[tap * G + lane] += sum[tap][lane];
-                }
-            }
-        }
-    }
-}
-
-// dweight (C, K, K). The images are divided into parts, and the parts are added in order. The number of parts does not
-// depend on the number of threads.
-template <class T>
-void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
-    constexpr int64_t G = GROUP<T>;
-    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
-    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(B, 1));
-    Buffer<double> totals(groups * parts * area * G);
-    Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
-#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
-    {
-        T *from = slabs.data + omp_get_thread_num() * 2 * slab, *g = from + slab;
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            for (int64_t part = 0; part < parts; part++) {
-                double* total = totals.data + (group * parts + part) * area * G;
-                std::fill(total, total + area * G, 0.0);
-                for (int64_t b = B * part / parts; b < B * (part + 1) / parts; b++) {
-                    const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
-                    copy_group(x + here, from, H, W, C, K / 2, count);
-                    copy_group(dz + here, g, H, W, C, K / 2, count);
-                    if (K == 11 && W > 2) {
-                        depthwise_weight_gradient<T, 11>(from, g, total, H, W, K);
-                    } else if (K == 3) {
-                        depthwise_weight_gradient<T, 3>(from, g, total, H, W, K);
-                    } else {
-                        depthwise_weight_gradient<T, 0>(from, g, total, H, W, K);
-                    }
-                }
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            double* total = totals.data + group * parts * area * G;
-            for (int64_t part = 1; part < parts; part++) {
-                for (int64_t at = 0; at < area * G; at++) total[at] += total[part * area * G + at];
-            }
-            for (int64_t c = group * G; c < std::min(C, group * G + G); c++) {
-                for (int64_t tap = 0; tap < area; tap++) dweight[c * area + tap] = T(total[tap * G + c - group * G]);
-            }
-        }
-    }
-}
-
-// x, weight, z or null, dy -> dx, dweight, dbias, each or null
-template <class T>
-void depthwise_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *z = t[2], *dy = t[3];
-    T *dx = t[4], *dweight = t[5], *dbias = t[6];
-    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
-    const Activation<T> activation(z, dy, B * H * W, C);
-    const T* g = activation.gradient;
-    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
-    if (dweight) depthwise_weights(x, g, dweight, B, H, W, C, K);
-    if (dbias) column_sums(B * H * W, C, dbias, [=](int64_t r, int64_t c) { return g[r * C + c]; });
 }
 
 // The mean over positions: x (P, C) -> (C).
@@ -413,6 +216,22 @@ struct Kept {
           centered(value + B * C), deviation(centered + B * P * h) {}
 };
 
+// sums[k] = the sum of the d channels of head k. Heads are too narrow for vectors.
+template <class T>
+inline void head_sums(const T* row, int64_t h, int64_t d, T* sums) {
+    for (int64_t k = 0; k < h; k++, row += d) {
+        T sum = row[0];
+        for (int64_t c = 1; c < d; c++) sum += row[c];
+        sums[k] = sum;
+    }
+}
+
+// Writes the value of head k to its d channels.
+template <class T>
+inline void spread_heads(const T* values, int64_t h, int64_t d, T* row) {
+    for (int64_t k = 0; k < h; k++, row += d) std::fill(row, row + d, values[k]);
+}
+
 template <class T>
 void context(T** t, const int64_t* n, const double* options) {
     const T *x = t[0], *fc1 = t[1], *bias1 = t[2], *fc2 = t[3], *bias2 = t[4], *weight = t[5], *bias = t[6];
@@ -434,17 +253,15 @@ void context(T** t, const int64_t* n, const double* options) {
     matmul<T>(B, C, I, {winner, I, 1}, {fc2, C, 1}, value, bias2);
     const T scale = T(1 / std::sqrt(double(d)));
     const double count = double(h * P), others = std::max(count - 1, 1.0);  // a single value has no deviation
+    Buffer<T> rows(omp_get_max_threads() * (C + h));
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
-        T *to = y + b * P * C, *s = centered + b * P * h;
+        T *to = y + b * P * C, *s = centered + b * P * h, *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                T sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = k * d; c < (k + 1) * d; c++) sum += from[p * C + c] * mean[c];
-                s[p * h + k] = sum * scale;
-            }
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) row[c] = from[p * C + c] * mean[c] * scale;
+            head_sums(row, h, d, s + p * h);
         }
         const T middle = T(sum_all(P, h, [=](int64_t p, int64_t k) { return s[p * h + k]; }) / count);
 #pragma omp simd
@@ -453,11 +270,10 @@ void context(T** t, const int64_t* n, const double* options) {
         deviation[b] = T(std::sqrt(square / others));
         const T inverse = T(1 / (std::sqrt(square / others) + options[0]));
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
+            for (int64_t k = 0; k < h; k++) gate[k] = s[p * h + k] * inverse * weight[k] + bias[k];
+            spread_heads(gate, h, d, row);
 #pragma omp simd
-                for (int64_t c = k * d; c < (k + 1) * d; c++) to[p * C + c] = from[p * C + c] + gate * v[c];
-            }
+            for (int64_t c = 0; c < C; c++) to[p * C + c] = from[p * C + c] + row[c] * v[c];
         }
     }
 }
@@ -476,6 +292,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     const double count = double(h * P), others = std::max(count - 1, 1.0);
     Buffer<T> gates(B * P * h), slopes(B * P * h), dcontext(B * C), dvalue(B * C), dwinner(B * I), dhalves(B * 2 * I);
     Buffer<double> totals(B * 2 * C);
+    Buffer<T> rows(omp_get_max_threads() * (2 * C + h));
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *g = dy + b * P * C, *v = value + b * C, *s = centered + b * P * h;
@@ -483,18 +300,17 @@ void context_backward(T** t, const int64_t* n, const double* options) {
         double *to_value = totals.data + b * 2 * C, *to_context = to_value + C;
         std::fill(to_value, to_value + 2 * C, 0.0);
         const T inverse = T(1 / (deviation[b] + options[0]));
+        T *row = rows.data + omp_get_thread_num() * (2 * C + h), *product = row + C, *values = product + C;
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t k = 0; k < h; k++) {
-                const T gate = s[p * h + k] * inverse * weight[k] + bias[k];
-                T sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = k * d; c < (k + 1) * d; c++) {
-                    sum += g[p * C + c] * v[c];
-                    to_value[c] += g[p * C + c] * gate;
-                }
-                dgate[p * h + k] = sum;
-                slope[p * h + k] = sum * weight[k];
+            for (int64_t k = 0; k < h; k++) values[k] = s[p * h + k] * inverse * weight[k] + bias[k];
+            spread_heads(values, h, d, row);
+#pragma omp simd
+            for (int64_t c = 0; c < C; c++) {
+                product[c] = g[p * C + c] * v[c];
+                to_value[c] += g[p * C + c] * row[c];
             }
+            head_sums(product, h, d, dgate + p * h);
+            for (int64_t k = 0; k < h; k++) slope[p * h + k] = dgate[p * h + k] * weight[k];
         }
         // The gradient through the mean and the deviation, which has no gradient if all values are equal.
         const double mean = sum_all(P, h, [=](int64_t p, int64_t k) { return slope[p * h + k]; }) / count;
@@ -502,12 +318,13 @@ void context_backward(T** t, const int64_t* n, const double* options) {
         const double by_deviation = deviation[b] > 0 ? along * inverse / (others * deviation[b]) : along * 0;
         for (int64_t p = 0; p < P; p++) {
             for (int64_t k = 0; k < h; k++) {
-                const T ds = T((slope[p * h + k] - mean - s[p * h + k] * by_deviation) * inverse) * scale;
+                values[k] = T((slope[p * h + k] - mean - s[p * h + k] * by_deviation) * inverse) * scale;
+            }
+            spread_heads(values, h, d, row);
 #pragma omp simd
-                for (int64_t c = k * d; c < (k + 1) * d; c++) {
-                    to[p * C + c] = g[p * C + c] + ds * context[b * C + c];
-                    to_context[c] += ds * from[p * C + c];
-                }
+            for (int64_t c = 0; c < C; c++) {
+                to[p * C + c] = g[p * C + c] + row[c] * context[b * C + c];
+                to_context[c] += row[c] * from[p * C + c];
             }
         }
         for (int64_t c = 0; c < C; c++) {
@@ -665,8 +482,6 @@ EXPORT(batch_norm)
 EXPORT(batch_norm_backward)
 EXPORT(linear)
 EXPORT(linear_backward)
-EXPORT(depthwise)
-EXPORT(depthwise_backward)
 EXPORT(pool)
 EXPORT(pool_backward)
 EXPORT(context)

@@ -58,6 +58,20 @@ void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     for (int64_t c = 0; c < columns; c++) out[c] = T(totals[c]);
 }
 
+// The gradient before the activation: dy slope, or dy if there is no activation (slope is null).
+template <class T>
+struct Activation {
+    Buffer<T> made;
+    const T* gradient;
+    Activation(const T* slope, const T* dy, int64_t rows, int64_t columns) : made(slope ? rows * columns : 0), gradient(dy) {
+        if (!slope) return;
+        T* to = made.data;
+        gradient = to;
+#pragma omp parallel for simd schedule(static) if (rows * columns > WORTH_SHARING)
+        for (int64_t i = 0; i < rows * columns; i++) to[i] = dy[i] * slope[i];
+    }
+};
+
 // Defined in operators.cc and depthwise.cc, for float and double.
 template <class T>
 void layer_norm(T**, const int64_t*, const double*);

@@ -31,12 +31,21 @@ def run_kernel(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]
         TypeError: The tensors have different data types.
         MemoryError: The function ran out of memory.
     """
-    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
-    if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
+    if any(tensor.dtype is not dtype for tensor in given):
         raise TypeError(f"{name}: the tensors have different data types")
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    numbers = (ctypes.c_double * len(options))(*options)
-    if _function(name, SUFFIXES[dtype])(pointers, (ctypes.c_int64 * len(sizes))(*sizes), numbers):
+    pointers = (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+    call(name, dtype, pointers, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(options))(*options))
+
+
+def call(name: str, dtype: paddle.dtype, pointers: Any, sizes: Any, options: Any) -> None:
+    """Call a function of the compiled library with three arrays: pointers, int64 numbers and float64 numbers.
+
+    Raises:
+        MemoryError: The function ran out of memory.
+    """
+    if _function(name, SUFFIXES[dtype])(pointers, sizes, options):
         raise MemoryError(f"{name}: out of memory")
 
 
@@ -50,7 +59,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return _empty(tensor.shape, tensor.dtype)
+    return _C_ops.empty_like(tensor, tensor.dtype, CPU)
 
 
 def _empty(shape: list[int], dtype: paddle.dtype) -> Tensor:
@@ -83,7 +92,7 @@ class LayerNorm(PyLayer):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, bias, statistics = ctx.saved_tensor()
         gradients = _like(x), _like(weight), _like(bias)
-        run_kernel("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients), _positions(x))
+        run_kernel("layer_norm_backward", (x, weight, statistics, _dense(dy), *gradients, None), _positions(x))
         return gradients
 
 
@@ -127,7 +136,7 @@ class Weighted(PyLayer):
         x, weight, bias, intermediate = ctx.saved_tensor()
         gradients = _gradients(x, weight, bias)
         inputs = (intermediate, weight) if ctx.kernel == "strided" else (x, weight, intermediate)
-        run_kernel(f"{ctx.kernel}_backward", (*inputs, _dense(dy), *gradients), ctx.sizes)
+        run_kernel(f"{ctx.kernel}_backward", (*inputs, _dense(dy), *gradients, None), ctx.sizes)
         return tuple(gradients if bias is not None else gradients[:2])
 
 
@@ -159,7 +168,7 @@ class Depthwise(Weighted):
 
 
 def _activated(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gelu: bool) -> Tensor:
-    """Write the result of the kernel to `z`. Return `z`, or GELU of `z` if `gelu`."""
+    """Return the result of the kernel in `z`. If `gelu`, return its GELU, and keep the derivative of GELU in `z`."""
     y = _like(z) if gelu else None
     run_kernel(ctx.kernel, (x, weight, bias, z, y), ctx.sizes)
     ctx.save_for_backward(x, weight, bias, z if gelu else None)
@@ -250,6 +259,36 @@ class Context(PyLayer):
         return tuple(gradients)
 
 
+class Block(PyLayer):
+    """Compute a whole block as `fcvit.models.backbone.Block` does, with its intermediate results in one tensor.
+
+    `factors` are the constant factors of both branches for each image, B numbers each, or None. `sizes` are those of a
+    block in `block.cc` after B, H and W. `parameters` has the order of `Parameters` there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, *parameters: Tensor, factors: Sequence[Tensor | None], sizes: Sequence[int], eps: Any
+    ) -> Tensor:
+        x = _dense(x)
+        ctx.sizes, ctx.factors, ctx.eps = (*x.shape[:3], *sizes, len(parameters)), factors, eps
+        memory = build.operators().fcvit_block_memory
+        memory.restype = ctypes.c_int64
+        arena = _empty([memory((ctypes.c_int64 * len(ctx.sizes))(*ctx.sizes))], x.dtype)
+        y = _like(x)
+        run_kernel("block", (x, arena, *factors, y, *parameters), ctx.sizes, *eps)
+        ctx.save_for_backward(x, arena, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, arena, *parameters = ctx.saved_tensor()
+        dx, gradients = _like(x), [_like(parameter) for parameter in parameters]
+        tensors = (x, arena, *ctx.factors, _dense(dy), dx, *parameters, *gradients)
+        run_kernel("block_backward", tensors, ctx.sizes, *ctx.eps)
+        return (dx, *gradients)
+
+
 class Pool(PyLayer):
     """Average over positions: (B, H, W, C) to (B, C)."""
 
@@ -269,7 +308,7 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
-    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` (B,) per image."""
+    """Return x + branch * scale * factor, with `scale` (C,) for the channels and the constant `factor` for the images."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -316,6 +355,7 @@ def _swapped(x: Tensor, to_first: bool) -> Tensor:
 
 layer_norm, linear, depthwise, strided = LayerNorm.apply, Linear.apply, Depthwise.apply, Strided.apply
 context, pool, residual, batch_norm = Context.apply, Pool.apply, Residual.apply, BatchNorm.apply
+whole_block = Block.apply
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:

@@ -117,20 +117,13 @@ inline Normal<double> normal(Vector<double> x) {
     return result;
 }
 
+// y = gelu(z), and gelu'(z) replaces z.
 template <class T>
-inline void gelu_row(const T* x, T* y, int64_t count) {
+inline void gelu_row(T* z, T* y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES<T>) {
-        const Vector<T> v = load_some(x + i, count - i);
-        store_some(y + i, v * normal(v).distribution, count - i);
-    }
-}
-
-// dx = dy gelu'(x)
-template <class T>
-inline void gelu_row_backward(const T* x, const T* dy, T* dx, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES<T>) {
-        const Vector<T> v = load_some(x + i, count - i);
+        const Vector<T> v = load_some(z + i, count - i);
         const Normal<T> n = normal(v);
-        store_some(dx + i, load_some(dy + i, count - i) * (n.distribution + v * n.density), count - i);
+        store_some(y + i, v * n.distribution, count - i);
+        store_some(z + i, n.distribution + v * n.density, count - i);
     }
 }

@@ -1,7 +1,7 @@
 """Create the AdamW optimizer of a recipe, save and restore its state, and keep EMA weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ import_framework("paddle")
 
 import paddle  # noqa: E402
 from paddle import Tensor, nn  # noqa: E402
+
+if TYPE_CHECKING:
+    from fcvit.native.optimizer import AdamW
 
 
 def _component(name: str) -> str:
@@ -53,8 +56,8 @@ def depth_of(name: str, depths: Sequence[int]) -> int:
     return sum(depths[:stage]) + 1 + (0 if downsampling else int(block))
 
 
-def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
-    """Create AdamW for the trained parameters of a model.
+def create_optimizer(model: Any, recipe: Recipe, native: bool = False) -> "paddle.optimizer.AdamW | AdamW":
+    """Create AdamW for the trained parameters of a model. With `native`, one native operator updates all of them.
 
     Parameters with fewer than two dimensions have no weight decay, as in timm, which the authors use for
     classification. `decay_all` applies it to all parameters, as in mmsegmentation. `layer_decay` d multiplies the
@@ -66,13 +69,19 @@ def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
     top = depth_of("head", depths)
     for name, parameter in parameters.items():
         parameter.optimize_attr["learning_rate"] = recipe.layer_decay ** (top - depth_of(name, depths))
+    trained = list(parameters.values())
+    if native:
+        from fcvit.native.optimizer import AdamW
+
+        betas = (recipe.beta1, recipe.beta2)
+        return AdamW(trained, decayed, recipe.peak_lr, betas, recipe.eps, recipe.weight_decay, recipe.clip_norm)
     return paddle.optimizer.AdamW(
         learning_rate=recipe.peak_lr,
         beta1=recipe.beta1,
         beta2=recipe.beta2,
         epsilon=recipe.eps,
         weight_decay=recipe.weight_decay,
-        parameters=list(parameters.values()),
+        parameters=trained,
         # Paddle passes `Parameter.name` here, which differs from the name in the model.
         apply_decay_param_fun=lambda name: name in decayed,
         grad_clip=None if recipe.clip_norm is None else nn.ClipGradByGlobalNorm(recipe.clip_norm),
@@ -83,7 +92,7 @@ def create_optimizer(model: Any, recipe: Recipe) -> paddle.optimizer.AdamW:
 _STATE_KINDS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
-def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) -> dict[str, np.ndarray]:
+def optimizer_tensors(optimizer: "paddle.optimizer.AdamW | AdamW", model: nn.Layer) -> dict[str, np.ndarray]:
     """Return the optimizer's state by the model's parameter names, such as `moment1/NAME`."""
     state = optimizer.state_dict()
     return {
@@ -95,7 +104,7 @@ def optimizer_tensors(optimizer: paddle.optimizer.Optimizer, model: nn.Layer) ->
 
 
 def restore_optimizer(
-    optimizer: paddle.optimizer.Optimizer, model: nn.Layer, tensors: Mapping[str, np.ndarray]
+    optimizer: "paddle.optimizer.AdamW | AdamW", model: nn.Layer, tensors: Mapping[str, np.ndarray]
 ) -> None:
     """Invert `optimizer_tensors`.
 
@@ -125,10 +134,11 @@ class EMA:
     Args:
         model: The network.
         decay: Highest decay.
+        native: True to update all weights with one native operator.
     """
 
-    def __init__(self, model: nn.Layer, decay: float):
-        self.decay = decay
+    def __init__(self, model: nn.Layer, decay: float, native: bool = False):
+        self.decay, self.native = decay, native
         self.statistics_decay = 1.0  # product of the decays since the last update of the running statistics
         self.tensors = {name: tensor.clone().detach() for name, tensor in model.state_dict().items()}
 
@@ -136,8 +146,14 @@ class EMA:
         """Update the EMA weights after optimizer step number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self.statistics_decay *= decay
+        trained = trained_parameters(model)
+        if self.native:
+            from fcvit.native.optimizer import lerp
+
+            lerp([self.tensors[name] for name in trained], list(trained.values()), 1 - decay)
+            return
         with paddle.no_grad():
-            for name, parameter in trained_parameters(model).items():
+            for name, parameter in trained.items():
                 self.tensors[name].lerp_(parameter, 1 - decay)
 
     def end_epoch(self, model: nn.Layer) -> None:

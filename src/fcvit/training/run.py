@@ -288,7 +288,7 @@ class Run:
         elif recipe.batchnorm == "sync_head" and processes.count > 1 and resolved_device != "cpu":
             use_synchronized_batchnorm(model, head_only=True)
         self.operators = _accelerate(model, recipe, resolved_device)
-        self.trainer = Trainer(model, recipe, self.micro_batches, self.task.loss)
+        self.trainer = Trainer(model, recipe, self.micro_batches, self.task.loss, self.operators == "native")
         self.progress = Progress(first_updates=_updates(weights))
         self.began_after, self.saved = 0, ""
         self.moved = False  # True if a resumed run reads data or weights from a new path

@@ -48,18 +48,19 @@ class Trainer:
         recipe: Recipe of the run.
         micro_batches: The micro-batches of a step.
         loss: Loss function of the task (see `fcvit.tasks.base.TrainingTask.loss`).
+        native: True to update the weights with the native operators, on a CPU.
 
     Attributes:
         step: Number of finished optimizer steps.
         seconds: Seconds in each of `PHASES` since `reset_clock`. On a GPU this is only the time to launch the work.
     """
 
-    def __init__(self, model: nn.Layer, recipe: Recipe, micro_batches: MicroBatches, loss: Loss):
+    def __init__(self, model: nn.Layer, recipe: Recipe, micro_batches: MicroBatches, loss: Loss, native: bool = False):
         self.model, self.recipe, self.micro_batches, self.task_loss = model, recipe, micro_batches, loss
-        self.optimizer = create_optimizer(model, recipe)
+        self.optimizer = create_optimizer(model, recipe, native)
         self.trained = list(trained_parameters(model).values())
         self.statistics = Statistics(model, micro_batches.accumulate, micro_batches.processes)
-        self.ema = EMA(model, recipe.ema_decay) if recipe.ema_decay is not None else None
+        self.ema = EMA(model, recipe.ema_decay, native) if recipe.ema_decay is not None else None
         half = recipe.precision == "float16"
         self.scaler = paddle.amp.GradScaler(enable=half, init_loss_scaling=2.0**16 if half else 1.0)
         self.step = 0
