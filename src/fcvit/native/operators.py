@@ -272,7 +272,7 @@ class Block(PyLayer):
     ) -> Tensor:
         x = _dense(x)
         ctx.sizes, ctx.factors, ctx.eps = (*x.shape[:3], *sizes, len(parameters)), factors, eps
-        memory = build.operators().fcvit_block_memory
+        memory = build.library().fcvit_block_memory
         memory.restype = ctypes.c_int64
         arena = _empty([memory((ctypes.c_int64 * len(ctx.sizes))(*ctx.sizes))], x.dtype)
         y = _like(x)
