@@ -2,7 +2,7 @@
 #include "operators.h"
 #include "winograd.h"
 
-constexpr int64_t L = LANES<float>, PANEL = Winograd::PANEL;
+constexpr int64_t PANEL = Winograd::PANEL;
 
 Strides channels_last(int64_t H, int64_t W, int64_t C) { return {L, H * W * C, W * C, C}; }
 

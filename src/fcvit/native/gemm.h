@@ -23,7 +23,7 @@ constexpr int TILE_POSITIONS = 6;
 #endif
 constexpr int64_t PIECE = 256;  // inputs summed before they are added to the output, for accuracy and for the cache
 
-enum Activation : int64_t { LINEAR, GELU, RELU };
+enum Nonlinearity : int64_t { LINEAR, GELU, RELU };
 
 inline Floats smaller(Floats a, Floats b) {  // the compiler does not turn `a < b ? a : b` into one instruction
 #if defined(__AVX512F__)
@@ -114,7 +114,7 @@ struct Product {
     int64_t block;
     int vectors;      // 1 or 2
     bool accumulate;  // add to `out` instead of overwriting it
-    Activation activation = LINEAR;
+    Nonlinearity activation = LINEAR;
     const float *scale = nullptr, *residual = nullptr;  // out = residual + scale activation(sums), with strides of out
 };
 

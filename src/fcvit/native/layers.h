@@ -233,14 +233,14 @@ inline void pointwise(const Op& o, const Worker& w) {
         const int64_t strip = task / parts, part = task % parts;
         const int64_t first = P * strip / strips, count = P * (strip + 1) / strips - first;
         const float* x = w.map(o.x) + first * L;
-        Product t = {offsets, C, L, nullptr, nullptr, nullptr, longest * L, 2, false, Activation(o.within)};
+        Product t = {offsets, C, L, nullptr, nullptr, nullptr, longest * L, 2, false, Nonlinearity(o.within)};
         for (int64_t v = 0; v < I; v += 2) {
             t.weights = o.weights[0] + v * C * L * L, t.bias = o.weights[1] + v * L;
             t.out = scratch + v * longest * L, t.vectors = int(std::min<int64_t>(2, I - v));
             multiply<L>(t, x, count);
         }
         if (I) t.offsets = inner_offsets, t.blocks = I, x = scratch;
-        t.block = P * L, t.activation = Activation(o.activation);
+        t.block = P * L, t.activation = Nonlinearity(o.activation);
         for (int64_t v = 2 * (panels * part / parts); v < std::min(N, 2 * (panels * (part + 1) / parts)); v += 2) {
             t.weights = o.weights[I ? 2 : 0] + v * t.blocks * L * L, t.bias = o.weights[I ? 3 : 1] + v * L;
             t.out = w.map(o.y) + (v * P + first) * L, t.vectors = int(std::min<int64_t>(2, N - v));

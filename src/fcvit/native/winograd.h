@@ -8,9 +8,7 @@
 // spread over the tile of 4x4 outputs.
 #pragma once
 
-#include <algorithm>
-
-#include "simd.h"
+#include "gemm.h"
 
 // Block `b` of L channels of pixel (y, x) of image `g` is at b block + g image + y row + x pixel. In channels last, pixel
 // is the number of channels and block is L. In [C / L][image][H][W][L], pixel is L.
@@ -19,12 +17,7 @@ struct Strides {
 };
 
 struct Winograd {
-    static constexpr int64_t L = LANES<float>, PANEL = 2 * L;
-#if defined(__AVX512F__)
-    static constexpr int ROWS = 12;
-#else
-    static constexpr int ROWS = 6;
-#endif
+    static constexpr int64_t PANEL = 2 * L;
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
@@ -35,10 +28,10 @@ struct Winograd {
     Winograd(int64_t images, int64_t H, int64_t W, int64_t C, int64_t N, int64_t threads)
         : images(images), H(H), W(W), C(C), N(N), blocks((C + L - 1) / L), panels((N + PANEL - 1) / PANEL),
           high((H + 3) / 4), wide((W + 3) / 4), tiles(images * high * wide) {
-        const int64_t most = SCRATCH / (36 * (blocks * L + panels * PANEL)) / ROWS * ROWS;
-        tiles_each = std::clamp<int64_t>(most, 2 * ROWS, 12 * ROWS);
+        const int64_t most = SCRATCH / (36 * (blocks * L + panels * PANEL)) / TILE_POSITIONS * TILE_POSITIONS;
+        tiles_each = std::clamp<int64_t>(most, 2 * TILE_POSITIONS, 12 * TILE_POSITIONS);
         strips = (tiles + tiles_each - 1) / tiles_each;
-        tiles_each = round_up((tiles + strips - 1) / std::max<int64_t>(strips, 1), ROWS / 3);  // strips of equal length
+        tiles_each = (tiles + strips - 1) / std::max<int64_t>(strips, 1);  // strips of equal length
         // Threads share a strip if there are few, and each of them transforms the input.
         const int64_t wanted = threads > 1 && strips ? std::max<int64_t>(2 * threads / strips, 1) : 1;
         panels_each = (panels + wanted - 1) / wanted;
@@ -52,7 +45,7 @@ struct Winograd {
     }
     int64_t input_step() const { return tiles_each * blocks * L + GAP; }
     int64_t output_step() const { return tiles_each * panels_each * PANEL + GAP; }
-    int64_t scratch_size() const { return 36 * (input_step() + output_step()); }
+    int64_t scratch_size() const { return 36 * (input_step() + output_step()) + 2 * blocks; }
 
     // Packs the weights of panel `panel` of the outputs, as [frequency][panel][C][PANEL], and the bias (null: 0) behind
     // them. Weight (output, input, tap) is at output * output_step + input * input_step + tap. `flip` rotates the kernels by 180
@@ -79,46 +72,36 @@ struct Winograd {
     }
 
     // Computes one of the tasks, in any order and by any thread. Results do not depend on the division into tasks.
-    void run(int64_t task, const float* x, Strides from, const float* packed, bool relu, float* y, Strides to,
+    void run(int64_t task, const float* x, Strides from, const float* packed, bool positive, float* y, Strides to,
              float* scratch) const {
         const int64_t first = task / groups * tiles_each, count = std::min(tiles_each, tiles - first);
         const int64_t panel0 = task % groups * panels_each, panel1 = std::min(panels, panel0 + panels_each);
         const int64_t depth = blocks * L;
         float *inputs = scratch, *outputs = scratch + 36 * input_step();
         for (int64_t t = 0; t < count; t++) input_tile(first + t, x, from, inputs + t * L);
+        int64_t* offsets = (int64_t*)(outputs + 36 * output_step());
+        for (int64_t b = 0; b < blocks; b++) offsets[b] = b * tiles_each * L;
         for (int64_t f = 0; f < 36; f++) {
             for (int64_t panel = panel0; panel < panel1; panel++) {
                 const float* u = packed + (f * panels + panel) * depth * PANEL;
                 float* m = outputs + f * output_step() + (panel - panel0) * tiles_each * PANEL;
-                for (int64_t t = 0; t < count; t += ROWS) {
-                    const float* v = inputs + f * input_step() + t * L;
-                    const int64_t rows = count - t;
-                    if (rows > ROWS * 2 / 3) {
-                        product<ROWS>(v, u, m + t * L);
-                    } else if (rows > ROWS / 3) {
-                        product<ROWS * 2 / 3>(v, u, m + t * L);
-                    } else {
-                        product<ROWS / 3>(v, u, m + t * L);
-                    }
-                }
+                multiply<L>({offsets, blocks, L, u, nullptr, m, tiles_each * L, 2, false}, inputs + f * input_step(), count);
             }
         }
         const float* bias = packed + 36 * panels * PANEL * depth;
         for (int64_t t = 0; t < count; t++) {
             for (int64_t b = panel0 * 2; b * L < std::min(N, panel1 * PANEL); b++) {
                 const float* m = outputs + (b - panel0 * 2) * tiles_each * L + t * L;
-                output_tile(first + t, b, m, load(bias + b * L), relu, y, to);
+                output_tile(first + t, b, m, load(bias + b * L), positive, y, to);
             }
         }
     }
 
-    typedef Vector<float> V;
+    typedef Floats V;
 
     static constexpr float P = 0.625f, Q = 1.5f, PP = P * P, QQ = Q * Q;
     static constexpr float ORIGIN = float(1 / (double(PP) * QQ));  // factors that belong to the points 0, P and Q
     static constexpr float NEAR = float(0.5 / (double(PP) * (PP - QQ))), FAR = float(0.5 / (double(QQ) * (QQ - PP)));
-
-    static int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
     static inline void weight_transform(const V* g, int step, V* u, int to) {
         const V near = NEAR * g[0] + NEAR * PP * g[2 * step], far = FAR * g[0] + FAR * QQ * g[2 * step];
@@ -181,7 +164,7 @@ struct Winograd {
         }
     }
 
-    void output_tile(int64_t tile, int64_t block, const float* m, V bias, bool relu, float* y, Strides s) const {
+    void output_tile(int64_t tile, int64_t block, const float* m, V bias, bool positive, float* y, Strides s) const {
         const int64_t top = tile / wide % high * 4, left = tile % wide * 4, step = output_step(), some = N - block * L;
         float* corner = y + block * s.block + tile / wide / high * s.image + top * s.row + left * s.pixel;
         V middle[24];
@@ -191,13 +174,12 @@ struct Winograd {
             for (int j = 0; j < 6; j++) row[j] = load(m + (6 * i + j) * step);
             output_transform(row, middle + i, 6);
         }
-        const V zero = {};
         for (int j = 0; j < std::min<int64_t>(4, W - left); j++) {
             V out[4];
             output_transform(middle + 6 * j, out, 1);
             for (int i = 0; i < std::min<int64_t>(4, H - top); i++) {
                 out[i] += bias;
-                if (relu) out[i] = out[i] < zero ? zero : out[i];  // keeps NaN
+                if (positive) out[i] = relu(out[i]);
                 store_some(corner + i * s.row + j * s.pixel, out[i], some);
             }
         }
@@ -259,27 +241,5 @@ struct Winograd {
         g[0] = ORIGIN * u[0] + near + far;
         g[step] = NEAR * P * (u[1] - u[2]) + FAR * Q * (u[3] - u[4]);
         g[2 * step] = PP * near + QQ * far + u[5];
-    }
-
-    // One frequency for HEIGHT tiles and a panel of outputs: m = v u.
-    template <int HEIGHT>
-    void product(const float* v, const float* u, float* m) const {
-        V sum[HEIGHT][2] = {};
-        for (int64_t b = 0; b < blocks; b++, v += tiles_each * L, u += L * PANEL) {
-#pragma GCC unroll 16
-            for (int k = 0; k < L; k++) {
-                const V left = load(u + k * PANEL), right = load(u + k * PANEL + L);
-#pragma GCC unroll 16
-                for (int r = 0; r < HEIGHT; r++) {
-                    sum[r][0] += v[r * L + k] * left;
-                    sum[r][1] += v[r * L + k] * right;
-                }
-            }
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < HEIGHT; r++) {
-            store(m + r * L, sum[r][0]);
-            store(m + tiles_each * L + r * L, sum[r][1]);
-        }
     }
 };
