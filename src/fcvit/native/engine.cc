@@ -13,10 +13,6 @@
 #include <new>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "layers.h"
 
 namespace {
@@ -64,12 +60,8 @@ struct Memory {
         if (floats <= size) return;
         std::free(data);
         size = 0;
-        const int64_t page = 1 << 21, bytes = (floats * sizeof(float) + page - 1) / page * page;
-        data = (float*)std::aligned_alloc(page, bytes);
+        data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
         if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-        madvise(data, bytes, MADV_HUGEPAGE);  // small pages collide in the L2 cache
-#endif
         size = floats;
     }
 };

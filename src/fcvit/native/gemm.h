@@ -6,6 +6,10 @@
 
 #include <algorithm>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 using Floats = Vector<float>;
@@ -23,9 +27,9 @@ enum Activation : int64_t { LINEAR, GELU, RELU };
 
 inline Floats smaller(Floats a, Floats b) {  // the compiler does not turn `a < b ? a : b` into one instruction
 #if defined(__AVX512F__)
-    return (Floats)__builtin_ia32_minps512_mask(a, b, a, (unsigned short)-1, 4);
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX__)
-    return (Floats)__builtin_ia32_minps256(a, b);
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
 #else
     return a < b ? a : b;
 #endif
@@ -34,20 +38,46 @@ inline Floats smaller(Floats a, Floats b) {  // the compiler does not turn `a < 
 // max(0, x), and NaN if x is NaN.
 inline Floats relu(Floats x) {
 #if defined(__AVX512F__)
-    return (Floats)__builtin_ia32_maxps512_mask(Floats{}, x, x, (unsigned short)-1, 4);
+    return (Floats)_mm512_max_ps(__m512{}, (__m512)x);
 #elif defined(__AVX__)
-    return (Floats)__builtin_ia32_maxps256(Floats{}, x);
+    return (Floats)_mm256_max_ps(__m256{}, (__m256)x);
 #else
     return x < 0.0f ? Floats{} : x;
 #endif
 }
 
-// gelu(x) = max(0, x) - z Phi(-z) with z = |x|. The last term is a bump, which a polynomial in u = 2 z / 5.5 - 1
-// approximates to 1.2e-7 (minimax fit). For larger z, its value is below 1.1e-7. The error of the result is at most
-// 4e-7. Apply it to stored rows: the compiler would serialize calls on registers, and each is a long chain.
-inline Floats gelu(Floats x) {
-    typedef int32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
-    const Floats z = smaller((Floats)((Bits)x & 0x7fffffff), Floats{} + 5.5f);
+// gelu(x) = max(0, x) - bump(|x|) with bump(z) = z Phi(-z), which is below 1.1e-7 for z > 5.5. The bump is approximated by
+// polynomials (minimax fits). The error of the result is at most 4e-7. Apply it to stored rows: the compiler would
+// serialize calls on registers, and each is a long chain.
+#if defined(__AVX512F__)
+// 16 polynomials of degree 4, around the multiples of 1 / 2.816. One register has a coefficient of all of them.
+inline Floats bump(Floats z) {
+    static const float TABLE[5][16] = {
+        {-1.82182225e-09f, 1.28275111e-01f, 1.69587508e-01f, 1.52741611e-01f, 1.10446513e-01f, 6.73225820e-02f,
+         3.52987610e-02f, 1.60783883e-02f, 6.39645895e-03f, 2.22950545e-03f, 6.82157115e-04f, 1.83443961e-04f,
+         4.33932219e-05f, 9.03407999e-06f, 1.65600261e-06f, 2.67347701e-07f},
+        {1.77534059e-01f, 8.10538605e-02f, 6.62328722e-03f, -3.46436873e-02f, -4.57670279e-02f, -3.85469757e-02f,
+         -2.53161807e-02f, -1.37428772e-02f, -6.32138224e-03f, -2.49557593e-03f, -8.51908699e-04f, -2.52652681e-04f,
+         -6.53031675e-05f, -1.47430228e-05f, -2.91193351e-06f, -5.03783724e-07f},
+        {-5.02983928e-02f, -4.42458689e-02f, -2.92311534e-02f, -1.23402951e-02f, 1.57062095e-04f, 5.99055039e-03f,
+         6.60023605e-03f, 4.78630699e-03f, 2.70100171e-03f, 1.25160848e-03f, 4.88041900e-04f, 1.62287921e-04f,
+         4.63973374e-05f, 1.14659360e-05f, 2.45844944e-06f, 4.58596588e-07f},
+        {1.22341853e-05f, 3.81163182e-03f, 5.70106413e-03f, 5.12721529e-03f, 3.05747217e-03f, 9.41332488e-04f,
+         -3.38518876e-04f, -7.26058264e-04f, -6.07087801e-04f, -3.59194353e-04f, -1.67880979e-04f, -6.46320041e-05f,
+         -2.09292466e-05f, -5.77031869e-06f, -1.36511142e-06f, -2.78596673e-07f},
+        {1.03604828e-03f, 7.71918043e-04f, 1.50117339e-04f, -3.92107322e-04f, -5.78731531e-04f, -4.42656368e-04f,
+         -1.97001413e-04f, -1.47198625e-05f, 5.79662883e-05f, 5.86262031e-05f, 3.61805178e-05f, 1.68526349e-05f,
+         6.32241154e-06f, 1.96770702e-06f, 5.16420073e-07f, 1.15459414e-07f},
+    };
+    const Floats rounder = Floats{} + 0x1.8p23f, shifted = z * 2.8163636f + rounder;  // rounded, in the lowest bits
+    const Floats t = z * 2.8163636f - (shifted - rounder);
+    Floats y = (Floats)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(TABLE[4]));
+#pragma GCC unroll 4
+    for (int k = 3; k >= 0; k--) y = y * t + (Floats)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(TABLE[k]));
+    return y;
+}
+#else
+inline Floats bump(Floats z) {
     const Floats u = z * (2 / 5.5f) - 1.0f, square = u * u;
     Floats even = square * -1.517692384e-02f + 9.689633617e-02f;
     Floats odd = square * -8.052401930e-04f - 3.640844218e-02f;
@@ -64,7 +94,13 @@ inline Floats gelu(Floats x) {
     even = even * square + 1.912618982e-01f;
     odd = odd * square - 6.057774963e-02f;
     even = even * square + 8.194380510e-03f;
-    return relu(x) - (odd * u + even);
+    return odd * u + even;
+}
+#endif
+
+inline Floats gelu(Floats x) {
+    typedef int32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
+    return relu(x) - bump(smaller((Floats)((Bits)x & 0x7fffffff), Floats{} + 5.5f));
 }
 
 // A product of positions with a panel of weights, which has 2 L outputs for every input, and their biases (or null).
