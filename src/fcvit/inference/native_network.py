@@ -294,7 +294,7 @@ class _Program:
         if positions <= _SMALL:
             group *= max(1, _HIDDEN_FLOATS // (positions * self.images * _PIECE))
             if self.team:  # wait less often for other threads
-                group = hidden
+                group = self.padded(hidden)
             slots["z"] = self.slot("hidden", min(group, self.padded(hidden)) * positions)
         kernel = self.variant.channel_kernel
         flops += 2 * positions * hidden * kernel**2
