@@ -5,6 +5,7 @@
 #   make test                  the tests (installs PyTorch too); FCVIT_ALL_TESTS=1 adds those that only CI runs
 #   make test-fast             the tests to run while working
 #   make test-lowest           the same with the lowest versions that pyproject.toml allows, in .venv-lowest
+#   make sanitize              the native code with address, undefined-behavior and thread sanitizers (needs GCC)
 #   make lint                  style and types
 #   make docs                  the documentation site, in docs/_build/html; warnings are errors
 #   make notebook              execute docs/tutorial.ipynb and store its outputs
@@ -33,7 +34,7 @@ CONSTRAIN = $(if $(CONSTRAINTS),PIP_CONSTRAINT='$(CONSTRAINTS)' PIP_BUILD_CONSTR
 PIP_INSTALL = $(CONSTRAIN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
   $(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
 
-.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest lint docs notebook pictures constraints clean FORCE
+.PHONY: quickstart train-digits finetune-digits test test-fast test-lowest sanitize lint docs notebook pictures constraints clean FORCE
 
 quickstart: $(VENV)/.cpu
 	$(BIN)/fcvit quickstart
@@ -59,6 +60,9 @@ test-lowest: $(BIN)/uv
 	$(BIN)/uv pip compile --quiet --python $(BIN)/python --only-binary :all: --resolution lowest-direct \
 	  --no-header --no-annotate --extra cpu --extra dev pyproject.toml > $(VENV)/lowest.txt
 	$(MAKE) test-fast VENV=.venv-lowest CONSTRAINTS=$(VENV)/lowest.txt
+
+sanitize: $(VENV)/.dev
+	$(BIN)/python scripts/sanitize.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -165,8 +165,8 @@ class _Layers:
 
     def pointer(self, name: str, create: Callable[[], np.ndarray]) -> int:
         """Return the address of an array, which is created once."""
-        if name not in self.arrays:
-            self.arrays[name] = _aligned(create())
+        if name not in self.arrays:  # two threads may create it at once, and both must use the same array
+            self.arrays.setdefault(name, _aligned(create()))
         return self.arrays[name].ctypes.data
 
     def tensor(self, name: str) -> np.ndarray:
@@ -349,7 +349,7 @@ class _Program:
         if positions <= _SMALL:
             group *= max(1, _HIDDEN_FLOATS // (positions * self.images * _PIECE))
             if self.team:  # wait less often for other threads
-                group = hidden
+                group = self.padded(hidden)
             slots["z"] = self.slot("hidden", min(group, self.padded(hidden)) * positions)
         kernel = self.variant.channel_kernel
         flops += 2 * positions * hidden * kernel**2

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fcvit.errors import MissingExtra
 from fcvit.machine import available_threads, processor_flags, processor_identity
@@ -174,7 +175,9 @@ def _run(compiler: str, commands: Sequence[Sequence[str]], advance: Callable[[in
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # such as a sanitizer
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+        return subprocess.Popen(command, env=environment, text=True, errors="replace", **pipes)
     except OSError as error:
         raise _missing(f"{command[0]} cannot be started: {error.strerror}") from error
