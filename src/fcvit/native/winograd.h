@@ -26,6 +26,7 @@ struct Winograd {
     static constexpr int ROWS = 6;
 #endif
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
+    static constexpr int64_t PIECE = 32;         // channels that are added up before they are added to others, for accuracy
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
     int64_t images, H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups,
@@ -259,22 +260,28 @@ struct Winograd {
     // One frequency for HEIGHT tiles and a panel of outputs: m = v u.
     template <int HEIGHT>
     void product(const float* v, const float* u, float* m) const {
-        V sum[HEIGHT][2] = {};
-        for (int64_t b = 0; b < blocks; b++, v += tiles_each * L, u += L * PANEL) {
+        for (int64_t b = 0; b < blocks;) {
+            V sum[HEIGHT][2] = {};
+            const bool first = b == 0;
+            for (const int64_t end = std::min(blocks, b + PIECE / L); b < end; b++, v += tiles_each * L, u += L * PANEL) {
 #pragma GCC unroll 16
-            for (int k = 0; k < L; k++) {
-                const V left = load(u + k * PANEL), right = load(u + k * PANEL + L);
+                for (int k = 0; k < L; k++) {
+                    const V left = load(u + k * PANEL), right = load(u + k * PANEL + L);
 #pragma GCC unroll 16
-                for (int r = 0; r < HEIGHT; r++) {
-                    sum[r][0] += v[r * L + k] * left;
-                    sum[r][1] += v[r * L + k] * right;
+                    for (int r = 0; r < HEIGHT; r++) {
+                        sum[r][0] += v[r * L + k] * left;
+                        sum[r][1] += v[r * L + k] * right;
+                    }
                 }
             }
-        }
 #pragma GCC unroll 16
-        for (int r = 0; r < HEIGHT; r++) {
-            store(m + r * L, sum[r][0]);
-            store(m + tiles_each * L + r * L, sum[r][1]);
+            for (int r = 0; r < HEIGHT; r++) {
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    float* to = m + (half * tiles_each + r) * L;
+                    store(to, first ? sum[r][half] : load(to) + sum[r][half]);
+                }
+            }
         }
     }
 };
