@@ -33,10 +33,19 @@ _NUMBERS = (
     "channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation", "within",
     "high", "wide",
 )  # fmt: skip
-_PIECE = 256  # PIECE in gemm.h. Groups of hidden channels are multiples of it, so that all sums have the same order.
+_PIECE = 256  # Product::piece in gemm.h. Groups of hidden channels are multiples of it, so that all sums have the same order.
 _SMALL = 256  # positions of a map that the channel mixer computes as a whole
 _HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
 _POSITIONS = 28  # in the last stage, from which a product with its weights is efficient
+_NEAR, _FAR = 5 / 8, 3 / 2  # the points of winograd.h
+_POINTS = ((_NEAR, _FAR), (-_NEAR, _FAR), (_FAR, _NEAR), (-_FAR, _NEAR))  # each with the other one
+_WINOGRAD = np.array(  # the transform of the weights, (frequency, tap)
+    [
+        (1 / (_NEAR * _FAR) ** 2, 0, 0),
+        *(np.array((1, p, p * p)) / (2 * p * p * (p * p - other**2)) for p, other in _POINTS),
+        (0, 0, 1),
+    ]
+)
 _ROIS = {BOX_HEAD: 112, MASK_HEAD: 8}  # that a thread computes together
 
 
@@ -98,7 +107,7 @@ class NativeNetwork:
         self.library.fcvit_engine_create.restype = ctypes.c_void_p
         self.library.fcvit_engine_destroy.argtypes = [ctypes.c_void_p]
         self.engine = ctypes.c_void_p(self.library.fcvit_engine_create())
-        self.layers, self.part = _Layers(weights, preprocessing, self.library), part
+        self.layers, self.part = _Layers(weights, preprocessing, self.library.fcvit_lanes()), part
         self.program = functools.lru_cache(16)(functools.partial(_Program, self.layers, part))
 
     def __del__(self) -> None:
@@ -156,9 +165,13 @@ class NativeNetwork:
 class _Layers:
     """The weights of a network, folded and packed when they are first used."""
 
-    def __init__(self, weights: Weights, preprocessing: Preprocessing, library: ctypes.CDLL):
-        self.spec, self.variant, self.preprocessing = weights.spec, weights.spec.variant, preprocessing
-        self.library, self.lanes = library, library.fcvit_lanes()
+    def __init__(self, weights: Weights, preprocessing: Preprocessing, lanes: int):
+        self.spec, self.variant, self.lanes, self.preprocessing = (
+            weights.spec,
+            weights.spec.variant,
+            lanes,
+            preprocessing,
+        )
         prefix = HEADS[weights.spec.head].prefix
         self.tensors = {n.removeprefix(prefix): t for n, t in weights.tensors.items() if not is_counter(n)}
         self.arrays: dict[str, np.ndarray] = {}
@@ -195,16 +208,14 @@ class _Layers:
         return self.pointer(f"{name} weight", packed), self.vector(f"{name} bias", lambda: create()[1])
 
     def winograd(self, name: str, create: Callable[[], algebra.Pair]) -> tuple[int]:
-        """Return the address of the weights (N, C, 3, 3) and biases of a convolution, packed for Winograd's method."""
+        """Return the address of the weights (N, C, 3, 3) and biases of a convolution, packed for `Winograd`."""
 
         def packed() -> np.ndarray:
-            weight, bias = (np.ascontiguousarray(one, np.float32) for one in create())
-            outputs, inputs = weight.shape[:2]
-            panel, depth = 2 * self.lanes, -(-inputs // self.lanes) * self.lanes
-            result = np.empty(-(-outputs // panel) * panel * (36 * depth + 1), np.float32)
-            pointers = [ctypes.c_void_p(array.ctypes.data) for array in (weight, bias, result)]
-            self.library.fcvit_pack(*pointers[:2], ctypes.c_int64(inputs), ctypes.c_int64(outputs), pointers[2])
-            return result
+            weight, bias = create()
+            frequencies = (_WINOGRAD @ weight @ _WINOGRAD.T).transpose(2, 3, 1, 0)  # (6, 6, C, N)
+            frequencies = _fill(_fill(frequencies, 2, self.lanes), 3, 2 * self.lanes)
+            panels = frequencies.reshape(36, frequencies.shape[2], -1, 2 * self.lanes).swapaxes(1, 2)
+            return np.concatenate([panels.ravel(), _fill(bias, 0, 2 * self.lanes)])
 
         return (self.pointer(f"{name} winograd", packed),)
 

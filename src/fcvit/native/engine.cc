@@ -158,11 +158,6 @@ extern "C" {
 
 int64_t fcvit_lanes() { return L; }
 
-// Packs a convolution (N, C, 3, 3) and its bias for Winograd's method. `packed` has room for Winograd::packed_size.
-void fcvit_pack(const float* weight, const float* bias, int64_t C, int64_t N, float* packed) {
-    for (int64_t panel = 0; panel * Winograd::PANEL < N; panel++) Winograd::pack(weight, 9 * C, 9, false, bias, C, N, panel, packed);
-}
-
 void* fcvit_engine_create() { return new (std::nothrow) Engine; }
 
 void fcvit_engine_destroy(void* engine) { delete (Engine*)engine; }

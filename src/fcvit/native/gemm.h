@@ -21,7 +21,6 @@ constexpr int TILE_POSITIONS = 14;
 #else
 constexpr int TILE_POSITIONS = 6;
 #endif
-constexpr int64_t PIECE = 256;  // inputs summed before they are added to the output, for accuracy and for the cache
 
 enum Nonlinearity : int64_t { LINEAR, GELU, RELU };
 
@@ -115,6 +114,7 @@ struct Product {
     int vectors;      // 1 or 2
     bool accumulate;  // add to `out` instead of overwriting it
     Nonlinearity activation = LINEAR;
+    int64_t piece = 256;  // inputs that are added up before they are added to the output, for accuracy and the cache
     const float *scale = nullptr, *residual = nullptr;  // out = residual + scale activation(sums), with strides of out
 };
 
@@ -179,7 +179,7 @@ void product_tiles(const Product& t, const float* data, int64_t begin, int64_t e
 // Computes the product for `positions` positions, in tiles of almost equal size.
 template <int STEP>
 void multiply(const Product& t, const float* data, int64_t positions) {
-    const int64_t tiles = (positions + TILE_POSITIONS - 1) / TILE_POSITIONS, step = std::max<int64_t>(1, PIECE / t.depth);
+    const int64_t tiles = (positions + TILE_POSITIONS - 1) / TILE_POSITIONS, step = std::max<int64_t>(1, t.piece / t.depth);
     for (int64_t begin = 0; begin < t.blocks; begin += step) {
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = positions * tile / tiles, next = positions * (tile + 1) / tiles;

@@ -19,6 +19,7 @@ struct Strides {
 struct Winograd {
     static constexpr int64_t PANEL = 2 * L;
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
+    static constexpr int64_t PIECE = 64;  // channels that are added up before they are added to others, for accuracy
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
     int64_t images, H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups,
@@ -85,7 +86,9 @@ struct Winograd {
             for (int64_t panel = panel0; panel < panel1; panel++) {
                 const float* u = packed + (f * panels + panel) * depth * PANEL;
                 float* m = outputs + f * output_step() + (panel - panel0) * tiles_each * PANEL;
-                multiply<L>({offsets, blocks, L, u, nullptr, m, tiles_each * L, 2, false}, inputs + f * input_step(), count);
+                Product t = {offsets, blocks, L, u, nullptr, m, tiles_each * L, 2, false};
+                t.piece = PIECE;
+                multiply<L>(t, inputs + f * input_step(), count);
             }
         }
         const float* bias = packed + 36 * panels * PANEL * depth;
