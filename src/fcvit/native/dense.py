@@ -43,7 +43,8 @@ def _instead_of(plain: type[nn.Layer]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def choose(self: nn.Layer, x: Tensor | Sequence[Tensor]) -> Any:
             first = x if isinstance(x, Tensor) else x[0]
-            same = first.dtype in SUFFIXES and first.dtype == self.parameters()[0].dtype
+            _, parameter = next(iter(self.named_parameters()))
+            same = first.dtype in SUFFIXES and first.dtype == parameter.dtype
             supported = paddle.in_dynamic_mode() and first.place.is_cpu_place() and same and first.size > 0
             return (forward if supported else plain.forward)(self, x)
 

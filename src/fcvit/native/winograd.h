@@ -17,17 +17,18 @@ struct Strides {
 };
 
 struct Winograd {
+    typedef Floats V;
     static constexpr int64_t PANEL = 2 * L;
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
     static constexpr int64_t PIECE = 64;  // channels that are added up before they are added to others, for accuracy
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
-    int64_t images, H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups,
-        tasks;
+    int64_t H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups, tasks;
 
-    // C and N are the numbers of channels in memory. In the blocked layout they are multiples of L.
+    // `threads` only determines the number of tasks. C and N are the numbers of channels in memory. In the blocked
+    // layout they are multiples of L.
     Winograd(int64_t images, int64_t H, int64_t W, int64_t C, int64_t N, int64_t threads)
-        : images(images), H(H), W(W), C(C), N(N), blocks((C + L - 1) / L), panels((N + PANEL - 1) / PANEL),
+        : H(H), W(W), C(C), N(N), blocks((C + L - 1) / L), panels((N + PANEL - 1) / PANEL),
           high((H + 3) / 4), wide((W + 3) / 4), tiles(images * high * wide) {
         const int64_t most = SCRATCH / (36 * (blocks * L + panels * PANEL)) / TILE_POSITIONS * TILE_POSITIONS;
         tiles_each = std::clamp<int64_t>(most, 2 * TILE_POSITIONS, 12 * TILE_POSITIONS);
@@ -49,8 +50,8 @@ struct Winograd {
     int64_t scratch_size() const { return 36 * (input_step() + output_step()) + 2 * blocks; }
 
     // Packs the weights of panel `panel` of the outputs, as [frequency][panel][C][PANEL], and the bias (null: 0) behind
-    // them. Weight (output, input, tap) is at output * output_step + input * input_step + tap. `flip` rotates the kernels by 180
-    // degrees, which, with exchanged channels, gives the gradient of the input.
+    // them. Weight (output, input, tap) is at output * output_step + input * input_step + tap. `flip` rotates the kernels
+    // by 180 degrees, which, with exchanged channels, gives the gradient of the input.
     static void pack(const float* weight, int64_t output_step, int64_t input_step, bool flip, const float* bias, int64_t C,
                      int64_t N, int64_t panel, float* packed) {
         const int64_t depth = (C + L - 1) / L * L, panels = (N + PANEL - 1) / PANEL, step = panels * PANEL * depth;
@@ -62,7 +63,7 @@ struct Winograd {
                 for (int tap = 0; tap < 9; tap++) taps[tap][n] = from[flip ? 8 - tap : tap];
             }
             for (int64_t half = 0; half < PANEL; half += L) {
-                Vector<float> g[9], middle[18], u[36];
+                V g[9], middle[18], u[36];
                 for (int tap = 0; tap < 9; tap++) g[tap] = load(taps[tap] + half);
                 for (int j = 0; j < 3; j++) weight_transform(g + j, 3, middle + j, 3);
                 for (int i = 0; i < 6; i++) weight_transform(middle + 3 * i, 1, u + 6 * i, 1);
@@ -99,8 +100,6 @@ struct Winograd {
             }
         }
     }
-
-    typedef Floats V;
 
     static constexpr float P = 0.625f, Q = 1.5f, PP = P * P, QQ = Q * Q;
     static constexpr float ORIGIN = float(1 / (double(PP) * QQ));  // factors that belong to the points 0, P and Q
