@@ -104,15 +104,13 @@ class NativeNetwork:
         if reason := unsupported(weights.spec):
             raise UsageError(reason)
         self.library, self.threads, self.spec = library(level), threads, weights.spec
-        self.library.fcvit_engine_create.restype = ctypes.c_void_p
-        self.library.fcvit_engine_destroy.argtypes = [ctypes.c_void_p]
-        self.engine = ctypes.c_void_p(self.library.fcvit_engine_create())
         self.layers, self.part = _Layers(weights, preprocessing, self.library.fcvit_lanes()), part
         self.program = functools.lru_cache(16)(functools.partial(_Program, self.layers, part))
-
-    def __del__(self) -> None:
-        if engine := getattr(self, "engine", None):
-            self.library.fcvit_engine_destroy(engine)
+        self.memory: list[np.ndarray] = []
+        run, memory = self.library.fcvit_engine_run, self.library.fcvit_engine_memory
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        memory.argtypes, memory.restype = [pointer, *[number] * 4], number
+        run.argtypes = [pointer, number, number, pointer, pointer, *[number] * 4, pointer, pointer]
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for uint8 RGB or normalized float32 images (B, 3, H, W), or for features of RoIs."""
@@ -145,20 +143,21 @@ class NativeNetwork:
         pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
         seconds = np.zeros(len(program.ops))
         images = np.ascontiguousarray(images)
-        numbers = (
-            len(program.ops),
-            program.floats,
-            images.ctypes.data,
-            images.dtype == np.uint8,
-            batch,
-            together,
-            threads,
-        )
-        arguments = [ctypes.c_void_p if index == 2 else ctypes.c_int64 for index in range(7)]
-        converted = [kind(int(number)) for kind, number in zip(arguments, numbers, strict=True)]
-        time = ctypes.c_void_p(seconds.ctypes.data) if threads == 1 else None
-        if self.library.fcvit_engine_run(self.engine, program.ops, *converted, pointers, time):
-            raise MemoryError("the native engine: out of memory")
+        size = self.library.fcvit_engine_memory(program.ops, len(program.ops), program.floats, together, threads)
+        try:
+            memory = self.memory.pop()  # kept from an earlier call; concurrent calls have memory of their own
+        except IndexError:
+            memory = _aligned(size)
+        if len(memory) < size:
+            memory = _aligned(size)
+        addresses = (memory.ctypes.data, images.ctypes.data)
+        numbers = (images.dtype == np.uint8, batch, together, threads)
+        times = seconds.ctypes.data if threads == 1 else None
+        if self.library.fcvit_engine_run(
+            program.ops, len(program.ops), program.floats, *addresses, *numbers, pointers, times
+        ):
+            raise MemoryError("the native engine: no thread could be created")
+        self.memory.append(memory)
         return outputs, seconds
 
 
@@ -179,7 +178,10 @@ class _Layers:
     def pointer(self, name: str, create: Callable[[], np.ndarray]) -> int:
         """Return the address of an array, which is created once."""
         if name not in self.arrays:  # two threads may create it at once, and both must use the same array
-            self.arrays.setdefault(name, _aligned(create()))
+            array = create()
+            memory = _aligned(array.size)
+            memory[:] = array.ravel()
+            self.arrays.setdefault(name, memory)
         return self.arrays[name].ctypes.data
 
     def tensor(self, name: str) -> np.ndarray:
@@ -573,10 +575,9 @@ def _fill(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     return np.pad(array, widths)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """Return a dense float32 copy that begins at a cache line."""
-    size, line = array.size, 64
+def _aligned(size: int) -> np.ndarray:
+    """Return uninitialized float32 memory that begins at a cache line."""
+    line = 64
     memory = np.empty(size + line // 4, np.float32)
     start = -memory.ctypes.data % line // 4
-    memory[start : start + size] = array.ravel()
     return memory[start : start + size]

@@ -6,11 +6,7 @@
 // added in an order that does not depend on the number of threads.
 
 #include <chrono>
-#include <cstdlib>
-#include <exception>
-#include <memory>
-#include <mutex>
-#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "heads.h"
@@ -59,72 +55,32 @@ const Kind KINDS[] = {
     {enlarge, [](const Op& o, int64_t) { return padded(o.wide * PLACE) + 2 * o.wide; }},
 };
 
-struct Memory {
-    float* data = nullptr;
-    int64_t size = 0;
-    Memory() = default;
-    Memory(const Memory&) = delete;
-    ~Memory() { std::free(data); }
-    void grow(int64_t floats) {
-        if (floats <= size) return;
-        std::free(data);
-        size = 0;
-        data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
-        if (!data) throw std::bad_alloc();
-        size = floats;
-    }
-};
-
-// Memory of teams and threads, which is kept between runs.
-struct Engine {
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Memory>> free;
-
-    std::unique_ptr<Memory> take(int64_t floats) {
-        std::unique_ptr<Memory> memory;
-        {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (!free.empty()) {
-                memory = std::move(free.back());
-                free.pop_back();
-            }
-        }
-        if (!memory) memory = std::make_unique<Memory>();
-        memory->grow(floats);
-        return memory;
-    }
-    void give_back(std::unique_ptr<Memory> memory) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        free.push_back(std::move(memory));
-    }
-};
-
 struct Run {
     const Op* ops;
     int64_t count, floats;  // number of operations, and size of the arena for one image
+    float* memory;
     const void* input;
     bool bytes;
     float* const* outputs;
     double* seconds;  // of each operation, or null
 
+    int64_t scratch(int64_t group) const {
+        int64_t most = 0;
+        for (int64_t i = 0; i < count; i++) most = std::max(most, KINDS[ops[i].kind].scratch(ops[i], group));
+        return padded(most);
+    }
+
     // Computes the images `first` to `first + images` in groups, with `teams` teams of `size` threads.
-    void compute(Engine& engine, int64_t first, int64_t images, int64_t group, int64_t teams, int64_t size) const {
-        int64_t scratch = 0;
-        for (int64_t i = 0; i < count; i++) scratch = std::max(scratch, KINDS[ops[i].kind].scratch(ops[i], group));
-        scratch = padded(scratch);
+    void compute(int64_t first, int64_t images, int64_t group, int64_t teams, int64_t size) const {
+        const int64_t arena = padded(floats * group), own = scratch(group);
         std::vector<Team> all(teams);
-        std::vector<std::unique_ptr<Memory>> memory;
-        for (Team& team : all) {
-            memory.push_back(engine.take(padded(floats * group) + size * scratch));
-            team.size = size;
-            team.arena = memory.back()->data;
-        }
+        for (int64_t i = 0; i < teams; i++) all[i].size = size, all[i].arena = memory + i * (arena + size * own);
         const int64_t groups = (images + group - 1) / group;
         std::atomic<int64_t> next{0};
         auto work = [&](int64_t thread) {
             Team& team = all[thread / size];
             const int64_t index = thread % size;
-            const Worker w = {team, index, team.arena + padded(floats * group) + index * scratch, input, bytes, outputs};
+            const Worker w = {team, index, team.arena + arena + index * own, input, bytes, outputs};
             while (true) {
                 team.wait();
                 if (index == 0) {
@@ -144,11 +100,22 @@ struct Run {
                 }
             }
         };
+        std::atomic<int> state{0};  // 0: threads are being created, 1: all exist, -1: one could not be created
         std::vector<std::thread> threads;
-        for (int64_t thread = 1; thread < teams * size; thread++) threads.emplace_back(work, thread);
-        work(0);
+        try {
+            for (int64_t thread = 1; thread < teams * size; thread++) {
+                threads.emplace_back([&, thread] {
+                    while (!state) std::this_thread::yield();
+                    if (state > 0) work(thread);
+                });
+            }
+            state = 1;
+            work(0);
+        } catch (const std::exception&) {
+            state = -1;
+        }
         for (std::thread& thread : threads) thread.join();
-        for (auto& one : memory) engine.give_back(std::move(one));
+        if (state < 0) throw std::runtime_error("no thread");
     }
 };
 
@@ -158,20 +125,22 @@ extern "C" {
 
 int64_t fcvit_lanes() { return L; }
 
-void* fcvit_engine_create() { return new (std::nothrow) Engine; }
+// Returns the number of floats of memory for a run.
+int64_t fcvit_engine_memory(const Op* ops, int64_t count, int64_t floats, int64_t group, int64_t threads) {
+    return threads * (padded(floats * group) + Run{ops, count}.scratch(group));
+}
 
-void fcvit_engine_destroy(void* engine) { delete (Engine*)engine; }
-
-// Runs operations on a batch. `group` images are computed together. Returns 0, or 1 if memory or threads ran out.
-int fcvit_engine_run(void* engine, const Op* ops, int64_t count, int64_t floats, const void* input, int64_t bytes,
+// Runs operations on a batch, in memory that begins at a cache line. `group` images are computed together. Returns 0,
+// or 1 if threads could not be created.
+int fcvit_engine_run(const Op* ops, int64_t count, int64_t floats, float* memory, const void* input, int64_t bytes,
                      int64_t images, int64_t group, int64_t threads, float* const* outputs, double* seconds) {
     try {
-        const Run run = {ops, count, floats, input, bytes != 0, outputs, seconds};
+        const Run run = {ops, count, floats, memory, input, bytes != 0, outputs, seconds};
         const int64_t groups = (images + group - 1) / group, rest = groups % threads;
         // Whole rounds with a group for each thread, then teams for the rest.
         const int64_t alone = std::min(images, (groups - rest) * group);
-        if (alone) run.compute(*static_cast<Engine*>(engine), 0, alone, group, threads, 1);
-        if (images > alone) run.compute(*static_cast<Engine*>(engine), alone, images - alone, group, rest, threads / rest);
+        if (alone) run.compute(0, alone, group, threads, 1);
+        if (images > alone) run.compute(alone, images - alone, group, rest, threads / rest);
         return 0;
     } catch (const std::exception&) {
         return 1;
