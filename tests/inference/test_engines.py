@@ -295,7 +295,9 @@ def test_the_native_engine_is_checked_once_for_its_weights_and_library(
     for batch in (images, normalize(images, PIXELS), images[:1]):
         assert np.allclose(engine(batch), create_engine("torch", weights, PIXELS)(batch), atol=1e-4)
     fake_network.calls = 0
+    monkeypatch.setattr(engines, "own_threads", lambda: 7)  # the cores of this process, within the container's limit
     create_engine("native", weights, PIXELS)
+    assert fake_network.loaded[-1] == ("", 7)
     create_engine("native", weights, dataclasses.replace(PIXELS, mean=(0, 0, 0)), check=False)
     assert fake_network.calls == 0 and len(notes) == 1
     monkeypatch.setattr(engines.build, "key", lambda: "another library")

@@ -19,7 +19,8 @@ from fcvit.commands.evaluate import evaluate
 from fcvit.commands.finetune import finetune, finetune_recipe
 from fcvit.commands.preview import draw_preview
 from fcvit.data.classes import ClassName
-from fcvit.errors import DoesNotFit, TrainingStopped, UnreadableFile, UsageError
+from fcvit.errors import DoesNotFit, MissingExtra, TrainingStopped, UnreadableFile, UsageError
+from fcvit.inference import engines
 from fcvit.interrupts import SIGNALS
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.training.run import extend, resume, train
@@ -188,6 +189,30 @@ def test_a_resumed_run_keeps_its_operators(small, tmp_path, monkeypatch, notes):
     resume(tmp_path / "run")
     longer = extend(tmp_path / "run", 2, folder=tmp_path / "longer")
     assert json.loads((longer.folder / "run.json").read_text())["identity"]["operators"] == "plain"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operators", "reason", "engine"),
+    [("native", None, "native"), ("native", "2 heads", "paddle"), ("plain", None, "paddle")],
+)
+def test_the_engine_of_the_validation(operators, reason, engine, small, tmp_path, monkeypatch):
+    """The engine is not checked, because the weights of an epoch are used once."""
+    from fcvit.evaluation import settings
+
+    created = []
+
+    def create_engine(name, *arguments):
+        created.append((name, arguments[-1]))
+        return engines.create_engine(name, *arguments)
+
+    monkeypatch.setattr(settings, "create_engine", create_engine)
+    monkeypatch.setattr("fcvit.training.loop.unsupported", lambda spec: reason)
+    try:
+        run = train(small(epochs=1, operators=operators), folder=tmp_path / "run", device="cpu")
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    assert set(created) == {(engine, False)} and 0 <= run.rows[0]["top1"] <= 100
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def key(level: str | None = None) -> str:
     # A compiler is identified by its file, because asking it for its version takes longer than loading the library.
     compiler = Path(find_compiler()).resolve()
     parts = [f"{path.name}\0{path.read_text('utf-8')}" for path in _sources("*.h") + _sources("*.cc")]
-    parts += [*_flags(level), str(compiler), str(compiler.stat().st_size), str(compiler.stat().st_mtime_ns)]
+    parts += [*flags(level), str(compiler), str(compiler.stat().st_size), str(compiler.stat().st_mtime_ns)]
     if level == NATIVE:
         parts.append(processor_identity())
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
@@ -112,7 +112,8 @@ def _sources(pattern: str) -> list[Path]:
     return sorted(Path(__file__).parent.glob(pattern))
 
 
-def _flags(level: str) -> list[str]:
+def flags(level: str) -> list[str]:
+    """Return the compiler's flags for a level."""
     return [*FLAGS, f"-march={level}", *os.environ.get(EXTRA_FLAGS, "").split()]
 
 
@@ -137,7 +138,7 @@ def _compile_once(level: str, folder: Path) -> Path:
             damaged.unlink()
         logger.info(f"compiling the native library for {level}, once; it is cached in {folder.parent}")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            path = _compile(find_compiler(), _flags(level), Path(scratch))
+            path = _compile(find_compiler(), flags(level), Path(scratch))
             return path.replace(folder / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so")
 
 
