@@ -174,8 +174,8 @@ class _Layers:
 
     def pointer(self, name: str, create: Callable[[], np.ndarray]) -> int:
         """Return the address of an array, which is created once."""
-        if name not in self.arrays:
-            self.arrays[name] = _aligned(create())
+        if name not in self.arrays:  # two threads may create it at once, and both must use the same array
+            self.arrays.setdefault(name, _aligned(create()))
         return self.arrays[name].ctypes.data
 
     def tensor(self, name: str) -> np.ndarray:
