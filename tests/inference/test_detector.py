@@ -110,7 +110,7 @@ def test_all_engines_return_the_detections_of_the_paddle_network(name):
     given = case().images, case().image_sizes, case().scale_factors
     assert_equal_detections(engine(name).detect(*given), engine("paddle").detect(*given))
     # One image of another size, without padding and scale factors.
-    odd = case().images[:1, :, :97, :75], [(97, 75)]
+    odd = case().images[:1, :, :93, :71], [(93, 71)]  # no equal scores at the limit
     assert_equal_detections(engine(name).detect(*odd), engine("paddle").detect(*odd))
 
 
@@ -140,7 +140,7 @@ def test_an_image_may_have_no_detections_and_a_batch_no_images():
 
 
 @needs_torch
-@pytest.mark.parametrize("name", [pytest.param("paddle", marks=needs_paddle), "torch", "onnxruntime"])
+@pytest.mark.parametrize("name", [pytest.param("paddle", marks=needs_paddle), "torch", "onnxruntime", "native"])
 def test_called_engines_return_the_outputs_of_the_trunk(name):
     neck = case().spec.options.neck
     for batch in (synthetic_input((2, 3, 97, 65)), np.zeros((0, 3, 97, 65), np.uint8)):

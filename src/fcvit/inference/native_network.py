@@ -441,7 +441,7 @@ class _Program:
     def resize(
         self, x: _Map, slot: str, size: tuple[int, int], kernel: int = 2, stride: int = 0, add: bool = False
     ) -> _Map:
-        """Write a map x in another size, bilinear with kernel 2, and add it to what is in the memory if `add` is true."""
+        """Write a map in another size, bilinear with kernel 2. `add` adds it to what the memory contains."""
         slots = {"x": x.slot, "y": self.map(slot, x.channels, *size)} | ({"z": slot} if add else {})
         self.op("resize", slots, kernel=kernel, stride=stride, high=size[0], wide=size[1], **x.numbers())
         return _Map(slot, x.channels, *size)
@@ -530,7 +530,7 @@ class _Program:
             self.output(output, self.layer("pointwise", x, "hidden 0", shape[0], f"roi_head.bbox_head.{name}"))
 
     def mask_head(self, *shape: int) -> None:
-        """Write the mask head. Its transposed convolution is four 1x1 convolutions, for a quarter of the positions each."""
+        """Write the mask head. Its transposed convolution is four 1x1 convolutions, each for every fourth position."""
         x, hidden, layers = self.features(*shape), self.layers.spec.options.mask_channels, self.layers
         for index in range(4):
             name = f"roi_head.mask_head.convs.{index}.conv"

@@ -5,8 +5,8 @@ Ported from the behavior of mmcv 1.4.0 (`RoIAlign` with aligned=True and samplin
 that their mean is the product of the feature map with one small matrix per axis. The gradient is the product with the
 transposed matrices.
 
-Maps are channels last, (B, H, W, C), because the products are then several times as fast. Each product is for one row or
-column: NumPy would divide a larger one among threads, which takes ten times as long.
+Maps are channels last, (B, H, W, C), because the products are then several times as fast. Each product is for one row
+or column. NumPy would divide larger products among threads, which takes ten times as long.
 """
 
 from collections.abc import Sequence
