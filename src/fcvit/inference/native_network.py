@@ -33,7 +33,7 @@ _NUMBERS = (
     "channels", "outputs", "height", "width", "kernel", "stride", "inner", "heads", "group", "activation", "within",
     "high", "wide",
 )  # fmt: skip
-_PIECE = 256  # Product::piece in gemm.h. Groups of hidden channels are multiples of it, so that all sums have the same order.
+_PIECE = 256  # Product::piece in gemm.h; groups of hidden channels are multiples, so that sums have the same order
 _SMALL = 256  # positions of a map that the channel mixer computes as a whole
 _HIDDEN_FLOATS = 1 << 16  # of the hidden maps of a small map in the channel mixer, which stay in the cache
 _POSITIONS = 28  # in the last stage, from which a product with its weights is efficient

@@ -39,7 +39,7 @@ const Kind KINDS[] = {
      [](const Op& o, int64_t images) {
          const int64_t C = vectors_of(o.channels), I = std::min(o.inner, o.group) / L + 1, P = images * o.height * o.width;
          if (o.z >= 0) return padded(2 * std::max(C, I)) + 2 * L * (P + images * o.height * (o.width + o.kernel));
-         const int64_t width = std::min<int64_t>(o.width, 72), step = std::max<int64_t>(1, STRIP / ((width + 1) / 2));
+         const int64_t width = std::min(o.width, WIDE), step = std::max<int64_t>(1, STRIP / ((width + 1) / 2));
          return padded(2 * C) + padded(2 * I) + (I + 1) * L * ((step + o.kernel) * (width + o.kernel) + step * width);
      }},
     {pool, none},

@@ -492,6 +492,8 @@ inline void tokens(const Op& o, const Worker& w) {
 // Hidden channels never leave the cache, because only `group` of them are computed at a time. Small maps are computed as
 // a whole, with the hidden maps in z. Large maps are computed row by row: a ring keeps the rows of fc1 that the
 // depthwise convolution still needs.
+constexpr int64_t WIDE = 72;  // columns of a large map that are computed together
+
 struct Mixer {
     const Op& o;
     const Worker& w;
@@ -505,9 +507,12 @@ struct Mixer {
         multiply<L>(t, w.map(o.y) + position * L, count);
     }
 
-    // The depthwise convolution and GELU for rows of a hidden vector.
-    void mix(int64_t v, const float* const* rows, int64_t from, int64_t to, int64_t width, float* out) const {
-        depthwise_row(rows, from, to, width, K, o.weights[2] + v * K * K * L, load(o.weights[3] + v * L), out);
+    // The depthwise convolution and GELU for row h of a hidden vector. Row r of its input is row r % ring of `plane`.
+    void mix(int64_t v, const float* plane, int64_t ring, int64_t h, int64_t width, float* out) const {
+        const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
+        const float* rows[256];
+        for (int64_t i = top; i < bottom; i++) rows[i] = plane + (h + i - R) % ring * (width + 2 * R) * L;
+        depthwise_row(rows, top, bottom, width, K, o.weights[2] + v * K * K * L, load(o.weights[3] + v * L), out);
         for (int64_t at = 0; at < width * L; at += L) store(out + at, gelu(load(out + at)));
     }
 
@@ -531,23 +536,12 @@ struct Mixer {
             const int64_t count = std::min(group, I - first);
             w.share((count + 1) / 2, [&](int64_t panel) {
                 const int64_t v0 = first + 2 * panel, v1 = std::min(v0 + 2, first + count);
-                if (W >= TILE_POSITIONS) {
-                    for (int64_t h = 0; h < G * H; h++) {
-                        expand(offsets, v0 / 2, h * W, W, planes + h * row + R * L, G * H * row);
-                    }
-                } else {
-                    expand(offsets, v0 / 2, 0, P, dense, P * L);
-                    for (int64_t h = 0; h < (v1 - v0) * G * H; h++) {
-                        std::copy(dense + h * W * L, dense + (h + 1) * W * L, planes + h * row + R * L);
-                    }
+                expand(offsets, v0 / 2, 0, P, dense, P * L);
+                for (int64_t h = 0; h < (v1 - v0) * G * H; h++) {
+                    std::copy(dense + h * W * L, dense + (h + 1) * W * L, planes + h * row + R * L);
                 }
-                const float* rows[256];
-                for (int64_t v = v0; v < v1; v++) {
-                    for (int64_t h = 0; h < G * H; h++) {
-                        const int64_t top = std::max<int64_t>(0, R - h % H), bottom = std::min(K, H + R - h % H);
-                        for (int64_t i = top; i < bottom; i++) rows[i] = planes + ((v - v0) * G * H + h + i - R) * row;
-                        mix(v, rows, top, bottom, W, hidden + ((v - first) * P + h * W) * L);
-                    }
+                for (int64_t h = 0; h < (v1 - v0) * G * H; h++) {
+                    mix(v0 + h / (G * H), planes + h / H * H * row, H, h % H, W, hidden + ((v0 - first) * P + h * W) * L);
                 }
             });
             w.team.wait();
@@ -556,12 +550,9 @@ struct Mixer {
         }
     }
 
-    // Widest part of a row that is computed at once, and the rows that are finished at once.
-    int64_t tiles() const { return (W + 71) / 72; }
-    int64_t step(int64_t width) const { return std::clamp<int64_t>(STRIP / width, 1, H); }
-
     void by_rows() const {
-        const int64_t columns = tiles(), parts = w.team.size == 1 ? 1 : std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
+        const int64_t columns = (W + WIDE - 1) / WIDE;
+        const int64_t parts = w.team.size == 1 ? 1 : std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
         w.share(w.team.images * columns * parts, [&](int64_t task) {
             const int64_t g = task / parts / columns, column = task / parts % columns, part = task % parts;
             for (int64_t first = 0; first < I; first += group) {
@@ -574,7 +565,8 @@ struct Mixer {
     // Computes the columns c0 to c1 and rows r0 to r1 of image g with `count` hidden vectors.
     void part_of_image(int64_t g, int64_t c0, int64_t c1, int64_t r0, int64_t r1, int64_t first, int64_t count) const {
         float* scratch = w.scratch;
-        const int64_t width = c1 - c0, row = (width + 2 * R) * L, S = step(width), ring = S + 2 * R;
+        const int64_t width = c1 - c0, row = (width + 2 * R) * L;
+        const int64_t S = std::clamp<int64_t>(STRIP / width, 1, H), ring = S + 2 * R;  // rows that are finished at once
         const int64_t low = std::max<int64_t>(0, c0 - R), high = std::min(W, c1 + R), base = g * H * W;
         const int64_t* offsets = vector_offsets(scratch, C, P);
         const int64_t* hidden_offsets = vector_offsets(scratch, count, S * width);
@@ -588,12 +580,7 @@ struct Mixer {
                     expand(offsets, (first + v) / 2, base + r * W + low, high - low,
                            own + r % ring * row + (low - c0 + R) * L, ring * row);
                 }
-                const float* rows[256];
-                for (int64_t r = h; r < end; r++) {
-                    const int64_t top = std::max<int64_t>(0, R - r), bottom = std::min(K, H + R - r);
-                    for (int64_t i = top; i < bottom; i++) rows[i] = own + (r + i - R) % ring * row;
-                    mix(first + v, rows, top, bottom, width, hidden + (v * S + r - h) * width * L);
-                }
+                for (int64_t r = h; r < end; r++) mix(first + v, own, ring, r, width, hidden + (v * S + r - h) * width * L);
             }
             next = need;
             for (int64_t panel = 0; panel < (C + 1) / 2; panel++) {
@@ -609,11 +596,4 @@ struct Mixer {
     }
 };
 
-inline void mixer(const Op& o, const Worker& w) {
-    const Mixer m = {o, w};
-    if (o.z >= 0) {
-        m.whole();
-    } else {
-        m.by_rows();
-    }
-}
+inline void mixer(const Op& o, const Worker& w) { o.z >= 0 ? Mixer{o, w}.whole() : Mixer{o, w}.by_rows(); }
