@@ -341,6 +341,26 @@ def test_the_native_engine_rejects_what_it_does_not_support(weights, fake_networ
         create_engine("native", weights, PIXELS)
 
 
+_CHECKED_BEFORE = """
+import sys
+import numpy as np
+import fcvit
+from fcvit.inference.engines import create_engine
+weights = fcvit.read_weights(sys.argv[1])
+engine = create_engine("auto", weights, weights.spec.variant.preprocessing)
+engine(np.zeros((2, 3, 40, 33), np.uint8))
+print(engine.name, *sorted({"paddle", "torch", "onnxruntime"} & set(sys.modules)))
+"""
+
+
+@needs_torch
+@pytest.mark.slow
+def test_a_checked_native_engine_imports_no_framework(weights, digits_pth):
+    engine_or_skip("native", weights, PIXELS)
+    command = [sys.executable, "-c", _CHECKED_BEFORE, str(digits_pth)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "native\n"
+
+
 @needs_paddle
 def test_auto_on_a_gpu_is_paddle(weights, monkeypatch, notes):
     paddle = types.SimpleNamespace(name="paddle")
