@@ -33,7 +33,7 @@ struct Winograd {
         const int64_t most = SCRATCH / (36 * (blocks * L + panels * PANEL)) / TILE_POSITIONS * TILE_POSITIONS;
         tiles_each = std::clamp<int64_t>(most, 2 * TILE_POSITIONS, 12 * TILE_POSITIONS);
         strips = (tiles + tiles_each - 1) / tiles_each;
-        tiles_each = (tiles + strips - 1) / std::max<int64_t>(strips, 1);  // strips of equal length
+        if (strips) tiles_each = (tiles + strips - 1) / strips;  // strips of equal length
         // Threads share a strip if there are few, and each of them transforms the input.
         const int64_t wanted = threads > 1 && strips ? std::max<int64_t>(2 * threads / strips, 1) : 1;
         panels_each = (panels + wanted - 1) / wanted;
