@@ -26,7 +26,7 @@ struct Winograd {
     static constexpr int ROWS = 6;
 #endif
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
-    static constexpr int64_t PIECE = 32;         // channels that are added up before they are added to others, for accuracy
+    static constexpr int64_t PIECE = 32;        // channels that are added up before they are added to others, for accuracy
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
     int64_t images, H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups,
