@@ -20,7 +20,7 @@ struct Winograd {
     typedef Floats V;
     static constexpr int64_t PANEL = 2 * L;
     static constexpr int64_t SCRATCH = 600000;  // floats: a strip should not leave the caches
-    static constexpr int64_t PIECE = 64;  // channels that are added up before they are added to others, for accuracy
+    static constexpr int64_t PIECE = 32;  // channels that are added up before they are added to others, for accuracy
     static constexpr int64_t GAP = 16;          // keeps the frequencies out of the same set of the L1 cache
 
     int64_t H, W, C, N, blocks, panels, high, wide, tiles, tiles_each, strips, panels_each, groups, tasks;
