@@ -12,7 +12,7 @@ from fcvit.native import build
 @pytest.fixture(scope="module")
 def library():
     try:
-        return build.operators()
+        return build.library()
     except MissingExtra as error:
         pytest.skip(str(error))
 

@@ -82,17 +82,18 @@ struct Nothing {
     void operator()(int64_t, int64_t, int64_t) const {}
 };
 
-// c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null).
+// c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null), unless c is null.
 // `finish(row, column, count)` is called for every finished piece of a row while the piece is in the cache.
-template <class T, class Finish>
-void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias, Finish finish) {
+template <class T, class Finish = Nothing>
+void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr,
+            Finish finish = {}) {
+    if (!c) return;
     constexpr int64_t N = TILE_COLUMNS<T>;
     const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const bool few = strips <= 4;  // packing b takes as long as using it
     if (few && b.row == 1 && b.column != 1 && columns > rows) {  // b is transposed: compute the transposed product
         Buffer<T> turned(rows * columns);
-        matmul(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data, (const T*)nullptr,
-               Nothing());
+        matmul<T>(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data);
         for (int64_t j0 = 0; j0 < columns; j0 += 16) {
             for (int64_t i = 0; i < rows; i++) {
                 for (int64_t j = j0; j < std::min(columns, j0 + 16); j++) {
@@ -184,9 +185,4 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
             }
         }
     }
-}
-
-template <class T>
-void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr) {
-    matmul(rows, columns, depth, a, b, c, bias, Nothing());
 }
