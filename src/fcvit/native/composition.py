@@ -56,14 +56,25 @@ class Trace:
 
     def __init__(self) -> None:
         self.taken = {ARENA: 0, WORK: 0}
+        self.free: list[tuple[int, Place]] = []  # released places for gradients, with their numbers of elements
+        self.sizes: dict[Place, int] = {}
         self.forward: list[Call] = []
         self.backward: list[Call] = []
         self.reverse: list[Callable[[], None]] = []  # each records the backward pass of an operator
 
     def take(self, base: int, count: int) -> Place:
-        start = self.taken[base]
+        """Return a place of `count` elements. Places of gradients are used again after their release."""
+        size, place = min((item for item in self.free if base == WORK and item[0] >= count), default=(0, NULL))
+        if size:
+            self.free.remove((size, place))
+            return place
+        place = base, self.taken[base]
         self.taken[base] += padded(count)
-        return base, start
+        self.sizes[place] = padded(count)
+        return place
+
+    def release(self, *gradients: Place) -> None:
+        self.free += [(self.sizes[place], place) for place in gradients if place[0] == WORK]
 
     def differentiate(self, y: Value) -> None:
         """Record the backward pass of everything so far, from the gradient of the result `y`."""
@@ -86,6 +97,7 @@ class Trace:
             places = (x.place, weight.place, statistics, y.gradient, dx, weight.output, bias.output, more)
             self.backward.append(Call("layer_norm_backward", places, sizes))
             self._through_gelu(x)
+            self.release(y.gradient, more)
 
         self.reverse.append(reverse)
         return y
@@ -97,6 +109,7 @@ class Trace:
         def reverse() -> None:
             places = (x.place, weight.place, x.slope, y.gradient, self._gradient(x), weight.output, bias.output)
             self.backward.append(Call("linear_backward", places, sizes))
+            self.release(y.gradient)
 
         self.reverse.append(reverse)
         return y
@@ -109,6 +122,7 @@ class Trace:
             places = (x.place, weight.place, y.gradient, self._gradient(x), weight.output, bias.output)
             self.backward.append(Call("depthwise_backward", places, sizes))
             self._through_gelu(x)
+            self.release(y.gradient)
 
         self.reverse.append(reverse)
         return y
@@ -126,6 +140,7 @@ class Trace:
             places = (x.place, fc1, fc2, weight, bias, kept, y.gradient, self._gradient(x, y.count))
             self.backward.append(Call("context_backward", (*places, *(p.output for p in parameters)), sizes, (eps,)))
             self._through_gelu(x)
+            self.release(y.gradient)
 
         self.reverse.append(reverse)
         return y

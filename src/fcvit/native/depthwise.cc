@@ -3,17 +3,17 @@
 #include "depthwise.h"
 #include "operators.h"
 
-// A depthwise convolution processes one image and one vector of channels at a time. They are copied to (H, W + 2R, L),
-// with R = K / 2 zeros at both ends of a row, so only taps above and below are outside. Those are skipped.
+// A depthwise convolution processes one image and two vectors of channels at a time, because pixels are far apart. Each
+// vector is copied to a map (H, W + 2R, L), which has R = K / 2 zeros at both ends of a row already, so only taps above
+// and below are outside. Those are skipped. The second map begins after `size` elements.
 template <class T>
-void copy_vector(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
+void copy_maps(const T* x, T* to, int64_t size, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
     constexpr int64_t L = LANES<T>;
-    for (int64_t h = 0; h < H; h++) {
-        std::fill(to, to + R * L, T(0));
-        to += R * L;
-        for (int64_t w = 0; w < W; w++, x += C, to += L) store(to, load_some(x, count));
-        std::fill(to, to + R * L, T(0));
-        to += R * L;
+    for (int64_t h = 0; h < H; h++, to += 2 * R * L) {
+        for (int64_t w = 0; w < W; w++, x += C, to += L) {
+            store(to + R * L, load_some(x, count));
+            store(to + R * L + size, load_some(x + L, std::max<int64_t>(count - L, 0)));
+        }
     }
 }
 
@@ -22,30 +22,39 @@ void copy_vector(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, 
 template <class T>
 void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, int64_t B, int64_t H, int64_t W, int64_t C,
                         int64_t K, bool flip) {
-    constexpr int64_t L = LANES<T>;
-    const int64_t vectors = (C + L - 1) / L, area = K * K, row = (W + K - 1) * L, each = H * row + W * L;
-    Buffer<T> weights(vectors * area * L), scratch(omp_get_max_threads() * each);
+    constexpr int64_t L = LANES<T>, PAIR = 2 * L;
+    const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, row = (W + K - 1) * L, each = 2 * H * row + W * L;
+    Buffer<T> weights(pairs * area * PAIR), biases(pairs * PAIR), scratch(omp_get_max_threads() * each);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < vectors * L; c++) {
+        for (int64_t c = 0; c < pairs * PAIR; c++) {
             T* to = weights.data + c / L * area * L + c % L;
             for (int64_t k = 0; k < area; k++) to[k * L] = c < C ? weight[c * area + (flip ? area - 1 - k : k)] : T(0);
+            biases.data[c] = bias && c < C ? bias[c] : T(0);
         }
-        T *copy = scratch.data + omp_get_thread_num() * each, *out = copy + H * row;
+        T *maps = scratch.data + omp_get_thread_num() * each, *out = maps + 2 * H * row;
+        std::fill(maps, out, T(0));
         std::vector<const T*> rows(K);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < B; b++) {
-            for (int64_t v = 0; v < vectors; v++) {
-                const int64_t c = v * L, count = std::min(L, C - c), here = b * H * W * C + c;
-                copy_vector(x + here, copy, H, W, C, K / 2, count);
-                const Vector<T> start = bias ? load_some(bias + c, count) : Vector<T>{};
-                T* to = y + here;
+            for (int64_t pair = 0; pair < pairs; pair++) {
+                const int64_t c = pair * PAIR, count = std::min(PAIR, C - c);
+                copy_maps(x + b * H * W * C + c, maps, H * row, H, W, C, K / 2, count);
                 for (int64_t h = 0; h < H; h++) {
                     const int64_t top = std::max<int64_t>(0, K / 2 - h), bottom = std::min(K, H + K / 2 - h);
-                    for (int64_t i = top; i < bottom; i++) rows[i] = copy + (h + i - K / 2) * row;
-                    depthwise_row<T>(rows.data(), top, bottom, W, K, weights.data + v * area * L, start, out);
-                    for (int64_t w = 0; w < W; w++, to += C) store_some(to, load(out + w * L), count);
+                    for (int64_t half = 0; half < 2 && half * L < count; half++) {
+                        for (int64_t i = top; i < bottom; i++) rows[i] = maps + (half * H + h + i - K / 2) * row;
+                        const int64_t channel = c + half * L, some = count - half * L;
+                        const T *taps = weights.data + channel * area, *start = biases.data + channel;
+                        T* to = y + (b * H + h) * W * C + channel;
+                        if (some >= L) {
+                            depthwise_row<T>(rows.data(), top, bottom, W, K, taps, load(start), to, C);
+                        } else {
+                            depthwise_row<T>(rows.data(), top, bottom, W, K, taps, load(start), out);
+                            for (int64_t w = 0; w < W; w++) store_some(to + w * C, load(out + w * L), some);
+                        }
+                    }
                 }
             }
         }
@@ -104,39 +113,41 @@ auto weight_gradient_function(int64_t K, int64_t W) {
 // depend on the number of threads.
 template <class T>
 void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
-    constexpr int64_t L = LANES<T>;
+    constexpr int64_t L = LANES<T>, PAIR = 2 * L;
     const int64_t run = std::clamp<int64_t>(64 / (H * W), 1, B);  // images that are summed in T
-    const int64_t vectors = (C + L - 1) / L, area = K * K, image = H * (W + K - 1) * L;
-    const int64_t parts = std::clamp<int64_t>(64 / vectors, 1, (B + run - 1) / run);
+    const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, map = H * (W + K - 1) * L, size = run * map;
+    const int64_t parts = std::clamp<int64_t>(64 / pairs, 1, (B + run - 1) / run);
     const auto gradient = weight_gradient_function<T>(K, W);
-    Buffer<double> totals(vectors * parts * area * L);
-    Buffer<T> copies(omp_get_max_threads() * 2 * run * image);
+    Buffer<double> totals(parts * pairs * area * PAIR);
+    Buffer<T> scratch(omp_get_max_threads() * 4 * size);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
-        T *from = copies.data + omp_get_thread_num() * 2 * run * image, *g = from + run * image;
+        T *maps = scratch.data + omp_get_thread_num() * 4 * size, *gradients = maps + 2 * size;
+        std::fill(maps, maps + 4 * size, T(0));
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t v = 0; v < vectors; v++) {
-            for (int64_t part = 0; part < parts; part++) {
-                double* total = totals.data + (v * parts + part) * area * L;
-                std::fill(total, total + area * L, 0.0);
-                const int64_t end = B * (part + 1) / parts, count = std::min(L, C - v * L);
+        for (int64_t part = 0; part < parts; part++) {
+            for (int64_t pair = 0; pair < pairs; pair++) {
+                double* total = totals.data + (part * pairs + pair) * area * PAIR;
+                std::fill(total, total + area * PAIR, 0.0);
+                const int64_t end = B * (part + 1) / parts, count = std::min(PAIR, C - pair * PAIR);
                 for (int64_t b = B * part / parts; b < end; b += run) {
                     const int64_t images = std::min(run, end - b);
                     for (int64_t k = 0; k < images; k++) {
-                        const int64_t here = (b + k) * H * W * C + v * L;
-                        copy_vector(x + here, from + k * image, H, W, C, K / 2, count);
-                        copy_vector(dz + here, g + k * image, H, W, C, K / 2, count);
+                        const int64_t here = (b + k) * H * W * C + pair * PAIR;
+                        copy_maps(x + here, maps + k * map, size, H, W, C, K / 2, count);
+                        copy_maps(dz + here, gradients + k * map, size, H, W, C, K / 2, count);
                     }
-                    gradient(from, g, total, images, H, W, K);
+                    gradient(maps, gradients, total, images, H, W, K);
+                    gradient(maps + size, gradients + size, total + area * L, images, H, W, K);
                 }
             }
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < C; c++) {
             for (int64_t tap = 0; tap < area; tap++) {
-                const double* at = totals.data + (c / L * parts * area + tap) * L + c % L;
+                const double* at = totals.data + (c / L * area + tap) * L + c % L;
                 double total = 0;
-                for (int64_t part = 0; part < parts; part++) total += at[part * area * L];
+                for (int64_t part = 0; part < parts; part++) total += at[part * pairs * area * PAIR];
                 dweight[c * area + tap] = T(total);
             }
         }

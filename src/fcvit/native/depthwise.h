@@ -11,7 +11,7 @@ constexpr int WIDEST = 14;
 // zeros at its ends are left out.
 template <int WIDE, class T>
 inline void depthwise_tile(const T* const* rows, int64_t offset, int64_t from, int64_t to, int64_t kernel, const T* taps,
-                           Vector<T> bias, T* out, bool whole) {
+                           Vector<T> bias, T* out, int64_t step, bool whole) {
     constexpr int64_t L = LANES<T>;
     const int64_t left = whole ? std::max<int64_t>(0, kernel / 2 + 1 - WIDE) : 0;
     const int64_t right = whole ? std::min(kernel, kernel / 2 + WIDE) : kernel;
@@ -29,14 +29,14 @@ inline void depthwise_tile(const T* const* rows, int64_t offset, int64_t from, i
         }
     }
 #pragma GCC unroll 32
-    for (int o = 0; o < WIDE; o++) store(out + o * L, sum[o]);
+    for (int o = 0; o < WIDE; o++) store(out + o * step, sum[o]);
 }
 
 // The same with a row of weights in registers, so that each input is loaded only once. This needs 32 registers. With
 // WHOLE, the outputs are a whole row, and the zeros at its ends are left out.
 template <int WIDE, int KERNEL, bool WHOLE, class T>
 inline void sliding_tile(const T* const* rows, int64_t offset, int64_t from, int64_t to, const T* taps, Vector<T> bias,
-                         T* out) {
+                         T* out, int64_t step) {
     constexpr int64_t L = LANES<T>;
     constexpr int FIRST = WHOLE ? KERNEL / 2 : 0, LAST = WHOLE ? KERNEL / 2 + WIDE : KERNEL - 1 + WIDE;
     Vector<T> sum[WIDE];
@@ -57,34 +57,36 @@ inline void sliding_tile(const T* const* rows, int64_t offset, int64_t from, int
         }
     }
 #pragma GCC unroll 32
-    for (int o = 0; o < WIDE; o++) store(out + o * L, sum[o]);
+    for (int o = 0; o < WIDE; o++) store(out + o * step, sum[o]);
 }
 
 // Calls a tile for a number of outputs that is known only when the program runs.
 template <int WIDE, class T>
 void depthwise_tiles(const T* const* rows, int64_t offset, int64_t from, int64_t to, int64_t kernel, const T* taps,
-                     Vector<T> bias, T* out, int64_t wide, bool whole) {
-    if (wide == WIDE) {
+                     Vector<T> bias, T* out, int64_t step, int64_t wide, bool whole) {
+    if (WIDE > 5 && wide <= 4) {  // finding the tile of a short row would take as long as computing it
+        depthwise_tiles<4>(rows, offset, from, to, kernel, taps, bias, out, step, wide, whole);
+    } else if (wide == WIDE) {
 #if defined(__AVX512F__)
-        if (kernel == 11 && whole) return sliding_tile<WIDE, 11, true>(rows, offset, from, to, taps, bias, out);
-        if (kernel == 11) return sliding_tile<WIDE, 11, false>(rows, offset, from, to, taps, bias, out);
-        if (kernel == 3) return sliding_tile<WIDE, 3, false>(rows, offset, from, to, taps, bias, out);
+        if (kernel == 11 && whole) return sliding_tile<WIDE, 11, true>(rows, offset, from, to, taps, bias, out, step);
+        if (kernel == 11) return sliding_tile<WIDE, 11, false>(rows, offset, from, to, taps, bias, out, step);
+        if (kernel == 3) return sliding_tile<WIDE, 3, false>(rows, offset, from, to, taps, bias, out, step);
 #endif
-        depthwise_tile<WIDE>(rows, offset, from, to, kernel, taps, bias, out, whole);
+        depthwise_tile<WIDE>(rows, offset, from, to, kernel, taps, bias, out, step, whole);
     } else if constexpr (WIDE > 1) {
-        depthwise_tiles<WIDE - 1>(rows, offset, from, to, kernel, taps, bias, out, wide, whole);
+        depthwise_tiles<WIDE - 1>(rows, offset, from, to, kernel, taps, bias, out, step, wide, whole);
     }
 }
 
 // Computes a row of `width` outputs. rows[i], from <= i < to, are the input rows of the window that are inside the map,
-// each with kernel / 2 zeros at both ends.
+// each with kernel / 2 zeros at both ends. Outputs are `step` elements apart.
 template <class T>
-void depthwise_row(const T* const* rows, int64_t from, int64_t to, int64_t width, int64_t kernel, const T* taps,
-                   Vector<T> bias, T* out) {
+inline void depthwise_row(const T* const* rows, int64_t from, int64_t to, int64_t width, int64_t kernel, const T* taps,
+                          Vector<T> bias, T* out, int64_t step = LANES<T>) {
     constexpr int64_t L = LANES<T>, WIDE = sizeof(T) == sizeof(float) ? WIDEST : 2;  // doubles need not be fast
     const int64_t tiles = (width + WIDE - 1) / WIDE;
     for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t w = width * tile / tiles, wide = width * (tile + 1) / tiles - w;
-        depthwise_tiles<WIDE>(rows, w * L, from, to, kernel, taps, bias, out + w * L, wide, tiles == 1);
+        depthwise_tiles<WIDE>(rows, w * L, from, to, kernel, taps, bias, out + w * step, step, wide, tiles == 1);
     }
 }
