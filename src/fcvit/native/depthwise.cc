@@ -29,9 +29,11 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, int64_
     {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < pairs * PAIR; c++) {
+            const int64_t channel = std::min(c, C - 1);  // outputs after the last channel are left out
             T* to = weights.data + c / L * area * L + c % L;
-            for (int64_t k = 0; k < area; k++) to[k * L] = c < C ? weight[c * area + (flip ? area - 1 - k : k)] : T(0);
-            biases.data[c] = bias && c < C ? bias[c] : T(0);
+            const T* from = weight + channel * area + (flip ? area - 1 : 0);
+            for (int64_t k = 0; k < area; k++) to[k * L] = from[flip ? -k : k];
+            biases.data[c] = bias ? bias[channel] : T(0);
         }
         T *maps = scratch.data + omp_get_thread_num() * each, *out = maps + 2 * H * row;
         std::fill(maps, out, T(0));

@@ -313,9 +313,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
                 to_context[c] += row[c] * from[p * C + c];
             }
         }
-        for (int64_t c = 0; c < C; c++) {
-            dvalue.data[b * C + c] = T(to_value[c]);
-        }
+        for (int64_t c = 0; c < C; c++) dvalue.data[b * C + c] = T(to_value[c]);
     }
     // The gradient of the bottleneck. If both halves are equal, the second wins, as in Paddle.
     matmul<T>(B, I, C, {dvalue.data, C, 1}, {fc2, 1, C}, dwinner.data);
@@ -377,15 +375,16 @@ void residual_backward(T** t, const int64_t* n, const double*) {
     });
 }
 
-// x (B, H, W, C) -> patches (B, H', W', C, K, K) of a convolution with kernel K, padded by K / 2 zeros, for sizes n = B, H,
-// W, C, K and the stride. If `adjoint`, x is the gradient for the gradient of the patches.
+// x (B, H, W, C) -> patches (B, H', W', C, K, K) of a convolution with kernel K, padded by K / 2 zeros. The sizes are B, H,
+// W, C, K, the stride, and whether to write x instead, as the gradient for the gradient in `patches`.
 template <class T>
-void copy_patches(T* x, T* patches, const int64_t* n, bool adjoint) {
+void patches(T** t, const int64_t* n, const double*) {
     const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4], stride = n[5], R = K / 2, area = K * K;
     const int64_t high = (H - 1) / stride + 1, wide = (W - 1) / stride + 1;
+    const bool adjoint = n[6];
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < B; b++) {
-        T *image = x + b * H * W * C, *patch = patches + b * high * wide * C * area;
+        T *image = t[0] + b * H * W * C, *patch = t[1] + b * high * wide * C * area;
         if (adjoint) std::fill(image, image + H * W * C, T(0));
         for (int64_t p = 0; p < high * wide; p++, patch += C * area) {
             for (int64_t tap = 0; tap < area; tap++) {
@@ -402,17 +401,6 @@ void copy_patches(T* x, T* patches, const int64_t* n, bool adjoint) {
     }
 }
 
-template <class T>
-void patches(T** t, const int64_t* n, const double*) {
-    copy_patches(t[0], t[1], n, false);
-}
-
-// dpatches -> dx
-template <class T>
-void patches_backward(T** t, const int64_t* n, const double*) {
-    copy_patches(t[1], t[0], n, true);
-}
-
 EXPORT(layer_norm)
 EXPORT(layer_norm_backward)
 EXPORT(batch_norm)
@@ -425,4 +413,3 @@ EXPORT(residual)
 EXPORT(residual_backward)
 EXPORT(multiply)
 EXPORT(patches)
-EXPORT(patches_backward)
