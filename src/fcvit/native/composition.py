@@ -155,8 +155,10 @@ class Trace:
 
         def reverse() -> None:
             x.gradient = y.gradient
-            places = (branch.place, scale.place, factor.place, y.gradient, self._gradient(branch), scale.output)
-            self.backward.append(Call("residual_backward", places, sizes))
+            places = (NULL, y.gradient, scale.place, factor.place, self._gradient(branch))
+            self.backward.append(Call("residual", places, sizes))
+            places = (branch.place, factor.place, y.gradient, scale.output)
+            self.backward.append(Call("residual_scale", places, sizes))
             self._through_gelu(branch)
 
         self.reverse.append(reverse)

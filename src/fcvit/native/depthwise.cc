@@ -77,7 +77,8 @@ void depthwise(T** t, const int64_t* n, const double*) {
 // total (K, K, L) += the gradient of the kernels of a vector for some images, from copies of x and dz with the same R.
 // Sums TAPS taps of a kernel row at once.
 template <class T, int TAPS>
-void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t images, int64_t H, int64_t W, int64_t K) {
+void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t images, int64_t H, int64_t W,
+                               int64_t K) {
     constexpr int64_t L = LANES<T>;
     const int64_t R = K / 2, row = (W + 2 * R) * L;
     for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
@@ -100,17 +101,6 @@ void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t i
     }
 }
 
-// Returns the function for the number of taps of a kernel row that see more than zeros.
-template <class T>
-auto weight_gradient_function(int64_t K, int64_t W) {
-    switch (std::min(K, 2 * W - 1)) {
-        case 11: return depthwise_weight_gradient<T, 11>;
-        case 7: return depthwise_weight_gradient<T, 7>;
-        case 3: return depthwise_weight_gradient<T, 3>;
-        default: return depthwise_weight_gradient<T, 1>;
-    }
-}
-
 // dweight (C, K, K). The images are divided into parts, and the parts are added in order. The number of parts does not
 // depend on the number of threads.
 template <class T>
@@ -119,7 +109,11 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
     const int64_t run = std::clamp<int64_t>(64 / (H * W), 1, B);  // images that are summed in T
     const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, map = H * (W + K - 1) * L, size = run * map;
     const int64_t parts = std::clamp<int64_t>(64 / pairs, 1, (B + run - 1) / run);
-    const auto gradient = weight_gradient_function<T>(K, W);
+    const int64_t taps = std::min(K, 2 * W - 1);  // of a kernel row, that see more than zeros
+    const auto gradient = taps == 11  ? depthwise_weight_gradient<T, 11>
+                          : taps == 7 ? depthwise_weight_gradient<T, 7>
+                          : taps == 3 ? depthwise_weight_gradient<T, 3>
+                                      : depthwise_weight_gradient<T, 1>;
     Buffer<double> totals(parts * pairs * area * PAIR);
     Buffer<T> scratch(omp_get_max_threads() * 4 * size);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)

@@ -10,8 +10,8 @@ constexpr int WIDEST = 14;
 // output in row i. `taps` is (kernel, kernel, L). With `whole`, the outputs are a whole row, and taps that see only the
 // zeros at its ends are left out.
 template <int WIDE, class T>
-inline void depthwise_tile(const T* const* rows, int64_t offset, int64_t from, int64_t to, int64_t kernel, const T* taps,
-                           Vector<T> bias, T* out, int64_t step, bool whole) {
+inline void depthwise_tile(const T* const* rows, int64_t offset, int64_t from, int64_t to, int64_t kernel,
+                           const T* taps, Vector<T> bias, T* out, int64_t step, bool whole) {
     constexpr int64_t L = LANES<T>;
     const int64_t left = whole ? std::max<int64_t>(0, kernel / 2 + 1 - WIDE) : 0;
     const int64_t right = whole ? std::min(kernel, kernel / 2 + WIDE) : kernel;

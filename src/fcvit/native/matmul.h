@@ -44,8 +44,9 @@ constexpr int64_t DEPTH = 256;  // depth of a piece, so that a panel of b, DEPTH
 // c += a b for one tile, of which `rows` x `columns` are inside the matrix and `columns` is at most HALVES vectors.
 // Row k of b begins at b + k * step. If `first`, c = bias + a b.
 template <int HALVES, class T>
-__attribute__((always_inline)) inline void tile(int64_t depth, Matrix<T> a, const T* b, int64_t step, T* c, int64_t stride, int64_t rows, int64_t columns,
-                 bool first, const T* bias) {
+__attribute__((always_inline)) inline void tile(int64_t depth, Matrix<T> a, const T* b, int64_t step, T* c,
+                                                int64_t stride, int64_t rows, int64_t columns, bool first,
+                                                const T* bias) {
     constexpr int64_t L = LANES<T>;
     const T* from[TILE_ROWS];
     Vector<T> sum[TILE_ROWS][HALVES] = {};
@@ -113,7 +114,8 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
     const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
-    Buffer<T> packed(direct ? 0 : panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
+    Buffer<T> packed(direct ? 0 : panels * N * depth);
+    Buffer<T> strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
 #pragma omp parallel if (rows * columns * depth > 500000)  // about 20 microseconds, as long as synchronizing
     {
         // Pack b in panels of depth x N, padded with zeros, in pieces of DEPTH rows.

@@ -89,7 +89,10 @@ void batch_norm(T** t, const int64_t* n, const double* options) {
     T* inverse = mean + C;
     column_sums(R, C, mean, [=](int64_t r, int64_t c) { return x[r * C + c]; });
     for (int64_t c = 0; c < C; c++) mean[c] /= R;
-    column_sums(R, C, inverse, [=](int64_t r, int64_t c) { return (x[r * C + c] - mean[c]) * (x[r * C + c] - mean[c]); });
+    column_sums(R, C, inverse, [=](int64_t r, int64_t c) {
+        const T centered = x[r * C + c] - mean[c];
+        return centered * centered;
+    });
     for (int64_t c = 0; c < C; c++) {
         running_mean[c] = T(options[1] * running_mean[c] + (1 - options[1]) * mean[c]);
         running_variance[c] = T(options[1] * running_variance[c] + (1 - options[1]) * (double(inverse[c]) / (R - 1)));
@@ -131,12 +134,7 @@ void batch_norm_backward(T** t, const int64_t* n, const double*) {
     }
 }
 
-// Returns a weight as inputs x outputs. It is (outputs, inputs) in a convolution, (inputs, outputs) in Paddle's Linear.
-template <class T>
-Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool linear) {
-    return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
-}
-
+// The weight is (N, K) as in a convolution, or, if n[3], (K, N) as in Paddle's Linear.
 // x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias. If y (R, N) is not null, y = gelu(z), and gelu'(z)
 // replaces z.
 template <class T>
@@ -144,7 +142,8 @@ void linear(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
     T *z = t[3], *y = t[4];
     const int64_t R = n[0], K = n[1], N = n[2];
-    matmul<T>(R, N, K, {x, K, 1}, weight_matrix(weight, K, N, n[3]), z, bias, [=](int64_t r, int64_t c, int64_t count) {
+    const Matrix<T> w = n[3] ? Matrix<T>{weight, N, 1} : Matrix<T>{weight, 1, K};
+    matmul<T>(R, N, K, {x, K, 1}, w, z, bias, [=](int64_t r, int64_t c, int64_t count) {
         if (y) gelu_row(z + r * N + c, y + r * N + c, count);
     });
 }
@@ -155,17 +154,14 @@ void linear_backward(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
-    const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
-    matmul<T>(R, K, N, {dy, N, 1}, {w.data, w.column, w.row}, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
+    const Matrix<T> w = n[3] ? Matrix<T>{weight, 1, N} : Matrix<T>{weight, K, 1};
+    matmul<T>(R, K, N, {dy, N, 1}, w, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
         if (!slope) return;
 #pragma omp simd
         for (int64_t i = r * K + c; i < r * K + c + count; i++) dx[i] *= slope[i];
     });
-    if (n[3]) {
-        matmul<T>(K, N, R, {x, 1, K}, {dy, N, 1}, dweight);
-    } else {
-        matmul<T>(N, K, R, {dy, 1, N}, {x, K, 1}, dweight);
-    }
+    if (n[3]) matmul<T>(K, N, R, {x, 1, K}, {dy, N, 1}, dweight);
+    if (!n[3]) matmul<T>(N, K, R, {dy, 1, N}, {x, K, 1}, dweight);
     column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return dy[r * N + c]; });
 }
 
@@ -243,7 +239,8 @@ void context(T** t, const int64_t* n, const double* options) {
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
-        T *to = y + b * P * C, *s = centered + b * P * h, *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
+        T *to = y + b * P * C, *s = centered + b * P * h;
+        T *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
         for (int64_t p = 0; p < P; p++) {
 #pragma omp simd
             for (int64_t c = 0; c < C; c++) row[c] = from[p * C + c] * mean[c] * scale;
@@ -344,7 +341,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     }
 }
 
-// x (B, P, C), branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
+// x (B, P, C) or null, branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
 template <class T>
 void residual(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
@@ -353,30 +350,24 @@ void residual(T** t, const int64_t* n, const double*) {
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         const T times = factor ? factor[r / P] : T(1);
-        for (int64_t c = 0; c < C; c++) {
-            y[r * C + c] = x[r * C + c] + branch[r * C + c] * (scale ? scale[c] * times : times);
+        for (int64_t i = r * C, c = 0; c < C; c++, i++) {
+            y[i] = (x ? x[i] : T(0)) + branch[i] * (scale ? scale[c] * times : times);
         }
     }
 }
 
-// branch, scale or null, factor or null, dy -> dbranch, dscale or null
+// branch, factor or null, dy -> dscale or null. The other gradients are dy, and `residual` of dy.
 template <class T>
-void residual_backward(T** t, const int64_t* n, const double*) {
-    const T *branch = t[0], *scale = t[1], *factor = t[2], *dy = t[3];
-    T *dbranch = t[4], *dscale = t[5];
-    const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
-    for (int64_t r = 0; r < B * P; r++) {
-        const T times = factor ? factor[r / P] : T(1);
-        for (int64_t c = 0; c < C; c++) dbranch[r * C + c] = dy[r * C + c] * (scale ? scale[c] * times : times);
-    }
-    column_sums(B * P, C, dscale, [=](int64_t r, int64_t c) {
+void residual_scale(T** t, const int64_t* n, const double*) {
+    const T *branch = t[0], *factor = t[1], *dy = t[2];
+    const int64_t P = n[1], C = n[2];
+    column_sums(n[0] * P, C, t[3], [=](int64_t r, int64_t c) {
         return dy[r * C + c] * branch[r * C + c] * (factor ? factor[r / P] : T(1));
     });
 }
 
-// x (B, H, W, C) -> patches (B, H', W', C, K, K) of a convolution with kernel K, padded by K / 2 zeros. The sizes are B, H,
-// W, C, K, the stride, and whether to write x instead, as the gradient for the gradient in `patches`.
+// x (B, H, W, C) -> patches (B, H', W', C, K, K) of a convolution with kernel K, padded by K / 2 zeros. Sizes: B,
+// H, W, C, K, the stride, and whether to write x instead, as the gradient for the gradient in `patches`.
 template <class T>
 void patches(T** t, const int64_t* n, const double*) {
     const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4], stride = n[5], R = K / 2, area = K * K;
@@ -410,6 +401,6 @@ EXPORT(linear_backward)
 EXPORT(context)
 EXPORT(context_backward)
 EXPORT(residual)
-EXPORT(residual_backward)
+EXPORT(residual_scale)
 EXPORT(multiply)
 EXPORT(patches)
