@@ -56,7 +56,7 @@ def load(level=None):
 def test_the_library_is_compiled_once_one_source_per_process(copying_compiler, notes):
     assert not build.is_built()
     for _ in range(2):
-        assert load().fcvit_pool_float32 and build.is_built()
+        assert load().fcvit_linear_float32 and build.is_built()
     *sources, link = commands(copying_compiler)
     names = sorted(word.rpartition("/")[2] for line in sources for word in line.split() if word.endswith(".cc"))
     assert names == sorted(path.name for path in build._sources("*.cc")) and "operators.cc" in names
@@ -96,7 +96,7 @@ def test_a_damaged_library_is_compiled_again(copying_compiler, damage):
     cached.unlink()  # the loaded file must not change
     cached.write_bytes(damage(data))
     assert not build.is_built()
-    assert load().fcvit_pool_float32
+    assert load().fcvit_linear_float32
     assert sum("-shared" in line for line in commands(copying_compiler)) == 2
     assert cached.read_bytes() == data
 
@@ -137,7 +137,7 @@ def test_a_built_library_is_loaded_from_a_cache_that_cannot_be_written(copying_c
     (folder,) = copying_compiler.glob("cache/fcvit/native/*")
     (folder / "lock").unlink()
     (folder / "lock").mkdir()  # cannot be opened, even by root
-    assert load().fcvit_pool_float32
+    assert load().fcvit_linear_float32
 
 
 def failure():

@@ -11,7 +11,8 @@ from typing import Any
 from fcvit.frameworks import import_framework
 from fcvit.models.mask_rcnn.network import BoxHead, FiveLevelFPN, MaskHead, MaskRCNN, RPNHead
 from fcvit.models.semantic_fpn import FPN, ConvNormReLU, FPNHead, SemanticFPN
-from fcvit.native.operators import SUFFIXES, batch_norm, conv3x3, linear, resize
+from fcvit.native.kernels import SUFFIXES
+from fcvit.native.operators import batch_norm, conv3x3, linear, resize
 
 import_framework("paddle")
 

@@ -1,107 +1,65 @@
 // The depthwise convolution and its gradients.
 
+#include "depthwise.h"
 #include "operators.h"
 
-// A depthwise convolution processes one image and one group of channels, two registers wide, at a time. The group is
-// copied to (H, W + 2R, GROUP), with R = K / 2 zeros at both ends of a row, so only taps above and below are outside.
-// These taps are skipped, and so are taps that see only zeros (a kernel may be larger than the map).
+// A depthwise convolution processes one image and two vectors of channels at a time, because pixels are far apart. Each
+// vector is copied to a map (H, W + 2R, L), which has R = K / 2 zeros at both ends of a row already, so only taps above
+// and below are outside. Those are skipped. The second map begins after `size` elements.
 template <class T>
-constexpr int64_t GROUP = 2 * LANES<T>;
-
-template <class T>
-void copy_group(const T* x, T* to, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
-    for (int64_t h = 0; h < H; h++) {
-        std::fill(to, to + R * GROUP<T>, T(0));
-        to += R * GROUP<T>;
-        for (int64_t w = 0; w < W; w++, x += C, to += GROUP<T>) {
-            if (count == GROUP<T>) {
-                std::memcpy(to, x, GROUP<T> * sizeof(T));
-            } else {
-                std::memcpy(to, x, count * sizeof(T));
-                std::fill(to + count, to + GROUP<T>, T(0));
-            }
-        }
-        std::fill(to, to + R * GROUP<T>, T(0));
-        to += R * GROUP<T>;
-    }
-}
-
-// Computes WIDE adjacent outputs, which share the loaded weights. `weight` is (K, K, GROUP), `bias` is (GROUP).
-template <class T, int WIDE>
-inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, int64_t h, int64_t w, int64_t H, int64_t W,
-                              int64_t C, int64_t K, int64_t count) {
-    constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    const int64_t R = K / 2;
-    const int64_t top = std::max<int64_t>(0, R - h), bottom = std::min(K, H + R - h);
-    const int64_t left = std::max<int64_t>(0, R - w - (WIDE - 1)), right = std::min(K, W + R - w);
-    Vector<T> sum[WIDE][2];
-#pragma GCC unroll 8
-    for (int o = 0; o < WIDE; o++) {
-        sum[o][0] = load(bias);
-        sum[o][1] = load(bias + L);
-    }
-    for (int64_t i = top; i < bottom; i++) {
-        const T *at = x + ((h + i - R) * (W + 2 * R) + w + left) * G, *tap = weight + (i * K + left) * G;
-        for (int64_t j = left; j < right; j++, at += G, tap += G) {
-            const Vector<T> first = load(tap), second = load(tap + L);
-#pragma GCC unroll 8
-            for (int o = 0; o < WIDE; o++) {
-                sum[o][0] += load(at + o * G) * first;
-                sum[o][1] += load(at + o * G + L) * second;
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int o = 0; o < WIDE; o++) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t some = count - half * L, to = (h * W + w + o) * C + half * L;
-            if (some <= 0) break;
-            store_some(y + to, sum[o][half], some);
+void copy_maps(const T* x, T* to, int64_t size, int64_t H, int64_t W, int64_t C, int64_t R, int64_t count) {
+    constexpr int64_t L = LANES<T>;
+    for (int64_t h = 0; h < H; h++, to += 2 * R * L) {
+        for (int64_t w = 0; w < W; w++, x += C, to += L) {
+            store(to + R * L, load_some(x, count));
+            store(to + R * L + size, load_some(x + L, std::max<int64_t>(count - L, 0)));
         }
     }
 }
 
-// y = x convolved with weight (C, K, K), plus bias unless null. If `activated` is not null, it becomes gelu(y), and
-// gelu'(y) replaces y. x, y and activated are (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
+// y = x convolved with weight (C, K, K), plus bias unless null. x and y are (B, H, W, C). `flip` rotates the kernels by
+// 180 degrees, which gives the gradient of the input.
 template <class T>
-void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
-                        int64_t C, int64_t K, bool flip) {
-    constexpr int64_t G = GROUP<T>;
-    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
-    Buffer<T> weights(groups * area * G), biases(groups * G), slabs(omp_get_max_threads() * slab);
+void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, int64_t B, int64_t H, int64_t W, int64_t C,
+                        int64_t K, bool flip) {
+    constexpr int64_t L = LANES<T>, PAIR = 2 * L;
+    const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, row = (W + K - 1) * L, each = 2 * H * row + W * L;
+    Buffer<T> weights(pairs * area * PAIR), biases(pairs * PAIR), scratch(omp_get_max_threads() * each);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            for (int64_t lane = 0; lane < G; lane++) {
-                const int64_t c = group * G + lane;
-                biases.data[c] = bias && c < C ? bias[c] : T(0);
-                T* to = weights.data + group * area * G + lane;
-                for (int64_t tap = 0; tap < area; tap++) {
-                    to[tap * G] = c < C ? weight[c * area + (flip ? area - 1 - tap : tap)] : T(0);
-                }
-            }
+        for (int64_t c = 0; c < pairs * PAIR; c++) {
+            const int64_t channel = std::min(c, C - 1);  // outputs after the last channel are left out
+            T* to = weights.data + c / L * area * L + c % L;
+            const T* from = weight + channel * area + (flip ? area - 1 : 0);
+            for (int64_t k = 0; k < area; k++) to[k * L] = from[flip ? -k : k];
+            biases.data[c] = bias ? bias[channel] : T(0);
         }
-        T* from = slabs.data + omp_get_thread_num() * slab;
+        T *maps = scratch.data + omp_get_thread_num() * each, *out = maps + 2 * H * row;
+        std::fill(maps, out, T(0));
+        std::vector<const T*> rows(K);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < B; b++) {
-            for (int64_t group = 0; group < groups; group++) {
-                const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
-                copy_group(x + here, from, H, W, C, K / 2, count);
-                const T *taps = weights.data + group * area * G, *start = biases.data + c;
-                T* to = y + here;
+            for (int64_t pair = 0; pair < pairs; pair++) {
+                const int64_t c = pair * PAIR, count = std::min(PAIR, C - c);
+                copy_maps(x + b * H * W * C + c, maps, H * row, H, W, C, K / 2, count);
                 for (int64_t h = 0; h < H; h++) {
-                    int64_t w = 0;
-                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
+                    const int64_t top = std::max<int64_t>(0, K / 2 - h), bottom = std::min(K, H + K / 2 - h);
+                    for (int64_t half = 0; half < 2 && half * L < count; half++) {
+                        for (int64_t i = top; i < bottom; i++) rows[i] = maps + (half * H + h + i - K / 2) * row;
+                        const int64_t channel = c + half * L, some = count - half * L;
+                        const T *taps = weights.data + channel * area, *start = biases.data + channel;
+                        T* to = y + (b * H + h) * W * C + channel;
+                        if (some >= L) {
+                            depthwise_row<T>(rows.data(), top, bottom, W, K, taps, load(start), to, C);
+                        } else {
+                            depthwise_row<T>(rows.data(), top, bottom, W, K, taps, load(start), out);
+                            for (int64_t w = 0; w < W; w++) store_some(to + w * C, load(out + w * L), some);
+                        }
+                    }
                 }
             }
         }
-        // In a pass of its own, because short rows leave most of the time of a GELU waiting for its result.
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < (activated ? B * H : 0); row++) gelu_row(y + row * W * C, activated + row * W * C, W * C);
     }
 }
 
@@ -109,48 +67,37 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
 // replaces z.
 template <class T>
 void depthwise(T** t, const int64_t* n, const double*) {
-    convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
+    const int64_t rows = n[0] * n[1], row = n[2] * n[3];
+    convolve_depthwise<T>(t[0], t[1], t[2], t[3], n[0], n[1], n[2], n[3], n[4], false);
+    // In a pass of its own, because short rows leave most of the time of a GELU waiting for its result.
+#pragma omp parallel for schedule(static) if (rows * row > WORTH_SHARING)
+    for (int64_t r = 0; r < (t[4] ? rows : 0); r++) gelu_row(t[3] + r * row, t[4] + r * row, row);
 }
 
-// total (K, K, GROUP) += the gradient of the kernels of a group for some images, from copies of x and dz with the same R.
+// total (K, K, L) += the gradient of the kernels of a vector for some images, from copies of x and dz with the same R.
 // Sums TAPS taps of a kernel row at once.
 template <class T, int TAPS>
-void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t images, int64_t H, int64_t W, int64_t K) {
-    constexpr int64_t L = LANES<T>, G = GROUP<T>;
-    const int64_t R = K / 2, row = (W + 2 * R) * G;
+void depthwise_weight_gradient(const T* x, const T* dz, double* total, int64_t images, int64_t H, int64_t W,
+                               int64_t K) {
+    constexpr int64_t L = LANES<T>;
+    const int64_t R = K / 2, row = (W + 2 * R) * L;
     for (int64_t i = std::max<int64_t>(0, R - H + 1); i < std::min(K, H + R); i++) {
         for (int64_t j = std::max<int64_t>(0, R - W + 1); j < std::min(K, W + R); j += TAPS) {
-            for (int64_t half = 0; half < G; half += L) {
-                Vector<T> sum[TAPS] = {};
-                for (int64_t image = 0; image < images; image++) {
-                    for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
-                        const T* at = x + (image * H + h + i - R) * row + j * G + half;
-                        const T* g = dz + (image * H + h) * row + R * G + half;
-                        for (int64_t w = 0; w < W; w++, at += G, g += G) {
-                            const Vector<T> v = load(g);
+            Vector<T> sum[TAPS] = {};
+            for (int64_t image = 0; image < images; image++) {
+                for (int64_t h = std::max<int64_t>(0, R - i); h < std::min(H, H + R - i); h++) {
+                    const T *at = x + (image * H + h + i - R) * row + j * L, *g = dz + (image * H + h) * row + R * L;
+                    for (int64_t w = 0; w < W; w++, at += L, g += L) {
+                        const Vector<T> v = load(g);
 #pragma GCC unroll 16
-                            for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * G);
-                        }
+                        for (int tap = 0; tap < TAPS; tap++) sum[tap] += v * load(at + tap * L);
                     }
                 }
-                double* to = total + (i * K + j) * G + half;
-#pragma GCC unroll 16
-                for (int tap = 0; tap < TAPS; tap++) {
-                    for (int64_t lane = 0; lane < L; lane++) to[tap * G + lane] += sum[tap][lane];
-                }
+            }
+            for (int tap = 0; tap < TAPS; tap++) {
+                for (int64_t lane = 0; lane < L; lane++) total[(i * K + j + tap) * L + lane] += sum[tap][lane];
             }
         }
-    }
-}
-
-// Returns the function for the number of taps of a kernel row that see more than zeros.
-template <class T>
-auto weight_gradient_function(int64_t K, int64_t W) {
-    switch (std::min(K, 2 * W - 1)) {
-        case 11: return depthwise_weight_gradient<T, 11>;
-        case 7: return depthwise_weight_gradient<T, 7>;
-        case 3: return depthwise_weight_gradient<T, 3>;
-        default: return depthwise_weight_gradient<T, 1>;
     }
 }
 
@@ -158,57 +105,59 @@ auto weight_gradient_function(int64_t K, int64_t W) {
 // depend on the number of threads.
 template <class T>
 void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
-    constexpr int64_t G = GROUP<T>;
+    constexpr int64_t L = LANES<T>, PAIR = 2 * L;
     const int64_t run = std::clamp<int64_t>(64 / (H * W), 1, B);  // images that are summed in T
-    const int64_t groups = (C + G - 1) / G, area = K * K, image = H * (W + K - 1) * G, slab = run * image;
-    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, (B + run - 1) / run);
-    const auto gradient = weight_gradient_function<T>(K, W);
-    Buffer<double> totals(groups * parts * area * G);
-    Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
+    const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, map = H * (W + K - 1) * L, size = run * map;
+    const int64_t parts = std::clamp<int64_t>(64 / pairs, 1, (B + run - 1) / run);
+    const int64_t taps = std::min(K, 2 * W - 1);  // of a kernel row, that see more than zeros
+    const auto gradient = taps == 11  ? depthwise_weight_gradient<T, 11>
+                          : taps == 7 ? depthwise_weight_gradient<T, 7>
+                          : taps == 3 ? depthwise_weight_gradient<T, 3>
+                                      : depthwise_weight_gradient<T, 1>;
+    Buffer<double> totals(parts * pairs * area * PAIR);
+    Buffer<T> scratch(omp_get_max_threads() * 4 * size);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
-        T *from = slabs.data + omp_get_thread_num() * 2 * slab, *g = from + slab;
+        T *maps = scratch.data + omp_get_thread_num() * 4 * size, *gradients = maps + 2 * size;
+        std::fill(maps, maps + 4 * size, T(0));
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            for (int64_t part = 0; part < parts; part++) {
-                double* total = totals.data + (group * parts + part) * area * G;
-                std::fill(total, total + area * G, 0.0);
-                const int64_t end = B * (part + 1) / parts;
+        for (int64_t part = 0; part < parts; part++) {
+            for (int64_t pair = 0; pair < pairs; pair++) {
+                double* total = totals.data + (part * pairs + pair) * area * PAIR;
+                std::fill(total, total + area * PAIR, 0.0);
+                const int64_t end = B * (part + 1) / parts, count = std::min(PAIR, C - pair * PAIR);
                 for (int64_t b = B * part / parts; b < end; b += run) {
-                    const int64_t c = group * G, count = std::min(G, C - c), images = std::min(run, end - b);
+                    const int64_t images = std::min(run, end - b);
                     for (int64_t k = 0; k < images; k++) {
-                        const int64_t here = (b + k) * H * W * C + c;
-                        copy_group(x + here, from + k * image, H, W, C, K / 2, count);
-                        copy_group(dz + here, g + k * image, H, W, C, K / 2, count);
+                        const int64_t here = (b + k) * H * W * C + pair * PAIR;
+                        copy_maps(x + here, maps + k * map, size, H, W, C, K / 2, count);
+                        copy_maps(dz + here, gradients + k * map, size, H, W, C, K / 2, count);
                     }
-                    gradient(from, g, total, images, H, W, K);
+                    gradient(maps, gradients, total, images, H, W, K);
+                    gradient(maps + size, gradients + size, total + area * L, images, H, W, K);
                 }
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            double* total = totals.data + group * parts * area * G;
-            for (int64_t part = 1; part < parts; part++) {
-                for (int64_t at = 0; at < area * G; at++) total[at] += total[part * area * G + at];
-            }
-            for (int64_t c = group * G; c < std::min(C, group * G + G); c++) {
-                for (int64_t tap = 0; tap < area; tap++) dweight[c * area + tap] = T(total[tap * G + c - group * G]);
+        for (int64_t c = 0; c < C; c++) {
+            for (int64_t tap = 0; tap < area; tap++) {
+                const double* at = totals.data + (c / L * area + tap) * L + c % L;
+                double total = 0;
+                for (int64_t part = 0; part < parts; part++) total += at[part * pairs * area * PAIR];
+                dweight[c * area + tap] = T(total);
             }
         }
     }
 }
 
-// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null
+// x, weight, dy -> dx, dweight, dbias, each or null
 template <class T>
 void depthwise_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3];
-    T *dx = t[4], *dweight = t[5], *dbias = t[6];
+    const T *x = t[0], *weight = t[1], *dy = t[2];
     const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
-    const Activation<T> activation(slope, dy, B * H * W, C);
-    const T* g = activation.gradient;
-    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
-    if (dweight) depthwise_weights(x, g, dweight, B, H, W, C, K);
-    if (dbias) column_sums(B * H * W, C, dbias, [=](int64_t r, int64_t c) { return g[r * C + c]; });
+    if (t[3]) convolve_depthwise<T>(dy, weight, nullptr, t[3], B, H, W, C, K, true);
+    if (t[4]) depthwise_weights(x, dy, t[4], B, H, W, C, K);
+    column_sums(B * H * W, C, t[5], [=](int64_t r, int64_t c) { return dy[r * C + c]; });
 }
 
 EXPORT(depthwise)

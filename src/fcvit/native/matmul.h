@@ -44,8 +44,9 @@ constexpr int64_t DEPTH = 256;  // depth of a piece, so that a panel of b, DEPTH
 // c += a b for one tile, of which `rows` x `columns` are inside the matrix and `columns` is at most HALVES vectors.
 // Row k of b begins at b + k * step. If `first`, c = bias + a b.
 template <int HALVES, class T>
-__attribute__((always_inline)) inline void tile(int64_t depth, Matrix<T> a, const T* b, int64_t step, T* c, int64_t stride, int64_t rows, int64_t columns,
-                 bool first, const T* bias) {
+__attribute__((always_inline)) inline void tile(int64_t depth, Matrix<T> a, const T* b, int64_t step, T* c,
+                                                int64_t stride, int64_t rows, int64_t columns, bool first,
+                                                const T* bias) {
     constexpr int64_t L = LANES<T>;
     const T* from[TILE_ROWS];
     Vector<T> sum[TILE_ROWS][HALVES] = {};
@@ -82,17 +83,18 @@ struct Nothing {
     void operator()(int64_t, int64_t, int64_t) const {}
 };
 
-// c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null).
+// c (rows x columns, dense) = a (rows x depth) b (depth x columns) + bias (columns, or null), unless c is null.
 // `finish(row, column, count)` is called for every finished piece of a row while the piece is in the cache.
-template <class T, class Finish>
-void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias, Finish finish) {
+template <class T, class Finish = Nothing>
+void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr,
+            Finish finish = {}) {
+    if (!c) return;
     constexpr int64_t N = TILE_COLUMNS<T>;
     const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const bool few = strips <= 4;  // packing b takes as long as using it
     if (few && b.row == 1 && b.column != 1 && columns > rows) {  // b is transposed: compute the transposed product
         Buffer<T> turned(rows * columns);
-        matmul(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data, (const T*)nullptr,
-               Nothing());
+        matmul<T>(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data);
         for (int64_t j0 = 0; j0 < columns; j0 += 16) {
             for (int64_t i = 0; i < rows; i++) {
                 for (int64_t j = j0; j < std::min(columns, j0 + 16); j++) {
@@ -112,7 +114,8 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
     const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
-    Buffer<T> packed(direct ? 0 : panels * N * depth), strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
+    Buffer<T> packed(direct ? 0 : panels * N * depth);
+    Buffer<T> strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
 #pragma omp parallel if (rows * columns * depth > 500000)  // about 20 microseconds, as long as synchronizing
     {
         // Pack b in panels of depth x N, padded with zeros, in pieces of DEPTH rows.
@@ -184,9 +187,4 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
             }
         }
     }
-}
-
-template <class T>
-void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T> b, T* c, const T* bias = nullptr) {
-    matmul(rows, columns, depth, a, b, c, bias, Nothing());
 }

@@ -89,7 +89,10 @@ void batch_norm(T** t, const int64_t* n, const double* options) {
     T* inverse = mean + C;
     column_sums(R, C, mean, [=](int64_t r, int64_t c) { return x[r * C + c]; });
     for (int64_t c = 0; c < C; c++) mean[c] /= R;
-    column_sums(R, C, inverse, [=](int64_t r, int64_t c) { return (x[r * C + c] - mean[c]) * (x[r * C + c] - mean[c]); });
+    column_sums(R, C, inverse, [=](int64_t r, int64_t c) {
+        const T centered = x[r * C + c] - mean[c];
+        return centered * centered;
+    });
     for (int64_t c = 0; c < C; c++) {
         running_mean[c] = T(options[1] * running_mean[c] + (1 - options[1]) * mean[c]);
         running_variance[c] = T(options[1] * running_variance[c] + (1 - options[1]) * (double(inverse[c]) / (R - 1)));
@@ -131,12 +134,7 @@ void batch_norm_backward(T** t, const int64_t* n, const double*) {
     }
 }
 
-// Returns a weight as inputs x outputs. It is (outputs, inputs) in a convolution, (inputs, outputs) in Paddle's Linear.
-template <class T>
-Matrix<T> weight_matrix(const T* weight, int64_t inputs, int64_t outputs, bool linear) {
-    return linear ? Matrix<T>{weight, outputs, 1} : Matrix<T>{weight, 1, inputs};
-}
-
+// The weight is (N, K) as in a convolution, or, if n[3], (K, N) as in Paddle's Linear.
 // x (R, K), weight, bias (N) or null -> z (R, N) = x weight + bias. If y (R, N) is not null, y = gelu(z), and gelu'(z)
 // replaces z.
 template <class T>
@@ -144,31 +142,36 @@ void linear(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *weight = t[1], *bias = t[2];
     T *z = t[3], *y = t[4];
     const int64_t R = n[0], K = n[1], N = n[2];
-    matmul<T>(R, N, K, {x, K, 1}, weight_matrix(weight, K, N, n[3]), z, bias, [=](int64_t r, int64_t c, int64_t count) {
+    const Matrix<T> w = n[3] ? Matrix<T>{weight, N, 1} : Matrix<T>{weight, 1, K};
+    matmul<T>(R, N, K, {x, K, 1}, w, z, bias, [=](int64_t r, int64_t c, int64_t count) {
         if (y) gelu_row(z + r * N + c, y + r * N + c, count);
     });
 }
 
-// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null. dx is multiplied by `before`, gelu'
-// of the inputs, unless it is null.
+// x, weight, gelu' of the inputs or null, which dx is multiplied by, dy -> dx, dweight, dbias, each or null
 template <class T>
 void linear_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3], *before = t[7];
+    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3];
     T *dx = t[4], *dweight = t[5], *dbias = t[6];
     const int64_t R = n[0], K = n[1], N = n[2];
-    const Activation<T> activation(slope, dy, R, N);
-    const T* g = activation.gradient;
-    const Matrix<T> w = weight_matrix(weight, K, N, n[3]);
-    if (dx) {
-        matmul<T>(R, K, N, {g, N, 1}, {w.data, w.column, w.row}, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
-            if (!before) return;
+    const Matrix<T> w = n[3] ? Matrix<T>{weight, 1, N} : Matrix<T>{weight, K, 1};
+    matmul<T>(R, K, N, {dy, N, 1}, w, dx, nullptr, [=](int64_t r, int64_t c, int64_t count) {
+        if (!slope) return;
 #pragma omp simd
-            for (int64_t i = r * K + c; i < r * K + c + count; i++) dx[i] *= before[i];
-        });
-    }
-    if (dweight && n[3]) matmul<T>(K, N, R, {x, 1, K}, {g, N, 1}, dweight);
-    if (dweight && !n[3]) matmul<T>(N, K, R, {g, 1, N}, {x, K, 1}, dweight);
-    if (dbias) column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
+        for (int64_t i = r * K + c; i < r * K + c + count; i++) dx[i] *= slope[i];
+    });
+    if (n[3]) matmul<T>(K, N, R, {x, 1, K}, {dy, N, 1}, dweight);
+    if (!n[3]) matmul<T>(N, K, R, {dy, 1, N}, {x, K, 1}, dweight);
+    column_sums(R, N, dbias, [=](int64_t r, int64_t c) { return dy[r * N + c]; });
+}
+
+// x, y -> x y, of n[0] elements
+template <class T>
+void multiply(T** t, const int64_t* n, const double*) {
+    const T *x = t[0], *y = t[1];
+    T* product = t[2];
+#pragma omp parallel for simd schedule(static) if (n[0] > WORTH_SHARING)
+    for (int64_t i = 0; i < n[0]; i++) product[i] = x[i] * y[i];
 }
 
 // The mean over positions: x (P, C) -> (C).
@@ -180,27 +183,6 @@ void mean_positions(const T* x, T* mean, double* total, int64_t P, int64_t C) {
         for (int64_t c = 0; c < C; c++) total[c] += x[p * C + c];
     }
     for (int64_t c = 0; c < C; c++) mean[c] = T(total[c] / P);
-}
-
-// x (B, P, C) -> mean (B, C)
-template <class T>
-void pool(T** t, const int64_t* n, const double*) {
-    const int64_t B = n[0], P = n[1], C = n[2];
-    Buffer<double> totals(B * C);
-#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
-    for (int64_t b = 0; b < B; b++) mean_positions(t[0] + b * P * C, t[1] + b * C, totals.data + b * C, P, C);
-}
-
-// dmean (B, C) -> dx (B, P, C)
-template <class T>
-void pool_backward(T** t, const int64_t* n, const double*) {
-    const T* dmean = t[0];
-    T* dx = t[1];
-    const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
-    for (int64_t r = 0; r < B * P; r++) {
-        for (int64_t c = 0; c < C; c++) dx[r * C + c] = dmean[r / P * C + c] / P;
-    }
 }
 
 // The weighted global context with competition and its residual connection, with h heads of C / h channels and inner
@@ -257,7 +239,8 @@ void context(T** t, const int64_t* n, const double* options) {
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
         const T *from = x + b * P * C, *mean = context + b * C, *v = value + b * C;
-        T *to = y + b * P * C, *s = centered + b * P * h, *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
+        T *to = y + b * P * C, *s = centered + b * P * h;
+        T *row = rows.data + omp_get_thread_num() * (C + h), *gate = row + C;
         for (int64_t p = 0; p < P; p++) {
 #pragma omp simd
             for (int64_t c = 0; c < C; c++) row[c] = from[p * C + c] * mean[c] * scale;
@@ -327,9 +310,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
                 to_context[c] += row[c] * from[p * C + c];
             }
         }
-        for (int64_t c = 0; c < C; c++) {
-            dvalue.data[b * C + c] = T(to_value[c]);
-        }
+        for (int64_t c = 0; c < C; c++) dvalue.data[b * C + c] = T(to_value[c]);
     }
     // The gradient of the bottleneck. If both halves are equal, the second wins, as in Paddle.
     matmul<T>(B, I, C, {dvalue.data, C, 1}, {fc2, 1, C}, dwinner.data);
@@ -360,7 +341,7 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     }
 }
 
-// x (B, P, C), branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
+// x (B, P, C) or null, branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
 template <class T>
 void residual(T** t, const int64_t* n, const double*) {
     const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
@@ -369,107 +350,42 @@ void residual(T** t, const int64_t* n, const double*) {
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         const T times = factor ? factor[r / P] : T(1);
-        for (int64_t c = 0; c < C; c++) {
-            y[r * C + c] = x[r * C + c] + branch[r * C + c] * (scale ? scale[c] * times : times);
+        for (int64_t i = r * C, c = 0; c < C; c++, i++) {
+            y[i] = (x ? x[i] : T(0)) + branch[i] * (scale ? scale[c] * times : times);
         }
     }
 }
 
-// branch, scale or null, factor or null, dy -> dbranch, dscale or null
+// branch, factor or null, dy -> dscale or null. The other gradients are dy, and `residual` of dy.
 template <class T>
-void residual_backward(T** t, const int64_t* n, const double*) {
-    const T *branch = t[0], *scale = t[1], *factor = t[2], *dy = t[3];
-    T *dbranch = t[4], *dscale = t[5];
-    const int64_t B = n[0], P = n[1], C = n[2];
-#pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
-    for (int64_t r = 0; r < B * P; r++) {
-        const T times = factor ? factor[r / P] : T(1);
-        for (int64_t c = 0; c < C; c++) dbranch[r * C + c] = dy[r * C + c] * (scale ? scale[c] * times : times);
-    }
-    if (!dscale) return;
-    column_sums(B * P, C, dscale, [=](int64_t r, int64_t c) {
+void residual_scale(T** t, const int64_t* n, const double*) {
+    const T *branch = t[0], *factor = t[1], *dy = t[2];
+    const int64_t P = n[1], C = n[2];
+    column_sums(n[0] * P, C, t[3], [=](int64_t r, int64_t c) {
         return dy[r * C + c] * branch[r * C + c] * (factor ? factor[r / P] : T(1));
     });
 }
 
-// A strided convolution, padded by half its kernel, as one matrix product. Pixel (b, y, x, c) is at
-// b n[7] + y n[8] + x n[9] + c n[10], so that the stem can read channels first and the other layers channels last.
-struct Strided {
-    int64_t B, H, W, C, N, K, stride, high, wide, image, row, column, channel;
-    explicit Strided(const int64_t* n)
-        : B(n[0]), H(n[1]), W(n[2]), C(n[3]), N(n[4]), K(n[5]), stride(n[6]), high((H - 1) / stride + 1),
-          wide((W - 1) / stride + 1), image(n[7]), row(n[8]), column(n[9]), channel(n[10]) {}
-};
-
-// x -> patches (B x high x wide, C x K x K), with zeros outside the image
+// x (B, H, W, C) -> patches (B, H', W', C, K, K) of a convolution with kernel K, padded by K / 2 zeros. Sizes: B,
+// H, W, C, K, the stride, and whether to write x instead, as the gradient for the gradient in `patches`.
 template <class T>
-void patches(const T* x, T* out, const Strided& s) {
-    const int64_t R = s.K / 2, area = s.K * s.K;
+void patches(T** t, const int64_t* n, const double*) {
+    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4], stride = n[5], R = K / 2, area = K * K;
+    const int64_t high = (H - 1) / stride + 1, wide = (W - 1) / stride + 1;
+    const bool adjoint = n[6];
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < s.B * s.high * s.wide; r++) {
-        const int64_t b = r / (s.high * s.wide), h = r / s.wide % s.high * s.stride - R, w = r % s.wide * s.stride - R;
-        T* to = out + r * s.C * area;
-        for (int64_t i = 0; i < s.K; i++) {
-            for (int64_t j = 0; j < s.K; j++) {
-                const bool inside = h + i >= 0 && h + i < s.H && w + j >= 0 && w + j < s.W;
-                const T* from = x + b * s.image + (h + i) * s.row + (w + j) * s.column;
-                for (int64_t c = 0; c < s.C; c++) to[c * area + i * s.K + j] = inside ? from[c * s.channel] : T(0);
-            }
-        }
-    }
-}
-
-// x, weight (N, C, K, K), bias (N) -> y (B, high, wide, N), patches
-template <class T>
-void strided(T** t, const int64_t* n, const double*) {
-    const Strided s(n);
-    const int64_t depth = s.C * s.K * s.K;
-    patches<T>(t[0], t[4], s);
-    matmul<T>(s.B * s.high * s.wide, s.N, depth, {t[4], depth, 1}, {t[1], 1, depth}, t[3], t[2]);
-}
-
-// patches, weight, dy -> dx, dweight, dbias, each or null
-template <class T>
-void strided_backward(T** t, const int64_t* n, const double*) {
-    const T *from = t[0], *weight = t[1], *dy = t[2];
-    T *dx = t[3], *dweight = t[4], *dbias = t[5];
-    const Strided s(n);
-    const int64_t rows = s.B * s.high * s.wide, area = s.K * s.K, depth = s.C * area, R = s.K / 2;
-    if (dweight) matmul<T>(s.N, depth, rows, {dy, 1, s.N}, {from, depth, 1}, dweight);
-    if (dbias) column_sums(rows, s.N, dbias, [=](int64_t r, int64_t c) { return dy[r * s.N + c]; });
-    if (!dx) return;
-    Buffer<T> dpatches(rows * depth);
-    matmul<T>(rows, depth, s.N, {dy, s.N, 1}, {weight, depth, 1}, dpatches.data);
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < s.B * s.H * s.W; r++) {  // sum the gradients of all patches that use an input pixel
-        const int64_t b = r / (s.H * s.W), h = r / s.W % s.H, w = r % s.W;
-        T* to = dx + b * s.image + h * s.row + w * s.column;
-        for (int64_t c = 0; c < s.C; c++) to[c * s.channel] = T(0);
-        for (int64_t i = (h + R) % s.stride; i < s.K; i += s.stride) {
-            const int64_t y = (h + R - i) / s.stride;
-            if (h + R < i || y >= s.high) continue;
-            for (int64_t j = (w + R) % s.stride; j < s.K; j += s.stride) {
-                const int64_t x = (w + R - j) / s.stride;
-                if (w + R < j || x >= s.wide) continue;
-                const T* g = dpatches.data + ((b * s.high + y) * s.wide + x) * depth + i * s.K + j;
-                for (int64_t c = 0; c < s.C; c++) to[c * s.channel] += g[c * area];
-            }
-        }
-    }
-}
-
-// x (B, R, S) -> (B, S, R), to convert between channels first and channels last
-template <class T>
-void swap(T** t, const int64_t* n, const double*) {
-    const T* x = t[0];
-    T* y = t[1];
-    const int64_t B = n[0], R = n[1], S = n[2], SIDE = 16;
-#pragma omp parallel for collapse(2) schedule(static) if (B * R * S > WORTH_SHARING)
     for (int64_t b = 0; b < B; b++) {
-        for (int64_t s0 = 0; s0 < S; s0 += SIDE) {
-            for (int64_t r0 = 0; r0 < R; r0 += SIDE) {
-                for (int64_t s = s0; s < std::min(S, s0 + SIDE); s++) {
-                    for (int64_t r = r0; r < std::min(R, r0 + SIDE); r++) y[(b * S + s) * R + r] = x[(b * R + r) * S + s];
+        T *image = t[0] + b * H * W * C, *patch = t[1] + b * high * wide * C * area;
+        if (adjoint) std::fill(image, image + H * W * C, T(0));
+        for (int64_t p = 0; p < high * wide; p++, patch += C * area) {
+            for (int64_t tap = 0; tap < area; tap++) {
+                const int64_t h = p / wide * stride + tap / K - R, w = p % wide * stride + tap % K - R;
+                const bool inside = h >= 0 && h < H && w >= 0 && w < W;
+                T *pixel = image + (h * W + w) * C, *to = patch + tap;
+                if (adjoint) {
+                    for (int64_t c = 0; inside && c < C; c++) pixel[c] += to[c * area];
+                } else {
+                    for (int64_t c = 0; c < C; c++) to[c * area] = inside ? pixel[c] : T(0);
                 }
             }
         }
@@ -482,12 +398,9 @@ EXPORT(batch_norm)
 EXPORT(batch_norm_backward)
 EXPORT(linear)
 EXPORT(linear_backward)
-EXPORT(pool)
-EXPORT(pool_backward)
 EXPORT(context)
 EXPORT(context_backward)
 EXPORT(residual)
-EXPORT(residual_backward)
-EXPORT(strided)
-EXPORT(strided_backward)
-EXPORT(swap)
+EXPORT(residual_scale)
+EXPORT(multiply)
+EXPORT(patches)

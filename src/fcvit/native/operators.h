@@ -24,16 +24,16 @@ int guarded(Operator<T>* operation, T** tensors, const int64_t* sizes, const dou
     }
 }
 
-#define EXPORT_AS(name, suffix, T)                                                                \
-    template void name<T>(T**, const int64_t*, const double*); /* for other source files */      \
+#define EXPORT_AS(name, suffix, T)                                                                     \
     extern "C" int fcvit_##name##_##suffix(T** tensors, const int64_t* sizes, const double* options) { \
-        return guarded(name<T>, tensors, sizes, options);                                         \
+        return guarded(name<T>, tensors, sizes, options);                                              \
     }
 #define EXPORT(name) EXPORT_AS(name, float32, float) EXPORT_AS(name, float64, double)
 
-// out[c] = sum over rows r of term(r, c). Runs of 64 rows are summed in T, and the runs in double.
+// out[c] = sum over rows r of term(r, c), unless out is null. Runs of 64 rows are summed in T, and the runs in double.
 template <class T, class Term>
 void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
+    if (!out) return;
     constexpr int64_t RUN = 64;
     const int64_t runs = (rows + RUN - 1) / RUN, parts = std::clamp<int64_t>(runs, 1, 16);  // for any thread count
     std::vector<double> totals(parts * columns, 0.0);
@@ -57,39 +57,3 @@ void column_sums(int64_t rows, int64_t columns, T* out, Term term) {
     }
     for (int64_t c = 0; c < columns; c++) out[c] = T(totals[c]);
 }
-
-// The gradient before the activation: dy slope, or dy if there is no activation (slope is null).
-template <class T>
-struct Activation {
-    Buffer<T> made;
-    const T* gradient;
-    Activation(const T* slope, const T* dy, int64_t rows, int64_t columns) : made(slope ? rows * columns : 0), gradient(dy) {
-        if (!slope) return;
-        T* to = made.data;
-        gradient = to;
-#pragma omp parallel for simd schedule(static) if (rows * columns > WORTH_SHARING)
-        for (int64_t i = 0; i < rows * columns; i++) to[i] = dy[i] * slope[i];
-    }
-};
-
-// Defined in operators.cc and depthwise.cc, for float and double.
-template <class T>
-void layer_norm(T**, const int64_t*, const double*);
-template <class T>
-void layer_norm_backward(T**, const int64_t*, const double*);
-template <class T>
-void linear(T**, const int64_t*, const double*);
-template <class T>
-void linear_backward(T**, const int64_t*, const double*);
-template <class T>
-void depthwise(T**, const int64_t*, const double*);
-template <class T>
-void depthwise_backward(T**, const int64_t*, const double*);
-template <class T>
-void context(T**, const int64_t*, const double*);
-template <class T>
-void context_backward(T**, const int64_t*, const double*);
-template <class T>
-void residual(T**, const int64_t*, const double*);
-template <class T>
-void residual_backward(T**, const int64_t*, const double*);

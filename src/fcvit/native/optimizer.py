@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fcvit.frameworks import import_framework
-from fcvit.native.operators import call
+from fcvit.native.kernels import call
 
 import_framework("paddle")
 

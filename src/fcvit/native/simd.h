@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX512F__)
 constexpr int REGISTER_BYTES = 64;
@@ -74,15 +75,11 @@ inline Normal<float> normal(Vector<float> x) {
     const Vector<float> u = 1.0f / (z + 3.5f);
     const Vector<float> t = (z - 3.5f) * u;
     Vector<float> r = zero + 1.190133640e-04f;
-    r = r * t + 4.364448615e-04f;
-    r = r * t - 4.948383859e-04f;
-    r = r * t - 3.185141468e-03f;
-    r = r * t + 6.491014296e-03f;
-    r = r * t + 1.740856627e-02f;
-    r = r * t - 1.160526058e-01f;
-    r = r * t + 3.154248807e-01f;
-    r = r * t - 5.655617622e-01f;
-    r = r * t + 7.444160763e-01f;
+    for (const float coefficient : {4.364448615e-04f, -4.948383859e-04f, -3.185141468e-03f, 6.491014296e-03f,
+                                    1.740856627e-02f, -1.160526058e-01f, 3.154248807e-01f, -5.655617622e-01f,
+                                    7.444160763e-01f}) {
+        r = r * t + coefficient;
+    }
 
     // exp(-z^2/2) = 2^n exp(rest). The square of the upper half of z is exact, so the tail keeps its relative accuracy.
     const Vector<float> upper = (Vector<float>)((Bits)z & (int32_t)0xfffff000);
@@ -93,13 +90,7 @@ inline Normal<float> normal(Vector<float> x) {
     const Vector<float> n = shifted - rounder;
     const Vector<float> rest = (high - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f + low;
     Vector<float> e = zero + 1.0f / 5040;
-    e = e * rest + 1.0f / 720;
-    e = e * rest + 1.0f / 120;
-    e = e * rest + 1.0f / 24;
-    e = e * rest + 1.0f / 6;
-    e = e * rest + 0.5f;
-    e = e * rest + 1.0f;
-    e = e * rest + 1.0f;
+    for (const float factorial : {720, 120, 24, 6, 2, 1, 1}) e = e * rest + 1 / factorial;
     e = (Vector<float>)((Bits)e + (((Bits)shifted - (Bits)rounder) << 23));
     e = size > 13.0f ? zero : e;  // the result is below the smallest normal number
 
