@@ -62,18 +62,28 @@ inline void depthwise_outputs(const T* x, const T* weight, const T* bias, T* y, 
     }
 }
 
-// y = x convolved with weight (C, K, K), plus bias unless null. If `activated` is not null, it becomes gelu(y), and
-// gelu'(y) replaces y. x, y and activated are (B, H, W, C). `flip` rotates the kernels by 180 degrees, which gives the gradient of the input.
+// y (H, W, C) = the convolution of a copy of a group.
 template <class T>
-void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* activated, int64_t B, int64_t H, int64_t W,
-                        int64_t C, int64_t K, bool flip) {
-    constexpr int64_t G = GROUP<T>;
-    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
-    Buffer<T> weights(groups * area * G), biases(groups * G), slabs(omp_get_max_threads() * slab);
-#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
-    {
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
+void convolve_group(const T* x, const T* weight, const T* bias, T* y, int64_t H, int64_t W, int64_t C, int64_t K,
+                    int64_t count) {
+    for (int64_t h = 0; h < H; h++) {
+        int64_t w = 0;
+        for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(x, weight, bias, y, h, w, H, W, C, K, count);
+        for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(x, weight, bias, y, h, w, H, W, C, K, count);
+        for (; w < W; w++) depthwise_outputs<T, 1>(x, weight, bias, y, h, w, H, W, C, K, count);
+    }
+}
+
+// The kernels (K, K, GROUP) and biases (GROUP) of each group, from weight (C, K, K) and bias (C) or null. `flip` rotates
+// the kernels by 180 degrees, which gives the gradient of the input.
+template <class T>
+struct Kernels {
+    Buffer<T> weights, biases;
+    Kernels(const T* weight, const T* bias, int64_t C, int64_t area, bool flip)
+        : weights((C + GROUP<T> - 1) / GROUP<T> * GROUP<T> * area), biases((C + GROUP<T> - 1) / GROUP<T> * GROUP<T>) {
+        constexpr int64_t G = GROUP<T>;
+#pragma omp parallel for schedule(static) if (C * area > WORTH_SHARING)
+        for (int64_t group = 0; group < (C + G - 1) / G; group++) {
             for (int64_t lane = 0; lane < G; lane++) {
                 const int64_t c = group * G + lane;
                 biases.data[c] = bias && c < C ? bias[c] : T(0);
@@ -83,33 +93,35 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, T* act
                 }
             }
         }
+    }
+};
+
+// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C). If y is not null, y = gelu(z), and gelu'(z)
+// replaces z.
+template <class T>
+void depthwise(T** t, const int64_t* n, const double*) {
+    constexpr int64_t G = GROUP<T>;
+    const T* x = t[0];
+    T *z = t[3], *y = t[4];
+    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
+    const int64_t groups = (C + G - 1) / G, area = K * K, slab = H * (W + K - 1) * G;
+    const Kernels<T> kernels(t[1], t[2], C, area, false);
+    Buffer<T> slabs(omp_get_max_threads() * slab);
+#pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
+    {
         T* from = slabs.data + omp_get_thread_num() * slab;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < B; b++) {
             for (int64_t group = 0; group < groups; group++) {
                 const int64_t c = group * G, count = std::min(G, C - c), here = b * H * W * C + c;
                 copy_group(x + here, from, H, W, C, K / 2, count);
-                const T *taps = weights.data + group * area * G, *start = biases.data + c;
-                T* to = y + here;
-                for (int64_t h = 0; h < H; h++) {
-                    int64_t w = 0;
-                    for (; w + 4 <= W; w += 4) depthwise_outputs<T, 4>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w + 2 <= W; w += 2) depthwise_outputs<T, 2>(from, taps, start, to, h, w, H, W, C, K, count);
-                    for (; w < W; w++) depthwise_outputs<T, 1>(from, taps, start, to, h, w, H, W, C, K, count);
-                }
+                convolve_group(from, kernels.weights.data + c * area, kernels.biases.data + c, z + here, H, W, C, K, count);
             }
         }
         // In a pass of its own, because short rows leave most of the time of a GELU waiting for its result.
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < (activated ? B * H : 0); row++) gelu_row(y + row * W * C, activated + row * W * C, W * C);
+        for (int64_t row = 0; row < (y ? B * H : 0); row++) gelu_row(z + row * W * C, y + row * W * C, W * C);
     }
-}
-
-// x (B, H, W, C), weight (C, 1, K, K), bias (C) or null -> z (B, H, W, C). If y is not null, y = gelu(z), and gelu'(z)
-// replaces z.
-template <class T>
-void depthwise(T** t, const int64_t* n, const double*) {
-    convolve_depthwise<T>(t[0], t[1], t[2], t[3], t[4], n[0], n[1], n[2], n[3], n[4], false);
 }
 
 // total (K, K, GROUP) += the gradient of the kernels of a group for some images, from copies of x and dz with the same R.
@@ -154,16 +166,33 @@ auto weight_gradient_function(int64_t K, int64_t W) {
     }
 }
 
-// dweight (C, K, K). The images are divided into parts, and the parts are added in order. The number of parts does not
-// depend on the number of threads.
+// total (GROUP) += the sum of all positions in copies of a group
 template <class T>
-void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
+void group_sums(const T* x, double* total, int64_t size) {
+    constexpr int64_t L = LANES<T>, G = GROUP<T>;
+    Vector<T> sum[2] = {};
+    for (int64_t at = 0; at < size; at += G) {
+        sum[0] += load(x + at);
+        sum[1] += load(x + at + L);
+    }
+    for (int64_t lane = 0; lane < G; lane++) total[lane] += sum[lane / L][lane % L];
+}
+
+// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null. For the sums, the images are divided
+// into parts, which are added in order. The number of parts does not depend on the number of threads.
+template <class T>
+void depthwise_backward(T** t, const int64_t* n, const double*) {
     constexpr int64_t G = GROUP<T>;
+    const T* x = t[0];
+    T *dx = t[4], *dweight = t[5], *dbias = t[6];
+    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
+    const Activation<T> activation(t[2], t[3], B * H * W, C);
     const int64_t run = std::clamp<int64_t>(64 / (H * W), 1, B);  // images that are summed in T
     const int64_t groups = (C + G - 1) / G, area = K * K, image = H * (W + K - 1) * G, slab = run * image;
-    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, (B + run - 1) / run);
-    const auto gradient = weight_gradient_function<T>(K, W);
-    Buffer<double> totals(groups * parts * area * G);
+    const int64_t parts = std::clamp<int64_t>(64 / groups, 1, (B + run - 1) / run), sums = (area + 1) * G;
+    const auto weight_gradient = weight_gradient_function<T>(K, W);
+    const Kernels<T> kernels(t[1], nullptr, C, area, true);
+    Buffer<double> totals(groups * parts * sums);
     Buffer<T> slabs(omp_get_max_threads() * 2 * slab);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
@@ -171,44 +200,36 @@ void depthwise_weights(const T* x, const T* dz, T* dweight, int64_t B, int64_t H
 #pragma omp for collapse(2) schedule(static)
         for (int64_t group = 0; group < groups; group++) {
             for (int64_t part = 0; part < parts; part++) {
-                double* total = totals.data + (group * parts + part) * area * G;
-                std::fill(total, total + area * G, 0.0);
-                const int64_t end = B * (part + 1) / parts;
+                double* total = totals.data + (group * parts + part) * sums;
+                std::fill(total, total + sums, 0.0);
+                const int64_t c = group * G, count = std::min(G, C - c), end = B * (part + 1) / parts;
                 for (int64_t b = B * part / parts; b < end; b += run) {
-                    const int64_t c = group * G, count = std::min(G, C - c), images = std::min(run, end - b);
+                    const int64_t images = std::min(run, end - b);
                     for (int64_t k = 0; k < images; k++) {
                         const int64_t here = (b + k) * H * W * C + c;
-                        copy_group(x + here, from + k * image, H, W, C, K / 2, count);
-                        copy_group(dz + here, g + k * image, H, W, C, K / 2, count);
+                        if (dweight) copy_group(x + here, from + k * image, H, W, C, K / 2, count);
+                        copy_group(activation.gradient + here, g + k * image, H, W, C, K / 2, count);
+                        if (!dx) continue;
+                        convolve_group(g + k * image, kernels.weights.data + c * area, kernels.biases.data + c, dx + here, H,
+                                       W, C, K, count);
                     }
-                    gradient(from, g, total, images, H, W, K);
+                    if (dweight) weight_gradient(from, g, total, images, H, W, K);
+                    if (dbias) group_sums(g, total + area * G, images * image);
                 }
             }
         }
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
-            double* total = totals.data + group * parts * area * G;
+            double* total = totals.data + group * parts * sums;
             for (int64_t part = 1; part < parts; part++) {
-                for (int64_t at = 0; at < area * G; at++) total[at] += total[part * area * G + at];
+                for (int64_t at = 0; at < sums; at++) total[at] += total[part * sums + at];
             }
             for (int64_t c = group * G; c < std::min(C, group * G + G); c++) {
-                for (int64_t tap = 0; tap < area; tap++) dweight[c * area + tap] = T(total[tap * G + c - group * G]);
+                for (int64_t tap = 0; dweight && tap < area; tap++) dweight[c * area + tap] = T(total[tap * G + c - group * G]);
+                if (dbias) dbias[c] = T(total[area * G + c - group * G]);
             }
         }
     }
-}
-
-// x, weight, gelu' of the outputs or null, dy -> dx, dweight, dbias, each or null
-template <class T>
-void depthwise_backward(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *weight = t[1], *slope = t[2], *dy = t[3];
-    T *dx = t[4], *dweight = t[5], *dbias = t[6];
-    const int64_t B = n[0], H = n[1], W = n[2], C = n[3], K = n[4];
-    const Activation<T> activation(slope, dy, B * H * W, C);
-    const T* g = activation.gradient;
-    if (dx) convolve_depthwise<T>(g, weight, nullptr, dx, nullptr, B, H, W, C, K, true);
-    if (dweight) depthwise_weights(x, g, dweight, B, H, W, C, K);
-    if (dbias) column_sums(B * H * W, C, dbias, [=](int64_t r, int64_t c) { return g[r * C + c]; });
 }
 
 EXPORT(depthwise)

@@ -264,7 +264,7 @@ class Pool(PyLayer):
 
 
 class Residual(PyLayer):
-    """Return x + branch * scale * factor, with `scale` (C,) for the channels and the constant `factor` for the images."""
+    """Return x + branch * scale * factor, with `scale` (C,) per channel and the constant `factor` per image."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
