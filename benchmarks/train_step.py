@@ -4,8 +4,9 @@ Run:  .venv/bin/python benchmarks/train_step.py [--task TASK] [--variants NAME .
           [--size N [N]] [--batch N] [--classes N] [--widths N N] [--rounds N] [--one-thread] [--json FILE]
 
 The contenders are plain Paddle (`fcvit.models`), plain Paddle with an allocator that keeps freed memory, the native
-operators (`accelerate`), and the PyTorch reference in its default memory format and in channels_last. They begin with
-the same weights. Their losses in the first three steps must be equal, with drop path and dropout switched off.
+operators (`accelerate`) with their AdamW, and the PyTorch reference in its default memory format and in channels_last.
+They begin with the same weights. Their losses in the first three steps must be equal, with drop path and dropout
+switched off.
 
 The contenders run alternately (`fcvit.inference.interleave`). Times are medians, and ratios are medians over steps that
 are adjacent in time. On a shared machine, waiting for descheduled threads dominates the time. `--one-thread` then

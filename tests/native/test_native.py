@@ -103,7 +103,17 @@ def test_depthwise_matches_paddle(library, shape, kernel, activated, dtype, tole
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 1, 1), (7, 5, 3), (40, 33, 17), (13, 300, 40), (600, 16, 70), (130, 520, 90), (20, 64, 96), (5, 32, 500)],
+    [
+        (1, 1, 1),
+        (7, 5, 3),
+        (40, 33, 17),
+        (13, 300, 40),
+        (600, 16, 70),
+        (130, 520, 90),
+        (20, 64, 96),
+        (5, 32, 500),
+        (520, 130, 50),
+    ],
 )
 def test_linear_matches_paddle(library, rows, inputs, outputs, transposed, activated, dtype, tolerance):
     from fcvit.native import operators

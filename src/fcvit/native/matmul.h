@@ -41,6 +41,8 @@ template <class T>
 constexpr int64_t TILE_COLUMNS = 2 * LANES<T>;
 constexpr int64_t DEPTH = 256;  // depth of a piece, so that a panel of b, DEPTH x TILE_COLUMNS, stays in the L1 cache
 
+constexpr int64_t STRIP = TILE_ROWS * DEPTH + 16;  // a copied strip of a; strips do not share sets of the L1 cache
+
 // c += a b for one tile, of which `rows` x `columns` are inside the matrix and `columns` is at most HALVES vectors.
 // Row k of b begins at b + k * step. If `first`, c = bias + a b.
 template <int HALVES, class T>
@@ -91,21 +93,27 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     if (!c) return;
     constexpr int64_t N = TILE_COLUMNS<T>;
     const int64_t panels = (columns + N - 1) / N, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    const bool few = strips <= 4;  // packing b takes as long as using it
-    if (few && b.row == 1 && b.column != 1 && columns > rows) {  // b is transposed: compute the transposed product
+    const bool direct = strips <= 4 && b.column == 1 && columns % N == 0;  // too few rows to pack b
+    const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
+    // Computing the transposed product may take less time than packing b.
+    const bool transposed = b.row == 1 && b.column != 1;
+    if (transposed ? columns * depth > rows * (columns + depth) : gather && !direct && columns > 2 * rows && depth > 8 * rows) {
         Buffer<T> turned(rows * columns);
-        matmul<T>(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data);
-        for (int64_t j0 = 0; j0 < columns; j0 += 16) {
-            for (int64_t i = 0; i < rows; i++) {
-                for (int64_t j = j0; j < std::min(columns, j0 + 16); j++) {
-                    c[i * columns + j] = turned.data[j * rows + i] + (bias ? bias[j] : T(0));
+        matmul(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data, (const T*)nullptr,
+               Nothing());
+#pragma omp parallel for schedule(static) if (rows * columns > 50000)
+        for (int64_t i0 = 0; i0 < rows; i0 += 16) {
+            const int64_t i1 = std::min(rows, i0 + 16);
+            for (int64_t j0 = 0; j0 < columns; j0 += 16) {
+                const int64_t j1 = std::min(columns, j0 + 16);
+                for (int64_t i = i0; i < i1; i++) {
+                    for (int64_t j = j0; j < j1; j++) c[i * columns + j] = turned.data[j * rows + i] + (bias ? bias[j] : T(0));
                 }
             }
+            for (int64_t i = i0; i < i1; i++) finish(i, 0, columns);
         }
-        for (int64_t i = 0; i < rows; i++) finish(i, 0, columns);
         return;
     }
-    const bool direct = few && b.column == 1 && columns % N == 0;  // b is read where it is
     const int64_t step = direct ? b.row : N;
     // A task is a group of row strips times a group of column panels. Every thread gets a few tasks.
     const int64_t threads = omp_get_max_threads(), wanted = 4 * threads;
@@ -113,9 +121,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const int64_t row_tasks = (strips + strips_each - 1) / strips_each;
     const int64_t panels_each = std::clamp<int64_t>(panels * row_tasks / wanted, 1, panels);
     const int64_t column_tasks = (panels + panels_each - 1) / panels_each;
-    const bool gather = a.row == 1 && a.column != 1;  // a is transposed: copy the rows of a strip together
-    Buffer<T> packed(direct ? 0 : panels * N * depth);
-    Buffer<T> strips_packed(gather ? threads * strips_each * TILE_ROWS * DEPTH : 0);
+    Buffer<T> packed(direct ? 0 : panels * N * depth), strips_packed(gather ? threads * strips_each * STRIP : 0);
 #pragma omp parallel if (rows * columns * depth > 500000)  // about 20 microseconds, as long as synchronizing
     {
         // Pack b in panels of depth x N, padded with zeros, in pieces of DEPTH rows.
@@ -142,7 +148,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                 }
             }
         }
-        T* strip = strips_packed.data + omp_get_thread_num() * strips_each * TILE_ROWS * DEPTH;
+        T* strip = strips_packed.data + omp_get_thread_num() * strips_each * STRIP;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t row_task = 0; row_task < row_tasks; row_task++) {
             for (int64_t column_task = 0; column_task < column_tasks; column_task++) {
@@ -152,17 +158,14 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                 for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
                     const int64_t length = std::min(DEPTH, depth - k0);
                     if (gather) {
-                        for (int64_t i = i0; i < i1; i += TILE_ROWS) {
-                            const int64_t height = std::min<int64_t>(TILE_ROWS, i1 - i);
-                            T* to = strip + (i - i0) * DEPTH;
-                            for (int64_t k = 0; k < length; k++) {
-                                const T* from = a.data + i + (k0 + k) * a.column;
-                                if (height == TILE_ROWS) {  // the usual case, with a size that the compiler knows
-                                    std::memcpy(to + k * TILE_ROWS, from, TILE_ROWS * sizeof(T));
-                                } else {
-                                    std::memcpy(to + k * TILE_ROWS, from, height * sizeof(T));
-                                }
+                        for (int64_t k = 0; k < length; k++) {
+                            const T* from = a.data + (k0 + k) * a.column;
+                            T* to = strip + k * TILE_ROWS;
+                            int64_t i = i0;
+                            for (; i + TILE_ROWS <= i1; i += TILE_ROWS, to += STRIP) {
+                                std::memcpy(to, from + i, TILE_ROWS * sizeof(T));  // of a size that the compiler knows
                             }
+                            if (i < i1) std::memcpy(to, from + i, (i1 - i) * sizeof(T));
                         }
                     }
                     for (int64_t panel = first; panel < last; panel++) {
@@ -170,7 +173,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
                         const T* right = direct ? b.data + k0 * step + j : packed.data + panel * N * depth + k0 * N;
                         for (int64_t i = i0; i < i1; i += TILE_ROWS) {
                             Matrix<T> part = {a.data + i * a.row + k0 * a.column, a.row, a.column};
-                            if (gather) part = {strip + (i - i0) * DEPTH, 1, TILE_ROWS};
+                            if (gather) part = {strip + (i - i0) / TILE_ROWS * STRIP, 1, TILE_ROWS};
                             const int64_t height = std::min<int64_t>(TILE_ROWS, i1 - i), width = columns - j;
                             T* to = c + i * columns + j;
                             const T* start = bias ? bias + j : nullptr;
