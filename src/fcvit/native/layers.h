@@ -35,7 +35,7 @@ struct Team {
         }
         // The others are usually nearly done. On a busy machine they may not even run, and need this core.
         for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-            if (spins > 300) {
+            if (spins > 2000) {
                 std::this_thread::yield();
             } else {
 #if defined(__x86_64__)
