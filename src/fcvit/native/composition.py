@@ -189,8 +189,8 @@ class Trace:
 
 
 def padded(count: int) -> int:
-    """Return a number of elements that fills cache lines."""
-    return (count + 15) // 16 * 16
+    """Return a number of elements that fills cache lines, and more, because equal distances would share cache sets."""
+    return (count + 15) // 16 * 16 + 80
 
 
 class Pass:
@@ -269,11 +269,12 @@ class Composition(PyLayer):
     def forward(ctx: Any, *given: Tensor | None, compose: Any, shape: Sequence[int], settings: Any) -> Tensor:
         inputs = [None if tensor is None else dense(tensor) for tensor in given]
         first: Any = inputs[0]
-        if any(tensor is not None and tensor.dtype is not first.dtype for tensor in inputs):
+        dtype = first.dtype
+        if any(tensor is not None and tensor.dtype is not dtype for tensor in inputs):
             raise TypeError(f"{compose.__name__}: the tensors have different data types")
         ctx.wanted = tuple(tensor is not None and not tensor.stop_gradient for tensor in given)
-        ctx.plan = _plan(compose, ctx.wanted, SUFFIXES[first.dtype], settings)
-        arena, y = empty([ctx.plan.arena], first.dtype), empty(list(shape), first.dtype)
+        ctx.plan = _plan(compose, ctx.wanted, SUFFIXES[dtype], settings)
+        arena, y = empty([ctx.plan.arena], dtype), empty(list(shape), dtype)
         ctx.plan.forward.run((arena, None, y, *inputs))
         ctx.save_for_backward(arena, *inputs)
         return y

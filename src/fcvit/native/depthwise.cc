@@ -11,8 +11,9 @@ void copy_maps(const T* x, T* to, int64_t size, int64_t H, int64_t W, int64_t C,
     constexpr int64_t L = LANES<T>;
     for (int64_t h = 0; h < H; h++, to += 2 * R * L) {
         for (int64_t w = 0; w < W; w++, x += C, to += L) {
-            store(to + R * L, load_some(x, count));
-            store(to + R * L + size, load_some(x + L, std::max<int64_t>(count - L, 0)));
+            const bool whole = count == 2 * L;
+            store(to + R * L, whole ? load(x) : load_some(x, count));
+            store(to + R * L + size, whole ? load(x + L) : load_some(x + L, std::max<int64_t>(count - L, 0)));
         }
     }
 }
@@ -24,6 +25,7 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, int64_
                         int64_t K, bool flip) {
     constexpr int64_t L = LANES<T>, PAIR = 2 * L;
     const int64_t pairs = (C + PAIR - 1) / PAIR, area = K * K, row = (W + K - 1) * L, each = 2 * H * row + W * L;
+    const int64_t first = std::max<int64_t>(0, K / 2 + 1 - H) * K, last = std::min(K, K / 2 + H) * K;  // taps in use
     Buffer<T> weights(pairs * area * PAIR), biases(pairs * PAIR), scratch(omp_get_max_threads() * each);
 #pragma omp parallel if (B * H * W * C > WORTH_SHARING / 4)
     {
@@ -32,7 +34,7 @@ void convolve_depthwise(const T* x, const T* weight, const T* bias, T* y, int64_
             const int64_t channel = std::min(c, C - 1);  // outputs after the last channel are left out
             T* to = weights.data + c / L * area * L + c % L;
             const T* from = weight + channel * area + (flip ? area - 1 : 0);
-            for (int64_t k = 0; k < area; k++) to[k * L] = from[flip ? -k : k];
+            for (int64_t k = first; k < last; k++) to[k * L] = from[flip ? -k : k];
             biases.data[c] = bias ? bias[channel] : T(0);
         }
         T *maps = scratch.data + omp_get_thread_num() * each, *out = maps + 2 * H * row;

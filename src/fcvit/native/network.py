@@ -10,7 +10,7 @@ from typing import Any
 
 from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework
-from fcvit.models.backbone import Block, FCViTBackbone, GlobalContext
+from fcvit.models.backbone import Block, FCViTBackbone
 from fcvit.models.classifier import FCViT
 from fcvit.models.layers import NORM_EPS, SIMILARITY_EPS, ConvNorm, DropPath, LayerNorm2D
 from fcvit.models.mask_rcnn.network import MaskRCNN
@@ -166,24 +166,18 @@ def _sizes(block: Block) -> list[int]:
     return [int(block.has_scale), heads, inner, bottleneck, channels.fc1.weight.shape[0], third, *kernels]
 
 
-def _parameters(block: Block) -> list[Tensor]:
+def _parameters(block: Block) -> list[Any]:
     """Return the parameters of a block in the order in which `_compose` takes them."""
     tokens, channels = block.token_mixer, block.channel_mixer
-    layers: list[Any] = [block.norm1]
+    layers: list[nn.Layer] = [block, block.norm1]
     for mix in tokens.mixes:
-        layers += [getattr(tokens, f"gc{mix}")] if tokens.has_context else []
+        if tokens.has_context:
+            context = getattr(tokens, f"gc{mix}")
+            layers += [context.fc1, context.fc2, context]
         fc = getattr(tokens, f"fc{mix}")
         layers += [getattr(tokens, f"dw{mix}"), *([fc[0], fc[2]] if isinstance(fc, nn.Sequential) else [fc])]
     layers += [block.norm2, channels.fc1, *([channels.dwconv] if channels.has_dwconv else []), channels.fc2]
-    parameters = [block.layer_scale_1, block.layer_scale_2] if block.has_scale else []
-    for layer in layers:
-        if isinstance(layer, GlobalContext):
-            for part in (layer.fc1, layer.fc2):
-                parameters += [part.weight, part.bias]
-            parameters += [layer.rescale_weight, layer.rescale_bias]
-        else:
-            parameters += [layer.weight, layer.bias]
-    return parameters
+    return [parameter for layer in layers for parameter in layer._parameters.values()]  # those of its own
 
 
 def _factor(drop_path: DropPath, x: Tensor) -> Tensor | None:
