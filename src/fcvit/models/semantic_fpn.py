@@ -147,12 +147,12 @@ def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
     for axis in (2, 3):
         before, after = x.shape[axis], size[axis - 2]
         if before != after:
-            weights = paddle.to_tensor(_bilinear_weights(before, after), dtype="float64").astype(x.dtype)
+            weights = paddle.to_tensor(bilinear_weights(before, after), dtype="float64").astype(x.dtype)
             x = weights @ x if axis == 2 else paddle.matmul(x, weights, transpose_y=True)
     return x
 
 
-def _bilinear_weights(before: int, after: int) -> np.ndarray:
+def bilinear_weights(before: int, after: int) -> np.ndarray:
     """Return the weight of each input pixel in each output pixel of an axis, float64 (after, before)."""
     position = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)  # centers of pixels
     low = np.minimum(np.floor(position).astype(np.int64), before - 1)

@@ -109,64 +109,7 @@ void conv3x3_backward(float** t, const int64_t* n, const double*) {
     if (dbias) column_sums(rows, N, dbias, [=](int64_t r, int64_t c) { return g[r * N + c]; });
 }
 
-// Each output of an axis is the mean of two inputs, with weights: bilinear as with align_corners = False, or nearest.
-struct Neighbors {
-    int64_t low, high;
-    double share;  // of `high`
-    Neighbors(int64_t output, int64_t before, int64_t after, bool nearest) {
-        double position = std::max((output + 0.5) * (double(before) / after) - 0.5, 0.0);
-        if (nearest) position = std::floor(float(before) / float(after) * float(output));
-        low = std::min(int64_t(position), before - 1);
-        high = std::min(low + 1, before - 1);
-        share = nearest ? 0 : position - low;
-    }
-};
-
-// x (A, before, S) -> y (A, after, S). If `adjoint`, x is the gradient for y = dy.
-template <class T>
-void resize_axis(T* x, T* y, const int64_t* n, bool adjoint) {
-    constexpr int64_t CHUNK = 1024;
-    const int64_t A = n[0], before = n[1], after = n[2], S = n[3];
-#pragma omp parallel for collapse(2) schedule(static) if (A * after * S > WORTH_SHARING)
-    for (int64_t a = 0; a < A; a++) {
-        for (int64_t s0 = 0; s0 < S; s0 += CHUNK) {
-            const int64_t count = std::min(CHUNK, S - s0);
-            for (int64_t i = 0; adjoint && i < before; i++) {
-                T* to = x + (a * before + i) * S + s0;
-                std::fill(to, to + count, T(0));
-            }
-            for (int64_t o = 0; o < after; o++) {
-                const Neighbors two(o, before, after, n[4]);
-                const T share = T(two.share), rest = T(1 - two.share);
-                T *low = x + (a * before + two.low) * S + s0, *high = x + (a * before + two.high) * S + s0;
-                T* out = y + (a * after + o) * S + s0;
-                if (share == 0) {  // infinity must not become NaN
-                    for (int64_t s = 0; s < count; s++) (adjoint ? low : out)[s] = adjoint ? low[s] + out[s] : low[s];
-                } else if (adjoint) {
-                    for (int64_t s = 0; s < count; s++) low[s] += rest * out[s];
-                    for (int64_t s = 0; s < count; s++) high[s] += share * out[s];
-                } else {
-                    for (int64_t s = 0; s < count; s++) out[s] = rest * low[s] + share * high[s];
-                }
-            }
-        }
-    }
-}
-
-template <class T>
-void resize(T** t, const int64_t* n, const double*) {
-    resize_axis(t[0], t[1], n, false);
-}
-
-// dy -> dx
-template <class T>
-void resize_backward(T** t, const int64_t* n, const double*) {
-    resize_axis(t[1], t[0], n, true);
-}
-
 extern "C" int fcvit_conv3x3_float32(float** t, const int64_t* n, const double* o) { return guarded(conv3x3, t, n, o); }
 extern "C" int fcvit_conv3x3_backward_float32(float** t, const int64_t* n, const double* o) {
     return guarded(conv3x3_backward, t, n, o);
 }
-EXPORT(resize)
-EXPORT(resize_backward)

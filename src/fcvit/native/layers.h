@@ -143,14 +143,11 @@ inline void image(const Op& o, const Worker& w) {
         for (int64_t c = 0; c < 3; c++) {
             const int64_t from = (((w.team.first + g) * 3 + c) * H + h) * W;
             float* pixel = to + 3 * R + c;
-            if (w.bytes) {
-                const uint8_t* bytes = (const uint8_t*)w.input + from;
-                const float scale = o.weights[0][c], shift = o.weights[1][c];
-                for (int64_t x = 0; x < W; x++) pixel[3 * x] = bytes[x] * scale + shift;
-            } else {
-                const float* numbers = (const float*)w.input + from;
-                for (int64_t x = 0; x < W; x++) pixel[3 * x] = numbers[x];
-            }
+            const auto fill = [=](const auto* numbers, float scale, float shift) {
+                for (int64_t x = 0; x < W; x++) pixel[3 * x] = numbers[x] * scale + shift;
+            };
+            if (w.bytes) fill((const uint8_t*)w.input + from, o.weights[0][c], o.weights[1][c]);
+            if (!w.bytes) fill((const float*)w.input + from, 1.0f, 0.0f);
         }
     });
 }
@@ -192,14 +189,8 @@ inline void downsample(const Op& o, const Worker& w) {
     w.share(vectors * G, [&](int64_t task) {
         const float* from = w.map(o.x) + task * H * W * L;
         float* to = copy + task * image;
-        std::fill(to, to + row, 0.0f);
-        for (int64_t h = 0; h < H; h++) {
-            to += row;
-            std::fill(to, to + L, 0.0f);
-            std::copy(from + h * W * L, from + (h + 1) * W * L, to + L);
-            std::fill(to + row - L, to + row, 0.0f);
-        }
-        std::fill(to + row, to + 2 * row, 0.0f);
+        std::fill(to, to + image, 0.0f);
+        for (int64_t h = 0; h < H; h++) std::copy(from + h * W * L, from + (h + 1) * W * L, to + (h + 1) * row + L);
     });
     w.team.wait();
     int64_t* offsets = (int64_t*)w.scratch;

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fcvit.frameworks import import_framework
 from fcvit.native.composition import Trace, compute
 from fcvit.native.kernels import Gradients, PyLayer, dense, empty, like, run_kernel
@@ -15,6 +17,7 @@ from fcvit.native.kernels import Gradients, PyLayer, dense, empty, like, run_ker
 import_framework("paddle")
 
 import paddle  # noqa: E402
+from fcvit.models.semantic_fpn import bilinear_weights  # noqa: E402
 from paddle import Tensor  # noqa: E402
 
 
@@ -89,25 +92,6 @@ class Conv3x3(PyLayer):
         return tuple(gradients if bias is not None else gradients[:2])
 
 
-class Resize(PyLayer):
-    """Resize axis 1 or 2 of (B, H, W, C) to `after`, bilinearly as with align_corners=False, or to the nearest."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, after: int, nearest: bool) -> Tensor:
-        x = dense(x)
-        outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-        ctx.shape, ctx.sizes = x.shape, (outer, x.shape[axis], after, inner, int(nearest))
-        y = empty([*x.shape[:axis], after, *x.shape[axis + 1 :]], x.dtype)
-        run_kernel("resize", (x, y), ctx.sizes)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        dx = empty(ctx.shape, dy.dtype)
-        run_kernel("resize_backward", (dense(dy), dx), ctx.sizes)
-        return dx
-
-
 batch_norm = BatchNorm.apply
 
 
@@ -156,7 +140,18 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
 
 def resize(x: Tensor, size: Sequence[int], nearest: bool = False) -> Tensor:
     """Resize (B, H, W, C) to a height and width, bilinearly as with align_corners=False, or to the nearest."""
-    for axis in (1, 2):
-        if x.shape[axis] != size[axis - 1]:
-            x = Resize.apply(x, axis, size[axis - 1], nearest)
+    b, h, w, c = x.shape
+    if h != size[0]:
+        x = (_resizing(h, size[0], nearest, x.dtype) @ x.reshape([b, h, w * c])).reshape([b, size[0], w, c])
+    if w != size[1]:
+        x = _resizing(w, size[1], nearest, x.dtype) @ x
     return x
+
+
+def _resizing(before: int, after: int, nearest: bool, dtype: Any) -> Tensor:
+    """Return the weight of each input pixel in each output pixel of an axis (after, before)."""
+    if nearest:
+        weights = np.eye(before)[np.arange(after) * before // after]
+    else:
+        weights = bilinear_weights(before, after)
+    return paddle.to_tensor(weights, dtype="float64").astype(dtype)
