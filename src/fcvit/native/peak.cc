@@ -10,7 +10,7 @@
 extern "C" void fcvit_fma_peak(int64_t rounds, double* result) {
     constexpr int ACCUMULATORS = 12;
     Vector<float> sums[ACCUMULATORS];
-    for (int i = 0; i < ACCUMULATORS; i++) sums[i] = Vector<float>{} + float(i);  // equal sums would be computed once
+    for (int i = 0; i < ACCUMULATORS; i++) sums[i] = Vector<float>{} + (2.0f + i);  // equal ones would be computed once
     const Vector<float> factor = Vector<float>{} + 0.999f, term = Vector<float>{} + 0.001f;
     const auto began = std::chrono::steady_clock::now();
     for (int64_t round = 0; round < rounds; round++) {
