@@ -99,8 +99,7 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<T>
     const bool transposed = b.row == 1 && b.column != 1;
     if (transposed ? columns * depth > rows * (columns + depth) : gather && !direct && columns > 2 * rows && depth > 8 * rows) {
         Buffer<T> turned(rows * columns);
-        matmul(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data, (const T*)nullptr,
-               Nothing());
+        matmul<T>(columns, rows, depth, {b.data, b.column, b.row}, {a.data, a.column, a.row}, turned.data);
 #pragma omp parallel for schedule(static) if (rows * columns > 50000)
         for (int64_t i0 = 0; i0 < rows; i0 += 16) {
             const int64_t i1 = std::min(rows, i0 + 16);
