@@ -151,15 +151,15 @@ class Trace:
         `x` must have been the input of `layer_norm` before, which adds up both gradients.
         """
         y = self._result(math.prod(sizes))
-        self.forward.append(Call("residual", (x.place, branch.place, scale.place, factor.place, y.place), sizes))
+        places = (x.place, branch.place, scale.place, factor.place, NULL, y.place)
+        self.forward.append(Call("residual", places, sizes))
 
         def reverse() -> None:
             x.gradient = y.gradient
-            places = (NULL, y.gradient, scale.place, factor.place, self._gradient(branch))
+            places = (NULL, y.gradient, scale.place, factor.place, branch.slope, self._gradient(branch))
             self.backward.append(Call("residual", places, sizes))
             places = (branch.place, factor.place, y.gradient, scale.output)
             self.backward.append(Call("residual_scale", places, sizes))
-            self._through_gelu(branch)
 
         self.reverse.append(reverse)
         return y

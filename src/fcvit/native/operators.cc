@@ -341,17 +341,18 @@ void context_backward(T** t, const int64_t* n, const double* options) {
     }
 }
 
-// x (B, P, C) or null, branch (B, P, C), scale (C) or null, factor (B) or null -> x + branch scale factor
+// x (B, P, C), branch (B, P, C), scale (C), factor (B), slope (B, P, C) -> x + branch scale factor slope, each but the
+// branch may be null
 template <class T>
 void residual(T** t, const int64_t* n, const double*) {
-    const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3];
-    T* y = t[4];
+    const T *x = t[0], *branch = t[1], *scale = t[2], *factor = t[3], *slope = t[4];
+    T* y = t[5];
     const int64_t B = n[0], P = n[1], C = n[2];
 #pragma omp parallel for schedule(static) if (B * P * C > WORTH_SHARING)
     for (int64_t r = 0; r < B * P; r++) {
         const T times = factor ? factor[r / P] : T(1);
         for (int64_t i = r * C, c = 0; c < C; c++, i++) {
-            y[i] = (x ? x[i] : T(0)) + branch[i] * (scale ? scale[c] * times : times);
+            y[i] = (x ? x[i] : T(0)) + branch[i] * (scale ? scale[c] * times : times) * (slope ? slope[i] : T(1));
         }
     }
 }
