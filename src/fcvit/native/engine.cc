@@ -13,17 +13,15 @@
 
 namespace {
 
-// The operations by the number in `Op::kind`, and the floats of scratch memory that a thread needs for each.
+// The operations by the number in `Op::kind`, and the floats of scratch memory that a thread needs for each, or null.
 struct Kind {
     void (*run)(const Op&, const Worker&);
     int64_t (*scratch)(const Op&, int64_t images);
 };
 
-int64_t none(const Op&, int64_t) { return 0; }
-
 const Kind KINDS[] = {
-    {image, none},
-    {stem, none},
+    {image},
+    {stem},
     {downsample, [](const Op& o, int64_t) { return 2 * 9 * vectors_of(o.channels); }},
     {tokens,
      [](const Op& o, int64_t images) {
@@ -34,7 +32,7 @@ const Kind KINDS[] = {
      [](const Op& o, int64_t) {
          return padded(2 * vectors_of(o.channels)) + padded(2 * vectors_of(o.inner)) + (vectors_of(o.inner) + 1) * STRIP * L;
      }},
-    {norm, none},
+    {norm},
     {mixer,
      [](const Op& o, int64_t images) {
          const int64_t C = vectors_of(o.channels), I = std::min(o.inner, o.group) / L + 1, P = images * o.height * o.width;
@@ -42,9 +40,9 @@ const Kind KINDS[] = {
          const int64_t width = std::min(o.width, WIDE), step = std::max<int64_t>(1, STRIP / ((width + 1) / 2));
          return padded(2 * C) + padded(2 * I) + (I + 1) * L * ((step + o.kernel) * (width + o.kernel) + step * width);
      }},
-    {pool, none},
-    {output, none},
-    {features, none},
+    {pool},
+    {output},
+    {features},
     {convolution,
      [](const Op& o, int64_t images) {
          int64_t most = 0;  // not always that for the most images
@@ -66,7 +64,9 @@ struct Run {
 
     int64_t scratch(int64_t group) const {
         int64_t most = 0;
-        for (int64_t i = 0; i < count; i++) most = std::max(most, KINDS[ops[i].kind].scratch(ops[i], group));
+        for (const Op* op = ops; op < ops + count; op++) {
+            if (KINDS[op->kind].scratch) most = std::max(most, KINDS[op->kind].scratch(*op, group));
+        }
         return padded(most);
     }
 
@@ -121,18 +121,16 @@ struct Run {
 
 }  // namespace
 
-extern "C" {
-
-int64_t fcvit_lanes() { return L; }
+extern "C" int64_t fcvit_lanes() { return L; }
 
 // Returns the number of floats of memory for a run.
-int64_t fcvit_engine_memory(const Op* ops, int64_t count, int64_t floats, int64_t group, int64_t threads) {
+extern "C" int64_t fcvit_engine_memory(const Op* ops, int64_t count, int64_t floats, int64_t group, int64_t threads) {
     return threads * (padded(floats * group) + Run{ops, count}.scratch(group));
 }
 
 // Runs operations on a batch, in memory that begins at a cache line. `group` images are computed together. Returns 0,
 // or 1 if threads could not be created.
-int fcvit_engine_run(const Op* ops, int64_t count, int64_t floats, float* memory, const void* input, int64_t bytes,
+extern "C" int fcvit_engine_run(const Op* ops, int64_t count, int64_t floats, float* memory, const void* input, int64_t bytes,
                      int64_t images, int64_t group, int64_t threads, float* const* outputs, double* seconds) {
     try {
         const Run run = {ops, count, floats, memory, input, bytes != 0, outputs, seconds};
@@ -145,5 +143,4 @@ int fcvit_engine_run(const Op* ops, int64_t count, int64_t floats, float* memory
     } catch (const std::exception&) {
         return 1;
     }
-}
 }

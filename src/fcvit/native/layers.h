@@ -35,13 +35,10 @@ struct Team {
         }
         // The others are usually nearly done. On a busy machine they may not even run, and need this core.
         for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-            if (spins > 2000) {
-                std::this_thread::yield();
-            } else {
+            if (spins > 2000) std::this_thread::yield();
 #if defined(__x86_64__)
-                __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #endif
-            }
         }
     }
 };
@@ -200,15 +197,15 @@ inline void downsample(const Op& o, const Worker& w) {
 }
 
 // Fills the offsets of the vectors of channels in a map of so many positions.
-int64_t* vector_offsets(float*& scratch, int64_t vectors, int64_t positions) {
+inline int64_t* vector_offsets(float*& scratch, int64_t vectors, int64_t positions) {
     int64_t* offsets = (int64_t*)scratch;
     for (int64_t v = 0; v < vectors; v++) offsets[v] = v * positions * L;
     scratch += padded(2 * vectors);
     return offsets;
 }
 
-// 1x1 convolutions of x: one, or two with `inner` channels and their activation between them. The activation follows. With a
-// residual z, y = z + scale activation(...). weights: first, bias, second, bias, scale.
+// 1x1 convolutions of x: one, or two with `inner` channels and the activation `within` between them. The activation
+// follows. With a residual z, y = z + scale activation(...). weights: first, bias, second, bias, scale.
 constexpr int64_t STRIP = 56;  // positions that are computed together
 
 inline void pointwise(const Op& o, const Worker& w) {
@@ -410,21 +407,17 @@ inline void tokens(const Op& o, const Worker& w) {
         w.team.wait();
         for (int64_t g = 0; g < G; g++) {
             const double count = double(o.heads) * P;
-            double totals[L], total = 0, squares = 0;
-            for (int64_t v = 0; v < m.heads; v += L) {
-                const float* from = m.similarity + v * G * P + g * P * L;
-                sum_positions(P, totals, [=](int64_t p) { return load(from + p * L); });
-                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) total += totals[lane];
-            }
-            const float middle = float(total / count);
-            for (int64_t v = 0; v < m.heads; v += L) {
-                const float* from = m.similarity + v * G * P + g * P * L;
-                sum_positions(P, totals, [=](int64_t p) {
-                    const Floats centered = load(from + p * L) - middle;
-                    return centered * centered;
-                });
-                for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) squares += totals[lane];
-            }
+            const auto sum = [&](auto term) {  // of a function of all similarities
+                double totals[L], all = 0;
+                for (int64_t v = 0; v < m.heads; v += L) {
+                    const float* from = m.similarity + v * G * P + g * P * L;
+                    sum_positions(P, totals, [=](int64_t p) { return term(load(from + p * L)); });
+                    for (int64_t lane = 0; lane < std::min(L, o.heads - v); lane++) all += totals[lane];
+                }
+                return all;
+            };
+            const float middle = float(sum([](Floats s) { return s; }) / count);
+            const double squares = sum([=](Floats s) { return (s - middle) * (s - middle); });
             // A single value has no deviation.
             const float inverse = float(1 / (std::sqrt(squares / std::max(count - 1, 1.0)) + EPS));
             for (int64_t h = 0; h < o.heads; h++) {

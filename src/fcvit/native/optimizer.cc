@@ -1,7 +1,5 @@
 // AdamW and EMA weights: one call updates all parameters.
 
-#include <vector>
-
 #include "operators.h"
 
 // For each parameter: its values, gradient (null: the parameter is skipped), first and second moment. Sizes: the number
