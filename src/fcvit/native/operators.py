@@ -17,8 +17,9 @@ from fcvit.native.kernels import Gradients, PyLayer, dense, empty, like, run_ker
 import_framework("paddle")
 
 import paddle  # noqa: E402
-from fcvit.models.semantic_fpn import bilinear_weights  # noqa: E402
 from paddle import Tensor  # noqa: E402
+
+from fcvit.models.semantic_fpn import bilinear_weights  # noqa: E402
 
 
 class BatchNorm(PyLayer):
@@ -150,8 +151,5 @@ def resize(x: Tensor, size: Sequence[int], nearest: bool = False) -> Tensor:
 
 def _resizing(before: int, after: int, nearest: bool, dtype: Any) -> Tensor:
     """Return the weight of each input pixel in each output pixel of an axis (after, before)."""
-    if nearest:
-        weights = np.eye(before)[np.arange(after) * before // after]
-    else:
-        weights = bilinear_weights(before, after)
+    weights = np.eye(before)[np.arange(after) * before // after] if nearest else bilinear_weights(before, after)
     return paddle.to_tensor(weights, dtype="float64").astype(dtype)
