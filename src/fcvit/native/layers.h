@@ -246,14 +246,16 @@ inline void norm(const Op& o, const Worker& w) {
     collect(w, s, x, true);
     int64_t known = -1;
     float mean = 0, factor = 0;
-    w.share(G * vectors, [&](int64_t task) {
-        const int64_t g = task / vectors, v = task % vectors, at = (v * G + g) * P * L;
+    w.share(w.team.size * G * vectors, [&](int64_t task) {
+        const int64_t part = task / (G * vectors), g = task / vectors % G, v = task % vectors, at = (v * G + g) * P * L;
         if (g != known) known = g, mean = s.mean(g), factor = s.factor(g);
         const float* from = x + at;
         float* to = w.map(o.y) + at;
         const Floats scale = o.weights[0] ? load(o.weights[0] + v * L) * factor : Floats{} + factor;
         const Floats shift = o.weights[1] ? load(o.weights[1] + v * L) : Floats{};
-        for (int64_t p = 0; p < P; p++) store(to + p * L, (load(from + p * L) - mean) * scale + shift);
+        for (int64_t p = P * part / w.team.size; p < P * (part + 1) / w.team.size; p++) {
+            store(to + p * L, (load(from + p * L) - mean) * scale + shift);
+        }
     });
 }
 
@@ -426,23 +428,23 @@ inline void tokens(const Op& o, const Worker& w) {
             }
         }
     }
-    // A thread copies rows of a vector of channels, padded at both sides, while it applies norm and context.
-    const int64_t parts = std::clamp<int64_t>((2 * w.team.size - 1) / (G * vectors) + 1, 1, (H + 7) / 8);
+    // A thread copies rows of a vector of channels, padded at both sides, while it applies norm and context. The threads
+    // of a team take different rows in all operations, because reading what another core wrote is slow.
+    const int64_t parts = std::min(w.team.size, (H + 7) / 8);
     const int64_t row = (W + 2 * R) * L;
     w.share(G * vectors * parts, [&](int64_t task) {
-        const int64_t v = task / parts / G, g = task / parts % G;
-        const int64_t begin = H * (task % parts) / parts, end = H * (task % parts + 1) / parts;
+        const int64_t part = task / (G * vectors), v = task / G % vectors, g = task % G;
+        const int64_t begin = H * part / parts, end = H * (part + 1) / parts;
         const int64_t above = std::max<int64_t>(0, begin - R), below = std::min(H, end + R);
         const float* from = x + (v * G + g) * P * L;
         const Floats scale = load(m.scale + g * m.width + v * L), shift = load(m.shift + g * m.width + v * L);
-        const Floats value = load(m.value + g * m.width + v * L);
         float* plane = scratch;
         // The heads of these channels, and the value of each with zeros at the channels of other heads.
         const int64_t head = v * L / share, last = std::min(o.heads, (v * L + L - 1) / share + 1);
         Floats values[L];
         for (int64_t h = head; h < last; h++) {
-            for (int64_t lane = 0; lane < L; lane++) {
-                values[h - head][lane] = (v * L + lane) / share == h ? value[lane] : 0.0f;
+            for (int64_t c = v * L; c < (v + 1) * L; c++) {
+                values[h - head][c % L] = c / share == h ? m.value[g * m.width + c] : 0.0f;
             }
         }
         for (int64_t h = above; h < below; h++) {
@@ -536,7 +538,7 @@ struct Mixer {
 
     void by_rows() const {
         const int64_t columns = (W + WIDE - 1) / WIDE;
-        const int64_t parts = w.team.size == 1 ? 1 : std::clamp<int64_t>(2 * w.team.size / columns, 1, (H + 7) / 8);
+        const int64_t parts = std::min((w.team.size + columns - 1) / columns, (H + 7) / 8);
         w.share(w.team.images * columns * parts, [&](int64_t task) {
             const int64_t g = task / parts / columns, column = task / parts % columns, part = task % parts;
             for (int64_t first = 0; first < I; first += group) {
