@@ -23,8 +23,8 @@ from fcvit.run_folder import cache_root
 
 logger = logging.getLogger("fcvit")
 
-# No unsafe math optimizations: NaN must stay NaN, because training checks for it.
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-pthread", "-fPIC")
+# No unsafe math optimizations: NaN must stay NaN, because training checks for it. Loops with sqrt need -fno-math-errno.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-pthread", "-fPIC")
 EXTRA_FLAGS = "FCVIT_CXXFLAGS"
 COMPILERS = ("g++", "clang++", "c++")
 REMEDY = "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++)"
