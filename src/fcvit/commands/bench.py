@@ -289,7 +289,7 @@ def bench(
         precisions: float32 (default) and bfloat16, separated by commas. Engines without a precision are skipped.
         size: Image size, for example 224 or 800x1333 (height x width; default: the input size of the weights, the
             shorter side for segmentation, and the largest size for detection).
-        rounds: Number of rounds. In each round, every engine runs for at least 0.3 seconds and three calls.
+        rounds: Number of rounds. In each round, every engine runs for at least 0.4 seconds and three calls.
         reference: Engine that ratios refer to (default: torch-channels-last if it was measured, else the first).
         profile: Also measure the native engine by kind of operator, with one image and one thread.
         folder: New folder for bench.json, bench.csv and bench.png.

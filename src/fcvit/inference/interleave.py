@@ -42,13 +42,14 @@ def interleave(
     rounds: int,
     *,
     calls: int = 3,
-    seconds: float = 0.3,
+    seconds: float = 0.4,
     pause: float = 0.2,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[Job, Timing | FcvitError]:
     """Measure every contender once per round. A contender that fails is skipped from then on.
 
-    A turn of a contender is one call that is not counted, because its caches are cold, and then the counted calls.
+    A turn of a contender begins with calls that are not counted, at least one and for at least `seconds`, because its
+    caches are cold, and a virtual machine may be slow just after a pause. Then come the counted calls.
 
     Args:
         load: Picklable function that takes a job. It returns the function to call, which returns a measurement, and
@@ -166,7 +167,10 @@ def _work(load: Load, job: Any, calls: int, seconds: float, pipe: Connection) ->
         function, about = load(job)
         pipe.send((notes, about))
         while pipe.recv():
+            began = time.perf_counter()
             function()
+            while time.perf_counter() - began < seconds:
+                function()
             began = time.perf_counter()
             samples: list[Any] = []
             while len(samples) < calls or time.perf_counter() - began < seconds:
