@@ -1,7 +1,8 @@
-"""Classifiers and backbones in the native engine: goldens, ragged sizes, threads, values that are not finite, faults."""
+"""Classifiers and backbones in the native engine: goldens, sizes, threads, values that are not finite, faults."""
 
 import dataclasses
 import functools
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from conftest import golden_arrays, golden_json
 from fcvit.errors import MissingExtra, NumbersDisagree, UsageError
 from fcvit.frameworks import installed
 from fcvit.inference.check import check_export, compute, sample_images
+from fcvit.inference.engines import create_engine
 from fcvit.inference.interface import Interface
 from fcvit.inference.native_network import NativeNetwork, unsupported
 from fcvit.models.spec import ModelSpec, recognize
 from fcvit.models.variants import VARIANTS, Preprocessing
 from fcvit.native import build
 from fcvit.verification.equivalence import RATIO_LIMIT, error_ratio
-from fcvit.weights.reading import Weights
+from fcvit.weights.reading import Weights, read_weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
 PIXELS = Preprocessing()
@@ -108,6 +110,19 @@ def test_what_is_not_finite_comes_through_and_stays_in_its_image(value):
     (logits,) = native(spec)(images)
     assert not np.isfinite(logits[2]).any()
     np.testing.assert_array_equal(np.delete(logits, 2, 0), np.delete(expected, 2, 0))
+
+
+@pytest.mark.slow
+def test_the_ranking_of_held_out_digits_is_that_of_onnx_runtime(digits_pth):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    weights = read_weights(digits_pth)
+    with resources.files("fcvit").joinpath("assets/digits_held_out.npz").open("rb") as file:
+        digits = np.load(file, allow_pickle=False)["images"]
+    images = np.stack([digits] * 3, axis=1)
+    pixels = dataclasses.replace(weights.spec.variant.preprocessing, input_size=images.shape[2])
+    ranks = [np.argsort(-create_engine(name, weights, pixels)(images), 1) for name in ("native", "onnxruntime")]
+    assert len(images) == 360
+    np.testing.assert_array_equal(*ranks)
 
 
 FAULTS = {
