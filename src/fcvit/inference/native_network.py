@@ -50,7 +50,7 @@ _ROIS = {BOX_HEAD: 112, MASK_HEAD: 8}  # that a thread computes together
 
 
 class _Op(ctypes.Structure):
-    """`Op` in engine.cc."""
+    """`Op` in layers.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", *_SLOTS, *_NUMBERS)),
