@@ -92,6 +92,13 @@ def test_ragged_sizes_have_the_error_of_float32(size, level):
     assert check.ratio <= RATIO_LIMIT
 
 
+def test_layers_with_the_three_inputs_of_an_image_have_the_error_of_float32():
+    narrow = dataclasses.replace(RAGGED, token_minimum=3, token_factor=100)
+    spec, size = ModelSpec(narrow, 7), (33, 47)
+    images, interface = sample_images(spec, size)[:12], Interface(size, True, False, PIXELS)
+    assert check_export(native(spec), synthetic_weights(spec), interface, images, "native").ratio <= RATIO_LIMIT
+
+
 @pytest.mark.parametrize("size", [(20, 45), (97, 121)])
 def test_threads_and_the_other_images_of_a_batch_do_not_change_a_bit(size):
     spec, images = ModelSpec(RAGGED, 7), np.random.default_rng(0).integers(0, 256, (5, 3, *size), np.uint8)

@@ -103,7 +103,7 @@ class NativeNetwork:
     ):
         if reason := unsupported(weights.spec):
             raise UsageError(reason)
-        self.library, self.threads, self.spec = library(level), threads, weights.spec
+        self.library, self.threads = library(level), threads
         self.layers, self.part = _Layers(weights, preprocessing, self.library.fcvit_lanes()), part
         self.program = functools.lru_cache(16)(functools.partial(_Program, self.layers, part))
         self.memory: list[np.ndarray] = []
@@ -194,12 +194,15 @@ class _Layers:
         """Return the address of a vector of channels, filled up with zeros."""
         return self.pointer(name, lambda: _fill(create(), 0, 2 * self.lanes))
 
-    def product(self, name: str, create: Callable[[], algebra.Pair]) -> tuple[int, int]:
-        """Return the addresses of the packed weights (N, C, ...) of a product and its bias."""
+    def product(self, name: str, create: Callable[[], algebra.Pair], pixels: bool = False) -> tuple[int, int]:
+        """Return the addresses of the packed weights (N, C, ...) of a product and its bias.
+
+        Its input is a map, or with `pixels` the image, which has the three channels of a pixel next to each other.
+        """
 
         def packed() -> np.ndarray:
             weight = create()[0]
-            if weight.shape[1] == 3:  # the stem takes pixels with three channels
+            if pixels:
                 weight = weight.transpose(0, 2, 3, 1)
             else:
                 weight = _fill(weight.reshape(*weight.shape[:2], -1), 1, self.lanes)
@@ -314,7 +317,7 @@ class _Program:
             stride, kernel, given = (4, 7, 3) if not stage else (2, 3, v.widths[stage - 1])
             high, wide = -(-height // stride), -(-width // stride)
             name = f"network.{2 * stage - 1}" if stage else "patch_embed"
-            weights = self.layers.product(name, functools.partial(self.layers.conv_norm, name))
+            weights = self.layers.product(name, functools.partial(self.layers.conv_norm, name), pixels=not stage)
             slots = {"x": maps[-1].slot if stage else "image", "y": self.map(f"{stage} 0", channels, high, wide)}
             if stage:
                 slots["z"] = self.slot("copy", self.padded(given) * (height + 2) * (width + 2))

@@ -149,7 +149,7 @@ inline void image(const Op& o, const Worker& w) {
     });
 }
 
-// Computes output rows of a strided convolution. x has `pixel` floats for a position and `row` for a row, both padded.
+// Computes output rows of a strided convolution. x is padded and has `row` floats for a row and `image` for an image.
 template <int STEP>
 inline void convolve_rows(const Op& o, const Worker& w, Product product, const float* x, int64_t row, int64_t image) {
     const int64_t high = (o.height - 1) / o.stride + 1, wide = (o.width - 1) / o.stride + 1, G = w.team.images;
