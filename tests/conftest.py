@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from fcvit.data.classes import Classes, ClassName
+from fcvit.errors import MissingExtra
 from fcvit.frameworks import installed
 from fcvit.models.spec import ModelSpec, is_counter
 from fcvit.models.variants import VARIANTS
+from fcvit.native import build
 from fcvit.tasks.classification.recipe import ClassificationRecipe
 from fcvit.tasks.detection.recipe import DetectionRecipe
 from fcvit.weights import pdparams, torch_file
@@ -73,6 +75,16 @@ def notes():
     yield texts
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def library():
+    """Return the native library. Without a compiler, skip the test. If a compiler fails, the test fails too."""
+    try:
+        build.find_compiler()
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    return build.library()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import golden_arrays, golden_json
 from detection_goldens import MINI, synthetic_weights
-from fcvit.errors import MissingExtra, NumbersDisagree
+from fcvit.errors import NumbersDisagree
 from fcvit.frameworks import installed
 from fcvit.inference.check import check_export, pixels, reference, sample_images, sample_inputs
 from fcvit.inference.detector import BINS, BOX_HEAD, MASK_HEAD, TRUNK, part_outputs
@@ -15,7 +15,6 @@ from fcvit.inference.interface import Interface
 from fcvit.inference.native_network import NativeNetwork
 from fcvit.models.spec import MaskRCNNOptions, ModelSpec, SemanticFPNOptions
 from fcvit.models.variants import VARIANTS, Preprocessing
-from fcvit.native import build
 from fcvit.verification.equivalence import RATIO_LIMIT
 from fcvit.weights.synthetic import synthetic_input
 
@@ -26,16 +25,9 @@ SPECS = {
     TRUNK: ModelSpec(MINI, 3, "mask_rcnn", MaskRCNNOptions(neck=20, rpn=36, box_channels=18, mask_channels=20)),
 }
 SPECS |= dict.fromkeys((BOX_HEAD, MASK_HEAD), SPECS[TRUNK])
+pytestmark = pytest.mark.usefixtures("library")
 needs_reference = pytest.mark.skipif(not (installed("torch") or installed("paddle")), reason="no framework")
 CASES = golden_json("segmentation/network.json")["cases"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def library():
-    try:
-        return build.library()
-    except MissingExtra as error:
-        pytest.skip(str(error))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 
 import fcvit.inference.native_network as native_network
 from conftest import golden_arrays, golden_json
-from fcvit.errors import MissingExtra, NumbersDisagree, UsageError
+from fcvit.errors import NumbersDisagree, UsageError
 from fcvit.frameworks import installed
 from fcvit.inference.check import check_export, compute, sample_images
 from fcvit.inference.engines import create_engine
@@ -33,19 +33,14 @@ RAGGED = dataclasses.replace(
     mlp_ratios=(3, 2, 3, 2),
     kernel_sizes=(5, 9),
 )
-pytestmark = pytest.mark.skipif(not (installed("torch") or installed("paddle")), reason="no framework")
+pytestmark = [
+    pytest.mark.usefixtures("library"),
+    pytest.mark.skipif(not (installed("torch") or installed("paddle")), reason="no framework"),
+]
 FRAMEWORK = "torch" if installed("torch") else "paddle"
 # Compiling the library for another level takes long.
 BEST, *OTHERS = build.levels()
 LEVELS = [BEST, *(pytest.param(level, marks=pytest.mark.slow) for level in OTHERS)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def library():
-    try:
-        return build.library()
-    except MissingExtra as error:
-        pytest.skip(str(error))
 
 
 @functools.cache

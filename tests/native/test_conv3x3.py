@@ -5,17 +5,6 @@ import ctypes
 import numpy as np
 import pytest
 
-from fcvit.errors import MissingExtra
-from fcvit.native import build
-
-
-@pytest.fixture(scope="module")
-def library():
-    try:
-        return build.library()
-    except MissingExtra as error:
-        pytest.skip(str(error))
-
 
 def convolve(library, x, weight, bias=None, relu=False):
     """Return the result for x (B, H, W, C) and weight (N, C, 3, 3)."""

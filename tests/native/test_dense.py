@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_native import compare, library, precisions, several_threads
+from test_native import compare, precisions, several_threads
 
 from conftest import needs_paddle
 from fcvit.errors import UsageError
@@ -13,7 +13,7 @@ from fcvit.frameworks import import_framework, installed
 from fcvit.models.spec import MaskRCNNOptions, SemanticFPNOptions
 from fcvit.models.variants import VARIANTS
 
-__all__ = ["library", "several_threads"]  # fixtures
+__all__ = ["several_threads"]  # a fixture
 pytestmark = [
     needs_paddle,
     pytest.mark.filterwarnings("ignore::UserWarning:paddle"),  # Paddle's BatchNorm warns in training

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import golden_arrays, golden_json, needs_paddle
-from fcvit.errors import MissingExtra, UsageError
+from fcvit.errors import UsageError
 from fcvit.frameworks import import_framework, installed
 from fcvit.models.spec import ModelSpec, recognize
 from fcvit.models.variants import VARIANTS
-from fcvit.native import build
 from fcvit.weights.reading import Weights
 from fcvit.weights.synthetic import synthetic_input, synthetic_tensors
 
@@ -24,14 +23,6 @@ if installed("paddle"):
     paddle = import_framework("paddle")
 OPTIONS = golden_json("options.json")["cases"]
 SMALL = dataclasses.replace(VARIANTS["fcvit_digits"], depths=(1, 1, 1, 1), layer_scale=0.5)
-
-
-@pytest.fixture(scope="session")
-def library():
-    try:
-        return build.library()
-    except MissingExtra as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
